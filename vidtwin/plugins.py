@@ -1,0 +1,59 @@
+"""Plug-ins: autoencoders and data modules that installed packages register as entry points.
+
+A class needs no registration to be used (`class_path: their_package.TheirTokenizer`). An entry point in the group
+`vidtwin.autoencoders` or `vidtwin.datamodules` gives it a short name and a line in `vidtwin plugins`. The built-in
+ones come in by the same door.
+"""
+
+import warnings
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from vidtwin.errors import UserError
+
+GROUPS = ("vidtwin.autoencoders", "vidtwin.datamodules")
+
+
+def available(group: str) -> dict[str, EntryPoint]:
+    """Entry points of a group by short name; nothing is imported."""
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=group):
+        if entry.name in found and found[entry.name].value != entry.value:
+            warnings.warn(
+                f"Two plug-ins are called {entry.name!r}: {found[entry.name].value} is used, {entry.value} is not.",
+                stacklevel=2,
+            )
+            continue
+        found.setdefault(entry.name, entry)
+    return found
+
+
+def resolve(name: str, group: str) -> str:
+    """The class path of a short name (`ucf101`, or the class's own name, `UCF101`); any other name comes back as it is."""
+    entries = available(group)
+    for short, entry in entries.items():
+        if name in (short, entry.value.rpartition(":")[2]):
+            return entry.value.replace(":", ".")
+    return name
+
+
+def load(name: str, group: str) -> Any:
+    """Import the plug-in of a short name. Raises `UserError` that names the plug-in if it is absent or broken."""
+    entries = available(group)
+    if name not in entries:
+        raise UserError(f"Expected one of the plug-ins {sorted(entries)} of {group}, got {name!r}.")
+    try:
+        return entries[name].load()
+    except Exception as error:
+        raise UserError(f"Plug-in {name} ({entries[name].value}) does not import: {error}") from error
+
+
+def load_all(group: str) -> dict[str, Any]:
+    """Every plug-in of a group that imports; a broken one is a warning with its name."""
+    loaded = {}
+    for name in available(group):
+        try:
+            loaded[name] = load(name, group)
+        except UserError as error:
+            warnings.warn(str(error), stacklevel=2)
+    return loaded
