@@ -1,0 +1,62 @@
+"""Multi-head attention over one axis of a grid of tokens."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with fused query, key and value projections.
+
+    The leading axes are the batch, so a grid (B, T, S, C) attends over S as it is, and over T once transposed.
+
+    Args:
+        hidden_size: C, divisible by `num_heads`.
+        num_heads: Number of heads.
+        causal: A token attends to itself and to earlier ones only.
+        dropout: Dropout of the attention probabilities in training.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, causal: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"Expected hidden_size divisible by num_heads, got {hidden_size} and {num_heads}.")
+        self.num_heads = num_heads
+        self.causal = causal
+        self.dropout = dropout
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., N, C) → (..., N, C)."""
+        q, k, v = self.qkv(x).flatten(0, -3).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        x_heads = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)
+        return self.proj(x_heads.transpose(1, 2).reshape(x.shape))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries (N, Q, C) to a context (N, M, D) of another width; one product for keys and values.
+
+    Args:
+        hidden_size: C, divisible by `num_heads`.
+        context_size: D.
+        num_heads: Number of heads.
+        dropout: Dropout of the attention probabilities in training.
+    """
+
+    def __init__(self, hidden_size: int, context_size: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"Expected hidden_size divisible by num_heads, got {hidden_size} and {num_heads}.")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(context_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(N, Q, C), (N, M, D) → (N, Q, C)."""
+        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.kv(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        return self.proj(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(-2))

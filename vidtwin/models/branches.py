@@ -1,0 +1,127 @@
+"""VidTwin's two branches between the encoder's features and the latents (paper 3.2 and 3.3).
+
+    structure   features ─ Q-Former over time at each position ─ n_q maps ─ strided convolutions ─> (B, d_S, n_q, h_S, w_S)
+    dynamics    features ─ strided convolutions per frame ─ mean over H | mean over W ─ one head ─> (B, d_D, T, w_D + h_D)
+
+Each branch has `encode` (features → mean, log-variance) and `decode` (latent → features). Features are (B, C, T, H, W)
+on the grid of patches.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vidtwin.models.qformer import QFormer
+
+
+def downsampled(size: int, times: int) -> int:
+    """Length after `times` convolutions of kernel 3, stride 2, padding 1."""
+    for _ in range(times):
+        size = (size + 1) // 2
+    return size
+
+
+class StructureBranch(nn.Module):
+    """Slow content: `num_queries` maps that summarize all frames, down-sampled.
+
+    Args:
+        hidden_size: C.
+        num_frames: T.
+        grid_size: H = W of the features.
+        qformer: Reads the T frames of each position.
+        channels: Channels of the latent (paper: d_S).
+        downsamples: How often height and width are halved.
+        width: Channels of the first convolution; doubled by each down-sampling.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_frames: int,
+        grid_size: int,
+        qformer: QFormer,
+        channels: int,
+        downsamples: int,
+        width: int = 128,
+    ) -> None:
+        super().__init__()
+        num_queries, query_size = qformer.queries.shape
+        self.grid_size = grid_size
+        self.qformer = qformer
+        widths = [width * 2**level for level in range(downsamples + 1)]
+        self.conv_in = nn.Conv2d(query_size, width, 3, padding=1)
+        self.downsample = nn.Sequential()
+        for before, after in zip(widths, widths[1:], strict=False):
+            self.downsample.extend([nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()])
+        self.head = nn.Conv2d(widths[-1], 2 * channels, 3, padding=1)
+
+        self.embed = nn.Sequential(nn.Conv2d(channels, widths[-1], 3, padding=1), nn.ReLU())
+        self.upsample = nn.Sequential()
+        for before, after in zip(widths[:0:-1], widths[-2::-1], strict=True):
+            self.upsample.extend([nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2)])
+        self.conv_out = nn.Conv2d(width, query_size, 3, padding=1)
+        self.to_features = nn.Sequential(nn.Linear(query_size, hidden_size), nn.ReLU())
+        self.to_frames = nn.Linear(num_queries, num_frames)
+
+    def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, T, H, W) → mean and log-variance (B, d_S, n_q, h, w)."""
+        batch, _, _, height, _ = features.shape
+        queries = self.qformer(rearrange(features, "b c t h w -> (b h w) t c"))
+        maps = rearrange(queries, "(b h w) q c -> (b q) c h w", b=batch, h=height)
+        moments = self.head(self.downsample(self.conv_in(maps)))
+        mean, logvar = rearrange(moments, "(b q) c h w -> b c q h w", b=batch).chunk(2, dim=1)
+        return mean, logvar
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """(B, d_S, n_q, h, w) → (B, C, T, H, W), not negative (it ends in a ReLU)."""
+        maps = self.upsample(self.embed(rearrange(latent, "b c q h w -> (b q) c h w")))
+        maps = self.conv_out(maps)
+        border = (maps.shape[-1] - self.grid_size) // 2  # halving an odd grid rounds up, so it comes back larger
+        inside = slice(border, border + self.grid_size)
+        features = self.to_features(rearrange(maps[..., inside, inside], "(b q) c h w -> b h w q c", b=len(latent)))
+        return self.to_frames(features.movedim(3, -1)).relu().movedim((-2, -1), (1, 2))
+
+
+class DynamicsBranch(nn.Module):
+    """Per-frame means over the height (a profile along the width) and over the width (one along the height).
+
+    Args:
+        hidden_size: C.
+        grid_size: H = W of the features.
+        channels: Channels of the latent (paper: d_D).
+        downsamples: How often height and width are halved before the means.
+    """
+
+    def __init__(self, hidden_size: int, grid_size: int, channels: int, downsamples: int) -> None:
+        super().__init__()
+        size = downsampled(grid_size, downsamples)
+        self.size = size
+        self.grid_size = grid_size
+        self.downsample = nn.Sequential()
+        for _ in range(downsamples):
+            self.downsample.extend([nn.Conv2d(hidden_size, hidden_size, 3, stride=2, padding=1), nn.ReLU()])
+        self.head = nn.Conv2d(hidden_size, 2 * channels, 3, padding=1)  # over (T, space), shared by both profiles
+
+        self.embed = nn.Sequential(
+            nn.Linear(channels, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size), nn.ReLU()
+        )
+        self.upsample = nn.Sequential()
+        if downsamples:
+            self.upsample.extend([nn.Linear(size, grid_size), nn.ReLU(), nn.Linear(grid_size, grid_size), nn.ReLU()])
+
+    def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, T, H, W) → mean and log-variance (B, d_D, T, w + h), the profile along the width first."""
+        batch, _, frames, _, _ = features.shape
+        maps = self.downsample(rearrange(features, "b c t h w -> (b t) c h w"))
+        maps = rearrange(maps, "(b t) c h w -> b c t h w", b=batch, t=frames)
+        profiles = torch.cat([maps.mean(3), maps.mean(4)])  # one batch: the head must not see across the two
+        moments = torch.cat(self.head(profiles).chunk(2), dim=3)
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """(B, d_D, T, w + h) → (B, C, T, H, W)."""
+        profiles = torch.cat(latent.split(self.size, dim=3))
+        embedded = self.upsample(self.embed(profiles.movedim(1, -1)).movedim(-1, 1))
+        along_width, along_height = embedded.chunk(2)
+        return along_width[:, :, :, None, :] + along_height[:, :, :, :, None]

@@ -1,0 +1,177 @@
+"""Checkpoints of the released VidTwin implementation: their tensors' names and the sizes that they tell.
+
+Only facts about names and shapes; the arithmetic is in the sibling files.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vidtwin.errors import UserError
+from vidtwin.layers.patches import sincos_1d, sincos_2d
+
+# Present in the released model, used by nothing; buffers that are computed here.
+_UNUSED = re.compile(r"loss\..*|encoder\.final_layer\..*|decoder\.x_embedder\..*|(en|de)coder\.pos_embed(_temporal)?")
+
+# Official name → ours, tried from top to bottom. Sequences with activations between have a `#` for the running index.
+_NAMES = [
+    (r"(encoder|decoder)\.blocks\.(\d+)\.scale_shift_table", r"\1.transformer.blocks.\2.modulation"),
+    (r"(encoder|decoder)\.blocks\.(\d+)\.attn\.(.+)", r"\1.transformer.blocks.\2.spatial_attention.\3"),
+    (r"(encoder|decoder)\.blocks\.(\d+)\.attn_temp\.(.+)", r"\1.transformer.blocks.\2.temporal_attention.\3"),
+    (r"(encoder|decoder)\.blocks\.(\d+)\.mlp\.fc1\.(.+)", r"\1.transformer.blocks.\2.mlp.0.\3"),
+    (r"(encoder|decoder)\.blocks\.(\d+)\.mlp\.fc2\.(.+)", r"\1.transformer.blocks.\2.mlp.2.\3"),
+    (r"encoder\.x_embedder\.proj\.(.+)", r"encoder.patch_embed.\1"),
+    (r"decoder\.final_layer\.scale_shift_table", r"decoder.modulation"),
+    (r"decoder\.final_layer\.linear\.(.+)", r"decoder.linear.\1"),
+    (r"temporal_qformer\.query_embeds", r"structure.qformer.queries"),
+    (r"temporal_qformer\.qformer\.layernorm\.(.+)", r"structure.qformer.norm.\1"),
+    (r"conv_in\.(.+)", r"structure.conv_in.\1"),
+    (r"content_downsample_blocks\.(\d+)\.(.+)", r"structure.downsample.\1.\2"),
+    (r"bottle_down\.(.+)", r"structure.head.\1"),
+    (r"bottle_up\.0\.(.+)", r"structure.embed.0.\1"),
+    (r"content_upsample_blocks\.(\d+)\.(.+)", r"structure.upsample.\1.\2"),
+    (r"conv_out\.(.+)", r"structure.conv_out.\1"),
+    (r"cont_emb\.0\.(.+)", r"structure.to_features.0.\1"),
+    (r"cont_emb\.2\.(.+)", r"structure.to_frames.\1"),
+    (r"downsample_motion_module\.(\d+)\.(.+)", r"dynamics.downsample.\1.\2"),
+    (r"motion_head\.(.+)", r"dynamics.head.\1"),
+    (r"motion_emb\.(\d+)\.(.+)", r"dynamics.embed.\1.\2"),
+    (r"up_motion\.(\d+)\.(.+)", r"dynamics.upsample.\1.\2"),
+]
+_QFORMER_LAYER = r"temporal_qformer\.qformer\.encoder\.layer\.(\d+)\."
+_QFORMER_NAMES = {
+    "attention.output.dense": "self_attention.proj",
+    "attention.output.LayerNorm": "self_norm",
+    "crossattention.attention.query": "cross_attention.q",
+    "crossattention.output.dense": "cross_attention.proj",
+    "crossattention.output.LayerNorm": "cross_norm",
+    "intermediate_query.dense": "mlp.0",
+    "output_query.dense": "mlp.2",
+    "output_query.LayerNorm": "mlp_norm",
+}
+# Projections that are separate tensors there and fused here, in this order.
+_FUSED = {
+    "self_attention.qkv": ["attention.attention.query", "attention.attention.key", "attention.attention.value"],
+    "cross_attention.kv": ["crossattention.attention.key", "crossattention.attention.value"],
+}
+
+
+def load(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Read an official checkpoint without running code from it → (arguments of `VidTwin`, state dict in our names)."""
+    state = _read(path)
+    try:
+        return _sizes(state), _rename(state, path)
+    except KeyError as error:
+        raise UserError(
+            f"Expected an official VidTwin checkpoint, got {path} without the tensor {error}."
+        ) from error
+
+
+def check(state: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
+    """Raise `UserError` naming every tensor that is missing, unexpected or of another shape."""
+    problems = [f"missing {name}" for name in wanted if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in wanted]
+    problems += [
+        f"{name} is {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise UserError(f"{path} does not fit VidTwin: {shown}.")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"Expected an official VidTwin checkpoint, got no file at {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} can't be read as a checkpoint without running code from it: {reason}"
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"Expected an official VidTwin checkpoint, got {path} without any tensor.")
+    return tensors
+
+
+def _sizes(state: dict[str, Tensor]) -> dict[str, int]:
+    hidden_size, _, _, patch_size, _ = state["encoder.x_embedder.proj.weight"].shape
+    num_queries, query_size = state["temporal_qformer.query_embeds"].shape
+    depth = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.blocks."))
+    layer = re.compile(_QFORMER_LAYER + r"(crossattention)?")
+    layers = [match for name in state if (match := layer.match(name))]
+    reading = sorted({int(match[1]) for match in layers if match[2]})
+    return {
+        "num_frames": state["encoder.pos_embed_temporal"].shape[1],
+        "resolution": patch_size * math.isqrt(state["encoder.pos_embed"].shape[1]),
+        "patch_size": patch_size,
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "num_queries": num_queries,
+        "structure_channels": state["bottle_up.0.weight"].shape[1],
+        "structure_downsamples": len(_indices(state, "content_downsample_blocks")),
+        "dynamics_channels": state["motion_emb.0.weight"].shape[1],
+        "dynamics_downsamples": len(_indices(state, "downsample_motion_module")),
+        "structure_width": state["conv_in.weight"].shape[0],
+        "query_size": query_size,
+        "qformer_depth": 1 + max(int(match[1]) for match in layers),
+        "qformer_intermediate_size": state[
+            "temporal_qformer.qformer.encoder.layer.0.intermediate_query.dense.weight"
+        ].shape[0],
+        "qformer_cross_every": reading[1] - reading[0] if len(reading) > 1 else len(layers),
+    }
+
+
+def _indices(state: dict[str, Tensor], prefix: str) -> set[str]:
+    return {name.split(".")[1] for name in state if name.startswith(f"{prefix}.")}
+
+
+def _rename(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    _check_positions(state, path)
+    renamed: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        if _UNUSED.fullmatch(name):
+            continue
+        if match := re.match(_QFORMER_LAYER, name):
+            layer = f"structure.qformer.layers.{match[1]}"
+            module, _, kind = name[match.end() :].rpartition(".")
+            fused = next((ours for ours, theirs in _FUSED.items() if module in theirs), None)
+            if fused:
+                parts.setdefault(f"{layer}.{fused}.{kind}", {})[module] = value
+            else:
+                renamed[f"{layer}.{_QFORMER_NAMES.get(module, module)}.{kind}"] = value
+            continue
+        ours = next((re.sub(theirs, new, name) for theirs, new in _NAMES if re.fullmatch(theirs, name)), name)
+        if ours == "encoder.patch_embed.weight":
+            value = value.flatten(1)  # a convolution whose stride is its kernel is a product over patches
+        elif ours == "structure.to_frames.weight":
+            value = value.squeeze(-1)  # a convolution of kernel 1 whose channels are the queries
+        renamed[ours] = value.float()
+    for ours, found in parts.items():
+        order = next(theirs for fused, theirs in _FUSED.items() if f".{fused}." in ours)
+        renamed[ours] = torch.cat([found[module] for module in order]).float()
+    return renamed
+
+
+def _check_positions(state: dict[str, Tensor], path: Path) -> None:
+    """The position embeddings are computed here; a checkpoint trained with others would give other numbers."""
+    for part in ("encoder", "decoder"):
+        spatial, temporal = state[f"{part}.pos_embed"], state[f"{part}.pos_embed_temporal"]
+        grid, size = math.isqrt(spatial.shape[1]), spatial.shape[2]
+        same = torch.allclose(spatial[0].double(), sincos_2d(size, grid, grid), atol=1e-5)
+        time = sincos_1d(size, torch.arange(temporal.shape[1]))
+        if not (same and torch.allclose(temporal[0].double(), time, atol=1e-5)):
+            raise UserError(f"{path}: {part}'s position embeddings are not the released ones (another scale?).")

@@ -1,0 +1,85 @@
+"""The Q-Former: learned queries that read a sequence (BLIP-2; the paper's section 3.2 reads a pixel's T frames with it).
+
+    queries (Q, C) ─ norm ─ depth × [self-attention ─ (every `cross_every`-th layer) cross-attention ─ MLP] ─> (N, Q, C)
+
+A post-norm BERT: each step is x = norm(x + dropout(step(x))).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from vidtwin.layers.attention import CrossAttention, SelfAttention
+
+
+class QFormerLayer(nn.Module):
+    """One post-norm layer; cross-attention only where `context_size` is given."""
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, intermediate_size: int, context_size: int | None, dropout: float
+    ) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.self_attention = SelfAttention(hidden_size, num_heads, dropout=dropout)
+        self.self_norm = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.cross_attention: CrossAttention | None = None
+        if context_size is not None:
+            self.cross_attention = CrossAttention(hidden_size, context_size, num_heads, dropout)
+            self.cross_norm = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, intermediate_size), nn.GELU(), nn.Linear(intermediate_size, hidden_size)
+        )
+        self.mlp_norm = nn.LayerNorm(hidden_size, eps=1e-12)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = self.self_norm(x + self.dropout(self.self_attention(x)))
+        if self.cross_attention is not None:
+            x = x.expand(len(context), -1, -1)
+            x = self.cross_norm(x + self.dropout(self.cross_attention(x, context)))
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+
+
+class QFormer(nn.Module):
+    """Summarize sequences of any length with a fixed number of queries.
+
+    Args:
+        num_queries: Q (paper: n_q).
+        hidden_size: Width of the queries.
+        context_size: Width of the sequence that is read.
+        depth: Number of layers.
+        num_heads: Heads of both attentions.
+        intermediate_size: Width of the MLP.
+        cross_every: Layers 0, cross_every, 2·cross_every, ... read the sequence; the others only mix the queries.
+        dropout: Of hidden values and attention probabilities, in training.
+    """
+
+    def __init__(
+        self,
+        num_queries: int,
+        hidden_size: int,
+        context_size: int,
+        depth: int = 6,
+        num_heads: int = 8,
+        intermediate_size: int = 768,
+        cross_every: int = 2,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(num_queries, hidden_size))
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(
+            QFormerLayer(
+                hidden_size, num_heads, intermediate_size, None if index % cross_every else context_size, dropout
+            )
+            for index in range(depth)
+        )
+
+    def forward(self, context: Tensor) -> Tensor:
+        """(N, M, D) → (N, Q, C)."""
+        x = self.norm(self.queries)[None]
+        # Until the first cross-attention all N rows are the same, so without dropout they are computed once.
+        if self.training and self.dropout.p > 0:
+            x = self.dropout(x.expand(len(context), -1, -1))
+        for layer in self.layers:
+            x = layer(x, context)
+        return x

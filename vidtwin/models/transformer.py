@@ -1,0 +1,116 @@
+"""VidTwin's spatial-temporal transformer: the encoder from pixels to features, the decoder from features to pixels.
+
+    encoder   clip (B, 3, T, H, W) ─ patches ─ linear ─ + position ─ depth × block ─> features (B, T, S, C)
+    decoder   features (B, T, S, C)                   ─ + position ─ depth × block ─ norm, linear ─> clip
+
+    block     x += gate · attention over S (norm(x))
+              x += gate · causal attention over T (x)          the raw residual: neither norm nor modulation
+              x += gate · MLP (norm(x))
+
+Paper D.1; figures as in the released code. T frames, S = (H/p)·(W/p) patches, C = hidden_size.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from vidtwin.layers.attention import SelfAttention
+from vidtwin.layers.patches import patchify, sincos_1d, sincos_2d, unpatchify
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without an affine of its own, then · (1 + scale) + shift; `shift` and `scale` are (C,)."""
+    return F.layer_norm(x, x.shape[-1:], weight=1 + scale, bias=shift, eps=1e-6)
+
+
+class SpatialTemporalBlock(nn.Module):
+    """Attention within each frame, causal attention over time at each position, MLP.
+
+    `modulation` (6, C) is learned: shift, scale and gate of the attentions (one gate for both), then of the MLP.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(6, hidden_size) / hidden_size**0.5)
+        self.spatial_attention = SelfAttention(hidden_size, num_heads)
+        self.temporal_attention = SelfAttention(hidden_size, num_heads, causal=True)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(approximate="tanh"), nn.Linear(4 * hidden_size, hidden_size)
+        )
+
+    def forward(self, x: Tensor, temporal_embedding: Tensor | None = None) -> Tensor:
+        """(B, T, S, C) → same; `temporal_embedding` (T, 1, C) reaches the input of the temporal attention only."""
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation
+        x = x + gate * self.spatial_attention(modulated_norm(x, shift, scale))
+        over_time = x if temporal_embedding is None else x + temporal_embedding
+        x = x + gate * self.temporal_attention(over_time.transpose(1, 2)).transpose(1, 2)
+        return x + gate_mlp * self.mlp(modulated_norm(x, shift_mlp, scale_mlp))
+
+
+class SpatialTemporalTransformer(nn.Module):
+    """Position embeddings and `depth` blocks over a grid of T frames and `grid_size`² patches."""
+
+    position: Tensor
+    time: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        num_frames: int,
+        grid_size: int,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if hidden_size % 4:
+            raise ValueError(f"Expected hidden_size divisible by 4 (two axes of sine and cosine), got {hidden_size}.")
+        self.activation_checkpointing = activation_checkpointing
+        self.blocks = nn.ModuleList(SpatialTemporalBlock(hidden_size, num_heads) for _ in range(depth))
+        position = sincos_2d(hidden_size, grid_size, grid_size)
+        time = sincos_1d(hidden_size, torch.arange(num_frames))[:, None]
+        self.register_buffer("position", position.float(), persistent=False)
+        self.register_buffer("time", time.float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, S, C) → same: the residual stream after the last block, without a final norm."""
+        x = x + self.position
+        for index, block in enumerate(self.blocks):
+            time = self.time if index == 0 else None
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, time, use_reentrant=False)
+            else:
+                x = block(x, time)
+        return x
+
+
+class Encoder(nn.Module):
+    """Clip (B, 3, T, H, W) → features (B, T, S, C)."""
+
+    def __init__(self, patch_size: int, transformer: SpatialTemporalTransformer, hidden_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.patch_embed = nn.Linear(3 * patch_size**2, hidden_size)
+        self.transformer = transformer
+
+    def forward(self, clip: Tensor) -> Tensor:
+        return self.transformer(self.patch_embed(patchify(clip, self.patch_size)))
+
+
+class Decoder(nn.Module):
+    """Features (B, T, S, C) → clip (B, 3, T, H, W)."""
+
+    def __init__(
+        self, patch_size: int, transformer: SpatialTemporalTransformer, hidden_size: int, grid_size: int
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.grid_size = grid_size
+        self.transformer = transformer
+        self.modulation = nn.Parameter(torch.randn(2, hidden_size) / hidden_size**0.5)  # shift, scale
+        self.linear = nn.Linear(hidden_size, 3 * patch_size**2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.transformer(features)
+        return unpatchify(self.linear(modulated_norm(x, *self.modulation)), self.patch_size, self.grid_size)

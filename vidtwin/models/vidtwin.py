@@ -1,0 +1,178 @@
+"""VidTwin (CVPR 2025): a clip as a structure latent (slow content) and a dynamics latent (what moves, frame by frame).
+
+                              ┌─ structure branch ─> structure (B, d_S, n_q, h_S, w_S) ─ structure branch ─┐
+    clip ─ encoder ─ features ┤                                                                            + ─ decoder ─ clip
+                              └─ dynamics branch ──> dynamics (B, d_D, T, w_D + h_D) ── dynamics branch ───┘
+
+The arithmetic is that of the released model, so that its weights load (`VidTwin.from_official`) and give its numbers.
+Departures, all outside that arithmetic: decoding needs the latents alone; evaluation uses the posterior's mode where
+the released code samples; parameters that the released model holds but never uses are absent.
+"""
+
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
+from vidtwin.errors import UserError
+from vidtwin.models import official
+from vidtwin.models.branches import DynamicsBranch, StructureBranch, downsampled
+from vidtwin.models.qformer import QFormer
+from vidtwin.models.transformer import Decoder, Encoder, SpatialTemporalTransformer
+from vidtwin.posteriors import DiagonalGaussian, Encoding, Latents
+
+
+class VidTwin(VideoAutoencoder):
+    """Video autoencoder with decoupled structure and dynamics.
+
+    The defaults are VidTwin-base (Table 1) with latent setting 1 (Table 5): 4,928 numbers, 0.2046% of the clip.
+
+    Args:
+        num_frames: T, frames of a clip.
+        resolution: H = W in pixels, a multiple of `patch_size`.
+        patch_size: Side of a patch in pixels.
+        hidden_size: C, width of encoder and decoder.
+        depth: Blocks of the encoder, and of the decoder.
+        num_heads: Attention heads of encoder and decoder.
+        num_queries: n_q, maps of the structure latent.
+        structure_channels: d_S.
+        structure_downsamples: How often the grid of patches is halved for the structure latent (14 → 7 → 4 → 2).
+        dynamics_channels: d_D.
+        dynamics_downsamples: How often it is halved for the dynamics latent.
+        structure_width: Channels of the structure branch's first convolution.
+        query_size: Width of the Q-Former.
+        qformer_depth: Layers of the Q-Former.
+        qformer_heads: Attention heads of the Q-Former.
+        qformer_intermediate_size: Width of the Q-Former's MLPs.
+        qformer_cross_every: Every how many layers the Q-Former reads the frames.
+        qformer_dropout: Dropout of the Q-Former in training.
+        activation_checkpointing: Recompute each block in the backward pass: less memory, about a third more time.
+    """
+
+    latent_names: ClassVar[tuple[str, ...]] = ("structure", "dynamics")
+    partial_latents: ClassVar[bool] = True
+    resolution: int
+
+    def __init__(
+        self,
+        num_frames: int = 16,
+        resolution: int = 224,
+        patch_size: int = 16,
+        hidden_size: int = 768,
+        depth: int = 16,
+        num_heads: int = 12,
+        num_queries: int = 16,
+        structure_channels: int = 4,
+        structure_downsamples: int = 1,
+        dynamics_channels: int = 8,
+        dynamics_downsamples: int = 1,
+        structure_width: int = 128,
+        query_size: int = 64,
+        qformer_depth: int = 6,
+        qformer_heads: int = 8,
+        qformer_intermediate_size: int = 768,
+        qformer_cross_every: int = 2,
+        qformer_dropout: float = 0.1,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if resolution % patch_size:
+            raise UserError(f"Expected resolution divisible by patch_size, got {resolution} and {patch_size}.")
+        self.temporal = TemporalSpec.exactly(num_frames)
+        self.resolution = resolution
+        self.num_frames = num_frames
+        self.grid_size = grid_size = resolution // patch_size
+
+        def transformer() -> SpatialTemporalTransformer:
+            return SpatialTemporalTransformer(
+                hidden_size, depth, num_heads, num_frames, grid_size, activation_checkpointing
+            )
+
+        self.encoder = Encoder(patch_size, transformer(), hidden_size)
+        self.structure = StructureBranch(
+            hidden_size,
+            num_frames,
+            grid_size,
+            QFormer(
+                num_queries,
+                query_size,
+                hidden_size,
+                qformer_depth,
+                qformer_heads,
+                qformer_intermediate_size,
+                qformer_cross_every,
+                qformer_dropout,
+            ),
+            structure_channels,
+            structure_downsamples,
+            structure_width,
+        )
+        self.dynamics = DynamicsBranch(hidden_size, grid_size, dynamics_channels, dynamics_downsamples)
+        self.decoder = Decoder(patch_size, transformer(), hidden_size, grid_size)
+        self._initialize()
+
+        structure_size = downsampled(grid_size, structure_downsamples)
+        self._shapes = {
+            "structure": (structure_channels, num_queries, structure_size, structure_size),
+            "dynamics": (dynamics_channels, num_frames, 2 * self.dynamics.size),
+        }
+
+    @classmethod
+    def from_official(cls, path: str | Path, num_heads: int = 12, qformer_heads: int = 8) -> Self:
+        """Load a checkpoint of the released implementation (.ckpt or .safetensors), in evaluation mode.
+
+        Every size is read off the tensors' shapes; the numbers of heads leave no trace there and have to be given.
+        Raises `UserError` for a file that is not such a checkpoint, naming missing, unexpected or misshapen tensors.
+        """
+        sizes, state = official.load(Path(path))
+        model = cls(**sizes, num_heads=num_heads, qformer_heads=qformer_heads)
+        official.check(state, model.state_dict(), Path(path))
+        model.load_state_dict(state)
+        return model.eval()
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.decoder.linear.weight
+
+    def features(self, clip: Tensor) -> Tensor:
+        """The encoder's output (B, C, T, H/p, W/p), before the branches."""
+        return rearrange(self.encoder(clip), "b t (h w) c -> b c t h w", h=self.grid_size)
+
+    def _encode(self, clip: Tensor) -> Encoding:
+        features = self.features(clip)
+        return Encoding(
+            structure=DiagonalGaussian(*self.structure.encode(features)),
+            dynamics=DiagonalGaussian(*self.dynamics.encode(features)),
+        )
+
+    def _decode(self, latents: Latents) -> Tensor:
+        """A latent that is left out adds nothing: structure only or dynamics only, as in the paper's figure 2."""
+        for name, latent in latents.items():
+            if latent.shape[1:] != self._shapes[name]:
+                raise UserError(f"Expected latent {name} of shape (B, *{self._shapes[name]}), got {tuple(latent.shape)}.")
+        branches = {"structure": self.structure, "dynamics": self.dynamics}
+        parts = [branches[name].decode(latents[name]) for name in self.latent_names if name in latents]
+        features = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return self.decoder(rearrange(features, "b c t h w -> b t (h w) c"))
+
+    def _latent_shapes(self, clip_shape: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
+        return dict(self._shapes)
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """The released initial values, where they differ from torch's own."""
+        for transformer in (self.encoder.transformer, self.decoder.transformer):
+            for module in transformer.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+                    nn.init.zeros_(module.bias)
+            for block in transformer.blocks:
+                nn.init.zeros_(block.temporal_attention.proj.weight)
+        nn.init.xavier_uniform_(self.encoder.patch_embed.weight)
+        for module in self.structure.qformer.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
