@@ -1,0 +1,6 @@
+"""What reconstructions are measured by."""
+
+from vidtwin.metrics.collection import ClipMetrics
+from vidtwin.metrics.frames import psnr, ssim
+
+__all__ = ["ClipMetrics", "psnr", "ssim"]

@@ -1,0 +1,65 @@
+"""Adversarial losses and the adaptive weight; logits have any shape, means go over all of them."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidtwin.errors import UserError
+
+
+def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """½ (mean max(0, 1 − D(x)) + mean max(0, 1 + D(x̂))); the released code's default."""
+    return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
+
+
+def hinge_generator_loss(logits_fake: Tensor) -> Tensor:
+    """−mean D(x̂)."""
+    return -logits_fake.mean()
+
+
+def non_saturating_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """½ (mean softplus(−D(x)) + mean softplus(D(x̂))): cross-entropy with x as 1 and x̂ as 0, halved as hinge is."""
+    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
+
+
+def non_saturating_generator_loss(logits_fake: Tensor) -> Tensor:
+    """mean softplus(−D(x̂)): cross-entropy of x̂ taken for 1."""
+    return F.softplus(-logits_fake).mean()
+
+
+def adaptive_weight(
+    reference_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor | None, maximum: float, eps: float = 1e-4
+) -> Tensor:
+    """min(‖∇_W reference‖ / (‖∇_W adversarial‖ + eps), maximum): both losses pull equally hard at the last layer W.
+
+    Introduced by VQGAN (Esser et al. 2021, eq. 7). When torch.distributed is initialised the gradients are averaged
+    over the ranks before their norms are taken, so every rank gets the weight that one process would get with the
+    whole batch; all ranks have to call it together.
+
+    Args:
+        reference_loss: Scalar, kept for the backward pass that follows.
+        adversarial_loss: Scalar, likewise.
+        last_layer: The last weight before the pixels (`VideoAutoencoder.last_layer`).
+        maximum: Upper limit of the ratio.
+        eps: Keeps the ratio finite where the discriminator gives no gradient.
+
+    Returns:
+        Detached scalar.
+    """
+    mend = "give the autoencoder a trainable last_layer or set --model.loss.adaptive_weight false"
+    if last_layer is None or not last_layer.requires_grad:
+        state = "none" if last_layer is None else "one that does not require a gradient"
+        raise UserError(f"Expected a trainable last layer for the adaptive GAN weight, got {state}; {mend}.")
+    gradients = [
+        torch.autograd.grad(loss, last_layer, retain_graph=True, allow_unused=True)[0] if loss.requires_grad else None
+        for loss in (reference_loss, adversarial_loss)
+    ]
+    if gradients[0] is None or gradients[1] is None:
+        raise UserError(f"Expected losses that depend on the last layer for the adaptive GAN weight; {mend}.")
+    both = torch.stack([gradient.detach().float().flatten() for gradient in gradients if gradient is not None])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(both)
+        both /= dist.get_world_size()
+    reference, adversarial = both.norm(dim=1)
+    return (reference / (adversarial + eps)).clamp(max=maximum)
