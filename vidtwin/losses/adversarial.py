@@ -1,4 +1,4 @@
-"""Adversarial losses and the adaptive weight; logits have any shape, means go over all of them."""
+"""Adversarial losses and the adaptive weight; logits are (N, ...), means go over all of them."""
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,12 @@ def non_saturating_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) 
 
 
 def non_saturating_generator_loss(logits_fake: Tensor) -> Tensor:
-    """mean softplus(−D(x̂)): cross-entropy of x̂ taken for 1."""
-    return F.softplus(-logits_fake).mean()
+    """mean_n softplus(−mean D(x̂_n)): cross-entropy of x̂ taken for 1, with logits (N, ...).
+
+    As in the released code the logits of a sample n (a frame, or a clip in 3-D) are averaged before the cross-entropy,
+    where the discriminator's loss takes it of each logit.
+    """
+    return F.softplus(-logits_fake.flatten(1).mean(1)).mean()
 
 
 def adaptive_weight(

@@ -54,9 +54,11 @@ class LPIPS:
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Clips (B, 3, T, H, W) or frames (N, 3, H, W) in [-1, 1] → one distance per frame, (B·T,) or (N,)."""
-        self.load()
-        assert self.network is not None
-        self.network.to(prediction.device)
+        # The first call may come from validation in inference mode; weights made there bar training.
+        with torch.inference_mode(False):
+            self.load()
+            assert self.network is not None
+            self.network.to(prediction.device)
         if prediction.ndim == 5:
             prediction = rearrange(prediction, "b c t h w -> (b t) c h w")
             target = rearrange(target, "b c t h w -> (b t) c h w")
@@ -64,7 +66,7 @@ class LPIPS:
 
 
 def _absent(path: Path, why: str = "") -> str:
-    return f"Expected the VGG-16 backbone of LPIPS at {path}, got no such file{why}; it is {BACKBONE_URL}."
+    return f"Expected the VGG-16 backbone of LPIPS at {path}, got no such file{why}; download it from {BACKBONE_URL}."
 
 
 def _download(path: Path) -> None:

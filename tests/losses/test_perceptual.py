@@ -1,0 +1,180 @@
+"""LPIPS from a backbone's file; the weights are random, the file is laid out as torchvision's."""
+
+import copy
+from pathlib import Path
+
+import lpips
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.models.vgg import cfgs, make_layers
+
+from vidtwin.errors import UserError
+from vidtwin.losses import LPIPS, AutoencoderLoss, perceptual
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    features = {f"features.{k}": v for k, v in make_layers(cfgs["D"]).state_dict().items()}
+    return features | {"classifier.0.weight": torch.zeros(1), "classifier.0.bias": torch.zeros(1)}
+
+
+@pytest.fixture(scope="module")
+def backbone(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("backbone") / "vgg16.pth"
+    torch.save(weights, path)
+    return path
+
+
+@pytest.fixture
+def no_backbone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("VIDTWIN_OFFLINE", "1")
+    return tmp_path / "checkpoints" / "vgg16-397923af.pth"
+
+
+def clips() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.rand(2, 3, 2, 32, 32) * 2 - 1, torch.rand(2, 3, 2, 32, 32) * 2 - 1
+
+
+def lpips_by_hand(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Zhang et al. 2018, eq. 1, with the bundled linear heads; frames (N, 3, H, W)."""
+    heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", map_location="cpu", weights_only=True)
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    features = make_layers(cfgs["D"])
+    features.load_state_dict({k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")})
+    a, b = ((z - shift[:, None, None]) / scale[:, None, None] for z in (x, y))
+    distance = torch.zeros(len(x))
+    for i, layer in enumerate(features):
+        a, b = layer(a), layer(b)
+        if i in (3, 8, 15, 22, 29):  # relu1_2, 2_2, 3_3, 4_3, 5_3
+            head = heads[f"lin{(3, 8, 15, 22, 29).index(i)}.model.1.weight"]
+            unit_a, unit_b = (z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10) for z in (a, b))
+            distance = distance + ((unit_a - unit_b).square() * head).sum(1).mean((1, 2))
+    return distance
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_equals_the_formula_with_the_files_weights(
+    suffix: str, weights: dict[str, Tensor], backbone: Path, tmp_path: Path
+) -> None:
+    path = backbone
+    if suffix == ".safetensors":
+        path = tmp_path / "vgg16.safetensors"
+        save_file(weights, path)
+    x, y = clips()
+    distance = LPIPS(path)
+    frames = [z.transpose(1, 2).flatten(0, 1) for z in (x, y)]
+    with torch.no_grad():
+        expected = lpips_by_hand(weights, *frames)
+        torch.testing.assert_close(distance(x, y), expected, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(distance(*frames), distance(x, y))
+        assert distance(x, x).abs().max() == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:torchvision")
+def test_equals_the_lpips_package_with_the_same_weights(weights: dict[str, Tensor], backbone: Path) -> None:
+    distance = LPIPS(backbone)
+    distance.load()
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    features = {k: v for k, v in weights.items() if k.startswith("features.")}
+    for name in ("slice1", "slice2", "slice3", "slice4", "slice5"):
+        part = getattr(theirs.net, name)
+        part.load_state_dict({k: features[f"features.{k}"] for k in part.state_dict()})
+    x, y = (z.transpose(1, 2).flatten(0, 1) for z in clips())
+    with torch.no_grad():
+        torch.testing.assert_close(distance(x, y), theirs(x, y).flatten(), rtol=0, atol=0)
+
+
+def test_network_is_frozen_and_invisible_to_checkpoints_and_optimizers(backbone: Path) -> None:
+    loss = AutoencoderLoss(perceptual_backbone=str(backbone))
+    loss.setup()
+    loss.train()
+    assert isinstance(loss.perceptual, LPIPS)
+    network = loss.perceptual.network
+    assert network is not None
+    assert not list(loss.parameters())
+    assert not loss.state_dict()
+    assert not any(module.training for module in network.modules())
+    assert not any(p.requires_grad for p in network.parameters())
+    x, y = clips()
+    x.requires_grad_(True)
+    loss.perceptual(x, y).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    copy.deepcopy(loss)
+
+
+def test_first_used_in_inference_mode_it_can_still_be_trained_through(backbone: Path) -> None:
+    distance, (x, y) = LPIPS(backbone), clips()
+    with torch.inference_mode():
+        distance(x, y)
+    distance(x.requires_grad_(True), y).sum().backward()
+    assert x.grad is not None
+
+
+def test_missing_backbone_is_one_line_that_says_what_to_do(no_backbone: Path) -> None:
+    loss = AutoencoderLoss()  # without LPIPS' weights an evaluation can still build the task
+    with pytest.raises(UserError) as error:
+        loss.setup()
+    message = str(error.value)
+    assert "\n" not in message
+    for part in (str(no_backbone), "--model.loss.perceptual_backbone PATH", "--model.loss.perceptual_weight 0"):
+        assert part in message
+    AutoencoderLoss(perceptual_weight=0.0).setup()
+    with pytest.raises(UserError, match="vgg16-397923af"):
+        LPIPS()(*clips())
+    with pytest.raises(UserError, match=r"elsewhere\.pth"):
+        AutoencoderLoss(perceptual_backbone="elsewhere.pth").setup()
+
+
+def test_failed_download_is_one_line_and_the_timeout_is_restored(
+    no_backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VIDTWIN_OFFLINE")
+
+    def fail(url: str, path: str, hash_prefix: str) -> None:
+        assert perceptual.socket.getdefaulttimeout() == 10.0
+        assert hash_prefix == "397923af"
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    with pytest.raises(UserError, match=r"could not fetch it \(no route to host\)"):
+        LPIPS().load()
+    assert perceptual.socket.getdefaulttimeout() is None
+    with pytest.raises(UserError, match=r"no such file; download it from https"):
+        LPIPS().load(download=False)
+
+
+def test_a_file_that_is_no_vgg16_is_refused_by_name(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    wrong = dict(weights)
+    wrong["features.2.weight"] = torch.zeros(1, 2)
+    wrong["features.99.bias"] = wrong.pop("features.28.bias")
+    torch.save(wrong, path)
+    with pytest.raises(UserError, match=r"features\.28\.bias is missing") as error:
+        LPIPS(path).load()
+    assert "features.99.bias is unexpected" in str(error.value)
+    assert "features.2.weight is (1, 2), expected (64, 64, 3, 3)" in str(error.value)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="could not read"):
+        LPIPS(path).load()
+    torch.save([1, 2], path)
+    with pytest.raises(UserError, match="state dict"):
+        LPIPS(path).load()
+
+
+class _Code:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("executed"),))
+
+
+def test_code_in_the_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"features.0.weight": _Code()}, "evil.pth")
+    with pytest.raises(UserError, match="could not read"):
+        LPIPS("evil.pth").load()
+    assert not Path("executed").exists()
