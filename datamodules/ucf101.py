@@ -1,0 +1,145 @@
+"""UCF-101: 13,320 videos of 101 human actions, 320x240, mostly 25 fps (Soomro et al. 2012, arXiv:1212.0402)."""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vidtwin.errors import UserError
+
+from .clips import ClipDataModule, Video
+
+log = logging.getLogger(__name__)
+
+_GROUP = re.compile(r"_g(\d+)_c\d+\.avi$")
+_TEST_GROUPS = range(1, 8)  # those of the official split 1
+
+
+class UCF101(ClipDataModule):
+    """UCF-101 with an official split, or any data set in its layout.
+
+        root/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi, …
+        ucfTrainTestlist/{classInd,trainlist01,testlist01,…}.txt     beside root or in it
+
+    A group (`g01` to `g25`) holds the clips of one source video. The groups `val_groups` of the train list are held out
+    as validation data; the test list is read by `test` and `predict` alone. Labels are those of classInd.txt, from 0.
+
+    Without lists labels are the places of the class folders in alphabetical order, and groups 1 to 7 are the test data,
+    as in the official split 1.
+
+    Args:
+        root: Folder of the class folders, or the folder that holds it as `UCF-101`.
+        split: Official split, 1 to 3.
+        lists: Folder of the lists; null looks for `ucfTrainTestlist` beside `root` and in it.
+        val_groups: Groups of the train list that are kept for validation.
+        **kwargs: Those of `ClipDataModule`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        split: int = 1,
+        lists: str | None = None,
+        val_groups: Sequence[int] = (24, 25),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if split not in (1, 2, 3):
+            raise UserError(f"Expected data.split to be 1, 2 or 3, got {split}.")
+        nested = Path(root) / "UCF-101"
+        self.root = nested if nested.is_dir() else Path(root)
+        self.split = split
+        self.val_groups = list(val_groups)
+        self._given_lists = lists
+        self._files: set[str] | None = None
+
+    def videos(self, split: str) -> list[Video]:
+        lists = self._find_lists()
+        names = self._listed(lists, "test" if split == "test" else "train") if lists else self._grouped(split)
+        if split != "test":
+            names = self._held_out(names, keep=split == "val")
+        labels = self._labels(lists)
+        unknown = sorted({name.split("/")[0] for name in names} - set(labels))
+        if unknown:
+            raise UserError(f"{lists}/classInd.txt: expected all classes of the lists, it lacks {_few(unknown)}.")
+        return [Video(self.root / name, name, labels[name.split("/")[0]]) for name in names]
+
+    def split_name(self, split: str) -> str:
+        return f"{split}list{self.split:02d}" if self._find_lists() else f"{split} by groups"
+
+    def _find_lists(self) -> Path | None:
+        if self._given_lists is not None:
+            return Path(self._given_lists)
+        places = (self.root.parent / "ucfTrainTestlist", self.root / "ucfTrainTestlist")
+        return next((place for place in places if place.is_dir()), None)
+
+    def _present(self) -> set[str]:
+        """Names `Class/video.avi` of the videos on disk."""
+        if self._files is None:
+            if not self.root.is_dir():
+                raise UserError(
+                    f"Expected UCF-101's class folders in {self.root}, there is no such folder; set data.root."
+                )
+            self._files = {path.relative_to(self.root).as_posix() for path in self.root.glob("*/*.avi")}
+            if not self._files:
+                raise UserError(
+                    f"Expected UCF-101's videos as {self.root}/CLASS/v_CLASS_g01_c01.avi, found none; set data.root."
+                )
+        return self._files
+
+    def _listed(self, lists: Path, kind: str) -> list[str]:
+        """Names of an official list. Its file names don't follow from the class names (HandstandPushups)."""
+        path = lists / f"{kind}list{self.split:02d}.txt"
+        present = self._present()
+        names = [line.split()[0] for line in _lines(path)]
+        absent = [name for name in names if name not in present]
+        if absent:
+            raise UserError(
+                f"{path}: expected its {len(names)} videos in {self.root}, {len(absent)} are absent ({_few(absent)}); "
+                "complete the data or set data.lists to lists of what is there."
+            )
+        return names
+
+    def _grouped(self, split: str) -> list[str]:
+        log.info("No ucfTrainTestlist at %s: groups 1 to 7 are the test data, labels follow the folders.", self.root)
+        return [name for name in sorted(self._present()) if (_group(name) in _TEST_GROUPS) == (split == "test")]
+
+    def _held_out(self, names: list[str], keep: bool) -> list[str]:
+        groups = sorted({_group(name) for name in names})
+        if not set(groups) & set(self.val_groups) or set(groups) <= set(self.val_groups):
+            raise UserError(
+                f"Expected some, but not all training videos of {self.root} in data.val_groups={self.val_groups}, "
+                f"they are in groups {groups}; set data.val_groups to some of these."
+            )
+        return [name for name in names if (_group(name) in self.val_groups) == keep]
+
+    def _labels(self, lists: Path | None) -> dict[str, int]:
+        if lists is None:
+            return {name: label for label, name in enumerate(sorted({f.split("/")[0] for f in self._present()}))}
+        pairs = (line.split() for line in _lines(lists / "classInd.txt"))
+        return {name: int(number) - 1 for number, name in pairs}
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines that are not empty; the official lists end theirs with CRLF."""
+    try:
+        return [line for line in path.read_text().splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise UserError(
+            f"Expected UCF-101's list {path.name} in {path.parent}, there is none; set data.lists to the folder of "
+            "trainlist01.txt, testlist01.txt and classInd.txt."
+        ) from None
+
+
+def _group(name: str) -> int:
+    match = _GROUP.search(name)
+    if match is None:
+        raise UserError(
+            f"Expected a video named like v_CLASS_g01_c01.avi, got {name}; for other names use VideoFolder."
+        )
+    return int(match.group(1))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
