@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vidtwin import weights
 from vidtwin.errors import UserError
 from vidtwin.layers.patches import sincos_1d, sincos_2d
 
@@ -70,35 +71,8 @@ def load(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
         ) from error
 
 
-def check(state: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
-    """Raise `UserError` naming every tensor that is missing, unexpected or of another shape."""
-    problems = [f"missing {name}" for name in wanted if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in wanted]
-    problems += [
-        f"{name} is {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in state and state[name].shape != wanted[name].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise UserError(f"{path} does not fit VidTwin: {shown}.")
-
-
 def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"Expected an official VidTwin checkpoint, got no file at {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} can't be read as a checkpoint without running code from it: {reason}"
-        ) from error
+    state = weights.read(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:

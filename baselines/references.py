@@ -1,0 +1,57 @@
+"""Two references without parameters that every table holds: what a single colour and a single frame already explain.
+
+They stand behind the same interface as the models, so their rates and scores come out of the same code.
+"""
+
+from typing import ClassVar, NoReturn
+
+from torch import Tensor
+
+from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
+from vidtwin.errors import UserError
+from vidtwin.posteriors import Deterministic, Encoding, Latents
+
+
+class _Mean(VideoAutoencoder):
+    """The clip's mean over some axes, repeated."""
+
+    axes: ClassVar[tuple[int, ...]]
+    resolution: int
+
+    def __init__(self, num_frames: int = 16, resolution: int = 224) -> None:
+        super().__init__()
+        self.temporal = TemporalSpec.exactly(num_frames)
+        self.num_frames = num_frames
+        self.resolution = resolution
+
+    def _encode(self, clip: Tensor) -> Encoding:
+        return Encoding({self.latent_names[0]: Deterministic(clip.mean(self.axes))})
+
+    def _decode(self, latents: Latents) -> Tensor:
+        mean = latents[self.latent_names[0]]
+        mean = mean[:, :, None] if mean.ndim == 4 else mean[:, :, None, None, None]
+        return mean.expand(-1, -1, self.num_frames, self.resolution, self.resolution)
+
+    @property
+    def last_layer(self) -> NoReturn:
+        raise UserError(f"{type(self).__name__} has nothing to train; run `vidtwin test` with it.")
+
+
+class MeanColour(_Mean):
+    """One colour for the whole clip: 3 numbers."""
+
+    latent_names = ("colour",)
+    axes = (2, 3, 4)
+
+    def _latent_shapes(self, clip_shape: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
+        return {"colour": (3,)}
+
+
+class TemporalMean(_Mean):
+    """The mean frame, repeated: 1/T of the clip's numbers. Strong where little moves."""
+
+    latent_names = ("frame",)
+    axes = (2,)
+
+    def _latent_shapes(self, clip_shape: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
+        return {"frame": (3, self.resolution, self.resolution)}

@@ -1,0 +1,47 @@
+"""A progress bar that says when the whole training ends."""
+
+import time
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar with clips per second (all ranks) and the time left until max_steps.
+
+    Args:
+        refresh_rate: Batches between two updates.
+    """
+
+    def __init__(self, refresh_rate: int = 1) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        self._started: tuple[float, int] | None = None
+        self._clips = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._started = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._started is None:  # the first batch pays for workers that start and kernels that are chosen
+            self._started = (time.monotonic(), trainer.global_step)
+            self._clips = 0
+        else:
+            self._clips += len(batch["clip"]) * trainer.world_size
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
+        metrics.pop("v_num", None)
+        if self._started is not None and self._clips:
+            elapsed = time.monotonic() - self._started[0]
+            steps = trainer.global_step - self._started[1]
+            metrics["clips/s"] = f"{self._clips / elapsed:.1f}"
+            if trainer.max_steps > 0 and steps:
+                left = (trainer.max_steps - trainer.global_step) * elapsed / steps
+                metrics["ETA"] = str(timedelta(seconds=round(left)))
+        return metrics

@@ -1,0 +1,56 @@
+"""Learning-rate schedules, counted in steps (one step = one batch that updated the generator)."""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from vidtwin.errors import UserError
+
+
+class WarmupCosine(LRScheduler):
+    """Linear warm-up from `start_factor` to the optimizer's rate, then half a cosine down to `end_factor` of it.
+
+    Args:
+        optimizer: Its learning rate is the peak.
+        warmup_steps: Steps of the warm-up.
+        total_steps: Steps until the end of the cosine; None takes the trainer's max_steps.
+        start_factor: Rate at step 0, as a share of the peak.
+        end_factor: Rate at the end, as a share of the peak.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 5000,
+        total_steps: int | None = None,
+        start_factor: float = 0.0,
+        end_factor: float = 0.0,
+    ) -> None:
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        self.start_factor = start_factor
+        self.end_factor = end_factor
+        super().__init__(optimizer)
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Fill in `total_steps` where it was left to the trainer; a warm-up beyond the end is a `UserError`."""
+        if self.total_steps is None:
+            self.total_steps = total_steps
+        if self.warmup_steps >= self.total_steps:
+            raise UserError(
+                f"Expected a warm-up shorter than the training, got warmup_steps={self.warmup_steps} and "
+                f"{self.total_steps} steps; lower model.scheduler.warmup_steps or raise trainer.max_steps."
+            )
+
+    def factor(self, step: int) -> float:
+        """The share of the peak rate at a step."""
+        if step < self.warmup_steps:
+            return self.start_factor + (1 - self.start_factor) * step / self.warmup_steps
+        if self.total_steps is None:
+            return 1.0
+        progress = min((step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1), 1.0)
+        return self.end_factor + (1 - self.end_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def get_lr(self) -> list[float]:
+        return [rate * self.factor(self.last_epoch) for rate in self.base_lrs]

@@ -1,0 +1,228 @@
+"""Lightning's Trainer with the commands of this project: each method below is a subcommand of `vidtwin`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vidtwin import panels
+from vidtwin.autoencoder import Reconstruction
+from vidtwin.callbacks.progress import ProgressBar
+from vidtwin.callbacks.results import ResultsWriter
+from vidtwin.checkpoints import AtomicCheckpointIO
+from vidtwin.errors import UserError
+from vidtwin.files import replacing
+from vidtwin.task import AutoencoderTask
+from vidtwin.video import iter_frames, probe, write_video
+
+
+class VideoTrainer(Trainer):
+    """`lightning.pytorch.Trainer` with defaults that a GAN autoencoder needs, and commands of its own.
+
+    Differences: checkpoints are written atomically and read without running code; data modules own their samplers;
+    on several devices DDP looks for parameters without a gradient (each player's backward leaves the other's alone).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        plugins = kwargs.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        kwargs["use_distributed_sampler"] = False
+        callbacks = kwargs.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(ProgressBar())
+        kwargs["callbacks"] = callbacks
+        super().__init__(*args, **kwargs)
+        if kwargs.get("strategy", "auto") == "auto" and isinstance(self.strategy, DDPStrategy):
+            self.strategy._ddp_kwargs["find_unused_parameters"] = True
+
+    def test(  # type: ignore[override]
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        *,
+        results_dir: str = "results",
+        name: str | None = None,
+        references: list[str] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Measure an autoencoder on the test clips and write its row of results.
+
+        Args:
+            model: The task.
+            dataloaders: Loaders of test clips, instead of `datamodule`.
+            ckpt_path: Weights to test; without them the row is marked as untrained.
+            verbose: Print the table and the paths of pictures and videos.
+            datamodule: The data.
+            results_dir: Folder for `rows/<name>/results.json`, `clips.csv`, `table.md` and `table.csv`.
+            name: Name of the row; by default the autoencoder's class.
+            references: Autoencoders without weights measured on the same clips; by default the mean colour of the
+                clip and its temporal mean frame.
+
+        Returns:
+            What Lightning's `test` does: a list of one dict of means.
+        """
+        task = self._task(model)
+        row = name or type(task.autoencoder).__name__
+        if row != Path(row).name or row.startswith("."):
+            raise UserError(f"Expected a --name that can be a folder's name, got {row!r}.")
+        chosen = ["mean_colour", "temporal_mean"] if references is None else references
+        writer = ResultsWriter(results_dir, row, str(ckpt_path) if ckpt_path else None, chosen)
+        callbacks: list[Callback] = cast(Any, self).callbacks
+        callbacks.append(writer)
+        try:
+            means = super().test(task, dataloaders, ckpt_path, verbose=False, datamodule=datamodule)
+        finally:
+            callbacks.remove(writer)
+        if verbose and self.is_global_zero:
+            _show(writer)
+        return cast(list[dict[str, Any]], means)
+
+    def predict(  # type: ignore[override]
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        *,
+        out: str = "predictions",
+    ) -> None:
+        """Write the latents (.safetensors) and the reconstruction (.mp4) of each test clip.
+
+        Args:
+            model: The task.
+            dataloaders: Loaders of clips, instead of `datamodule`.
+            datamodule: The data.
+            ckpt_path: Weights to use.
+            out: Folder for `<name>.safetensors` and `<name>.mp4`.
+        """
+        writer = _PredictionWriter(Path(out))
+        callbacks: list[Callback] = cast(Any, self).callbacks
+        callbacks.append(writer)
+        try:
+            super().predict(self._task(model), dataloaders, datamodule, return_predictions=False, ckpt_path=ckpt_path)
+        finally:
+            callbacks.remove(writer)
+
+    @torch.inference_mode()
+    def reconstruct(
+        self,
+        model: LightningModule,
+        inputs: list[str],
+        out: str = "reconstructions",
+        ckpt_path: str | Path | None = None,
+        side_by_side: bool = False,
+    ) -> list[Path]:
+        """Reconstruct video files: same number of frames and frame rate, at the model's resolution.
+
+        A video goes through in windows of the model's length; the last window is filled up by repeating the last
+        frame, and cut again.
+
+        Args:
+            model: The task.
+            inputs: Video files.
+            out: Folder for `<name>.mp4`.
+            ckpt_path: Weights to use.
+            side_by_side: Show the input, the reconstruction and what each latent gives alone next to each other.
+
+        Returns:
+            The files written.
+        """
+        task = self._task(model)
+        if ckpt_path is None:
+            raise UserError("Expected trained weights to reconstruct with; give --ckpt_path PATH.")
+        stems = [Path(source).stem for source in inputs]
+        if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+            raise UserError(f"Expected inputs of different names, got several called {', '.join(twice)}.")
+        autoencoder = task.autoencoder.eval().to(self.strategy.root_device)
+        frames = autoencoder.temporal.maximum or 16
+        size = autoencoder.resolution
+        written = []
+        for source, stem in zip(inputs, stems, strict=True):
+            target = Path(out) / f"{stem}.mp4"
+            fps = probe(source).fps
+
+            def shown(source: str = source) -> Iterator[panels.Frames]:
+                for window, length in _windows(iter_frames(source, size), frames):
+                    clip = window.to(self.strategy.root_device)
+                    with self.precision_plugin.forward_context():
+                        result: Reconstruction = autoencoder(clip)
+                    if side_by_side:
+                        joined = panels.side_by_side(panels.views(autoencoder, clip, result)[0])
+                    else:
+                        joined = panels.to_uint8(result.clip[0])
+                    yield from joined[:length]
+
+            write_video(target, shown(), fps)
+            written.append(target)
+            if self.is_global_zero:
+                _say(f"{source} -> {target}")
+        return written
+
+    def _task(self, model: LightningModule | None) -> AutoencoderTask:
+        task = model or self.lightning_module
+        if not isinstance(task, AutoencoderTask):
+            raise UserError(f"Expected an AutoencoderTask, got {type(task).__name__}.")
+        return task
+
+
+class _PredictionWriter(Callback):
+    """Latents and reconstruction of each clip, under its name."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        data = getattr(trainer, "datamodule", None)
+        fps = (data.protocol().get("fps") if hasattr(data, "protocol") else None) or 25.0
+        for index, name in enumerate(batch["name"]):
+            stem = self.out / Path(name).with_suffix("")
+            with replacing(stem.with_suffix(".safetensors")) as temporary:
+                save_file({key: z[index].contiguous().cpu() for key, z in outputs.latents.items()}, temporary)
+            write_video(stem.with_suffix(".mp4"), panels.to_uint8(outputs.clip[index]), fps)
+
+
+def _windows(frames: Iterator[panels.Frames], length: int) -> Iterator[tuple[Tensor, int]]:
+    """Frames (H, W, 3) → clips (1, 3, length, H, W) in [-1, 1] with the number of their frames that are real."""
+    window: list[panels.Frames] = []
+    for frame in frames:
+        window.append(frame)
+        if len(window) == length:
+            yield _as_clip(window), length
+            window = []
+    if window:
+        yield _as_clip(window + [window[-1]] * (length - len(window))), len(window)
+
+
+def _as_clip(frames: list[panels.Frames]) -> Tensor:
+    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def _show(writer: ResultsWriter) -> None:
+    _say(f"\n{writer.table}")
+    for path in [*writer.panel_paths, writer.folder / "table.md"]:
+        _say(str(path))
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201 - what the command is for

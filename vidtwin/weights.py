@@ -1,0 +1,50 @@
+"""Reading files of weights without running code from them, and saying how they fail to fit."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vidtwin.errors import UserError
+
+
+def read(path: str | Path) -> Any:
+    """What a .safetensors file or a torch file (.ckpt, .pth, .pt) holds, on the CPU.
+
+    Raises `UserError` for a file that is absent, cut off, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob(f"*{path.suffix or '*'}") if p.is_file())[:5]
+        raise UserError(f"Expected a file of weights, got none at {path}" + _among(beside))
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        text = str(error).strip() or type(error).__name__
+        if "eights only" in text or "weights_only" in text:
+            reason = "it holds pickled objects, whose code is never run"
+        else:
+            reason = f"it is damaged or cut off ({text.splitlines()[0]})"
+        raise UserError(f"Expected a file of tensors and plain values, got {path}: {reason}.") from error
+
+
+def check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) -> None:
+    """Raise `UserError` naming the tensors that are missing from `state`, unexpected or of another shape."""
+    problems = [f"missing {name}" for name in wanted if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in wanted]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise UserError(f"{source} is of another model or size: {'; '.join(problems[:6])}{more}.")
+
+
+def _among(names: list[str]) -> str:
+    return f"; in its folder are {', '.join(names)}." if names else "."
