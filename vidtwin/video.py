@@ -37,7 +37,7 @@ VIDEO_SUFFIXES = frozenset({".avi", ".mp4", ".m4v", ".mkv", ".mov", ".webm", ".m
 Frames = NDArray[np.uint8]
 
 _COUNTED_FORMATS = frozenset({"avi", "h264", "hevc", "m4v", "mpegvideo", "mjpeg", "rawvideo"})
-# x264 at crf 12 and MPEG-4 at quantizer 2 are hard to tell from the input: what is seen in a reconstruction is the model.
+# Hard to tell from the input: what is seen in a reconstruction should be the work of the model.
 _QUALITY = {
     "libx264": {"crf": "12", "preset": "medium"},
     "mpeg4": {"flags": "+qscale", "global_quality": str(2 * 118)},  # in units of lambda, 118 per quantizer step
@@ -129,14 +129,12 @@ class _Converter:
             ends.append(graph.add("crop", f"{side}:{side}:{left}:{top}"))
             ends.append(graph.add("scale", f"{size}:{size}:flags=area"))
         ends += [graph.add("format", "rgb24"), graph.add("buffersink")]
-        for upstream, downstream in zip(ends, ends[1:], strict=False):
-            upstream.link_to(downstream)
-        graph.configure()
+        graph.link_nodes(*ends).configure()
         self._graph = graph
 
     def __call__(self, frame: VideoFrame) -> Frames:
         self._graph.vpush(frame)
-        return self._graph.vpull().to_ndarray()
+        return np.asarray(self._graph.vpull().to_ndarray(), dtype=np.uint8)
 
 
 def read_clip(
