@@ -1,0 +1,118 @@
+"""The command line: `vidtwin fit | validate | test | predict | reconstruct` by LightningCLI, and commands on files.
+
+Nothing heavy is imported at the top: `vidtwin --help` answers without torch.
+"""
+
+import difflib
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from vidtwin import __version__
+from vidtwin.errors import UserError
+
+TRAINER_COMMANDS = {
+    "fit": "Train an autoencoder: vidtwin fit --config configs/vidtwin_base.yaml --data.root PATH",
+    "validate": "Measure an autoencoder on the validation clips.",
+    "test": "Measure an autoencoder on the test clips and write its row of results.",
+    "predict": "Write latents and reconstruction of each test clip.",
+    "reconstruct": "Reconstruct video files: vidtwin reconstruct a.mp4 b.mp4 --ckpt_path last.ckpt",
+}
+
+
+def plugins_command(argv: list[str]) -> int:
+    """List the autoencoders and data modules that installed packages register."""
+    _no_arguments("plugins", argv)
+    from vidtwin import plugins
+
+    for group in plugins.GROUPS:
+        _say(group)
+        for name, entry in sorted(plugins.available(group).items()):
+            _say(f"  {name:<16} {entry.value.replace(':', '.')}")
+    return 0
+
+
+def configs_command(argv: list[str]) -> int:
+    """Copy the configs that come with the package: vidtwin configs [FOLDER]"""
+    if len(argv) > 1 or any(word.startswith("-") for word in argv):
+        raise UserError("Expected `vidtwin configs [FOLDER]`.")
+    target = Path(argv[0] if argv else "configs")
+    if target.exists():
+        raise UserError(f"Expected a folder that does not exist yet, got {target}; nothing was overwritten.")
+    source = Path(__file__).parent / "configs"
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    _say(f"{len(list(target.rglob('*.yaml')))} configs -> {target}")
+    return 0
+
+
+FILE_COMMANDS: dict[str, Callable[[list[str]], int]] = {"plugins": plugins_command, "configs": configs_command}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `vidtwin ARGV` → exit code: 0 done, 2 something the user can mend (one line says what)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            _say(_help())
+            return 0
+        if argv[0] == "--version":
+            _say(f"vidtwin {__version__}")
+            return 0
+        command, rest = argv[0], argv[1:]
+        if command in FILE_COMMANDS:
+            if rest and rest[0] in ("-h", "--help"):
+                _say(FILE_COMMANDS[command].__doc__ or "")
+                return 0
+            return FILE_COMMANDS[command](rest)
+        if command not in TRAINER_COMMANDS:
+            names = [*TRAINER_COMMANDS, *FILE_COMMANDS]
+            raise UserError(f"Expected a command, got {command!r}{suggestion(command, names)}")
+        from vidtwin.lightning_cli import run
+
+        run(command, rest)
+    except UserError as error:
+        sys.stderr.write(f"vidtwin: error: {_one_line(error)}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("vidtwin: interrupted\n")
+        return 130
+    return 0
+
+
+def entry_point() -> None:
+    """What the installed script `vidtwin` calls."""
+    sys.exit(main())
+
+
+def suggestion(word: str, candidates: list[str]) -> str:
+    """The end of a message: `; did you mean 'x'?` for the nearest candidate, else a full stop."""
+    near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def _help() -> str:
+    lines = ["Train and compare video autoencoders: VidTwin and its baselines behind one interface.", ""]
+    lines += ["usage: vidtwin COMMAND [options]        vidtwin COMMAND --help for a command's options", ""]
+    commands = TRAINER_COMMANDS | {name: (command.__doc__ or "") for name, command in FILE_COMMANDS.items()}
+    lines += [f"  {name:<13} {text}" for name, text in commands.items()]
+    lines += ["", "A first run: `make demo`. Configs that come with the package: `vidtwin configs`."]
+    return "\n".join(lines)
+
+
+def _no_arguments(command: str, argv: list[str]) -> None:
+    if argv:
+        raise UserError(f"Expected no arguments after `vidtwin {command}`, got {' '.join(argv)}.")
+
+
+def _one_line(error: Exception) -> str:
+    # An error from a data loader's worker comes back with the worker's traceback around it.
+    text = str(error)
+    if "Original Traceback" in text:
+        text = text.strip().splitlines()[-1].partition(": ")[2] or text
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
