@@ -163,7 +163,7 @@ class ClipSampler(DistributedSampler[Any]):
             return self.num_clips // self.num_replicas
         return len(range(self.rank, self.num_clips, self.num_replicas))
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch if self.shuffle else 0
         order = np.arange(self.num_clips)
         if self.shuffle:
@@ -288,6 +288,10 @@ class ClipDataModule(LightningDataModule, ABC):
         dataset = self.dataset(split)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = ClipSampler(len(dataset), training, self.seed, rank, world_size)
+        if training and self.trainer:
+            # Lightning starts the workers of a resumed run before it calls set_epoch.
+            progress = self.trainer.fit_loop.epoch_progress.current
+            sampler.set_epoch(getattr(progress, "processed", 0))
         batch_size = self.batch_size if training else self.eval_batch_size
         workers = self._workers()
         return DataLoader(

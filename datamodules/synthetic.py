@@ -87,7 +87,7 @@ def _texture(random: np.random.Generator, side: int, colour: Array, contrast: fl
     light = _field(random, side, slope, 1)
     tint = _field(random, side, slope + 0.2, 3) * 0.35
     # Through a sigmoid, so that dark and bright scenes keep their texture instead of running into black and white.
-    return 255 / (1 + np.exp(-contrast * (light + tint)) * (1 / colour - 1))
+    return (255 / (1 + np.exp(-contrast * (light + tint)) * (1 / colour - 1))).astype(np.float32)
 
 
 def _colour(random: np.random.Generator) -> Array:

@@ -115,6 +115,7 @@ class _Converter:
 
     def __init__(self, frame: VideoFrame, size: int | None, crop: tuple[float, float]) -> None:
         graph = av.filter.Graph()
+        graph.threads = 1
         ends: list[Any] = [
             graph.add_buffer(
                 width=frame.width,

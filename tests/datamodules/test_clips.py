@@ -1,0 +1,249 @@
+"""Clips depend on (seed, epoch, index) alone; ranks share them; evaluation sees each once; errors are one line."""
+
+import gc
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor
+
+from vidtwin.datamodules.clips import ClipDataModule, ClipSampler, Video, VideoClips
+from vidtwin.datamodules.transforms import to_clip
+from vidtwin.datamodules.ucf101 import UCF101
+from vidtwin.errors import UserError
+from vidtwin.video import VideoError, write_video
+
+Make = Callable[..., ClipDataModule]
+SMALL: dict[str, Any] = {"num_frames": 4, "resolution": 16, "batch_size": 3}
+
+
+@pytest.fixture
+def make(small_ucf: Path) -> Make:
+    return lambda **kwargs: UCF101(str(small_ucf), **(SMALL | {"num_workers": 0} | kwargs))
+
+
+def epoch_of(data: ClipDataModule, epoch: int, loader: Any = None) -> list[dict[str, Any]]:
+    loader = loader or data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def assert_same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
+    assert [batch["name"] for batch in a] == [batch["name"] for batch in b]
+    assert all(torch.equal(x["clip"], y["clip"]) for x, y in zip(a, b, strict=True))
+
+
+def test_workers_hand_out_bytes_and_the_device_makes_floats(make: Make) -> None:
+    data = make(num_workers=1)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["clip"].shape == (3, 4, 16, 16, 3)
+    assert batch["clip"].dtype == torch.uint8
+    batch = data.on_after_batch_transfer(batch, 0)
+    assert batch["clip"].shape == (3, 3, 4, 16, 16)
+    assert batch["clip"].dtype == torch.float32
+    assert batch["clip"].is_contiguous()
+    assert batch["label"].dtype == batch["start_frame"].dtype == torch.int64
+    assert all(isinstance(name, str) for name in batch["name"])
+
+
+def test_bytes_span_minus_one_to_one() -> None:
+    frames = torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1, 1, 1).expand(1, 2, 1, 1, 3)
+    assert to_clip(frames)[0, :, :, 0, 0].tolist() == [[-1.0, 1.0]] * 3
+
+
+def test_the_number_of_workers_changes_no_clip(make: Make) -> None:
+    assert_same(epoch_of(make(), 3), epoch_of(make(num_workers=2), 3))
+
+
+def test_epochs_differ_and_come_back_with_persistent_workers(make: Make) -> None:
+    data = make(num_workers=2)
+    loader = data.train_dataloader()
+    first, second, again = (epoch_of(data, epoch, loader) for epoch in (0, 1, 0))
+    assert_same(first, again)
+    assert [b["name"] for b in first] != [b["name"] for b in second]
+    clips = [
+        {n: c for batch in batches for n, c in zip(batch["name"], batch["clip"], strict=True)}
+        for batches in (first, second)
+    ]
+    common = set(clips[0]) & set(clips[1])
+    assert common
+    assert any(not torch.equal(clips[0][name], clips[1][name]) for name in common)
+
+
+def test_seeds_differ(make: Make) -> None:
+    assert [b["name"] for b in epoch_of(make(seed=1), 0)] != [b["name"] for b in epoch_of(make(seed=2), 0)]
+
+
+class Recorder(LightningModule):
+    """Notes what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: dict[int, list[str]] = {}
+        self.inputs: list[Tensor] = []
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        self.seen.setdefault(self.current_epoch, []).extend(batch["name"])
+        self.inputs.append(batch["clip"])
+        return self.weight.sum()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None: ...
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
+        return batch["name"]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def trainer(tmp_path: Path, **kwargs: Any) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(
+        accelerator="cpu", devices=1, default_root_dir=tmp_path, enable_model_summary=False, **(quiet | kwargs)
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_lightning_advances_the_epoch(make: Make, tmp_path: Path, num_workers: int) -> None:
+    module = Recorder()
+    trainer(tmp_path, max_epochs=3).fit(module, make(num_workers=num_workers))
+    for epoch in range(3):
+        expected = [name for batch in epoch_of(make(), epoch) for name in batch["name"]]
+        assert module.seen[epoch] == expected
+    assert module.inputs[0].shape == (3, 3, 4, 16, 16)
+
+
+def test_a_resumed_run_begins_with_the_right_epoch(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    first = trainer(tmp_path, max_epochs=1)
+    first.fit(Recorder(), make(num_workers=1))
+    first.save_checkpoint(path)
+    module = Recorder()
+    trainer(tmp_path, max_epochs=2).fit(module, make(num_workers=1), ckpt_path=path)
+    assert module.seen == {1: [name for batch in epoch_of(make(), 1) for name in batch["name"]]}
+
+
+def test_predict_goes_through_the_test_clips(make: Make, tmp_path: Path) -> None:
+    data = make()
+    batches = trainer(tmp_path).predict(Recorder(), data)
+    assert [name for batch in batches or [] for name in batch] == [video.name for video in data.videos("test")]
+
+
+def test_ranks_share_the_training_clips_equally() -> None:
+    shares = [ClipSampler(11, shuffle=True, rank=rank, world_size=3) for rank in range(3)]
+    for epoch in range(2):
+        for share in shares:
+            share.set_epoch(epoch)
+        keys = [list(share) for share in shares]
+        assert [len(k) for k in keys] == [len(share) for share in shares] == [3, 3, 3]
+        assert len({index for k in keys for _, index in k}) == 9
+        assert {e for k in keys for e, _ in k} == {epoch}
+    with pytest.raises(UserError, match="for each of 3 ranks, got 2"):
+        ClipSampler(2, shuffle=True, world_size=3)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 16])
+def test_evaluation_visits_each_clip_once_over_ranks(world_size: int) -> None:
+    shares = [ClipSampler(11, shuffle=False, rank=rank, world_size=world_size) for rank in range(world_size)]
+    shares[0].set_epoch(5)
+    keys = [key for share in shares for key in share]
+    assert sorted(keys) == [(0, index) for index in range(11)]
+    assert sum(len(share) for share in shares) == 11
+
+
+def test_the_loader_asks_the_trainer_for_its_rank(make: Make) -> None:
+    class SecondOfTwo:
+        global_rank, world_size, num_devices = 1, 2, 2
+
+        class strategy:  # noqa: N801
+            root_device = torch.device("cpu")
+
+    data = make(eval_batch_size=1)
+    data.trainer = SecondOfTwo()  # type: ignore[assignment]
+    names = [batch["name"][0] for batch in data.test_dataloader()]
+    assert names == [video.name for video in data.videos("test")][1::2]
+
+
+def test_evaluation_takes_the_middle_of_each_video(make: Make) -> None:
+    data = make(num_frames=16, fps=8.0)
+    batch = next(iter(data.test_dataloader()))
+    # 50 frames hold starts 0 to 3: the last of 16 frames at 8 fps is 46 frames after the first.
+    assert batch["start_frame"].tolist() == [1, 1, 1]
+    assert data.protocol()["num_clips"] == 4
+    assert data.protocol() == make(num_frames=16, fps=8.0, seed=9, num_workers=1).protocol()
+    assert data.protocol()["clips_sha256"] != make(num_frames=15).protocol()["clips_sha256"]
+
+
+def test_null_fps_takes_every_frame(make: Make) -> None:
+    assert make(fps=None, num_frames=50).dataset("test")[0]["start_frame"] == 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_frames": 17}, r"_g01_c01\.avi: expected at least 51 frames .* has 50"),
+        ({"fps": 30.0}, r"_g01_c01\.avi: expected at least data\.fps=30 .* has 25"),
+    ],
+)
+def test_a_video_that_is_too_short_or_slow_is_named_in_one_line(
+    make: Make, kwargs: dict[str, Any], message: str, num_workers: int
+) -> None:
+    assert re.search(message, error_of(make(num_workers=num_workers, **kwargs).test_dataloader()))
+
+
+def error_of(loader: Any) -> str:
+    """The one line of the error that the first batch raises."""
+    try:
+        next(iter(loader))
+    except VideoError as error:
+        line = str(error)
+    gc.collect()  # ends the worker before the next test forks from here: it would inherit the queues
+    assert "\n" not in line
+    return line
+
+
+def test_training_repeats_frames_above_the_rate_of_the_video(make: Make) -> None:
+    clip = make(fps=100.0, num_frames=8).dataset("train")[0]["clip"]
+    assert any(torch.equal(a, b) for a, b in pairwise(clip))
+
+
+def test_an_unreadable_video_is_named_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "bad.avi"
+    path.write_text("no video")
+    dataset = VideoClips([Video(path, "bad.avi")], 4, 16, 8.0)
+    for num_workers in (0, 1):
+        line = error_of(torch.utils.data.DataLoader(dataset, num_workers=num_workers))
+        assert "bad.avi: expected a readable video" in line
+
+
+def test_a_header_that_promises_too_much_is_clamped(shared: Path) -> None:
+    path = shared / "data" / "clips" / "hard" / "truncated_half.avi"
+    item = VideoClips([Video(path, "half")], 16, 32, 8.0)[0]
+    assert item["start_frame"] == (78 - 1 - 46) // 2
+    assert item["clip"].shape == (16, 32, 32, 3)
+
+
+def test_half_of_the_training_clips_are_mirrored(tmp_path: Path) -> None:
+    picture = torch.zeros(32, 32, 3, dtype=torch.uint8).numpy()
+    picture[:, 16:] = 255
+    path = write_video(tmp_path / "a.avi", [picture] * 8, 8, "mpeg4")
+
+    def mirrored(**kwargs: Any) -> int:
+        dataset = VideoClips([Video(path, "a")], 4, 16, 8.0, **kwargs)
+        return sum(int(dataset[epoch, 0]["clip"][0, 8, 0, 0]) > 128 for epoch in range(40))
+
+    assert 10 < mirrored(training=True, horizontal_flip=True) < 30
+    assert mirrored(training=True) == mirrored() == 0
+
+
+def test_impossible_arguments_are_named() -> None:
+    for kwargs, message in (({"num_frames": 0}, "data.num_frames"), ({"fps": -1.0}, "data.fps")):
+        with pytest.raises(UserError, match=message):
+            UCF101("anywhere", **kwargs)
