@@ -68,10 +68,19 @@ def load_autoencoder(path: str | Path) -> VideoAutoencoder:
     """Rebuild the autoencoder that a checkpoint holds, with its weights, in evaluation mode."""
     checkpoint = read(path)
     model = build(model_spec(checkpoint, path))
+    _load(model, checkpoint, path)
+    return model.eval()
+
+
+def load_weights(model: VideoAutoencoder, path: str | Path) -> None:
+    """Load the autoencoder's weights from a checkpoint of the same size; `UserError` says how another one differs."""
+    _load(model, read(path), path)
+
+
+def _load(model: VideoAutoencoder, checkpoint: dict[str, Any], path: str | Path) -> None:
     state = autoencoder_weights(checkpoint["state_dict"])
     weights.check_fit(state, model.state_dict(), str(path))
     model.load_state_dict(state)
-    return model.eval()
 
 
 def autoencoder_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -222,15 +222,17 @@ def _arguments() -> set[str]:
 
 
 def _quieten() -> None:
-    """Lightning's advice that does not apply here, or that repeats what a config says."""
+    """Silence what Lightning says of things that are as they should be here."""
+    beside_the_point = ("GPU available", "TPU available", "Tip:", "`weights_only` was not set")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "GPU available" not in record.getMessage() and "Tip:" not in record.getMessage()
+        lambda record: not any(text in record.getMessage() for text in beside_the_point)
     )
     for message in (
-        r".*does not have many workers.*",
+        r".*does not have many workers.*",  # data modules choose the number themselves
         r".*srun.*",
-        r".*`training_step` returned `None`.*",
-        r".*The number of training batches.*",
+        r".*`training_step` returned `None`.*",  # manual optimization
+        r".*isinstance\(treespec, LeafSpec\).*",
+        r".*The dirpath has changed.*",  # `vidtwin test` has no folder of checkpoints
+        r".*AFTER optimization.*",  # a checkpoint after the step is what is wanted
     ):
         warnings.filterwarnings("ignore", message=message)
-

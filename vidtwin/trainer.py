@@ -13,11 +13,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidtwin import panels
+from vidtwin import checkpoints, panels
 from vidtwin.autoencoder import Reconstruction
 from vidtwin.callbacks.progress import ProgressBar
 from vidtwin.callbacks.results import ResultsWriter
-from vidtwin.checkpoints import AtomicCheckpointIO
 from vidtwin.errors import UserError
 from vidtwin.files import replacing
 from vidtwin.task import AutoencoderTask
@@ -34,7 +33,7 @@ class VideoTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         plugins = kwargs.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
-        kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        kwargs["plugins"] = [*plugins, checkpoints.AtomicCheckpointIO()]
         kwargs["use_distributed_sampler"] = False
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
@@ -145,7 +144,9 @@ class VideoTrainer(Trainer):
         stems = [Path(source).stem for source in inputs]
         if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
             raise UserError(f"Expected inputs of different names, got several called {', '.join(twice)}.")
-        autoencoder = task.autoencoder.eval().to(self.strategy.root_device)
+        autoencoder = task.autoencoder.eval()
+        checkpoints.load_weights(autoencoder, ckpt_path)
+        autoencoder.to(self.strategy.root_device)
         frames = autoencoder.temporal.maximum or 16
         size = autoencoder.resolution
         written = []

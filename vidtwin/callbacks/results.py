@@ -164,11 +164,11 @@ class ResultsWriter(Callback):
             "versions": {"vidtwin": vidtwin.__version__, "torch": torch.__version__},
         }
         folder = self.folder / "rows" / name
-        columns = ["model", "name", "start_frame", "num_frames", *task.metrics.names]
+        columns = ["model", "name", "start_frame", "num_frames", *task.metrics.all_names]
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow([*columns, "protocol_hash"])
-        writer.writerows([*(row[column] for column in columns), self.hash] for row in rows)
+        writer.writerows([*(row.get(column) for column in columns), self.hash] for row in rows)
         write_text(folder / "clips.csv", buffer.getvalue())
         write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
 
