@@ -1,0 +1,61 @@
+# Everything from a fresh clone: `make demo` and `make test` install what they need into .venv first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_DATA := data/demo
+DEMO_RUN := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint types format constraints clean
+
+help:
+	@echo "make demo       train a small VidTwin on made-up videos and measure it (under 6 minutes on two cores)"
+	@echo "make test       linters, types, tests, README commands (under 10 minutes on two cores)"
+	@echo "make test-all   the slow tests too"
+	@echo "make install    only make $(VENV) and install into it"
+	@echo "make format     rewrite the sources as the linters want them"
+	@echo "make clean      remove $(VENV), the demo's data and its results"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else \
+	  "Expected Python 3.11 to 3.13, got %s; run: make PYTHON=python3.12 ..." % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The data set is made once; the run and its results are the demo's own and are made anew.
+demo: install
+	$(BIN)/python -m vidtwin.datamodules.synthetic $(DEMO_DATA)
+	rm -rf $(DEMO_RUN)
+	$(BIN)/vidtwin fit --config configs/demo.yaml
+	$(BIN)/vidtwin test --config configs/demo.yaml --ckpt_path $(DEMO_RUN)/checkpoints/last.ckpt \
+	  --results_dir $(DEMO_RUN)/results
+
+test: lint types
+	$(BIN)/pytest -m "not slow"
+
+test-all: lint types
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: install
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# Needs uv. Package indexes' addresses stay out of the file.
+constraints:
+	( echo "# Versions that the tests passed with, on Python 3.11 to 3.13. Made by: make constraints"; \
+	  uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+	    --no-emit-index-url --no-annotate --no-header --quiet ) > constraints.txt
+
+clean:
+	rm -rf $(VENV) $(DEMO_DATA) $(DEMO_RUN)
