@@ -190,7 +190,7 @@ class VideoAutoencoder(nn.Module, ABC):
         return self._latent_shapes((channels, self.temporal.legal_length(frames), height, width))
 
     def compression_rate(self, clip_shape: Sequence[int]) -> float:
-        """Numbers handed to a downstream model over numbers in the user's clip (3, T, H, W) (paper B.1); 0.002 = 0.2%."""
+        """Numbers handed downstream over numbers in the user's clip (3, T, H, W), paper B.1; 0.002 is 0.2%."""
         return sum(math.prod(shape) for shape in self.latent_shapes(clip_shape).values()) / math.prod(clip_shape)
 
     def bits_per_pixel(self, clip_shape: Sequence[int]) -> float | None:

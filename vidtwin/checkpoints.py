@@ -37,7 +37,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU with `weights_only`; raises `UserError` for one that is absent, cut off or unsafe."""
+    """Read a checkpoint onto the CPU; raises `UserError` for one that is absent, cut off or holds pickled objects."""
     checkpoint = weights.read(path)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"Expected a checkpoint written by `vidtwin fit`, got {path} without a state_dict.")
@@ -48,7 +48,9 @@ def model_spec(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """The `model_spec` of a checkpoint: `{"class_path": str, "init_args": dict}`."""
     spec = checkpoint.get("model_spec")
     if not isinstance(spec, dict) or "class_path" not in spec:
-        raise UserError(f"Expected model_spec in {path}, which was not written by `vidtwin fit`; give its --config too.")
+        raise UserError(
+            f"Expected model_spec in {path}, which was not written by `vidtwin fit`; give its --config too."
+        )
     return spec
 
 

@@ -124,7 +124,9 @@ class VidTwinCLI(LightningCLI):
         if self.subcommand == "reconstruct":
             config.data = None
         elif config.get("data") is None:
-            raise UserError(f"Expected data to {self.subcommand} on; give --data ucf101 --data.root PATH or a --config.")
+            raise UserError(
+                f"Expected data to {self.subcommand} on; give --data ucf101 --data.root PATH or a --config."
+            )
         if self.subcommand != "fit":
             config.trainer.logger = False  # a measurement is no run: it leaves its results alone behind
 
@@ -216,7 +218,7 @@ def _arguments() -> set[str]:
     names: set[str] = set()
     while classes:
         cls = classes.pop()
-        names |= set(inspect.signature(cls.__init__).parameters)
+        names |= set(inspect.signature(cls).parameters)
         classes += cls.__subclasses__()
     return names
 

@@ -29,7 +29,7 @@ def available(group: str) -> dict[str, EntryPoint]:
 
 
 def resolve(name: str, group: str) -> str:
-    """The class path of a short name (`ucf101`, or the class's own name, `UCF101`); any other name comes back as it is."""
+    """The class path of a short name (`ucf101`, or the class's own name, `UCF101`); any other name as it is."""
     entries = available(group)
     for short, entry in entries.items():
         if name in (short, entry.value.rpartition(":")[2]):

@@ -5,7 +5,7 @@ optimization; here only the generator's goes through Lightning's wrapper, so tha
 schedules, the GAN's start and every logged curve count batches.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -137,26 +137,30 @@ class AutoencoderTask(LightningModule):
             logged |= {f"discriminator/{name}": value for name, value in terms.items() if name != "total"}
             logged |= {"discriminator/loss": terms["total"].detach(), "discriminator/gradient_norm": norm}
 
-        schedulers = self.lr_schedulers() or []
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+        for scheduler in self._schedulers():
             scheduler.step()
         self.log_dict(logged, batch_size=len(clip))
         with torch.no_grad():
             quality = psnr(reconstruction.clip.detach(), clip).mean()
-        self.log_dict({"loss": logged["train/loss"], "psnr": quality}, prog_bar=True, logger=False, batch_size=len(clip))
+        shown = {"loss": logged["train/loss"], "psnr": quality}
+        self.log_dict(shown, prog_bar=True, logger=False, batch_size=len(clip))
         self.log("train/psnr", quality, batch_size=len(clip))
 
     def _optimizers(self) -> tuple[LightningOptimizer, LightningOptimizer | None]:
         optimizers = self.optimizers()
         if isinstance(optimizers, list):
             return optimizers[0], optimizers[1]
-        return optimizers, None  # type: ignore[return-value]
+        return optimizers, None
+
+    def _schedulers(self) -> list[LRScheduler]:
+        schedulers = self.lr_schedulers() or []
+        return cast(list[LRScheduler], schedulers if isinstance(schedulers, list) else [schedulers])
 
     def _last_layer(self, step: int) -> Tensor | None:
         return self.autoencoder.last_layer if self.loss.gan_is_on(step) else None
 
     def _update(self, optimizer: LightningOptimizer | Optimizer, loss: Tensor) -> Tensor:
-        """Backward, clip, step. Lightning's wrapper counts a global step, the bare optimizer of the discriminator none."""
+        """Backward, clip, step. Lightning's wrapper counts a step; the discriminator's bare optimizer does not."""
         self.manual_backward(loss)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm or torch.inf)
@@ -166,7 +170,7 @@ class AutoencoderTask(LightningModule):
 
     # Evaluate.
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Reconstruction:
+    def validation_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
         clip = batch["clip"]
         reconstruction = self.autoencoder(clip)
         terms = self.loss.generator_loss(reconstruction, clip, None, step=-1) if self._loss_is_ready() else {}
@@ -183,7 +187,7 @@ class AutoencoderTask(LightningModule):
         self.metrics.reset()
         self.log_dict(values, prog_bar=True)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Reconstruction:
+    def test_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
         return self.autoencoder(batch["clip"])
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Reconstruction:
@@ -201,9 +205,7 @@ class AutoencoderTask(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how a checkpoint of another model differs; outside of `fit` take the autoencoder's weights alone."""
         state, own = checkpoint["state_dict"], self.state_dict()
-        weights.check_fit(
-            checkpoints.autoencoder_weights(state), self.autoencoder.state_dict(), "The checkpoint"
-        )
+        weights.check_fit(checkpoints.autoencoder_weights(state), self.autoencoder.state_dict(), "The checkpoint")
         if self.trainer.state.fn != "fit":
             rest = {name: value for name, value in own.items() if not name.startswith(checkpoints.PREFIX)}
             kept = {name: value for name, value in state.items() if name.startswith(checkpoints.PREFIX)}

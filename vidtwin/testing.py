@@ -113,7 +113,9 @@ def _check_saving(model: VideoAutoencoder, clip: Tensor, latents: dict[str, Tens
     try:
         loaded = torch.load(buffer, weights_only=True)
     except Exception as error:
-        raise ContractError(f"the arguments of {type(model).__name__} are plain values that can be stored: {error}") from error
+        raise ContractError(
+            f"spec() of {type(model).__name__} holds plain values that can be stored: {error}"
+        ) from error
     rebuilt = type(model)(**loaded["spec"]["init_args"]).to(clip.device).eval()
     rebuilt.load_state_dict(loaded["state_dict"])
     _require(
@@ -139,9 +141,7 @@ def _check_gradients(model: VideoAutoencoder, clip: Tensor) -> None:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         return
-    _require(
-        any(model.last_layer is p for p in parameters.values()), "last_layer is one of the trainable parameters"
-    )
+    _require(any(model.last_layer is p for p in parameters.values()), "last_layer is one of the trainable parameters")
     model.zero_grad(set_to_none=True)
     result = model(clip)
     terms = sum(result.regularization.values(), start=torch.zeros((), device=clip.device))

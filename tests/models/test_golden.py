@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from vidtwin.errors import UserError
 from vidtwin.models.vidtwin import VidTwin
 
 

@@ -43,8 +43,14 @@ def markdown(rows: list[Row]) -> str:
     """A Markdown table with aligned columns, which reads well in a terminal too."""
     lines = [COLUMNS, *(cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    texts = ["| " + " | ".join(c.ljust(w) if i in (0, 7) else c.rjust(w) for i, (c, w) in enumerate(
-        zip(line, widths, strict=True))) + " |" for line in lines]
+    texts = [
+        "| "
+        + " | ".join(
+            c.ljust(w) if i in (0, 7) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
+        + " |"
+        for line in lines
+    ]
     rule = "|" + "|".join("-" * (w + 1) + ("-" if i in (0, 7) else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([texts[0], rule, *texts[1:]]) + "\n"
 

@@ -51,7 +51,7 @@ class ClipLogger(Callback):
 
     @staticmethod
     def _add(logger: TensorBoardLogger, tag: str, encoded: bytes, step: int) -> None:
-        # SummaryWriter.add_video needs moviepy to make the same GIF; the protocol buffer takes encoded bytes as they are.
+        # SummaryWriter.add_video needs moviepy to make the same GIF; the protocol buffer takes encoded bytes.
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         image = Summary.Image(encoded_image_string=encoded, colorspace=3)

@@ -51,7 +51,7 @@ class ResultsWriter(Callback):
         self.table = ""
 
     def on_test_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         described = data.protocol() if hasattr(data, "protocol") else {}
         self.protocol = {**protocol.VIDTWIN, "precision": str(trainer.precision), "data": described}
         self.hash = protocol.protocol_hash(self.protocol)

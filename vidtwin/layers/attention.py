@@ -35,7 +35,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries (N, Q, C) to a context (N, M, D) of another width; one product for keys and values.
+    """Multi-head attention of queries (N, Q, C) to a context (N, M, D); keys and values are one product.
 
     Args:
         hidden_size: C, divisible by `num_heads`.

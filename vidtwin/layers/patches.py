@@ -12,9 +12,7 @@ def patchify(clip: Tensor, patch_size: int) -> Tensor:
 
 def unpatchify(patches: Tensor, patch_size: int, height: int) -> Tensor:
     """(B, T, S, p·p·C) → (B, C, T, height·p, W); in a patch vector the channel runs fastest."""
-    return rearrange(
-        patches, "b t (h w) (p q c) -> b c t (h p) (w q)", h=height, p=patch_size, q=patch_size
-    )
+    return rearrange(patches, "b t (h w) (p q c) -> b c t (h p) (w q)", h=height, p=patch_size, q=patch_size)
 
 
 def sincos_1d(size: int, positions: Tensor) -> Tensor:
