@@ -184,7 +184,6 @@ def test_null_fps_takes_every_frame(make: Make) -> None:
     assert make(fps=None, num_frames=50).dataset("test")[0]["start_frame"] == 0
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -193,18 +192,19 @@ def test_null_fps_takes_every_frame(make: Make) -> None:
     ],
 )
 def test_a_video_that_is_too_short_or_slow_is_named_in_one_line(
-    make: Make, kwargs: dict[str, Any], message: str, num_workers: int
+    make: Make, kwargs: dict[str, Any], message: str
 ) -> None:
-    assert re.search(message, error_of(make(num_workers=num_workers, **kwargs).test_dataloader()))
+    assert re.search(message, error_of(make(**kwargs).test_dataloader()))
 
 
 def error_of(loader: Any) -> str:
     """The one line of the error that the first batch raises."""
+    line = ""
     try:
         next(iter(loader))
     except VideoError as error:
         line = str(error)
-    gc.collect()  # ends the worker before the next test forks from here: it would inherit the queues
+    gc.collect()  # after an error torch takes 5 s to end a worker: here, not inside another test
     assert "\n" not in line
     return line
 
