@@ -5,7 +5,15 @@
 
 Each branch has `encode` (features → mean, log-variance) and `decode` (latent → features). Features are (B, C, T, H, W)
 on the grid of patches.
+
+`initialize` sets values for training from scratch (docs/training_from_scratch.md): at torch's own, a random 3×3 kernel
+leaves a ninth of the energy at its position and each layer a third of the variance, so that after a branch's layers
+where a patch lies is lost and the little that is left drowns in the sampling noise. Here the layers keep the variance
+(He et al. 2015 before a ReLU, LeCun elsewhere), kernels start with the taps of their own position (delta kernels, Xiao
+et al. 2018) and the noise starts small.
 """
+
+import math
 
 import torch
 from einops import rearrange
@@ -19,6 +27,38 @@ def downsampled(size: int, times: int) -> int:
     for _ in range(times):
         size = (size + 1) // 2
     return size
+
+
+INITIAL_LOGVAR = -6.0  # a deviation of 0.05, where the means' spread is some tenths
+
+
+def keep_variance(layer: nn.Linear | nn.Conv2d, relu: bool = False) -> None:
+    """Outputs as large as the inputs (root mean square), through a ReLU if one follows; a convolution starts local.
+
+    Of a 3×3 kernel only the centre is set; with stride 2, the 2×2 taps by which the outputs partition the inputs.
+    """
+    nn.init.zeros_(layer.weight)
+    taps = layer.weight
+    if isinstance(layer, nn.Conv2d):
+        taps = taps[:, :, 1:, 1:] if layer.stride == (2, 2) else taps[:, :, 1:2, 1:2]
+    nn.init.normal_(taps, std=math.sqrt((2 if relu else 1) / taps[0].numel()))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _keep_variance_all(layers: nn.Sequential) -> None:
+    """`keep_variance` where a ReLU follows each layer."""
+    for layer in layers:
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            keep_variance(layer, relu=True)
+
+
+def _initialize_head(head: nn.Conv2d) -> None:
+    assert head.bias is not None
+    keep_variance(head)
+    channels = head.out_channels // 2
+    nn.init.zeros_(head.weight[channels:])
+    nn.init.constant_(head.bias[channels:], INITIAL_LOGVAR)
 
 
 class StructureBranch(nn.Module):
@@ -63,6 +103,20 @@ class StructureBranch(nn.Module):
         self.to_features = nn.Sequential(nn.Linear(query_size, hidden_size), nn.ReLU())
         self.to_frames = nn.Linear(num_queries, num_frames)
 
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Initial values for training from scratch, see the top of this file."""
+        self.qformer.initialize()
+        for layer in (self.conv_in, self.conv_out):
+            keep_variance(layer)
+        for layers in (self.downsample, self.embed, self.upsample, self.to_features):
+            _keep_variance_all(layers)
+        _initialize_head(self.head)
+        # Every frame starts as the mean of the queries. Random weights would give each frame another mixture, a part
+        # of it below zero for the ReLU to drop, and what is the same in all frames would have to be learned T times.
+        nn.init.constant_(self.to_frames.weight, 1 / self.to_frames.in_features)
+        nn.init.zeros_(self.to_frames.bias)
+
     def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, T, H, W) → mean and log-variance (B, d_S, n_q, h, w)."""
         batch, _, _, height, _ = features.shape
@@ -96,6 +150,7 @@ class DynamicsBranch(nn.Module):
         super().__init__()
         size = downsampled(grid_size, downsamples)
         self.size = size
+        self.downsamples = downsamples
         self.grid_size = grid_size
         self.downsample = nn.Sequential()
         for _ in range(downsamples):
@@ -108,6 +163,20 @@ class DynamicsBranch(nn.Module):
         self.upsample = nn.Sequential()
         if downsamples:
             self.upsample.extend([nn.Linear(size, grid_size), nn.ReLU(), nn.Linear(grid_size, grid_size), nn.ReLU()])
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Initial values for training from scratch, see the top of this file."""
+        for layers in (self.downsample, self.embed):
+            _keep_variance_all(layers)
+        _initialize_head(self.head)
+        linears = [layer for layer in self.upsample if isinstance(layer, nn.Linear)]
+        for linear in linears:
+            nn.init.zeros_(linear.bias)
+        if linears:  # each place of the grid starts as the place of the latent that covers it
+            covering = torch.arange(self.grid_size) // 2**self.downsamples
+            linears[0].weight.copy_(nn.functional.one_hot(covering, self.size))
+            nn.init.eye_(linears[1].weight)
 
     def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, T, H, W) → mean and log-variance (B, d_D, T, w + h), the profile along the width first."""

@@ -74,6 +74,18 @@ class QFormer(nn.Module):
             for index in range(depth)
         )
 
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Cross-attentions whose output is as large as the queries, for training from scratch.
+
+        BERT's N(0, 0.02) is made for large pretrained models: what the queries read would be a few per cent of what
+        they are themselves, and the norm behind the residual takes the rest of it.
+        """
+        for layer in self.layers:
+            if isinstance(layer, QFormerLayer) and layer.cross_attention is not None:
+                for linear in (layer.cross_attention.q, layer.cross_attention.kv, layer.cross_attention.proj):
+                    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+
     def forward(self, context: Tensor) -> Tensor:
         """(N, M, D) → (N, Q, C)."""
         x = self.norm(self.queries)[None]

@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from vidtwin import weights
 from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
 from vidtwin.errors import UserError
 from vidtwin.models import official
@@ -50,6 +51,8 @@ class VidTwin(VideoAutoencoder):
         qformer_cross_every: Every how many layers the Q-Former reads the frames.
         qformer_dropout: Dropout of the Q-Former in training.
         activation_checkpointing: Recompute each block in the backward pass: less memory, about a third more time.
+        initialization: "balanced" for training from scratch (docs/training_from_scratch.md), or "released": the values
+            that the released code starts from.
     """
 
     latent_names: ClassVar[tuple[str, ...]] = ("structure", "dynamics")
@@ -77,6 +80,7 @@ class VidTwin(VideoAutoencoder):
         qformer_cross_every: int = 2,
         qformer_dropout: float = 0.1,
         activation_checkpointing: bool = False,
+        initialization: Literal["balanced", "released"] = "balanced",
     ) -> None:
         super().__init__()
         if resolution % patch_size:
@@ -112,7 +116,12 @@ class VidTwin(VideoAutoencoder):
         )
         self.dynamics = DynamicsBranch(hidden_size, grid_size, dynamics_channels, dynamics_downsamples)
         self.decoder = Decoder(patch_size, transformer(), hidden_size, grid_size)
-        self._initialize()
+        if initialization not in ("balanced", "released"):
+            raise UserError(f'Expected initialization "balanced" or "released", got {initialization!r}.')
+        self._initialize_as_released()
+        if initialization == "balanced":
+            self.structure.initialize()
+            self.dynamics.initialize()
 
         structure_size = downsampled(grid_size, structure_downsamples)
         self._shapes = {
@@ -129,7 +138,7 @@ class VidTwin(VideoAutoencoder):
         """
         sizes, state = official.load(Path(path))
         model = cls(**sizes, num_heads=num_heads, qformer_heads=qformer_heads)
-        official.check(state, model.state_dict(), Path(path))
+        weights.check_fit(state, model.state_dict(), str(path))
         model.load_state_dict(state)
         return model.eval()
 
@@ -152,7 +161,9 @@ class VidTwin(VideoAutoencoder):
         """A latent that is left out adds nothing: structure only or dynamics only, as in the paper's figure 2."""
         for name, latent in latents.items():
             if latent.shape[1:] != self._shapes[name]:
-                raise UserError(f"Expected latent {name} of shape (B, *{self._shapes[name]}), got {tuple(latent.shape)}.")
+                raise UserError(
+                    f"Expected latent {name} of shape (B, *{self._shapes[name]}), got {tuple(latent.shape)}."
+                )
         branches = {"structure": self.structure, "dynamics": self.dynamics}
         parts = [branches[name].decode(latents[name]) for name in self.latent_names if name in latents]
         features = parts[0] if len(parts) == 1 else parts[0] + parts[1]
@@ -162,7 +173,7 @@ class VidTwin(VideoAutoencoder):
         return dict(self._shapes)
 
     @torch.no_grad()
-    def _initialize(self) -> None:
+    def _initialize_as_released(self) -> None:
         """The released initial values, where they differ from torch's own."""
         for transformer in (self.encoder.transformer, self.decoder.transformer):
             for module in transformer.modules():
