@@ -57,8 +57,8 @@ def test_clips_differ_in_the_decoders_input_by_a_tenth_of_the_position_embedding
     assert all(0.1 < spread / position < 2 for spread in spreads.values()), spreads
 
 
-@pytest.mark.parametrize("downsamples", [0, 1])
-def test_a_patch_is_decoded_from_its_own_place_of_the_structure_latent(downsamples):
+@pytest.mark.parametrize(("downsamples", "border"), [(0, 0), (1, 1)])
+def test_a_patch_is_decoded_from_its_own_place_of_the_structure_latent(downsamples, border):
     torch.manual_seed(0)
     model = VidTwin(num_frames=4, **{**SMALL, "resolution": 64}, structure_downsamples=downsamples)
     latent = torch.randn(1, *model.latent_shapes((3, 4, 64, 64))["structure"])
@@ -66,10 +66,18 @@ def test_a_patch_is_decoded_from_its_own_place_of_the_structure_latent(downsampl
     changed[..., 1, 1] += 1
     with torch.no_grad():
         difference = (model.structure.decode(changed) - model.structure.decode(latent)).abs().amax((0, 1, 2))
-    covered = torch.zeros(8, 8, dtype=torch.bool)
+    reached = torch.zeros(8, 8, dtype=torch.bool)
     side = 2**downsamples
-    covered[side : 2 * side, side : 2 * side] = True
-    assert torch.equal(difference > 0, covered)
+    reached[side - border : 2 * side + border, side - border : 2 * side + border] = True
+    assert torch.equal(difference > 0, reached)
+
+
+@torch.no_grad()
+def test_places_below_one_place_of_the_structure_latent_are_told_apart():
+    model = build("released latents")
+    features = model.structure.decode(model.encode(clips_like(model)).mode()["structure"])
+    first, second = features[..., 0, 0], features[..., 0, 1]
+    assert float((first - second).square().mean().sqrt()) > 0.1 * spread_over_clips(first)
 
 
 def test_a_structure_latent_alone_starts_as_a_still():
@@ -79,6 +87,7 @@ def test_a_structure_latent_alone_starts_as_a_still():
     torch.testing.assert_close(features, features[:, :, :1].expand_as(features))
 
 
+@torch.no_grad()
 def test_released_values_are_those_of_the_released_code():
     model = build("base width", initialization="released")
     structure, qformer = model.structure, model.structure.qformer

@@ -1,7 +1,7 @@
 """VidTwin's two branches between the encoder's features and the latents (paper 3.2 and 3.3).
 
-    structure   features ─ Q-Former over time at each position ─ n_q maps ─ strided convolutions ─> (B, d_S, n_q, h_S, w_S)
-    dynamics    features ─ strided convolutions per frame ─ mean over H | mean over W ─ one head ─> (B, d_D, T, w_D + h_D)
+    structure   features ─ Q-Former over time at each position ─ n_q maps ─ strided convolutions ─> (B, d_S, n_q, h, w)
+    dynamics    features ─ strided convolutions per frame ─ mean over H | mean over W ─ one head ─> (B, d_D, T, w + h)
 
 Each branch has `encode` (features → mean, log-variance) and `decode` (latent → features). Features are (B, C, T, H, W)
 on the grid of patches.
@@ -13,6 +13,7 @@ where a patch lies is lost and the little that is left drowns in the sampling no
 et al. 2018) and the noise starts small.
 """
 
+import itertools
 import math
 
 import torch
@@ -32,14 +33,14 @@ def downsampled(size: int, times: int) -> int:
 INITIAL_LOGVAR = -6.0  # a deviation of 0.05, where the means' spread is some tenths
 
 
-def keep_variance(layer: nn.Linear | nn.Conv2d, relu: bool = False) -> None:
-    """Outputs as large as the inputs (root mean square), through a ReLU if one follows; a convolution starts local.
+def keep_variance(layer: nn.Linear | nn.Conv2d, relu: bool = False, local: bool = True) -> None:
+    """Outputs as large as the inputs (root mean square), through a ReLU if one follows.
 
-    Of a 3×3 kernel only the centre is set; with stride 2, the 2×2 taps by which the outputs partition the inputs.
+    Of a `local` 3×3 kernel only the centre is set; with stride 2, the 2×2 taps that give each input to one output.
     """
     nn.init.zeros_(layer.weight)
     taps = layer.weight
-    if isinstance(layer, nn.Conv2d):
+    if local and isinstance(layer, nn.Conv2d):
         taps = taps[:, :, 1:, 1:] if layer.stride == (2, 2) else taps[:, :, 1:2, 1:2]
     nn.init.normal_(taps, std=math.sqrt((2 if relu else 1) / taps[0].numel()))
     if layer.bias is not None:
@@ -91,7 +92,7 @@ class StructureBranch(nn.Module):
         widths = [width * 2**level for level in range(downsamples + 1)]
         self.conv_in = nn.Conv2d(query_size, width, 3, padding=1)
         self.downsample = nn.Sequential()
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             self.downsample.extend([nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()])
         self.head = nn.Conv2d(widths[-1], 2 * channels, 3, padding=1)
 
@@ -107,10 +108,14 @@ class StructureBranch(nn.Module):
     def initialize(self) -> None:
         """Initial values for training from scratch, see the top of this file."""
         self.qformer.initialize()
-        for layer in (self.conv_in, self.conv_out):
-            keep_variance(layer)
-        for layers in (self.downsample, self.embed, self.upsample, self.to_features):
+        keep_variance(self.conv_in)
+        for layers in (self.downsample, self.embed, self.to_features):
             _keep_variance_all(layers)
+        # A kernel that follows an up-sampling has all its taps: by its neighbours alone can it tell apart the places
+        # that the up-sampling made equal.
+        for level, layer in enumerate(layer for layer in self.upsample if isinstance(layer, nn.Conv2d)):
+            keep_variance(layer, relu=True, local=level == 0)
+        keep_variance(self.conv_out, local=len(self.upsample) == 0)
         _initialize_head(self.head)
         # Every frame starts as the mean of the queries. Random weights would give each frame another mixture, a part
         # of it below zero for the ReLU to drop, and what is the same in all frames would have to be learned T times.

@@ -1,4 +1,4 @@
-"""The Q-Former: learned queries that read a sequence (BLIP-2; the paper's section 3.2 reads a pixel's T frames with it).
+"""The Q-Former: learned queries that read a sequence (BLIP-2; in the paper's section 3.2, a pixel's T frames).
 
     queries (Q, C) ─ norm ─ depth × [self-attention ─ (every `cross_every`-th layer) cross-attention ─ MLP] ─> (N, Q, C)
 

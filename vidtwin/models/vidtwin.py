@@ -1,8 +1,8 @@
 """VidTwin (CVPR 2025): a clip as a structure latent (slow content) and a dynamics latent (what moves, frame by frame).
 
-                              ┌─ structure branch ─> structure (B, d_S, n_q, h_S, w_S) ─ structure branch ─┐
-    clip ─ encoder ─ features ┤                                                                            + ─ decoder ─ clip
-                              └─ dynamics branch ──> dynamics (B, d_D, T, w_D + h_D) ── dynamics branch ───┘
+                              ┌─ structure branch ─> structure (B, d_S, n_q, h, w) ─ structure branch ┐
+    clip ─ encoder ─ features ┤                                                                       + ─ decoder ─ clip
+                              └─ dynamics branch ──> dynamics (B, d_D, T, w + h) ──── dynamics branch ┘
 
 The arithmetic is that of the released model, so that its weights load (`VidTwin.from_official`) and give its numbers.
 Departures, all outside that arithmetic: decoding needs the latents alone; evaluation uses the posterior's mode where
@@ -10,7 +10,7 @@ the released code samples; parameters that the released model holds but never us
 """
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from einops import rearrange
@@ -22,7 +22,7 @@ from vidtwin.errors import UserError
 from vidtwin.models import official
 from vidtwin.models.branches import DynamicsBranch, StructureBranch, downsampled
 from vidtwin.models.qformer import QFormer
-from vidtwin.models.transformer import Decoder, Encoder, SpatialTemporalTransformer
+from vidtwin.models.transformer import Decoder, Encoder, SpatialTemporalBlock, SpatialTemporalTransformer
 from vidtwin.posteriors import DiagonalGaussian, Encoding, Latents
 
 
@@ -137,14 +137,17 @@ class VidTwin(VideoAutoencoder):
         Raises `UserError` for a file that is not such a checkpoint, naming missing, unexpected or misshapen tensors.
         """
         sizes, state = official.load(Path(path))
-        model = cls(**sizes, num_heads=num_heads, qformer_heads=qformer_heads)
+        arguments: dict[str, Any] = {**sizes, "num_heads": num_heads, "qformer_heads": qformer_heads}
+        model = cls(**arguments)
         weights.check_fit(state, model.state_dict(), str(path))
         model.load_state_dict(state)
         return model.eval()
 
     @property
     def last_layer(self) -> nn.Parameter:
-        return self.decoder.linear.weight
+        weight = self.decoder.linear.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     def features(self, clip: Tensor) -> Tensor:
         """The encoder's output (B, C, T, H/p, W/p), before the branches."""
@@ -164,6 +167,7 @@ class VidTwin(VideoAutoencoder):
                 raise UserError(
                     f"Expected latent {name} of shape (B, *{self._shapes[name]}), got {tuple(latent.shape)}."
                 )
+        branches: dict[str, StructureBranch | DynamicsBranch]
         branches = {"structure": self.structure, "dynamics": self.dynamics}
         parts = [branches[name].decode(latents[name]) for name in self.latent_names if name in latents]
         features = parts[0] if len(parts) == 1 else parts[0] + parts[1]
@@ -180,8 +184,9 @@ class VidTwin(VideoAutoencoder):
                 if isinstance(module, nn.Linear):
                     nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
-            for block in transformer.blocks:
-                nn.init.zeros_(block.temporal_attention.proj.weight)
+            for block in transformer.modules():
+                if isinstance(block, SpatialTemporalBlock):
+                    nn.init.zeros_(block.temporal_attention.proj.weight)
         nn.init.xavier_uniform_(self.encoder.patch_embed.weight)
         for module in self.structure.qformer.modules():
             if isinstance(module, nn.Linear):
