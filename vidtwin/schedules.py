@@ -1,6 +1,7 @@
 """Learning-rate schedules, counted in steps (one step = one batch that updated the generator)."""
 
 import math
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -43,6 +44,10 @@ class WarmupCosine(LRScheduler):
                 f"Expected a warm-up shorter than the training, got warmup_steps={self.warmup_steps} and "
                 f"{self.total_steps} steps; lower model.scheduler.warmup_steps or raise trainer.max_steps."
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without `total_steps`: a run that is resumed with more steps ends its cosine there."""
+        return {name: value for name, value in super().state_dict().items() if name != "total_steps"}
 
     def factor(self, step: int) -> float:
         """The share of the peak rate at a step."""
