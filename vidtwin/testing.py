@@ -19,7 +19,7 @@ def check_autoencoder(model: VideoAutoencoder, num_frames: int = 16, resolution:
     """Run `model` through every promise of `VideoAutoencoder`; raises `ContractError` at the first broken one.
 
     Use a small configuration: it runs several forward passes and a backward pass on the model's device. The model's
-    weights and mode are left as they were.
+    weights, buffers, gradients and mode are left as they were.
 
     Args:
         model: The autoencoder.
@@ -39,8 +39,7 @@ def check_autoencoder(model: VideoAutoencoder, num_frames: int = 16, resolution:
             _check_decoding(model, clip, latents)
             _check_saving(model, clip, latents)
         _check_refusals(model, clip, latents)
-        model.train()
-        _check_gradients(model, clip)
+        _check_gradients(copy.deepcopy(model).train(), clip)  # a copy: training moves batch norms and codebooks
     finally:
         model.train(training)
 
@@ -78,8 +77,8 @@ def _check_latents(model: VideoAutoencoder, clip: Tensor) -> dict[str, Tensor]:
         _require(term.ndim == 0 and bool(term.isfinite()), f"regularization {name} is a finite scalar, got {term}")
     for name, (shape, size) in model.code_shapes(clip.shape[1:]).items():
         codes = getattr(encoding[name], "codes", None)
-        _require(codes is not None, f"code_shapes() names {name}, whose posterior has no codes")
-        assert codes is not None
+        if codes is None:
+            raise ContractError(f"code_shapes() names {name}, whose posterior has no codes")
         _require(tuple(codes.shape[1:]) == shape, f"codes of {name}: claimed {shape}, got {tuple(codes.shape[1:])}")
         _require(int(codes.max()) < size and int(codes.min()) >= 0, f"codes of {name} lie in 0..{size - 1}")
     if bits := model.bits_per_pixel(clip.shape[1:]):
@@ -91,19 +90,26 @@ def _check_latents(model: VideoAutoencoder, clip: Tensor) -> dict[str, Tensor]:
 
 
 def _check_decoding(model: VideoAutoencoder, clip: Tensor, latents: dict[str, Tensor]) -> None:
+    model.encode(clip)  # so that a decoder which peeks at its encoder's state sees the right one first
     decoded = model.decode(latents, clip.shape[2])
     _require(
         decoded.shape == clip.shape, f"decode() gives the clip's shape {tuple(clip.shape)}, got {tuple(decoded.shape)}"
     )
     _require(bool(decoded.isfinite().all()), "decode() gives finite pixels")
-    _require(_same(model(clip).clip, decoded), "forward() in evaluation decodes the posteriors' modes")
     model.encode(clip.flip(0) * 0.5)
     again = copy.deepcopy(model).decode(latents, clip.shape[2])
     _require(_same(again, decoded), "decode() depends on the latents alone, not on what was encoded before")
+    alone = model.decode({name: latent[:1] for name, latent in latents.items()}, clip.shape[2])
+    _require(_same(alone, decoded[:1]), "decode() of a clip does not depend on its batch")
+    _require(_same(model(clip).clip, decoded), "forward() in evaluation decodes the posteriors' modes")
     if model.partial_latents:
         for name, latent in latents.items():
-            part = model.decode({name: latent}, clip.shape[2])
-            _require(part.shape == clip.shape, f"decode() of {name} alone gives a clip, as partial_latents promises")
+            promise = f"decode() of {name} alone gives a clip, as partial_latents promises"
+            try:
+                part = model.decode({name: latent}, clip.shape[2])
+            except Exception as error:
+                raise ContractError(f"{promise}: {error!r}") from error
+            _require(part.shape == clip.shape, promise)
 
 
 def _check_saving(model: VideoAutoencoder, clip: Tensor, latents: dict[str, Tensor]) -> None:
@@ -147,5 +153,4 @@ def _check_gradients(model: VideoAutoencoder, clip: Tensor) -> None:
     terms = sum(result.regularization.values(), start=torch.zeros((), device=clip.device))
     ((result.clip - clip).square().mean() + terms).backward()
     dead = [name for name, p in parameters.items() if p.grad is None]
-    model.zero_grad(set_to_none=True)
     _require(not dead, f"every trainable parameter gets a gradient; these do not: {dead[:5]}")

@@ -1,0 +1,57 @@
+"""Every registered autoencoder keeps the interface's promises."""
+
+import pytest
+
+from vidtwin import plugins
+from vidtwin.testing import check_autoencoder
+
+GROUP = "vidtwin.autoencoders"
+
+# Arguments that make each built-in autoencoder tiny, by its short name, and the clip that it is checked on.
+TINY = {
+    "vidtwin": (
+        {
+            "num_frames": 4,
+            "resolution": 24,
+            "patch_size": 8,
+            "hidden_size": 24,
+            "depth": 1,
+            "num_heads": 2,
+            "num_queries": 3,
+            "structure_width": 4,
+            "query_size": 16,
+            "qformer_depth": 2,
+            "qformer_heads": 2,
+            "qformer_intermediate_size": 16,
+        },
+        {"num_frames": 4},
+    ),
+    "mean_colour": ({"num_frames": 4, "resolution": 16}, {"num_frames": 4}),
+    "temporal_mean": ({"num_frames": 4, "resolution": 16}, {"num_frames": 4}),
+}
+
+
+def tiny(name, value):
+    """Arguments and clip of one autoencoder; a third-party plug-in is checked with its own defaults."""
+    if name in TINY:
+        return TINY[name]
+    if value.startswith("vidtwin."):
+        pytest.fail(f"{name} ({value}) has no tiny arguments; add them to TINY in tests/test_contract.py", False)
+    return {}, {}
+
+
+@pytest.mark.parametrize("name", sorted(plugins.available(GROUP)))
+def test_every_registered_autoencoder_keeps_the_contract(name):
+    arguments, clip = tiny(name, plugins.available(GROUP)[name].value)
+    check_autoencoder(plugins.load(name, GROUP)(**arguments), **clip)
+
+
+def test_every_tiny_configuration_belongs_to_a_registered_autoencoder():
+    absent = sorted(set(TINY) - set(plugins.available(GROUP)))
+    assert not absent, f"{absent} are in TINY but not registered; after a change of pyproject.toml install again"
+
+
+def test_a_new_autoencoder_without_tiny_arguments_is_told_where_to_add_them():
+    with pytest.raises(pytest.fail.Exception, match=r"new .* add them to TINY in tests/test_contract\.py"):
+        tiny("new", "vidtwin.baselines.new:New")
+    assert tiny("theirs", "their_package:Theirs") == ({}, {})
