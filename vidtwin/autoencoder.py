@@ -93,9 +93,13 @@ class VideoAutoencoder(nn.Module, ABC):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Recorded here, before nn.Module.__init__ runs, so that no subclass has to repeat its own arguments.
         model = super().__new__(cls)
-        bound = inspect.signature(cls.__init__).bind_partial(model, *args, **kwargs)
+        signature = inspect.signature(cls.__init__)
+        bound = signature.bind_partial(model, *args, **kwargs)
         bound.apply_defaults()
         arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in list(bound.arguments.items())[1:]}
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                arguments |= arguments.pop(name)
         object.__setattr__(model, "init_args", arguments)
         return model
 
