@@ -63,7 +63,10 @@ def build(spec: dict[str, Any]) -> VideoAutoencoder:
         raise UserError(f"Expected the class {spec['class_path']} to be installed: {error}.") from error
     if not (isinstance(cls, type) and issubclass(cls, VideoAutoencoder)):
         raise UserError(f"Expected a VideoAutoencoder, got {spec['class_path']}.")
-    return cls(**spec.get("init_args", {}))
+    try:
+        return cls(**spec.get("init_args", {}))
+    except TypeError as error:
+        raise UserError(f"Expected arguments of {spec['class_path']}, got others: {error}.") from error
 
 
 def load_autoencoder(path: str | Path) -> VideoAutoencoder:
