@@ -46,8 +46,8 @@ class WarmupCosine(LRScheduler):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Without `total_steps`: a run that is resumed with more steps ends its cosine there."""
-        return {name: value for name, value in super().state_dict().items() if name != "total_steps"}
+        """Where the schedule stands. Its shape is the config's: a run resumed with more steps ends its cosine there."""
+        return {name: value for name, value in super().state_dict().items() if name in ("last_epoch", "_step_count")}
 
     def factor(self, step: int) -> float:
         """The share of the peak rate at a step."""

@@ -131,11 +131,13 @@ class AutoencoderTask(LightningModule):
         norm = self._update(generator, terms["total"])
         logged = {f"train/{name}": value for name, value in terms.items() if name != "total"}
         logged |= {"train/loss": terms["total"].detach(), "train/gradient_norm": norm}
+        logged["lr/generator"] = generator.param_groups[0]["lr"]
 
         if discriminator is not None and (terms := self.loss.discriminator_loss(reconstruction.clip, clip, step)):
             norm = self._update(discriminator.optimizer, terms["total"])
             logged |= {f"discriminator/{name}": value for name, value in terms.items() if name != "total"}
             logged |= {"discriminator/loss": terms["total"].detach(), "discriminator/gradient_norm": norm}
+            logged["lr/discriminator"] = discriminator.param_groups[0]["lr"]
 
         for scheduler in self._schedulers():
             scheduler.step()
@@ -185,7 +187,12 @@ class AutoencoderTask(LightningModule):
     def on_validation_epoch_end(self) -> None:
         values = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         self.metrics.reset()
-        self.log_dict(values, prog_bar=True)
+        if not self.trainer.sanity_checking:
+            self.log_dict(values, prog_bar=True)
+        elif self.trainer.num_sanity_val_steps == float("inf"):
+            # All clips before the first step: where the curves start. Lightning itself logs nothing here.
+            for logger in self.loggers:
+                logger.log_metrics({name: float(value) for name, value in values.items()}, self.global_step)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
         return self.autoencoder(batch["clip"])

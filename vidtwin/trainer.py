@@ -193,8 +193,7 @@ class _PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        data: Any = getattr(trainer, "datamodule", None)
-        fps = (data.protocol().get("fps") if hasattr(data, "protocol") else None) or 25.0
+        fps = getattr(getattr(trainer, "datamodule", None), "fps", None) or 25.0
         for index, name in enumerate(batch["name"]):
             stem = self.out / Path(name).with_suffix("")
             with replacing(stem.with_suffix(".safetensors")) as temporary:
