@@ -25,7 +25,9 @@ def read(path: str | Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         text = str(error).strip() or type(error).__name__
-        if "eights only" in text or "weights_only" in text:
+        if "Unsupported operand" in text:  # not even a pickle that torch would read
+            reason = "it is damaged or cut off, or no such file at all"
+        elif "eights only" in text or "weights_only" in text:
             reason = "it holds pickled objects, whose code is never run"
         else:
             reason = f"it is damaged or cut off ({text.splitlines()[0]})"
