@@ -22,8 +22,17 @@ from vidtwin.testing import check_autoencoder
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NARROW = {"hidden_size": 48, "depth": 1, "num_heads": 4, "structure_width": 8, "qformer_depth": 1}
 TINY = {
-    **{"num_frames": 4, "resolution": 32, "patch_size": 8, "hidden_size": 24, "depth": 2, "num_heads": 2},
-    **{"num_queries": 3, "structure_width": 4, "query_size": 16, "qformer_depth": 2, "qformer_heads": 2},
+    "num_frames": 4,
+    "resolution": 32,
+    "patch_size": 8,
+    "hidden_size": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "num_queries": 3,
+    "structure_width": 4,
+    "query_size": 16,
+    "qformer_depth": 2,
+    "qformer_heads": 2,
     "qformer_intermediate_size": 16,
 }
 
@@ -54,7 +63,8 @@ def clip_for(model, batch=1):
 
 # Sizes.
 
-LATENTS = {  # (structure, dynamics) numbers from paper Table 5 and specs/vidtwin.md section 3, rate of a 16x224x224 clip
+# Numbers of structure and dynamics, h_S²·n_q·d_S and 2·h_D·T·d_D (paper, Table 5), and the rate in % at 16x224x224.
+LATENTS = {
     "setting1": (7 * 7 * 16 * 4, 2 * 7 * 16 * 8, "0.2046"),
     "setting2": (7 * 7 * 16 * 4, 2 * 4 * 16 * 16, "0.2152"),
     "setting3": (7 * 7 * 12 * 4, 2 * 7 * 16 * 8, "0.1721"),
