@@ -1,0 +1,59 @@
+"""Rows are compared only under one protocol, which its hash names."""
+
+import json
+
+import pytest
+
+from vidtwin.benchmark import protocol
+from vidtwin.errors import UserError
+
+FULL = {**protocol.VIDTWIN, "precision": "32-true", "data": {"num_frames": 16, "fps": 8.0, "clips": ["a", "b"]}}
+
+
+def changed(path):
+    """FULL with another value at a path of keys."""
+    copy = json.loads(json.dumps(FULL))
+    place = copy
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = "another"
+    return copy
+
+
+def test_the_order_of_keys_and_a_way_through_json_do_not_change_the_hash():
+    digest = protocol.protocol_hash(FULL)
+    assert len(digest) == 16
+    assert int(digest, 16) >= 0
+    assert protocol.protocol_hash(dict(reversed(FULL.items()))) == digest
+    assert protocol.protocol_hash(json.loads(json.dumps(FULL, indent=2))) == digest
+
+
+@pytest.mark.parametrize("path", [*((key,) for key in FULL), *(("data", key) for key in FULL["data"])], ids=".".join)
+def test_any_other_value_gives_another_hash(path):
+    assert protocol.protocol_hash(changed(path)) != protocol.protocol_hash(FULL)
+
+
+def test_one_key_more_gives_another_hash():
+    assert protocol.protocol_hash({**FULL, "crop": "centre"}) != protocol.protocol_hash(FULL)
+
+
+def test_the_protocol_is_written_once_and_rows_of_the_same_one_are_welcome(tmp_path):
+    digest = protocol.write(FULL, tmp_path / "results")
+    path = tmp_path / "results" / "protocol.json"
+    written = path.stat().st_mtime_ns, path.read_bytes()
+    assert json.loads(path.read_text()) == FULL
+    assert protocol.write(dict(reversed(FULL.items())), tmp_path / "results") == digest == protocol.protocol_hash(FULL)
+    assert (path.stat().st_mtime_ns, path.read_bytes()) == written
+
+
+def test_rows_of_another_protocol_are_refused_and_nothing_is_overwritten(tmp_path):
+    protocol.write(FULL, tmp_path)
+    before = (tmp_path / "protocol.json").read_bytes()
+    other = {**changed(("data", "fps")), "posterior": "sample"}
+    with pytest.raises(UserError) as error:
+        protocol.write(other, tmp_path)
+    assert str(error.value) == (
+        f"Expected results of protocol {protocol.protocol_hash(other)} in {tmp_path}, got those of "
+        f"{protocol.protocol_hash(FULL)} (they differ in data, posterior); choose another --results_dir."
+    )
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"protocol.json": before}
