@@ -188,7 +188,7 @@ print(sorted({{"torch", "lightning", "torchvision", "av", "jsonargparse"}} & set
 @pytest.mark.parametrize(
     "code",
     [
-        "from vidtwin.cli import main\nwith contextlib.redirect_stdout(io.StringIO()):\n    assert main(['--help']) == 0",
+        "import vidtwin.cli\nwith contextlib.redirect_stdout(io.StringIO()):\n    vidtwin.cli.main(['--help'])",
         "import vidtwin.benchmark.table, vidtwin.benchmark.protocol",
     ],
     ids=["vidtwin --help", "tables"],
