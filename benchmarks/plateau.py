@@ -1,0 +1,191 @@
+"""How fast VidTwin learns from scratch, and which initial value does it (docs/training_from_scratch.md).
+
+    python benchmarks/plateau.py path/to/UCF-101 --variants balanced released
+    python benchmarks/plateau.py synthetic --variants balanced --steps 600
+
+Trains on L1 and the KL alone, on clips held in memory (UCF-101's layout, or "synthetic"), and writes one row per
+variant: PSNR of the test clips at the given steps, beside those of the clip's mean colour and of its temporal mean.
+"""
+
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vidtwin.datamodules.clips import ClipDataset, VideoClips
+from vidtwin.datamodules.synthetic import Synthetic
+from vidtwin.datamodules.ucf101 import UCF101
+from vidtwin.models.vidtwin import VidTwin
+
+# "balanced" with one part of it at its released value: the names of the tensors that go back.
+ABLATIONS = {
+    "Q-Former as released": r"structure\.qformer\..*",
+    "frames mix queries at random": r"structure\.to_frames\..*",
+    "dynamics branch as released": r"dynamics\.(?!head).*",
+}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", help='folder in UCF-101\'s layout, or "synthetic"')
+    parser.add_argument("--variants", nargs="+", default=["released", "balanced"], help=f"also: {', '.join(VARIANTS)}")
+    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--structure-downsamples", type=int, default=0)
+    parser.add_argument("--structure-channels", type=int, default=8)
+    parser.add_argument("--num-queries", type=int, default=4)
+    parser.add_argument("--dynamics-channels", type=int, default=8)
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the Q-Former")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.99))
+    parser.add_argument("--warmup", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--epochs-in-memory", type=int, default=6, help="random crops and starts per training video")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    return parser.parse_args(argv)
+
+
+def load(source: str, resolution: int, epochs: int) -> tuple[Tensor, Tensor]:
+    """Training and test clips, uint8 (N, T, H, W, 3)."""
+    training: ClipDataset
+    if source == "synthetic":
+        synthetic = Synthetic(num_train=100, resolution=resolution)
+        training, test = synthetic.dataset("train"), synthetic.dataset("test")
+    else:
+        data = UCF101(source, val_groups=(10,), resolution=resolution)  # no validation here: its videos train too
+        videos = data.videos("train") + data.videos("val")
+        training = VideoClips(videos, 16, resolution, 8.0, seed=0, training=True, horizontal_flip=True)
+        test = data.dataset("test")
+    clips = [training.clip(epoch, index)["clip"] for epoch in range(epochs) for index in range(len(training))]
+    held_out = [test.clip(0, index)["clip"] for index in range(len(test))]
+    return torch.from_numpy(np.stack(clips)), torch.from_numpy(np.stack(held_out))
+
+
+def to_float(clips: Tensor) -> Tensor:
+    return clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def psnr(clips: Tensor, targets: Tensor) -> float:
+    """Per frame on [0, 1], mean over the frames."""
+    error = ((clips.clamp(-1, 1) - targets) / 2).square().mean((1, 3, 4))
+    return float((-10 * torch.log10(error + 1e-8)).mean())
+
+
+@torch.no_grad()
+def spread_kernels(model: VidTwin) -> None:
+    """All nine taps of each kernel of the structure branch at random, of the same variance as the local ones."""
+    for module in model.structure.modules():
+        if isinstance(module, nn.Conv2d):
+            rows = module.weight.flatten(1).any(1)  # the rows of the log-variance stay 0
+            std = module.weight[rows].square().mean().sqrt()
+            module.weight[rows] = torch.randn_like(module.weight[rows]) * std
+
+
+@torch.no_grad()
+def noisy(model: VidTwin) -> None:
+    """Deviation 1 of both latents' noise."""
+    for branch in (model.structure, model.dynamics):
+        branch.head.bias[branch.head.out_channels // 2 :] = 0
+
+
+VARIANTS = ["released", "balanced", "kernels spread", "log-variance 0", *ABLATIONS]
+
+
+def build(variant: str, args: argparse.Namespace, seed: int) -> VidTwin:
+    if variant not in VARIANTS:
+        raise SystemExit(f"Expected a variant of {VARIANTS}, got {variant!r}.")
+
+    def model(initialization: str) -> VidTwin:
+        torch.manual_seed(seed)
+        return VidTwin(
+            num_frames=16,
+            resolution=args.resolution,
+            patch_size=8,
+            hidden_size=128,
+            depth=args.depth,
+            num_heads=4,
+            num_queries=args.num_queries,
+            structure_channels=args.structure_channels,
+            structure_downsamples=args.structure_downsamples,
+            dynamics_channels=args.dynamics_channels,
+            structure_width=64,
+            qformer_depth=2,
+            qformer_intermediate_size=256,
+            qformer_dropout=args.dropout,
+            initialization=initialization,  # type: ignore[arg-type]
+        )
+
+    built = model("released" if variant == "released" else "balanced")
+    if variant in ABLATIONS:
+        released = model("released").state_dict()
+        part = {name: value for name, value in released.items() if re.fullmatch(ABLATIONS[variant], name)}
+        built.load_state_dict(part, strict=False)
+    if variant == "kernels spread":
+        spread_kernels(built)
+    if variant == "log-variance 0":
+        noisy(built)
+    return built
+
+
+@torch.no_grad()
+def evaluate(model: VidTwin, clips: Tensor) -> float:
+    model.eval()
+    value = psnr(torch.cat([model(part).clip for part in clips.split(8)]), clips)
+    model.train()
+    return value
+
+
+def train(model: VidTwin, clips: Tensor, test: Tensor, args: argparse.Namespace, seed: int) -> dict[int, float]:
+    """Test PSNR by step."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.betas), weight_decay=1e-4)
+
+    def rate(step: int) -> float:
+        cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - args.warmup) / max(1, args.steps - args.warmup))
+        return min(1, (step + 1) / args.warmup) * cosine
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    numbers = test[0, :, 0].numel()  # of a frame: the released loss adds a KL per clip to errors summed over a frame
+    curve = {}
+    for step in range(1, args.steps + 1):
+        clip = to_float(clips[torch.randint(len(clips), (args.batch,), generator=generator)])
+        output = model.train()(clip)
+        loss = (output.clip - clip).abs().mean() + 1e-3 / numbers * output.regularization["kl"]
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step in (50, 100) or step % 200 == 0 or step == args.steps:
+            curve[step] = evaluate(model, test)
+    return curve
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    clips, held_out = load(args.clips, args.resolution, args.epochs_in_memory)
+    test = to_float(held_out)
+    mean_colour = psnr(test.mean((2, 3, 4), keepdim=True).expand_as(test), test)
+    temporal_mean = psnr(test.mean(2, keepdim=True).expand_as(test), test)
+    name = Path(args.clips).name
+    write = sys.stdout.write
+    write(f"{name}: {len(clips)} training, {len(test)} test clips at {args.resolution} px; ")
+    write(f"mean colour {mean_colour:.2f} dB, temporal mean {temporal_mean:.2f} dB\n")
+    for variant in args.variants:
+        for seed in args.seeds:
+            model = build(variant, args, seed)
+            curve = train(model, clips, test, args, seed)
+            steps = ", ".join(f"{value:.2f} at {step}" for step, value in curve.items())
+            percent = 100 * model.compression_rate((3, 16, args.resolution, args.resolution))
+            write(f"{variant}, seed {seed}, rate {percent:.2f}%: {steps}\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
