@@ -66,9 +66,7 @@ def load(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
     try:
         return _sizes(state), _rename(state, path)
     except KeyError as error:
-        raise UserError(
-            f"Expected an official VidTwin checkpoint, got {path} without the tensor {error}."
-        ) from error
+        raise UserError(f"Expected an official VidTwin checkpoint, got {path} without the tensor {error}.") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

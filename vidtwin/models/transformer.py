@@ -36,7 +36,9 @@ class SpatialTemporalBlock(nn.Module):
         self.spatial_attention = SelfAttention(hidden_size, num_heads)
         self.temporal_attention = SelfAttention(hidden_size, num_heads, causal=True)
         self.mlp = nn.Sequential(
-            nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(approximate="tanh"), nn.Linear(4 * hidden_size, hidden_size)
+            nn.Linear(hidden_size, 4 * hidden_size),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * hidden_size, hidden_size),
         )
 
     def forward(self, x: Tensor, temporal_embedding: Tensor | None = None) -> Tensor:
