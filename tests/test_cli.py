@@ -187,7 +187,7 @@ def test_reconstruct_keeps_frames_and_rate_and_uses_the_checkpoints_weights(here
     assert main(["reconstruct", "--ckpt_path", last, "--side_by_side", str(source), "--out=wide"]) == 0
     info = probe(f"plain/{source.stem}.mp4")
     assert (info.num_frames, float(info.fps), info.width, info.height) == (10, 25.0, 32, 32)  # 4 + 4 + 2 frames
-    assert probe(f"wide/{source.stem}.mp4").width == 4 * 32
+    assert probe(f"wide/{source.stem}.mp4").width == 4 * 128  # small frames are shown enlarged
     # What the trained model gives for the first window, at a scale that the codec's coarse colours leave alone.
     from vidtwin.checkpoints import load_autoencoder
 
@@ -313,5 +313,5 @@ def test_the_still_is_a_png_of_four_rows(here, run):
     data = Path("results/rows/VidTwin/clip0.png").read_bytes()
     width, height = struct.unpack(">II", data[16:24])
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert (width, height) == (110 + 4 * 32, 4 * 32)
+    assert (width, height) == (110 + 4 * 128, 4 * 128)
     assert zlib.crc32(data[12:29]) == struct.unpack(">I", data[29:33])[0]

@@ -12,7 +12,7 @@ from vidtwin.autoencoder import Reconstruction
 from vidtwin.models.vidtwin import VidTwin
 
 
-def frames(seed=0, length=5, height=21, width=33):
+def frames(seed=0, length=5, height=71, width=95):
     return np.random.default_rng(seed).integers(0, 256, (length, height, width, 3), dtype=np.uint8)
 
 
@@ -62,7 +62,7 @@ def test_a_model_that_needs_all_its_latents_is_shown_without_parts():
     assert [list(views) for views in shown] == [["input", "reconstruction"]]
 
 
-@pytest.mark.parametrize(("height", "width"), [(20, 32), (21, 33)])
+@pytest.mark.parametrize(("height", "width"), [(70, 96), (71, 97)])
 def test_views_stand_side_by_side_on_even_sides(height, width):
     first, second, third = (frames(seed, height=height, width=width) for seed in range(3))
     joined = panels.side_by_side({"input": first, "reconstruction": second, "structure only": third})
@@ -74,8 +74,15 @@ def test_views_stand_side_by_side_on_even_sides(height, width):
         np.testing.assert_array_equal(inside, view)
 
 
+def test_small_views_are_shown_enlarged_pixel_by_pixel():
+    view = frames(height=32, width=32)
+    shown = panels.side_by_side({"input": view})[:, 14:]
+    np.testing.assert_array_equal(shown[:, ::4, ::4], view)
+    np.testing.assert_array_equal(shown[:, 3::4, 3::4], view)
+
+
 def test_each_view_carries_its_own_name():
-    view = frames(width=60)
+    view = frames(width=66)
     titles = [panels.side_by_side({name: view})[0, :14] for name in ("input", "reconstruction", "input")]
     np.testing.assert_array_equal(titles[0], titles[2])
     assert (titles[0] != titles[1]).any()
@@ -86,12 +93,12 @@ def test_each_view_carries_its_own_name():
 def test_a_filmstrip_shows_frames_evenly_over_the_clip(length, chosen):
     first, second = frames(0, length), frames(1, length)
     strip = panels.filmstrip({"input": first, "reconstruction": second})
-    label = strip.shape[1] - len(chosen) * 33
+    label = strip.shape[1] - len(chosen) * 95
     assert label > 0
-    assert strip.shape[0] == 2 * 21
+    assert strip.shape[0] == 2 * 71
     for row, view in enumerate((first, second)):
         expected = np.concatenate([view[index] for index in chosen], axis=1)
-        np.testing.assert_array_equal(strip[row * 21 : (row + 1) * 21, label:], expected)
+        np.testing.assert_array_equal(strip[row * 71 : (row + 1) * 71, label:], expected)
 
 
 def test_png_decodes_to_the_same_pixels():

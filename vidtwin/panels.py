@@ -32,7 +32,7 @@ def views(model: VideoAutoencoder, clip: Tensor, reconstruction: Reconstruction)
 
 def side_by_side(shown: dict[str, Frames]) -> Frames:
     """The views next to each other under their names: (T, H', W', 3) with even sides, as video codecs want them."""
-    columns = [_titled(name, frames) for name, frames in shown.items()]
+    columns = [_titled(name, _enlarged(frames)) for name, frames in shown.items()]
     joined = np.concatenate(columns, axis=2)
     return np.pad(joined, [(0, 0), (0, joined.shape[1] % 2), (0, joined.shape[2] % 2), (0, 0)])
 
@@ -42,7 +42,7 @@ def filmstrip(shown: dict[str, Frames], num_frames: int = 6) -> Frames:
     rows = []
     for name, frames in shown.items():
         chosen = np.linspace(0, len(frames) - 1, min(num_frames, len(frames))).round().astype(int)
-        strip = np.concatenate(list(frames[chosen]), axis=1)
+        strip = np.concatenate(list(_enlarged(frames[chosen])), axis=1)
         label = _text(name, width=110, height=strip.shape[0])
         rows.append(np.concatenate([label, strip], axis=1))
     return np.concatenate(rows, axis=0)
@@ -61,6 +61,12 @@ def gif(frames: Frames, fps: float) -> bytes:
     images = [Image.fromarray(frame) for frame in frames]
     images[0].save(buffer, "gif", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
     return buffer.getvalue()
+
+
+def _enlarged(frames: Frames) -> Frames:
+    """Frames of a small model repeated pixel by pixel to about 128 px, so that a person sees them."""
+    times = max(1, 128 // frames.shape[2])
+    return frames.repeat(times, axis=1).repeat(times, axis=2)
 
 
 def _titled(name: str, frames: Frames) -> Frames:

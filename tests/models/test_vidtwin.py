@@ -325,6 +325,9 @@ def test_all_names_and_shapes_of_the_released_base_checkpoint_fit_our_base(share
     assert {name: value.shape for name, value in renamed.items()} == {k: v.shape for k, v in wanted.items()}
 
 
+LAYER = "temporal_qformer.qformer.encoder.layer.0"
+
+
 def write(state, tmp_path):
     path = tmp_path / "vidtwin.ckpt"
     torch.save({"state_dict": state}, path)
@@ -335,13 +338,37 @@ def write(state, tmp_path):
     ("change", "expected"),
     [
         (lambda s: s.pop("decoder.blocks.1.mlp.fc1.bias"), "missing decoder.transformer.blocks.1.mlp.0.bias"),
-        (lambda s: s.pop("conv_in.weight"), "without the tensor 'conv_in.weight'"),
+        (lambda s: s.pop("conv_in.weight"), "without the tensor conv_in.weight"),
         (lambda s: s.update({"more.weight": torch.zeros(2)}), "unexpected more.weight"),
         (lambda s: s.update({"bottle_down.bias": torch.zeros(3)}), "structure.head.bias is (3,), expected (16,)"),
-        (lambda s: s.update({"encoder.pos_embed": s["encoder.pos_embed"] * 2}), "encoder's position embeddings"),
+        (lambda s: s.update({"encoder.pos_embed": s["encoder.pos_embed"] * 2}), "others in encoder.pos_embed"),
+        (lambda s: s.update({"decoder.pos_embed": torch.zeros(3)}), "others in decoder.pos_embed"),
+        (lambda s: s.update({"encoder.x_embedder.proj.weight": torch.zeros(2, 3)}), "5 axes"),
+        (lambda s: [s.pop(k) for k in list(s) if k.startswith("encoder.blocks.")], "encoder.blocks.0.attn.qkv.weight"),
+        (lambda s: [s.pop(k) for k in list(s) if ".encoder.layer." in k], "layer.0.intermediate_query.dense.weight"),
+        (
+            lambda s: s.pop(f"{LAYER}.crossattention.attention.key.weight"),
+            f"{LAYER}.crossattention.attention.key.weight",
+        ),
+        (lambda s: s.update({f"{LAYER}.crossattention.attention.key.weight": torch.zeros(2, 2)}), "of one shape"),
+        (lambda s: s.update({"conv_in.weight": torch.zeros(())}), "conv_in.weight with 4 axes"),
         (lambda s: s.clear(), "without any tensor"),
     ],
-    ids=["missing", "missing size", "unexpected", "misshapen", "other positions", "empty"],
+    ids=[
+        "missing",
+        "missing size",
+        "unexpected",
+        "misshapen",
+        "other positions",
+        "misshapen positions",
+        "misshapen size",
+        "no blocks",
+        "no Q-Former",
+        "missing part",
+        "misshapen part",
+        "scalar",
+        "empty",
+    ],
 )
 def test_a_checkpoint_that_does_not_fit_is_one_line_that_names_the_tensor(state, tmp_path, change, expected):
     change(state)
@@ -355,9 +382,9 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_that_names_the_tensor(state,
 
 def test_numbers_of_heads_that_do_not_divide_the_width_are_refused(state, tmp_path):
     path = write(state, tmp_path)
-    with pytest.raises(ValueError, match="Expected hidden_size divisible by num_heads, got 96 and 5"):
+    with pytest.raises(UserError, match="divisible by the number of heads, got 96 and 5"):
         VidTwin.from_official(path, num_heads=5)
-    with pytest.raises(ValueError, match="Expected hidden_size divisible by num_heads, got 64 and 7"):
+    with pytest.raises(UserError, match="divisible by the number of heads, got 64 and 7"):
         VidTwin.from_official(path, num_heads=4, qformer_heads=7)
 
 

@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vidtwin.errors import UserError
+
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with fused query, key and value projections.
@@ -19,7 +21,9 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, causal: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
         if hidden_size % num_heads:
-            raise ValueError(f"Expected hidden_size divisible by num_heads, got {hidden_size} and {num_heads}.")
+            raise UserError(
+                f"Expected a hidden size divisible by the number of heads, got {hidden_size} and {num_heads}."
+            )
         self.num_heads = num_heads
         self.causal = causal
         self.dropout = dropout
@@ -47,7 +51,9 @@ class CrossAttention(nn.Module):
     def __init__(self, hidden_size: int, context_size: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         if hidden_size % num_heads:
-            raise ValueError(f"Expected hidden_size divisible by num_heads, got {hidden_size} and {num_heads}.")
+            raise UserError(
+                f"Expected a hidden size divisible by the number of heads, got {hidden_size} and {num_heads}."
+            )
         self.num_heads = num_heads
         self.dropout = dropout
         self.q = nn.Linear(hidden_size, hidden_size)

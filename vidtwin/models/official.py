@@ -63,10 +63,9 @@ _FUSED = {
 def load(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Read an official checkpoint without running code from it → (arguments of `VidTwin`, state dict in our names)."""
     state = _read(path)
-    try:
-        return _sizes(state), _rename(state, path)
-    except KeyError as error:
-        raise UserError(f"Expected an official VidTwin checkpoint, got {path} without the tensor {error}.") from error
+    sizes = _sizes(state, path)
+    _check_positions(state, path)
+    return sizes, _rename(state, path)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -78,30 +77,36 @@ def _read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _sizes(state: dict[str, Tensor]) -> dict[str, int]:
-    hidden_size, _, _, patch_size, _ = state["encoder.x_embedder.proj.weight"].shape
-    num_queries, query_size = state["temporal_qformer.query_embeds"].shape
-    depth = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.blocks."))
+def _sizes(state: dict[str, Tensor], path: Path) -> dict[str, int]:
+    def shape(name: str, axes: int) -> torch.Size:
+        if name not in state:
+            raise UserError(f"Expected an official VidTwin checkpoint, got {path} without the tensor {name}.")
+        if state[name].ndim != axes:
+            raise UserError(f"Expected {name} with {axes} axes in {path}, got {tuple(state[name].shape)}.")
+        return state[name].shape
+
+    hidden_size, _, _, patch_size, _ = shape("encoder.x_embedder.proj.weight", 5)
+    num_queries, query_size = shape("temporal_qformer.query_embeds", 2)
+    intermediate = shape("temporal_qformer.qformer.encoder.layer.0.intermediate_query.dense.weight", 2)
+    shape("encoder.blocks.0.attn.qkv.weight", 2)
     layer = re.compile(_QFORMER_LAYER + r"(crossattention)?")
     layers = [match for name in state if (match := layer.match(name))]
     reading = sorted({int(match[1]) for match in layers if match[2]})
     return {
-        "num_frames": state["encoder.pos_embed_temporal"].shape[1],
-        "resolution": patch_size * math.isqrt(state["encoder.pos_embed"].shape[1]),
+        "num_frames": shape("encoder.pos_embed_temporal", 3)[1],
+        "resolution": patch_size * math.isqrt(shape("encoder.pos_embed", 3)[1]),
         "patch_size": patch_size,
         "hidden_size": hidden_size,
-        "depth": depth,
+        "depth": 1 + max(int(match[1]) for name in state if (match := re.match(r"encoder\.blocks\.(\d+)\.", name))),
         "num_queries": num_queries,
-        "structure_channels": state["bottle_up.0.weight"].shape[1],
+        "structure_channels": shape("bottle_up.0.weight", 4)[1],
         "structure_downsamples": len(_indices(state, "content_downsample_blocks")),
-        "dynamics_channels": state["motion_emb.0.weight"].shape[1],
+        "dynamics_channels": shape("motion_emb.0.weight", 2)[1],
         "dynamics_downsamples": len(_indices(state, "downsample_motion_module")),
-        "structure_width": state["conv_in.weight"].shape[0],
+        "structure_width": shape("conv_in.weight", 4)[0],
         "query_size": query_size,
         "qformer_depth": 1 + max(int(match[1]) for match in layers),
-        "qformer_intermediate_size": state[
-            "temporal_qformer.qformer.encoder.layer.0.intermediate_query.dense.weight"
-        ].shape[0],
+        "qformer_intermediate_size": intermediate[0],
         "qformer_cross_every": reading[1] - reading[0] if len(reading) > 1 else len(layers),
     }
 
@@ -111,39 +116,47 @@ def _indices(state: dict[str, Tensor], prefix: str) -> set[str]:
 
 
 def _rename(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    _check_positions(state, path)
     renamed: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
         if _UNUSED.fullmatch(name):
             continue
         if match := re.match(_QFORMER_LAYER, name):
-            layer = f"structure.qformer.layers.{match[1]}"
             module, _, kind = name[match.end() :].rpartition(".")
-            fused = next((ours for ours, theirs in _FUSED.items() if module in theirs), None)
+            ours = f"structure.qformer.layers.{match[1]}.{_QFORMER_NAMES.get(module, module)}.{kind}"
+            fused = next(((new, parts) for new, parts in _FUSED.items() if module in parts), None)
             if fused:
-                parts.setdefault(f"{layer}.{fused}.{kind}", {})[module] = value
-            else:
-                renamed[f"{layer}.{_QFORMER_NAMES.get(module, module)}.{kind}"] = value
-            continue
-        ours = next((re.sub(theirs, new, name) for theirs, new in _NAMES if re.fullmatch(theirs, name)), name)
+                ours = f"structure.qformer.layers.{match[1]}.{fused[0]}.{kind}"
+                value = _fuse(state, [f"{match[0]}{part}.{kind}" for part in fused[1]], path)
+        else:
+            ours = next((re.sub(theirs, new, name) for theirs, new in _NAMES if re.fullmatch(theirs, name)), name)
         if ours == "encoder.patch_embed.weight":
             value = value.flatten(1)  # a convolution whose stride is its kernel is a product over patches
-        elif ours == "structure.to_frames.weight":
+        elif ours == "structure.to_frames.weight" and value.ndim == 3:
             value = value.squeeze(-1)  # a convolution of kernel 1 whose channels are the queries
         renamed[ours] = value.float()
-    for ours, found in parts.items():
-        order = next(theirs for fused, theirs in _FUSED.items() if f".{fused}." in ours)
-        renamed[ours] = torch.cat([found[module] for module in order]).float()
     return renamed
+
+
+def _fuse(state: dict[str, Tensor], parts: list[str], path: Path) -> Tensor:
+    missing = [part for part in parts if part not in state]
+    if missing:
+        raise UserError(f"Expected an official VidTwin checkpoint, got {path} without the tensor {missing[0]}.")
+    shapes = {part: tuple(state[part].shape) for part in parts}
+    if len(set(shapes.values())) > 1 or () in shapes.values():
+        raise UserError(f"Expected tensors of one shape in {path}, got {shapes}.")
+    return torch.cat([state[part] for part in parts])
 
 
 def _check_positions(state: dict[str, Tensor], path: Path) -> None:
     """The position embeddings are computed here; a checkpoint trained with others would give other numbers."""
     for part in ("encoder", "decoder"):
-        spatial, temporal = state[f"{part}.pos_embed"], state[f"{part}.pos_embed_temporal"]
-        grid, size = math.isqrt(spatial.shape[1]), spatial.shape[2]
-        same = torch.allclose(spatial[0].double(), sincos_2d(size, grid, grid), atol=1e-5)
-        time = sincos_1d(size, torch.arange(temporal.shape[1]))
-        if not (same and torch.allclose(temporal[0].double(), time, atol=1e-5)):
-            raise UserError(f"{path}: {part}'s position embeddings are not the released ones (another scale?).")
+        for suffix in ("", "_temporal"):
+            name = f"{part}.pos_embed{suffix}"
+            if name not in state:
+                raise UserError(f"Expected an official VidTwin checkpoint, got {path} without the tensor {name}.")
+            stored, wanted = state[name], state[f"encoder.pos_embed{suffix}"].shape
+            grid = math.isqrt(wanted[1])
+            time = torch.arange(wanted[1])
+            expected = sincos_1d(wanted[2], time) if suffix else sincos_2d(wanted[2], grid, grid)
+            if stored.shape != (1, *expected.shape) or not torch.allclose(stored[0].double(), expected, atol=1e-5):
+                raise UserError(f"Expected the released position embeddings in {path}, got others in {name}.")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vidtwin.errors import UserError
 from vidtwin.layers.attention import SelfAttention
 from vidtwin.layers.patches import patchify, sincos_1d, sincos_2d, unpatchify
 
@@ -67,7 +68,7 @@ class SpatialTemporalTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if hidden_size % 4:
-            raise ValueError(f"Expected hidden_size divisible by 4 (two axes of sine and cosine), got {hidden_size}.")
+            raise UserError(f"Expected hidden_size divisible by 4 (two axes of sine and cosine), got {hidden_size}.")
         self.activation_checkpointing = activation_checkpointing
         self.blocks = nn.ModuleList(SpatialTemporalBlock(hidden_size, num_heads) for _ in range(depth))
         position = sincos_2d(hidden_size, grid_size, grid_size)

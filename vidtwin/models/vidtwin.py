@@ -164,9 +164,8 @@ class VidTwin(VideoAutoencoder):
         """A latent that is left out adds nothing: structure only or dynamics only, as in the paper's figure 2."""
         for name, latent in latents.items():
             if latent.shape[1:] != self._shapes[name]:
-                raise UserError(
-                    f"Expected latent {name} of shape (B, *{self._shapes[name]}), got {tuple(latent.shape)}."
-                )
+                wanted = ", ".join(map(str, self._shapes[name]))
+                raise UserError(f"Expected latent {name} of shape (B, {wanted}), got {tuple(latent.shape)}.")
         branches: dict[str, StructureBranch | DynamicsBranch]
         branches = {"structure": self.structure, "dynamics": self.dynamics}
         parts = [branches[name].decode(latents[name]) for name in self.latent_names if name in latents]
