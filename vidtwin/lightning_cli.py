@@ -73,7 +73,7 @@ class VidTwinCLI(LightningCLI):
             subclass_mode_data=True,
             trainer_class=VideoTrainer,
             parser_class=_Parser,
-            parser_kwargs={"prog": "vidtwin"},
+            parser_kwargs={"prog": "vidtwin"} | {name: {"usage": _usage(name)} for name in self.subcommands()},
             save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
@@ -132,6 +132,12 @@ class VidTwinCLI(LightningCLI):
 
     def _own_config(self) -> Namespace:
         return self.config[str(self.config.subcommand)]
+
+
+def _usage(command: str) -> str:
+    """In place of argparse's list of every option, which is sixty lines long."""
+    before = " VIDEO [VIDEO ...] --ckpt_path FILE" if command == "reconstruct" else ""
+    return f"vidtwin {command}{before} [--config FILE ...] [--OPTION VALUE ...]"
 
 
 def _inputs(argv: list[str]) -> list[str]:
