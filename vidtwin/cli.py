@@ -3,7 +3,6 @@
 Nothing heavy is imported at the top: `vidtwin --help` answers without torch.
 """
 
-import difflib
 import re
 import shutil
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vidtwin import __version__
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, suggestion
 
 TRAINER_COMMANDS = {
     "fit": "Train an autoencoder: vidtwin fit --config configs/vidtwin_base.yaml --data.root PATH",
@@ -84,12 +83,6 @@ def main(argv: list[str] | None = None) -> int:
 def entry_point() -> None:
     """What the installed script `vidtwin` calls."""
     sys.exit(main())
-
-
-def suggestion(word: str, candidates: list[str]) -> str:
-    """The end of a message: `; did you mean 'x'?` for the nearest candidate, else a full stop."""
-    near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def _help() -> str:

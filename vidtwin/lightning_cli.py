@@ -23,8 +23,7 @@ from vidtwin import checkpoints, plugins
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
 from vidtwin.callbacks.clips import ClipLogger
-from vidtwin.cli import suggestion
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, suggestion
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.task import AutoencoderTask
 from vidtwin.trainer import VideoTrainer
