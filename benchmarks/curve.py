@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     events = EventAccumulator(str(arguments.run))
     events.Reload()
-    points = [(event.step + 1 if event.step else 0, event.value) for event in events.Scalars("val/psnr")]
+    points = [(event.step, event.value) for event in events.Scalars("val/psnr")]
     lines = references(validation_data(yaml.safe_load((arguments.run / "config.yaml").read_text())))
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")

@@ -206,6 +206,8 @@ class ClipDataModule(LightningDataModule, ABC):
         for key, value in {"num_frames": num_frames, "resolution": resolution, "batch_size": batch_size}.items():
             if value < 1:
                 raise UserError(f"Expected data.{key} of at least 1, got {value}.")
+        if num_workers is not None and num_workers < 0:
+            raise UserError(f"Expected data.num_workers of at least 0, or null for one a core, got {num_workers}.")
         if fps is not None and fps <= 0:
             raise UserError(f"Expected data.fps above 0, or null for every frame, got {fps}.")
         self.num_frames = num_frames
@@ -216,8 +218,6 @@ class ClipDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.seed = seed
         self.horizontal_flip = horizontal_flip
-        # On more ranks than evaluation clips some ranks have none.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         self._datasets: dict[str, ClipDataset] = {}
 
     @abstractmethod
@@ -287,6 +287,12 @@ class ClipDataModule(LightningDataModule, ABC):
         training = split == "train"
         dataset = self.dataset(split)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if not training and len(dataset) < world_size:
+            # A rank without a clip would leave the others waiting for it where means are taken over all ranks.
+            raise UserError(
+                f"Expected at least one clip of the {self.split_name(split)} split for each of {world_size} ranks, "
+                f"got {len(dataset)}; use fewer devices or more clips."
+            )
         sampler = ClipSampler(len(dataset), training, self.seed, rank, world_size)
         if training and self.trainer:
             # Lightning starts the workers of a resumed run before it calls set_epoch.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from vidtwin.cli import main
 from vidtwin.datamodules.synthetic import write_ucf_like
-from vidtwin.video import iter_frames, probe
+from vidtwin.video import iter_frames, probe, write_video
 
 CONFIG = {
     "model": {
@@ -124,7 +124,8 @@ def test_tensorboard_shows_losses_rates_norms_quality_and_clips_from_step_0_on(r
     assert all(tags[f"train/{name}"] == [0, 1, 2] for name in every_step)
     assert tags["lr/generator"] == [0, 1, 2]
     assert tags["lr/discriminator"] == tags["discriminator/loss"] == tags["train/adversarial"] == [2]
-    assert tags["val/psnr"] == tags["val/ssim"] == [0, 2]
+    # Training's are of batches, counted from 0; validation's are after so many steps, the untrained model's included.
+    assert all(tags[f"val/{name}"] == [0, 3] for name in ("psnr", "ssim", "loss", "pixel", "kl"))
     assert tags["val_clips/0/frames"] == tags["val_clips/0/video"] == [0, 3]
 
 
@@ -208,7 +209,7 @@ def test_reconstruct_keeps_frames_and_rate_and_uses_the_checkpoints_weights(here
 def test_predict_writes_latents_that_decode_to_the_clip(here, run):
     argv = ["predict", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--out", "latents"]
     assert main([*argv, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
-    files = sorted(Path("latents").rglob("*.safetensors"))
+    files = sorted(Path("latents").rglob("*.avi.safetensors"))
     assert len(files) == len(list(Path("latents").rglob("*.mp4"))) == 4
     latents = load_file(files[0])
     assert {name: tuple(z.shape) for name, z in latents.items()} == {"structure": (4, 2, 2, 2), "dynamics": (8, 4, 4)}
@@ -231,6 +232,31 @@ def test_predict_writes_latents_that_decode_to_the_clip(here, run):
         (["fit", "--model.autoencoder", "vidtwin"], "--data ucf101"),
         (["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--name", "../up"], "folder's name"),
         (["plugins", "extra"], "Expected no arguments"),
+        (["fit", "--config", "tiny.yml"], "did you mean 'tiny.yaml'?"),
+        (["fit", "--config", "tiny.yaml", "--data", "vidtwin.datamodule.ucf101.UCF101"], "did you mean 'datamodules'?"),
+        (["fit", "--config", "tiny.yaml", "--model.optimizer", "torch.optim.AdmW"], "did you mean 'AdamW'?"),
+        (["fit", "--config", "tiny.yaml", "--trainer.logger", "TensorBordLogger"], "did you mean 'TensorBoardLogger'?"),
+        (
+            ["fit", "--config", "tiny.yaml", "--model.loss.discriminator", "vidtwin.losses.discriminator.Patch2d"],
+            "model.loss: discriminator: Problem with given class_path",
+        ),
+        (["fit", "--config", "tiny.yaml", "--model.loss.pixel", "l3"], "model.loss.pixel: Expected"),
+        (["fit", "--config", "tiny.yaml", "--trainer.precision", "bf17"], "bf16-mixed, 32-true"),
+        (["fit", "--config", "tiny.yaml", "--data.root=data/UCF-101", "--trainer.accelerator", "gpuu"], "gpuu"),
+        (["fit", "--config", "tiny.yaml", "--data.root=data/UCF-101", "--data.num_workers=-1"], "num_workers"),
+        (
+            ["fit", "--config", "tiny.yaml", "--data.root=data/UCF-101", "--model.autoencoder.depth=0"],
+            "depth of at least 1",
+        ),
+        (["test", "--config", "tiny.yaml", "--data.root=data/UCF-101", "--name", "mean_colour"], "is no reference's"),
+        (
+            ["test", "--config=tiny.yaml", "--data.root=data/UCF-101", "--references=[mean_color]", "--results_dir=r"],
+            "got 'mean_color'; did you mean 'mean_colour'?",
+        ),
+        (["reconstruct", "a.mp4"], "give --ckpt_path FILE"),
+        (["reconstruct", "a.mp4", "--ckpt_path"], "expected one argument"),
+        (["validate", "--config", "tiny.yaml", "--data.root", "data/UCF-101"], "give --ckpt_path FILE"),
+        (["fit"], "give --config FILE or --model.autoencoder NAME"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(here, capsys, argv, expected):
@@ -265,6 +291,47 @@ def test_checkpoints_that_do_not_fit_or_are_not_whole_change_nothing(here, run, 
     assert "never run" in fails(capsys, *base, "--ckpt_path", str(tmp_path / "code.ckpt"))
     assert not marker.exists()
     assert not (tmp_path / "results").exists()
+
+
+def test_a_new_run_does_not_start_over_an_old_one(here, run, capsys):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    argv = ["fit", "--config", "tiny.yaml", "--data.root", "data/UCF-101"]
+    assert "go on with it by --ckpt_path" in fails(capsys, *argv)
+    resumed = [*argv, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    assert "warmup_steps=9" in fails(capsys, *resumed, "--model.scheduler.warmup_steps=9")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_row_is_not_replaced_by_that_of_another_checkpoint(here, run, capsys):
+    argv = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", "results"]
+    line = fails(capsys, *argv, "--ckpt_path", str(run / "checkpoints" / "best.ckpt"))
+    assert "to be of this checkpoint" in line
+    assert "give another --name" in line
+
+
+def test_an_option_changes_the_model_of_a_checkpoint_and_says_so(here, run, capsys):
+    last = str(run / "checkpoints" / "last.ckpt")
+    argv = ["validate", "--ckpt_path", last, "--model.autoencoder.qformer_dropout=0.5", "--data=ucf101"]
+    argv += ["--data.root=data/UCF-101", "--data.num_frames=4", "--data.resolution=32", "--data.fps=25"]
+    assert main([*argv, "--data.num_workers=0", "--trainer.enable_progress_bar=false"]) == 0
+    assert "qformer_dropout: 0.5 in the config, 0.1 in the checkpoint" in capsys.readouterr().err
+
+
+def test_no_command_writes_over_its_input(here, run, capsys, tmp_path):
+    source = tmp_path / "x.mp4"
+    video = next(Path("data/UCF-101").rglob("*.avi"))
+    write_video(source, iter_frames(video), 25)
+    before = source.read_bytes()
+    last = str(run / "checkpoints" / "last.ckpt")
+    assert "would be replaced" in fails(capsys, "reconstruct", str(source), "--ckpt_path", last, "--out", str(tmp_path))
+    (tmp_path / "list.csv").write_text(f"path,split\n{source},test\n{source},val\n")
+    argv = ["predict", "--ckpt_path", last, "--data", "folder", f"--data.root={tmp_path}"]
+    argv += [f"--data.csv={tmp_path / 'list.csv'}", "--data.num_frames=4", "--data.resolution=32", "--data.fps=25"]
+    argv += ["--data.num_workers=0", "--trainer.enable_progress_bar=false"]
+    assert main([*argv, f"--out={tmp_path}"]) == 0
+    assert main([*argv, f"--out={tmp_path / 'out'}"]) == 0
+    assert source.read_bytes() == before
+    assert [p.name for p in (tmp_path / "out").rglob("*.mp4")] == ["x.mp4.mp4"]
 
 
 def test_a_clip_of_the_wrong_shape_names_the_option(here, capsys):

@@ -21,7 +21,7 @@ def test_a_command_has_options_that_exist(command, monkeypatch, capsys, tmp_path
 
     monkeypatch.chdir(ROOT)
     spec = {"class_path": "vidtwin.models.vidtwin.VidTwin", "init_args": {}}
-    monkeypatch.setattr(checkpoints, "read", lambda path: {"state_dict": {}, "model_spec": spec})
+    monkeypatch.setattr(checkpoints, "read", lambda path, lazily=False: {"state_dict": {}, "model_spec": spec})
     argv = shlex.split(command)[1:]
     assert main([*argv, "--print_config"]) == 0
     assert "autoencoder:" in capsys.readouterr().out
@@ -39,6 +39,11 @@ def test_links_and_targets_exist():
     assert missing == []
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in re.findall(r"^make (\w+)", README, re.MULTILINE))
+
+
+def test_nothing_was_left_to_fill_in():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    assert [page.name for page in pages if re.search(r"\b[A-Z]+_(TABLE|SECTION)\b|TODO", page.read_text())] == []
 
 
 def test_configs_that_are_named_exist():

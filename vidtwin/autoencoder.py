@@ -2,7 +2,7 @@
 
     clip (B, 3, T, H, W) in [-1, 1] ── encode ──> Encoding ── sample | mode ──> latents ── decode ──> clip
 
-A subclass fills in `_encode`, `_decode`, `latent_shapes` and `last_layer`; what is the same for all (checking shapes,
+A subclass fills in `_encode`, `_decode`, `_latent_shapes` and `last_layer`; what is the same for all (checking shapes,
 padding to a legal length and cropping back, mapping the range of values, rates) is here.
 """
 

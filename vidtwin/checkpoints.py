@@ -36,9 +36,9 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path, lazily: bool = False) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; raises `UserError` for one that is absent, cut off or holds pickled objects."""
-    checkpoint = weights.read(path)
+    checkpoint = weights.read(path, lazily)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"Expected a checkpoint written by `vidtwin fit`, got {path} without a state_dict.")
     return checkpoint

@@ -7,14 +7,17 @@ import argparse
 import inspect
 import json
 import logging
+import pkgutil
 import re
 import sys
 import warnings
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -35,9 +38,9 @@ def run(command: str, argv: list[str]) -> None:
     argv = _resolve_short_names(argv)
     checkpoint = _option(argv, "ckpt_path")
     if checkpoint and command != "fit" and not _option(argv, "config") and not _option(argv, "model.autoencoder"):
-        spec = checkpoints.model_spec(checkpoints.read(checkpoint), checkpoint)
-        argv.append(f"--model.autoencoder={json.dumps(spec)}")
-    _quieten()
+        spec = checkpoints.model_spec(checkpoints.read(checkpoint, lazily=True), checkpoint)
+        argv.insert(1, f"--model.autoencoder={json.dumps(spec)}")  # first, so that other options change it
+    _quieten(command)
     try:
         VidTwinCLI(argv)
     except MisconfigurationException as error:
@@ -50,16 +53,17 @@ def run(command: str, argv: list[str]) -> None:
 class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """One line with what was meant, where jsonargparse prints its usage and a tree of reasons."""
-        # An inner parser's error comes back through the outer one's.
-        raise UserError(message if "did you mean" in message else _shorten(message, self)) from ex
+        raise UserError(_shorten(message, self)) from ex
 
 
 class _SaveConfig(SaveConfigCallback):
     """Keep the config of a training beside its checkpoints; other commands leave none behind."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Too early: what is still refused after this must not have replaced the config of another run."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
 
 class VidTwinCLI(LightningCLI):
@@ -110,7 +114,7 @@ class VidTwinCLI(LightningCLI):
         config = self._own_config()
         if not (path := config.get("ckpt_path")):
             return
-        checkpoint = checkpoints.read(path)
+        checkpoint = checkpoints.read(path, lazily=True)
         stored = checkpoint.get("model_spec")
         given = config.model.autoencoder
         if stored and given:
@@ -120,6 +124,8 @@ class VidTwinCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self._own_config()
+        if self.subcommand != "fit" and not config.get("ckpt_path") and self.subcommand != "test":
+            raise UserError(f"Expected trained weights to {self.subcommand} with; give --ckpt_path FILE.")
         if self.subcommand == "reconstruct":
             config.data = None
         elif config.get("data") is None:
@@ -128,6 +134,23 @@ class VidTwinCLI(LightningCLI):
             )
         if self.subcommand != "fit":
             config.trainer.logger = False  # a measurement is no run: it leaves its results alone behind
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None  # jsonargparse wraps it into the types that it tried
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:  # an accelerator, a precision or a strategy that does not exist
+            raise UserError(str(error)) from error
 
     def _own_config(self) -> Namespace:
         return self.config[str(self.config.subcommand)]
@@ -145,7 +168,9 @@ def _inputs(argv: list[str]) -> list[str]:
     options: list[str] = []
     takes_value = False
     for word in argv:
-        if word.startswith("-"):
+        if word == "--inputs":
+            takes_value = False
+        elif word.startswith("-"):
             takes_value = "=" not in word and word not in ("-h", "--help", "--side_by_side")
             options.append(word if word != "--side_by_side" else "--side_by_side=true")
         elif takes_value:
@@ -186,25 +211,61 @@ def _option(argv: list[str], name: str) -> str | None:
     for index, word in enumerate(argv):
         option, equals, after = word.partition("=")
         if option in names:
-            value = after if equals else (argv[index + 1] if index + 1 < len(argv) else None)
+            following = argv[index + 1] if index + 1 < len(argv) else "--"
+            value = after if equals else (None if following.startswith("--") else following)
     return value
 
 
 def _shorten(message: str, parser: argparse.ArgumentParser) -> str:
-    """jsonargparse's message as one line, with what was probably meant."""
-    text = re.sub(r"\s+", " ", message).strip()
+    """jsonargparse's message as one line: the innermost reason, and what was probably meant."""
+    text = re.sub(r"\s+", " ", message).strip().rstrip(".")
+    if match := re.search(r"arguments are required: (\w+)\.model\.autoencoder", text):
+        wanted = "--ckpt_path FILE" if match[1] != "fit" else "--config FILE or --model.autoencoder NAME"
+        return f"Expected an autoencoder to {match[1]}, got none; give {wanted}."
+    if "Union subtypes" in text:
+        text = _innermost(text)
     text = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", text)
-    text = text.rstrip(".").replace("unrecognized arguments:", "Expected options that exist, got")
-    if match := re.search(r"Problem with given class_path '([\w.]+)\.(\w+)'", text):
-        module = sys.modules.get(match[1])
-        return text + suggestion(match[2], dir(module) if module else [])
+    text = text.replace("unrecognized arguments:", "Expected options that exist, got")
+    text = re.sub(r"Expected a dot import path string: (\S+)", r"Expected a class path, got '\1'", text)
+    # An inner parser's error comes back through the outer one's, with its suggestion.
+    return text if text.endswith("'?") else text + _meant(text, parser)
+
+
+def _innermost(text: str) -> str:
+    """Of the reasons why a value fits none of several types, the one about the type that was meant."""
+    key = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
+    reasons, _, given = text.rpartition("Errors: - ")[2].partition(" Given value type: ")
+    value = given.partition("Given value: ")[2].partition(" - Expected a ")[0]
+    named = [reason for reason in reasons.split(" - ") if not re.match(r"Expected an? (<class|typing)", reason)]
+    choices = re.findall(r"'([\w.-]+)'", " ".join(re.findall(r"typing\.Literal\[.*?\]", reasons)))
+    if named:
+        reason = re.sub(r'^Parser key "[\w.]+": ', "", named[0])
+    elif choices:
+        reason = f"Expected one of {', '.join(choices)}, got {value}"
+    else:
+        kinds = re.findall(r"<class '([\w.]+)'>", reasons)
+        reason = f"Expected {' or '.join(kind.rpartition('.')[2] for kind in kinds)}, got {value}"
+    return f"{key}: {reason}".rstrip(".")
+
+
+def _meant(text: str, parser: argparse.ArgumentParser) -> str:
+    """The end of the message: the nearest thing that exists, or a full stop."""
+    if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
+        return suggestion(match[2], dir(sys.modules[match[1]]) if match[1] in sys.modules else [])
+    if match := re.search(r"No module named '([\w.]+)\.(\w+)'", text):
+        paths = getattr(sys.modules.get(match[1]), "__path__", [])
+        return suggestion(match[2], [module.name for module in pkgutil.iter_modules(paths)])
+    if match := re.search(r"File does not exist: '(.+?)'", text):
+        path = Path(match[1])
+        return suggestion(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+    if match := re.search(r"Expected a class path, got '(\w+)'", text):
+        return suggestion(match[1], [cls.__name__ for cls in _classes()])
     if match := re.search(r"got --([\w.]+)", text):
-        return text + suggestion(match[1], [name.lstrip("-") for name in _options(parser)])
+        return suggestion(match[1], [name.lstrip("-") for name in _options(parser)])
     if match := re.search(r"[Oo]ption '([\w.]+)'", text):
-        word = match[1].rpartition(".")[2]
         names = [name.rpartition(".")[2] for name in _options(parser)]
-        return text + suggestion(word, sorted({*names, *_arguments()}))
-    return f"{text}."
+        return suggestion(match[1].rpartition(".")[2], sorted({*names, *_arguments()}))
+    return "."
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:
@@ -217,29 +278,45 @@ def _options(parser: argparse.ArgumentParser) -> set[str]:
     return names
 
 
+def _classes() -> list[type]:
+    """All classes that a config may name and that are imported so far."""
+    found: list[type] = []
+    waiting: list[type] = [
+        VideoAutoencoder,
+        LightningDataModule,
+        AutoencoderLoss,
+        Optimizer,
+        LRScheduler,
+        Callback,
+        Logger,
+    ]
+    while waiting:
+        found.append(waiting.pop())
+        waiting += found[-1].__subclasses__()
+    return found
+
+
 def _arguments() -> set[str]:
-    """Names of the arguments of all classes that a config may have named so far: these are no options of the parser."""
-    classes: list[type] = [VideoAutoencoder, LightningDataModule, AutoencoderLoss, Optimizer, LRScheduler, Callback]
-    names: set[str] = set()
-    while classes:
-        cls = classes.pop()
-        names |= set(inspect.signature(cls).parameters)
-        classes += cls.__subclasses__()
-    return names
+    """Names of their arguments, which are no options of the parser."""
+    return {name for cls in _classes() for name in inspect.signature(cls).parameters}
 
 
-def _quieten() -> None:
+def _quieten(command: str) -> None:
     """Silence what Lightning says of things that are as they should be here."""
     beside_the_point = ("GPU available", "TPU available", "Tip:", "`weights_only` was not set")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not any(text in record.getMessage() for text in beside_the_point)
-    )
+    for module in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{module}").addFilter(
+            lambda record: not any(text in record.getMessage() for text in beside_the_point)
+        )
+    if command != "fit":  # what only watches a training is not there
+        warnings.filterwarnings("ignore", message=r".*The dirpath has changed.*")
+        warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint.*")
     for message in (
         r".*does not have many workers.*",  # data modules choose the number themselves
         r".*srun.*",
         r".*`training_step` returned `None`.*",  # manual optimization
         r".*isinstance\(treespec, LeafSpec\).*",
-        r".*The dirpath has changed.*",  # `vidtwin test` has no folder of checkpoints
+        r".*sync_dist=True.*",  # the metrics are means over all ranks already
         r".*AFTER optimization.*",  # a checkpoint after the step is what is wanted
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -9,7 +9,7 @@ import warnings
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, suggestion
 
 GROUPS = ("vidtwin.autoencoders", "vidtwin.datamodules")
 
@@ -41,7 +41,8 @@ def load(name: str, group: str) -> Any:
     """Import the plug-in of a short name. Raises `UserError` that names the plug-in if it is absent or broken."""
     entries = available(group)
     if name not in entries:
-        raise UserError(f"Expected one of the plug-ins {sorted(entries)} of {group}, got {name!r}.")
+        known = sorted(entries)
+        raise UserError(f"Expected one of the plug-ins {', '.join(known)}, got {name!r}{suggestion(name, known)}")
     try:
         return entries[name].load()
     except Exception as error:

@@ -14,6 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
 
 from vidtwin import checkpoints, weights
 from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
@@ -39,7 +40,7 @@ class AutoencoderTask(LightningModule):
         discriminator_optimizer: Of the loss's discriminator.
         discriminator_scheduler: Schedule of `discriminator_optimizer`, stepped once per step of the generator.
         gradient_clip_norm: Largest norm of the gradient, for each of the two players; None does not clip.
-        metrics: What validation and test measure.
+        metrics: What validation and test measure; None takes the loss's LPIPS backbone for LPIPS.
     """
 
     def __init__(
@@ -62,9 +63,15 @@ class AutoencoderTask(LightningModule):
         self.discriminator_optimizer = discriminator_optimizer
         self.discriminator_scheduler = discriminator_scheduler
         self.gradient_clip_norm = gradient_clip_norm
-        self.metrics = metrics or ClipMetrics()
+        self.metrics = metrics or ClipMetrics(getattr(self.loss.perceptual, "backbone", None))
+        self._validation_terms: dict[str, MeanMetric] = {}
 
     # Configure.
+
+    def prepare_data(self) -> None:
+        """On one rank of each machine, before the others: fetch what the loss may have to download."""
+        if self.trainer.state.fn == "fit":
+            self.loss.setup()
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -176,21 +183,24 @@ class AutoencoderTask(LightningModule):
         clip = batch["clip"]
         reconstruction = self.autoencoder(clip)
         terms = self.loss.generator_loss(reconstruction, clip, None, step=-1) if self._loss_is_ready() else {}
-        self.log_dict(
-            {f"val/{name if name != 'total' else 'loss'}": value.detach() for name, value in terms.items()},
-            batch_size=len(clip),
-            sync_dist=True,
-        )
+        for name, value in terms.items():
+            mean = self._validation_terms.setdefault(name, MeanMetric().to(self.device))
+            mean.update(value.detach(), weight=len(clip))
         self.metrics.update(self.metrics(reconstruction.clip, clip))
         return reconstruction
 
     def on_validation_epoch_end(self) -> None:
         values = {f"val/{name}": value for name, value in self.metrics.compute().items()}
+        shown = dict(values)
+        for name, mean in self._validation_terms.items():
+            values[f"val/{'loss' if name == 'total' else name}"] = mean.compute()
+            mean.reset()
         self.metrics.reset()
         if not self.trainer.sanity_checking:
-            self.log_dict(values, prog_bar=True)
-        elif self.trainer.num_sanity_val_steps == float("inf"):
-            # All clips before the first step: where the curves start. Lightning itself logs nothing here.
+            self.log_dict(shown, prog_bar=True, logger=self.trainer.state.fn != "fit")
+        # Lightning logs nothing of the validation before the first step, where the curves start. So all of them are
+        # logged here, at the number of steps that were taken (unless that first one saw only a few clips).
+        if not self.trainer.sanity_checking or self.trainer.num_sanity_val_steps == float("inf"):
             for logger in self.loggers:
                 logger.log_metrics({name: float(value) for name, value in values.items()}, self.global_step)
 

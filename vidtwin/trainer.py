@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vidtwin import checkpoints, panels
+from vidtwin import plugins as registry
 from vidtwin.autoencoder import Reconstruction
 from vidtwin.callbacks.progress import ProgressBar
 from vidtwin.callbacks.results import ResultsWriter
@@ -35,13 +36,16 @@ class VideoTrainer(Trainer):
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         kwargs["plugins"] = [*plugins, checkpoints.AtomicCheckpointIO()]
         kwargs["use_distributed_sampler"] = False
+        strategy = kwargs.get("strategy", "auto")
+        if strategy in ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook"):
+            kwargs["strategy"] = f"{strategy}_find_unused_parameters_true"
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(ProgressBar())
         kwargs["callbacks"] = callbacks
         super().__init__(*args, **kwargs)
-        if kwargs.get("strategy", "auto") == "auto" and isinstance(self.strategy, DDPStrategy):
+        if strategy == "auto" and isinstance(self.strategy, DDPStrategy):
             self.strategy._ddp_kwargs["find_unused_parameters"] = True
 
     def test(  # type: ignore[override]
@@ -66,17 +70,17 @@ class VideoTrainer(Trainer):
             datamodule: The data.
             results_dir: Folder for `rows/<name>/results.json`, `clips.csv`, `table.md` and `table.csv`.
             name: Name of the row; by default the autoencoder's class.
-            references: Autoencoders without weights measured on the same clips; by default the mean colour of the
-                clip and its temporal mean frame.
+            references: Autoencoders without weights measured on the same clips, by their short names; by default all
+                that are registered as `vidtwin.references`: the clip's mean colour and its temporal mean frame.
 
         Returns:
             What Lightning's `test` does: a list of one dict of means.
         """
         task = self._task(model)
         row = name or type(task.autoencoder).__name__
-        if row != Path(row).name or row.startswith("."):
-            raise UserError(f"Expected a --name that can be a folder's name, got {row!r}.")
-        chosen = ["mean_colour", "temporal_mean"] if references is None else references
+        chosen = sorted(registry.available("vidtwin.references")) if references is None else references
+        if row != Path(row).name or row.startswith(".") or row in chosen:
+            raise UserError(f"Expected a --name that can be a folder's name and is no reference's, got {row!r}.")
         writer = ResultsWriter(results_dir, row, str(ckpt_path) if ckpt_path else None, chosen)
         callbacks: list[Callback] = cast(Any, self).callbacks
         callbacks.append(writer)
@@ -104,7 +108,7 @@ class VideoTrainer(Trainer):
             dataloaders: Loaders of clips, instead of `datamodule`.
             datamodule: The data.
             ckpt_path: Weights to use.
-            out: Folder for `<name>.safetensors` and `<name>.mp4`.
+            out: Folder for `<name>.safetensors` and `<name>.mp4`, where the name is the video's with its suffix.
         """
         writer = _PredictionWriter(Path(out))
         callbacks: list[Callback] = cast(Any, self).callbacks
@@ -144,6 +148,9 @@ class VideoTrainer(Trainer):
         stems = [Path(source).stem for source in inputs]
         if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
             raise UserError(f"Expected inputs of different names, got several called {', '.join(twice)}.")
+        for source, stem in zip(inputs, stems, strict=True):
+            if any((Path(out) / f"{stem}.mp4").resolve() == Path(other).resolve() for other in inputs):
+                raise UserError(f"Expected --out to be another folder than that of {source}, which would be replaced.")
         autoencoder = task.autoencoder.eval()
         checkpoints.load_weights(autoencoder, ckpt_path)
         autoencoder.to(self.strategy.root_device)
@@ -195,10 +202,12 @@ class _PredictionWriter(Callback):
     ) -> None:
         fps = getattr(getattr(trainer, "datamodule", None), "fps", None) or 25.0
         for index, name in enumerate(batch["name"]):
-            stem = self.out / Path(name).with_suffix("")
-            with replacing(stem.with_suffix(".safetensors")) as temporary:
+            # The whole name, so that neither two videos nor a video and its own reconstruction share a file; a data
+            # set's names may be absolute or point upwards, and must not lead out of the folder.
+            inside = Path(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
+            with replacing(self.out / f"{inside}.safetensors") as temporary:
                 save_file({key: z[index].contiguous().cpu() for key, z in outputs.latents.items()}, temporary)
-            write_video(stem.with_suffix(".mp4"), panels.to_uint8(outputs.clip[index]), fps)
+            write_video(self.out / f"{inside}.mp4", panels.to_uint8(outputs.clip[index]), fps)
 
 
 def _windows(frames: Iterator[panels.Frames], length: int) -> Iterator[tuple[Tensor, int]]:

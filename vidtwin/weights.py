@@ -1,5 +1,6 @@
 """Reading files of weights without running code from them, and saying how they fail to fit."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor
 from vidtwin.errors import UserError
 
 
-def read(path: str | Path) -> Any:
+def read(path: str | Path, lazily: bool = False) -> Any:
     """What a .safetensors file or a torch file (.ckpt, .pth, .pt) holds, on the CPU.
+
+    With `lazily` the tensors' bytes stay in the file until they are used: for a look at what it says.
 
     Raises `UserError` for a file that is absent, cut off, or holds more than tensors and plain values.
     """
@@ -22,7 +25,8 @@ def read(path: str | Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        mapped = lazily and zipfile.is_zipfile(path)  # older torch files can't be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         text = str(error).strip() or type(error).__name__
         if "Unsupported operand" in text:  # not even a pickle that torch would read

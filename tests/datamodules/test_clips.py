@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from vidtwin.datamodules.clips import ClipDataModule, ClipSampler, Video, VideoClips
+from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.datamodules.transforms import to_clip
 from vidtwin.datamodules.ucf101 import UCF101
 from vidtwin.errors import UserError
@@ -247,3 +249,12 @@ def test_impossible_arguments_are_named() -> None:
     for kwargs, message in (({"num_frames": 0}, "data.num_frames"), ({"fps": -1.0}, "data.fps")):
         with pytest.raises(UserError, match=message):
             UCF101("anywhere", **kwargs)
+
+
+def test_evaluation_with_fewer_clips_than_ranks_is_refused(monkeypatch):
+    # A rank without a clip would leave the others waiting for it.
+    data = Synthetic(num_frames=2, resolution=16, num_test=1, num_workers=0)
+    trainer = SimpleNamespace(global_rank=1, world_size=2, num_devices=2)
+    monkeypatch.setattr(data, "trainer", trainer)
+    with pytest.raises(UserError, match=r"at least one clip of the test split for each of 2 ranks, got 1"):
+        data.test_dataloader()

@@ -1,10 +1,11 @@
 """Which checkpoints training leaves behind."""
 
-from datetime import timedelta
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from vidtwin.errors import UserError
 
 
 class LatestCheckpoint(ModelCheckpoint):
@@ -12,21 +13,28 @@ class LatestCheckpoint(ModelCheckpoint):
 
     Args:
         every_n_steps: Steps (batches) between two writes.
-        train_time_interval: Write by the clock instead.
         dirpath: Folder; None is `checkpoints` in the run's folder.
     """
 
-    def __init__(
-        self, every_n_steps: int = 1000, train_time_interval: timedelta | None = None, dirpath: str | None = None
-    ) -> None:
+    def __init__(self, every_n_steps: int = 1000, dirpath: str | None = None) -> None:
         super().__init__(
             dirpath=dirpath,
             filename="last",
             save_top_k=1,
-            every_n_train_steps=None if train_time_interval else every_n_steps,
-            train_time_interval=train_time_interval,
+            every_n_train_steps=every_n_steps,
             enable_version_counter=False,
         )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        fresh = not trainer.ckpt_path and trainer.global_step == 0
+        if fresh and self.dirpath and not getattr(trainer, "fast_dev_run", False):
+            last = Path(self.dirpath) / "last.ckpt"
+            if last.exists():
+                raise UserError(
+                    f"Expected a new run's folder, got one with {last}; go on with it by --ckpt_path {last}, "
+                    "or name another by --trainer.logger.init_args.name."
+                )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.dirpath and not getattr(trainer, "fast_dev_run", False):

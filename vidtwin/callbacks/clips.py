@@ -44,7 +44,9 @@ class ClipLogger(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     tag = f"val_clips/{self._logged}"
-                    self._add(logger, f"{tag}/frames", panels.png(panels.filmstrip(shown)), trainer.global_step)
+                    logger.experiment.add_image(
+                        f"{tag}/frames", panels.filmstrip(shown), trainer.global_step, dataformats="HWC"
+                    )
                     animation = panels.gif(panels.side_by_side(shown), self.fps)
                     self._add(logger, f"{tag}/video", animation, trainer.global_step)
             self._logged += 1

@@ -9,14 +9,10 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar with clips per second (all ranks) and the time left until max_steps.
+    """Lightning's bar with clips per second (all ranks) and the time left until max_steps."""
 
-    Args:
-        refresh_rate: Batches between two updates.
-    """
-
-    def __init__(self, refresh_rate: int = 1) -> None:
-        super().__init__(refresh_rate=refresh_rate)
+    def __init__(self) -> None:
+        super().__init__()
         self._started: tuple[float, int] | None = None
         self._clips = 0
 

@@ -56,6 +56,7 @@ class ResultsWriter(Callback):
         self.protocol = {**protocol.VIDTWIN, "precision": str(trainer.precision), "data": described}
         self.hash = protocol.protocol_hash(self.protocol)
         if trainer.is_global_zero:
+            self._check_row(pl_module.autoencoder)
             protocol.write(self.protocol, self.folder)
         self.fps = described.get("fps") or 25.0
         self.references: dict[str, VideoAutoencoder] | None = None
@@ -124,6 +125,19 @@ class ResultsWriter(Callback):
         }
         if self.sizes.setdefault(name, size) != size:
             raise RuntimeError(f"{name} gives latents of other sizes from clip to clip: {self.sizes[name]}, {size}.")
+
+    def _check_row(self, model: VideoAutoencoder) -> None:
+        """A row may be measured again, but not be replaced by that of another model or checkpoint."""
+        path = self.folder / "rows" / self.name / "results.json"
+        if not path.exists():
+            return
+        found = json.loads(path.read_text())
+        for key, ours in {"checkpoint": self.checkpoint, "model": json.loads(json.dumps(model.spec()))}.items():
+            if found.get(key) != ours:
+                raise UserError(
+                    f"Expected the row {self.name} in {self.folder} to be of this {key}, got one of {found.get(key)}; "
+                    "give another --name or another --results_dir."
+                )
 
     def _gather(self, trainer: Trainer) -> None:
         """Every rank gets the clips of all, in the order of their names, so that means do not depend on the ranks."""

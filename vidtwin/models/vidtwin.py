@@ -83,6 +83,11 @@ class VidTwin(VideoAutoencoder):
         initialization: Literal["balanced", "released"] = "balanced",
     ) -> None:
         super().__init__()
+        whole = {k: v for k, v in self.init_args.items() if type(v) is int and k != "qformer_dropout"}
+        for name, count in whole.items():
+            least = 0 if name.endswith("downsamples") else 1
+            if count < least:
+                raise UserError(f"Expected {name} of at least {least}, got {count}.")
         if resolution % patch_size:
             raise UserError(f"Expected resolution divisible by patch_size, got {resolution} and {patch_size}.")
         self.temporal = TemporalSpec.exactly(num_frames)
