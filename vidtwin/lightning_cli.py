@@ -317,6 +317,7 @@ def _quieten(command: str) -> None:
         r".*`training_step` returned `None`.*",  # manual optimization
         r".*isinstance\(treespec, LeafSpec\).*",
         r".*sync_dist=True.*",  # the metrics are means over all ranks already
+        r".*`lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",  # the discriminator's runs from the first step on
         r".*AFTER optimization.*",  # a checkpoint after the step is what is wanted
     ):
         warnings.filterwarnings("ignore", message=message)
