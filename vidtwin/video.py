@@ -30,6 +30,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from vidtwin.errors import UserError
+from vidtwin.files import replacing
 
 RESIZE_FILTER = "area (swscale): antialiased shrinking, bilinear enlarging"
 VIDEO_SUFFIXES = frozenset({".avi", ".mp4", ".m4v", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv"})
@@ -294,10 +295,8 @@ def write_video(
         options: Options of the encoder, over those set here.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        with av.open(os.fspath(partial), "w") as container:
+        with replacing(path) as partial, av.open(os.fspath(partial), "w") as container:
             stream: Any = None
             shape: tuple[int, ...] = ()
             for picture in frames:
@@ -313,9 +312,6 @@ def write_video(
             if stream is None:
                 raise VideoError(f"{path}: expected at least one frame to write, got none.")
             container.mux(stream.encode(None))
-        os.replace(partial, path)
     except av.error.FFmpegError as error:
         raise VideoError(f"{path}: can't be written with codec={codec}: {error.strerror}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path

@@ -155,12 +155,12 @@ def test_a_file_that_is_no_vgg16_is_refused_by_name(weights: dict[str, Tensor], 
     wrong["features.2.weight"] = torch.zeros(1, 2)
     wrong["features.99.bias"] = wrong.pop("features.28.bias")
     torch.save(wrong, path)
-    with pytest.raises(UserError, match=r"features\.28\.bias is missing") as error:
+    with pytest.raises(UserError, match=r"missing features\.28\.bias") as error:
         LPIPS(path).load()
-    assert "features.99.bias is unexpected" in str(error.value)
+    assert "unexpected features.99.bias" in str(error.value)
     assert "features.2.weight is (1, 2), expected (64, 64, 3, 3)" in str(error.value)
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="could not read"):
+    with pytest.raises(UserError, match="damaged or cut off"):
         LPIPS(path).load()
     torch.save([1, 2], path)
     with pytest.raises(UserError, match="state dict"):
@@ -175,6 +175,6 @@ class _Code:
 def test_code_in_the_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"features.0.weight": _Code()}, "evil.pth")
-    with pytest.raises(UserError, match="could not read"):
+    with pytest.raises(UserError, match="never run"):
         LPIPS("evil.pth").load()
     assert not Path("executed").exists()

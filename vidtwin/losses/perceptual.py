@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from vidtwin import weights
 from vidtwin.errors import UserError
 
 BACKBONE_FILE = "vgg16-397923af.pth"
@@ -50,7 +51,7 @@ class LPIPS:
                 if self.backbone is not None or not download or os.environ.get("VIDTWIN_OFFLINE"):
                     raise UserError(_absent(path))
                 _download(path)
-            self.network = _build(_read(path), path)
+            self.network = _build(weights.read(path), path)
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Clips (B, 3, T, H, W) or frames (N, 3, H, W) in [-1, 1] → one distance per frame, (B·T,) or (N,)."""
@@ -83,22 +84,9 @@ def _download(path: Path) -> None:
         socket.setdefaulttimeout(timeout)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"Expected VGG-16 weights in {path}, could not read them ({reason}).") from error
-    if not isinstance(weights, dict):
-        raise UserError(f"Expected a state dict of VGG-16 in {path}, got {type(weights).__name__}.")
-    return weights
-
-
-def _build(weights: dict[str, Any], path: Path) -> nn.Module:
+def _build(backbone: Any, path: Path) -> nn.Module:
+    if not isinstance(backbone, dict):
+        raise UserError(f"Expected a state dict of VGG-16 in {path}, got {type(backbone).__name__}.")
     with warnings.catch_warnings(), torch.device("meta"):
         # On the meta device nothing is allocated or drawn: the lpips package builds the whole VGG-16, 124 million
         # weights of classifier included, and asks torchvision for it in a way that warns.
@@ -106,24 +94,12 @@ def _build(weights: dict[str, Any], path: Path) -> nn.Module:
         network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
     network.scaling_layer = lpips.ScalingLayer()
     # net.slice1.0.weight in the lpips package is features.0.weight in torchvision
-    wanted = {
-        "features." + key.split(".", 2)[2]: (key, tensor.shape)
-        for key, tensor in network.state_dict().items()
-        if key.startswith("net.")
-    }
-    given = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
-    problems = [f"{k} is missing" for k in wanted if k not in given] + [
-        f"{k} is unexpected" for k in given if k not in wanted
-    ]
-    for key, (_, shape) in wanted.items():
-        came = tuple(given[key].shape) if isinstance(given.get(key), Tensor) else None
-        if key in given and came != tuple(shape):
-            problems.append(f"{key} is {came or type(given[key]).__name__}, expected {tuple(shape)}")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"Expected torchvision's VGG-16 weights in {path}: {'; '.join(problems[:5])}{more}.")
+    names = {f"features.{name.split('.', 2)[2]}": name for name in network.state_dict() if name.startswith("net.")}
+    given = {k: v for k, v in backbone.items() if isinstance(v, Tensor) and not k.startswith("classifier.")}
+    wanted = {theirs: network.state_dict()[ours] for theirs, ours in names.items()}
+    weights.check_fit(given, wanted, f"Expected torchvision's VGG-16, but {path}")
     heads = torch.load(_HEADS_FILE, map_location="cpu", weights_only=True)
-    loaded = {name: given[key].float() for key, (name, _) in wanted.items()} | heads
+    loaded = {ours: given[theirs].float() for theirs, ours in names.items()} | heads
     network.load_state_dict(loaded, strict=False, assign=True)
     left = [name for name, tensor in network.state_dict().items() if tensor.is_meta]
     if left:
