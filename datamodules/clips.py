@@ -242,6 +242,11 @@ class ClipDataModule(LightningDataModule, ABC):
             self._datasets[split] = self.make_dataset(split)
         return self._datasets[split]
 
+    def prepare_data(self) -> None:
+        """Data that are not there are named before anything else is fetched or built."""
+        if self.trainer and self.trainer.state.fn:
+            self.setup(self.trainer.state.fn.value)
+
     def setup(self, stage: str) -> None:
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",)):
             self.dataset(split)

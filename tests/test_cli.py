@@ -220,6 +220,7 @@ def test_predict_writes_latents_that_decode_to_the_clip(here, run):
     [
         (["fti"], "did you mean 'fit'?"),
         (["fit", "--config", "tiny.yaml", "--trainer.max_stesp", "3"], "did you mean 'trainer.max_steps'?"),
+        (["fit", "--config", "tiny.yaml", "--trainer.max_step", "3"], "did you mean 'trainer.max_steps'?"),
         (["fit", "--config", "tiny.yaml", "--model.autoencoder.detph", "3"], "did you mean 'depth'?"),
         (["fit", "--config", "tiny.yaml", "--data.resolutoin", "3"], "did you mean 'resolution'?"),
         (["fit", "--model.autoencoder", "vidtwim"], "did you mean 'vidtwin'?"),
@@ -338,7 +339,7 @@ def test_a_clip_of_the_wrong_shape_names_the_option(here, capsys):
     argv = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", "wrong"]
     line = fails(capsys, *argv, "--data.num_frames=3")
     assert "Expected a float clip of shape (B, 3, 4, 32, 32)" in line
-    assert "(2, 3, 3, 32, 32)" in line
+    assert "got (1, 3, 3, 32, 32)" in line
     assert "set data.num_frames=4" in line
 
 
@@ -346,7 +347,8 @@ def test_rows_of_another_protocol_are_refused(here, run, capsys):
     argv = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", "results"]
     before = Path("results/rows/VidTwin/results.json").read_text()
     line = fails(capsys, *argv, "--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--data.fps=12.5")
-    assert "they differ in data" in line
+    assert "they differ in data.clips_sha256" in line
+    assert "data.fps 12.5 for 25.0" in line
     assert Path("results/rows/VidTwin/results.json").read_text() == before
 
 

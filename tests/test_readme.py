@@ -1,6 +1,7 @@
 """What the README shows works: its commands parse, its Python runs, its files exist."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line.startswith("vidtwin")]
 COMMANDS += re.findall(r"^    (vidtwin .*)$", README, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(shlex.split(c)[1:4]))
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if "my_tokenizer" not in c], ids=lambda c: " ".join(shlex.split(c)[1:4])
+)
 def test_a_command_has_options_that_exist(command, monkeypatch, capsys, tmp_path):
     """Everything up to the run itself: each option is parsed, with its class and its config."""
     from vidtwin import checkpoints
@@ -28,9 +32,19 @@ def test_a_command_has_options_that_exist(command, monkeypatch, capsys, tmp_path
 
 
 def test_the_python_runs(capsys):
-    (code,) = [text for kind, text in BLOCKS if kind == "python"]
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(PYTHON[0], "README.md", "exec"), {"__name__": "__main__"})
     assert re.fullmatch(r"1\.\d{3}%\n", capsys.readouterr().out)
+
+
+def test_ones_own_autoencoder_keeps_the_contract_and_trains_by_its_class_path(tmp_path, monkeypatch):
+    from vidtwin.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    Path("my_tokenizer.py").write_text(PYTHON[1])
+    runpy.run_path("my_tokenizer.py", run_name="__main__")
+    (command,) = [command for command in COMMANDS if "my_tokenizer" in command]
+    small = ["--data.resolution=16", "--data.num_frames=4", "--data.batch_size=1", "--data.num_workers=0"]
+    assert main([*shlex.split(command)[1:], *small, "--data.num_train=1", "--data.num_val=1"]) == 0
 
 
 def test_links_and_targets_exist():

@@ -34,6 +34,8 @@ from vidtwin.trainer import VideoTrainer
 
 def run(command: str, argv: list[str]) -> None:
     """Run one of the trainer's commands; raises `UserError` for what the user can mend."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # class paths of files in the current folder, as with `python -m`
     argv = [command, *(_inputs(argv) if command == "reconstruct" else argv)]
     argv = _resolve_short_names(argv)
     checkpoint = _option(argv, "ckpt_path")
@@ -76,7 +78,9 @@ class VidTwinCLI(LightningCLI):
             subclass_mode_data=True,
             trainer_class=VideoTrainer,
             parser_class=_Parser,
-            parser_kwargs={"prog": "vidtwin"} | {name: {"usage": _usage(name)} for name in self.subcommands()},
+            # Without abbreviations: --trainer.max_step is a mistake to point out, not to guess.
+            parser_kwargs={"prog": "vidtwin", "allow_abbrev": False}
+            | {name: {"usage": _usage(name), "allow_abbrev": False} for name in self.subcommands()},
             save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,

@@ -117,6 +117,7 @@ class VideoTrainer(Trainer):
             super().predict(self._task(model), dataloaders, datamodule, return_predictions=False, ckpt_path=ckpt_path)
         finally:
             callbacks.remove(writer)
+        _say(f"latents and reconstructions -> {out}")
 
     @torch.inference_mode()
     def reconstruct(

@@ -27,6 +27,17 @@ def protocol_hash(protocol: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _flat(protocol: dict[str, Any]) -> dict[str, Any]:
+    """Nested keys with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in protocol.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": deeper for inner, deeper in _flat(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
 def write(protocol: dict[str, Any], folder: Path) -> str:
     """Write `protocol.json` into a results folder → its hash. Rows of another protocol there are a `UserError`."""
     path = folder / "protocol.json"
@@ -34,7 +45,12 @@ def write(protocol: dict[str, Any], folder: Path) -> str:
     if path.exists():
         found = json.loads(path.read_text())
         if protocol_hash(found) != digest:
-            differing = [key for key in sorted({*found, *protocol}) if found.get(key) != protocol.get(key)]
+            ours, theirs = _flat(protocol), _flat(found)
+            differing = [
+                f"{key} {ours.get(key)} for {theirs.get(key)}"
+                for key in sorted({*ours, *theirs})
+                if ours.get(key) != theirs.get(key)
+            ]
             raise UserError(
                 f"Expected results of protocol {digest} in {folder}, got those of {protocol_hash(found)} "
                 f"(they differ in {', '.join(differing)}); choose another --results_dir."

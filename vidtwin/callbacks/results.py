@@ -52,6 +52,9 @@ class ResultsWriter(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
         data: Any = getattr(trainer, "datamodule", None)
+        if hasattr(data, "num_frames") and hasattr(data, "resolution"):  # clips that the model won't take
+            shape = (1, 3, data.num_frames, data.resolution, data.resolution)
+            pl_module.autoencoder.check_clip(torch.empty(shape, device="meta"))
         described = data.protocol() if hasattr(data, "protocol") else {}
         self.protocol = {**protocol.VIDTWIN, "precision": str(trainer.precision), "data": described}
         self.hash = protocol.protocol_hash(self.protocol)
