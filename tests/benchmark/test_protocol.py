@@ -54,6 +54,7 @@ def test_rows_of_another_protocol_are_refused_and_nothing_is_overwritten(tmp_pat
         protocol.write(other, tmp_path)
     assert str(error.value) == (
         f"Expected results of protocol {protocol.protocol_hash(other)} in {tmp_path}, got those of "
-        f"{protocol.protocol_hash(FULL)} (they differ in data.fps another for 8.0, posterior sample for mode); choose another --results_dir."
+        f"{protocol.protocol_hash(FULL)} "
+        "(they differ in data.fps another for 8.0, posterior sample for mode); choose another --results_dir."
     )
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"protocol.json": before}
