@@ -172,7 +172,9 @@ class AutoencoderTask(LightningModule):
         """Backward, clip, step. Lightning's wrapper counts a step; the discriminator's bare optimizer does not."""
         self.manual_backward(loss)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm or torch.inf)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.gradient_clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_norm, norm)
         optimizer.step()
         optimizer.zero_grad()
         return norm.detach()
