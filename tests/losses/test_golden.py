@@ -109,6 +109,7 @@ def test_every_term_is_the_released_one(
         close(terms["total"], golden["D_disc_loss"])
         close(terms["logits_real"], golden["D_logits_real"])
         close(terms["logits_fake"], golden["D_logits_fake"])
+        assert set(terms) == {"total", "logits_real", "logits_fake", "accuracy"}
         close(loss.discriminator.main[3].running_mean, tensors[f"disc_running_mean_after_G_and_D.{mode}"])
 
 
@@ -125,6 +126,21 @@ def test_logits_and_adversarial_losses_are_the_released_ones(
     close(gan.non_saturating_discriminator_loss(real, fake), values[f"vanilla_d.{mode}"])
     close(gan.hinge_generator_loss(fake), values[f"g_hinge.{mode}"])
     close(gan.non_saturating_generator_loss(fake), values[f"g_nonsat.{mode}"])
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_lecam_is_the_released_one(mode: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    loss = golden_loss(tensors, 0.0, mode == "train", lecam_weight=0.7)
+    terms = loss.discriminator_loss(tensors["rec"], tensors["input"], START)
+    close(loss.lecam_means, values[f"lecam_ema.{mode}"])  # after one update from 0
+    close(terms["lecam"], values[f"lecam_after_one_update.{mode}"])
+    close(terms["total"], values[f"hinge_d.{mode}"] + 0.7 * values[f"lecam_after_one_update.{mode}"])
+    close(terms["logits_real"], tensors[f"logits_real.{mode}"].mean())
+    close(terms["logits_fake"], tensors[f"logits_fake.{mode}"].mean())
+    # the penalty does see the means: with some that matter, from the golden logits alone
+    real, fake = tensors[f"logits_real.{mode}"], tensors[f"logits_fake.{mode}"]
+    expected = (real + 0.3).clamp(min=0).square().mean() + (0.2 - fake).clamp(min=0).square().mean()
+    close(gan.lecam_penalty(real, fake, torch.tensor(0.2).double(), torch.tensor(-0.3).double()), expected)
 
 
 def test_kl_is_the_released_one_with_its_clamp(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -154,3 +170,22 @@ def test_mean_is_released_divided_by_the_numbers_in_a_frame(
         close(NUMBERS_PER_FRAME * mine, theirs, 1e-10)
     if step >= START and maximum == 100.0:  # below the ratio of norms, so that the clamp decides
         close(released["adaptive_weight"], 0.05 * maximum, 1e-10)
+
+
+@pytest.mark.parametrize("step", [START - 1, START])
+def test_adamw_takes_the_same_step_in_either_reduction_and_sgd_does_not(step: int, tensors: dict[str, Tensor]) -> None:
+    def after_one_step(reduction: str, make: Any) -> Tensor:
+        loss = golden_loss(tensors, 0.05, True, reduction=reduction)
+        output, weight = reconstruction(tensors)
+        loss.generator_loss(output, tensors["input"], weight, step)["total"].backward()
+        make([weight]).step()
+        return weight.detach() - tensors["last_layer_weight"]
+
+    def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1, eps=1e-15)
+
+    def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=1e-3)
+
+    close(after_one_step("mean", adamw), after_one_step("released", adamw))
+    close(NUMBERS_PER_FRAME * after_one_step("mean", sgd), after_one_step("released", sgd))

@@ -89,6 +89,26 @@ def test_equals_the_lpips_package_with_the_same_weights(weights: dict[str, Tenso
         torch.testing.assert_close(distance(x, y), theirs(x, y).flatten(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("colour", [-1.0, 0.0, 0.3])
+def test_a_constant_clip_has_a_finite_gradient(
+    colour: float, dead: bool, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    # Where every feature of a position is 0 the norm's square root has the gradient 0/0, which the ReLU behind it has
+    # to stop: a backbone with a layer of zeros brings that about at will.
+    weights = weights | {"features.21.bias": torch.full((512,), -100.0)} if dead else weights
+    torch.save(weights, tmp_path / "vgg16.pth")
+    distance = LPIPS(tmp_path / "vgg16.pth")
+    prediction = torch.full((1, 3, 1, 32, 32), colour, requires_grad=True)
+    same = distance(prediction, prediction.detach().clone()).sum()
+    other = distance(prediction, clips()[0][:1, :, :1]).sum()
+    for value in (same, other):
+        (gradient,) = torch.autograd.grad(value, prediction)
+        assert gradient.isfinite().all()
+    assert same == 0
+    assert gradient.abs().sum() > 0
+
+
 def test_network_is_frozen_and_invisible_to_checkpoints_and_optimizers(backbone: Path) -> None:
     loss = AutoencoderLoss(perceptual_backbone=str(backbone))
     loss.setup()

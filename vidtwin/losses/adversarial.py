@@ -1,4 +1,8 @@
-"""Adversarial losses and the adaptive weight; logits are (N, ...), means go over all of them."""
+"""Adversarial losses, the discriminator's regularizers and the adaptive weight.
+
+Logits are (N, ...), N the samples that a discriminator judges: B·T frames in 2-D, B clips in 3-D. Means go over all of
+the logits unless a docstring says otherwise.
+"""
 
 import torch
 import torch.distributed as dist
@@ -32,6 +36,46 @@ def non_saturating_generator_loss(logits_fake: Tensor) -> Tensor:
     return F.softplus(-logits_fake.flatten(1).mean(1)).mean()
 
 
+def lecam_penalty(logits_real: Tensor, logits_fake: Tensor, mean_real: Tensor, mean_fake: Tensor) -> Tensor:
+    """mean relu(D(x) − mean_fake)² + mean relu(mean_real − D(x̂))², LeCAM (Tseng et al. 2021).
+
+    The differences are cut off at 0 as in the released code; the paper squares them as they are.
+
+    Args:
+        logits_real: D(x).
+        logits_fake: D(x̂).
+        mean_real: Scalar, running mean of D(x), without a gradient.
+        mean_fake: Scalar, likewise of D(x̂).
+    """
+    return F.relu(logits_real - mean_fake).square().mean() + F.relu(mean_real - logits_fake).square().mean()
+
+
+def r1_penalty(logits_real: Tensor, clip: Tensor) -> Tensor:
+    """mean_n ‖∇_{x_n} Σ D(x_n)‖², R1 (Mescheder et al. 2018) before its factor weight / 2.
+
+    The patch logits of a sample n are summed, not averaged, and so are the squares over the sample's 3·H·W numbers
+    (a frame, 2-D) or 3·T·H·W (a clip, 3-D). With batch norm a logit depends on the other samples too; the gradient is
+    then that of all logits.
+
+    Args:
+        logits_real: (N, ...), with the graph from `clip`, in fp32.
+        clip: (B, 3, T, H, W), requires a gradient.
+
+    Returns:
+        Scalar with a graph to the discriminator's parameters.
+    """
+    (gradient,) = torch.autograd.grad(logits_real.sum(), clip, create_graph=True)
+    return gradient.square().sum() / len(logits_real)
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean over all ranks, in place; `values` itself where torch.distributed is not initialised."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
 def adaptive_weight(
     reference_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor | None, maximum: float, eps: float = 1e-4
 ) -> Tensor:
@@ -62,8 +106,5 @@ def adaptive_weight(
     if gradients[0] is None or gradients[1] is None:
         raise UserError(f"Expected losses that depend on the last layer for the adaptive GAN weight; {mend}.")
     both = torch.stack([gradient.detach().float().flatten() for gradient in gradients if gradient is not None])
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(both)
-        both /= dist.get_world_size()
-    reference, adversarial = both.norm(dim=1)
+    reference, adversarial = mean_over_ranks(both).norm(dim=1)
     return (reference / (adversarial + eps)).clamp(max=maximum)

@@ -28,8 +28,18 @@ class AutoencoderLoss(nn.Module):
         w     = adversarial_weight · min(‖∇_W nll‖ / (‖∇_W g‖ + 1e-4), adaptive_weight_maximum / N)
 
     and `released` is N times that: the released code sums over the numbers of a frame, averages over frames, and sets
-    the KL of a whole clip against it. The gradients differ by the factor N and by nothing else, so an optimizer that
-    does not see the loss's scale (AdamW) takes the same steps.
+    the KL of a whole clip against it. The gradients differ by the factor N and by nothing else. AdamW takes the same
+    steps with both, because its step does not depend on the gradient's scale, as long as its `eps` is small against
+    the gradients; SGD, Adam with its coupled weight decay, and clipping of the gradient's norm do see the scale. The
+    discriminator's loss is the same in both:
+
+        total = discriminator's adversarial loss + lecam_weight · LeCAM + r1_weight / 2 · r1_every · R1
+
+    with R1 every `r1_every` steps only (see `adversarial.lecam_penalty` and `adversarial.r1_penalty`).
+
+    Training draws frames (`perceptual_frames`, `adversarial_frames`) from torch's global CPU generator, so that seeding
+    it repeats a step. Evaluation (`eval()` or without gradients) takes all frames, leaves LeCAM's running means as they
+    are and has no R1.
 
     Departures from the released code: before `adversarial_start` it runs the discriminator and the adaptive weight
     and multiplies them by 0 (so batch statistics and weight decay move the discriminator); here neither is computed.
@@ -40,6 +50,9 @@ class AutoencoderLoss(nn.Module):
         pixel_weight: Weight of the pixel term.
         perceptual_weight: Weight of LPIPS (paper Table 6: 0.05); 0 trains without it and needs no backbone.
         perceptual_backbone: File with VGG-16 weights; None is torch hub's cache, see `LPIPS`.
+        perceptual_frames: LPIPS on so many frames of each clip, distinct and drawn anew for every clip and step: its
+            expectation is that of all frames, at a fraction of the time. None, or more than there are, takes all
+            (an upper limit, so that one config serves clips of every length).
         adversarial_weight: Weight of the GAN (paper Table 6: 0.05), on top of which the adaptive weight comes.
         adversarial: "hinge" (released) or "non_saturating".
         adversarial_start: The first batch with the GAN. The released 20,001 counts the steps of two optimizers, two
@@ -47,7 +60,16 @@ class AutoencoderLoss(nn.Module):
         adaptive_weight: Balance the GAN by gradient norms; without it w = adversarial_weight (N times that in
             "released").
         adaptive_weight_maximum: Upper limit of the ratio of norms, as counted in "released".
-        discriminator: Takes clips and gives logits; None trains without a GAN.
+        adversarial_frames: Each player's loss on a run of so many consecutive frames, from a start that each draws
+            anew in every step for the whole batch (clips and reconstructions alike). None, or more than there are,
+            takes all.
+        discriminator: Takes clips and gives logits (N, ...), see `adversarial`; None trains without a GAN.
+        lecam_weight: Weight of LeCAM (Tseng et al. 2021; released: 0), which keeps the discriminator's logits near
+            their running means. These start at 0 and are part of the state dict; 0 has neither.
+        lecam_decay: Of the running means, per discriminator loss.
+        r1_weight: Weight of R1, the squared gradient of the discriminator on real clips (Mescheder et al. 2018).
+        r1_every: Steps from one R1 to the next, each with that many times the weight (lazy regularization,
+            StyleGAN2, Karras et al. 2020).
         kl_weight: Weight of the KL, a sum per clip in nats, against the sum per frame of `released`
             (paper Table 6: 0.001).
         regularization_weights: Weights of the autoencoder's other terms (commitment, entropy, …), against the mean
@@ -62,25 +84,58 @@ class AutoencoderLoss(nn.Module):
         pixel_weight: float = 1.0,
         perceptual_weight: float = 0.05,
         perceptual_backbone: str | None = None,
+        perceptual_frames: int | None = None,
         adversarial_weight: float = 0.05,
         adversarial: Literal["hinge", "non_saturating"] = "hinge",
         adversarial_start: int = 10_000,
         adaptive_weight: bool = True,
         adaptive_weight_maximum: float = 1e4,
+        adversarial_frames: int | None = None,
         discriminator: nn.Module | None = None,
+        lecam_weight: float = 0.0,
+        lecam_decay: float = 0.999,
+        r1_weight: float = 0.0,
+        r1_every: int = 1,
         kl_weight: float = 0.001,
         regularization_weights: dict[str, float] | None = None,
         learn_logvar: bool = False,
     ) -> None:
         super().__init__()
+        weights = {
+            "pixel_weight": pixel_weight,
+            "perceptual_weight": perceptual_weight,
+            "adversarial_weight": adversarial_weight,
+            "lecam_weight": lecam_weight,
+            "r1_weight": r1_weight,
+            "kl_weight": kl_weight,
+        }
+        counts = {
+            "perceptual_frames": perceptual_frames,
+            "adversarial_frames": adversarial_frames,
+            "r1_every": r1_every,
+        }
+        for name, weight in weights.items():
+            if not 0 <= weight < float("inf"):
+                raise UserError(f"Expected --model.loss.{name} of at least 0, got {weight}.")
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise UserError(f"Expected --model.loss.{name} of at least 1, got {count}.")
+        if not 0 <= lecam_decay < 1:
+            raise UserError(f"Expected --model.loss.lecam_decay in [0, 1), got {lecam_decay}.")
         self.reduction = reduction
         self.pixel = pixel
         self.pixel_weight = pixel_weight
         self.perceptual_weight = perceptual_weight
+        self.perceptual_frames = perceptual_frames
         self.adversarial_weight = adversarial_weight
         self.adversarial_start = adversarial_start
         self.adaptive_weight = adaptive_weight
         self.adaptive_weight_maximum = adaptive_weight_maximum
+        self.adversarial_frames = adversarial_frames
+        self.lecam_weight = lecam_weight
+        self.lecam_decay = lecam_decay
+        self.r1_weight = r1_weight
+        self.r1_every = r1_every
         self.kl_weight = kl_weight
         self.regularization_weights = dict(regularization_weights or {})
         if "kl" in self.regularization_weights:
@@ -94,6 +149,9 @@ class AutoencoderLoss(nn.Module):
         # (clip, clip) → one distance per frame (B·T,)
         self.perceptual: Callable[[Tensor, Tensor], Tensor] = LPIPS(perceptual_backbone)
         self.logvar = nn.Parameter(torch.zeros(())) if learn_logvar else None
+        # Running means of the logits on real and on fake clips
+        self.lecam_means: Tensor | None
+        self.register_buffer("lecam_means", torch.zeros(2) if lecam_weight > 0 else None)
 
     def setup(self) -> None:
         """Load what the configured terms need (LPIPS' backbone); `UserError` if it is not there."""
@@ -139,7 +197,8 @@ class AutoencoderLoss(nn.Module):
         terms["pixel"] = (error.abs() if self.pixel == "l1" else error.square()).mean()
         nll = self.pixel_weight * terms["pixel"]
         if self.perceptual_weight > 0:
-            terms["perceptual"] = self.perceptual(prediction, target).mean()
+            frames = self._random_frames(prediction, target)
+            terms["perceptual"] = self.perceptual(*frames).mean()
             nll = nll + self.perceptual_weight * terms["perceptual"]
         if self.logvar is not None:
             terms["logvar"] = self._projected_logvar()
@@ -153,8 +212,9 @@ class AutoencoderLoss(nn.Module):
 
         if self.gan_is_on(step):
             assert self.discriminator is not None
+            (shown,) = self._random_run(prediction)
             with _frozen(self.discriminator):
-                terms["adversarial"] = self.generator_term(_as_float(self.discriminator(prediction)))
+                terms["adversarial"] = self.generator_term(_as_float(self.discriminator(shown)))
             weight = self._adversarial_weight(nll, terms["adversarial"], last_layer, frame_size)
             if weight is not None:
                 terms["adaptive_weight"] = scale * weight
@@ -170,20 +230,67 @@ class AutoencoderLoss(nn.Module):
             step: Batches trained before this one.
 
         Returns:
-            `total`, to be minimised (the same in either reduction), and detached mean `logits_real` and
-            `logits_fake`; `{}` while the GAN is off.
+            `total`, to be minimised (the same in either reduction), and detached: mean `logits_real` and
+            `logits_fake`; `accuracy`, the share of logits on the right side of 0 (real above, fake below), mean of
+            both; and where they are in use `lecam` and `r1`, unweighted, the latter in the steps that have it. `{}`
+            while the GAN is off.
         """
         if not self.gan_is_on(step):
             return {}
         assert self.discriminator is not None
+        real, fake = self._random_run(_as_float(clip).detach(), _as_float(reconstruction_clip).detach())
+        r1_is_due = self.r1_weight > 0 and step % self.r1_every == 0 and self._is_training()
         # In two passes, as in the released code: with batch norm each has its own statistics.
-        logits_real = _as_float(self.discriminator(_as_float(clip)))
-        logits_fake = _as_float(self.discriminator(_as_float(reconstruction_clip).detach()))
-        return {
-            "total": self.discriminator_term(logits_real, logits_fake),
-            "logits_real": logits_real.detach().mean(),
-            "logits_fake": logits_fake.detach().mean(),
+        if r1_is_due:
+            real = real.requires_grad_()
+            with torch.autocast(real.device.type, enabled=False):
+                logits_real = _as_float(self.discriminator(real))
+                r1 = gan.r1_penalty(logits_real, real)
+        else:
+            logits_real = _as_float(self.discriminator(real))
+        logits_fake = _as_float(self.discriminator(fake))
+
+        total = self.discriminator_term(logits_real, logits_fake)
+        terms = {
+            "logits_real": logits_real.mean(),
+            "logits_fake": logits_fake.mean(),
+            "accuracy": 0.5 * ((logits_real > 0).float().mean() + (logits_fake < 0).float().mean()),
         }
+        if self.lecam_means is not None:
+            if self._is_training():
+                self._update_lecam_means(terms["logits_real"], terms["logits_fake"])
+            terms["lecam"] = gan.lecam_penalty(logits_real, logits_fake, *self.lecam_means)
+            total = total + self.lecam_weight * terms["lecam"]
+        if r1_is_due:
+            terms["r1"] = r1
+            total = total + 0.5 * self.r1_weight * self.r1_every * r1
+        return {"total": total} | {name: term.detach() for name, term in terms.items()}
+
+    def _is_training(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def _update_lecam_means(self, logits_real: Tensor, logits_fake: Tensor) -> None:
+        assert self.lecam_means is not None
+        means = gan.mean_over_ranks(torch.stack([logits_real, logits_fake]).detach())
+        self.lecam_means.lerp_(means.to(self.lecam_means), 1 - self.lecam_decay)
+
+    def _random_frames(self, *clips: Tensor) -> tuple[Tensor, ...]:
+        """`perceptual_frames` frames of each clip, the same of all that are given."""
+        batch_size, _, length = clips[0].shape[:3]
+        if self.perceptual_frames is None or self.perceptual_frames >= length or not self._is_training():
+            return clips
+        frames = torch.rand(batch_size, length).argsort(1)[:, : self.perceptual_frames]
+        frames = frames.to(clips[0].device)
+        rows = torch.arange(batch_size, device=frames.device)[:, None]
+        return tuple(clip[rows, :, frames].transpose(1, 2) for clip in clips)
+
+    def _random_run(self, *clips: Tensor) -> tuple[Tensor, ...]:
+        """`adversarial_frames` consecutive frames, the same of all clips."""
+        count, length = self.adversarial_frames, clips[0].shape[2]
+        if count is None or count >= length or not self._is_training():
+            return clips
+        start = int(torch.randint(length - count + 1, ()))
+        return tuple(clip[:, :, start : start + count] for clip in clips)
 
     def _regularization_weight(self, name: str, frame_size: int) -> float:
         if name == "kl":
