@@ -223,6 +223,19 @@ def test_training_decodes_a_sample_and_evaluation_the_mode():
     assert float(sampled.detach().std()) == pytest.approx(1, abs=0.3)
 
 
+def test_a_reconstruction_keeps_what_the_encoder_said():
+    encoded = []
+
+    class Watched(Patches):
+        def _encode(self, clip):
+            encoded.append(super()._encode(clip))
+            return encoded[-1]
+
+    result = build(Watched)(some_clip())
+    assert result.encoding is encoded[0]
+    assert len(encoded) == 1
+
+
 def test_spec_holds_every_argument_with_its_default():
     class Configured(Identity):
         def __init__(self, frames, levels=(3, 5), *, name="x", **more):

@@ -39,6 +39,15 @@ def test_kl_of_half_precision_moments_is_summed_in_single_precision():
     torch.testing.assert_close(kl.double(), reference_kl(posterior), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_kl_of_each_number_is_that_of_torch_distributions(dtype, kept):
+    posterior = gaussian(dtype=dtype)
+    prior = Normal(torch.zeros((), dtype=torch.float64), 1.0)
+    reference = kl_divergence(Normal(posterior.mean.double(), (0.5 * posterior.logvar.double()).exp()), prior)
+    assert posterior.kl().dtype == kept
+    torch.testing.assert_close(posterior.kl().double(), reference, rtol=1e-5, atol=1e-6)
+
+
 def test_kl_of_the_prior_itself_is_zero():
     zeros = torch.zeros(2, 7)
     assert DiagonalGaussian(zeros, zeros).regularization()["kl"] == 0

@@ -64,11 +64,15 @@ class TemporalSpec:
 
 @dataclass
 class Reconstruction:
-    """What one forward pass gives: the clip (B, 3, T, H, W), the latents it was decoded from, the encoder's terms."""
+    """What one forward pass gives: the clip (B, 3, T, H, W), the latents it was decoded from, the encoder's terms.
+
+    `encoding` is all that the encoder said, for those who watch it; None where it was not kept.
+    """
 
     clip: Tensor
     latents: Latents
     regularization: dict[str, Tensor] = field(default_factory=dict)
+    encoding: Encoding | None = None
 
 
 class VideoAutoencoder(nn.Module, ABC):
@@ -81,6 +85,7 @@ class VideoAutoencoder(nn.Module, ABC):
         resolution: Height and width if they are fixed when the model is built, else None.
         value_range: The range of pixel values that `_encode` and `_decode` work in; outside it is [-1, 1].
         init_args: The arguments that the model was built with, defaults included; `spec` stores them.
+        class_path: Its class, likewise.
     """
 
     latent_names: ClassVar[tuple[str, ...]]
@@ -89,6 +94,7 @@ class VideoAutoencoder(nn.Module, ABC):
     resolution: int | None = None
     value_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     init_args: dict[str, Any]
+    class_path: str
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Recorded here, before nn.Module.__init__ runs, so that no subclass has to repeat its own arguments.
@@ -101,6 +107,7 @@ class VideoAutoencoder(nn.Module, ABC):
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 arguments |= arguments.pop(name)
         object.__setattr__(model, "init_args", arguments)
+        object.__setattr__(model, "class_path", f"{cls.__module__}.{cls.__qualname__}")  # FSDP2 changes the class
         return model
 
     # What a model fills in.
@@ -170,7 +177,7 @@ class VideoAutoencoder(nn.Module, ABC):
         """Encode and decode: a sample of the posterior in training, its mode in evaluation."""
         encoding = self.encode(clip)
         latents = encoding.sample() if self.training else encoding.mode()
-        return Reconstruction(self.decode(latents, clip.shape[2]), latents, encoding.regularization())
+        return Reconstruction(self.decode(latents, clip.shape[2]), latents, encoding.regularization(), encoding)
 
     def check_clip(self, clip: Tensor) -> None:
         """Raise `UserError` unless `clip` is a float tensor of a shape that this model takes."""
@@ -207,7 +214,7 @@ class VideoAutoencoder(nn.Module, ABC):
 
     def spec(self) -> dict[str, Any]:
         """`class_path` and `init_args`, from which a command rebuilds the model; it travels in each checkpoint."""
-        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": self.init_args}
+        return {"class_path": self.class_path, "init_args": self.init_args}
 
     @staticmethod
     def _map_range(clip: Tensor, source: tuple[float, float], target: tuple[float, float]) -> Tensor:

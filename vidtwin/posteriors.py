@@ -47,12 +47,16 @@ class DiagonalGaussian(Posterior):
     def mode(self) -> Tensor:
         return self.mean
 
+    def kl(self) -> Tensor:
+        """KL of each number to N(0, 1) in nats, (B, ...) as `mean`: in single precision, double where `mean` is."""
+        mean, logvar = self.mean, self.logvar
+        if mean.dtype != torch.float64:
+            mean, logvar = mean.float(), logvar.float()
+        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
+
     def regularization(self) -> dict[str, Tensor]:
         """`kl` to N(0, 1) in nats, summed over the latent and averaged over the batch (per clip)."""
-        mean, logvar = self.mean.float(), self.logvar.float()
-        if self.mean.dtype == torch.float64:
-            mean, logvar = self.mean, self.logvar
-        return {"kl": 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum() / mean.shape[0]}
+        return {"kl": self.kl().sum() / self.mean.shape[0]}
 
 
 class Deterministic(Posterior):

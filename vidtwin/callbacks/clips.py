@@ -40,7 +40,9 @@ class ClipLogger(Callback):
             return
         first = slice(0, wanted)
         kept = Reconstruction(outputs.clip[first], {name: z[first] for name, z in outputs.latents.items()})
-        for shown in panels.views(pl_module.autoencoder, batch["clip"][first], kept):
+        with trainer.precision_plugin.forward_context():  # callbacks run outside of it: bf16 latents, fp32 weights
+            views = panels.views(pl_module.autoencoder, batch["clip"][first], kept)
+        for shown in views:
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     tag = f"val_clips/{self._logged}"

@@ -1,0 +1,114 @@
+"""A model, data and a trainer that take a moment, for tests that train."""
+
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.optim import AdamW
+
+from vidtwin.datamodules.clips import ClipDataModule, ClipDataset, Video
+from vidtwin.losses.autoencoder import AutoencoderLoss
+from vidtwin.losses.discriminator import PatchDiscriminator2d
+from vidtwin.models.vidtwin import VidTwin
+from vidtwin.schedules import WarmupCosine
+from vidtwin.task import AutoencoderTask
+from vidtwin.trainer import VideoTrainer
+
+
+class SmoothClips(ClipDataset):
+    """`count` smooth clips of 4 frames of 32 px; clip i of each epoch has another brightness."""
+
+    def __init__(self, count: int) -> None:
+        coarse = torch.rand(count, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+        self.clips = torch.nn.functional.interpolate(coarse, (4, 32, 32), mode="trilinear")
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def clip(self, epoch: int, index: int) -> dict[str, Any]:
+        frames = (self.clips[index] * (255 - 10 * (epoch % 5))).to(torch.uint8).permute(1, 2, 3, 0).numpy()
+        name, start = self.identity(index)
+        return {"clip": np.ascontiguousarray(frames), "label": index, "name": name, "start_frame": start}
+
+    def identity(self, index: int) -> tuple[str, int]:
+        return f"clip{index}.avi", 0
+
+
+class Clips(ClipDataModule):
+    """Six clips for training, validation and test, two a batch."""
+
+    def __init__(self, count: int = 6, batch_size: int = 2, num_workers: int = 0, seed: int = 0) -> None:
+        super().__init__(num_frames=4, resolution=32, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        self.count = count
+
+    def videos(self, split: str) -> list[Video]:
+        return []
+
+    def make_dataset(self, split: str) -> ClipDataset:
+        return SmoothClips(self.count)
+
+    def protocol(self) -> dict[str, Any]:
+        return {"data": "SmoothClips", "num_clips": self.count}
+
+
+class PoisonedClips(SmoothClips):
+    """Clip 3 has no finite pixel."""
+
+    def clip(self, epoch: int, index: int) -> dict[str, Any]:
+        item = super().clip(epoch, index)
+        frames = torch.from_numpy(item["clip"]).permute(3, 0, 1, 2).float() / 127.5 - 1
+        return item | {"clip": (frames * math.nan if index == 3 else frames).numpy()}
+
+
+class Poisoned(Clips):
+    def make_dataset(self, split: str) -> SmoothClips:
+        return PoisonedClips(self.count) if split == "train" else SmoothClips(self.count)
+
+
+def tiny_model(**arguments: Any) -> VidTwin:
+    sizes = {"num_frames": 4, "resolution": 32, "patch_size": 8, "hidden_size": 32, "depth": 1, "num_heads": 2}
+    sizes |= {"num_queries": 2, "structure_width": 8, "query_size": 16, "qformer_depth": 1, "qformer_heads": 2}
+    return VidTwin(**{**sizes, "qformer_intermediate_size": 16, **arguments})
+
+
+def tiny_task(
+    gan_start: int | None = None,
+    warmup_steps: int = 2,
+    model: dict[str, Any] | None = None,
+    loss: dict[str, Any] | None = None,
+    lr: float = 1e-3,
+    **arguments: Any,
+) -> AutoencoderTask:
+    torch.manual_seed(0)
+    gan = {} if gan_start is None else {"discriminator": PatchDiscriminator2d(channels=4, num_layers=1)}
+    given = {"perceptual_weight": 0, "adversarial_start": gan_start or 0, **gan, **(loss or {})}
+    defaults: dict[str, Any] = {
+        "optimizer": lambda p: AdamW(p, lr=lr),
+        "scheduler": lambda o: WarmupCosine(o, warmup_steps),
+        "discriminator_optimizer": lambda p: AdamW(p, lr=lr),
+        "discriminator_scheduler": lambda o: WarmupCosine(o, warmup_steps),
+    }
+    return AutoencoderTask(tiny_model(**(model or {})), AutoencoderLoss(**given), **(defaults | arguments))
+
+
+def trainer(folder: Path, max_steps: int = 7, **arguments: Any) -> VideoTrainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    return VideoTrainer(
+        **{"accelerator": "cpu", "max_steps": max_steps, "default_root_dir": folder, **quiet, **arguments}
+    )
+
+
+class Terminate(Callback):
+    """Once, at a step, what a scheduler does."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_start(self, trainer, task, batch, batch_idx):
+        if trainer.global_step == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
