@@ -1,13 +1,17 @@
 """Clips of videos for training and evaluation: which frames, in which order, on which rank.
 
 All that is random depends on (seed, epoch, index) alone: the sampler hands out (epoch, index) pairs, so workers (also
-persistent ones) need no state, and their number and that of the ranks changes no clip.
+persistent ones) need no state, and their number and that of the ranks changes no clip. What training has seen is
+therefore a place in one endless order of clips, (epoch, clips of it), which a checkpoint holds.
 """
 
 import hashlib
 import os
+import signal
+import threading
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +28,7 @@ from vidtwin.video import RESIZE_FILTER, VideoError, VideoInfo, probe, read_clip
 from .transforms import to_batch
 
 Key = int | tuple[int, int]
+Place = tuple[int, int]  # an epoch, and how many of its clips all ranks together have consumed
 SPLITS = ("train", "val", "test")
 
 
@@ -146,30 +151,56 @@ class VideoClips(ClipDataset):
 class ClipSampler(DistributedSampler[Any]):
     """Hands out (epoch, index) pairs: this rank's share of the clips.
 
-    Training shuffles by (seed, epoch) and gives every rank the same number, leaving out fewer clips than there are
-    ranks, others in each epoch. Evaluation gives rank r the clips r, r + world_size, …: none is repeated or lost.
+    Training shuffles by (seed, epoch). A step takes the next clips of that order, rank r the r-th of every
+    `world_size`; what is left at the end of an epoch and fills no step is left out, other clips in each epoch. So ranks
+    always have equally many batches, and a place in the order means the same for any batch size and number of ranks.
+
+    Evaluation gives rank r the clips r, r + world_size, …: none is repeated or lost.
 
     A `DistributedSampler` only so that Lightning, which calls `set_epoch`, does not wrap it into another one.
+
+    Attributes:
+        start: Tells the place where iterating over the training clips begins; None is the start of `set_epoch`'s epoch.
+            It goes on for as many steps as an epoch has, from the middle of one into the next.
     """
 
-    def __init__(self, num_clips: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, num_clips: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1, batch_size: int = 1
+    ) -> None:
         super().__init__(range(num_clips), world_size, rank, shuffle, seed)  # type: ignore[arg-type]
         if shuffle and num_clips < world_size:
             raise UserError(f"Expected at least one training clip for each of {world_size} ranks, got {num_clips}.")
         self.num_clips = num_clips
+        self.clips_per_step = world_size * min(batch_size, max(1, num_clips // world_size))  # of all ranks
+        self.steps_per_epoch = num_clips // self.clips_per_step
+        self.start: Callable[[], Place] | None = None
 
     def __len__(self) -> int:
         if self.shuffle:
-            return self.num_clips // self.num_replicas
+            return self.steps_per_epoch * self.clips_per_step // self.num_replicas
         return len(range(self.rank, self.num_clips, self.num_replicas))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = self.epoch if self.shuffle else 0
-        order = np.arange(self.num_clips)
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, epoch)).permutation(order)
-        for index in order[self.rank :: self.num_replicas][: len(self)]:
-            yield epoch, int(index)
+        if not self.shuffle:
+            yield from ((0, index) for index in range(self.rank, self.num_clips, self.num_replicas))
+            return
+        start = self.start() if self.start else (self.epoch, 0)
+        shuffled, order = -1, np.arange(0)
+        for step in range(self.steps_per_epoch):
+            epoch, first = self.after(start, step)
+            if epoch != shuffled:
+                shuffled, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.num_clips)
+            for index in order[first + self.rank : first + self.clips_per_step : self.num_replicas]:
+                yield epoch, int(index)
+
+    def after(self, place: Place, steps: int) -> Place:
+        """Where that many training steps lead; an epoch too short for another one is over."""
+        epoch, clips = place
+        left = max(0, self.num_clips - clips) // self.clips_per_step
+        if steps < left:
+            return epoch, clips + steps * self.clips_per_step
+        epochs, steps = divmod(steps - left, self.steps_per_epoch)
+        return epoch + 1 + epochs, steps * self.clips_per_step
 
 
 class ClipDataModule(LightningDataModule, ABC):
@@ -188,7 +219,9 @@ class ClipDataModule(LightningDataModule, ABC):
         eval_batch_size: The same in evaluation; null: `batch_size`.
         num_workers: Processes that decode, for each device; null: the cores shared by the devices, at most 8.
         seed: Of everything random: order, start, crop, mirroring.
-        horizontal_flip: Mirror half of the training clips.
+        horizontal_flip: Mirror half of the training clips, if `augment`.
+        augment: Draw start, crop and mirroring of the training clips at random, others in each epoch; false takes the
+            clip that evaluation would take: to overfit on purpose.
     """
 
     def __init__(
@@ -201,6 +234,7 @@ class ClipDataModule(LightningDataModule, ABC):
         num_workers: int | None = None,
         seed: int = 0,
         horizontal_flip: bool = True,
+        augment: bool = True,
     ) -> None:
         super().__init__()
         for key, value in {"num_frames": num_frames, "resolution": resolution, "batch_size": batch_size}.items():
@@ -218,22 +252,25 @@ class ClipDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.seed = seed
         self.horizontal_flip = horizontal_flip
+        self.augment = augment
         self._datasets: dict[str, ClipDataset] = {}
+        self._sampler: ClipSampler | None = None  # of the training clips, in `fit`
+        self._start: tuple[Place, int] | None = None  # a place in the data, and Lightning's count of batches there
 
     @abstractmethod
     def videos(self, split: str) -> list[Video]:
         """The videos of a split; `UserError` if the data are not there. Only the split asked for is read."""
 
     def make_dataset(self, split: str) -> ClipDataset:
-        training = split == "train"
+        drawn = self._is_drawn(split)
         return VideoClips(
             self.videos(split),
             self.num_frames,
             self.resolution,
             self.fps,
             self.seed,
-            training,
-            self.horizontal_flip and training,
+            training=drawn,
+            horizontal_flip=self.horizontal_flip and drawn,
         )
 
     def dataset(self, split: str) -> ClipDataset:
@@ -248,6 +285,8 @@ class ClipDataModule(LightningDataModule, ABC):
             self.setup(self.trainer.state.fn.value)
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self._sampler = self._start = None  # of an earlier run, or of a checkpoint that was tested
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",)):
             self.dataset(split)
 
@@ -265,6 +304,22 @@ class ClipDataModule(LightningDataModule, ABC):
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         return to_batch(batch)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where training is in its data: `epoch`, `clips` of it that all ranks consumed, Lightning's count `batches`.
+
+        Lightning saves it in each checkpoint, and a resumed run goes on with the very next batch; with another batch
+        size or number of ranks, with the next clips.
+        """
+        if self._sampler is None:
+            return {}
+        epoch, clips = self._place()
+        return {"epoch": epoch, "clips": clips, "batches": self._trained_batches()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._start = (state_dict["epoch"], state_dict["clips"]), state_dict["batches"]
+        # Lightning looks for the state in the loader, and says so.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
 
     def protocol(self) -> dict[str, Any]:
         """What was evaluated: equal protocols mean equal clips. Reads the headers of the test videos."""
@@ -298,12 +353,14 @@ class ClipDataModule(LightningDataModule, ABC):
                 f"Expected at least one clip of the {self.split_name(split)} split for each of {world_size} ranks, "
                 f"got {len(dataset)}; use fewer devices or more clips."
             )
-        sampler = ClipSampler(len(dataset), training, self.seed, rank, world_size)
-        if training and self.trainer:
-            # Lightning starts the workers of a resumed run before it calls set_epoch.
-            progress = self.trainer.fit_loop.epoch_progress.current
-            sampler.set_epoch(getattr(progress, "processed", 0))
         batch_size = self.batch_size if training else self.eval_batch_size
+        sampler = ClipSampler(len(dataset), training, self.seed, rank, world_size, batch_size)
+        if training and self.trainer:
+            if self._start is None:  # a new run, or a checkpoint that only says which epoch it was
+                epoch = getattr(self.trainer.fit_loop.epoch_progress.current, "processed", 0)
+                self._start = (epoch, 0), self._trained_batches()
+            self._sampler = sampler
+            sampler.start = self._place
         workers = self._workers()
         return DataLoader(
             dataset,
@@ -311,10 +368,34 @@ class ClipDataModule(LightningDataModule, ABC):
             sampler=sampler,
             drop_last=training and len(sampler) >= batch_size,
             num_workers=workers,
-            worker_init_fn=_use_one_thread,
+            worker_init_fn=_init_worker,
             pin_memory=self._device_type() == "cuda",
             persistent_workers=workers > 0 and split != "test",
+            # Its own: each iterator draws a seed, which would shift what the model draws in a run that was resumed.
+            generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def _is_drawn(self, split: str) -> bool:
+        """Whether each epoch draws other clips."""
+        return split == "train" and self.augment
+
+    def _place(self) -> Place:
+        """Where training is in its data.
+
+        Counted in batches that went through the training step: not in those that workers have ready or that are on
+        the device, and not in Lightning's epochs. These don't keep step with the data: a run that `max_steps` ends
+        counts its last epoch as a whole one, and one that goes on from the end of an epoch may begin with an epoch of
+        no batch or of one.
+        """
+        assert self._sampler is not None
+        assert self._start is not None
+        place, batches = self._start
+        # Lightning's count is restored after the first call here if configure_optimizers asks for the number of steps.
+        return self._sampler.after(place, max(0, self._trained_batches() - batches))
+
+    def _trained_batches(self) -> int:
+        assert self.trainer is not None
+        return getattr(self.trainer.fit_loop.epoch_loop.batch_progress.total, "processed", 0)
 
     def _workers(self) -> int:
         if self.num_workers is not None:
@@ -329,6 +410,17 @@ class ClipDataModule(LightningDataModule, ABC):
         return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _use_one_thread(worker: int) -> None:
+def _init_worker(worker: int) -> None:
     # Each worker has a core; more threads than that only wait for each other.
     torch.set_num_threads(1)
+    # A job scheduler sends SIGTERM to all processes; the main one then needs its workers until it has ended its batch.
+    # It ends them by SIGTERM too, so the signal can't just be ignored: Python would wait for them forever at its exit.
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_main, daemon=True).start()
+
+
+def _end_with_main() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -176,10 +176,18 @@ class _Sprite:
 
 
 class SyntheticClips(ClipDataset):
-    """Rendered clips; training shows new scenes in every epoch."""
+    """Rendered clips; with `training` new scenes in every epoch."""
 
     def __init__(
-        self, length: int, split: str, num_frames: int, resolution: int, fps: float, seed: int, classes: list[str]
+        self,
+        length: int,
+        split: str,
+        num_frames: int,
+        resolution: int,
+        fps: float,
+        seed: int,
+        classes: list[str],
+        training: bool = False,
     ) -> None:
         self.length = length
         self.split = split
@@ -188,6 +196,7 @@ class SyntheticClips(ClipDataset):
         self.fps = fps
         self.seed = seed
         self.classes = classes
+        self.training = training
 
     def __len__(self) -> int:
         return self.length
@@ -197,7 +206,8 @@ class SyntheticClips(ClipDataset):
 
     def clip(self, epoch: int, index: int) -> dict[str, Any]:
         label = index % len(self.classes)
-        random = np.random.default_rng((self.seed, SPLITS.index(self.split), epoch, index))
+        scene = epoch if self.training else 0
+        random = np.random.default_rng((self.seed, SPLITS.index(self.split), scene, index))
         times = np.arange(self.num_frames) / self.fps
         frames = np.stack(list(render(random, self.classes[label], times, (self.resolution, self.resolution))))
         name, start = self.identity(index)
@@ -208,7 +218,7 @@ class Synthetic(ClipDataModule):
     """Clips of moving textures that are rendered as they are asked for: no files.
 
     Args:
-        num_train: Training clips per epoch; each epoch renders others.
+        num_train: Training clips per epoch; each epoch renders others, or with `augment: false` the first one's.
         num_val: Validation clips, always the same.
         num_test: Test clips, always the same.
         num_classes: How many kinds of motion, at most 6.
@@ -228,7 +238,14 @@ class Synthetic(ClipDataModule):
     def make_dataset(self, split: str) -> SyntheticClips:
         fps = self.fps or FILE_FPS
         return SyntheticClips(
-            self.lengths[split], split, self.num_frames, self.resolution, fps, self.seed, self.classes
+            self.lengths[split],
+            split,
+            self.num_frames,
+            self.resolution,
+            fps,
+            self.seed,
+            self.classes,
+            training=self._is_drawn(split),
         )
 
     def protocol(self) -> dict[str, Any]:

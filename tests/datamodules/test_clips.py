@@ -245,6 +245,20 @@ def test_half_of_the_training_clips_are_mirrored(tmp_path: Path) -> None:
     assert mirrored(training=True) == mirrored() == 0
 
 
+def test_without_augment_training_takes_the_clip_that_evaluation_would_take(make: Make) -> None:
+    data = make(augment=False, num_frames=8)
+    train = data.dataset("train")
+    evaluation = VideoClips(data.videos("train"), 8, 16, 8.0)
+    for index in range(len(train)):
+        expected = evaluation[index]
+        for epoch in (0, 5):
+            item = train[epoch, index]
+            assert torch.equal(item.pop("clip"), expected["clip"])
+            assert item == {key: value for key, value in expected.items() if key != "clip"}
+    first, second = epoch_of(data, 0), epoch_of(data, 1)
+    assert [b["name"] for b in first] != [b["name"] for b in second]  # still shuffled
+
+
 def test_impossible_arguments_are_named() -> None:
     for kwargs, message in (({"num_frames": 0}, "data.num_frames"), ({"fps": -1.0}, "data.fps")):
         with pytest.raises(UserError, match=message):

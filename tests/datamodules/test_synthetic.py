@@ -42,6 +42,13 @@ def test_clips_differ_by_epoch_in_training_only() -> None:
     assert (protocol["num_clips"], protocol["resolution"], protocol["fps"]) == (2, 16, 8.0)
 
 
+def test_without_augment_each_epoch_has_the_same_scenes() -> None:
+    small = {"num_train": 2, "num_frames": 3, "resolution": 16, "num_workers": 0}
+    fixed, fresh = Synthetic(augment=False, **small).dataset("train"), Synthetic(**small).dataset("train")
+    assert torch.equal(fixed[4, 1]["clip"], fixed[0, 1]["clip"])
+    assert torch.equal(fixed[4, 1]["clip"], fresh[0, 1]["clip"])
+
+
 def test_the_layout_is_that_of_ucf101(small_ucf: Path) -> None:
     lists = small_ucf / "ucfTrainTestlist"
     assert (lists / "classInd.txt").read_bytes() == b"1 Bounce\r\n2 Drift\r\n"
