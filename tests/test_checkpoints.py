@@ -3,8 +3,10 @@
 import errno
 import os
 import pickle
+import resource
+import subprocess
 import sys
-from pathlib import Path
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -80,7 +82,7 @@ def test_what_was_saved_is_read_back(saved):
     model, path = saved
     read = checkpoints.AtomicCheckpointIO().load_checkpoint(path)
     assert read["global_step"] == 12
-    torch.testing.assert_close(checkpoints.autoencoder_weights(read["state_dict"]), dict(model.state_dict()))
+    torch.testing.assert_close(checkpoints.autoencoder_weights(read), dict(model.state_dict()))
 
 
 def test_an_absent_file_is_named_with_its_neighbours(saved):
@@ -140,16 +142,111 @@ def test_a_file_without_state_dict_is_refused(tmp_path):
 # Writing.
 
 
-def fail_as_a_full_disk(monkeypatch):
-    def save(checkpoint, path):
-        Path(path).write_bytes(b"PK half of it")
-        raise OSError(errno.ENOSPC, "No space left on device")
+@contextmanager
+def file_size_limit(size):
+    """Writes beyond it fail as on a full disk (Python ignores the signal that comes with it)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def fail_as_a_full_disk(monkeypatch, code=errno.EIO):
+    def save(checkpoint, file):
+        file.write(b"PK half of it")
+        try:
+            raise OSError(code, os.strerror(code))
+        finally:
+            if code == errno.EDQUOT:  # as torch does: an error of its own over the one that says why
+                raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
     monkeypatch.setattr(torch, "save", save)
 
 
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kept", [0, 1000, 0.5, -1])
+def test_a_real_write_that_finds_no_room_names_what_is_whole(tmp_path, kept):
+    writer, large = checkpoints.AtomicCheckpointIO(), checkpoint_of(Toy(width=9000))
+    first, second = tmp_path / "step-00000012.ckpt", tmp_path / "step-00000024.ckpt"
+    writer.save_checkpoint(large, first)
+    size, before = first.stat().st_size, contents(tmp_path)
+    assert size > 200_000
+    limit = {float: int(size * kept), int: kept if kept >= 0 else size + kept}[type(kept)]
+    with file_size_limit(limit), pytest.raises(UserError) as error:
+        writer.save_checkpoint({**large, "global_step": 24}, second)
+    assert str(error.value) == (
+        f"Expected room to write {second}, got 'File too large'; {first} is whole. "
+        "Free space and go on with --resume auto."
+    )
+    assert error.value.__cause__ is not None
+    assert contents(tmp_path) == before
+    assert checkpoints.newest(tmp_path) == first
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_a_users_error_in_whatever_torch_wraps_it(tmp_path, monkeypatch, code):
+    fail_as_a_full_disk(monkeypatch, code)
+    with pytest.raises(UserError) as error:
+        checkpoints.AtomicCheckpointIO().save_checkpoint({}, tmp_path / "best.ckpt")
+    assert str(error.value) == (
+        f"Expected room to write {tmp_path / 'best.ckpt'}, got {os.strerror(code)!r}. "
+        "Free space and go on with --resume auto."
+    )
+    assert contents(tmp_path) == {}
+
+
+WRITE_AND_BE_KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from vidtwin.files import link, replacing
+
+folder, version = Path(sys.argv[1]), 0
+random.seed(0)
+torch.set_num_threads(1)  # a fork has none of the others
+for _ in range(10):
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        while True:
+            version += 1
+            step = folder / f"step-{version % 3:08d}.ckpt"
+            with replacing(step) as temporary, temporary.open("wb") as file:
+                torch.save({"version": version, "weights": torch.full((200_000,), version)}, file)
+            link(folder / "last.ckpt", step)
+            os.write(tell, b"%d " % version)
+    os.close(tell)
+    first = os.read(told, 20)
+    time.sleep(random.random() * 0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    done = int((first + os.read(told, 100_000)).split()[-1])
+    found = torch.load(folder / "last.ckpt", weights_only=True)
+    version = found["version"]
+    assert torch.equal(found["weights"], torch.full((200_000,), version))
+    print(done, version)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_and_what_was_reported_as_written(tmp_path):
+    command = [sys.executable, "-c", WRITE_AND_BE_KILLED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rounds = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(rounds) == 10
+    # The version that was told last, or the one after it, written but not told any more.
+    assert all(version - told in (0, 1) for told, version in rounds)
+    for path in tmp_path.glob("[!.]*"):
+        checkpoints.check(path)
+
+
 @pytest.mark.parametrize("existed", [True, False])
-@pytest.mark.parametrize("failure", ["full disk", "interrupted in the middle of pickling"])
+@pytest.mark.parametrize("failure", ["broken disk", "interrupted in the middle of pickling"])
 def test_a_failed_write_leaves_the_previous_checkpoint_and_nothing_else(tmp_path, monkeypatch, existed, failure):
     class Interrupting:
         def __reduce__(self):
@@ -158,15 +255,15 @@ def test_a_failed_write_leaves_the_previous_checkpoint_and_nothing_else(tmp_path
     path, writer = tmp_path / "last.ckpt", checkpoints.AtomicCheckpointIO()
     if existed:
         writer.save_checkpoint(checkpoint_of(Toy()), path)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    before = contents(tmp_path)
     following = checkpoint_of(Toy())
-    if failure == "full disk":
+    if failure == "broken disk":
         fail_as_a_full_disk(monkeypatch)
     else:
         following["callbacks"] = Interrupting()
     with pytest.raises((OSError, KeyboardInterrupt)):
         writer.save_checkpoint(following, path)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
     if existed:
         monkeypatch.undo()
         assert checkpoints.read(path)["global_step"] == 12
@@ -177,6 +274,119 @@ def test_a_removed_checkpoint_is_gone_and_an_absent_one_is_no_error(saved):
     writer.remove_checkpoint(saved[1])
     writer.remove_checkpoint(saved[1])
     assert not saved[1].exists()
+
+
+# Finding the newest.
+
+
+def save_step(folder, step, name=None):
+    path = checkpoints.step_path(folder, step) if name is None else folder / name
+    checkpoints.AtomicCheckpointIO().save_checkpoint({**checkpoint_of(Toy(width=500)), "global_step": step}, path)
+    return path
+
+
+def flip_a_byte(path, where=0.5):
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * where)] ^= 0xFF
+    path.write_bytes(content)
+
+
+def found(function, folder):
+    """What a search finds, and what it reports."""
+    reports: list[str] = []
+    return function(folder, reports.append), reports
+
+
+@pytest.mark.parametrize("folder", ["absent", "empty"])
+def test_a_folder_without_checkpoints_has_no_newest(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.yaml").touch()
+    assert found(checkpoints.newest, tmp_path / folder) == (None, [])
+    assert found(checkpoints.history, tmp_path / folder) == ([], [])
+
+
+def test_the_newest_holds_the_most_steps_whatever_its_name_and_age(tmp_path):
+    third, _, second = save_step(tmp_path, 3000), save_step(tmp_path, 1000), save_step(tmp_path, 2000)
+    save_step(tmp_path, 2500, "best.ckpt")
+    (tmp_path / "last.ckpt").symlink_to(second.name)
+    assert found(checkpoints.newest, tmp_path) == (third, [])
+    best = save_step(tmp_path, 3500, "best.ckpt")
+    assert found(checkpoints.newest, tmp_path) == (best, [])
+    (tmp_path / "last.ckpt").unlink()
+    last = save_step(tmp_path, 4000, "last.ckpt")  # a file, as older versions wrote it
+    assert found(checkpoints.newest, tmp_path) == (last, [])
+    assert found(checkpoints.history, tmp_path) == ([third, second, tmp_path / "step-00001000.ckpt"], [])
+
+
+def test_of_equal_steps_it_is_the_one_that_last_points_at(tmp_path):
+    save_step(tmp_path, 2000, "best.ckpt")
+    save_step(tmp_path, 2000, "step-00009999.ckpt")
+    step = save_step(tmp_path, 2000)
+    (tmp_path / "last.ckpt").symlink_to(step.name)
+    assert checkpoints.newest(tmp_path) == step
+    (tmp_path / "last.ckpt").unlink()
+    (tmp_path / "last.ckpt").symlink_to("best.ckpt")
+    assert checkpoints.newest(tmp_path) == tmp_path / "best.ckpt"
+
+
+def test_temporary_and_foreign_files_are_no_candidates(tmp_path):
+    step = save_step(tmp_path, 1000)
+    for name in (".step-00002000-abcd1234.ckpt", ".last-abcd1234.ckpt", "epoch=3.ckpt", "step-2000.ckpt", "old.ckpt"):
+        save_step(tmp_path, 2000, name)
+    assert found(checkpoints.newest, tmp_path) == (step, [])
+    assert found(checkpoints.history, tmp_path) == ([step], [])
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.9, -1])
+def test_a_truncated_file_is_found_damaged_without_reading_its_tensors_too(saved, kept, lazily):
+    path = saved[1]
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept) if isinstance(kept, float) else kept])
+    with pytest.raises(UserError, match="it is damaged or cut off"):
+        checkpoints.read(path, lazily)
+    with pytest.raises(UserError, match="it is damaged or cut off"):
+        checkpoints.check(path)
+
+
+def test_flipped_bytes_that_torch_reads_without_a_word_are_found(tmp_path):
+    path = save_step(tmp_path, 1000)
+    right = checkpoints.read(path)["state_dict"]
+    checkpoints.check(path)
+    flip_a_byte(path)
+    wrong = checkpoints.read(path)["state_dict"]
+    assert not all(torch.equal(wrong[name], right[name]) for name in right)
+    with pytest.raises(UserError, match=rf"got {path}: it is damaged \(checksum of .*/data/\d+\)\.$"):
+        checkpoints.check(path)
+
+
+def test_damaged_ones_are_passed_over_and_named(tmp_path):
+    whole, cut, flipped = (save_step(tmp_path, step) for step in (1000, 2000, 3000))
+    (tmp_path / "last.ckpt").symlink_to(flipped.name)
+    flip_a_byte(flipped)
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    torch.save({"state_dict": {}}, tmp_path / "best.ckpt")
+    path, reports = found(checkpoints.newest, tmp_path)
+    assert path == whole
+    assert all(str(name) in line for name, line in zip([cut, tmp_path / "best.ckpt", flipped], reports, strict=True))
+    assert all(line.startswith("passed over: Expected ") for line in reports)
+    assert "without its global_step" in reports[1]
+    path, reports = found(checkpoints.history, tmp_path)
+    assert path == [whole]
+    assert len(reports) == 2
+    with pytest.warns(UserWarning, match="passed over: ") as caught:
+        assert checkpoints.newest(tmp_path) == whole
+    assert len(caught) == 3
+    whole.unlink()
+    assert found(checkpoints.newest, tmp_path)[0] is None
+
+
+def test_a_link_that_dangles_is_passed_over(tmp_path):
+    step = save_step(tmp_path, 1000)
+    (tmp_path / "last.ckpt").symlink_to("step-00002000.ckpt")
+    path, reports = found(checkpoints.newest, tmp_path)
+    assert path == step
+    assert len(reports) == 1
 
 
 # Rebuilding the model.

@@ -1,10 +1,13 @@
 """A file is whole or not there."""
 
+import errno
 import os
+import stat
+from pathlib import Path
 
 import pytest
 
-from vidtwin.files import replacing, write_text
+from vidtwin.files import intended_name, link, replacing, write_text
 
 
 @pytest.fixture
@@ -52,6 +55,100 @@ def test_a_disk_that_fails_at_the_flush_leaves_the_previous_file(tmp_path, monke
     with pytest.raises(OSError, match="Input/output error"):
         write_text(tmp_path / "a.txt", "new")
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.txt": "old"}
+
+
+def record(monkeypatch) -> list[str]:
+    """What is flushed and moved, in order."""
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(handle):
+        order.append("flush folder" if is_folder(handle) else "flush file")
+        fsync(handle)
+
+    def moved(source, target):
+        order.append("move")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", moved)
+    return order
+
+
+def is_folder(handle: int) -> bool:
+    return stat.S_ISDIR(os.fstat(handle).st_mode)
+
+
+def test_content_is_on_the_disk_before_the_move_and_the_move_before_the_end(tmp_path, monkeypatch):
+    order = record(monkeypatch)
+    write_text(tmp_path / "a.txt", "new")
+    assert order == ["flush file", "move", "flush folder"]
+
+
+def test_a_file_system_that_flushes_no_folders_is_no_error_but_a_broken_one_is(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def fails_on_folders(code):
+        def flush(handle):
+            if is_folder(handle):
+                raise OSError(code, os.strerror(code))
+            fsync(handle)
+
+        return flush
+
+    monkeypatch.setattr(os, "fsync", fails_on_folders(errno.EINVAL))
+    write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    monkeypatch.setattr(os, "fsync", fails_on_folders(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write_text(tmp_path / "a.txt", "newer")
+
+
+@pytest.mark.parametrize("before", ["nothing", "file", "link"])
+def test_a_link_is_relative_and_replaces_what_was_there(tmp_path, before, monkeypatch):
+    old, new, last = (tmp_path / "run" / name for name in ("old.ckpt", "new.ckpt", "last.ckpt"))
+    write_text(old, "old")
+    write_text(new, "new")
+    if before == "file":
+        write_text(last, "last")
+    elif before == "link":
+        link(last, old)
+    order = record(monkeypatch)
+    link(last, new)
+    assert order == ["move", "flush folder"]
+    assert os.readlink(last) == "new.ckpt"
+    assert {file.name: file.read_text() for file in last.parent.iterdir()} == {
+        "old.ckpt": "old",
+        "new.ckpt": "new",
+        "last.ckpt": "new",
+    }
+    last.parent.rename(tmp_path / "moved")
+    assert (tmp_path / "moved" / "last.ckpt").read_text() == "new"
+
+
+def test_where_there_are_no_links_it_is_a_copy(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "symlink", fail)
+    write_text(tmp_path / "new.ckpt", "new")
+    link(tmp_path / "last.ckpt", tmp_path / "new.ckpt")
+    assert (tmp_path / "last.ckpt").read_text() == "new"
+    assert not (tmp_path / "last.ckpt").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "new.ckpt"]
+
+
+def test_a_temporary_file_tells_what_it_was_to_become(tmp_path, monkeypatch):
+    for name in ("step-00001000.ckpt", "clips.csv", "a-b.tar.gz"):
+        with replacing(tmp_path / name) as temporary:
+            assert intended_name(temporary) == name
+        assert intended_name(tmp_path / name) is None
+    seen = []
+    monkeypatch.setattr(os, "replace", lambda source, target: seen.append(Path(source)))
+    link(tmp_path / "last.ckpt", tmp_path / "clips.csv")
+    assert [intended_name(path) for path in seen] == ["last.ckpt"]
+    for name in (".hidden", ".bash-history", "last-abcdefgh.ckpt", ".last-short.ckpt", ".last-abcdefghi.ckpt"):
+        assert intended_name(Path(name)) is None
 
 
 def test_the_file_gets_the_permissions_that_open_would_give_it(tmp_path, umask):

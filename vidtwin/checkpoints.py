@@ -4,6 +4,12 @@ A checkpoint of ours holds, beside what Lightning stores, `model_spec`: the auto
 which a command without a config rebuilds it.
 """
 
+import errno
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,22 +24,126 @@ from vidtwin.errors import UserError
 from vidtwin.files import replacing
 
 PREFIX = "autoencoder."
+_STEP_FILE = re.compile(r"step-(\d{8,})\.ckpt")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class AtomicCheckpointIO(CheckpointIO):
     """Writes beside the target and moves over it; Lightning's own goes through memory and another file system."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        with replacing(path) as temporary:
-            torch.save(checkpoint, temporary)
+        # torch hides why a write failed when it opens the file itself.
+        with explaining_a_full_disk(path), replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read(path)
+        checkpoint = read(path)
+        check(path)  # torch takes in flipped bytes without a word
+        return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def explaining_a_full_disk(path: str | Path) -> Iterator[None]:
+    """Turn a write of `path` that fails for want of room into a `UserError` that names the checkpoint to go on from."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = _no_room(error)
+        if reason is None:
+            raise
+        before = newest(Path(path).parent, report=lambda _: None)
+        whole = f"; {before} is whole" if before else ""
+        raise UserError(
+            f"Expected room to write {path}, got {reason!r}{whole}. Free space and go on with --resume auto."
+        ) from error
+
+
+def _no_room(error: BaseException | None) -> str | None:
+    """torch may raise a RuntimeError of its own over the OSError."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return error.strerror
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def step_path(folder: str | Path, step: int) -> Path:
+    """`step-00001000.ckpt`."""
+    return Path(folder) / f"step-{step:08d}.ckpt"
+
+
+def step_files(folder: str | Path) -> dict[int, Path]:
+    """The files of a folder that are named after a step, newest first. What else lies there is not ours."""
+    folder = Path(folder)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = {int(match[1]): folder / match[0] for name in names if (match := _STEP_FILE.fullmatch(name))}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether training names its checkpoints so."""
+    return name in ("last.ckpt", "best.ckpt") or _STEP_FILE.fullmatch(name) is not None
+
+
+def candidates(folder: str | Path) -> list[Path]:
+    """`last.ckpt`, `step-*.ckpt` (newest first) and `best.ckpt`, as far as they are there, whole or not."""
+    named = [Path(folder) / "last.ckpt", *step_files(folder).values(), Path(folder) / "best.ckpt"]
+    return [path for path in named if path.exists() or path.is_symlink()]
+
+
+def newest(folder: str | Path, report: Callable[[str], object] = warnings.warn) -> Path | None:
+    """The whole checkpoint of the most steps in a folder, or None; damaged ones are named to `report`.
+
+    Whole means that the checksum of every byte is right. Of equal steps it is the one that `last.ckpt` points at.
+    """
+    # One entry a file: in the place of last.ckpt, but under the name of what it points at, which does not move on.
+    files = {path.resolve(): path for path in candidates(folder)}
+    return next(_whole(files.values(), report), None)
+
+
+def history(folder: str | Path, report: Callable[[str], object] = warnings.warn) -> list[Path]:
+    """All whole `step-*.ckpt` of a folder, newest first; damaged ones are named to `report`."""
+    return list(_whole(step_files(folder).values(), report))
+
+
+def _whole(paths: Iterable[Path], report: Callable[[str], object]) -> Iterator[Path]:
+    """Those that are whole, the one of the most steps first; of equal steps the first. Reads no more than is asked."""
+    steps = {}
+    for path in paths:
+        try:
+            steps[path] = _global_step(path)
+        except UserError as error:
+            report(f"passed over: {error}")
+    for path in sorted(steps, key=lambda path: steps[path], reverse=True):
+        try:
+            check(path)
+        except UserError as error:
+            report(f"passed over: {error}")
+        else:
+            yield path
+
+
+def _global_step(path: Path) -> int:
+    step = read(path, lazily=True).get("global_step")
+    if not isinstance(step, int):
+        raise UserError(f"Expected a checkpoint written by `vidtwin fit`, got {path} without its global_step.")
+    return step
+
+
+def check(path: str | Path) -> None:
+    """Raise `UserError` unless all bytes have the checksum that was written with them; torch does not look at it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile has many for headers that are damaged
+        raise UserError(f"Expected a whole checkpoint, got {path}: it is damaged or cut off ({error}).") from error
+    if damaged is not None:
+        raise UserError(f"Expected a whole checkpoint, got {path}: it is damaged (checksum of {damaged}).")
 
 
 def read(path: str | Path, lazily: bool = False) -> dict[str, Any]:
@@ -69,28 +179,66 @@ def build(spec: dict[str, Any]) -> VideoAutoencoder:
         raise UserError(f"Expected arguments of {spec['class_path']}, got others: {error}.") from error
 
 
-def load_autoencoder(path: str | Path) -> VideoAutoencoder:
-    """Rebuild the autoencoder that a checkpoint holds, with its weights, in evaluation mode."""
+def load_autoencoder(path: str | Path, ema: bool = False) -> VideoAutoencoder:
+    """Rebuild the autoencoder that a checkpoint holds, with its (or its averaged) weights, in evaluation mode."""
     checkpoint = read(path)
     model = build(model_spec(checkpoint, path))
-    _load(model, checkpoint, path)
+    _load(model, checkpoint, path, ema)
     return model.eval()
 
 
-def load_weights(model: VideoAutoencoder, path: str | Path) -> None:
+def load_weights(model: VideoAutoencoder, path: str | Path, ema: bool = False) -> None:
     """Load the autoencoder's weights from a checkpoint of the same size; `UserError` says how another one differs."""
-    _load(model, read(path), path)
+    _load(model, read(path), path, ema)
 
 
-def _load(model: VideoAutoencoder, checkpoint: dict[str, Any], path: str | Path) -> None:
-    state = autoencoder_weights(checkpoint["state_dict"])
+def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
+    """Start from what fits of another training's autoencoder: its averaged weights where it has them.
+
+    Takes a checkpoint of `vidtwin fit` or a file of an autoencoder's weights alone. Discriminator, optimizers and
+    steps stay behind.
+
+    Returns:
+        A line for each tensor of the model that keeps its initial values, and for each of the file that has no place.
+    """
+    held = weights.read(path)
+    if "state_dict" in held:
+        held = autoencoder_weights(held, ema="ema" in held)
+    own = model.state_dict()
+    fitting = {name: value for name, value in held.items() if name in own and value.shape == own[name].shape}
+    if not fitting:
+        raise UserError(
+            f"Expected weights of {type(model).__name__} in {path}, got none that fits; it has "
+            f"{', '.join([*map(str, held)][:3])}."
+        )
+    model.load_state_dict(fitting, strict=False)
+    lines = [f"missing {name}" for name in own if name not in held]
+    lines += [f"unexpected {name}" for name in held if name not in own]
+    return lines + [
+        f"reshaped {name}: {tuple(held[name].shape)} there, {tuple(own[name].shape)} here"
+        for name in own
+        if name in held and name not in fitting
+    ]
+
+
+def _load(model: VideoAutoencoder, checkpoint: dict[str, Any], path: str | Path, ema: bool) -> None:
+    state = autoencoder_weights(checkpoint, ema)
     weights.check_fit(state, model.state_dict(), str(path))
     model.load_state_dict(state)
 
 
-def autoencoder_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The autoencoder's part of a task's state dict, without the prefix."""
-    return {name.removeprefix(PREFIX): value for name, value in state_dict.items() if name.startswith(PREFIX)}
+def autoencoder_weights(checkpoint: dict[str, Any], ema: bool = False) -> dict[str, Tensor]:
+    """The autoencoder's part of a checkpoint, without the prefix; with `ema` the averaged weights where there are."""
+    state = checkpoint["state_dict"]
+    own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    if not ema:
+        return own
+    if "ema" not in checkpoint:
+        raise UserError(
+            "Expected a checkpoint with averaged weights (model.use_ema), got one without; it was trained without "
+            "model.ema_decay."
+        )
+    return own | checkpoint["ema"]["values"]
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:

@@ -1,17 +1,23 @@
 """Files that are whole or not there: written beside the target, flushed to disk, then moved over it."""
 
+import errno
 import os
+import re
+import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_TEMPORARY = re.compile(r"\.(.+)-[a-z0-9_]{8}(\.\w+)")  # mkstemp's alphabet
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` (same suffix) that becomes `path` if the block ends without an error.
 
-    A kill at any moment leaves the previous file, or none; the temporary one is removed on an error.
+    A kill or a power failure at any moment leaves the previous file, or none; the temporary one is removed on an error.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -20,10 +26,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0o600
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0o600
         temporary.replace(path)
+        _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -32,6 +39,42 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def link(path: Path, target: Path) -> None:
+    """Make `path` a relative symbolic link to `target` in the same folder; what was there is replaced in one move."""
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        temporary.symlink_to(target.name)
+    except OSError:  # a file system without links, such as a mounted cloud drive
+        with replacing(path) as copy:
+            shutil.copyfile(target, copy)
+        return
+    try:
+        temporary.replace(path)
+        _flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def intended_name(path: Path) -> str | None:
+    """What a temporary file that a kill left behind was to be called; None for any other file."""
+    match = _TEMPORARY.fullmatch(path.name)
+    return match[1] + match[2] if match else None
+
+
+def _flush_folder(folder: Path) -> None:
+    """Without it a power failure may undo the move."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
