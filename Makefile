@@ -5,14 +5,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_DATA := data/demo
 DEMO_RUN := runs/demo
+CLIPS ?= $(or $(VIDTWIN_SHARED),../shared)/data/clips
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types format constraints clean
+.PHONY: help install demo test test-all proof soak lint types format constraints clean
 
 help:
 	@echo "make demo       train a small VidTwin on made-up videos and measure it (under 6 minutes on two cores)"
 	@echo "make test       linters, types, tests, README commands (under 10 minutes on two cores)"
 	@echo "make test-all   the slow tests too"
+	@echo "make proof      learn four real clips by heart, without and with GAN (half an hour; CLIPS=folder of them)"
+	@echo "make soak       kill a training twenty times and compare it with one left alone (some minutes)"
 	@echo "make install    only make $(VENV) and install into it"
 	@echo "make format     rewrite the sources as the linters want them"
 	@echo "make clean      remove $(VENV), the demo's data and its results"
@@ -39,6 +42,12 @@ test: lint types
 
 test-all: lint types
 	$(BIN)/pytest
+
+proof: install
+	$(BIN)/python benchmarks/proof.py "$(CLIPS)" docs
+
+soak: install
+	$(BIN)/python benchmarks/soak.py
 
 lint: install
 	$(BIN)/ruff check

@@ -56,7 +56,7 @@ def main() -> None:
     axes.grid(alpha=0.3)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out, dpi=110)
-    print(points, lines)  # noqa: T201
+    print(points, lines)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def events(run: Path) -> dict[str, list[int]]:
 
 
 def test_fit_leaves_checkpoints_and_its_config(run):
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    names = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert names == ["best.ckpt", "last.ckpt", "step-00000003.ckpt"]
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 3
 
 

@@ -1,43 +1,22 @@
 """The training loop: one step is one batch, two players, checkpoints that resume."""
 
+import csv
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
-from torch.optim import AdamW
-from torch.utils.data import DataLoader
+from tiny import Clips, Poisoned, tiny_model, tiny_task, trainer
 
 from vidtwin.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
+from vidtwin.datamodules.transforms import to_clip
 from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
-from vidtwin.losses.discriminator import PatchDiscriminator2d
-from vidtwin.models.vidtwin import VidTwin
-from vidtwin.schedules import WarmupCosine
+from vidtwin.posteriors import Encoding
 from vidtwin.task import AutoencoderTask
-from vidtwin.trainer import VideoTrainer
-
-
-class Clips(LightningDataModule):
-    """Six smooth clips of 4 frames of 32 px, two a batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        coarse = torch.rand(6, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        clips = torch.nn.functional.interpolate(coarse, (4, 32, 32), mode="trilinear")
-        self.items = [
-            {"clip": clip, "label": index, "name": f"clip{index}.avi", "start_frame": 0}
-            for index, clip in enumerate(clips)
-        ]
-
-    def train_dataloader(self):
-        return DataLoader(self.items, batch_size=2)
-
-    val_dataloader = test_dataloader = train_dataloader
 
 
 class Watcher(Callback):
@@ -53,34 +32,6 @@ class Watcher(Callback):
         self.steps.append(trainer.global_step)
         if task.loss.discriminator is not None:
             self.weights.append(next(task.loss.discriminator.parameters()).detach().clone())
-
-
-def tiny_model(**arguments) -> VidTwin:
-    sizes = {"num_frames": 4, "resolution": 32, "patch_size": 8, "hidden_size": 32, "depth": 1, "num_heads": 2}
-    sizes |= {"num_queries": 2, "structure_width": 8, "query_size": 16, "qformer_depth": 1, "qformer_heads": 2}
-    return VidTwin(**{**sizes, "qformer_intermediate_size": 16, **arguments})
-
-
-def tiny_task(gan_start: int | None = None, warmup_steps: int = 2, **arguments) -> AutoencoderTask:
-    torch.manual_seed(0)
-    gan = {} if gan_start is None else {"discriminator": PatchDiscriminator2d(channels=4, num_layers=1)}
-    loss = AutoencoderLoss(perceptual_weight=0, adversarial_start=gan_start or 0, **gan)
-    return AutoencoderTask(
-        tiny_model(),
-        loss,
-        optimizer=lambda p: AdamW(p, lr=1e-3),
-        scheduler=lambda o: WarmupCosine(o, warmup_steps),
-        discriminator_optimizer=lambda p: AdamW(p, lr=1e-3),
-        discriminator_scheduler=lambda o: WarmupCosine(o, warmup_steps),
-        **arguments,
-    )
-
-
-def trainer(folder: Path, max_steps: int = 7, **arguments) -> VideoTrainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    return VideoTrainer(
-        **{"accelerator": "cpu", "max_steps": max_steps, "default_root_dir": folder, **quiet, **arguments}
-    )
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +61,8 @@ def test_the_discriminator_first_moves_in_the_batch_where_the_gan_starts(trained
 
 def test_the_last_and_the_best_checkpoint_stay(trained):
     folder, _, _, task = trained
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    kept = ["best.ckpt", "last.ckpt", "step-00000005.ckpt", "step-00000007.ckpt"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == kept
     last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 7  # not a multiple of 5: written when training ended
     assert last["model_spec"]["init_args"]["hidden_size"] == 32
@@ -199,6 +151,69 @@ def test_gradient_clipping_bounds_each_players_gradient(tmp_path):
     assert free[0] > 100 * clipped[0]
 
 
+def test_the_parts_of_an_accumulated_batch_add_up_to_its_gradient(tmp_path, monkeypatch):
+    monkeypatch.setattr(Encoding, "sample", Encoding.mode)
+
+    def trained_with(parts):
+        task = tiny_task(
+            gan_start=0,
+            accumulation=parts,
+            model={"qformer_dropout": 0.0},
+            loss={"adaptive_weight": False},
+            optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+            scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0),
+            discriminator_optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+            discriminator_scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0),
+        )
+        run = trainer(tmp_path, max_steps=3)
+        run.fit(task, Clips(count=10, batch_size=5))
+        assert run.global_step == 3
+        return task.state_dict(), {name: float(value) for name, value in run.callback_metrics.items()}
+
+    whole, whole_logged = trained_with(1)
+    for parts in (2, 5):  # of 5 clips: 3 and 2, which weigh as much as they are
+        state, logged = trained_with(parts)
+        torch.testing.assert_close(state, whole, rtol=1e-4, atol=1e-5)
+        assert logged["train/pixel"] == pytest.approx(whole_logged["train/pixel"], rel=1e-5)
+        assert logged["discriminator/loss"] == pytest.approx(whole_logged["discriminator/loss"], rel=1e-5)
+
+
+def test_an_accumulated_batch_is_one_step(tmp_path):
+    watcher = Watcher()
+    task = tiny_task(gan_start=3, accumulation=2, ema_decay=0.9)
+    saved = LatestCheckpoint(every_n_steps=3, keep=9, dirpath=str(tmp_path / "checkpoints"))
+    trainer(tmp_path, callbacks=[watcher, saved]).fit(task, Clips())
+    assert watcher.steps == [0, 1, 2, 3, 4, 5, 6]
+    moved = [not torch.equal(a, b) for a, b in zip(watcher.weights, watcher.weights[1:], strict=False)]
+    assert moved == [False, False, False, True, True, True]
+    assert [s.last_epoch for s in task.lr_schedulers()] == [7, 7]
+    assert task.average.updates == 7
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000003.ckpt", "step-00000006.ckpt", "step-00000007.ckpt"]
+
+
+def test_more_parts_than_clips_are_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"at least model\.accumulation=3 clips in a batch, got 2; raise data\.batch_size"
+    ):
+        trainer(tmp_path).fit(tiny_task(accumulation=3), Clips())
+    with pytest.raises(UserError, match=r"model\.accumulation of at least 1, got 0"):
+        tiny_task(accumulation=0)
+
+
+def test_the_curves_count_steps_not_batches(tmp_path):
+    logger = CSVLogger(tmp_path, name="run", version="")
+    run = trainer(tmp_path, max_steps=6, logger=logger, log_every_n_steps=1)
+    run.fit(tiny_task(gan_start=3), Poisoned())
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == [0, 1, 2, 3, 4, 5]
+    assert [int(row["step"]) for row in rows if row["discriminator/loss"]] == [3, 4, 5]
+    shares = [float(row["train/skipped"]) for row in rows if row["train/skipped"]]
+    assert shares[-1] > 0
+    assert len(shares) > 6  # of skipped batches too
+
+
 def test_bf16_trains_with_finite_losses(tmp_path):
     run = trainer(tmp_path, max_steps=4, precision="bf16-mixed")
     run.fit(tiny_task(gan_start=2), Clips())
@@ -208,7 +223,8 @@ def test_bf16_trains_with_finite_losses(tmp_path):
 
 def test_training_lowers_the_error(tmp_path):
     task = tiny_task(warmup_steps=2)
-    clip = torch.stack([item["clip"] for item in Clips().items])
+    clips = Clips().dataset("val")
+    clip = to_clip(torch.stack([clips[index]["clip"] for index in range(6)]))
     with torch.no_grad():
         before = (task.autoencoder.eval()(clip).clip - clip).abs().mean()
     trainer(tmp_path, max_steps=40).fit(task.train(), Clips())

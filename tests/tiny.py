@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 from torch.optim import AdamW
 
@@ -112,3 +113,33 @@ class Terminate(Callback):
     def on_train_batch_start(self, trainer, task, batch, batch_idx):
         if trainer.global_step == self.at:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def write_config(folder: Path, data: str = "tiny.Clips") -> Path:
+    """A config of five steps for the command line, with runs in `folder/runs/tiny/version_*`."""
+    content = {
+        "model": {
+            "autoencoder": {"class_path": "vidtwin.models.vidtwin.VidTwin", "init_args": tiny_model().init_args},
+            "loss": {
+                "class_path": "vidtwin.losses.autoencoder.AutoencoderLoss",
+                "init_args": {"perceptual_weight": 0.0, "adversarial_weight": 0.0},
+            },
+            "scheduler": {"class_path": "vidtwin.schedules.WarmupCosine", "init_args": {"warmup_steps": 1}},
+            "ema_decay": 0.9,
+        },
+        "data": {"class_path": data},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 5,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": str(folder / "runs"), "name": "tiny"},
+            },
+        },
+        "latest_checkpoint": {"every_n_steps": 2},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vidtwin import __version__
-from vidtwin.errors import UserError, suggestion
+from vidtwin.errors import REQUEUE_EXIT_CODE, Preempted, UserError, suggestion
 
 TRAINER_COMMANDS = {
     "fit": "Train an autoencoder: vidtwin fit --config configs/vidtwin_base.yaml --data.root PATH",
@@ -18,6 +18,7 @@ TRAINER_COMMANDS = {
     "test": "Measure an autoencoder on the test clips and write its row of results.",
     "predict": "Write latents and reconstruction of each test clip.",
     "reconstruct": "Reconstruct video files: vidtwin reconstruct a.mp4 b.mp4 --ckpt_path last.ckpt",
+    "replay": "Run a step again that training skipped, and say where it breaks: vidtwin replay DUMP",
 }
 
 
@@ -50,7 +51,7 @@ FILE_COMMANDS: dict[str, Callable[[list[str]], int]] = {"plugins": plugins_comma
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `vidtwin ARGV` → exit code: 0 done, 2 something the user can mend (one line says what)."""
+    """Run `vidtwin ARGV` → exit code: 0 done, 2 the user can mend it (one line says what), 75 to be run again."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -74,6 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"vidtwin: error: {_one_line(error)}\n")
         return 2
+    except Preempted as end:
+        sys.stderr.write(f"vidtwin: {end}\n")
+        return REQUEUE_EXIT_CODE
     except KeyboardInterrupt:
         sys.stderr.write("vidtwin: interrupted\n")
         return 130

@@ -4,11 +4,24 @@
 """
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
+
+# "Temporary failure; the user is invited to retry" (sysexits.h): a scheduler that is told to requeue on it goes on.
+REQUEUE_EXIT_CODE: int = getattr(os, "EX_TEMPFAIL", 75)
 
 
 class UserError(ValueError):
     """Something the user gave is not usable: the message says what was expected, what came and what to do."""
+
+
+class Preempted(Exception):  # noqa: N818 - training goes on later
+    """Training was told to end by SIGTERM, and has saved (unless `folder` is None) where it stands."""
+
+    def __init__(self, step: int, folder: Path | None) -> None:
+        saved = f"saved in {folder}; the same command with --resume auto goes on" if folder else "nothing was saved"
+        super().__init__(f"ended by SIGTERM after step {step}, {saved}")
 
 
 def suggestion(word: str, candidates: Iterable[str]) -> str:

@@ -12,8 +12,9 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -22,10 +23,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from vidtwin import checkpoints, plugins
+from vidtwin import checkpoints, plugins, replay
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
 from vidtwin.callbacks.clips import ClipLogger
+from vidtwin.callbacks.guard import StepGuard
+from vidtwin.callbacks.health import Health
 from vidtwin.errors import UserError, suggestion
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.task import AutoencoderTask
@@ -36,7 +39,11 @@ def run(command: str, argv: list[str]) -> None:
     """Run one of the trainer's commands; raises `UserError` for what the user can mend."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # class paths of files in the current folder, as with `python -m`
-    argv = [command, *(_inputs(argv) if command == "reconstruct" else argv)]
+    if command == "reconstruct":
+        argv = _inputs(argv)
+    elif command == "replay":
+        argv = _dump(argv)
+    argv = [command, *argv]
     argv = _resolve_short_names(argv)
     checkpoint = _option(argv, "ckpt_path")
     if checkpoint and command != "fit" and not _option(argv, "config") and not _option(argv, "model.autoencoder"):
@@ -66,6 +73,9 @@ class _SaveConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().setup(trainer, pl_module, "fit")
+        # For the dumps of steps that `vidtwin replay` runs again.
+        text = self.parser.dump(self.config, skip_none=False)
+        cast(AutoencoderTask, pl_module).config = yaml.safe_load(text)["model"]
 
 
 class VidTwinCLI(LightningCLI):
@@ -97,6 +107,7 @@ class VidTwinCLI(LightningCLI):
             "test": {"model", "dataloaders", "datamodule", "verbose"},
             "predict": {"model", "dataloaders", "datamodule"},
             "reconstruct": {"model"},
+            "replay": {"model"},
         }
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -107,6 +118,8 @@ class VidTwinCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(LatestCheckpoint, "latest_checkpoint")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
+        parser.add_lightning_class_args(StepGuard, "guard")
+        parser.add_lightning_class_args(Health, "health")
         parser.add_lightning_class_args(ClipLogger, "clip_logger")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -128,9 +141,9 @@ class VidTwinCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self._own_config()
-        if self.subcommand != "fit" and not config.get("ckpt_path") and self.subcommand != "test":
+        if self.subcommand not in ("fit", "test", "replay") and not config.get("ckpt_path"):
             raise UserError(f"Expected trained weights to {self.subcommand} with; give --ckpt_path FILE.")
-        if self.subcommand == "reconstruct":
+        if self.subcommand in ("reconstruct", "replay"):
             config.data = None
         elif config.get("data") is None:
             raise UserError(
@@ -138,6 +151,8 @@ class VidTwinCLI(LightningCLI):
             )
         if self.subcommand != "fit":
             config.trainer.logger = False  # a measurement is no run: it leaves its results alone behind
+        elif config.get("resume") == "auto":
+            _return_to_latest_run(config.trainer)
 
     def instantiate_classes(self) -> None:
         try:
@@ -160,9 +175,22 @@ class VidTwinCLI(LightningCLI):
         return self.config[str(self.config.subcommand)]
 
 
+def _return_to_latest_run(trainer: Namespace) -> None:
+    """Let a logger that numbers its runs go on with the newest one that has left a checkpoint."""
+    logger = trainer.get("logger")
+    arguments = logger.get("init_args") if isinstance(logger, Namespace) else None
+    if arguments is None or "save_dir" not in arguments or arguments.get("version") is not None:
+        return
+    runs = Path(arguments.save_dir) / (arguments.get("name") or "")
+    found = [path for path in runs.glob("version_*/checkpoints/*.ckpt") if not path.name.startswith(".")]
+    numbers = [int(path.parts[-3].removeprefix("version_")) for path in found if path.parts[-3][8:].isdecimal()]
+    if numbers:
+        arguments["version"] = max(numbers)
+
+
 def _usage(command: str) -> str:
     """In place of argparse's list of every option, which is sixty lines long."""
-    before = " VIDEO [VIDEO ...] --ckpt_path FILE" if command == "reconstruct" else ""
+    before = {"reconstruct": " VIDEO [VIDEO ...] --ckpt_path FILE", "replay": " DUMP"}.get(command, "")
     return f"vidtwin {command}{before} [--config FILE ...] [--OPTION VALUE ...]"
 
 
@@ -183,6 +211,17 @@ def _inputs(argv: list[str]) -> list[str]:
         else:
             bare.append(word)
     return [*options, f"--inputs={json.dumps(bare)}"] if bare else options
+
+
+def _dump(argv: list[str]) -> list[str]:
+    """`replay DUMP` → `--dump DUMP` and the task's config that the dump holds."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--dump", *argv]
+    if not (path := _option(argv, "dump")):
+        return argv
+    content = replay.read(path)
+    section = content["config"] or {"autoencoder": content["model_spec"]}
+    return [f"--model={json.dumps(section)}", f"--trainer.precision={content['precision']}", *argv]
 
 
 def _resolve_short_names(argv: list[str]) -> list[str]:
@@ -313,7 +352,6 @@ def _quieten(command: str) -> None:
             lambda record: not any(text in record.getMessage() for text in beside_the_point)
         )
     if command != "fit":  # what only watches a training is not there
-        warnings.filterwarnings("ignore", message=r".*The dirpath has changed.*")
         warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint.*")
     for message in (
         r".*does not have many workers.*",  # data modules choose the number themselves
@@ -322,6 +360,6 @@ def _quieten(command: str) -> None:
         r".*isinstance\(treespec, LeafSpec\).*",
         r".*sync_dist=True.*",  # the metrics are means over all ranks already
         r".*`lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",  # the discriminator's runs from the first step on
-        r".*AFTER optimization.*",  # a checkpoint after the step is what is wanted
+        r".*exists and is not empty.*",  # the folder of a run that goes on
     ):
         warnings.filterwarnings("ignore", message=message)

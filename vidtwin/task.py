@@ -2,29 +2,44 @@
 
 One step is one batch that updated the generator. Lightning counts a step for every optimizer under manual
 optimization; here only the generator's goes through Lightning's wrapper, so that max_steps, checkpoint intervals,
-schedules, the GAN's start and every logged curve count batches.
+schedules, the GAN's start and every logged curve count batches. A batch whose loss or gradient is not finite on any
+rank updates nothing on all of them and is no step.
+
+All that a step draws at random depends on (seed, batches so far, rank) alone: nothing between two steps, and no
+interruption, can shift it.
 """
 
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
-from vidtwin import checkpoints, weights
+from vidtwin import checkpoints, sharding, weights
 from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
-from vidtwin.errors import UserError
+from vidtwin.ema import WeightAverage
+from vidtwin.errors import UserError, suggestion
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.metrics.collection import ClipMetrics
 from vidtwin.metrics.frames import psnr
 from vidtwin.schedules import WarmupCosine
+from vidtwin.sharding import FSDP2Strategy
 
 Batch = dict[str, Any]
+COUNTS = ("batches", "skipped", "rate_scale", "seed")  # what a checkpoint keeps of a training, beside Lightning's
 
 
 class AutoencoderTask(LightningModule):
@@ -40,7 +55,20 @@ class AutoencoderTask(LightningModule):
         discriminator_optimizer: Of the loss's discriminator.
         discriminator_scheduler: Schedule of `discriminator_optimizer`, stepped once per step of the generator.
         gradient_clip_norm: Largest norm of the gradient, for each of the two players; None does not clip.
+        accumulation: Parts that each batch is split into; their gradients add up to one step, and only one part's
+            activations are in memory at a time. The batch is that of the step: data.batch_size clips on each device.
+        ema_decay: Decay of the running average of the autoencoder's weights (0.999 looks back about 1,000 steps);
+            None keeps none.
+        use_ema: Evaluate with that average: in validation, and in the commands that read a checkpoint.
+        freeze: Parts of the autoencoder that are not trained, by the names of its modules (`encoder`,
+            `structure.qformer`).
         metrics: What validation and test measure; None takes the loss's LPIPS backbone for LPIPS.
+
+    Attributes:
+        batches: Batches that this training has seen, skipped ones included.
+        skipped: Those among them that updated nothing, since their loss or gradient was not finite.
+        rate_scale: Factor on every learning rate; a rollback may lower it.
+        config: The `model` section of the config that it was built from, if it came from one.
     """
 
     def __init__(
@@ -52,10 +80,16 @@ class AutoencoderTask(LightningModule):
         discriminator_optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1.6e-4, weight_decay=1e-4),
         discriminator_scheduler: LRSchedulerCallable = lambda o: WarmupCosine(o),
         gradient_clip_norm: float | None = None,
+        accumulation: int = 1,
+        ema_decay: float | None = None,
+        use_ema: bool = False,
+        freeze: list[str] | None = None,
         metrics: ClipMetrics | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        if accumulation < 1:
+            raise UserError(f"Expected model.accumulation of at least 1, got {accumulation}.")
         self.autoencoder = autoencoder
         self.loss = loss or AutoencoderLoss()
         self.optimizer = optimizer
@@ -63,7 +97,18 @@ class AutoencoderTask(LightningModule):
         self.discriminator_optimizer = discriminator_optimizer
         self.discriminator_scheduler = discriminator_scheduler
         self.gradient_clip_norm = gradient_clip_norm
+        self.accumulation = accumulation
+        self.ema_decay = ema_decay
+        self.use_ema = use_ema
+        self.freeze_parts = freeze or []
         self.metrics = metrics or ClipMetrics(getattr(self.loss.perceptual, "backbone", None))
+        self.batches = 0
+        self.skipped = 0
+        self.rate_scale = 1.0
+        self.config: dict[str, Any] | None = None
+        self.average: WeightAverage | None = None
+        self.seed: int | None = None
+        self._average_to_load: dict[str, Any] | None = None
         self._validation_terms: dict[str, MeanMetric] = {}
 
     # Configure.
@@ -75,6 +120,7 @@ class AutoencoderTask(LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            self._freeze()
             if not any(p.requires_grad for p in self.autoencoder.parameters()):
                 raise UserError(f"{type(self.autoencoder).__name__} has nothing to train; run `vidtwin test` with it.")
             self._check_steps()
@@ -82,7 +128,12 @@ class AutoencoderTask(LightningModule):
             self.loss.setup()
         self.metrics.setup()
 
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            self.trainer.strategy.shard(self.autoencoder)
+
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
+        players: list[tuple[Any, OptimizerCallable, LRSchedulerCallable]]
         players = [(self._generator_parameters(), self.optimizer, self.scheduler)]
         if self.loss.discriminator is not None:
             parameters = list(self.loss.discriminator.parameters())
@@ -98,9 +149,36 @@ class AutoencoderTask(LightningModule):
             schedulers.append(scheduler)
         return optimizers, schedulers
 
-    def _generator_parameters(self) -> list[nn.Parameter]:
+    def _generator_parameters(self) -> list[nn.Parameter] | list[dict[str, Any]]:
         parameters = [p for p in self.autoencoder.parameters() if p.requires_grad]
-        return parameters if self.loss.logvar is None else [*parameters, self.loss.logvar]
+        if self.loss.logvar is None:
+            return parameters
+        # In a group of its own: it is not sharded with the others, and an optimizer's kernel takes one kind at a time.
+        return [{"params": parameters}, {"params": [self.loss.logvar]}]
+
+    def _freeze(self) -> None:
+        for part in self.freeze_parts:
+            modules = dict(self.autoencoder.named_modules())
+            if part not in modules or not part:
+                children = [name for name in modules if name and name.count(".") < 2]
+                raise UserError(
+                    f"Expected model.freeze to name modules of {type(self.autoencoder).__name__} "
+                    f"({', '.join(name for name in children if '.' not in name)}), got {part!r}"
+                    f"{suggestion(part, children)}"
+                )
+            modules[part].requires_grad_(False)
+
+    def on_fit_start(self) -> None:
+        if self.seed is None:
+            self.seed = torch.initial_seed()
+        if self.ema_decay is not None:
+            self.average = WeightAverage(self.autoencoder, self.ema_decay)
+            if self._average_to_load is not None:
+                self.average.load_state_dict(self._average_to_load)
+            elif self.global_step:
+                rank_zero_warn("The checkpoint holds no average of the weights (ema): it starts from the weights.")
+        elif self.use_ema:
+            raise UserError("Expected model.ema_decay (0.999 for one) where model.use_ema is set, got none.")
 
     def _check_steps(self) -> None:
         max_steps = self.trainer.max_steps
@@ -129,31 +207,135 @@ class AutoencoderTask(LightningModule):
     def forward(self, clip: Tensor) -> Reconstruction:
         return self.autoencoder(clip)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, str] | None:
+        """One step; or none, where a loss or a gradient is not finite on any rank.
+
+        Returns:
+            None, or on all ranks `{"rejected": reason}`; the reason is empty where the own part of the batch is sound.
+        """
         clip, step = batch["clip"], self.global_step
-        generator, discriminator = self._optimizers()
-        reconstruction = self.autoencoder(clip)
+        if len(clip) < self.accumulation:
+            raise UserError(
+                f"Expected at least model.accumulation={self.accumulation} clips in a batch, got {len(clip)}; raise "
+                "data.batch_size."
+            )
+        self.batches += 1
+        # Batch norm and running means of logits take in a batch before it is known to be sound.
+        buffers = [(buffer, buffer.clone()) for part in (self.autoencoder, self.loss) for buffer in part.buffers()]
+        self.seed_draws(self.global_rank)
+        means, reason = self._backward(clip, step)
+        players = self._players(step)
+        if reason is not None:
+            self.skipped += 1
+            for optimizer in players.values():
+                optimizer.zero_grad()
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            self._log_step({"train/skipped": self.skipped / self.batches}, step, now=True)
+            return {"rejected": reason}
 
-        terms = self.loss.generator_loss(reconstruction, clip, self._last_layer(step), step)
-        norm = self._update(generator, terms["total"])
-        logged = {f"train/{name}": value for name, value in terms.items() if name != "total"}
-        logged |= {"train/loss": terms["total"].detach(), "train/gradient_norm": norm}
-        logged["lr/generator"] = generator.param_groups[0]["lr"]
-
-        if discriminator is not None and (terms := self.loss.discriminator_loss(reconstruction.clip, clip, step)):
-            norm = self._update(discriminator.optimizer, terms["total"])
-            logged |= {f"discriminator/{name}": value for name, value in terms.items() if name != "total"}
-            logged |= {"discriminator/loss": terms["total"].detach(), "discriminator/gradient_norm": norm}
-            logged["lr/discriminator"] = discriminator.param_groups[0]["lr"]
-
+        logged: dict[str, Any] = dict(means)
+        for name, optimizer in players.items():
+            self._update(optimizer, means[f"{name}/gradient_norm"])
+            rate = optimizer.param_groups[0]["lr"] * self.rate_scale
+            logged[f"lr/{'generator' if name == 'train' else name}"] = rate
         for scheduler in self._schedulers():
             scheduler.step()
-        self.log_dict(logged, batch_size=len(clip))
+        if self.average is not None:
+            self.average.update(self.autoencoder)
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logged["train/skipped"] = self.skipped / self.batches
+        self._log_step(logged, step, now=every > 0 and (step + 1) % every == 0)
+        shown = {"loss": logged["train/loss"], "psnr": logged["train/psnr"]}
+        self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+        return None
+
+    def seed_draws(self, rank: int) -> None:
+        """Seed what the next step draws at random, by (seed, batches so far, rank)."""
+        words = np.random.SeedSequence((self.seed or 0, self.batches, rank)).generate_state(2)
+        torch.manual_seed(int(words[0]))
+        np.random.seed(int(words[1]))  # models of others may draw from these two
+        random.seed(int(words[1]))
+
+    def losses(self, clip: Tensor, step: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """One forward pass of (B, 3, T, H, W), then each player's terms: `total`, whose backward pass comes in between.
+
+        The discriminator's are computed when the generator's graph is gone.
+        """
+        reconstruction = self.autoencoder(clip)
+        last_layer = self.autoencoder.last_layer if self.loss.gan_is_on(step) else None
+        with sharding.probing(self.autoencoder):
+            terms = self.loss.generator_loss(reconstruction, clip, last_layer, step)
         with torch.no_grad():
-            quality = psnr(reconstruction.clip.detach(), clip).mean()
-        shown = {"loss": logged["train/loss"], "psnr": quality}
-        self.log_dict(shown, prog_bar=True, logger=False, batch_size=len(clip))
-        self.log("train/psnr", quality, batch_size=len(clip))
+            terms["psnr"] = psnr(reconstruction.clip, clip).mean()
+        yield "train", terms
+        if terms := self.loss.discriminator_loss(reconstruction.clip, clip, step):
+            yield "discriminator", terms
+
+    def _players(self, step: int) -> dict[str, LightningOptimizer | Optimizer]:
+        """Who is trained in a step: optimizers by the first part of the names in the logs."""
+        generator, discriminator = self._optimizers()
+        if discriminator is None or not self.loss.gan_is_on(step):
+            return {"train": generator}
+        # Lightning's wrapper counts a step; the bare optimizer does not.
+        return {"train": generator, "discriminator": discriminator.optimizer}
+
+    def _backward(self, clip: Tensor, step: int) -> tuple[dict[str, Tensor], str | None]:
+        """Gradients of the players for a batch, part by part: what to log, and why it has to be skipped (or None)."""
+        means: dict[str, Tensor] = {}
+        parts = clip.tensor_split(self.accumulation)
+        for index, part in enumerate(parts):
+            share = len(part) / len(clip)
+            with nullcontext() if index == len(parts) - 1 else self._without_sync():
+                for player, terms in self.losses(part, step):
+                    # Agreed upon before the backward pass, in which the ranks wait for each other.
+                    reason = self._reason(terms["total"], partial(bad_terms, terms))
+                    if reason is not None:
+                        return means, reason
+                    self.manual_backward(share * terms["total"])
+                    for name, value in terms.items():
+                        key = f"{player}/{'loss' if name == 'total' else name}"
+                        means[key] = means.get(key, 0.0) + share * value.detach()
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            self.trainer.strategy.average(self.loss)
+        norms = {name: self._gradient_norm(optimizer) for name, optimizer in self._players(step).items()}
+        means |= {f"{name}/gradient_norm": norm for name, norm in norms.items()}
+        return means, self._reason(torch.stack([*norms.values()]).sum(), lambda: ("", self.bad_gradients()))
+
+    @contextmanager
+    def _without_sync(self) -> Iterator[None]:
+        strategy = self.trainer.strategy
+        with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
+            yield
+
+    def _reason(self, value: Tensor, explain: Callable[[], tuple[str, str]]) -> str | None:
+        """None where `value` is finite on all ranks; else what broke here: "" where it was another rank's part.
+
+        `explain` gives what is not finite of this rank's own, and of what the ranks have computed together.
+        """
+        bad, any_rank = not bool(torch.isfinite(value)), self.trainer.strategy.reduce_boolean_decision
+        if not any_rank(bad, all=False):
+            return None
+        own, shared = explain() if bad else ("", "")
+        return own if any_rank(bool(own), all=False) else shared
+
+    def _gradient_norm(self, optimizer: LightningOptimizer | Optimizer) -> Tensor:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return sharding.total_norm(gradients).detach()
+
+    def bad_gradients(self) -> str:
+        """Whose gradients are not finite."""
+        bad = [name for name, p in self.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        return f"gradient of {', '.join(bad[:3])}{more} is not finite" if bad else "the gradient's norm is not finite"
+
+    def _log_step(self, values: dict[str, Any], step: int, now: bool) -> None:
+        """To the loggers at this step (which Lightning would count in batches, and give old values to skipped ones)."""
+        self.log_dict(values, logger=False, batch_size=1)
+        if now:
+            for logger in self.loggers:
+                logger.log_metrics({name: float(value) for name, value in values.items()}, step)
 
     def _optimizers(self) -> tuple[LightningOptimizer, LightningOptimizer | None]:
         optimizers = self.optimizers()
@@ -165,19 +347,35 @@ class AutoencoderTask(LightningModule):
         schedulers = self.lr_schedulers() or []
         return cast(list[LRScheduler], schedulers if isinstance(schedulers, list) else [schedulers])
 
-    def _last_layer(self, step: int) -> Tensor | None:
-        return self.autoencoder.last_layer if self.loss.gan_is_on(step) else None
-
-    def _update(self, optimizer: LightningOptimizer | Optimizer, loss: Tensor) -> Tensor:
-        """Backward, clip, step. Lightning's wrapper counts a step; the discriminator's bare optimizer does not."""
-        self.manual_backward(loss)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    def _update(self, optimizer: LightningOptimizer | Optimizer, norm: Tensor) -> None:
+        """Clip to the largest norm and step, at the schedule's rate times `rate_scale`."""
         if self.gradient_clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_norm, norm)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for kind in sharding.by_kind(parameters):
+                nn.utils.clip_grads_with_norm_(kind, self.gradient_clip_norm, norm)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * self.rate_scale
         optimizer.step()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # the schedule's own, from which it may compute the next
         optimizer.zero_grad()
-        return norm.detach()
+
+    def rewind(self, path: str | Path) -> None:
+        """In the middle of a training go back to a checkpoint's weights, optimizers, schedules and step.
+
+        The data go on where they are, so that what came after the checkpoint does not come again.
+        """
+        strategy = self.trainer.strategy
+        checkpoint = strategy.load_checkpoint(path, weights_only=True)
+        strategy.load_model_state_dict(checkpoint)
+        strategy.load_optimizer_state_dict(checkpoint)
+        for scheduler, state in zip(self._schedulers(), checkpoint["lr_schedulers"], strict=True):
+            scheduler.load_state_dict(state)
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint["ema"])
+        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
+        steps.ready = steps.completed = checkpoint["global_step"]
 
     # Evaluate.
 
@@ -191,7 +389,16 @@ class AutoencoderTask(LightningModule):
         self.metrics.update(self.metrics(reconstruction.clip, clip))
         return reconstruction
 
+    def on_validation_epoch_start(self) -> None:
+        sharding.reshard(self.autoencoder)
+        if self.use_ema and self.average is not None:
+            self.average.exchange(self.autoencoder)
+        sharding.gather(self.autoencoder)
+
     def on_validation_epoch_end(self) -> None:
+        sharding.reshard(self.autoencoder)
+        if self.use_ema and self.average is not None:
+            self.average.exchange(self.autoencoder)
         values = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         shown = dict(values)
         for name, mean in self._validation_terms.items():
@@ -206,8 +413,14 @@ class AutoencoderTask(LightningModule):
             for logger in self.loggers:
                 logger.log_metrics({name: float(value) for name, value in values.items()}, self.global_step)
 
+    def on_test_epoch_start(self) -> None:
+        sharding.gather(self.autoencoder)
+
     def test_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
         return self.autoencoder(batch["clip"])
+
+    def on_predict_epoch_start(self) -> None:
+        sharding.gather(self.autoencoder)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Reconstruction:
         return self.autoencoder(batch["clip"])
@@ -220,12 +433,27 @@ class AutoencoderTask(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["model_spec"] = self.autoencoder.spec()
+        checkpoint["training"] = {name: getattr(self, name) for name in COUNTS}
+        if self.average is not None:
+            checkpoint["ema"] = self.average.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how a checkpoint of another model differs; outside of `fit` take the autoencoder's weights alone."""
-        state, own = checkpoint["state_dict"], self.state_dict()
-        weights.check_fit(checkpoints.autoencoder_weights(state), self.autoencoder.state_dict(), "The checkpoint")
+        weights.check_fit(checkpoints.autoencoder_weights(checkpoint), self.autoencoder.state_dict(), "The checkpoint")
         if self.trainer.state.fn != "fit":
+            own = self.state_dict()
             rest = {name: value for name, value in own.items() if not name.startswith(checkpoints.PREFIX)}
-            kept = {name: value for name, value in state.items() if name.startswith(checkpoints.PREFIX)}
-            checkpoint["state_dict"] = rest | kept
+            kept = checkpoints.autoencoder_weights(checkpoint, self.use_ema)
+            checkpoint["state_dict"] = rest | {f"{checkpoints.PREFIX}{name}": value for name, value in kept.items()}
+            return
+        for name in COUNTS:  # absent from checkpoints of older versions
+            setattr(self, name, checkpoint.get("training", {}).get(name, getattr(self, name)))
+        self._average_to_load = checkpoint.get("ema")
+
+
+def bad_terms(terms: dict[str, Tensor]) -> tuple[str, str]:
+    """Which terms of a loss are not finite: of the rank's own clips, and those that other ranks have a part in."""
+    bad = [f"{name} is {float(value.detach()):g}" for name, value in terms.items() if not value.isfinite()]
+    shared = [text for text in bad if text.startswith(("total", "adaptive_weight"))]
+    own = [text for text in bad if text not in shared]
+    return f"loss: {', '.join(own)}" if own else "", f"loss: {', '.join(shared)}"

@@ -1,5 +1,6 @@
 """Lightning's Trainer with the commands of this project: each method below is a subcommand of `vidtwin`."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -7,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
@@ -16,10 +17,16 @@ from torch import Tensor
 from vidtwin import checkpoints, panels
 from vidtwin import plugins as registry
 from vidtwin.autoencoder import Reconstruction
+from vidtwin.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
+from vidtwin.callbacks.guard import StepGuard
+from vidtwin.callbacks.preemption import Preemption
 from vidtwin.callbacks.progress import ProgressBar
 from vidtwin.callbacks.results import ResultsWriter
 from vidtwin.errors import UserError
 from vidtwin.files import replacing
+from vidtwin.replay import read as read_dump
+from vidtwin.replay import replay as run_again
+from vidtwin.sharding import FSDP2Strategy
 from vidtwin.task import AutoencoderTask
 from vidtwin.video import iter_frames, probe, write_video
 
@@ -28,7 +35,8 @@ class VideoTrainer(Trainer):
     """`lightning.pytorch.Trainer` with defaults that a GAN autoencoder needs, and commands of its own.
 
     Differences: checkpoints are written atomically and read without running code; data modules own their samplers;
-    on several devices DDP looks for parameters without a gradient (each player's backward leaves the other's alone).
+    on several devices DDP looks for parameters without a gradient (each player's backward leaves the other's alone);
+    steps that are not finite are told, dumped and undone (`StepGuard`); SIGTERM saves first (`Preemption`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -39,14 +47,79 @@ class VideoTrainer(Trainer):
         strategy = kwargs.get("strategy", "auto")
         if strategy in ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook"):
             kwargs["strategy"] = f"{strategy}_find_unused_parameters_true"
+        if strategy == "fsdp2" or isinstance(strategy, FSDP2Strategy):
+            kwargs["inference_mode"] = False  # weights gathered in it could not be trained with
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(ProgressBar())
+        wanted: list[type[Callback]] = [StepGuard, Preemption]
+        if kwargs.get("enable_progress_bar") is not False:
+            wanted.append(ProgressBar)
+        callbacks += [cls() for cls in wanted if not any(isinstance(callback, cls) for callback in callbacks)]
         kwargs["callbacks"] = callbacks
         super().__init__(*args, **kwargs)
         if strategy == "auto" and isinstance(self.strategy, DDPStrategy):
             self.strategy._ddp_kwargs["find_unused_parameters"] = True
+
+    @property
+    def checkpoint_callback(self) -> Checkpoint | None:
+        """The one that knows which is the best, so that `ckpt_path="best"` works."""
+        return next(
+            (c for c in self.checkpoint_callbacks if isinstance(c, BestCheckpoint)), super().checkpoint_callback
+        )
+
+    def fit(  # type: ignore[override]
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        *,
+        resume: str | None = None,
+        init_from: str | None = None,
+    ) -> None:
+        """Train.
+
+        Args:
+            model: The task.
+            train_dataloaders: Loaders of training clips, instead of `datamodule`.
+            val_dataloaders: Loaders of validation clips, likewise.
+            datamodule: The data.
+            ckpt_path: Checkpoint to go on from: weights, optimizers, schedules, step, place in the data.
+            resume: "auto": go on from the newest whole checkpoint of the run that the logger names, if there is one,
+                else begin. A folder: go on from the newest in it.
+            init_from: Checkpoint or weights that a new training begins with, as far as they fit: what does not is
+                listed. The discriminator is new. Without effect on a run that goes on.
+        """
+        task = self._task(model)
+        if ckpt_path and resume:
+            raise UserError(f"Expected --ckpt_path or --resume, got both ({ckpt_path} and {resume}).")
+        if resume:
+            ckpt_path = self._newest(resume)
+        if init_from and not ckpt_path:
+            lines = checkpoints.load_part(task.autoencoder, init_from)
+            for line in lines:
+                _tell(f"vidtwin: {init_from}: {line}")
+            own = len(task.autoencoder.state_dict())
+            kept = sum(line.startswith(("missing", "reshaped")) for line in lines)
+            _tell(f"vidtwin: {own - kept} of {own} tensors from {init_from}")
+        super().fit(task, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+
+    def _newest(self, resume: str) -> Path | None:
+        """The checkpoint to go on from; None for "auto" where there is none."""
+        folder = Path(resume)
+        if resume == "auto":
+            saved = next((c for c in self.checkpoint_callbacks if isinstance(c, LatestCheckpoint)), None)
+            if saved is None:
+                raise UserError("Expected a LatestCheckpoint among the callbacks for resume='auto', got none.")
+            folder = saved.folder(self)
+        found = checkpoints.newest(folder, _warn)
+        if found is None and (folder / "checkpoints").is_dir():
+            found = checkpoints.newest(folder / "checkpoints", _warn)
+        if found is None and resume != "auto":
+            raise UserError(f"Expected whole checkpoints in {folder} to go on from, got none.")
+        _tell(f"vidtwin: goes on from {found}" if found else f"vidtwin: nothing in {folder} to go on from; begins")
+        return found
 
     def test(  # type: ignore[override]
         self,
@@ -153,7 +226,7 @@ class VideoTrainer(Trainer):
             if any((Path(out) / f"{stem}.mp4").resolve() == Path(other).resolve() for other in inputs):
                 raise UserError(f"Expected --out to be another folder than that of {source}, which would be replaced.")
         autoencoder = task.autoencoder.eval()
-        checkpoints.load_weights(autoencoder, ckpt_path)
+        checkpoints.load_weights(autoencoder, ckpt_path, task.use_ema)
         autoencoder.to(self.strategy.root_device)
         frames = autoencoder.temporal.maximum or 16
         size = autoencoder.resolution
@@ -178,6 +251,25 @@ class VideoTrainer(Trainer):
             if self.is_global_zero:
                 _say(f"{source} -> {target}")
         return written
+
+    def replay(self, model: LightningModule, dump: str) -> list[str]:
+        """Run a step again that training skipped, and say where it breaks.
+
+        Args:
+            model: The task; on the command line it comes from the dump.
+            dump: File of a skipped step, in a run's folder `nonfinite`.
+
+        Returns:
+            The lines of the report.
+        """
+        task = self._task(model)
+        task.loss.setup()
+        task.to(self.strategy.root_device)
+        with self.precision_plugin.forward_context():
+            lines = run_again(task, read_dump(dump))
+        for line in lines:
+            _say(line)
+        return lines
 
     def _task(self, model: LightningModule | None) -> AutoencoderTask:
         task = model or self.lightning_module
@@ -231,6 +323,15 @@ def _show(writer: ResultsWriter) -> None:
     _say(f"\n{writer.table}")
     for path in [*writer.panel_paths, writer.folder / "table.md"]:
         _say(str(path))
+
+
+@rank_zero_only
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def _warn(line: str) -> None:
+    _tell(f"vidtwin: {line}")
 
 
 @rank_zero_only

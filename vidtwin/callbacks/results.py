@@ -21,6 +21,7 @@ from vidtwin.task import AutoencoderTask
 from vidtwin.video import write_video
 
 SCHEMA_VERSION = 1
+LAST, AVERAGE = "of the last step", "running average"
 
 
 class ResultsWriter(Callback):
@@ -59,7 +60,7 @@ class ResultsWriter(Callback):
         self.protocol = {**protocol.VIDTWIN, "precision": str(trainer.precision), "data": described}
         self.hash = protocol.protocol_hash(self.protocol)
         if trainer.is_global_zero:
-            self._check_row(pl_module.autoencoder)
+            self._check_row(pl_module)
             protocol.write(self.protocol, self.folder)
         self.fps = described.get("fps") or 25.0
         self.references: dict[str, VideoAutoencoder] | None = None
@@ -89,7 +90,9 @@ class ResultsWriter(Callback):
             self._measure(short, pl_module, reference, reference(clip), batch)
         wanted = self.num_panels - len(self.panel_paths) // 2
         if wanted > 0 and trainer.is_global_zero:
-            for shown in panels.views(pl_module.autoencoder, clip, outputs)[:wanted]:
+            with trainer.precision_plugin.forward_context():  # callbacks run outside of autocast
+                views = panels.views(pl_module.autoencoder, clip, outputs)
+            for shown in views[:wanted]:
                 self._write_panel(shown)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
@@ -129,13 +132,15 @@ class ResultsWriter(Callback):
         if self.sizes.setdefault(name, size) != size:
             raise RuntimeError(f"{name} gives latents of other sizes from clip to clip: {self.sizes[name]}, {size}.")
 
-    def _check_row(self, model: VideoAutoencoder) -> None:
+    def _check_row(self, task: AutoencoderTask) -> None:
         """A row may be measured again, but not be replaced by that of another model or checkpoint."""
         path = self.folder / "rows" / self.name / "results.json"
         if not path.exists():
             return
-        found = json.loads(path.read_text())
-        for key, ours in {"checkpoint": self.checkpoint, "model": json.loads(json.dumps(model.spec()))}.items():
+        found = {"weights": LAST} | json.loads(path.read_text())
+        ours_by_key = {"checkpoint": self.checkpoint, "weights": _weights(task)}
+        ours_by_key["model"] = json.loads(json.dumps(task.autoencoder.spec()))
+        for key, ours in ours_by_key.items():
             if found.get(key) != ours:
                 raise UserError(
                     f"Expected the row {self.name} in {self.folder} to be of this {key}, got one of {found.get(key)}; "
@@ -171,6 +176,7 @@ class ResultsWriter(Callback):
             "name": name,
             "kind": "reference" if reference else "trained" if self.checkpoint else "untrained",
             "checkpoint": None if reference else self.checkpoint,
+            "weights": LAST if reference else _weights(task),
             **self.sizes[name],
             "metrics": metrics,
             "unavailable": task.metrics.unavailable,
@@ -197,3 +203,7 @@ class ResultsWriter(Callback):
         with replacing(still) as temporary:
             temporary.write_bytes(panels.png(panels.filmstrip(shown)))
         self.panel_paths += [video, still]
+
+
+def _weights(task: AutoencoderTask) -> str:
+    return AVERAGE if task.use_ema else LAST

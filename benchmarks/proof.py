@@ -1,0 +1,155 @@
+"""Learn four real clips by heart, then go on with a GAN for 2,000 steps: numbers, curves and a picture.
+
+    python benchmarks/proof.py FOLDER_OF_CLIPS docs
+
+Runs `vidtwin fit` twice with configs/proof.yaml (about half an hour on two cores), prints a table, and writes
+`images/proof_{psnr,gan}.png` and `images/proof_clips.png` under the second folder. Ends with 1 if the clips were not
+learned (27 dB) or anything in the logs was not finite.
+"""
+
+import argparse
+import csv
+import math
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vidtwin import checkpoints, panels
+from vidtwin.datamodules.folder import VideoFolder
+
+CLIPS = ("bikes.mp4", "carphone_pristine.mp4", "flipping_a_pancake.mkv", "v_BaseballPitch_g01_c01.avi")
+WANTED = 27.0  # dB
+GAN = ["--model.loss.adversarial_weight", "0.05", "--model.loss.adversarial_start", "0"]
+GAN += ["--model.loss.discriminator", "vidtwin.losses.PatchDiscriminator2d"]
+GAN += ["--model.loss.discriminator.channels", "32", "--model.loss.discriminator.num_layers", "2"]
+GAN += ["--model.optimizer.init_args.lr", "5e-4", "--model.discriminator_optimizer", "torch.optim.AdamW"]
+GAN += ["--model.discriminator_optimizer.lr", "2e-4", "--model.discriminator_optimizer.betas", "[0.5,0.9]"]
+GAN += ["--model.discriminator_scheduler.warmup_steps", "50", "--trainer.max_steps", "2000"]
+
+Curves = dict[str, list[tuple[int, float]]]
+
+
+def fit(run: str, clips: Path, listing: Path, *options: str) -> float:
+    """Train in `runs/<run>` → seconds that it took, start-up included."""
+    shutil.rmtree(Path("runs") / run, ignore_errors=True)
+    command = [sys.executable, "-m", "vidtwin", "fit", "--config", "configs/proof.yaml", "--trainer.logger.init_args.name", run]
+    command += ["--data.root", str(clips), "--data.csv", str(listing), *options]
+    begin = time.monotonic()
+    subprocess.run(command, check=True)
+    return time.monotonic() - begin
+
+
+def curves(run: str) -> Curves:
+    events = EventAccumulator(str(Path("runs") / run), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def plot(axes: plt.Axes, logged: Curves, tags: dict[str, str], ylabel: str) -> None:
+    for tag, label in tags.items():
+        if tag in logged:
+            axes.plot(*zip(*logged[tag], strict=True), label=label, linewidth=1)
+    axes.set(xlabel="steps", ylabel=ylabel)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def picture(out: Path, clips: Path, listing: Path) -> None:
+    """Rows of each clip: input, after the first run, after the GAN."""
+    config = yaml.safe_load(Path("configs/proof.yaml").read_text())["data"]["init_args"]
+    data = VideoFolder(**config | {"root": str(clips), "csv": str(listing), "num_workers": 0})
+    data.setup("validate")
+    clip = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)["clip"]
+    models = {
+        run: checkpoints.load_autoencoder(Path("runs") / run / "checkpoints/last.ckpt")
+        for run in ("proof", "proof_gan")
+    }
+    with torch.no_grad():
+        rows = {"input": clip, "L1 and KL": models["proof"](clip).clip, "with GAN": models["proof_gan"](clip).clip}
+    stills = [
+        panels.filmstrip({name: panels.to_uint8(clips[index]) for name, clips in rows.items()}, num_frames=4)
+        for index in range(len(clip))
+    ]
+    out.write_bytes(panels.png(torch.cat([torch.from_numpy(still) for still in stills]).numpy()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", type=Path)
+    parser.add_argument("docs", type=Path)
+    arguments = parser.parse_args()
+    images = arguments.docs / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    listing = Path("runs/proof.csv")
+    listing.parent.mkdir(exist_ok=True)
+    with listing.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "split"])
+        writer.writerows([name, split] for split in ("train", "val") for name in CLIPS)
+
+    seconds = fit("proof", arguments.clips, listing)
+    last = Path("runs/proof/checkpoints/last.ckpt")
+    gan_seconds = fit("proof_gan", arguments.clips, listing, "--init_from", str(last), *GAN)
+    plain, gan = curves("proof"), curves("proof_gan")
+    values = [value for logged in (plain, gan) for points in logged.values() for _, value in points]
+    finite = all(math.isfinite(value) for value in values)
+    reached = plain["val/psnr"][-1][1]
+    passed = next((step for step, value in plain["val/psnr"] if value >= WANTED), None)
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    plot(
+        axes,
+        plain,
+        {"val/psnr": "full", "val/psnr/structure_only": "structure only", "val/psnr/dynamics_only": "dynamics only"},
+        "PSNR (dB)",
+    )
+    axes.axhline(WANTED, color="gray", linestyle=":")
+    figure.savefig(images / "proof_psnr.png", dpi=110)
+    figure, grid = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    plot(
+        grid[0, 0],
+        gan,
+        {"discriminator/logits_real": "real", "discriminator/logits_fake": "reconstructed"},
+        "mean logit",
+    )
+    plot(
+        grid[0, 1],
+        gan,
+        {"discriminator/accuracy": "discriminator's accuracy", "train/skipped": "steps skipped"},
+        "share",
+    )
+    plot(grid[1, 0], gan, {"train/adaptive_weight": "adaptive weight", "train/adversarial": "generator's loss"}, "")
+    plot(grid[1, 1], gan, {"val/psnr": "PSNR (dB)"}, "dB")
+    figure.savefig(images / "proof_gan.png", dpi=110)
+    picture(images / "proof_clips.png", arguments.clips, listing)
+
+    def ends(tag: str) -> str:
+        points = [value for _, value in gan[tag]]
+        return f"{points[0]:.4g} first, {min(points):.4g} to {max(points):.4g}, {points[-1]:.4g} last"
+
+    steps, more = plain["val/psnr"][-1][0], gan["val/psnr"][-1][0]
+    print(f"without GAN: {reached:.2f} dB after {steps} steps, {seconds / 60:.1f} minutes; 27 dB by step {passed}")
+    print(f"with GAN:    {gan['val/psnr'][-1][1]:.2f} dB after {more} more steps, {gan_seconds / 60:.1f} minutes")
+    print(f"all {len(values)} logged numbers finite: {finite}")
+    for tag in (
+        "discriminator/logits_real",
+        "discriminator/logits_fake",
+        "discriminator/accuracy",
+        "train/adversarial",
+        "train/adaptive_weight",
+        "discriminator/gradient_norm",
+        "train/skipped",
+    ):
+        print(f"  {tag}: {ends(tag)}")
+    return 0 if reached >= WANTED and finite else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Run by test_distributed.py: trainings on two ranks, whose outcomes each rank writes to a file.
+
+python two_ranks.py FOLDER      Lightning starts the second process
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ParallelStrategy
+from tiny import Clips, Poisoned, tiny_task, trainer
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ConstantLR
+
+from vidtwin.callbacks.checkpoint import LatestCheckpoint
+from vidtwin.callbacks.guard import StepGuard
+from vidtwin.errors import Preempted, UserError
+from vidtwin.posteriors import Encoding
+from vidtwin.task import AutoencoderTask
+
+
+class Diary(Callback):
+    """Clips of each batch, and whether it was skipped."""
+
+    def __init__(self, end_at: int | None = None, by_signal: bool = False) -> None:
+        self.end_at, self.by_signal = end_at, by_signal
+        self.clips: list[list[str]] = []
+        self.rejected: list[str | None] = []
+        self.losses: list[float] = []
+
+    def on_train_batch_start(self, trainer, task, batch, batch_idx):
+        self.clips.append(list(batch["name"]))
+        if self.by_signal and trainer.global_step + 1 == self.end_at and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        self.rejected.append(outputs["rejected"] if outputs else None)
+        self.losses.append(float(trainer.callback_metrics.get("train/loss", 0.0)))
+
+
+def plain_task(accumulation: int = 1, **arguments: Any) -> AutoencoderTask:
+    """A GAN from the first step on, in which a step is the gradient: what is compared with one process."""
+    return tiny_task(
+        gan_start=0,
+        accumulation=accumulation,
+        gradient_clip_norm=0.05,
+        model={"qformer_dropout": 0.0},
+        loss={"lecam_weight": 0.1, "r1_weight": 0.1},
+        optimizer=lambda p: SGD(p, lr=1.0),
+        scheduler=lambda o: ConstantLR(o, 1.0),
+        discriminator_optimizer=lambda p: SGD(p, lr=0.1),
+        discriminator_scheduler=lambda o: ConstantLR(o, 1.0),
+        **arguments,
+    )
+
+
+def stochastic_task() -> AutoencoderTask:
+    return tiny_task(gan_start=2, ema_decay=0.9, model={"qformer_dropout": 0.3})
+
+
+def saved(folder: Path, every: int = 2) -> LatestCheckpoint:
+    return LatestCheckpoint(every_n_steps=every, dirpath=str(folder / "checkpoints"))
+
+
+def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
+    """Three steps on 12 clips, 4 a step over all ranks, from the mode of the posterior."""
+    sample, Encoding.sample = Encoding.sample, Encoding.mode  # type: ignore[method-assign]
+    blocked, without_sync = [], ParallelStrategy.block_backward_sync
+
+    def counting(strategy: ParallelStrategy) -> Any:
+        blocked.append(strategy.lightning_module.batches)
+        return without_sync(strategy)
+
+    ParallelStrategy.block_backward_sync = counting  # type: ignore[method-assign]
+    try:
+        diary = Diary()
+        for name, parts in (("whole", 1), ("parts", 2)):
+            world = devices.get("devices", 1)
+            task = plain_task(parts, ema_decay=0.5)
+            run = trainer(folder / name, 3, callbacks=[diary, saved(folder / name)], **devices)
+            run.fit(task, datamodule=Clips(count=12, batch_size=4 // world))
+    finally:
+        Encoding.sample = sample  # type: ignore[method-assign]
+        ParallelStrategy.block_backward_sync = without_sync  # type: ignore[method-assign]
+    weight = float(run.callback_metrics["train/adaptive_weight"])
+    return {
+        "clips": diary.clips[:3],
+        "without_sync": blocked,
+        "adaptive_weight": weight,
+        "psnr": float(run.callback_metrics["val/psnr"]),
+    }
+
+
+def odd_tail(folder: Path, **devices: Any) -> dict[str, Any]:
+    """Seven training clips, three validation clips."""
+
+    class Odd(Clips):
+        def make_dataset(self, split: str) -> Any:
+            dataset = super().make_dataset(split)
+            dataset.clips = dataset.clips[: 7 if split == "train" else 3]
+            return dataset
+
+    diary = Diary()
+    run = trainer(folder, 7, callbacks=[diary], **devices)
+    run.fit(tiny_task(), datamodule=Odd(count=7))
+    return {"clips": diary.clips, "psnr": float(run.callback_metrics["val/psnr"])}
+
+
+def too_few(folder: Path, **devices: Any) -> dict[str, Any]:
+    class One(Clips):
+        def make_dataset(self, split: str) -> Any:
+            dataset = super().make_dataset(split)
+            dataset.clips = dataset.clips[: 4 if split == "train" else 1]
+            return dataset
+
+    try:
+        trainer(folder, 4, **devices).fit(tiny_task(), datamodule=One())
+    except UserError as error:
+        return {"error": str(error)}
+    return {}
+
+
+def poisoned(folder: Path, **devices: Any) -> dict[str, Any]:
+    """A clip without finite pixels, which each epoch one of the ranks meets; then one skipped step goes back."""
+    diary = Diary()
+    task = tiny_task(gan_start=1, ema_decay=0.9)
+    run = trainer(folder, 6, callbacks=[diary, StepGuard(patience=1, rollbacks=9), saved(folder, 1)], **devices)
+    run.fit(task, datamodule=Poisoned(count=12))
+    total = sum(float(p.detach().double().sum()) for p in task.parameters())
+    return {"clips": diary.clips, "rejected": diary.rejected, "step": run.global_step, "weights": total}
+
+
+def resumed(folder: Path, **devices: Any) -> dict[str, Any]:
+    """Seven steps of four an epoch; the same, ended after the third by SIGTERM to one rank and gone on with."""
+    whole, first, second = Diary(), Diary(end_at=3, by_signal=True), Diary()
+    data = {"count": 16}
+    run = trainer(folder / "whole", 7, callbacks=[whole, saved(folder / "whole")], **devices)
+    run.fit(stochastic_task(), datamodule=Clips(**data))
+    ended = ""
+    try:
+        run = trainer(folder / "parts", 7, callbacks=[first, saved(folder / "parts")], **devices)
+        run.fit(stochastic_task(), datamodule=Clips(**data))
+    except Preempted as end:
+        ended = str(end)
+    run = trainer(folder / "parts", 7, callbacks=[second, saved(folder / "parts")], **devices)
+    run.fit(stochastic_task(), datamodule=Clips(**data), resume="auto")
+    return {
+        "ended": ended,
+        "whole": [whole.clips, whole.losses],
+        "parts": [first.clips + second.clips, first.losses + second.losses],
+    }
+
+
+SCENARIOS = {f.__name__: f for f in (gradients, odd_tail, too_few, poisoned, resumed)}
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    outcomes = {name: scenario(out / name, devices=2) for name, scenario in SCENARIOS.items()}
+    rank = torch.distributed.get_rank()
+    (out / f"rank{rank}.json").write_text(json.dumps(outcomes))

@@ -1,0 +1,256 @@
+"""FSDP2: the autoencoder and its optimizer's state are split over all devices, for models too large for each of them.
+
+    vidtwin fit --config configs/vidtwin_large.yaml --config configs/trainer/fsdp2.yaml
+
+The units are the repeated blocks of the model (`units`). A block's weights are gathered when its forward or its backward
+pass comes and freed after it; what lies between the blocks, the last layer among it, stays gathered from the forward to
+the backward pass. The discriminator is small and stays whole on each rank, as in DDP.
+
+A model knows nothing of this, and no file shows it: a checkpoint is the one file of whole tensors that it is anywhere
+else, and goes on under any strategy.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from vidtwin import checkpoints
+from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
+from vidtwin.losses.adversarial import mean_over_ranks
+
+# Before torch 2.15 FSDP finds tensors in a model's output only where pytree can look inside.
+torch.export.register_dataclass(Reconstruction)
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Lightning's strategy for `fully_shard`, over all devices of all machines: `--trainer.strategy fsdp2`.
+
+    Where Lightning's own reads and writes checkpoints in its own way, past the checkpoint plugin, this one does as DDP
+    does: weights are loaded before the optimizers are made, files are read without running code and written as one.
+
+    Args:
+        process_group_backend: Of torch.distributed; None is nccl on GPUs and gloo on CPUs.
+        timeout: After which a rank gives up waiting for the others.
+    """
+
+    def __init__(self, process_group_backend: str | None = None, timeout: Any = default_pg_timeout) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" is the machines alone
+        super().setup_environment()
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def shard(self, autoencoder: VideoAutoencoder) -> None:
+        """Split the weights of the task's autoencoder over the ranks; once they are, put them in order for a new run."""
+        if isinstance(autoencoder, FSDPModule):
+            reshard(autoencoder)
+            return
+        assert self.lightning_module is not None
+        # As DDP does: ranks that drew other initial values would train other discriminators, and mix their blocks.
+        for tensor in [*self.lightning_module.parameters(), *self.lightning_module.buffers()]:
+            self._take_from_first_rank(tensor)
+        shard(autoencoder, self.device_mesh["data_parallel"])
+
+    def average(self, module: nn.Module) -> None:
+        """After a backward pass do for `module`, which is not sharded, what DDP does: average its gradients over ranks.
+
+        Buffers of the whole task (statistics of batch norms, codebooks) become those of the first rank, as in DDP.
+        """
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if gradients:
+            flat = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+        assert self.lightning_module is not None
+        for buffer in self.lightning_module.buffers():
+            self._take_from_first_rank(buffer)
+
+    @torch.no_grad()
+    def _take_from_first_rank(self, tensor: Tensor) -> None:
+        on_device = tensor.detach().to(self.root_device).contiguous()
+        dist.broadcast(on_device, src=0)
+        tensor.copy_(on_device)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()  # gathered in `save_checkpoint`, like all that is sharded
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        bare = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return bare.state_dict()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write one file of whole tensors, from the first rank. All ranks must call it together."""
+        checkpoint = gathered(checkpoint, keep=self.is_global_zero)
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        # Mapped: the ranks of a machine share its memory, and each reads its parts.
+        return checkpoints.read(self.broadcast(checkpoint_path), lazily=True)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        own = self.lightning_module.state_dict()
+        state = {name: like(value, own.get(name)) for name, value in checkpoint["state_dict"].items()}
+        self.lightning_module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            # By place, as optimizers do it: the n-th of the file belongs to the n-th of ours.
+            saved = [index for group in state["param_groups"] for index in group["params"]]
+            own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            place = dict(zip(saved, own, strict=False))
+            values = {
+                index: {key: like(value, place.get(index)) for key, value in entry.items()}
+                for index, entry in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": values})
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="The autoencoder is sharded over all devices.")
+
+
+def units(model: VideoAutoencoder) -> list[nn.Module]:
+    """What is gathered at a time: the outermost elements of the model's lists of modules, then the model itself.
+
+    Elements without a forward pass of their own are passed through to those inside. An element that holds the last
+    layer is no unit: the adaptive GAN weight needs its weight between the forward and the backward pass.
+    """
+    found: dict[nn.Module, None] = {}
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            runs = type(child).forward is not nn.Module.forward
+            parameters = set(child.parameters())
+            if isinstance(module, nn.ModuleList) and runs and parameters and model.last_layer not in parameters:
+                found[child] = None
+            else:
+                visit(child)
+
+    visit(model)
+    return [*found, model]
+
+
+def shard(model: VideoAutoencoder, mesh: DeviceMesh) -> None:
+    """Split the weights of a model over the ranks of a mesh of one axis; a model without weights stays as it is."""
+    if any(True for _ in model.parameters()):
+        # VidTwin's output is a view; torch warns since it would not stand being changed in place, which no loss does.
+        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(FSDP{type(model).__name__}\) returned a view")
+        for unit in units(model):
+            fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not model)
+
+
+def gather(model: nn.Module) -> None:
+    """Have all weights on each rank until `reshard`: in evaluation, where ranks differ in what they run, and how often.
+
+    All ranks must call it together.
+    """
+    for unit in _sharded(model):
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what other ranks hold too: the model's parameters are the sharded ones again, as optimizers know them."""
+    for unit in _sharded(model):
+        unit.set_reshard_after_forward(unit is not model, recurse=False)
+        unit.reshard()
+
+
+@contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """Inside, `torch.autograd.grad` at the last layer may come before the backward pass.
+
+    FSDP would take it for the backward pass and free the weights at its end.
+    """
+    root = model if isinstance(model, FSDPModule) else None
+    if root is not None:
+        root.set_is_last_backward(False)
+        root.set_reshard_after_backward(False)
+    try:
+        yield
+    finally:
+        if root is not None:
+            root.set_is_last_backward(True)
+            root.set_reshard_after_backward(True)
+
+
+def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+# Tensors.
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, in the same memory; another one itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Any, own: Any) -> Any:
+    """A whole tensor sharded as `own` is; `value` itself where that is not sharded, or is of another shape."""
+    if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
+        return value
+    value = value.to(own.device)  # each rank takes its part of what it has itself: src_data_rank
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None).clone()
+
+
+def gathered(tree: Any, keep: bool = True) -> Any:
+    """Nested dicts and lists with each sharded tensor whole, on the CPU. All ranks must call it together.
+
+    Args:
+        tree: Of the same keys, in the same order, on all ranks.
+        keep: Whether this rank is to have them; else it gets empty ones and needs no room.
+    """
+    if isinstance(tree, dict):
+        return {key: gathered(value, keep) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([gathered(value, keep) for value in tree])
+    if not isinstance(tree, DTensor):
+        return tree
+    whole = tree.detach().full_tensor()
+    return whole.cpu() if keep else torch.empty(0)
+
+
+def by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Sharded tensors and others apart: operations on lists of tensors want one kind."""
+    kinds = [[t for t in tensors if isinstance(t, DTensor)], [t for t in tensors if not isinstance(t, DTensor)]]
+    return [kind for kind in kinds if kind]
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all numbers of all tensors, sharded or not."""
+    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+        return nn.utils.get_total_norm(tensors)
+    squares = [nn.utils.get_total_norm([local(t) for t in kind]).square() for kind in by_kind(tensors)]
+    dist.all_reduce(squares[0])  # the sharded ones come first
+    return torch.stack(squares).sum().sqrt()
