@@ -174,6 +174,20 @@ def test_resume_auto_begins_goes_on_after_sigterm_and_ends(config, tmp_path, cap
     assert checkpoints.read(runs / "version_0" / "checkpoints" / "last.ckpt")["global_step"] == 5
 
 
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_sanity_check_start", "on_train_start", "teardown"])
+def test_sigterm_at_any_other_moment_asks_to_be_run_again(config, tmp_path, capsys, hook):
+    before = signal.getsignal(signal.SIGTERM)
+    command = ["fit", "--config", str(config), "--resume", "auto"]
+    at = 5 if hook == "teardown" else 0
+    hooked = ["--trainer.callbacks+=tiny.Terminate", f"--trainer.callbacks.at={at}", f"--trainer.callbacks.hook={hook}"]
+    assert main([*command, *hooked]) == REQUEUE_EXIT_CODE
+    assert "the same command with --resume auto goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert main(command) == 0
+    (run,) = (tmp_path / "runs" / "tiny").glob("*/checkpoints/last.ckpt")
+    assert checkpoints.read(run)["global_step"] == 5
+
+
 def test_resume_passes_over_a_damaged_checkpoint(config, tmp_path, capsys):
     command = ["fit", "--config", str(config), "--resume", "auto"]
     assert main(command) == 0

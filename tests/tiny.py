@@ -105,12 +105,13 @@ def trainer(folder: Path, max_steps: int = 7, **arguments: Any) -> VideoTrainer:
 
 
 class Terminate(Callback):
-    """Once, at a step, what a scheduler does."""
+    """What a scheduler does: at a step, or with `hook` at another moment."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int = 0, hook: str = "on_train_batch_start") -> None:
         self.at = at
+        setattr(self, hook, self._end)
 
-    def on_train_batch_start(self, trainer, task, batch, batch_idx):
+    def _end(self, trainer: Any, *rest: Any, **keywords: Any) -> None:
         if trainer.global_step == self.at:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -17,11 +17,11 @@ class UserError(ValueError):
 
 
 class Preempted(Exception):  # noqa: N818 - training goes on later
-    """Training was told to end by SIGTERM, and has saved (unless `folder` is None) where it stands."""
+    """Training was told to end by SIGTERM, and has saved where it stands; `folder` is None where nothing was new."""
 
-    def __init__(self, step: int, folder: Path | None) -> None:
-        saved = f"saved in {folder}; the same command with --resume auto goes on" if folder else "nothing was saved"
-        super().__init__(f"ended by SIGTERM after step {step}, {saved}")
+    def __init__(self, step: int = 0, folder: Path | None = None) -> None:
+        after = f"after step {step}, saved in {folder}" if folder else "before the first step"
+        super().__init__(f"ended by SIGTERM {after}; the same command with --resume auto goes on")
 
 
 def suggestion(word: str, candidates: Iterable[str]) -> str:

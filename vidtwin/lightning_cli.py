@@ -9,9 +9,14 @@ import json
 import logging
 import pkgutil
 import re
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, cast
 
 import yaml
@@ -29,7 +34,7 @@ from vidtwin.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
 from vidtwin.callbacks.clips import ClipLogger
 from vidtwin.callbacks.guard import StepGuard
 from vidtwin.callbacks.health import Health
-from vidtwin.errors import UserError, suggestion
+from vidtwin.errors import Preempted, UserError, suggestion
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.task import AutoencoderTask
 from vidtwin.trainer import VideoTrainer
@@ -51,12 +56,30 @@ def run(command: str, argv: list[str]) -> None:
         argv.insert(1, f"--model.autoencoder={json.dumps(spec)}")  # first, so that other options change it
     _quieten(command)
     try:
-        VidTwinCLI(argv)
+        with _ending_early() if command == "fit" else nullcontext():
+            VidTwinCLI(argv)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except SystemExit as end:  # --help and --print_config end this way, with 0
         if end.code:
             raise
+
+
+@contextmanager
+def _ending_early() -> Iterator[None]:
+    """SIGTERM before the training (which then has its own handler) or after it: nothing to save, and no failure."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise Preempted
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Parser(LightningArgumentParser):

@@ -162,11 +162,15 @@ def units(model: VideoAutoencoder) -> list[nn.Module]:
 
 def shard(model: VideoAutoencoder, mesh: DeviceMesh) -> None:
     """Split the weights of a model over the ranks of a mesh of one axis; a model without weights stays as it is."""
-    if any(True for _ in model.parameters()):
-        # VidTwin's output is a view; torch warns since it would not stand being changed in place, which no loss does.
-        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(FSDP{type(model).__name__}\) returned a view")
-        for unit in units(model):
-            fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not model)
+    if not any(True for _ in model.parameters()):
+        return
+    # VidTwin's output is a view; torch warns since it would not stand being changed in place, which no loss does.
+    warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(FSDP{type(model).__name__}\) returned a view")
+    found = [fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not model) for unit in units(model)]
+    # In a backward pass each fetches the one before it ahead of time. Left to itself torch goes by all forward passes
+    # since the last backward pass, and ranks that evaluated different numbers of clips would wait for each other.
+    for unit, before in zip(found, [found[0], *found[:-1]], strict=True):
+        unit.set_modules_to_backward_prefetch([before])
 
 
 def gather(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+from tqdm import tqdm
 
 from vidtwin import checkpoints
 from vidtwin.callbacks.checkpoint import LatestCheckpoint
@@ -84,13 +85,13 @@ class StepGuard(Callback):
             name = f"step-{trainer.global_step:08d}-batch-{task.batches:08d}-rank-{trainer.global_rank}.pt"
             self.dumped.append(dump(self.folder / name, trainer, task, reason, batch, weights))
             line += f"; to run it again: vidtwin replay {self.dumped[-1]}"
-        sys.stderr.write(f"{line}\n")
+        _write(line)
 
     def _go_back(self, trainer: Trainer, task: AutoencoderTask, reason: str, batch: Batch) -> None:
         saved = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LatestCheckpoint)), None)
         history: list[Path] = []
         if trainer.is_global_zero and saved is not None and saved.dirpath:
-            history = checkpoints.history(saved.dirpath, lambda line: sys.stderr.write(f"vidtwin: {line}\n"))
+            history = checkpoints.history(saved.dirpath, lambda line: _write(f"vidtwin: {line}"))
         history = trainer.strategy.broadcast(history)
         step = trainer.global_step
         ended = f"{self.in_a_row} steps in a row were not finite at step {step}, {reason or 'on another rank'}"
@@ -115,7 +116,7 @@ class StepGuard(Callback):
         task.rate_scale *= self.rate_factor
         if trainer.is_global_zero:
             rate = f", learning rates times {task.rate_scale:g}" if self.rate_factor != 1 else ""
-            sys.stderr.write(f"vidtwin: {ended}; back to {target} (step {trainer.global_step}){rate}; {clips}\n")
+            _write(f"vidtwin: {ended}; back to {target} (step {trainer.global_step}){rate}; {clips}")
 
 
 def clip_names(batch: Batch) -> str:
@@ -153,3 +154,7 @@ def dump(
 
 def _on_cpu(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _write(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)  # above the progress bar, where there is one

@@ -22,7 +22,17 @@ class Preemption(Callback):
     def __init__(self) -> None:
         self.received = False
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+        self._install()
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+        if trainer.strategy.reduce_boolean_decision(self.received, all=False):
+            raise Preempted
+
     def on_train_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+        self._install()
+
+    def _install(self) -> None:
         # After Lightning's, which puts back at the end what was there before both.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_signal)
