@@ -1,5 +1,6 @@
 """The running average of the weights."""
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -11,6 +12,7 @@ from vidtwin.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.ema import WeightAverage
 from vidtwin.errors import UserError
 from vidtwin.metrics.frames import psnr
+from vidtwin.video import write_video
 
 
 def test_the_average_is_the_formula() -> None:
@@ -115,6 +117,15 @@ def test_evaluation_takes_the_average_by_option(trained, tmp_path):
         torch.testing.assert_close(dict(task.autoencoder.named_parameters()), wanted)
     model = checkpoints.load_autoencoder(path, ema=True)
     torch.testing.assert_close(dict(model.named_parameters()), expected_average(history))
+
+
+def test_reconstructing_takes_the_average_by_option(trained, tmp_path):
+    history, _, path = trained
+    frames = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", frames, 8)
+    task = tiny_task(use_ema=True)
+    trainer(tmp_path).reconstruct(task, [str(tmp_path / "a.mp4")], str(tmp_path / "out"), path)
+    torch.testing.assert_close(dict(task.autoencoder.named_parameters()), expected_average(history))
 
 
 def test_a_checkpoint_without_an_average_is_refused_where_one_is_wanted(tmp_path):

@@ -1,6 +1,7 @@
 """The training loop: one step is one batch, two players, checkpoints that resume."""
 
 import csv
+import json
 import math
 from types import SimpleNamespace
 
@@ -69,6 +70,15 @@ def test_the_last_and_the_best_checkpoint_stay(trained):
     assert torch.equal(last["state_dict"]["autoencoder.decoder.linear.weight"], task.autoencoder.last_layer)
 
 
+def test_the_best_checkpoint_is_found_by_that_word(trained, tmp_path):
+    folder, _, run, _ = trained
+    run.test(tiny_task(), datamodule=Clips(), ckpt_path="best", results_dir=str(tmp_path / "results"), verbose=False)
+    best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    row = json.loads((tmp_path / "results" / "rows" / "VidTwin" / "results.json").read_text())
+    score = next(state["best_model_score"] for name, state in best["callbacks"].items() if name.startswith("Best"))
+    assert row["metrics"]["psnr"]["mean"] == pytest.approx(float(score), abs=1e-4)
+
+
 def test_a_resumed_run_counts_and_schedules_on(trained, tmp_path):
     folder, *_ = trained
     watcher = Watcher()
@@ -96,10 +106,16 @@ def test_testing_takes_the_autoencoder_alone_from_a_checkpoint_with_a_gan(traine
 
 def test_a_checkpoint_of_another_size_is_named_tensor_by_tensor(trained, tmp_path):
     folder, *_ = trained
-    task = tiny_task()
+    task = tiny_task(gan_start=3)
     task.autoencoder = tiny_model(hidden_size=48)
     with pytest.raises(UserError, match=r"another model or size: .* is \(.*\), expected \("):
         trainer(tmp_path).fit(task, Clips(), ckpt_path=folder / "checkpoints" / "last.ckpt")
+
+
+def test_a_checkpoint_of_another_discriminator_is_named_too(trained, tmp_path):
+    folder, *_ = trained
+    with pytest.raises(UserError, match=r"unexpected loss\.discriminator\..*--init_from begins a new training"):
+        trainer(tmp_path).fit(tiny_task(), Clips(), ckpt_path=folder / "checkpoints" / "last.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def poisoned(folder: Path, **devices: Any) -> dict[str, Any]:
 def resumed(folder: Path, **devices: Any) -> dict[str, Any]:
     """Seven steps of four an epoch; the same, ended after the third by SIGTERM to one rank and gone on with."""
     whole, first, second = Diary(), Diary(end_at=3, by_signal=True), Diary()
-    data = {"count": 16}
+    data = {"count": 16, "num_workers": 2}
     run = trainer(folder / "whole", 7, callbacks=[whole, saved(folder / "whole")], **devices)
     run.fit(stochastic_task(), datamodule=Clips(**data))
     ended = ""

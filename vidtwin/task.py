@@ -170,7 +170,7 @@ class AutoencoderTask(LightningModule):
 
     def on_fit_start(self) -> None:
         if self.seed is None:
-            self.seed = torch.initial_seed()
+            self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
         if self.ema_decay is not None:
             self.average = WeightAverage(self.autoencoder, self.ema_decay)
             if self._average_to_load is not None:
@@ -373,7 +373,9 @@ class AutoencoderTask(LightningModule):
         for scheduler, state in zip(self._schedulers(), checkpoint["lr_schedulers"], strict=True):
             scheduler.load_state_dict(state)
         if self.average is not None:
-            self.average.load_state_dict(checkpoint["ema"])
+            self.average = WeightAverage(self.autoencoder, self.average.decay)
+            if "ema" in checkpoint:  # not in those of a training that had none when it was saved
+                self.average.load_state_dict(checkpoint["ema"])
         steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
         steps.ready = steps.completed = checkpoint["global_step"]
 
@@ -439,13 +441,18 @@ class AutoencoderTask(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how a checkpoint of another model differs; outside of `fit` take the autoencoder's weights alone."""
-        weights.check_fit(checkpoints.autoencoder_weights(checkpoint), self.autoencoder.state_dict(), "The checkpoint")
+        own = self.state_dict()
         if self.trainer.state.fn != "fit":
-            own = self.state_dict()
+            held = checkpoints.autoencoder_weights(checkpoint)
+            weights.check_fit(held, self.autoencoder.state_dict(), "The checkpoint")
             rest = {name: value for name, value in own.items() if not name.startswith(checkpoints.PREFIX)}
             kept = checkpoints.autoencoder_weights(checkpoint, self.use_ema)
             checkpoint["state_dict"] = rest | {f"{checkpoints.PREFIX}{name}": value for name, value in kept.items()}
             return
+        try:
+            weights.check_fit(checkpoint["state_dict"], own, "The checkpoint")
+        except UserError as error:
+            raise UserError(f"{error} --init_from begins a new training with what fits.") from error
         for name in COUNTS:  # absent from checkpoints of older versions
             setattr(self, name, checkpoint.get("training", {}).get(name, getattr(self, name)))
         self._average_to_load = checkpoint.get("ema")
