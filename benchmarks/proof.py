@@ -39,8 +39,8 @@ Curves = dict[str, list[tuple[int, float]]]
 def fit(run: str, clips: Path, listing: Path, *options: str) -> float:
     """Train in `runs/<run>` → seconds that it took, start-up included."""
     shutil.rmtree(Path("runs") / run, ignore_errors=True)
-    command = [sys.executable, "-m", "vidtwin", "fit", "--config", "configs/proof.yaml", "--trainer.logger.init_args.name", run]
-    command += ["--data.root", str(clips), "--data.csv", str(listing), *options]
+    command = [sys.executable, "-m", "vidtwin", "fit", "--config", "configs/proof.yaml"]
+    command += ["--trainer.logger.init_args.name", run, "--data.root", str(clips), "--data.csv", str(listing), *options]
     begin = time.monotonic()
     subprocess.run(command, check=True)
     return time.monotonic() - begin

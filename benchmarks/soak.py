@@ -104,7 +104,7 @@ def difference(ours: Any, theirs: Any, where: str) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--longest", type=float, default=8.0, help="seconds after the start, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
@@ -129,7 +129,8 @@ def main() -> int:
             except subprocess.TimeoutExpired:
                 number = chance.choice([signal.SIGKILL, signal.SIGTERM])
                 process.send_signal(number)
-                process.wait()
+                if process.wait() == 0:  # it had come to its end just before
+                    break
                 killed += 1
                 newest = checkpoints.newest(parts / "run/version_0/checkpoints")
                 at = f"the newest checkpoint is {newest.name}" if newest else "no checkpoint yet"

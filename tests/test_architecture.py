@@ -19,6 +19,7 @@ LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_ut
 TRAINING = tuple(
     f"vidtwin.{name}"
     for name in ("losses", "datamodules", "task", "trainer", "callbacks", "lightning_cli", "checkpoints", "benchmark")
+    + ("sharding", "replay", "ema")
 )
 PLUGIN = re.compile(r"vidtwin\.(baselines|datamodules)\.\w[\w.]*")
 
