@@ -1,6 +1,6 @@
 """Run by test_sharding.py: trainings that FSDP2 shards over two ranks, whose outcomes each rank writes to a file.
 
-python sharded_run.py FOLDER      Lightning starts the second process; FOLDER/one holds a training of one process
+python sharded_run.py FOLDER      Lightning starts the second process; FOLDER/alone/whole holds `whole` by one process
 """
 
 import json
@@ -228,10 +228,10 @@ if __name__ == "__main__":
         scenario.__name__: scenario(out / scenario.__name__, **two)
         for scenario in (whole, parts, one_unit, poisoned, adaptive, low_precision)
     }
-    first = out / "one" / "step-00000001.ckpt"
-    outcomes["from_one"] = train(out / "from_one", task_of(), ckpt_path=first, **two)
+    alone = out / "alone" / "whole"
+    outcomes["from_one"] = train(out / "from_one", task_of(), ckpt_path=alone / "step-00000001.ckpt", **two)
     outcomes["again"] = adaptive(out / "again", out / "adaptive" / "step-00000002.ckpt", **two)
-    outcomes["measured"] = measured(out / "measured", out / "one" / "last.ckpt", **two)
+    outcomes["measured"] = measured(out / "measured", alone / "last.ckpt", **two)
     rank = torch.distributed.get_rank()
-    outcomes["refused"] = refused(out / f"refused{rank}", out / "one" / "last.ckpt", **two)
+    outcomes["refused"] = refused(out / f"refused{rank}", alone / "last.ckpt", **two)
     (out / f"rank{rank}.json").write_text(json.dumps(outcomes))

@@ -16,11 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("baselines", "datamodules")  # folders at the top that vidtwin/ links to
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities")
 # Ours that import Lightning, compute losses or load data.
-TRAINING = tuple(
-    f"vidtwin.{name}"
-    for name in ("losses", "datamodules", "task", "trainer", "callbacks", "lightning_cli", "checkpoints", "benchmark")
-    + ("sharding", "replay", "ema")
-)
+_TRAINING = "losses datamodules task trainer callbacks lightning_cli checkpoints benchmark sharding replay ema"
+TRAINING = tuple(f"vidtwin.{name}" for name in _TRAINING.split())
 PLUGIN = re.compile(r"vidtwin\.(baselines|datamodules)\.\w[\w.]*")
 
 

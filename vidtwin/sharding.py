@@ -2,9 +2,9 @@
 
     vidtwin fit --config configs/vidtwin_large.yaml --config configs/trainer/fsdp2.yaml
 
-The units are the repeated blocks of the model (`units`). A block's weights are gathered when its forward or its backward
-pass comes and freed after it; what lies between the blocks, the last layer among it, stays gathered from the forward to
-the backward pass. The discriminator is small and stays whole on each rank, as in DDP.
+The units are the repeated blocks of the model (`units`). A block's weights are gathered for its forward and for its
+backward pass and freed after each; what lies between the blocks, the last layer among it, stays gathered from the
+forward to the backward pass. The discriminator is small and stays whole on each rank, as in DDP.
 
 A model knows nothing of this, and no file shows it: a checkpoint is the one file of whole tensors that it is anywhere
 else, and goes on under any strategy.
@@ -67,9 +67,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         return True
 
     def shard(self, autoencoder: VideoAutoencoder) -> None:
-        """Split the weights of the task's autoencoder over the ranks; once they are, put them in order for a new run."""
+        """Split the weights of the task's autoencoder over the ranks; all begin with those of the first."""
         if isinstance(autoencoder, FSDPModule):
-            reshard(autoencoder)
+            reshard(autoencoder)  # from an earlier run of this process
             return
         assert self.lightning_module is not None
         # As DDP does: ranks that drew other initial values would train other discriminators, and mix their blocks.
@@ -192,9 +192,9 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Inside, `torch.autograd.grad` at the last layer may come before the backward pass.
+    """Around `torch.autograd.grad` at the last layer, which is not yet the backward pass.
 
-    FSDP would take it for the backward pass and free the weights at its end.
+    FSDP would take it for that, free the weights at its end, and have to gather them again.
     """
     root = model if isinstance(model, FSDPModule) else None
     if root is not None:
@@ -241,14 +241,15 @@ def gathered(tree: Any, keep: bool = True) -> Any:
         return type(tree)([gathered(value, keep) for value in tree])
     if not isinstance(tree, DTensor):
         return tree
-    whole = tree.detach().full_tensor()
+    whole = tree.full_tensor()
     return whole.cpu() if keep else torch.empty(0)
 
 
 def by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Sharded tensors and others apart: operations on lists of tensors want one kind."""
-    kinds = [[t for t in tensors if isinstance(t, DTensor)], [t for t in tensors if not isinstance(t, DTensor)]]
-    return [kind for kind in kinds if kind]
+    sharded: list[Tensor] = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    others = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    return [kind for kind in (sharded, others) if kind]
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
