@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"vidtwin: error: {_one_line(error)}\n")
         return 2
     except Preempted as end:
-        sys.stderr.write(f"\nvidtwin: {end}\n")  # the progress bar has left the line open
+        sys.stderr.write(f"vidtwin: {end}\n")
         return REQUEUE_EXIT_CODE
     except KeyboardInterrupt:
         sys.stderr.write("vidtwin: interrupted\n")

@@ -1,6 +1,7 @@
 """A progress bar that says when the whole training ends."""
 
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -41,3 +42,7 @@ class ProgressBar(TQDMProgressBar):
                 left = (trainer.max_steps - trainer.global_step) * elapsed / steps
                 metrics["ETA"] = str(timedelta(seconds=round(left)))
         return metrics
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        with suppress(TypeError):  # there is no bar yet
+            self.train_progress_bar.close()  # ends its line, on which the error would stand
