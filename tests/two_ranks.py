@@ -50,7 +50,7 @@ def plain_task(accumulation: int = 1, **arguments: Any) -> AutoencoderTask:
         accumulation=accumulation,
         gradient_clip_norm=0.05,
         model={"qformer_dropout": 0.0},
-        loss={"lecam_weight": 0.1, "r1_weight": 0.1},
+        loss={"lecam_weight": 0.1, "r1_weight": 0.1, "adaptive_weight_maximum": 1e9},  # above what comes
         optimizer=lambda p: SGD(p, lr=1.0),
         scheduler=lambda o: ConstantLR(o, 1.0),
         discriminator_optimizer=lambda p: SGD(p, lr=0.1),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.export import register_dataclass
 from torch.optim import Optimizer
 
 from vidtwin import checkpoints
@@ -32,7 +33,7 @@ from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
 from vidtwin.losses.adversarial import mean_over_ranks
 
 # Before torch 2.15 FSDP finds tensors in a model's output only where pytree can look inside.
-torch.export.register_dataclass(Reconstruction)
+register_dataclass(Reconstruction)
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -237,7 +238,7 @@ def gathered(tree: Any, keep: bool = True) -> Any:
     """
     if isinstance(tree, dict):
         return {key: gathered(value, keep) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
+    if type(tree) in (list, tuple):
         return type(tree)([gathered(value, keep) for value in tree])
     if not isinstance(tree, DTensor):
         return tree
