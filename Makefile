@@ -43,6 +43,7 @@ test: lint types
 test-all: lint types
 	$(BIN)/pytest
 
+# Goes on where it was interrupted; `rm -r runs/proof runs/proof_gan` begins anew.
 proof: install
 	$(BIN)/python benchmarks/proof.py "$(CLIPS)" docs
 

@@ -61,7 +61,7 @@ def config(folder: Path, steps: int) -> dict[str, Any]:
             "default_root_dir": str(folder),
             "logger": {
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": {"save_dir": str(folder), "name": "run"},
+                "init_args": {"save_dir": str(folder), "name": "run", "version": ""},
             },
         },
         "latest_checkpoint": {"every_n_steps": 25},
@@ -132,7 +132,7 @@ def main() -> int:
                 if process.wait() == 0:  # it had come to its end just before
                     break
                 killed += 1
-                newest = checkpoints.newest(parts / "run/version_0/checkpoints")
+                newest = checkpoints.newest(parts / "run/checkpoints")
                 at = f"the newest checkpoint is {newest.name}" if newest else "no checkpoint yet"
                 ended = f"{number.name} after {delay:4.1f} s, exit code {process.returncode}"
                 print(f"{killed:3d}  {ended}; {at}", flush=True)
@@ -140,7 +140,7 @@ def main() -> int:
         if process.wait() != 0:
             raise SystemExit("".join(output))
         break
-    folders = [folder / "run/version_0/checkpoints/last.ckpt" for folder in (whole, parts)]
+    folders = [folder / "run/checkpoints/last.ckpt" for folder in (whole, parts)]
     states = [{key: checkpoints.read(path)[key] for key in KEPT} for path in folders]
     found = difference(*states, "checkpoint")
     print(f"{killed} kills, {arguments.steps} steps, {time.monotonic() - begin:.0f} s")

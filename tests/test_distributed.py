@@ -15,7 +15,7 @@ from vidtwin import checkpoints
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What each of two ranks wrote; a hang would be a failure after two minutes."""
+    """What each of two ranks wrote; a hang would be a failure after four minutes."""
     folder = tmp_path_factory.mktemp("ranks")
     tests = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"}
@@ -39,7 +39,7 @@ def test_two_ranks_take_the_steps_of_one_with_the_same_clips(outcomes, tmp_path,
         assert sorted(ours) == sorted(first + second)
     # SGD at rate 1: what the weights have moved by is the gradient, clipped, of generator and discriminator.
     torch.testing.assert_close(
-        weights_of(folder / "gradients" / parts), weights_of(tmp_path / parts), rtol=1e-4, atol=1e-6
+        weights_of(folder / "gradients" / parts), weights_of(tmp_path / parts), rtol=1e-3, atol=5e-5
     )
     if parts == "parts":  # the last that was run
         assert ranks[0]["gradients"]["adaptive_weight"] == pytest.approx(ranks[1]["gradients"]["adaptive_weight"])
@@ -55,7 +55,16 @@ def test_an_odd_tail_gives_every_rank_as_many_batches_and_every_clip_one_validat
     _, ranks = outcomes
     first, second = (rank["odd_tail"] for rank in ranks)
     assert [len(clips) for clips in first["clips"]] == [len(clips) for clips in second["clips"]]
-    assert first["psnr"] == second["psnr"]
+    validated = first["validated"] + second["validated"]  # in every validation
+    counts = {name: validated.count(name) for name in validated}
+    assert set(counts) == {"clip0.avi", "clip1.avi", "clip2.avi"}
+    assert len(set(counts.values())) == 1
+
+
+def test_the_ranks_have_the_same_running_statistics(outcomes):
+    first, second = (rank["odd_tail"]["statistics"] for rank in outcomes[1])
+    assert first == second
+    assert any(any(values) for values in first if isinstance(values, list))
 
 
 def test_fewer_clips_than_ranks_is_an_error_on_all(outcomes):

@@ -1,5 +1,7 @@
 """The running average of the weights."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -27,14 +29,15 @@ def test_the_average_is_the_formula() -> None:
         torch.testing.assert_close(average.values["weight"], expected)
 
 
-def test_inside_applied_the_model_has_the_average_and_afterwards_its_own() -> None:
+def test_an_exchange_gives_the_model_the_average_and_a_second_one_its_own() -> None:
     model = nn.Linear(2, 1)
     average = WeightAverage(model, 0.9)
     own = {name: p.detach().clone() + 1 for name, p in model.named_parameters()}
     mean = {name: value.clone() for name, value in average.values.items()}
     model.load_state_dict(own)
-    with average.applied(model):
-        torch.testing.assert_close(dict(model.state_dict()), mean, rtol=0, atol=0)
+    average.exchange(model)
+    torch.testing.assert_close(dict(model.state_dict()), mean, rtol=0, atol=0)
+    average.exchange(model)
     torch.testing.assert_close(dict(model.state_dict()), own, rtol=0, atol=0)
     torch.testing.assert_close(average.values, mean, rtol=0, atol=0)
 
@@ -126,6 +129,41 @@ def test_reconstructing_takes_the_average_by_option(trained, tmp_path):
     task = tiny_task(use_ema=True)
     trainer(tmp_path).reconstruct(task, [str(tmp_path / "a.mp4")], str(tmp_path / "out"), path)
     torch.testing.assert_close(dict(task.autoencoder.named_parameters()), expected_average(history))
+
+
+def test_what_is_tested_after_training_in_one_process_is_the_average_too(tmp_path):
+    task, run = (
+        tiny_task(ema_decay=0.9, use_ema=True, lr=1e-2),
+        trainer(tmp_path, 5, val_check_interval=5, check_val_every_n_epoch=None),
+    )
+    run.fit(task, datamodule=Clips())
+    validated = float(run.callback_metrics["val/psnr"])
+    own = {name: p.clone() for name, p in task.autoencoder.named_parameters()}
+    run.test(task, datamodule=Clips(), results_dir=str(tmp_path / "results"), verbose=False)
+    row = json.loads((tmp_path / "results" / "rows" / "VidTwin" / "results.json").read_text())
+    assert row["weights"] == "running average"
+    assert row["metrics"]["psnr"]["mean"] == pytest.approx(validated, abs=1e-4)
+    torch.testing.assert_close(dict(task.autoencoder.named_parameters()), own, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_a_validation_that_failed_has_both_in_their_places(tmp_path):
+    class Fail(Callback):
+        def on_validation_batch_end(self, *arguments):
+            raise ZeroDivisionError
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            self.own = {name: p.detach().clone() for name, p in task.autoencoder.named_parameters()}
+
+    keep = Keep()
+    run = trainer(tmp_path, 5, callbacks=[keep, Fail()], num_sanity_val_steps=0)
+    with pytest.raises(ZeroDivisionError):
+        run.fit(tiny_task(ema_decay=0.9, use_ema=True, lr=1e-2), datamodule=Clips())
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    checkpoint = checkpoints.read(tmp_path / "after.ckpt")
+    held = checkpoints.autoencoder_weights(checkpoint)
+    assert all(torch.equal(held[name], value) for name, value in keep.own.items())
+    assert not all(torch.equal(checkpoint["ema"]["values"][name], value) for name, value in keep.own.items())
 
 
 def test_a_checkpoint_without_an_average_is_refused_where_one_is_wanted(tmp_path):

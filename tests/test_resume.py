@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 from tiny import Clips, tiny_task, trainer, write_config
 
@@ -199,6 +200,42 @@ def test_resume_passes_over_a_damaged_checkpoint(config, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "step-00000005.ckpt" in error
     assert f"goes on from {folder / 'step-00000004.ckpt'}" in error
+
+
+@pytest.mark.parametrize("logger", ["default", "several"])
+def test_resume_auto_finds_the_run_of_any_logger_that_numbers_its_runs(config, tmp_path, capsys, monkeypatch, logger):
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load(config.read_text())
+    csv = content["trainer"].pop("logger")
+    if logger == "several":
+        board = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": csv["init_args"]}
+        content["trainer"]["logger"] = [board, csv]
+    content["trainer"]["log_every_n_steps"] = 1
+    config.write_text(yaml.safe_dump(content))
+    command = ["fit", "--config", str(config), "--resume", "auto"]
+    ended = ["--trainer.callbacks+=tiny.Terminate", "--trainer.callbacks.at=3"]
+    assert main([*command, *ended]) == REQUEUE_EXIT_CODE
+    assert main(command) == 0
+    assert "goes on from" in capsys.readouterr().err
+    (run,) = tmp_path.rglob("checkpoints")
+    assert checkpoints.read(run / "last.ckpt")["global_step"] == 5
+    if logger == "several":  # the numbers from before are kept
+        assert "3" in (run.parent / "metrics-0.csv").read_text()
+        assert (run.parent / "metrics.csv").exists()
+
+
+def test_resume_auto_of_a_logger_that_cannot_be_found_again_is_refused(config, capsys):
+    content = yaml.safe_load(config.read_text())
+    content["trainer"]["logger"] = {"class_path": "lightning.pytorch.loggers.logger.DummyLogger"}
+    config.write_text(yaml.safe_dump(content))
+    assert main(["fit", "--config", str(config), "--resume", "auto"]) == 2
+    assert "got DummyLogger; name the run by --resume FOLDER" in capsys.readouterr().err
+
+
+def test_the_keyboard_ends_with_its_own_code(config):
+    interrupted = ["--trainer.callbacks+=tiny.Terminate", "--trainer.callbacks.number=2"]
+    assert main(["fit", "--config", str(config), *interrupted]) == 130
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
 
 
 def test_resume_of_a_folder_without_checkpoints_is_refused(config, tmp_path, capsys):

@@ -133,9 +133,10 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, arguments, 
 
 def test_fp16_is_refused(monkeypatch):
     # Lightning itself turns 16-mixed into bf16-mixed on CPU, so no run here can show it.
-    monkeypatch.setattr(AutoencoderTask, "trainer", SimpleNamespace(precision="16-mixed"))
-    with pytest.raises(UserError, match=r"Expected trainer\.precision bf16-mixed .* got 16-mixed"):
-        tiny_task()._check_precision()
+    for precision in ("16-mixed", "bf16-true", "64-true"):
+        monkeypatch.setattr(AutoencoderTask, "trainer", SimpleNamespace(precision=precision))
+        with pytest.raises(UserError, match=rf"Expected trainer\.precision bf16-mixed .* got {precision}"):
+            tiny_task()._check_precision()
 
 
 def test_missing_lpips_weights_stop_training_but_not_testing(tmp_path, monkeypatch):
@@ -228,6 +229,46 @@ def test_the_curves_count_steps_not_batches(tmp_path):
     shares = [float(row["train/skipped"]) for row in rows if row["train/skipped"]]
     assert shares[-1] > 0
     assert len(shares) > 6  # of skipped batches too
+
+
+def test_lecams_means_move_as_far_in_parts_as_whole(tmp_path):
+    means = []
+    for parts in (1, 4):
+        task = tiny_task(gan_start=0, accumulation=parts, loss={"lecam_weight": 0.1, "lecam_decay": 0.5}, lr=0.0)
+        trainer(tmp_path, max_steps=3).fit(task, Clips(count=4, batch_size=4))
+        means.append(task.loss.lecam_means)
+    # The parts come one after the other, so that the last weighs a little more than in the mean of all.
+    torch.testing.assert_close(means[1], means[0], rtol=0.1, atol=1e-3)
+
+
+def test_what_is_frozen_is_in_evaluation_mode_too(tmp_path):
+    modes = []
+
+    class Modes(Callback):
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            modes.append((task.autoencoder.structure.qformer.training, task.autoencoder.decoder.training))
+
+    task = tiny_task(freeze=["structure.qformer"])
+    trainer(tmp_path, max_steps=4, callbacks=[Modes()], val_check_interval=2).fit(task, Clips())
+    assert modes == [(False, True)] * 4
+
+
+def test_a_frozen_last_layer_is_refused_at_the_start_where_the_gan_needs_it(tmp_path):
+    with pytest.raises(UserError, match=r"last layer that is trained .* model\.freeze names"):
+        trainer(tmp_path).fit(tiny_task(gan_start=3, freeze=["decoder"]), Clips())
+
+
+def test_another_freeze_than_the_checkpoints_is_named(trained, tmp_path):
+    folder, *_ = trained
+    task = tiny_task(gan_start=3, freeze=["encoder"])
+    with pytest.raises(UserError, match=r"another model\.freeze; --init_from begins a new training"):
+        trainer(tmp_path).fit(task, Clips(), ckpt_path=folder / "checkpoints" / "last.ckpt")
+
+
+def test_the_best_may_be_that_of_any_logged_validation(tmp_path):
+    best = BestCheckpoint(monitor="val/loss", mode="min", dirpath=str(tmp_path / "checkpoints"))
+    trainer(tmp_path, callbacks=[best]).fit(tiny_task(), Clips())
+    assert (tmp_path / "checkpoints" / "best.ckpt").exists()
 
 
 def test_bf16_trains_with_finite_losses(tmp_path):

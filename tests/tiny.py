@@ -2,7 +2,6 @@
 
 import math
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,15 @@ class SmoothClips(ClipDataset):
 class Clips(ClipDataModule):
     """Six clips for training, validation and test, two a batch."""
 
-    def __init__(self, count: int = 6, batch_size: int = 2, num_workers: int = 0, seed: int = 0) -> None:
-        super().__init__(num_frames=4, resolution=32, batch_size=batch_size, num_workers=num_workers, seed=seed)
+    def __init__(
+        self,
+        count: int = 6,
+        batch_size: int = 2,
+        num_workers: int = 0,
+        seed: int = 0,
+        eval_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(4, 32, 8.0, batch_size, eval_batch_size, num_workers, seed)
         self.count = count
 
     def videos(self, split: str) -> list[Video]:
@@ -107,13 +113,13 @@ def trainer(folder: Path, max_steps: int = 7, **arguments: Any) -> VideoTrainer:
 class Terminate(Callback):
     """What a scheduler does: at a step, or with `hook` at another moment."""
 
-    def __init__(self, at: int = 0, hook: str = "on_train_batch_start") -> None:
-        self.at = at
+    def __init__(self, at: int = 0, hook: str = "on_train_batch_start", number: int = 15) -> None:
+        self.at, self.number = at, number
         setattr(self, hook, self._end)
 
     def _end(self, trainer: Any, *rest: Any, **keywords: Any) -> None:
         if trainer.global_step == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 def write_config(folder: Path, data: str = "tiny.Clips") -> Path:

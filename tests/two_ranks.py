@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import ConstantLR
 from vidtwin.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.callbacks.guard import StepGuard
 from vidtwin.errors import Preempted, UserError
+from vidtwin.losses.discriminator import PatchDiscriminator2d
 from vidtwin.posteriors import Encoding
 from vidtwin.task import AutoencoderTask
 
@@ -32,11 +33,16 @@ class Diary(Callback):
         self.clips: list[list[str]] = []
         self.rejected: list[str | None] = []
         self.losses: list[float] = []
+        self.validated: list[str] = []
 
     def on_train_batch_start(self, trainer, task, batch, batch_idx):
         self.clips.append(list(batch["name"]))
         if self.by_signal and trainer.global_step + 1 == self.end_at and trainer.global_rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_validation_batch_end(self, trainer, task, outputs, batch, batch_idx, dataloader_idx=0):
+        if not trainer.sanity_checking:
+            self.validated += list(batch["name"])
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
         self.rejected.append(outputs["rejected"] if outputs else None)
@@ -106,9 +112,12 @@ def odd_tail(folder: Path, **devices: Any) -> dict[str, Any]:
             return dataset
 
     diary = Diary()
-    run = trainer(folder, 7, callbacks=[diary], **devices)
-    run.fit(tiny_task(), datamodule=Odd(count=7))
-    return {"clips": diary.clips, "psnr": float(run.callback_metrics["val/psnr"])}
+    discriminator = PatchDiscriminator2d(channels=8, num_layers=1, norm="batch")
+    task = tiny_task(gan_start=1, loss={"discriminator": discriminator})
+    run = trainer(folder, 3, callbacks=[diary], **devices)
+    run.fit(task, datamodule=Odd(count=7, eval_batch_size=1))
+    statistics = [value.tolist() for name, value in discriminator.named_buffers()]
+    return {"clips": diary.clips, "validated": diary.validated, "statistics": statistics}
 
 
 def too_few(folder: Path, **devices: Any) -> dict[str, Any]:

@@ -85,6 +85,13 @@ def step_files(folder: str | Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
+def step_of(path: Path) -> int:
+    """The step in the name of a `step-*.ckpt`."""
+    match = _STEP_FILE.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
 def is_checkpoint_name(name: str) -> bool:
     """Whether training names its checkpoints so."""
     return name in ("last.ckpt", "best.ckpt") or _STEP_FILE.fullmatch(name) is not None
@@ -100,6 +107,7 @@ def newest(folder: str | Path, report: Callable[[str], object] = warnings.warn) 
     """The whole checkpoint of the most steps in a folder, or None; damaged ones are named to `report`.
 
     Whole means that the checksum of every byte is right. Of equal steps it is the one that `last.ckpt` points at.
+    `best.ckpt` comes last: it may be from before a rollback.
     """
     # One entry a file: in the place of last.ckpt, but under the name of what it points at, which does not move on.
     files = {path.resolve(): path for path in candidates(folder)}
@@ -112,14 +120,14 @@ def history(folder: str | Path, report: Callable[[str], object] = warnings.warn)
 
 
 def _whole(paths: Iterable[Path], report: Callable[[str], object]) -> Iterator[Path]:
-    """Those that are whole, the one of the most steps first; of equal steps the first. Reads no more than is asked."""
+    """Those that are whole, the one of the most steps first, the best last. Reads no more than is asked."""
     steps = {}
     for path in paths:
         try:
             steps[path] = _global_step(path)
         except UserError as error:
             report(f"passed over: {error}")
-    for path in sorted(steps, key=lambda path: steps[path], reverse=True):
+    for path in sorted(steps, key=lambda path: (path.name == "best.ckpt", -steps[path])):
         try:
             check(path)
         except UserError as error:

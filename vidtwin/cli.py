@@ -3,6 +3,7 @@
 Nothing heavy is imported at the top: `vidtwin --help` answers without torch.
 """
 
+import os
 import re
 import shutil
 import sys
@@ -77,7 +78,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except Preempted as end:
         sys.stderr.write(f"vidtwin: {end}\n")
-        return REQUEUE_EXIT_CODE
+        # Lightning kills the process that it was started by when one that it has started itself ends with another code.
+        started_by_lightning = int(os.environ.get("LOCAL_RANK", 0)) > 0 and not (
+            {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & set(os.environ)
+        )
+        return 0 if started_by_lightning else REQUEUE_EXIT_CODE
     except KeyboardInterrupt:
         sys.stderr.write("vidtwin: interrupted\n")
         return 130

@@ -1,7 +1,5 @@
 """The running average of a model's weights, which reconstructs better than the last step's and does not flicker."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,15 +40,6 @@ class WeightAverage:
         average = get_ema_multi_avg_fn(decay)
         ours = [local(value) for value in self.values.values()]
         average(ours, [local(current[name].detach()) for name in self.values], self.updates)
-
-    @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the model has the averaged weights."""
-        self.exchange(model)
-        try:
-            yield
-        finally:
-            self.exchange(model)
 
     @torch.no_grad()
     def exchange(self, model: nn.Module) -> None:

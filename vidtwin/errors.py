@@ -17,11 +17,15 @@ class UserError(ValueError):
 
 
 class Preempted(Exception):  # noqa: N818 - training goes on later
-    """Training was told to end by SIGTERM, and has saved where it stands; `folder` is None where nothing was new."""
+    """Training was told to end by SIGTERM, and has saved where it stands, in `folder` (None: nothing was saved)."""
 
-    def __init__(self, step: int = 0, folder: Path | None = None) -> None:
-        after = f"after step {step}, saved in {folder}" if folder else "before the first step"
-        super().__init__(f"ended by SIGTERM {after}; the same command with --resume auto goes on")
+    def __init__(self, step: int | None = None, folder: Path | None = None) -> None:
+        if step is None:
+            text = "before a step was trained"
+        else:
+            text = f"after step {step}, {f'saved in {folder}' if folder else 'not saved: there is no LatestCheckpoint'}"
+        goes_on = "; the same command with --resume auto goes on" if step is None or folder else ""
+        super().__init__(f"ended by SIGTERM {text}{goes_on}")
 
 
 def suggestion(word: str, candidates: Iterable[str]) -> str:

@@ -60,7 +60,9 @@ def run(command: str, argv: list[str]) -> None:
             VidTwinCLI(argv)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
-    except SystemExit as end:  # --help and --print_config end this way, with 0
+    except SystemExit as end:  # --help and --print_config end this way, with 0; Lightning after Ctrl-C, with 1
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from end
         if end.code:
             raise
 
@@ -199,16 +201,46 @@ class VidTwinCLI(LightningCLI):
 
 
 def _return_to_latest_run(trainer: Namespace) -> None:
-    """Let a logger that numbers its runs go on with the newest one that has left a checkpoint."""
-    logger = trainer.get("logger")
-    arguments = logger.get("init_args") if isinstance(logger, Namespace) else None
-    if arguments is None or "save_dir" not in arguments or arguments.get("version") is not None:
-        return
-    runs = Path(arguments.save_dir) / (arguments.get("name") or "")
-    found = [path for path in runs.glob("version_*/checkpoints/*.ckpt") if not path.name.startswith(".")]
-    numbers = [int(path.parts[-3].removeprefix("version_")) for path in found if path.parts[-3][8:].isdecimal()]
-    if numbers:
-        arguments["version"] = max(numbers)
+    """Let loggers that number their runs go on with the newest one that has left a checkpoint."""
+    loggers = trainer.get("logger")
+    if loggers in (None, True):  # what Lightning then takes, by a name that can be looked for
+        folder = trainer.get("default_root_dir") or "."
+        chosen = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger"}
+        loggers = trainer["logger"] = Namespace(
+            **chosen, init_args=Namespace(save_dir=folder, name="lightning_logs", version=None)
+        )
+    if not loggers:
+        return  # checkpoints lie in default_root_dir
+    loggers = loggers if isinstance(loggers, list) else [loggers]
+    first = loggers[0].get("init_args") or Namespace()
+    if "save_dir" not in first or "version" not in first:
+        name = str(loggers[0].get("class_path")).rpartition(".")[2]
+        raise UserError(
+            f"Expected a logger whose run has a number in its folder for --resume auto (TensorBoardLogger, CSVLogger), "
+            f"got {name}; name the run by --resume FOLDER, or put one of these first."
+        )
+    version = first.get("version")
+    if version is None:
+        runs = Path(first.save_dir) / (first.get("name") or "")
+        found = [path for path in runs.glob("version_*/checkpoints/*.ckpt") if not path.name.startswith(".")]
+        numbers = [int(path.parts[-3].removeprefix("version_")) for path in found if path.parts[-3][8:].isdecimal()]
+        if not numbers:
+            return
+        version = max(numbers)
+    for logger in loggers:
+        arguments = logger.get("init_args") or Namespace()
+        if "version" in arguments and arguments.get("version") is None:
+            arguments["version"] = version
+        if str(logger.get("class_path")).endswith(".CSVLogger"):
+            _keep_metrics(Path(arguments.save_dir) / (arguments.get("name") or ""), arguments.version)
+
+
+def _keep_metrics(runs: Path, version: int | str) -> None:
+    """Lightning's CSVLogger deletes the numbers of a run that it goes on with."""
+    folder = runs / (version if isinstance(version, str) else f"version_{version}")
+    if (folder / "metrics.csv").exists():
+        earlier = len(list(folder.glob("metrics-*.csv")))
+        (folder / "metrics.csv").rename(folder / f"metrics-{earlier}.csv")
 
 
 def _usage(command: str) -> str:
@@ -243,8 +275,12 @@ def _dump(argv: list[str]) -> list[str]:
     if not (path := _option(argv, "dump")):
         return argv
     content = replay.read(path)
-    section = content["config"] or {"autoencoder": content["model_spec"]}
-    return [f"--model={json.dumps(section)}", f"--trainer.precision={content['precision']}", *argv]
+    argv = [f"--trainer.precision={content['precision']}", *argv]
+    if content["config"]:
+        return [f"--model={json.dumps(content['config'])}", *argv]
+    if not _option(argv, "config"):
+        raise UserError(f"Expected --config FILE: {path} comes from a training that had none, which knows its loss.")
+    return argv
 
 
 def _resolve_short_names(argv: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Run a dumped step again (`StepGuard` writes them) and say where it breaks."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,10 +33,13 @@ def replay(task: AutoencoderTask, dump: dict[str, Any]) -> list[str]:
     task.batches, task.seed = dump["training"]["batches"], dump["training"]["seed"]
     clip = dump["batch"]["clip"].to(next(task.parameters()).device)
     lines = [f"skipped at step {dump['step']}: {dump['reason']}"]
-    lines += [f"clip {name}: {_range(clip[index])}" for index, name in enumerate(dump["batch"]["name"])]
+    lines += [
+        f"clip {name}: {_range(clip[index])}" for index, name in enumerate(dump["batch"].get("name", range(len(clip))))
+    ]
     bad = [name for name, p in task.named_parameters() if not p.isfinite().all()]
-    size, largest = max((float(p.detach().abs().max()), name) for name, p in task.named_parameters())
-    lines.append(f"weights: {_some(bad)}; the largest is {size:.3g} in {largest}")
+    sizes = {name: float(p.detach().abs().nan_to_num(math.inf, math.inf).max()) for name, p in task.named_parameters()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    lines.append(f"weights: {_some(bad)}; the largest is {sizes[largest]:.3g} in {largest}")
 
     broken: list[str] = []
     hooks = [module.register_forward_hook(_watcher(name, broken)) for name, module in task.named_modules() if name]
@@ -43,13 +47,15 @@ def replay(task: AutoencoderTask, dump: dict[str, Any]) -> list[str]:
     task.seed_draws(dump["rank"])
     reason = None
     try:
-        for part in clip.tensor_split(task.accumulation):
-            for player, terms in task.losses(part, dump["step"]):
-                lines += [f"{player}/{name} = {float(value.detach()):.6g}" for name, value in terms.items()]
+        for index, part in enumerate(clip.tensor_split(task.accumulation)):
+            share = len(part) / len(clip)
+            of = f" (part {index + 1})" if task.accumulation > 1 else ""
+            for player, terms in task.losses(part, dump["step"], share):
+                lines += [f"{player}/{name} = {float(value.detach()):.6g}{of}" for name, value in terms.items()]
                 if not terms["total"].isfinite():
                     own, shared = bad_terms(terms)
                     reason = reason or own or shared
-                terms["total"].backward()
+                (share * terms["total"]).backward()
     finally:
         for hook in hooks:
             hook.remove()

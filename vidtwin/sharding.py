@@ -79,18 +79,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         shard(autoencoder, self.device_mesh["data_parallel"])
 
     def average(self, module: nn.Module) -> None:
-        """After a backward pass do for `module`, which is not sharded, what DDP does: average its gradients over ranks.
-
-        Buffers of the whole task (statistics of batch norms, codebooks) become those of the first rank, as in DDP.
-        """
+        """After a backward pass do for `module`, which is not sharded, what DDP does: average gradients over ranks."""
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         if gradients:
             flat = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
             for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
-        assert self.lightning_module is not None
-        for buffer in self.lightning_module.buffers():
-            self._take_from_first_rank(buffer)
 
     @torch.no_grad()
     def _take_from_first_rank(self, tensor: Tensor) -> None:
@@ -116,7 +110,10 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         # Mapped: the ranks of a machine share its memory, and each reads its parts.
-        return checkpoints.read(self.broadcast(checkpoint_path), lazily=True)
+        path = self.broadcast(checkpoint_path)
+        checkpoint = checkpoints.read(path, lazily=True)
+        checkpoints.check(path)
+        return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
@@ -260,3 +257,21 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     squares = [nn.utils.get_total_norm([local(t) for t in kind]).square() for kind in by_kind(tensors)]
     dist.all_reduce(squares[0])  # the sharded ones come first
     return torch.stack(squares).sum().sqrt()
+
+
+def running_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What forward passes change and a checkpoint keeps: statistics of batch norms, codebooks, running means."""
+    kept = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks the running buffers of the first. All ranks must call it together."""
+    buffers = list(running_buffers(model).values())
+    for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
+        same = [buffer for buffer in buffers if buffer.dtype == dtype]
+        flat = torch.cat([buffer.flatten() for buffer in same])
+        dist.broadcast(flat, src=0)
+        for buffer, values in zip(same, flat.split([buffer.numel() for buffer in same]), strict=True):
+            buffer.copy_(values.view_as(buffer))

@@ -109,6 +109,7 @@ class AutoencoderTask(LightningModule):
         self.average: WeightAverage | None = None
         self.seed: int | None = None
         self._average_to_load: dict[str, Any] | None = None
+        self._has_average = False
         self._validation_terms: dict[str, MeanMetric] = {}
 
     # Configure.
@@ -125,6 +126,7 @@ class AutoencoderTask(LightningModule):
                 raise UserError(f"{type(self.autoencoder).__name__} has nothing to train; run `vidtwin test` with it.")
             self._check_steps()
             self._check_precision()
+            self._check_last_layer()
             self.loss.setup()
         self.metrics.setup()
 
@@ -167,6 +169,7 @@ class AutoencoderTask(LightningModule):
                     f"{suggestion(part, children)}"
                 )
             modules[part].requires_grad_(False)
+        self.train(self.training)
 
     def on_fit_start(self) -> None:
         if self.seed is None:
@@ -175,7 +178,7 @@ class AutoencoderTask(LightningModule):
             self.average = WeightAverage(self.autoencoder, self.ema_decay)
             if self._average_to_load is not None:
                 self.average.load_state_dict(self._average_to_load)
-            elif self.global_step:
+            elif self.trainer.ckpt_path:
                 rank_zero_warn("The checkpoint holds no average of the weights (ema): it starts from the weights.")
         elif self.use_ema:
             raise UserError("Expected model.ema_decay (0.999 for one) where model.use_ema is set, got none.")
@@ -196,13 +199,28 @@ class AutoencoderTask(LightningModule):
             )
 
     def _check_precision(self) -> None:
-        if str(self.trainer.precision) == "16-mixed":
+        if str(self.trainer.precision) not in ("32-true", "bf16-mixed"):
             raise UserError(
-                "Expected trainer.precision bf16-mixed or 32-true, got 16-mixed: one gradient scaler cannot serve the "
-                "two players of a GAN."
+                f"Expected trainer.precision bf16-mixed or 32-true, got {self.trainer.precision}: losses are in fp32, "
+                "and the one gradient scaler of 16-mixed cannot serve the two players of a GAN."
+            )
+
+    def _check_last_layer(self) -> None:
+        adaptive = self.loss.adaptive_weight and self.loss.adversarial_weight > 0
+        if self.loss.discriminator is not None and adaptive and not self.autoencoder.last_layer.requires_grad:
+            raise UserError(
+                "Expected a last layer that is trained for the adaptive GAN weight, got one that model.freeze names; "
+                "train it or set --model.loss.adaptive_weight false."
             )
 
     # Train.
+
+    def train(self, mode: bool = True) -> "AutoencoderTask":
+        super().train(mode)
+        for part in self.freeze_parts:  # no dropout, no batch statistics
+            if part in dict(self.autoencoder.named_modules()):
+                self.autoencoder.get_submodule(part).eval()
+        return self
 
     def forward(self, clip: Tensor) -> Reconstruction:
         return self.autoencoder(clip)
@@ -220,8 +238,9 @@ class AutoencoderTask(LightningModule):
                 "data.batch_size."
             )
         self.batches += 1
-        # Batch norm and running means of logits take in a batch before it is known to be sound.
-        buffers = [(buffer, buffer.clone()) for part in (self.autoencoder, self.loss) for buffer in part.buffers()]
+        # Batch norm and running means of logits take in a batch before it is known to be sound. By name, since some
+        # modules put a new tensor in the place of the old one.
+        before = {name: buffer.clone() for name, buffer in sharding.running_buffers(self).items()}
         self.seed_draws(self.global_rank)
         means, reason = self._backward(clip, step)
         players = self._players(step)
@@ -230,8 +249,8 @@ class AutoencoderTask(LightningModule):
             for optimizer in players.values():
                 optimizer.zero_grad()
             with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+                for name, buffer in sharding.running_buffers(self).items():
+                    buffer.copy_(before[name])
             self._log_step({"train/skipped": self.skipped / self.batches}, step, now=True)
             return {"rejected": reason}
 
@@ -244,6 +263,8 @@ class AutoencoderTask(LightningModule):
             scheduler.step()
         if self.average is not None:
             self.average.update(self.autoencoder)
+        if self.trainer.world_size > 1:  # under manual optimization DDP does so before the first step only
+            sharding.share_buffers(self)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         logged["train/skipped"] = self.skipped / self.batches
         self._log_step(logged, step, now=every > 0 and (step + 1) % every == 0)
@@ -258,10 +279,11 @@ class AutoencoderTask(LightningModule):
         np.random.seed(int(words[1]))  # models of others may draw from these two
         random.seed(int(words[1]))
 
-    def losses(self, clip: Tensor, step: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def losses(self, clip: Tensor, step: int, share: float = 1.0) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """One forward pass of (B, 3, T, H, W), then each player's terms: `total`, whose backward pass comes in between.
 
-        The discriminator's are computed when the generator's graph is gone.
+        The discriminator's are computed when the generator's graph is gone. `share` is the clip's part of the step's
+        batch.
         """
         reconstruction = self.autoencoder(clip)
         last_layer = self.autoencoder.last_layer if self.loss.gan_is_on(step) else None
@@ -270,7 +292,7 @@ class AutoencoderTask(LightningModule):
         with torch.no_grad():
             terms["psnr"] = psnr(reconstruction.clip, clip).mean()
         yield "train", terms
-        if terms := self.loss.discriminator_loss(reconstruction.clip, clip, step):
+        if terms := self.loss.discriminator_loss(reconstruction.clip, clip, step, share):
             yield "discriminator", terms
 
     def _players(self, step: int) -> dict[str, LightningOptimizer | Optimizer]:
@@ -288,7 +310,7 @@ class AutoencoderTask(LightningModule):
         for index, part in enumerate(parts):
             share = len(part) / len(clip)
             with nullcontext() if index == len(parts) - 1 else self._without_sync():
-                for player, terms in self.losses(part, step):
+                for player, terms in self.losses(part, step, share):
                     # Agreed upon before the backward pass, in which the ranks wait for each other.
                     reason = self._reason(terms["total"], partial(bad_terms, terms))
                     if reason is not None:
@@ -391,16 +413,20 @@ class AutoencoderTask(LightningModule):
         self.metrics.update(self.metrics(reconstruction.clip, clip))
         return reconstruction
 
+    def _put_average(self, wanted: bool) -> None:
+        """Have the averaged weights in the autoencoder, or its own; in between the average has the others."""
+        if self.average is not None and self.use_ema and wanted != self._has_average:
+            self.average.exchange(self.autoencoder)
+            self._has_average = wanted
+
     def on_validation_epoch_start(self) -> None:
         sharding.reshard(self.autoencoder)
-        if self.use_ema and self.average is not None:
-            self.average.exchange(self.autoencoder)
+        self._put_average(True)
         sharding.gather(self.autoencoder)
 
     def on_validation_epoch_end(self) -> None:
         sharding.reshard(self.autoencoder)
-        if self.use_ema and self.average is not None:
-            self.average.exchange(self.autoencoder)
+        self._put_average(False)
         values = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         shown = dict(values)
         for name, mean in self._validation_terms.items():
@@ -409,6 +435,8 @@ class AutoencoderTask(LightningModule):
         self.metrics.reset()
         if not self.trainer.sanity_checking:
             self.log_dict(shown, prog_bar=True, logger=self.trainer.state.fn != "fit")
+            # For best_checkpoint.monitor, which may be any of them.
+            self.log_dict({name: value for name, value in values.items() if name not in shown}, logger=False)
         # Lightning logs nothing of the validation before the first step, where the curves start. So all of them are
         # logged here, at the number of steps that were taken (unless that first one saw only a few clips).
         if not self.trainer.sanity_checking or self.trainer.num_sanity_val_steps == float("inf"):
@@ -416,13 +444,21 @@ class AutoencoderTask(LightningModule):
                 logger.log_metrics({name: float(value) for name, value in values.items()}, self.global_step)
 
     def on_test_epoch_start(self) -> None:
+        self._put_average(True)
         sharding.gather(self.autoencoder)
+
+    def on_test_epoch_end(self) -> None:
+        self._put_average(False)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
         return self.autoencoder(batch["clip"])
 
     def on_predict_epoch_start(self) -> None:
+        self._put_average(True)
         sharding.gather(self.autoencoder)
+
+    def on_predict_epoch_end(self) -> None:
+        self._put_average(False)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Reconstruction:
         return self.autoencoder(batch["clip"])
@@ -438,6 +474,11 @@ class AutoencoderTask(LightningModule):
         checkpoint["training"] = {name: getattr(self, name) for name in COUNTS}
         if self.average is not None:
             checkpoint["ema"] = self.average.state_dict()
+            if self._has_average:  # saved in a validation, or after one that an error has ended
+                own, average = checkpoint["state_dict"], checkpoint["ema"]["values"]
+                for name, value in average.items():
+                    key = f"{checkpoints.PREFIX}{name}"
+                    own[key], average[name] = value, own[key]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how a checkpoint of another model differs; outside of `fit` take the autoencoder's weights alone."""
@@ -447,12 +488,20 @@ class AutoencoderTask(LightningModule):
             weights.check_fit(held, self.autoencoder.state_dict(), "The checkpoint")
             rest = {name: value for name, value in own.items() if not name.startswith(checkpoints.PREFIX)}
             kept = checkpoints.autoencoder_weights(checkpoint, self.use_ema)
+            self.average = None  # of an earlier training; where it is wanted, the weights are the average now
             checkpoint["state_dict"] = rest | {f"{checkpoints.PREFIX}{name}": value for name, value in kept.items()}
             return
         try:
             weights.check_fit(checkpoint["state_dict"], own, "The checkpoint")
         except UserError as error:
             raise UserError(f"{error} --init_from begins a new training with what fits.") from error
+        trained = sum(len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"])
+        wanted = sum(p.requires_grad for p in self.autoencoder.parameters()) + (self.loss.logvar is not None)
+        if trained != wanted:
+            raise UserError(
+                f"Expected a checkpoint that trained the same {wanted} tensors, got one of {trained}: another "
+                "model.freeze; --init_from begins a new training from it."
+            )
         for name in COUNTS:  # absent from checkpoints of older versions
             setattr(self, name, checkpoint.get("training", {}).get(name, getattr(self, name)))
         self._average_to_load = checkpoint.get("ema")
@@ -461,6 +510,6 @@ class AutoencoderTask(LightningModule):
 def bad_terms(terms: dict[str, Tensor]) -> tuple[str, str]:
     """Which terms of a loss are not finite: of the rank's own clips, and those that other ranks have a part in."""
     bad = [f"{name} is {float(value.detach()):g}" for name, value in terms.items() if not value.isfinite()]
-    shared = [text for text in bad if text.startswith(("total", "adaptive_weight"))]
+    shared = [text for text in bad if text.startswith(("total", "adaptive_weight", "lecam"))]
     own = [text for text in bad if text not in shared]
     return f"loss: {', '.join(own)}" if own else "", f"loss: {', '.join(shared)}"

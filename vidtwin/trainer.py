@@ -34,7 +34,7 @@ from vidtwin.video import iter_frames, probe, write_video
 class VideoTrainer(Trainer):
     """`lightning.pytorch.Trainer` with defaults that a GAN autoencoder needs, and commands of its own.
 
-    Differences: checkpoints are written atomically and read without running code; data modules own their samplers;
+    Differences: checkpoints are written atomically and read without running code;
     on several devices DDP looks for parameters without a gradient (each player's backward leaves the other's alone);
     steps that are not finite are told, dumped and undone (`StepGuard`); SIGTERM saves first (`Preemption`).
     """
@@ -43,7 +43,6 @@ class VideoTrainer(Trainer):
         plugins = kwargs.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         kwargs["plugins"] = [*plugins, checkpoints.AtomicCheckpointIO()]
-        kwargs["use_distributed_sampler"] = False
         strategy = kwargs.get("strategy", "auto")
         if strategy in ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook"):
             kwargs["strategy"] = f"{strategy}_find_unused_parameters_true"

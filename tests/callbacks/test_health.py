@@ -261,7 +261,7 @@ def test_the_wait_for_the_loader_is_that_and_nothing_else(tmp_path, monkeypatch)
         step: values["train/loader_wait"] for step, values in logger.values.items() if "train/loader_wait" in values
     }
     # Two clips a batch, in two epochs; a value every two batches, their mean.
-    assert waits == {2: (1 + 2 + 3 + 4) / 2, 4: (5 + 6 + 7 + 8) / 2, 6: (9 + 10 + 11 + 12) / 2}
+    assert waits == {1: (1 + 2 + 3 + 4) / 2, 3: (5 + 6 + 7 + 8) / 2, 5: (9 + 10 + 11 + 12) / 2}
     # The user's own profiler has been told all the same, and is left as it was.
     assert len(profiler.recorded_durations["[_TrainingEpochLoop].train_dataloader_next"]) == 6
     assert not {"start", "stop"} & set(vars(profiler))

@@ -80,10 +80,10 @@ class LatestCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
 
-    def save(self, trainer: Trainer) -> None:
-        """Save now, unless this step is saved already. All ranks must call it together."""
+    def save(self, trainer: Trainer, again: bool = False) -> None:
+        """Save now; a step that is saved already only `again`. All ranks must call it together."""
         step = trainer.global_step
-        if self.dirpath is None or step == self._saved or _is_dry(trainer):
+        if self.dirpath is None or (step == self._saved and not again) or _is_dry(trainer):
             return
         path = checkpoints.step_path(self.dirpath, step)
         trainer.save_checkpoint(path)

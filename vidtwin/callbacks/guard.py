@@ -47,7 +47,7 @@ class StepGuard(Callback):
         self.in_a_row = 0
         self.gone_back = 0
         self.failed_at = -1
-        self.depth = 0
+        self.went_to = -1
         self.dumped: list[Path] = []
         self.folder = Path()
 
@@ -63,28 +63,34 @@ class StepGuard(Callback):
             return
         self.in_a_row += 1
         reason = outputs["rejected"]
-        weights = gathered(pl_module.state_dict(), keep=bool(reason))  # by all ranks, for those that dump
+        dumps = bool(reason) and len(self.dumped) < self.dumps
+        weights: dict[str, Tensor] | None = None
+        if trainer.strategy.reduce_boolean_decision(dumps, all=False):
+            weights = gathered(pl_module.state_dict(), keep=dumps)  # by all ranks, for those that dump
         if reason:
-            self._tell(trainer, pl_module, reason, batch, weights)
+            self._tell(trainer, pl_module, reason, batch, weights if dumps else None)
         if self.in_a_row >= self.patience:
             self._go_back(trainer, pl_module, reason, batch)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"gone_back": self.gone_back, "failed_at": self.failed_at, "depth": self.depth}
+        return {"gone_back": self.gone_back, "failed_at": self.failed_at, "went_to": self.went_to}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.gone_back, self.failed_at = state_dict["gone_back"], state_dict["failed_at"]
-        self.depth = state_dict["depth"]
+        self.went_to = state_dict["went_to"]
 
     def _tell(
-        self, trainer: Trainer, task: AutoencoderTask, reason: str, batch: Batch, weights: dict[str, Tensor]
+        self, trainer: Trainer, task: AutoencoderTask, reason: str, batch: Batch, weights: dict[str, Tensor] | None
     ) -> None:
         where = f"step {trainer.global_step}" + (f", rank {trainer.global_rank}" if trainer.world_size > 1 else "")
         line = f"vidtwin: skipped {where}: {reason}; clips: {clip_names(batch)}"
-        if len(self.dumped) < self.dumps:
+        if weights is not None:
             name = f"step-{trainer.global_step:08d}-batch-{task.batches:08d}-rank-{trainer.global_rank}.pt"
-            self.dumped.append(dump(self.folder / name, trainer, task, reason, batch, weights))
-            line += f"; to run it again: vidtwin replay {self.dumped[-1]}"
+            try:
+                self.dumped.append(dump(self.folder / name, trainer, task, reason, batch, weights))
+                line += f"; to run it again: vidtwin replay {self.dumped[-1]}"
+            except (OSError, RuntimeError) as error:  # a full disk: the training goes on without
+                line += f"; no dump was written: {error}"
         _write(line)
 
     def _go_back(self, trainer: Trainer, task: AutoencoderTask, reason: str, batch: Batch) -> None:
@@ -106,14 +112,17 @@ class StepGuard(Callback):
                 "rates (or let guard.rate_factor do so), clip gradients by model.gradient_clip_norm, or leave the "
                 "clips out."
             )
-        # Where the same step is not reached twice, its checkpoint may hold what broke it already.
-        self.depth = self.depth + 1 if step <= self.failed_at else 0
-        self.failed_at = max(step, self.failed_at)
-        target = history[min(self.depth, len(history) - 1)]
+        # Where the step that failed was not passed since, the checkpoint may hold what broke it already.
+        again = step <= self.failed_at
+        older = [path for path in history if not again or checkpoints.step_of(path) < self.went_to]
+        target = older[0] if older else history[-1]
+        self.failed_at, self.went_to = max(step, self.failed_at), checkpoints.step_of(target)
         self.gone_back += 1
         self.in_a_row = 0
         task.rewind(target)
         task.rate_scale *= self.rate_factor
+        assert saved is not None
+        saved.save(trainer, again=True)  # with the rate, the place in the data and this count
         if trainer.is_global_zero:
             rate = f", learning rates times {task.rate_scale:g}" if self.rate_factor != 1 else ""
             _write(f"vidtwin: {ended}; back to {target} (step {trainer.global_step}){rate}; {clips}")
@@ -123,7 +132,8 @@ def clip_names(batch: Batch) -> str:
     """The clips of a batch for a message, those with pixels that are not finite first."""
     finite = batch["clip"].isfinite().flatten(1).all(dim=1).tolist()
     starts = batch.get("start_frame", [None] * len(finite))
-    named = sorted(zip(finite, batch["name"], starts, strict=True), key=lambda entry: entry[0])
+    names = batch.get("name", [f"number {index} of the batch" for index in range(len(finite))])
+    named = sorted(zip(finite, names, starts, strict=True), key=lambda entry: entry[0])
     texts = [
         f"{name}{'' if start is None else f' from frame {int(start)}'}{'' if sound else ' (its pixels are not finite)'}"
         for sound, name, start in named

@@ -125,7 +125,7 @@ class Health(Callback):
         wait = trainer.strategy.reduce(wait, reduce_op="max")
         self._batches = 0
         for logger in trainer.loggers:
-            logger.log_metrics({"train/loader_wait": float(wait)}, trainer.global_step)
+            logger.log_metrics({"train/loader_wait": float(wait)}, max(trainer.global_step - 1, 0))
 
     def on_train_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
         self._detach()

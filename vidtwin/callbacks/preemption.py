@@ -45,6 +45,8 @@ class Preemption(Callback):
     ) -> None:
         if not trainer.strategy.reduce_boolean_decision(self.received, all=False):
             return
+        if trainer.global_step == 0:
+            raise Preempted  # all batches so far were skipped
         saved = None
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, LatestCheckpoint):

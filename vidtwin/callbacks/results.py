@@ -138,7 +138,7 @@ class ResultsWriter(Callback):
         if not path.exists():
             return
         found = {"weights": LAST} | json.loads(path.read_text())
-        ours_by_key = {"checkpoint": self.checkpoint, "weights": _weights(task)}
+        ours_by_key = {"checkpoint": self.checkpoint, "weights": self._weights(task)}
         ours_by_key["model"] = json.loads(json.dumps(task.autoencoder.spec()))
         for key, ours in ours_by_key.items():
             if found.get(key) != ours:
@@ -176,7 +176,7 @@ class ResultsWriter(Callback):
             "name": name,
             "kind": "reference" if reference else "trained" if self.checkpoint else "untrained",
             "checkpoint": None if reference else self.checkpoint,
-            "weights": LAST if reference else _weights(task),
+            "weights": LAST if reference else self._weights(task),
             **self.sizes[name],
             "metrics": metrics,
             "unavailable": task.metrics.unavailable,
@@ -204,6 +204,6 @@ class ResultsWriter(Callback):
             temporary.write_bytes(panels.png(panels.filmstrip(shown)))
         self.panel_paths += [video, still]
 
-
-def _weights(task: AutoencoderTask) -> str:
-    return AVERAGE if task.use_ema else LAST
+    def _weights(self, task: AutoencoderTask) -> str:
+        # Where they come from a file, the task has looked there for the average, or has refused.
+        return AVERAGE if task.use_ema and (self.checkpoint or task.average is not None) else LAST

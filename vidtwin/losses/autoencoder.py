@@ -66,7 +66,7 @@ class AutoencoderLoss(nn.Module):
         discriminator: Takes clips and gives logits (N, ...), see `adversarial`; None trains without a GAN.
         lecam_weight: Weight of LeCAM (Tseng et al. 2021; released: 0), which keeps the discriminator's logits near
             their running means. These start at 0 and are part of the state dict; 0 has neither.
-        lecam_decay: Of the running means, per discriminator loss.
+        lecam_decay: Of the running means, per step.
         r1_weight: Weight of R1, the squared gradient of the discriminator on real clips (Mescheder et al. 2018).
         r1_every: Steps from one R1 to the next, each with that many times the weight (lazy regularization,
             StyleGAN2, Karras et al. 2020).
@@ -221,13 +221,16 @@ class AutoencoderLoss(nn.Module):
                 total = total + weight * terms["adversarial"]
         return {"total": scale * total} | {name: term.detach() for name, term in terms.items()}
 
-    def discriminator_loss(self, reconstruction_clip: Tensor, clip: Tensor, step: int) -> dict[str, Tensor]:
+    def discriminator_loss(
+        self, reconstruction_clip: Tensor, clip: Tensor, step: int, share: float = 1.0
+    ) -> dict[str, Tensor]:
         """What the discriminator is trained on.
 
         Args:
             reconstruction_clip: (B, 3, T, H, W); no gradient flows back into it.
             clip: (B, 3, T, H, W) in [-1, 1].
             step: Batches trained before this one.
+            share: What part of the step's clips these are; LeCAM's means move by as much of a step.
 
         Returns:
             `total`, to be minimised (the same in either reduction), and detached: mean `logits_real` and
@@ -258,7 +261,7 @@ class AutoencoderLoss(nn.Module):
         }
         if self.lecam_means is not None:
             if self._is_training():
-                self._update_lecam_means(terms["logits_real"], terms["logits_fake"])
+                self._update_lecam_means(terms["logits_real"], terms["logits_fake"], share)
             terms["lecam"] = gan.lecam_penalty(logits_real, logits_fake, *self.lecam_means)
             total = total + self.lecam_weight * terms["lecam"]
         if r1_is_due:
@@ -269,10 +272,10 @@ class AutoencoderLoss(nn.Module):
     def _is_training(self) -> bool:
         return self.training and torch.is_grad_enabled()
 
-    def _update_lecam_means(self, logits_real: Tensor, logits_fake: Tensor) -> None:
+    def _update_lecam_means(self, logits_real: Tensor, logits_fake: Tensor, share: float) -> None:
         assert self.lecam_means is not None
         means = gan.mean_over_ranks(torch.stack([logits_real, logits_fake]).detach())
-        self.lecam_means.lerp_(means.to(self.lecam_means), 1 - self.lecam_decay)
+        self.lecam_means.lerp_(means.to(self.lecam_means), 1 - self.lecam_decay**share)
 
     def _random_frames(self, *clips: Tensor) -> tuple[Tensor, ...]:
         """`perceptual_frames` frames of each clip, the same of all that are given."""
