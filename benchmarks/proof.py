@@ -113,21 +113,19 @@ def main() -> int:
     )
     axes.axhline(WANTED, color="gray", linestyle=":")
     figure.savefig(images / "proof_psnr.png", dpi=110)
-    figure, grid = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    figure, grid = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    logits = {"discriminator/logits_real": "real", "discriminator/logits_fake": "reconstructed"}
+    plot(grid[0, 0], gan, logits, "mean logit")
+    shares = {"discriminator/accuracy": "discriminator's accuracy", "train/skipped": "steps skipped"}
+    plot(grid[0, 1], gan, shares, "share")
+    plot(grid[0, 2], gan, {"train/adversarial": "generator", "discriminator/loss": "discriminator"}, "adversarial loss")
+    plot(grid[1, 0], gan, {"train/adaptive_weight": "adaptive weight"}, "")
     plot(
-        grid[0, 0],
-        gan,
-        {"discriminator/logits_real": "real", "discriminator/logits_fake": "reconstructed"},
-        "mean logit",
+        grid[1, 1], gan, {"train/gradient_norm": "autoencoder", "discriminator/gradient_norm": "discriminator"}, "norm"
     )
-    plot(
-        grid[0, 1],
-        gan,
-        {"discriminator/accuracy": "discriminator's accuracy", "train/skipped": "steps skipped"},
-        "share",
-    )
-    plot(grid[1, 0], gan, {"train/adaptive_weight": "adaptive weight", "train/adversarial": "generator's loss"}, "")
-    plot(grid[1, 1], gan, {"val/psnr": "PSNR (dB)"}, "dB")
+    for axes in grid[1, :2]:
+        axes.set_yscale("log")
+    plot(grid[1, 2], gan, {"val/psnr": "validation"}, "PSNR (dB)")
     figure.savefig(images / "proof_gan.png", dpi=110)
     picture(images / "proof_clips.png", arguments.clips, listing)
 
