@@ -191,6 +191,10 @@ def test_sigterm_at_any_other_moment_asks_to_be_run_again(config, tmp_path, caps
     assert checkpoints.read(run)["global_step"] == 5
 
 
+def test_the_end_by_sigterm_is_no_error_that_a_library_could_take_in():
+    assert not issubclass(Preempted, Exception)
+
+
 def test_resume_passes_over_a_damaged_checkpoint(config, tmp_path, capsys):
     command = ["fit", "--config", str(config), "--resume", "auto"]
     assert main(command) == 0
@@ -232,15 +236,23 @@ def test_resume_auto_of_a_logger_that_cannot_be_found_again_is_refused(config, c
 
 
 def test_the_keyboard_ends_with_its_own_code(config):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     interrupted = ["--trainer.callbacks+=tiny.Terminate", "--trainer.callbacks.number=2"]
-    assert main(["fit", "--config", str(config), *interrupted]) == 130
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
+    try:
+        assert main(["fit", "--config", str(config), *interrupted]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
 
 
 def test_resume_of_a_folder_without_checkpoints_is_refused(config, tmp_path, capsys):
     assert main(["fit", "--config", str(config), "--resume", str(tmp_path)]) == 2
     assert "Expected whole checkpoints in" in capsys.readouterr().err
     assert main(["fit", "--config", str(config), "--resume", "auto", "--ckpt_path", "last.ckpt"]) == 2
+    assert main(["fit", "--config", str(config), "--resume", str(config)]) == 2
+    assert f"give it as --ckpt_path {config}" in capsys.readouterr().err
+    torch.save([1], config.parent / "list.pt")
+    assert main(["fit", "--config", str(config), "--init_from", str(config.parent / "list.pt")]) == 2
+    assert "got a list" in capsys.readouterr().err
 
 
 def test_init_from_takes_what_fits_and_lists_the_rest(config, tmp_path, capsys):
@@ -250,7 +262,7 @@ def test_init_from_takes_what_fits_and_lists_the_rest(config, tmp_path, capsys):
     wider = ["--model.autoencoder.structure_width", "16", "--model.freeze", "[encoder]", "--trainer.max_steps", "3"]
     assert main(["fit", "--config", str(config), "--init_from", str(source), *wider]) == 0
     error = capsys.readouterr().err
-    assert "reshaped structure." in error
+    assert "left out, reshaped structure." in error
     assert "missing" not in error
     old, new = (
         checkpoints.read(source.parents[2] / run / "checkpoints" / "last.ckpt") for run in ("version_0", "version_1")

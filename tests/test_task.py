@@ -271,6 +271,25 @@ def test_the_best_may_be_that_of_any_logged_validation(tmp_path):
     assert (tmp_path / "checkpoints" / "best.ckpt").exists()
 
 
+def test_a_resumed_run_has_the_rates_of_its_config_from_the_first_step_on(trained, tmp_path):
+    folder, *_ = trained
+    rates = []
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer, task, batch, batch_idx):
+            rates.append(task.optimizers()[0].param_groups[0]["lr"])
+
+    task = tiny_task(gan_start=3, lr=1e-5)
+    run = trainer(tmp_path, max_steps=9, callbacks=[Rates()])
+    run.fit(task, Clips(), ckpt_path=folder / "checkpoints" / "last.ckpt")
+    assert rates[0] == pytest.approx(1e-5 * 0.5 * (1 + math.cos(math.pi * 5 / 7)))
+
+
+def test_a_clip_norm_that_cannot_work_is_refused():
+    with pytest.raises(UserError, match=r"gradient_clip_norm above 0, or null for none, got -1"):
+        tiny_task(gradient_clip_norm=-1)
+
+
 def test_bf16_trains_with_finite_losses(tmp_path):
     run = trainer(tmp_path, max_steps=4, precision="bf16-mixed")
     run.fit(tiny_task(gan_start=2), Clips())

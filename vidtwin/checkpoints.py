@@ -210,6 +210,8 @@ def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
         A line for each tensor of the model that keeps its initial values, and for each of the file that has no place.
     """
     held = weights.read(path)
+    if not isinstance(held, dict):
+        raise UserError(f"Expected weights by their names in {path}, got a {type(held).__name__}.")
     if "state_dict" in held:
         held = autoencoder_weights(held, ema="ema" in held)
     own = model.state_dict()
@@ -223,7 +225,7 @@ def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
     lines = [f"missing {name}" for name in own if name not in held]
     lines += [f"unexpected {name}" for name in held if name not in own]
     return lines + [
-        f"reshaped {name}: {tuple(held[name].shape)} there, {tuple(own[name].shape)} here"
+        f"left out, reshaped {name}: {tuple(held[name].shape)} there, {tuple(own[name].shape)} here"
         for name in own
         if name in held and name not in fitting
     ]

@@ -16,8 +16,11 @@ class UserError(ValueError):
     """Something the user gave is not usable: the message says what was expected, what came and what to do."""
 
 
-class Preempted(Exception):  # noqa: N818 - training goes on later
-    """Training was told to end by SIGTERM, and has saved where it stands, in `folder` (None: nothing was saved)."""
+class Preempted(BaseException):
+    """Training was told to end by SIGTERM, and has saved where it stands, in `folder` (None: nothing was saved).
+
+    Like KeyboardInterrupt no Exception: it comes from a signal's handler, and no library must take it for an error.
+    """
 
     def __init__(self, step: int | None = None, folder: Path | None = None) -> None:
         if step is None:

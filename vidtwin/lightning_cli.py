@@ -273,7 +273,9 @@ def _dump(argv: list[str]) -> list[str]:
     if argv and not argv[0].startswith("-"):
         argv = ["--dump", *argv]
     if not (path := _option(argv, "dump")):
-        return argv
+        if {"-h", "--help"} & set(argv):
+            return argv
+        raise UserError("Expected the dump of a skipped step, got none: vidtwin replay DUMP.")
     content = replay.read(path)
     argv = [f"--trainer.precision={content['precision']}", *argv]
     if content["config"]:

@@ -88,6 +88,8 @@ class AutoencoderTask(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        if gradient_clip_norm is not None and not gradient_clip_norm > 0:
+            raise UserError(f"Expected model.gradient_clip_norm above 0, or null for none, got {gradient_clip_norm}.")
         if accumulation < 1:
             raise UserError(f"Expected model.accumulation of at least 1, got {accumulation}.")
         self.autoencoder = autoencoder
@@ -123,7 +125,9 @@ class AutoencoderTask(LightningModule):
         if stage == "fit":
             self._freeze()
             if not any(p.requires_grad for p in self.autoencoder.parameters()):
-                raise UserError(f"{type(self.autoencoder).__name__} has nothing to train; run `vidtwin test` with it.")
+                raise UserError(
+                    f"{type(self.autoencoder).__name__} has nothing to train; shorten model.freeze or run a test."
+                )
             self._check_steps()
             self._check_precision()
             self._check_last_layer()
@@ -182,6 +186,13 @@ class AutoencoderTask(LightningModule):
                 rank_zero_warn("The checkpoint holds no average of the weights (ema): it starts from the weights.")
         elif self.use_ema:
             raise UserError("Expected model.ema_decay (0.999 for one) where model.use_ema is set, got none.")
+
+    def on_train_start(self) -> None:
+        # The rates of a resumed run are those of its config from the first step on, not those of the checkpoint.
+        for scheduler in self._schedulers():
+            if isinstance(scheduler, WarmupCosine):
+                for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
+                    group["lr"] = rate
 
     def _check_steps(self) -> None:
         max_steps = self.trainer.max_steps

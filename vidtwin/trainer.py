@@ -100,13 +100,17 @@ class VideoTrainer(Trainer):
             for line in lines:
                 _tell(f"vidtwin: {init_from}: {line}")
             own = len(task.autoencoder.state_dict())
-            kept = sum(line.startswith(("missing", "reshaped")) for line in lines)
+            kept = sum(line.startswith(("missing", "left out")) for line in lines)
             _tell(f"vidtwin: {own - kept} of {own} tensors from {init_from}")
         super().fit(task, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
 
     def _newest(self, resume: str) -> Path | None:
         """The checkpoint to go on from; None for "auto" where there is none."""
         folder = Path(resume)
+        if folder.is_file():
+            raise UserError(
+                f"Expected the folder of a run or auto for --resume, got a file; give it as --ckpt_path {resume}."
+            )
         if resume == "auto":
             saved = next((c for c in self.checkpoint_callbacks if isinstance(c, LatestCheckpoint)), None)
             if saved is None:
