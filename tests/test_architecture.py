@@ -106,7 +106,7 @@ def test_every_part_with_a_rule_is_read():
     read = {module_of(path, ROOT) for path in sources(ROOT)}
     assert {
         "vidtwin.posteriors",
-        "vidtwin.video",
+        "vidtwin.video.reading",
         "vidtwin.layers.attention",
         "vidtwin.models.vidtwin",
         "vidtwin.benchmark.table",

@@ -1,0 +1,26 @@
+"""Read and write video with PyAV. The only place with frames as uint8 (T, H, W, C).
+
+source.py opens whatever holds a video and says what is in it; picture.py makes upright RGB of a decoded frame;
+reading.py finds the frames that are shown at given times; writing.py encodes. No torch in here.
+"""
+
+from .picture import RESIZE_FILTER, Frames
+from .reading import decode, iter_frames, read_clip
+from .source import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Source, VideoError, VideoInfo, probe, survey
+from .writing import write_video
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "RESIZE_FILTER",
+    "VIDEO_SUFFIXES",
+    "Frames",
+    "Source",
+    "VideoError",
+    "VideoInfo",
+    "decode",
+    "iter_frames",
+    "probe",
+    "read_clip",
+    "survey",
+    "write_video",
+]

@@ -1,0 +1,256 @@
+"""Which frames of a video are shown when.
+
+A clip is asked for by time: frame k of a clip is the one that is shown at `start + k / fps`, counted from the first
+frame of the file. Which frame that is, is found in one of two ways:
+
+* by counting frames, where timestamps are no times: in AVI, in raw streams, and wherever they do not rise;
+* by timestamps everywhere else: there they are true, at a variable frame rate too.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from .picture import Converter, Frames
+from .source import COUNTED_FORMATS, Source, VideoError, name_of, open_video, rate_of, survey
+
+CENTRE = (0.5, 0.5)
+
+
+class _DisorderedError(Exception):
+    """Timestamps that are absent or do not rise: frames have to be counted."""
+
+
+def read_clip(
+    source: Source,
+    start: float | Fraction = 0.0,
+    num_frames: int = 16,
+    fps: float | Fraction | None = None,
+    size: int | None = None,
+    crop: tuple[float, float] = CENTRE,
+    loop: bool = False,
+) -> Frames:
+    """Read the frames that are shown at the times `start + k / fps`.
+
+    Args:
+        source: Video file, folder of images, or the content of a file.
+        start: Time of the first frame in seconds, counted from the first frame of the file.
+        num_frames: T.
+        fps: Frames per second of the clip; None: the file's own average rate. Above the file's rate frames repeat.
+        size: Side of the square picture in pixels; None: the whole picture.
+        crop: Where the largest square lies in the upright picture, as (x, y): 0 left or top, 0.5 centre, 1 right or
+            bottom.
+        loop: Begin the video again where it ends before the clip does.
+
+    Returns:
+        uint8 (T, H, W, 3), RGB, upright and with square pixels.
+
+    Raises:
+        VideoError: The file can't be read, is damaged between its keyframe before the clip and the clip's end (kind
+            "corrupt"), or ends before the last wanted frame (kind "short"); `decodable` is then how many frames it has.
+    """
+    wanted = _Wanted(_exact(start), num_frames, None if fps is None else _exact(fps), size, crop)
+    try:
+        return _read(source, wanted)
+    except VideoError as error:
+        if not (loop and error.kind == "short" and error.decodable):
+            raise
+    return _read(source, replace(wanted, period=_length(source)))
+
+
+def decode(source: Source) -> Iterator[tuple[Fraction, VideoFrame]]:
+    """Every frame of a video with its time in seconds from the first one, in constant memory.
+
+    Raises:
+        VideoError: At the first damage; `decodable` frames came before it.
+    """
+    with open_video(source) as (container, stream):
+        rate = rate_of(stream, source)
+        by_count = container.format.name in COUNTED_FORMATS
+        first: int | None = None
+        last = Fraction(-1)
+        for count, frame in enumerate(_decode(container, stream, source)):
+            time = count / rate
+            if not by_count and frame.pts is not None and stream.time_base is not None:
+                first = frame.pts if first is None else first
+                time = max((frame.pts - first) * stream.time_base, last)
+            last = time
+            yield time, frame
+
+
+def iter_frames(source: Source, size: int | None = None, crop: tuple[float, float] = CENTRE) -> Iterator[Frames]:
+    """Every frame of a video in turn, uint8 (H, W, 3), in constant memory. `probe(source).fps` is their rate."""
+    with open_video(source) as (container, stream):
+        converter = Converter(size, crop, stream.sample_aspect_ratio)
+        for frame in _decode(container, stream, source):
+            yield converter(frame)
+
+
+def _decode(container: InputContainer, stream: VideoStream, source: Source) -> Iterator[VideoFrame]:
+    """Decoded frames; whatever FFmpeg knows of damage is an error."""
+    counts = container.format.name in COUNTED_FORMATS
+    packets = frames = 0
+    try:
+        for packet in container.demux(stream):
+            packets += packet.size > 0
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise VideoError(f"{name_of(source)}: frame {frames} is damaged.", frames, "corrupt")
+                yield frame
+                frames += 1
+            # Where frames are counted, one that is lost without a word would move all that follow.
+            if counts and packet.size and packets - frames > stream.codec_context.reorder_depth + 1:
+                raise VideoError(
+                    f"{name_of(source)}: frame {frames} or one shortly before it is missing.", frames, "corrupt"
+                )
+    except (av.error.FFmpegError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise VideoError(
+            f"{name_of(source)}: decoding stops after {frames} frames: {reason}.", frames, "corrupt"
+        ) from error
+
+
+def _exact(value: float | Fraction) -> Fraction:
+    return Fraction(value).limit_denominator(10**7)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The arguments of `read_clip`; `period` is the length in seconds of a video that is shown again and again."""
+
+    start: Fraction
+    num_frames: int
+    fps: Fraction | None
+    size: int | None
+    crop: tuple[float, float]
+    period: Fraction | None = None
+
+    def times(self, rate: Fraction) -> list[Fraction]:
+        step = 1 / (self.fps or rate)
+        times = [self.start + k * step for k in range(self.num_frames)]
+        return times if self.period is None else [time % self.period for time in times]
+
+
+def _read(source: Source, wanted: _Wanted) -> Frames:
+    try:
+        frames = _attempt(source, wanted, seek=True)
+        if frames is None:  # what was found after a seek was not all of it
+            frames = _attempt(source, wanted, seek=False)
+    except _DisorderedError:
+        frames = _attempt(source, wanted, seek=False, count=True)
+    assert frames is not None
+    return np.stack(frames)
+
+
+def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -> list[Frames] | None:
+    """The frames of `read_clip`; None if the file was read from its middle and they were not all there."""
+    with open_video(source) as (container, stream):
+        rate = rate_of(stream, source)
+        times = wanted.times(rate)
+        order = sorted(range(len(times)), key=times.__getitem__)
+        ascending = [times[index] for index in order]
+        counted = count or container.format.name in COUNTED_FORMATS
+        tick = None if counted else stream.time_base
+        sought = seek and not counted and _seek(container, stream, ascending[0], rate)
+        decoded = 0
+
+        def timed() -> Iterator[tuple[Fraction, VideoFrame]]:
+            nonlocal decoded
+            first = stream.start_time if sought else None
+            last: int | None = None
+            for frame in _decode(container, stream, source):
+                decoded += 1
+                if tick is None:
+                    yield (decoded - 1) / rate, frame
+                    continue
+                if frame.pts is None or (last is not None and frame.pts <= last):
+                    raise _DisorderedError
+                last = frame.pts
+                first = last if first is None else first
+                yield (last - first) * tick, frame
+
+        converter = Converter(wanted.size, wanted.crop, stream.sample_aspect_ratio)
+        try:
+            found = _collect(timed(), ascending, rate, tick, converter)
+        except VideoError:
+            if sought:
+                return None
+            raise
+        if len(found) < len(times):
+            if sought:
+                return None
+            raise VideoError(
+                f"{name_of(source)}: ends after {decoded} frames ({float(decoded / rate):.2f} s), before the clip of "
+                f"{len(times)} frames from {float(ascending[0]):.2f} s to {float(ascending[-1]):.2f} s.",
+                decoded,
+                "short",
+            )
+    frames = list(found)
+    for place, frame in zip(order, found, strict=True):
+        frames[place] = frame
+    return frames
+
+
+def _length(source: Source) -> Fraction:
+    """Seconds from the first frame to the end of the last one."""
+    info = survey(source)
+    end = Fraction(0)
+    for time, _ in decode(source):
+        end = time + 1 / info.fps
+    return end
+
+
+def _seek(container: InputContainer, stream: VideoStream, start: Fraction, rate: Fraction) -> bool:
+    """Go to the keyframe before `start`; False where it would save nothing or the first timestamp is unknown."""
+    # Some demuxers seek by decoding time, which runs ahead of display by the depth of the B-frames: at most 16.
+    target = start - 16 / rate
+    if target < 1 or stream.start_time is None or stream.time_base is None:
+        return False
+    try:
+        container.seek(stream.start_time + math.floor(target / stream.time_base), stream=stream)
+    except av.error.FFmpegError:
+        return False
+    return True
+
+
+def _collect(
+    frames: Iterator[tuple[Fraction, VideoFrame]],
+    times: list[Fraction],
+    rate: Fraction,
+    tick: Fraction | None,
+    converter: Converter,
+) -> list[Frames]:
+    """Convert the frame that is shown at each of `times` (ascending): the last one whose time is not later.
+
+    Fewer come back where the video ends before, none where it begins after the first wanted time.
+    """
+    # Times may be off by rounding: floats, or timestamps in ticks (1 ms in Matroska) that are short beside a frame.
+    slack = tick / 2 if tick is not None and tick * rate < Fraction(1, 10) else Fraction(1, 10_000) / rate
+    found: list[Frames] = []
+    shown: VideoFrame | None = None
+    end = Fraction(0)
+    for time, frame in frames:
+        if shown is None and time > times[0] + slack:
+            return []
+        converted: Frames | None = None
+        while len(found) < len(times) and shown is not None and times[len(found)] + slack < time:
+            converted = converter(shown) if converted is None else converted
+            found.append(converted)
+        if len(found) == len(times):
+            return found
+        shown = frame
+        length = (frame.duration or 0) * (tick or 0)
+        end = time + (length if tick is not None and length > 0 else 1 / rate)
+    # The last frame stays until its own end.
+    converted = None
+    while shown is not None and len(found) < len(times) and times[len(found)] + slack < end:
+        converted = converter(shown) if converted is None else converted
+        found.append(converted)
+    return found
