@@ -3,49 +3,64 @@
 All that is random depends on (seed, epoch, index) alone: the sampler hands out (epoch, index) pairs, so workers (also
 persistent ones) need no state, and their number and that of the ranks changes no clip. What training has seen is
 therefore a place in one endless order of clips, (epoch, clips of it), which a checkpoint holds.
+
+A video that can't be used is named once, with its reason, and never replaced under its name. What `survey` finds (a
+file that does not open, is truncated, too short) is left out before an epoch is made, so that its length and the ranks'
+shares are right. What only decoding finds is skipped when it is met: training takes another clip instead, drawn by
+(seed, epoch, index) too; evaluation has a clip less.
 """
 
 import hashlib
 import os
 import signal
+import sys
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from tqdm import tqdm
 
 from vidtwin.errors import UserError
-from vidtwin.video import RESIZE_FILTER, VideoError, VideoInfo, probe, read_clip
+from vidtwin.video import RESIZE_FILTER, VideoError, VideoInfo, read_clip, survey
 
+from .index import Fault, survey_all
 from .transforms import to_batch
 
 Key = int | tuple[int, int]
 Place = tuple[int, int]  # an epoch, and how many of its clips all ranks together have consumed
+Rates = float | Sequence[float] | None
 SPLITS = ("train", "val", "test")
+
+_HEADER_EXCESS = 3  # the last frames of a file that may fail to decode without making it a broken one
+_ATTEMPTS = 100  # clips that are drawn one after the other before training gives up
 
 
 @dataclass(frozen=True)
 class Video:
-    """One video of a data set: its file, its name in results, and its class (-1: none)."""
+    """One video of a data set: its file, its name in results, its class (-1: none), what is in it if that is known."""
 
     path: Path
     name: str
     label: int = -1
+    info: VideoInfo | None = None
 
 
 class ClipDataset(Dataset[dict[str, Any]], ABC):
     """One clip for each index, in training another one in each epoch.
 
     `dataset[epoch, index]` (or `dataset[index]`, epoch 0) is `{"clip": uint8 (T, H, W, 3), "label": int, "name": str,
-    "start_frame": int}`.
+    "start_frame": int}`, and if files were met that can't be read, `"skipped": [(name, reason), …]`; in evaluation that
+    alone.
     """
 
     @abstractmethod
@@ -53,7 +68,7 @@ class ClipDataset(Dataset[dict[str, Any]], ABC):
 
     @abstractmethod
     def clip(self, epoch: int, index: int) -> dict[str, Any]:
-        """One clip, as numpy array, with its label, name and start frame."""
+        """One clip, as numpy array, with its label, name and start frame; `VideoError` if there is none to be had."""
 
     @abstractmethod
     def identity(self, index: int) -> tuple[str, int]:
@@ -68,12 +83,23 @@ class ClipDataset(Dataset[dict[str, Any]], ABC):
 class VideoClips(ClipDataset):
     """Clips of video files.
 
-    Training takes a random start, a random square crop and, with `horizontal_flip`, the mirror image of every second
-    clip. Evaluation takes the clip in the middle of the video, centre-cropped.
+    Training takes a random start, a random square crop, one of the rates and, with `horizontal_flip`, the mirror image
+    of every second clip. Evaluation takes the clip in the middle of the video, centre-cropped, at the first rate.
+
+    Args:
+        videos: The videos; those without `info` are surveyed when they are first needed.
+        num_frames: T.
+        resolution: Side of the square picture in pixels.
+        fps: Frames per second of the clip, or several of them; None takes every frame of the video.
+        seed: Of all that is drawn.
+        training: Draw another clip in each epoch.
+        horizontal_flip: Mirror half of the clips that are drawn.
+        loop: Begin a video again that ends before the clip does.
+        replace: Take another clip for one that can't be read.
 
     Raises:
-        VideoError: From `__getitem__`, for a file that can't be decoded, is too short for a clip, or (in evaluation)
-            has fewer frames per second than the clip.
+        VideoError: From `clip`, for a file that can't be read, is too short for a clip, or (in evaluation) has fewer
+            frames per second than the clip; with `replace`, for a hundred of them.
     """
 
     def __init__(
@@ -81,71 +107,135 @@ class VideoClips(ClipDataset):
         videos: list[Video],
         num_frames: int,
         resolution: int,
-        fps: float | None,
+        fps: Rates,
         seed: int = 0,
         training: bool = False,
         horizontal_flip: bool = False,
+        loop: bool = False,
+        replace: bool = False,
     ) -> None:
         self.videos = videos
         self.num_frames = num_frames
         self.resolution = resolution
-        self.fps = fps
+        self.rates = rates_of(fps)
         self.seed = seed
         self.training = training
         self.horizontal_flip = horizontal_flip
-        self._headers: dict[int, VideoInfo] = {}  # filled in each worker: a header is read once, not once an epoch
+        self.loop = loop
+        self.replace = replace
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def identity(self, index: int) -> tuple[str, int]:
-        return self.videos[index].name, self._last_start(self._header(index)) // 2
+        info = self._info(index)
+        return self.videos[index].name, self._last_start(info, self._usable_rates(info)[0]) // 2
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        try:
+            return super().__getitem__(key)
+        except VideoError as error:
+            if self.replace:
+                raise
+            return {"skipped": [self._skipped(key[1] if isinstance(key, tuple) else key, error)]}
 
     def clip(self, epoch: int, index: int) -> dict[str, Any]:
-        random = np.random.default_rng((self.seed, epoch, index))
-        position, x, y, mirror = random.random(4) if self.training else (0.5, 0.5, 0.5, 1.0)
-        video, header = self.videos[index], self._header(index)
+        if not self.replace:
+            return self._draw(index, np.random.default_rng((self.seed, epoch, index)))
+        skipped: list[tuple[str, str]] = []
+        for attempt in range(_ATTEMPTS):
+            # The first one draws as if there were no others.
+            random = np.random.default_rng((self.seed, epoch, index, attempt) if attempt else (self.seed, epoch, index))
+            chosen = int(random.integers(len(self.videos))) if attempt else index
+            try:
+                item = self._draw(chosen, random)
+            except VideoError as error:
+                skipped.append(self._skipped(chosen, error))
+                continue
+            return {**item, "skipped": skipped} if skipped else item
+        name, reason = skipped[0]
+        raise VideoError(f"{name}: {reason}; {_ATTEMPTS - 1} clips drawn in its place could not be read either.")
+
+    def _skipped(self, index: int, error: VideoError) -> tuple[str, str]:
+        video = self.videos[index]
+        return video.name, Fault.of(error, video.path).reason
+
+    def fault(self, index: int) -> Fault | None:
+        """Why no clip of this video can be taken, as far as that can be told without decoding it."""
+        info = self._info(index)
         try:
-            start, frames = self._read(header, position, (x, y))
+            self._last_start(info, self._usable_rates(info)[0])
         except VideoError as error:
-            if error.decodable is None or error.decodable >= header.num_frames:
+            return Fault.of(error, info.path)
+        return None
+
+    def _info(self, index: int) -> VideoInfo:
+        video = self.videos[index]
+        if video.info is None:
+            video = self.videos[index] = replace(video, info=survey(video.path))
+        assert video.info is not None
+        return video.info
+
+    def _draw(self, index: int, random: np.random.Generator) -> dict[str, Any]:
+        position, x, y, mirror, rate = random.random(5) if self.training else (0.5, 0.5, 0.5, 1.0, 0.0)
+        video, info = self.videos[index], self._info(index)
+        rates = self._usable_rates(info)
+        fps = rates[int(rate * len(rates))]
+        try:
+            start, frames = self._read(info, fps, position, (x, y))
+        except VideoError as error:
+            if error.decodable is None or not 0 < info.num_frames - error.decodable <= _HEADER_EXCESS:
                 raise
-            # The header promised more than there is: choose again from what was decoded.
-            header = self._headers[index] = replace(header, num_frames=error.decodable)
-            start, frames = self._read(header, position, (x, y))
+            # The container promised a little more than there is: choose again from what was decoded.
+            info = replace(info, num_frames=error.decodable)
+            start, frames = self._read(info, fps, position, (x, y))
         if self.horizontal_flip and mirror < 0.5:
             frames = frames[:, :, ::-1]
         return {"clip": frames, "label": video.label, "name": video.name, "start_frame": start}
 
-    def _header(self, index: int) -> VideoInfo:
-        if index not in self._headers:
-            self._headers[index] = probe(self.videos[index].path)
-        return self._headers[index]
-
-    def _read(self, header: VideoInfo, position: float, crop: tuple[float, float]) -> tuple[int, Any]:
-        last = self._last_start(header)
+    def _read(self, info: VideoInfo, fps: float | None, position: float, crop: tuple[float, float]) -> tuple[int, Any]:
+        last = self._last_start(info, fps)
         start = min(int(position * (last + 1)), last) if self.training else last // 2
-        time = start / header.fps
-        return start, read_clip(header.path, time, self.num_frames, self.fps, self.resolution, crop)
+        time = start / info.fps
+        return start, read_clip(info.path, time, self.num_frames, fps, self.resolution, crop, self.loop)
 
-    def _last_start(self, header: VideoInfo) -> int:
+    def _usable_rates(self, info: VideoInfo) -> list[float | None]:
+        """The rates to draw from for a video: those that it can give; in evaluation the first."""
+        if not self.training or len(self.rates) == 1:
+            return self.rates[:1]
+        given = [rate for rate in self.rates if rate is not None and rate <= info.fps * 1.001]
+        if not given:
+            return [min(rate or 0 for rate in self.rates)]  # frames repeat
+        return [rate for rate in given if self._span(info, rate) < info.num_frames] or [max(given)]
+
+    def _span(self, info: VideoInfo, fps: float | None) -> int:
+        """Frames of the video from the first to the last of a clip."""
+        if fps is None:
+            return self.num_frames - 1
+        return int((self.num_frames - 1) * info.fps / Fraction(fps).limit_denominator(10**7))
+
+    def _last_start(self, info: VideoInfo, fps: float | None) -> int:
         """The last frame of the video at which a clip can begin."""
-        if self.fps is None:
-            span = self.num_frames - 1
-        else:
-            if not self.training and self.fps > header.fps * 1.001:
-                raise VideoError(
-                    f"{header.path}: expected at least data.fps={self.fps:g} frames per second, the video has "
-                    f"{float(header.fps):.4g}; lower data.fps (null: every frame)."
-                )
-            span = int((self.num_frames - 1) * header.fps / Fraction(self.fps).limit_denominator(10**7))
-        if header.num_frames <= span:
+        if fps is not None and not self.training and fps > info.fps * 1.001:
             raise VideoError(
-                f"{header.path}: expected at least {span + 1} frames for data.num_frames={self.num_frames} at "
-                f"data.fps={self.fps}, the video has {header.num_frames}; lower data.num_frames, raise data.fps or "
-                "leave the video out."
+                f"{info.path}: expected at least data.fps={fps:g} frames per second, the video has "
+                f"{float(info.fps):.4g}; lower data.fps (null: every frame).",
+                kind="slow",
             )
-        return header.num_frames - 1 - span
+        span = self._span(info, fps)
+        if info.num_frames <= span and not self.loop:
+            raise VideoError(
+                f"{info.path}: expected at least {span + 1} frames for data.num_frames={self.num_frames} at "
+                f"data.fps={fps}, the video has {info.num_frames}; lower data.num_frames, raise data.fps, leave the "
+                "video out or let data.short_videos loop it.",
+                kind="short",
+            )
+        return max(0, info.num_frames - 1 - span)
+
+
+def rates_of(fps: Rates) -> list[float | None]:
+    """One rate or several, as a list."""
+    return list(fps) if isinstance(fps, Sequence) else [fps]
 
 
 class ClipSampler(DistributedSampler[Any]):
@@ -214,7 +304,9 @@ class ClipDataModule(LightningDataModule, ABC):
     Args:
         num_frames: Frames per clip, T.
         resolution: Side of the square picture in pixels.
-        fps: Frames per second of the clip; null takes every frame of the video.
+        fps: Frames per second of the clip; null takes every frame of the video. Of a list, training draws a rate for
+            each clip among those that the video has, evaluation takes the first. A video of a lower rate repeats frames
+            in training and is refused in evaluation.
         batch_size: Clips per batch and device in training.
         eval_batch_size: The same in evaluation; null: `batch_size`.
         num_workers: Processes that decode, for each device; null: the cores shared by the devices, at most 8.
@@ -222,19 +314,26 @@ class ClipDataModule(LightningDataModule, ABC):
         horizontal_flip: Mirror half of the training clips, if `augment`.
         augment: Draw start, crop and mirroring of the training clips at random, others in each epoch; false takes the
             clip that evaluation would take: to overfit on purpose.
+        short_videos: What becomes of a video that ends before the clip does: "skip", or "loop", which begins it again.
+        max_broken: Share of a split's videos that may be unreadable, truncated or corrupt; more stop the run.
+        exclude: Text file of videos to leave out, as `vidtwin doctor` writes it: a name on each line, after a tab
+            anything.
     """
 
     def __init__(
         self,
         num_frames: int = 16,
         resolution: int = 224,
-        fps: float | None = 8.0,
+        fps: float | list[float] | None = 8.0,
         batch_size: int = 6,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
         seed: int = 0,
         horizontal_flip: bool = True,
         augment: bool = True,
+        short_videos: Literal["skip", "loop"] = "skip",
+        max_broken: float = 0.05,
+        exclude: str | None = None,
     ) -> None:
         super().__init__()
         for key, value in {"num_frames": num_frames, "resolution": resolution, "batch_size": batch_size}.items():
@@ -242,8 +341,13 @@ class ClipDataModule(LightningDataModule, ABC):
                 raise UserError(f"Expected data.{key} of at least 1, got {value}.")
         if num_workers is not None and num_workers < 0:
             raise UserError(f"Expected data.num_workers of at least 0, or null for one a core, got {num_workers}.")
-        if fps is not None and fps <= 0:
-            raise UserError(f"Expected data.fps above 0, or null for every frame, got {fps}.")
+        rates = rates_of(fps)
+        if not rates or any(rate is not None and rate <= 0 for rate in rates):
+            raise UserError(f"Expected data.fps above 0, a list of such rates, or null for every frame, got {fps}.")
+        if short_videos not in ("skip", "loop"):
+            raise UserError(f"Expected data.short_videos to be skip or loop, got {short_videos!r}.")
+        if not 0 <= max_broken <= 1:
+            raise UserError(f"Expected data.max_broken, a share, between 0 and 1, got {max_broken}.")
         self.num_frames = num_frames
         self.resolution = resolution
         self.fps = fps
@@ -253,6 +357,12 @@ class ClipDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.horizontal_flip = horizontal_flip
         self.augment = augment
+        self.short_videos = short_videos
+        self.max_broken = max_broken
+        self.exclude = exclude
+        self.skipped: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
+        self._broken: dict[str, set[str]] = {split: set() for split in SPLITS}
+        self._totals: dict[str, int] = {}  # videos of a split, unusable ones included
         self._datasets: dict[str, ClipDataset] = {}
         self._sampler: ClipSampler | None = None  # of the training clips, in `fit`
         self._start: tuple[Place, int] | None = None  # a place in the data, and Lightning's count of batches there
@@ -262,16 +372,32 @@ class ClipDataModule(LightningDataModule, ABC):
         """The videos of a split; `UserError` if the data are not there. Only the split asked for is read."""
 
     def make_dataset(self, split: str) -> ClipDataset:
+        """The clips of a split; videos of which none can be taken are named and left out."""
+        listed = self._wanted(split)
+        shown = self.trainer is None or self.trainer.global_rank == 0
+        findings = survey_all([video.path for video in listed], self._workers(), show=shown)
+        faults = {v.name: found for v, found in zip(listed, findings, strict=True) if isinstance(found, Fault)}
         drawn = self._is_drawn(split)
-        return VideoClips(
-            self.videos(split),
+        clips = VideoClips(
+            [replace(v, info=found) for v, found in zip(listed, findings, strict=True) if isinstance(found, VideoInfo)],
             self.num_frames,
             self.resolution,
             self.fps,
             self.seed,
             training=drawn,
             horizontal_flip=self.horizontal_flip and drawn,
+            loop=self.short_videos == "loop",
+            replace=split == "train",
         )
+        faults |= {video.name: fault for i, video in enumerate(clips.videos) if (fault := clips.fault(i))}
+        self._sift(split, len(listed), faults, tell=shown)
+        clips.videos = [video for video in clips.videos if video.name not in faults]
+        return clips
+
+    @property
+    def eval_fps(self) -> float | None:
+        """Frames per second of evaluation clips; None: those of each video."""
+        return rates_of(self.fps)[0]
 
     def dataset(self, split: str) -> ClipDataset:
         """The clips of a split, made when first asked for."""
@@ -332,7 +458,8 @@ class ClipDataModule(LightningDataModule, ABC):
             "num_clips": len(identities),
             "num_frames": self.num_frames,
             "resolution": self.resolution,
-            "fps": self.fps,
+            "fps": self.eval_fps,
+            "short_videos": self.short_videos,
             "crop": "largest centre square",
             "resize": RESIZE_FILTER,
             "clip": "one per video, from its middle",
@@ -362,8 +489,9 @@ class ClipDataModule(LightningDataModule, ABC):
             self._sampler = sampler
             sampler.start = self._place
         workers = self._workers()
-        return DataLoader(
+        return _ClipLoader(
             dataset,
+            told=lambda name, reason: self._skip(split, name, reason),
             batch_size=batch_size,
             sampler=sampler,
             drop_last=training and len(sampler) >= batch_size,
@@ -374,6 +502,58 @@ class ClipDataModule(LightningDataModule, ABC):
             # Its own: each iterator draws a seed, which would shift what the model draws in a run that was resumed.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def _wanted(self, split: str) -> list[Video]:
+        videos = self.videos(split)
+        excluded = _names(Path(self.exclude)) if self.exclude else set()
+        listed = [video for video in videos if video.name not in excluded]
+        if not listed:
+            raise UserError(
+                f"Expected videos in split {split}, data.exclude={self.exclude} leaves none of {len(videos)}."
+            )
+        return listed
+
+    def _sift(self, split: str, total: int, faults: dict[str, Fault], tell: bool) -> None:
+        """Name what can't be used of a split; `UserError` if that is too much."""
+        slow = [(name, fault.reason) for name, fault in faults.items() if fault.kind == "slow"]
+        if slow:
+            raise UserError(
+                f"{slow[0][0]}: {slow[0][1]}, or leave such videos out by data.exclude (split {split} has {len(slow)} "
+                f"of them among {total})."
+            )
+        self._totals[split] = total
+        self._broken[split] = {name for name, fault in faults.items() if fault.broken}
+        self.skipped[split] = {name: fault.reason for name, fault in faults.items()}
+        self._check_broken(split)
+        if len(faults) == total:
+            name, fault = next(iter(faults.items()))
+            raise UserError(f"Expected usable videos in split {split}, got none of {total}; {name}: {fault.reason}.")
+        if faults and tell:
+            for name, fault in faults.items():
+                _tell(f"skipped {name}: {fault.reason}")
+            counts = Counter(fault.kind for fault in faults.values())
+            kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+            _tell(f"{split}: {total - len(faults)} of {total} videos can be used; {kinds}")
+
+    def _skip(self, split: str, name: str, reason: str) -> None:
+        """A clip that a worker could not read."""
+        if name in self.skipped[split]:
+            return
+        self.skipped[split][name] = reason
+        self._broken[split].add(name)
+        _tell(f"skipped {name}: {reason} ({len(self.skipped[split])} of {self._totals[split]} videos of {split})")
+        self._check_broken(split)
+
+    def _check_broken(self, split: str) -> None:
+        broken, total = self._broken[split], self._totals[split]
+        if len(broken) > self.max_broken * total:
+            some = "; ".join(f"{name}: {self.skipped[split][name]}" for name in sorted(broken)[:3])
+            more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
+            raise UserError(
+                f"Expected at most a share of data.max_broken={self.max_broken:g} broken videos in split {split}, got "
+                f"{len(broken)} of {total} ({some}{more}); raise data.max_broken, or find them all by `vidtwin doctor` "
+                "and leave them out by data.exclude."
+            )
 
     def _is_drawn(self, split: str) -> bool:
         """Whether each epoch draws other clips."""
@@ -408,6 +588,50 @@ class ClipDataModule(LightningDataModule, ABC):
         if self.trainer:
             return self.trainer.strategy.root_device.type
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class _ClipLoader(DataLoader[Any]):
+    """Tells the main process which clips its workers could not read, and leaves out batches of which none is left."""
+
+    def __init__(self, dataset: ClipDataset, told: Callable[[str, str], None], **kwargs: Any) -> None:
+        super().__init__(dataset, collate_fn=collate, **kwargs)
+        self.told = told
+
+    def __iter__(self) -> Any:
+        return self._readable(super().__iter__())  # starts the workers at once, not at the first batch
+
+    def _readable(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        some, skipped = False, []
+        for batch in batches:
+            skipped = batch.pop("skipped", [])
+            for name, reason in skipped:
+                self.told(name, reason)
+            if "clip" in batch:
+                some = True
+                yield batch
+        if skipped and not some:  # where means are taken over all ranks, the others would wait for this one
+            raise UserError(f"Expected readable clips, got none; {skipped[0][0]}: {skipped[0][1]}.")
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of the items that have a clip, and under "skipped" what could not be read, if there is any."""
+    skipped = [entry for item in items for entry in item.get("skipped", [])]
+    whole = [{key: value for key, value in item.items() if key != "skipped"} for item in items if "clip" in item]
+    batch: dict[str, Any] = default_collate(whole) if whole else {}
+    return {**batch, "skipped": skipped} if skipped else batch
+
+
+def _names(file: Path) -> set[str]:
+    """Names of an exclusion list."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"Expected a list of videos to leave out at {file}, there is none; set data.exclude.") from None
+    return {line.partition("\t")[0].strip() for line in lines if not line.startswith("#")} - {""}
+
+
+def _tell(line: str) -> None:
+    tqdm.write(f"vidtwin: {line}", file=sys.stderr)  # above the progress bar, where there is one
 
 
 def _init_worker(worker: int) -> None:

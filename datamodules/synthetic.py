@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from vidtwin.errors import UserError
 from vidtwin.video import write_video
 
-from .clips import SPLITS, ClipDataModule, ClipDataset, Video
+from .clips import SPLITS, ClipDataModule, ClipDataset, Video, rates_of
 
 Array = NDArray[np.float32]
 FILE_FPS = 25
@@ -184,7 +184,7 @@ class SyntheticClips(ClipDataset):
         split: str,
         num_frames: int,
         resolution: int,
-        fps: float,
+        rates: list[float],
         seed: int,
         classes: list[str],
         training: bool = False,
@@ -193,7 +193,7 @@ class SyntheticClips(ClipDataset):
         self.split = split
         self.num_frames = num_frames
         self.resolution = resolution
-        self.fps = fps
+        self.rates = rates
         self.seed = seed
         self.classes = classes
         self.training = training
@@ -208,7 +208,10 @@ class SyntheticClips(ClipDataset):
         label = index % len(self.classes)
         scene = epoch if self.training else 0
         random = np.random.default_rng((self.seed, SPLITS.index(self.split), scene, index))
-        times = np.arange(self.num_frames) / self.fps
+        rate = self.rates[0]
+        if self.training and len(self.rates) > 1:  # from numbers of its own, so that a rate changes no scene
+            rate = float(np.random.default_rng((self.seed, scene, index)).choice(self.rates))
+        times = np.arange(self.num_frames) / rate
         frames = np.stack(list(render(random, self.classes[label], times, (self.resolution, self.resolution))))
         name, start = self.identity(index)
         return {"clip": frames, "label": label, "name": name, "start_frame": start}
@@ -236,13 +239,13 @@ class Synthetic(ClipDataModule):
         raise UserError("Synthetic clips have no files.")
 
     def make_dataset(self, split: str) -> SyntheticClips:
-        fps = self.fps or FILE_FPS
+        rates = [FILE_FPS if rate is None else rate for rate in rates_of(self.fps)]
         return SyntheticClips(
             self.lengths[split],
             split,
             self.num_frames,
             self.resolution,
-            fps,
+            rates,
             self.seed,
             self.classes,
             training=self._is_drawn(split),

@@ -1,6 +1,7 @@
 """What several tests need."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,3 +14,11 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"needs the shared folder of golden tensors and clips, absent at {path} (set VIDTWIN_SHARED)")
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is found out about videos is remembered in a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VIDTWIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -296,7 +296,7 @@ class _PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        fps = getattr(getattr(trainer, "datamodule", None), "fps", None) or 25.0
+        fps = getattr(getattr(trainer, "datamodule", None), "eval_fps", None) or 25.0
         for index, name in enumerate(batch["name"]):
             # The whole name, so that neither two videos nor a video and its own reconstruction share a file; a data
             # set's names may be absolute or point upwards, and must not lead out of the folder.

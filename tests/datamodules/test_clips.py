@@ -1,7 +1,5 @@
 """Clips depend on (seed, epoch, index) alone; ranks share them; evaluation sees each once; errors are one line."""
 
-import gc
-import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +16,7 @@ from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.datamodules.transforms import to_clip
 from vidtwin.datamodules.ucf101 import UCF101
 from vidtwin.errors import UserError
-from vidtwin.video import VideoError, write_video
+from vidtwin.video import write_video
 
 Make = Callable[..., ClipDataModule]
 SMALL: dict[str, Any] = {"num_frames": 4, "resolution": 16, "batch_size": 3}
@@ -189,47 +187,21 @@ def test_null_fps_takes_every_frame(make: Make) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_frames": 17}, r"_g01_c01\.avi: expected at least 51 frames .* has 50"),
-        ({"fps": 30.0}, r"_g01_c01\.avi: expected at least data\.fps=30 .* has 25"),
+        ({"num_frames": 17}, r"got none of 4; .*_g01_c01\.avi: expected at least 51 frames .* has 50"),
+        ({"fps": 30.0}, r"_g01_c01\.avi: expected at least data\.fps=30 .* has 25.*4 of them among 4"),
+        ({"fps": [30.0, 8.0]}, r"expected at least data\.fps=30 .* has 25"),
     ],
 )
-def test_a_video_that_is_too_short_or_slow_is_named_in_one_line(
+def test_evaluation_is_refused_where_all_videos_are_too_short_or_one_too_slow(
     make: Make, kwargs: dict[str, Any], message: str
 ) -> None:
-    assert re.search(message, error_of(make(**kwargs).test_dataloader()))
-
-
-def error_of(loader: Any) -> str:
-    """The one line of the error that the first batch raises."""
-    line = ""
-    try:
-        next(iter(loader))
-    except VideoError as error:
-        line = str(error)
-    gc.collect()  # after an error torch takes 5 s to end a worker: here, not inside another test
-    assert "\n" not in line
-    return line
+    with pytest.raises(UserError, match=message):
+        make(**kwargs).test_dataloader()
 
 
 def test_training_repeats_frames_above_the_rate_of_the_video(make: Make) -> None:
     clip = make(fps=100.0, num_frames=8).dataset("train")[0]["clip"]
     assert any(torch.equal(a, b) for a, b in pairwise(clip))
-
-
-def test_an_unreadable_video_is_named_in_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "bad.avi"
-    path.write_text("no video")
-    dataset = VideoClips([Video(path, "bad.avi")], 4, 16, 8.0)
-    for num_workers in (0, 1):
-        line = error_of(torch.utils.data.DataLoader(dataset, num_workers=num_workers))
-        assert "bad.avi: expected a readable video" in line
-
-
-def test_a_header_that_promises_too_much_is_clamped(shared: Path) -> None:
-    path = shared / "data" / "clips" / "hard" / "truncated_half.avi"
-    item = VideoClips([Video(path, "half")], 16, 32, 8.0)[0]
-    assert item["start_frame"] == (78 - 1 - 46) // 2
-    assert item["clip"].shape == (16, 32, 32, 3)
 
 
 def test_half_of_the_training_clips_are_mirrored(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ class ResultsWriter(Callback):
             shape = (1, 3, data.num_frames, data.resolution, data.resolution)
             pl_module.autoencoder.check_clip(torch.empty(shape, device="meta"))
         described = data.protocol() if hasattr(data, "protocol") else {}
+        self.skipped = data.skipped["test"] if hasattr(data, "skipped") else {}  # grows while clips are read
         self.protocol = {**protocol.VIDTWIN, "precision": str(trainer.precision), "data": described}
         self.hash = protocol.protocol_hash(self.protocol)
         if trainer.is_global_zero:
@@ -181,6 +182,7 @@ class ResultsWriter(Callback):
             "metrics": metrics,
             "unavailable": task.metrics.unavailable,
             "num_clips": len(rows),
+            "skipped": self.skipped,
             "protocol": self.protocol,
             "protocol_hash": self.hash,
             "device": str(task.device),
