@@ -1,0 +1,312 @@
+"""What `vidtwin doctor` measures of one video: its faults, what its container says, motion, cuts and a fingerprint."""
+
+import dataclasses
+import hashlib
+import math
+import statistics
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import av.filter
+import numpy as np
+from av.video.frame import VideoFrame
+from numpy.typing import NDArray
+
+from vidtwin.video import IMAGE_SUFFIXES, VideoError, decode, survey
+from vidtwin.video.picture import orientation
+from vidtwin.video.source import COUNTED_FORMATS, open_video
+
+FINGERPRINT_FRAMES = 8
+MOTION_STEP = Fraction(1, 8)  # seconds between the two pictures of which motion is the difference
+CUT_RISE = 9.0  # percent of the range of values; chosen on real clips, docs/doctor.md says which
+
+_THUMBNAIL = 32  # side in pixels
+_UNEVEN = 0.25  # frames further apart or nearer than the mean by this share make a variable rate
+
+
+@dataclass
+class Measurement:
+    """One video as it was found. What could not be measured, because the file is broken before it, is None.
+
+    Attributes:
+        name: Relative to the scanned folder.
+        mtime_ns: With name and size it tells whether the file is still the one that was measured.
+        fault: "unreadable", "truncated", "corrupt" or "empty", "crash" (it ended its process) or "timeout"; None: none.
+        reason: One line on the fault.
+        width: Of the stored picture; the shown one is upright and has square pixels.
+        rotation: Degrees that the stored picture is turned counterclockwise to be shown.
+        aspect: Width of a stored pixel divided by its height, as "10:11".
+        matrix: Colour matrix, as FFmpeg numbers them (2: untagged, 1: BT.709, 5 and 6: BT.601).
+        colour_range: 0: untagged, 1: limited, 2: full.
+        header_frames: What the header promises; 0: nothing.
+        frames: Decoded ones, without an error or up to it.
+        variable_rate: Whether times between frames differ.
+        keyframes: With one alone, a seek saves nothing.
+        disordered: Whether timestamps don't rise, so that frames have to be counted.
+        luma: Mean in 0..255.
+        motion: Mean absolute difference of luma thumbnails (32x32, in 0..255) that are shown 1/8 s apart.
+        cuts: Seconds at which a new scene begins.
+        fingerprint: A difference hash (64 bits, hexadecimal) of the middle of each of eight equal parts.
+    """
+
+    name: str
+    bytes: int
+    mtime_ns: int
+    fault: str | None = None
+    reason: str | None = None
+    sha256: str | None = None
+    container: str | None = None
+    codec: str | None = None
+    pixel_format: str | None = None
+    width: int | None = None
+    height: int | None = None
+    shown_width: int | None = None
+    shown_height: int | None = None
+    rotation: int | None = None
+    aspect: str | None = None
+    matrix: int | None = None
+    colour_range: int | None = None
+    header_frames: int | None = None
+    frames: int | None = None
+    fps: float | None = None
+    variable_rate: bool | None = None
+    seconds: float | None = None
+    keyframes: int | None = None
+    disordered: bool | None = None
+    luma: float | None = None
+    motion: float | None = None
+    cuts: list[float] = field(default_factory=list)
+    fingerprint: list[str] = field(default_factory=list)
+
+
+FIELDS = frozenset(entry.name for entry in dataclasses.fields(Measurement))
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change in ns, of a file or of all images of a folder."""
+    stats = [file.stat() for file in _files(path)]
+    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
+
+
+def measure(path: Path, name: str) -> Measurement:
+    """Survey and decode one video. Never raises because of what is in it."""
+    found = Measurement(name, 0, 0)
+    try:
+        found.bytes, found.mtime_ns = identity(path)
+        found.sha256 = _digest(path)
+        _measure(path, found)
+    except VideoError as error:
+        found.fault, found.frames = error.kind, error.decodable
+        found.reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{error.kind}: ")
+    except (av.error.FFmpegError, OSError, MemoryError, ValueError, ArithmeticError) as error:
+        found.fault = "unreadable"
+        found.reason = f"it can't be measured: {type(error).__name__}: {error}"
+    return found
+
+
+def _measure(path: Path, found: Measurement) -> None:
+    with open_video(path) as (container, stream):
+        found.container, found.codec = container.format.name, stream.codec_context.name
+        found.width, found.height, found.header_frames = stream.width, stream.height, stream.frames
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+    found.aspect = f"{aspect.numerator}:{aspect.denominator}"
+    info = survey(path)
+    found.fps, found.seconds = float(info.fps), info.duration
+    picture = _Pictures(info.duration)
+    stamps = _Stamps()
+    keyframes = frames = 0
+    for time, frame in decode(path):
+        if not frames:
+            _describe(frame, aspect, found)
+        frames += 1
+        keyframes += bool(frame.key_frame)
+        stamps.add(frame)
+        picture.add(float(time), frame)
+    if not frames:
+        raise VideoError(f"{path}: not one of its {info.num_frames} frames decodes.", 0, "corrupt")
+    picture.end(1 / float(info.fps))
+    found.frames, found.keyframes, found.seconds = frames, keyframes, picture.seconds
+    found.disordered = stamps.disordered
+    found.variable_rate = found.container not in COUNTED_FORMATS and stamps.uneven()
+    found.luma, found.motion = picture.luma, picture.motion
+    found.cuts, found.fingerprint = picture.cuts(), picture.fingerprint
+
+
+def _describe(frame: VideoFrame, aspect: Fraction, found: Measurement) -> None:
+    found.pixel_format = frame.format.name
+    found.matrix, found.colour_range = int(frame.colorspace), int(frame.color_range)
+    found.rotation = frame.rotation
+    shown = max(1, round(frame.width * aspect)), frame.height
+    found.shown_width, found.shown_height = shown[::-1] if orientation(frame)[0] else shown
+
+
+class _Stamps:
+    """Timestamps in the order in which frames are shown."""
+
+    def __init__(self) -> None:
+        self.disordered = False
+        self._last: int | None = None
+        self._steps = array("d")
+
+    def add(self, frame: VideoFrame) -> None:
+        if frame.pts is None or (self._last is not None and frame.pts <= self._last):
+            self.disordered = True
+        elif self._last is not None:
+            self._steps.append(frame.pts - self._last)
+        self._last = frame.pts if frame.pts is not None else self._last
+
+    def uneven(self) -> bool:
+        """Ticks may be coarse (1 ms in Matroska): one of them is no variation."""
+        if self.disordered or not self._steps:
+            return False
+        mean = statistics.fmean(self._steps)
+        return max(abs(step - mean) for step in self._steps) > max(_UNEVEN * mean, 1)
+
+
+class _Pictures:
+    """What is seen: collected frame by frame, in little memory."""
+
+    def __init__(self, duration: float) -> None:
+        self._duration = duration
+        self._times = array("d")
+        self._differences = array("d")  # from the frame before, percent of the range of values
+        self._scenes = _Filter(("scdet", None))
+        self._thumbnail = _Luma(_THUMBNAIL, _THUMBNAIL)
+        self._small = _Luma(9, 8)
+        self._shown: tuple[float, VideoFrame] | None = None
+        self._seen: NDArray[np.float32] | None = None  # the thumbnail 1/8 s ago
+        self._steps = 0
+        self._lumas = array("d")
+        self._motion = 0.0  # sum over the steps
+        self.fingerprint: list[str] = []
+        self.seconds = 0.0
+
+    def add(self, time: float, frame: VideoFrame) -> None:
+        scored = self._scenes(frame)
+        self._times.append(time)
+        self._differences.append(float(scored.metadata.get("lavfi.scd.mafd", 0)))
+        self._until(time)
+        self._shown = time, frame
+
+    def end(self, length: float) -> None:
+        """The last frame is shown for `length` seconds."""
+        assert self._shown is not None
+        self.seconds = self._shown[0] + length
+        self._until(self.seconds)
+        while len(self.fingerprint) < FINGERPRINT_FRAMES:  # shorter than its container says
+            self.fingerprint.append(_difference_hash(self._small(self._shown[1])))
+
+    def _until(self, time: float) -> None:
+        """The frame that was shown last stays until `time`."""
+        if self._shown is None:
+            return
+        frame = self._shown[1]
+        steps = math.ceil(time / MOTION_STEP)  # wild timestamps make it large: no loop over it
+        if steps > self._steps:
+            thumbnail = self._thumbnail(frame).astype(np.float32)
+            self._lumas.append(float(thumbnail.mean()))
+            if self._seen is not None:
+                self._motion += float(np.abs(thumbnail - self._seen).mean())
+            self._seen, self._steps = thumbnail, steps
+        while len(self.fingerprint) < FINGERPRINT_FRAMES and self._middle() < time:
+            self.fingerprint.append(_difference_hash(self._small(frame)))
+
+    def _middle(self) -> float:
+        return (len(self.fingerprint) + 0.5) / FINGERPRINT_FRAMES * self._duration
+
+    @property
+    def luma(self) -> float:
+        return statistics.fmean(self._lumas)
+
+    @property
+    def motion(self) -> float | None:
+        """None: the video is over before 1/8 s. A frame that stays for long adds steps without motion."""
+        steps = self._steps - 1
+        return self._motion / steps if steps > 0 else None
+
+    def cuts(self) -> list[float]:
+        """Times of frames that differ from the one before by far more than their neighbours do.
+
+        FFmpeg's own score compares with the frame before alone: where a converted rate repeats frames, each movement
+        after a repeated frame would be a cut. So one repeated frame is looked through, on both sides.
+        """
+        changes = self._differences
+        return [
+            round(self._times[index], 3)
+            for index in range(1, len(changes))
+            if changes[index] - max(_next(changes, index, -1), _next(changes, index, 1)) >= CUT_RISE
+        ]
+
+
+def _next(changes: "array[float]", index: int, direction: int) -> float:
+    """The change beside `index`; where that is of a repeated frame, the one behind it."""
+    beside = [changes[i] for i in (index + direction, index + 2 * direction) if 0 < i < len(changes)]
+    if not beside:
+        return 0.0
+    return max(beside) if beside[0] < 0.3 else beside[0]
+
+
+def _difference_hash(luma: NDArray[np.uint8]) -> str:
+    """Whether each pixel of (8, 9) is darker than its right neighbour: 64 bits, the same at any size and quality."""
+    return np.packbits(luma[:, 1:] > luma[:, :-1]).tobytes().hex()
+
+
+class _Luma:
+    """Frames → their luma as uint8 (height, width), upright, 0 black and 255 white whatever the tagged range."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self._upright = _Filter(("scale", f"{width}:{height}:flags=area:out_range=full"), ("format", "gray"))
+        self._turned = _Filter(("scale", f"{height}:{width}:flags=area:out_range=full"), ("format", "gray"))
+
+    def __call__(self, frame: VideoFrame) -> NDArray[np.uint8]:
+        transpose, flip_rows, flip_columns = orientation(frame)
+        luma = np.asarray((self._turned if transpose else self._upright)(frame).to_ndarray(), np.uint8)
+        luma = luma.T if transpose else luma
+        luma = luma[::-1] if flip_rows else luma
+        return luma[:, ::-1] if flip_columns else luma
+
+
+class _Filter:
+    """A chain of FFmpeg's filters that gives one frame for one; it is built anew where frames change their layout."""
+
+    def __init__(self, *nodes: tuple[str, str | None]) -> None:
+        self._nodes = nodes
+        self._layout: tuple[int, int, str] | None = None
+        self._graph = av.filter.Graph()
+
+    def __call__(self, frame: VideoFrame) -> VideoFrame:
+        layout = (frame.width, frame.height, frame.format.name)
+        if layout != self._layout:
+            self._layout = layout
+            self._graph = av.filter.Graph()
+            self._graph.threads = 1
+            source = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/25"
+            source += f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
+            nodes: list[Any] = [self._graph.add("buffer", source)]
+            nodes += [self._graph.add(*node) for node in self._nodes]
+            self._graph.link_nodes(*nodes, self._graph.add("buffersink")).configure()
+        self._graph.vpush(frame)
+        filtered = self._graph.vpull()
+        assert isinstance(filtered, VideoFrame)
+        return filtered
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_dir():
+        yield from sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    else:
+        yield path
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in _files(path):
+        with file.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

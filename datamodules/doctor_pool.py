@@ -1,0 +1,133 @@
+"""Worker processes that may die or hang: whatever a job does to its worker, the other jobs go on."""
+
+import multiprocessing
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from vidtwin.errors import UserError
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A job without a result: its worker ended by itself, or was ended when the job's time was over."""
+
+    reason: str
+    timeout: bool
+
+
+def run(
+    function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], limits: Sequence[float], workers: int
+) -> Generator[tuple[int, Any], None, None]:
+    """`function(*job)` for every job, in new processes → (index of the job, result or `Lost`), as they come.
+
+    Closing the generator, or an error in it, ends the workers. They ignore Ctrl-C, which a terminal sends to all.
+
+    Args:
+        function: Importable by its name; its result can be pickled.
+        jobs: Arguments of each call.
+        limits: Seconds that each call may take.
+        workers: How many processes.
+
+    Raises:
+        UserError: A worker ended before it had a job.
+    """
+    waiting = deque(range(len(jobs)))
+    active: list[_Worker] = []
+    try:
+        while waiting or any(worker.job is not None for worker in active):
+            while len(active) < workers and len(waiting) > sum(not worker.ready for worker in active):
+                active.append(_Worker(function))
+            now = time.monotonic()
+            due = min((worker.deadline for worker in active), default=now)
+            answers = set(wait([worker.pipe for worker in active], timeout=min(max(0.0, due - now), 3600.0)))
+            for worker in list(active):
+                lost: Lost | None = None
+                if worker.pipe in answers:
+                    try:
+                        result = worker.pipe.recv()
+                    except (EOFError, OSError):
+                        lost = Lost(f"its worker process {_end(worker.process)}", timeout=False)
+                    else:
+                        if worker.job is not None:
+                            yield worker.job, result
+                        worker.rest()
+                elif time.monotonic() >= worker.deadline:
+                    lost = Lost(f"not done after {worker.limit:.0f} s", timeout=True)
+                if lost is not None:
+                    active.remove(worker)
+                    worker.end()
+                    if worker.job is None:
+                        raise UserError(f"Expected worker processes to start; {lost.reason}. Lower --workers.")
+                    yield worker.job, lost
+                elif worker.ready and worker.job is None:
+                    if waiting:
+                        index = waiting.popleft()
+                        worker.start(index, jobs[index], limits[index])
+                    else:
+                        active.remove(worker)
+                        worker.end()
+    finally:
+        for worker in active:
+            worker.end()
+
+
+class _Worker:
+    """One process, the pipe to it, and what it is doing."""
+
+    START_LIMIT = 300.0  # seconds to import what the function needs: file systems of clusters can be slow
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would inherit the others' pipes
+        self.pipe, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, function), daemon=True)
+        self.process.start()
+        theirs.close()  # else its end would not be noticed
+        self.ready = False
+        self.job: int | None = None
+        self.limit = self.START_LIMIT
+        self.deadline = time.monotonic() + self.limit
+
+    def start(self, index: int, job: tuple[Any, ...], limit: float) -> None:
+        self.job, self.limit, self.deadline = index, limit, time.monotonic() + limit
+        try:
+            self.pipe.send(job)
+        except OSError:  # it has died; the next wait finds that out
+            self.deadline = float("inf")
+
+    def rest(self) -> None:
+        self.ready, self.job, self.deadline = True, None, float("inf")
+
+    def end(self) -> None:
+        self.pipe.close()
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(pipe: Connection, function: Callable[..., Any]) -> None:
+    """What a worker does, until the other end of its pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        pipe.send(None)
+        while True:
+            pipe.send(function(*pipe.recv()))
+    except (EOFError, OSError):
+        pass
+
+
+def _end(process: BaseProcess) -> str:
+    process.join(timeout=10)
+    code = process.exitcode
+    if code is None:
+        return "no longer answers"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"
