@@ -97,7 +97,7 @@ class UCF101(ClipDataModule):
         if absent:
             raise UserError(
                 f"{path}: expected its {len(names)} videos in {self.root}, {len(absent)} are absent ({_few(absent)}); "
-                "complete the data or set data.lists to lists of what is there."
+                "complete the data, or cut the lists to what is there: vidtwin prepare ucf101 --partial, or data.lists."
             )
         return names
 
