@@ -1,26 +1,46 @@
-"""Any folder of videos, with or without a CSV file that says which they are."""
+"""Any folder of videos, with or without lists that say which they are."""
 
 import csv as csv_files
 import hashlib
-from pathlib import Path
+import os
+import re
+import string
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vidtwin.errors import UserError
-from vidtwin.video import VIDEO_SUFFIXES
+from vidtwin.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 from .clips import SPLITS, ClipDataModule, Video
 
+_NUMBERED = re.compile(r"\d\.\w+$")  # the end of an image's name in a sequence: 00000.jpg, frame_1.png
+
+Listed = tuple[list[str], list[str], list[str]]  # paths, labels and splits of a list's videos; "" where it gives none
+
 
 class VideoFolder(ClipDataModule):
-    """Every video under a folder, or those that a CSV file names.
+    """Every video under a folder, or those that lists name.
 
-    Without CSV a video's label is the place of its parent folder among all of them in alphabetical order. Without
-    splits in the CSV the name alone decides on which side a video falls, by its SHA-256: adding videos moves no other.
+    Without lists a video's label is the place of its parent folder among all of them in alphabetical order. Where no
+    split is given the name alone decides on which side a video falls, by its SHA-256: adding videos moves no other.
+
+    A video that a list names and that is not there is found out when it is read; a list of which none is there is an
+    error at once.
 
     Args:
         root: Folder; videos are found in it at any depth, by their suffix.
-        csv: File with the columns `path` (under `root`, or absolute) and, if wanted, `label` (integers, or words that
-            are numbered in alphabetical order) and `split` (train, val or test).
+        csv: File with the columns of `path_template` and, if wanted, `label` (integers, or words that are numbered in
+            alphabetical order) and `split` (train, val or test).
+        splits: For each split what its videos are, under `root`: a folder, a .csv file like `csv`, whose column `split`
+            is not used, or a .txt file with a path a line. Labels are numbered over all splits together; in a folder
+            they are the names of the folders right in it, in a .txt file there are none. Without "val" it is the share
+            `val_fraction` of "train".
+        path_template: A video's path, under `root` or absolute, from the columns of a .csv file; `{path}` is a line of
+            a .txt file. Columns are text: `{time_start:0>6}` fills one up with zeros.
+        image_folders: Folders of numbered images are videos too, and their subfolders are not searched. Lists may name
+            such folders in any case.
         val_fraction: Share of the videos held out for validation where no split is given.
         test_fraction: Share of the videos held out for testing where no split is given.
         **kwargs: Those of `ClipDataModule`.
@@ -32,6 +52,9 @@ class VideoFolder(ClipDataModule):
         csv: str | None = None,
         val_fraction: float = 0.05,
         test_fraction: float = 0.1,
+        splits: dict[str, str] | None = None,
+        path_template: str = "{path}",
+        image_folders: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -40,71 +63,196 @@ class VideoFolder(ClipDataModule):
                 "Expected data.val_fraction and data.test_fraction of at least 0 and together at most 1, "
                 f"got {val_fraction} and {test_fraction}."
             )
+        if splits is not None and (csv or not splits or not set(splits) <= set(SPLITS)):
+            got = "data.csv too" if csv else ", ".join(splits) or "none"
+            raise UserError(f"Expected data.splits to name some of train, val and test, without data.csv, got {got}.")
         self.root = Path(root)
         self.csv = Path(csv) if csv else None
+        self.splits = {split: self.root / place for split, place in (splits or {}).items()}
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
-        self._all: list[tuple[Video, str]] | None = None
+        self.path_template = path_template
+        self.image_folders = image_folders
+        self._columns = _columns_of(path_template)
+        self._videos: dict[str, list[Video]] = {}
 
     def videos(self, split: str) -> list[Video]:
-        if self._all is None:
-            self._all = self._from_csv(self.csv) if self.csv else self._from_folder()
-        videos = [video for video, its_split in self._all if its_split == split]
+        if split not in self._videos:
+            self._videos |= self._named(split) if self.splits else self._divided()
+        videos = self._videos[split]
         if not videos:
-            counts = {s: sum(1 for _, its_split in self._all if its_split == s) for s in SPLITS}
+            counts = {name: len(videos) for name, videos in self._videos.items()}
             advice = f"the column split of {self.csv}" if self.csv else f"data.{split}_fraction"
             raise UserError(f"{self.root}: expected videos in split {split}, got none of {counts}; change {advice}.")
         return videos
 
-    def _from_folder(self) -> list[tuple[Video, str]]:
-        if not self.root.is_dir():
-            raise UserError(f"Expected a folder of videos at {self.root}, there is none; set data.root.")
-        paths = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
-        if not paths:
-            raise UserError(
-                f"{self.root}: expected videos ({', '.join(sorted(VIDEO_SUFFIXES))}), found none; set data.root."
-            )
-        folders = {folder: label for label, folder in enumerate(sorted({path.parent for path in paths}))}
-        videos = [Video(path, path.relative_to(self.root).as_posix(), folders[path.parent]) for path in paths]
-        return [(video, self._split_of(video.name)) for video in videos]
-
-    def _from_csv(self, file: Path) -> list[tuple[Video, str]]:
-        try:
-            with file.open(newline="", encoding="utf-8-sig") as handle:
-                rows = list(csv_files.DictReader(handle))
-        except FileNotFoundError:
-            raise UserError(f"Expected a CSV file at {file}, there is none; set data.csv.") from None
-        if not rows or "path" not in rows[0]:
-            came = f"the columns {list(rows[0])}" if rows else "no rows"
-            raise UserError(f"{file}: expected the column path (and, if wanted, label and split), got {came}.")
-        absent = [row["path"] for row in rows if not (self.root / row["path"]).is_file()]
-        if absent:
-            some = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
-            raise UserError(
-                f"{file}: expected its {len(rows)} videos in {self.root}, {len(absent)} are absent ({some}); "
-                "set data.root or correct the file."
-            )
-        wrong = sorted({row["split"] or "" for row in rows if "split" in row} - set(SPLITS))
+    def _divided(self) -> dict[str, list[Video]]:
+        """All videos by their splits, where one folder or file has them all."""
+        parts: dict[str, list[Video]] = {split: [] for split in SPLITS}
+        if self.csv is None:
+            videos = self._found(self.root)
+            folders = {folder: label for label, folder in enumerate(sorted({path.parent for path in videos}))}
+            for path in videos:
+                name = path.relative_to(self.root).as_posix()
+                parts[self._split_of(name, self.test_fraction)].append(Video(path, name, folders[path.parent]))
+            return parts
+        names, words, given = self._read_csv(self.csv)
+        wrong = sorted(set(given) - set(SPLITS)) if any(given) else []
         if wrong:
             raise UserError(
-                f"{file}: expected train, val or test in the column split, got {', '.join(map(repr, wrong))}."
+                f"{self.csv}: expected train, val or test in the column split, got {', '.join(map(repr, wrong))}."
             )
-        labels = _numbered([row.get("label") or "" for row in rows])
-        return [
-            (Video(self.root / row["path"], row["path"], label), row.get("split") or self._split_of(row["path"]))
-            for row, label in zip(rows, labels, strict=True)
-        ]
+        number = _numbering(words)
+        for name, word, split in zip(names, words, given, strict=True):
+            video = Video(self.root / name, name, number[word])
+            parts[split or self._split_of(name, self.test_fraction)].append(video)
+        return parts
 
-    def _split_of(self, name: str) -> str:
+    def _named(self, split: str) -> dict[str, list[Video]]:
+        """The videos of a split of `splits`; those of "train" and "val" together where one is a part of the other."""
+        held_out = split != "test" and "val" not in self.splits
+        source = "train" if held_out else split
+        if source not in self.splits:
+            raise UserError(
+                f"Expected data.splits to say where the split {split} is, it names {', '.join(self.splits)} alone; "
+                f"add {split} to it."
+            )
+        place = self.splits[source]
+        if place.suffix.lower() in (".csv", ".txt"):
+            names, words, _ = self._read(place)
+            paths: Iterable[Path] = (self.root / name for name in names)
+        else:
+            paths = self._found(place)
+            names = [path.relative_to(self.root).as_posix() for path in paths]
+            words = [path.relative_to(place).parts[0] if path.parent != place else "" for path in paths]
+        number = _numbering({*words, *self._words()}) if any(words) else {"": -1}
+        videos = [Video(path, name, number[word]) for path, name, word in zip(paths, names, words, strict=True)]
+        if not held_out:
+            return {split: videos}
+        parts: dict[str, list[Video]] = {"train": [], "val": []}
+        for video in videos:
+            parts[self._split_of(video.name, 0)].append(video)
+        return parts
+
+    def _words(self) -> Iterator[str]:
+        """The labels of all of `splits`: a class has one number, whichever split is asked for and lacks others."""
+        for place in self.splits.values():
+            if place.is_dir():
+                yield from (entry.name for entry in os.scandir(place) if entry.is_dir())
+            elif place.suffix.lower() == ".csv" and place.is_file():
+                yield from self._read_csv(place, labels_only=True)[1]
+
+    def _found(self, folder: Path) -> list[Path]:
+        """Videos under a folder, sorted."""
+        if not folder.is_dir():
+            option = "data.root or data.splits" if self.splits else "data.root"
+            raise UserError(f"Expected a folder of videos at {folder}, there is none; set {option}.")
+        paths: list[Path] = []
+        for place, folders, files in os.walk(folder):
+            videos = [file for file in files if os.path.splitext(file)[1].lower() in VIDEO_SUFFIXES]
+            paths += (Path(place, file) for file in videos)
+            if self.image_folders and not videos and any(map(_is_numbered_image, files)) and Path(place) != folder:
+                paths.append(Path(place))
+                folders.clear()
+        if not paths:
+            raise UserError(
+                f"{folder}: expected videos ({', '.join(sorted(VIDEO_SUFFIXES))}), found none; set data.root, or "
+                "data.image_folders if each is a folder of images."
+            )
+        return sorted(paths)
+
+    def _read(self, file: Path) -> Listed:
+        if file.suffix.lower() == ".csv":
+            return self._read_csv(file)
+        if self._columns != ["path"]:
+            raise UserError(
+                f"{file}: expected {{path}} alone in data.path_template for a list of paths, got {self.path_template}."
+            )
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except FileNotFoundError:
+            raise UserError(f"Expected a list of videos at {file}, there is none; set data.splits.") from None
+        names = [self.path_template.format(path=line.strip()) for line in lines if line.strip()]
+        self._check_presence(file, names)
+        return names, [""] * len(names), [""] * len(names)
+
+    def _read_csv(self, file: Path, labels_only: bool = False) -> Listed:
+        """What a .csv file lists. Of millions of rows only what is needed is kept."""
+        names: list[str] = []
+        labels: list[str] = []
+        splits: list[str] = []
+        try:
+            with file.open(newline="", encoding="utf-8-sig") as handle:
+                rows = csv_files.reader(handle)
+                header = next(rows, [])
+                if labels_only and "label" not in header:
+                    return names, labels, splits
+                at = {column: place for place, column in enumerate(header)}
+                lacking = [column for column in self._columns if column not in at]
+                if header and lacking:
+                    columns = f"the column{'s' * (len(self._columns) > 1)} {', '.join(self._columns)}"
+                    raise UserError(
+                        f"{file}: expected {columns} (and, if wanted, label and split), got the columns {header}; "
+                        "correct the file or data.path_template."
+                    )
+                for row in rows:
+                    if not row:
+                        continue
+                    if len(row) < len(header):
+                        raise UserError(
+                            f"{file}: expected {len(header)} columns in line {rows.line_num}, got {len(row)}; "
+                            "correct the file."
+                        )
+                    if not labels_only:
+                        names.append(self.path_template.format_map({c: row[at[c]] for c in self._columns}))
+                        splits.append(sys.intern(row[at["split"]]) if "split" in at else "")
+                    labels.append(sys.intern(row[at["label"]]) if "label" in at else "")
+        except FileNotFoundError:
+            option = "data.splits" if self.splits else "data.csv"
+            raise UserError(f"Expected a CSV file at {file}, there is none; set {option}.") from None
+        if not labels_only:
+            if not names:
+                raise UserError(f"{file}: expected rows of the columns {', '.join(self._columns)}, got no rows.")
+            self._check_presence(file, names)
+        return names, labels, splits
+
+    def _check_presence(self, file: Path, names: Sequence[str]) -> None:
+        """One video that is there will do: the reader names each that is not."""
+        if not any((self.root / name).exists() for name in names):
+            some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            raise UserError(
+                f"{file}: expected its {len(names):,} videos in {self.root}, none of them is there ({some}); set "
+                "data.root or data.path_template."
+            )
+
+    def _split_of(self, name: str, test_fraction: float) -> str:
         place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-        if place < self.test_fraction:
+        if place < test_fraction:
             return "test"
-        return "val" if place < self.test_fraction + self.val_fraction else "train"
+        return "val" if place < test_fraction + self.val_fraction else "train"
 
 
-def _numbered(labels: list[str]) -> list[int]:
+def _columns_of(template: str) -> list[str]:
+    try:
+        columns = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        columns, reason = [], f" ({error})"
+    else:
+        reason = ""
+    if not columns or not all(columns):
+        raise UserError(
+            f"Expected data.path_template with columns in braces, such as {{page_dir}}/{{videoid}}.mp4, got "
+            f"{template!r}{reason}."
+        )
+    return list(dict.fromkeys(columns))
+
+
+def _is_numbered_image(file: str) -> bool:
+    return PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES and _NUMBERED.search(file) is not None
+
+
+def _numbering(labels: Iterable[str]) -> dict[str, int]:
     """Integers as they are, words by alphabetical order, -1 for none."""
     words = sorted(set(labels) - {""})
-    if all(word.removeprefix("-").isdecimal() for word in words):
-        return [int(label) if label else -1 for label in labels]
-    return [words.index(label) if label else -1 for label in labels]
+    integers = all(word.removeprefix("-").isdecimal() for word in words)
+    return {"": -1} | {word: int(word) if integers else number for number, word in enumerate(words)}

@@ -1,11 +1,14 @@
-"""Any tree of videos, or what a CSV file names."""
+"""Any tree of videos, or what lists name; and the data sets that configs/data describes."""
 
 from pathlib import Path
 
 import pytest
+import yaml
 
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
 
 
 def splits(data: VideoFolder) -> dict[str, set[str]]:
@@ -62,7 +65,8 @@ def test_bad_input_is_described_in_one_line(tmp_path: Path) -> None:
     contents = {
         "columns": "file\nx.mp4\n",
         "rows": "path\n",
-        "absent": "path\na/0.mp4\nc/9.mp4\n",
+        "absent": "path\nd/0.mp4\nc/9.mp4\n",
+        "short": "path,label\na/0.mp4\n",
         "split": "path,split\na/0.mp4,training\n",
     }
     for name, text in contents.items():
@@ -73,14 +77,131 @@ def test_bad_input_is_described_in_one_line(tmp_path: Path) -> None:
         (root, "no.csv", r"no\.csv, there is none; set data\.csv"),
         (root, "columns.csv", r"expected the column path .* got the columns \['file'\]"),
         (root, "rows.csv", "got no rows"),
-        (root, "absent.csv", r"expected its 2 videos .* 1 are absent \(c/9\.mp4\)"),
+        (root, "absent.csv", r"expected its 2 videos .* none of them is there \(d/0\.mp4, c/9\.mp4\); set data\.root"),
+        (root, "short.csv", "expected 2 columns in line 2, got 1"),
         (root, "split.csv", "expected train, val or test in the column split, got 'training'"),
     ):
         data = VideoFolder(str(folder), str(tmp_path / csv) if csv else None)
         with pytest.raises(UserError, match=message) as caught:
-            data.setup("fit")
+            data.videos("train")
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"in split val, got none .* change data\.val_fraction"):
         VideoFolder(str(root), val_fraction=0).videos("val")
     with pytest.raises(UserError, match="together at most 1"):
         VideoFolder(str(root), val_fraction=0.8, test_fraction=0.3)
+
+
+def listed(data: VideoFolder, split: str) -> list[tuple[str, int]]:
+    return [(video.name, video.label) for video in data.videos(split)]
+
+
+def write(root: Path, *names: str, text: str = "") -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def from_config(name: str, root: Path, **others: object) -> VideoFolder:
+    """A data module as its config makes it, but for where the data lie."""
+    config = yaml.safe_load((CONFIGS / name).read_text())
+    assert config["class_path"] == f"{VideoFolder.__module__}.{VideoFolder.__qualname__}"
+    return VideoFolder(**{**config["init_args"], "root": str(root), **others})
+
+
+def test_mcl_jcv_is_for_testing_alone(tmp_path: Path) -> None:
+    data = from_config("mcl_jcv.yaml", write(tmp_path, *(f"videoSRC{i:02d}_1920x1080_24.yuv" for i in range(1, 31))))
+    assert [name for name, _ in listed(data, "test")] == [f"videoSRC{i:02d}_1920x1080_24.yuv" for i in range(1, 31)]
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match=f"expected videos in split {split}, got none"):
+            data.videos(split)
+
+
+def test_davis_reads_its_lists_of_sequences(tmp_path: Path) -> None:
+    names = [f"sequence-{i}" for i in range(60)]
+    write(tmp_path, *(f"JPEGImages/480p/{name}/00000.jpg" for name in [*names, "bear"]))
+    write(tmp_path, "ImageSets/2017/train.txt", text="\r\n".join(names) + "\r\n")
+    write(tmp_path, "ImageSets/2017/val.txt", text="bear\n\n")
+    data = from_config("davis.yaml", tmp_path)
+    assert listed(data, "test") == [("JPEGImages/480p/bear", -1)]
+    assert data.videos("test")[0].path == tmp_path / "JPEGImages" / "480p" / "bear"
+    train, val = (listed(data, split) for split in ("train", "val"))
+    assert 2 <= len(val) <= 12
+    assert {name for name, _ in train} | {name for name, _ in val} == {f"JPEGImages/480p/{name}" for name in names}
+    assert len(train) + len(val) == 60
+
+
+def test_kinetics_has_a_folder_for_each_split_and_class(tmp_path: Path) -> None:
+    write(tmp_path, "train/abseiling/a_000001_000011.mp4", "train/air drumming/b.mp4", "val/zumba/c.webm")
+    write(tmp_path, "test/air drumming/d.mp4", "test/e.mp4", "test/air drumming/d.json", "replacement/f.mp4")
+    data = from_config("kinetics.yaml", tmp_path)
+    assert listed(data, "train") == [("train/abseiling/a_000001_000011.mp4", 0), ("train/air drumming/b.mp4", 1)]
+    assert listed(data, "val") == [("val/zumba/c.webm", 2)]
+    assert listed(data, "test") == [("test/air drumming/d.mp4", 1), ("test/e.mp4", -1)]
+
+
+def test_webvid_makes_paths_of_columns_and_leaves_what_is_absent_to_the_reader(tmp_path: Path) -> None:
+    header = "videoid,contentUrl,duration,page_dir,name\n"
+    rows = "".join(f'{i},https://x/{i}.mp4,PT00H00M10S,000001_000050,"A cat, {i}"\n' for i in range(3))
+    write(tmp_path, "results_2M_train.csv", text=header + rows)
+    write(tmp_path, "results_2M_val.csv", text=header + "7,https://x/7.mp4,PT00H00M10S,000051_000100,dog\n")
+    write(tmp_path, "videos/000001_000050/1.mp4", "videos/000051_000100/7.mp4")
+    data = from_config("webvid.yaml", tmp_path)
+    assert listed(data, "train") == [(f"videos/000001_000050/{i}.mp4", -1) for i in range(3)]
+    assert listed(data, "test") == [("videos/000051_000100/7.mp4", -1)]
+    half = from_config("webvid.yaml", tmp_path, val_fraction=0.5)
+    assert sorted(listed(half, "train") + listed(half, "val")) == listed(data, "train")
+
+
+def test_labels_of_lists_are_numbered_over_all_splits(tmp_path: Path) -> None:
+    """Kinetics' own CSV files, whose times have to be filled up with zeros; its test file has no labels."""
+    write(tmp_path, "all/x_000003_000013.mp4", "all/y_000120_000130.mp4", "all/z_000000_000010.mp4")
+    write(tmp_path, "train.csv", text="label,youtube_id,time_start,time_end,split\nzumba,x,3,13,train\n")
+    write(tmp_path, "val.csv", text="label,youtube_id,time_start,time_end,split\nabseiling,y,120,130,validate\n")
+    write(tmp_path, "test.csv", text="youtube_id,time_start,time_end,split\nz,0,10,test\n")
+    files = {split: f"{split}.csv" for split in ("train", "val", "test")}
+    template = "all/{youtube_id}_{time_start:0>6}_{time_end:0>6}.mp4"
+    data = VideoFolder(str(tmp_path), splits=files, path_template=template)
+    assert listed(data, "train") == [("all/x_000003_000013.mp4", 1)]
+    assert listed(data, "val") == [("all/y_000120_000130.mp4", 0)]
+    assert listed(data, "test") == [("all/z_000000_000010.mp4", -1)]
+
+
+def test_only_what_a_split_needs_has_to_be_there(tmp_path: Path) -> None:
+    write(tmp_path, "train/walk/a.mp4")
+    data = VideoFolder(str(tmp_path), splits={"train": "train", "val": "val", "test": "test.txt"})
+    assert listed(data, "train") == [("train/walk/a.mp4", 0)]
+    for split, message in (("val", r"folder of videos at .*val, .* or data\.splits"), ("test", r"test\.txt, there is")):
+        with pytest.raises(UserError, match=message):
+            data.videos(split)
+    with pytest.raises(UserError, match=r"data\.splits to say where the split test is, it names train alone; add test"):
+        VideoFolder(str(tmp_path), splits={"train": "train"}).videos("test")
+    with pytest.raises(UserError, match=r"in split val, got none .* change data\.val_fraction"):
+        VideoFolder(str(tmp_path), splits={"train": "train"}, val_fraction=0).videos("val")
+
+
+def test_folders_of_images_are_videos_if_asked_for(tmp_path: Path) -> None:
+    write(tmp_path, "a/one/00000.jpg", "a/one/00001.jpg", "a/one/masks/00000.png", "b/im1.PNG", "b2/cover.jpg")
+    write(tmp_path, "c/film.mp4", "c/thumbnail0.jpg", "0.jpg")
+    assert listed(VideoFolder(str(tmp_path), None, 0, 1), "test") == [("c/film.mp4", 0)]
+    data = VideoFolder(str(tmp_path), None, 0, 1, image_folders=True)
+    assert [name for name, _ in listed(data, "test")] == ["a/one", "b", "c/film.mp4"]
+    with pytest.raises(UserError, match=r"found none; set data\.root, or data\.image_folders"):
+        VideoFolder(str(tmp_path / "a")).videos("train")
+
+
+def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    for options, message in (
+        ({"splits": {"training": "train"}}, "some of train, val and test, without data.csv, got training"),
+        ({"splits": {"train": "train"}, "csv": "x.csv"}, "got data.csv too"),
+        ({"path_template": "videos/x.mp4"}, "with columns in braces"),
+        ({"path_template": "videos/{x.mp4"}, "with columns in braces"),
+    ):
+        with pytest.raises(UserError, match=message):
+            VideoFolder(str(tmp_path), **options)  # type: ignore[arg-type]
+    write(tmp_path, "list.txt", text="a.mp4\n")
+    with pytest.raises(UserError, match=r"expected \{path\} alone in data\.path_template for a list of paths"):
+        VideoFolder(str(tmp_path), splits={"train": "list.txt"}, path_template="{a}/{b}.mp4").videos("train")
+    write(tmp_path, "list.csv", text="path,name\na.mp4,a\n")
+    with pytest.raises(UserError, match=r"the columns page_dir, videoid .* got the columns \['path', 'name'\]"):
+        VideoFolder(str(tmp_path), str(tmp_path / "list.csv"), path_template="{page_dir}/{videoid}.mp4").videos("train")
