@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vidtwin import __version__
+from vidtwin import __version__, plugins
 from vidtwin.errors import REQUEUE_EXIT_CODE, Preempted, UserError, suggestion
 
 TRAINER_COMMANDS = {
@@ -24,10 +24,8 @@ TRAINER_COMMANDS = {
 
 
 def plugins_command(argv: list[str]) -> int:
-    """List the autoencoders and data modules that installed packages register."""
+    """List the autoencoders, data modules and commands that installed packages register."""
     _no_arguments("plugins", argv)
-    from vidtwin import plugins
-
     for group in plugins.GROUPS:
         _say(group)
         for name, entry in sorted(plugins.available(group).items()):
@@ -67,8 +65,11 @@ def main(argv: list[str] | None = None) -> int:
                 _say(FILE_COMMANDS[command].__doc__ or "")
                 return 0
             return FILE_COMMANDS[command](rest)
+        registered = plugins.available("vidtwin.commands")
+        if command in registered:
+            return _exit_code(plugins.load(command, "vidtwin.commands"), rest)
         if command not in TRAINER_COMMANDS:
-            names = [*TRAINER_COMMANDS, *FILE_COMMANDS]
+            names = [*TRAINER_COMMANDS, *FILE_COMMANDS, *registered]
             raise UserError(f"Expected a command, got {command!r}{suggestion(command, names)}")
         from vidtwin.lightning_cli import run
 
@@ -94,10 +95,23 @@ def entry_point() -> None:
     sys.exit(main())
 
 
+def _exit_code(command: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Of a command that parses its own arguments, by argparse."""
+    try:
+        return command(argv)
+    except SystemExit as end:  # --help, with 0, and arguments that it does not know, with 2
+        return int(end.code or 0)
+
+
 def _help() -> str:
     lines = ["Train and compare video autoencoders: VidTwin and its baselines behind one interface.", ""]
     lines += ["usage: vidtwin COMMAND [options]        vidtwin COMMAND --help for a command's options", ""]
     commands = TRAINER_COMMANDS | {name: (command.__doc__ or "") for name, command in FILE_COMMANDS.items()}
+    for name in plugins.available("vidtwin.commands"):
+        try:
+            commands[name] = (plugins.load(name, "vidtwin.commands").__doc__ or "").strip().splitlines()[0]
+        except (UserError, IndexError) as error:  # one that does not import keeps no one from the others
+            commands[name] = f"({error})"
     lines += [f"  {name:<13} {text}" for name, text in commands.items()]
     lines += ["", "A first run: `make demo`. Configs that come with the package: `vidtwin configs`."]
     return "\n".join(lines)

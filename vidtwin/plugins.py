@@ -1,8 +1,10 @@
-"""Plug-ins: autoencoders and data modules that installed packages register as entry points.
+"""Plug-ins: autoencoders, data modules and commands that installed packages register as entry points.
 
 A class needs no registration to be used (`class_path: their_package.TheirTokenizer`). An entry point in the group
-`vidtwin.autoencoders` or `vidtwin.datamodules` gives it a short name and a line in `vidtwin plugins`. The built-in
-ones come in by the same door.
+`vidtwin.autoencoders` or `vidtwin.datamodules` gives it a short name and a line in `vidtwin plugins`. One in
+`vidtwin.commands` is a function of the arguments that gives the exit code, and becomes `vidtwin NAME`; the first line
+of its docstring stands in `vidtwin --help`, for which its module is imported, so nothing heavy stands at its top. The
+built-in ones come in by the same door.
 """
 
 import warnings
@@ -11,7 +13,7 @@ from typing import Any
 
 from vidtwin.errors import UserError, suggestion
 
-GROUPS = ("vidtwin.autoencoders", "vidtwin.datamodules")
+GROUPS = ("vidtwin.autoencoders", "vidtwin.datamodules", "vidtwin.commands")
 
 
 def available(group: str) -> dict[str, EntryPoint]:

@@ -22,6 +22,8 @@ Frames = NDArray[np.uint8]
 class Converter:
     """Frames of one stream → uint8 (H, W, 3): a square crop resized to `size`, or the whole picture if `size` is None.
 
+    The arrays are views of FFmpeg's buffers, so that whoever wants them in a clip copies them once.
+
     Args:
         size: Side of the square in pixels; None: the whole picture, its width stretched by the sample aspect ratio.
         crop: Where the largest square lies in the upright picture, as (x, y): 0 left or top, 0.5 centre, 1 right or
@@ -46,7 +48,10 @@ class Converter:
             self._graph = self._build(frame)
         assert self._graph is not None
         self._graph.vpush(frame)
-        picture = np.asarray(self._graph.vpull().to_ndarray(), dtype=np.uint8)
+        converted = self._graph.vpull()
+        plane = converted.planes[0]
+        lines = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)
+        picture = lines[: converted.height, : 3 * converted.width].reshape(converted.height, converted.width, 3)
         transpose, flip_rows, flip_columns = self._orientation
         if transpose:
             picture = picture.transpose(1, 0, 2)
@@ -64,11 +69,13 @@ class Converter:
         if self._size is not None:
             left, top, width, height = self._square(frame)
             nodes.append(graph.add("crop", f"{width}:{height}:{left}:{top}"))
-            nodes.append(graph.add("scale", f"{self._size}:{self._size}:flags=area"))
+            nodes.append(graph.add("scale", f"{self._size}:{self._size}:flags=area+accurate_rnd+full_chroma_int"))
         else:
             self._whole = self._whole or (max(1, round(frame.width * self._aspect)), frame.height)
             if self._whole != (frame.width, frame.height):
-                nodes.append(graph.add("scale", f"{self._whole[0]}:{self._whole[1]}:flags=area"))
+                nodes.append(
+                    graph.add("scale", f"{self._whole[0]}:{self._whole[1]}:flags=area+accurate_rnd+full_chroma_int")
+                )
         nodes += [graph.add("format", "rgb24"), graph.add("buffersink")]
         graph.link_nodes(*nodes).configure()
         return graph

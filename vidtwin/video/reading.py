@@ -8,7 +8,7 @@ frame of the file. Which frame that is, is found in one of two ways:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -90,7 +90,7 @@ def iter_frames(source: Source, size: int | None = None, crop: tuple[float, floa
     with open_video(source) as (container, stream):
         converter = Converter(size, crop, stream.sample_aspect_ratio)
         for frame in _decode(container, stream, source):
-            yield converter(frame)
+            yield np.ascontiguousarray(converter(frame))
 
 
 def _decode(container: InputContainer, stream: VideoStream, source: Source) -> Iterator[VideoFrame]:
@@ -140,62 +140,73 @@ class _Wanted:
 
 def _read(source: Source, wanted: _Wanted) -> Frames:
     try:
-        frames = _attempt(source, wanted, seek=True)
-        if frames is None:  # what was found after a seek was not all of it
-            frames = _attempt(source, wanted, seek=False)
+        clip = _attempt(source, wanted, seek=True)
+        if clip is None:  # what was found after a seek was not all of it
+            clip = _attempt(source, wanted, seek=False)
     except _DisorderedError:
-        frames = _attempt(source, wanted, seek=False, count=True)
-    assert frames is not None
-    return np.stack(frames)
+        clip = _attempt(source, wanted, seek=False, count=True)
+    assert clip is not None
+    return clip
 
 
-def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -> list[Frames] | None:
-    """The frames of `read_clip`; None if the file was read from its middle and they were not all there."""
+def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -> Frames | None:
+    """What `read_clip` gives; None if the file was read from its middle and they were not all there."""
     with open_video(source) as (container, stream):
         rate = rate_of(stream, source)
         times = wanted.times(rate)
         order = sorted(range(len(times)), key=times.__getitem__)
         ascending = [times[index] for index in order]
         counted = count or container.format.name in COUNTED_FORMATS
-        tick = None if counted else stream.time_base
+        unit = 1 / rate if counted or stream.time_base is None else stream.time_base
         sought = seek and not counted and _seek(container, stream, ascending[0], rate)
         decoded = 0
 
-        def timed() -> Iterator[tuple[Fraction, VideoFrame]]:
+        def placed() -> Iterator[tuple[int, VideoFrame]]:
+            """Frames with their places in units of `unit` from the first frame of the file."""
             nonlocal decoded
             first = stream.start_time if sought else None
             last: int | None = None
             for frame in _decode(container, stream, source):
                 decoded += 1
-                if tick is None:
-                    yield (decoded - 1) / rate, frame
+                if counted:
+                    yield decoded - 1, frame
                     continue
                 if frame.pts is None or (last is not None and frame.pts <= last):
                     raise _DisorderedError
                 last = frame.pts
                 first = last if first is None else first
-                yield (last - first) * tick, frame
+                yield last - first, frame
 
         converter = Converter(wanted.size, wanted.crop, stream.sample_aspect_ratio)
+        clip: Frames | None = None
+        found = 0
+
+        def put(frame: VideoFrame, number: int) -> None:
+            """A frame that is shown at so many of the times."""
+            nonlocal clip, found
+            picture = converter(frame)
+            if clip is None:
+                clip = np.empty((len(times), *picture.shape), np.uint8)
+            for place in order[found : found + number]:
+                clip[place] = picture
+            found += number
+
         try:
-            found = _collect(timed(), ascending, rate, tick, converter)
+            _collect(placed(), ascending, unit, rate, put)
         except VideoError:
             if sought:
                 return None
             raise
-        if len(found) < len(times):
-            if sought:
-                return None
-            raise VideoError(
-                f"{name_of(source)}: ends after {decoded} frames ({float(decoded / rate):.2f} s), before the clip of "
-                f"{len(times)} frames from {float(ascending[0]):.2f} s to {float(ascending[-1]):.2f} s.",
-                decoded,
-                "short",
-            )
-    frames = list(found)
-    for place, frame in zip(order, found, strict=True):
-        frames[place] = frame
-    return frames
+        if found == len(times):
+            return clip
+        if sought:
+            return None
+        raise VideoError(
+            f"{name_of(source)}: ends after {decoded} frames ({float(decoded / rate):.2f} s), before the clip of "
+            f"{len(times)} frames from {float(ascending[0]):.2f} s to {float(ascending[-1]):.2f} s.",
+            decoded,
+            "short",
+        )
 
 
 def _length(source: Source) -> Fraction:
@@ -221,36 +232,42 @@ def _seek(container: InputContainer, stream: VideoStream, start: Fraction, rate:
 
 
 def _collect(
-    frames: Iterator[tuple[Fraction, VideoFrame]],
+    frames: Iterator[tuple[int, VideoFrame]],
     times: list[Fraction],
+    unit: Fraction,
     rate: Fraction,
-    tick: Fraction | None,
-    converter: Converter,
-) -> list[Frames]:
-    """Convert the frame that is shown at each of `times` (ascending): the last one whose time is not later.
+    put: Callable[[VideoFrame, int], None],
+) -> None:
+    """Find the frame that is shown at each of `times` (ascending): the last one whose time is not later.
 
-    Fewer come back where the video ends before, none where it begins after the first wanted time.
+    It is put once, with the number of times at which it is shown. They are not all found where the video ends before,
+    and none where it begins after the first of them.
     """
-    # Times may be off by rounding: floats, or timestamps in ticks (1 ms in Matroska) that are short beside a frame.
-    slack = tick / 2 if tick is not None and tick * rate < Fraction(1, 10) else Fraction(1, 10_000) / rate
-    found: list[Frames] = []
+    # Times may be off by rounding: floats, or timestamps in units (1 ms in Matroska) that are short beside a frame.
+    slack = unit / 2 if unit * rate < Fraction(1, 10) else Fraction(1, 10_000) / rate
+    # In whole units, since this is compared with each frame of the file: it is later where its place is greater.
+    wanted = [math.floor((time + slack) / unit) for time in times]
+    found = 0
     shown: VideoFrame | None = None
-    end = Fraction(0)
-    for time, frame in frames:
-        if shown is None and time > times[0] + slack:
-            return []
-        converted: Frames | None = None
-        while len(found) < len(times) and shown is not None and times[len(found)] + slack < time:
-            converted = converter(shown) if converted is None else converted
-            found.append(converted)
-        if len(found) == len(times):
-            return found
+    place = 0
+
+    def put_until(later: float | Fraction) -> None:
+        nonlocal found
+        number = 0
+        while found + number < len(wanted) and wanted[found + number] < later:
+            number += 1
+        if number and shown is not None:
+            put(shown, number)
+            found += number
+
+    for place, frame in frames:
+        if place > wanted[found]:
+            if shown is None:
+                return
+            put_until(place)
+            if found == len(wanted):
+                return
         shown = frame
-        length = (frame.duration or 0) * (tick or 0)
-        end = time + (length if tick is not None and length > 0 else 1 / rate)
-    # The last frame stays until its own end.
-    converted = None
-    while shown is not None and len(found) < len(times) and times[len(found)] + slack < end:
-        converted = converter(shown) if converted is None else converted
-        found.append(converted)
-    return found
+    if shown is not None:  # the last frame stays until its own end
+        timed = unit != 1 / rate and shown.duration
+        put_until(place + (shown.duration if timed else 1 / rate / unit))

@@ -124,7 +124,7 @@ def _open_images(folder: Path) -> InputContainer:
         expected = f"{first[1]}{start + offset:0{width}d}{first[3]}"
         if name != expected:
             raise VideoError(f"{folder}: expected the image {expected}, the next one is {name}.", kind="truncated")
-    pattern = f"{str(folder / first[1]).replace('%', '%%')}%0{width}d{first[3]}"
+    pattern = f"{os.fspath(folder)}/{first[1]}".replace("%", "%%") + f"%0{width}d{first[3]}"
     options = {"start_number": str(start), "framerate": str(IMAGES_FPS), "pattern_type": "sequence"}
     return av.open(pattern, "r", format="image2", options=options)
 
