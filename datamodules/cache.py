@@ -1,0 +1,752 @@
+"""Clips decoded once: shards of uint8 on disk, and the data set that reads them (docs/cached_and_streamed.md).
+
+    OUT/train/manifest.json     what was cached, the shards with their checksums, what was skipped and why
+    OUT/train/clips.csv         name, label and start frame of each clip
+    OUT/train/index.json        the same shards as litdata lists them
+    OUT/train/chunk-0-<n>.bin   a shard
+
+A shard is a chunk as litdata 0.2 reads it, without compression: uint32 number of items, uint32 offsets of the items
+and of their end, items. An item is the uint32 sizes of its fields and the fields: picture data as they are, behind a
+header of a few bytes. So the same files are mapped into memory here and streamed from object storage (streaming.py).
+
+Which clips a shard holds depends on the arguments alone. A worker decodes a shard and writes it, and it appears when
+it is whole; after a kill only the missing ones are made, to the same bytes.
+"""
+
+import csv
+import errno
+import hashlib
+import io
+import json
+import shutil
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from vidtwin.errors import UserError
+from vidtwin.files import intended_name, replacing, write_text
+from vidtwin.video import RESIZE_FILTER, VideoError, survey
+
+from .clips import SPLITS, ClipDataModule, ClipDataset, Key, Video, _init_worker
+
+Format = Literal["clips", "videos"]
+
+SCHEMA_VERSION = 1
+SHARD_BYTES = 64 * 2**20
+MANIFEST = "manifest.json"
+TABLE = "clips.csv"
+# Fields of an item in alphabetical order, as litdata flattens a dict, with litdata's names of their formats.
+_FIELDS: dict[str, dict[str, str]] = {
+    "clips": {"clip": "numpy", "label": "int", "name": "str", "start_frame": "int"},
+    "videos": {"label": "int", "name": "str", "video": "bytes"},
+}
+_COLUMNS = {
+    "clips": ["epoch", "index", "name", "label", "start_frame"],
+    "videos": ["index", "name", "label", "num_frames", "fps", "duration", "width", "height"],
+}
+_LOOKS = 5  # for a shard that other processes may take away
+_UINT8 = 4  # litdata's number of the type in the header of an array
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of items.
+
+    Attributes:
+        first: Place of its first item among all that were to be stored: epoch by epoch, in each by index.
+        places: How many of these places it covers; some items of them may have been skipped.
+        items: How many it holds.
+        bytes: Size of the file.
+    """
+
+    file: str
+    first: int
+    places: int
+    items: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds.
+
+    Attributes:
+        split_name: Its name in the protocol of an evaluation.
+        description: All that the clips depend on, see `describe`.
+        epochs: How many epochs were stored, each with other random clips.
+        clips: Indices of an epoch, with those that were skipped.
+        left_out: Name → reason of videos that were known to be of no use before, and have no place.
+        skipped: Place → (name, reason) of what could not be read and is not in the shards.
+        replaced: Place → the same for what another clip stands in for, under its own name.
+    """
+
+    format: Format
+    split: str
+    split_name: str
+    description: dict[str, Any]
+    epochs: int
+    clips: int
+    left_out: dict[str, str] = field(default_factory=dict)
+    shards: list[Shard] = field(default_factory=list)
+    skipped: dict[int, tuple[str, str]] = field(default_factory=dict)
+    replaced: dict[int, list[tuple[str, str]]] = field(default_factory=dict)
+    complete: bool = False
+
+    def to_json(self) -> str:
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "format": self.format,
+            "split": self.split,
+            "split_name": self.split_name,
+            "description": self.description,
+            "epochs": self.epochs,
+            "clips": self.clips,
+            "complete": self.complete,
+            "shards": [vars(shard) for shard in self.shards],
+            "left_out": self.left_out,
+            "skipped": {str(place): what for place, what in self.skipped.items()},
+            "replaced": {str(place): what for place, what in self.replaced.items()},
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """That of a folder; `UserError` if there is none, or none that this version can read."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"Expected {path}, there is no such file; write it by `vidtwin cache`, or give the folder that holds "
+                "the folders of the splits."
+            ) from None
+        except UnicodeDecodeError:
+            text = ""
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> "Manifest":
+        """`UserError` if the text is none that this version can read."""
+        try:
+            content = json.loads(text)
+            version = content["schema_version"]
+        except (json.JSONDecodeError, TypeError, KeyError):
+            raise UserError(f"{where}: expected a manifest written by `vidtwin cache`, got something else.") from None
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{where}: expected schema version {SCHEMA_VERSION}, got {version}; write the cache again, or use the "
+                "version of vidtwin that wrote it."
+            )
+        return cls(
+            content["format"],
+            content["split"],
+            content["split_name"],
+            content["description"],
+            content["epochs"],
+            content["clips"],
+            content["left_out"],
+            [Shard(**shard) for shard in content["shards"]],
+            {int(place): (name, reason) for place, (name, reason) in content["skipped"].items()},
+            {int(place): [(n, r) for n, r in what] for place, what in content["replaced"].items()},
+            content["complete"],
+        )
+
+
+def describe(data: ClipDataModule, split: str) -> dict[str, Any]:
+    """All arguments on which the clips of a split depend, as JSON.
+
+    Where the data lie is none of them, so that a cache can be moved and used without the videos. `videos` (a checksum
+    of names and labels) is there only where the videos are.
+    """
+    drawn = data._is_drawn(split)
+    description: dict[str, Any] = {
+        "data": type(data).__name__,
+        "num_frames": data.num_frames,
+        "resolution": data.resolution,
+        "fps": data.fps if drawn else data.eval_fps,
+        "short_videos": data.short_videos,
+        "resize": RESIZE_FILTER,
+        "augment": drawn,
+    }
+    if drawn:
+        description |= {"seed": data.seed, "horizontal_flip": data.horizontal_flip}
+    return _as_json(description | _source(data, split))
+
+
+def _describe_videos(data: ClipDataModule, split: str) -> dict[str, Any]:
+    """The same for video files, which depend on less."""
+    return _as_json({"data": type(data).__name__, **_source(data, split)})
+
+
+def _source(data: ClipDataModule, split: str) -> dict[str, Any]:
+    """Which videos, or what takes their place."""
+    cache_key: Callable[[str], dict[str, Any]] | None = getattr(data, "cache_key", None)
+    described = cache_key(split) if cache_key else {}
+    if data.exclude:
+        described["exclude"] = hashlib.sha256(Path(data.exclude).read_bytes()).hexdigest()[:16]
+    try:
+        videos = data.videos(split)
+    except UserError:
+        return described
+    lines = "".join(f"{video.name}\t{video.label}\n" for video in videos)
+    checksum = hashlib.sha256(lines.encode()).hexdigest()[:16]
+    return {**described, "videos": f"{len(videos)} videos, sha256 {checksum}"}
+
+
+def _as_json(description: dict[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(description)))
+
+
+def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """The first key in which two descriptions differ, with both values; None if they say the same."""
+    for key in [*expected, *(key for key in found if key not in expected)]:
+        if key == "videos" and (key not in expected or key not in found):
+            continue  # the videos themselves are not here
+        if expected.get(key) != found.get(key):
+            return f"{key}={json.dumps(expected.get(key))}, it holds {key}={json.dumps(found.get(key))}"
+    return None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_cache` did for a split."""
+
+    split: str
+    manifest: Manifest
+    folder: Path
+    made: int  # shards
+
+    @property
+    def items(self) -> int:
+        return sum(shard.items for shard in self.manifest.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.manifest.shards)
+
+    def __str__(self) -> str:
+        what, shards = self.manifest.format, len(self.manifest.shards)
+        epochs = f" of {self.manifest.epochs} epochs" if self.manifest.epochs > 1 else ""
+        without = [f"skipped {name}: {reason}" for name, reason in self.manifest.skipped.values()]
+        without += [f"left out {name}: {reason}" for name, reason in self.manifest.left_out.items()]
+        replaced = dict(entry for entries in self.manifest.replaced.values() for entry in entries)
+        without += [f"replaced {name} by other clips: {reason}" for name, reason in replaced.items()]
+        more = f"; {len(without)} videos could not be used" if without else ""
+        total = f"{self.split}: {self.items} {what}{epochs}, {self.bytes / 1e9:.3g} GB, shards: {shards}, "
+        return "\n".join([f"{total}new: {self.made}{more}", *(f"  {line}" for line in without)])
+
+
+def write_cache(
+    data: ClipDataModule,
+    out: Path | str,
+    splits: Sequence[str] = SPLITS,
+    epochs: int = 1,
+    format: Format = "clips",
+    verify: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Written]:
+    """Store the clips, or the video files, of some splits in `out/<split>/`.
+
+    What is there already is kept: shards of the right size, and with `verify` of the right checksum. A damaged or lost
+    one of a finished cache can be made again after it was deleted.
+
+    Args:
+        data: What to store; `data.num_workers` processes decode, and their number changes no byte.
+        out: Folder.
+        splits: Some of "train", "val", "test".
+        epochs: How many epochs of training clips to draw; of other splits, and without `data.augment`, there is one.
+        format: "clips" stores decoded clips, "videos" the files as they are, to be decoded when they are streamed.
+        verify: Compare the checksums of all shards that are there.
+        shard_bytes: Size of a shard; one item at least.
+
+    Raises:
+        UserError: The folder holds something else, a shard is damaged, the disk is full.
+    """
+    if unknown := [split for split in splits if split not in SPLITS]:
+        raise UserError(f"Expected splits of {', '.join(SPLITS)}, got {unknown[0]!r}.")
+    if epochs < 1:
+        raise UserError(f"Expected at least one epoch to store, got {epochs}.")
+    if format not in _FIELDS:
+        raise UserError(f"Expected clips or videos as format, got {format!r}.")
+    return [_write_split(data, Path(out) / split, split, epochs, format, verify, shard_bytes) for split in splits]
+
+
+def _write_split(
+    data: ClipDataModule, folder: Path, split: str, epochs: int, format: Format, verify: bool, shard_bytes: int
+) -> Written:
+    clip = 0
+    if format == "videos":
+        videos = data.videos(split)
+        source: _Source = _VideoSource(videos)
+        wanted = Manifest(format, split, data.split_name(split), _describe_videos(data, split), 1, len(videos))
+        ranges = list(_by_size([_size(video.path) for video in videos], shard_bytes))
+    else:
+        dataset = data.make_dataset(split)
+        source = _ClipSource(dataset, may_skip=split != "train")
+        epochs = epochs if data._is_drawn(split) else 1
+        left_out = dict(data.skipped[split])
+        name, description = data.split_name(split), describe(data, split)
+        wanted = Manifest(format, split, name, description, epochs, len(dataset), left_out)
+        clip = data.num_frames * data.resolution**2 * 3
+        each = max(1, shard_bytes // clip)
+        # No shard holds clips of two epochs: who streams needs those of one.
+        ranges = [
+            (epoch * len(dataset) + first, min(each, len(dataset) - first))
+            for epoch in range(epochs)
+            for first in range(0, len(dataset), each)
+        ]
+    if not wanted.clips:
+        raise UserError(f"Expected videos in the {split} split to store, there are none; leave it out of --splits.")
+    found = _begin(folder, wanted, ranges)
+    known = _known(folder, found, ranges)
+    records = {number: record for number, record in known.items() if _is_whole(folder, record["shard"], verify)}
+    missing = [number for number in range(len(ranges)) if number not in records]
+    if format == "clips" and missing:
+        _expect_room(folder, sum(ranges[number][1] for number in missing) * clip)
+    loader = DataLoader(
+        _ShardWriter(folder, source, [(number, *ranges[number]) for number in missing]),
+        batch_size=None,
+        num_workers=min(data._workers(), len(missing)),
+        worker_init_fn=_init_worker,
+    )
+    places = sum(count for _, count in ranges)
+    with tqdm(total=places, desc=f"{split} {format}", unit="", disable=None) as bar:
+        bar.update(sum(ranges[number][1] for number in records))
+        for number, record in zip(missing, loader, strict=True):
+            if "error" in record:
+                raise UserError(record["error"])
+            if number in known and known[number]["shard"] != record["shard"]:
+                raise UserError(
+                    f"{folder / record['shard'].file}: made again it holds something else than before, so the videos "
+                    "or the decoder have changed; write another cache."
+                )
+            records[number] = record
+            bar.update(record["shard"].places)
+    if not found.complete:
+        found = _finish(folder, wanted, [records[number] for number in range(len(ranges))])
+    for number in range(len(ranges)):
+        (folder / _record_name(number)).unlink(missing_ok=True)
+    _sweep(folder)
+    return Written(split, found, folder, len(missing))
+
+
+def _begin(folder: Path, wanted: Manifest, ranges: list[tuple[int, int]]) -> Manifest:
+    """Make the folder, or see that it holds the same thing → its manifest."""
+    path = folder / MANIFEST
+    if not path.exists():
+        if folder.exists() and any(intended_name(file) is None for file in folder.iterdir()):
+            raise UserError(f"{folder}: expected an empty folder or a cache, it holds something else.")
+        write_text(path, wanted.to_json())
+        return wanted
+    found = Manifest.read(path)
+    other = difference(_layout(wanted) | wanted.description, _layout(found) | found.description)
+    if other is None and found.complete and [(shard.first, shard.places) for shard in found.shards] != ranges:
+        other = "shards of another size"
+    if other:
+        raise UserError(f"{folder}: expected a cache of {other}; give another folder, or delete this one.")
+    _sweep(folder, older_than=3600)
+    return found
+
+
+def _layout(manifest: Manifest) -> dict[str, Any]:
+    return {key: getattr(manifest, key) for key in ("format", "split", "epochs", "clips")}
+
+
+def _known(folder: Path, found: Manifest, ranges: list[tuple[int, int]]) -> dict[int, dict[str, Any]]:
+    """What was recorded of shards that are written, by their number."""
+    if found.complete:
+        return {number: {"shard": shard} for number, shard in enumerate(found.shards)}
+    records = {}
+    for number, (first, places) in enumerate(ranges):
+        try:
+            record = json.loads((folder / _record_name(number)).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            continue
+        record["shard"] = Shard(**record["shard"])
+        if (record["shard"].first, record["shard"].places) == (first, places):
+            records[number] = record
+    return records
+
+
+def _finish(folder: Path, wanted: Manifest, records: list[dict[str, Any]]) -> Manifest:
+    """Write what is known of all shards into one place; the manifest last, which says that the cache is whole."""
+    shards = [record["shard"] for record in records]
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(_COLUMNS[wanted.format])
+    for record in records:
+        writer.writerows(record["rows"])
+    write_text(folder / TABLE, table.getvalue())
+    write_text(folder / "index.json", _litdata_index(wanted.format, shards))
+    manifest = replace(
+        wanted,
+        shards=shards,
+        skipped={place: (name, reason) for record in records for place, name, reason in record["skipped"]},
+        replaced={place: [(n, r) for n, r in what] for record in records for place, what in record["replaced"]},
+        complete=True,
+    )
+    write_text(folder / MANIFEST, manifest.to_json())
+    return manifest
+
+
+def _litdata_index(format: str, shards: list[Shard]) -> str:
+    fields = _FIELDS[format]
+    leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
+    tree = {"type": "builtins.dict", "context": json.dumps(list(fields)), "children_spec": [leaf] * len(fields)}
+    config = {
+        "chunk_bytes": SHARD_BYTES,
+        "chunk_size": None,
+        "compression": None,
+        "data_format": list(fields.values()),
+        "data_spec": json.dumps([1, tree]),
+        "encryption": None,
+        "item_loader": "PyTreeLoader",
+    }
+    chunks = [
+        {"chunk_bytes": shard.bytes, "chunk_size": shard.items, "dim": None, "filename": shard.file}
+        for shard in shards
+        if shard.items
+    ]
+    return json.dumps({"chunks": chunks, "config": config, "updated_at": "0"}) + "\n"
+
+
+def _record_name(number: int) -> str:
+    return f"chunk-0-{number}.json"
+
+
+def _sweep(folder: Path, older_than: float = 0.0) -> None:
+    """Remove what a kill left behind; young files may belong to another process that writes here."""
+    for path in folder.iterdir():
+        if intended_name(path) is not None and time.time() - path.stat().st_mtime >= older_than:
+            path.unlink(missing_ok=True)
+
+
+def _is_whole(folder: Path, shard: Shard, checksum: bool) -> bool:
+    """Whether the file is there; `UserError` if it is damaged."""
+    path = folder / shard.file
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return False
+    if size != shard.bytes:
+        raise UserError(
+            f"{path}: expected {shard.bytes:,} bytes, got {size:,}; delete it and run `vidtwin cache` again, which "
+            "makes it anew."
+        )
+    if checksum and _sha256(path) != shard.sha256:
+        raise UserError(
+            f"{path}: expected sha256 {shard.sha256[:16]}…, got another: the file is damaged; delete it and run "
+            "`vidtwin cache` again, which makes it anew."
+        )
+    return True
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _expect_room(folder: Path, wanted: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise UserError(
+            f"{folder}: expected {wanted / 1e9:.1f} GB of free disk for the clips that are still to be written, there "
+            f"are {free / 1e9:.1f} GB; free some, choose another folder or fewer --epochs."
+        )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # told when it is read
+
+
+def _by_size(sizes: list[int], limit: int) -> Iterator[tuple[int, int]]:
+    """Neighbours that together stay within a limit: first index, how many."""
+    first, total = 0, 0
+    for index, size in enumerate(sizes):
+        if index > first and total + size > limit:
+            yield first, index - first
+            first, total = index, 0
+        total += size
+    if first < len(sizes):
+        yield first, len(sizes) - first
+
+
+@dataclass
+class _Item:
+    pieces: list[Any]  # bytes and arrays of bytes, in order
+    row: list[Any]
+    replaced: list[tuple[str, str]] = field(default_factory=list)
+
+
+class _ClipSource:
+    """Clips in their order: epoch by epoch."""
+
+    def __init__(self, dataset: ClipDataset, may_skip: bool) -> None:
+        self.dataset = dataset
+        self.may_skip = may_skip  # training has put another clip in the place of one, or there is none to be had
+
+    def name(self, place: int) -> str:
+        videos: list[Video] | None = getattr(self.dataset, "videos", None)
+        index = place % len(self.dataset)
+        return videos[index].name if videos else str(index)
+
+    def item(self, place: int) -> _Item:
+        epoch, index = divmod(place, len(self.dataset))
+        item = self.dataset.clip(epoch, index)
+        clip = np.ascontiguousarray(item["clip"])
+        header = np.array([_UINT8, clip.ndim, *clip.shape], np.uint32).tobytes()
+        name, label, start = item["name"], int(item["label"]), int(item["start_frame"])
+        text = name.encode()
+        sizes = np.array([len(header) + clip.nbytes, 8, len(text), 8], np.uint32).tobytes()
+        tail = np.int64(label).tobytes() + text + np.int64(start).tobytes()
+        return _Item([sizes, header, clip, tail], [epoch, index, name, label, start], list(item.get("skipped", ())))
+
+
+class _VideoSource:
+    """Video files as they are."""
+
+    may_skip = True
+
+    def __init__(self, videos: list[Video]) -> None:
+        self.videos = videos
+
+    def name(self, place: int) -> str:
+        return self.videos[place].name
+
+    def item(self, place: int) -> _Item:
+        video = self.videos[place]
+        try:
+            content = video.path.read_bytes()
+        except OSError as error:
+            raise VideoError(f"{video.path}: expected a video file, got this: {error.strerror}.") from None
+        info = survey(content)  # what is broken is told now, with its name, and not in a training
+        text = video.name.encode()
+        sizes = np.array([8, len(text), len(content)], np.uint32).tobytes()
+        row = [place, video.name, video.label, info.num_frames, info.fps, info.duration, info.width, info.height]
+        return _Item([sizes, np.int64(video.label).tobytes(), text, content], [str(value) for value in row])
+
+
+_Source = _ClipSource | _VideoSource
+
+
+class _ShardWriter(Dataset[dict[str, Any]]):
+    """Makes the shard when it is asked for it, in the worker; what comes back is a record of a few lines."""
+
+    def __init__(self, folder: Path, source: _Source, todo: list[tuple[int, int, int]]) -> None:
+        self.folder = folder
+        self.source = source
+        self.todo = todo  # number, first place, number of places
+
+    def __len__(self) -> int:
+        return len(self.todo)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, first, count = self.todo[index]
+        try:
+            return self._write(number, first, count)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return {
+                "error": f"{self.folder}: the disk is full; free some of it and run the same command again, the shards "
+                "written so far are kept."
+            }
+
+    def _write(self, number: int, first: int, count: int) -> dict[str, Any]:
+        pieces: list[list[Any]] = []
+        rows: list[list[Any]] = []
+        skipped: list[tuple[int, str, str]] = []
+        replaced: list[tuple[int, list[tuple[str, str]]]] = []
+        for place in range(first, first + count):
+            try:
+                item = self.source.item(place)
+            except VideoError as error:
+                if not self.source.may_skip:
+                    raise
+                skipped.append((place, self.source.name(place), str(error)))
+                continue
+            pieces.append(item.pieces)
+            rows.append(item.row)
+            if item.replaced:
+                replaced.append((place, item.replaced))
+        lengths = [sum(memoryview(piece).nbytes for piece in parts) for parts in pieces]
+        offsets = 4 * (len(pieces) + 2) + np.cumsum([0, *lengths])
+        if offsets[-1] >= 2**32:
+            raise UserError(
+                f"{self.source.name(first)}: expected a video file below 4 GB, which a shard can hold; use "
+                "--format clips for this data."
+            )
+        file = f"chunk-0-{number}.bin"
+        digest = hashlib.sha256()
+        with replacing(self.folder / file) as temporary, temporary.open("wb") as stream:
+            head = np.array([len(pieces), *offsets], np.uint32).tobytes()
+            for piece in [head, *(piece for parts in pieces for piece in parts)]:
+                stream.write(piece)
+                digest.update(piece)
+        shard = Shard(file, first, count, len(pieces), int(offsets[-1]), digest.hexdigest())
+        record = {"number": number, "shard": shard, "rows": rows, "skipped": skipped, "replaced": replaced}
+        write_text(self.folder / _record_name(number), json.dumps(record | {"shard": vars(shard)}))
+        return record
+
+
+class Items:
+    """The items of a split's shards by their places, mapped into memory: nothing is read but what is used of an item.
+
+    Nothing stays open from one item to the next, so the object goes into workers as it is.
+
+    Args:
+        manifest: Of the split.
+        locate: A shard → its file on this machine.
+    """
+
+    def __init__(self, manifest: Manifest, locate: Callable[[Shard], Path]) -> None:
+        self.manifest = manifest
+        self.locate = locate
+        self._firsts = [shard.first for shard in manifest.shards]
+        self._offsets: dict[int, NDArray[np.uint32]] = {}
+        self._missing = {
+            number: sorted(p for p in manifest.skipped if shard.first <= p < shard.first + shard.places)
+            for number, shard in enumerate(manifest.shards)
+        } if manifest.skipped else {}  # fmt: skip
+
+    def shard_of(self, place: int) -> int:
+        """Number of the shard that covers a place."""
+        return bisect_right(self._firsts, place) - 1
+
+    def fields(self, place: int) -> list[NDArray[np.uint8]]:
+        """The fields of an item as they are stored; writing into them changes no file.
+
+        Raises:
+            VideoError: It could not be read when the shards were written.
+        """
+        if place in self.manifest.skipped:
+            raise VideoError(self.manifest.skipped[place][1])
+        number = self.shard_of(place)
+        shard = self.manifest.shards[number]
+        slot = place - shard.first - sum(missing < place for missing in self._missing.get(number, ()))
+        for attempt in range(_LOOKS):
+            try:
+                item = self._map(number, shard, slot, self.locate(shard))
+                break
+            except FileNotFoundError:  # another process has taken it away to keep a limit; it comes again
+                if attempt == _LOOKS - 1:
+                    raise
+        count = len(_FIELDS[self.manifest.format])
+        edges = 4 * count + np.cumsum([0, *item[: 4 * count].view(np.uint32)])
+        return [item[a:b] for a, b in pairwise(edges)]
+
+    def _map(self, number: int, shard: Shard, slot: int, path: Path) -> NDArray[np.uint8]:
+        offsets = self._offsets.get(number)
+        if offsets is None:
+            offsets = self._offsets[number] = np.fromfile(path, np.uint32, shard.items + 1, offset=4)
+        begin, end = int(offsets[slot]), int(offsets[slot + 1])
+        # Mapped privately: an array that can be written to is one that torch takes without a copy.
+        return np.memmap(path, np.uint8, "c", begin, (end - begin,)).view(np.ndarray)
+
+    def clip(self, place: int) -> dict[str, Any]:
+        """A decoded clip as `ClipDataset.clip` gives it."""
+        array, label, name, start = self.fields(place)
+        header = array[:8].view(np.uint32)
+        begin = 8 + 4 * int(header[1])
+        item: dict[str, Any] = {
+            "clip": array[begin:].reshape(array[8:begin].view(np.uint32)),
+            "label": int(label.view(np.int64)[0]),
+            "name": bytes(name).decode(),
+            "start_frame": int(start.view(np.int64)[0]),
+        }
+        if place in self.manifest.replaced:
+            item["skipped"] = self.manifest.replaced[place]
+        return item
+
+    def video(self, place: int) -> tuple[bytes, str, int]:
+        """Content of a video file, its name and its label."""
+        label, name, content = self.fields(place)
+        return bytes(content), bytes(name).decode(), int(label.view(np.int64)[0])
+
+
+class CachedClips(ClipDataset):
+    """Clips that `vidtwin cache` has decoded: bit for bit those of the data set they come from.
+
+    `dataset[epoch, index]` is the clip of `epoch` modulo the number of cached epochs.
+
+    Args:
+        folder: `OUT/<split>`.
+        expected: What the clips should be, from `describe`; None: whatever they are.
+
+    Raises:
+        UserError: There is no cache, it is not finished, of something else, or a shard is not whole. From `clip`
+            `VideoError` for a video that could not be read when the cache was written.
+    """
+
+    def __init__(self, folder: Path | str, expected: Mapping[str, Any] | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest = Manifest.read(self.folder / MANIFEST)
+        check(self.manifest, str(self.folder), "clips", expected)
+        expect_shards(self.folder, self.manifest)
+        self.items = Items(self.manifest, self._locate)
+        self._identities: dict[int, tuple[str, int]] | None = None
+
+    def __len__(self) -> int:
+        return self.manifest.clips
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        try:
+            return super().__getitem__(key)
+        except VideoError:
+            place = key[1] if isinstance(key, tuple) else key
+            return {"skipped": [self.manifest.skipped[place]]}
+
+    def clip(self, epoch: int, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Expected an index below {len(self)}, got {index}.")
+        return self.items.clip(epoch % self.manifest.epochs * len(self) + index)
+
+    def identity(self, index: int) -> tuple[str, int]:
+        if self._identities is None:
+            rows = [row for row in self._rows() if row["epoch"] == "0"]
+            self._identities = {int(row["index"]): (row["name"], int(row["start_frame"])) for row in rows}
+        if index not in self._identities and index in self.manifest.skipped:
+            raise VideoError(self.manifest.skipped[index][1])
+        return self._identities[index]
+
+    def _locate(self, shard: Shard) -> Path:
+        return self.folder / shard.file
+
+    def _rows(self) -> list[dict[str, str]]:
+        with (self.folder / TABLE).open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+
+def check(manifest: Manifest, where: str, format: Format, expected: Mapping[str, Any] | None) -> None:
+    """`UserError` if a manifest is not that of a whole cache of what is expected."""
+    if not manifest.complete:
+        raise UserError(f"{where}: expected a finished cache; run `vidtwin cache` again, which goes on with it.")
+    if manifest.format != format:
+        raise UserError(f"{where}: expected {format}, it holds {manifest.format}.")
+    if expected is not None and (found := difference(expected, manifest.description)):
+        raise UserError(
+            f"{where}: expected a cache of {found}; use the arguments it was made with, or write another one by "
+            "`vidtwin cache`."
+        )
+
+
+def expect_shards(folder: Path, manifest: Manifest) -> None:
+    """`UserError` if a shard is absent or of another size."""
+    for shard in manifest.shards:
+        if not _is_whole(folder, shard, checksum=False):
+            raise UserError(
+                f"{folder / shard.file}: expected a shard of the cache, there is no such file; run `vidtwin cache` "
+                "again, which makes it anew."
+            )

@@ -1,0 +1,344 @@
+"""Cached clips are the online ones bit for bit; no kill, no full disk and no damage loses or changes one unnoticed."""
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from vidtwin.datamodules import cache
+from vidtwin.datamodules.cache import CachedClips, Manifest, describe, write_cache
+from vidtwin.datamodules.clips import ClipDataModule, ClipDataset
+from vidtwin.datamodules.synthetic import Synthetic
+from vidtwin.datamodules.ucf101 import UCF101
+from vidtwin.errors import UserError
+from vidtwin.video import VideoError
+
+SMALL: dict[str, Any] = {"num_frames": 4, "resolution": 16, "batch_size": 2, "num_workers": 0}
+SHARD = 10_000  # bytes: three clips
+
+Make = Callable[..., ClipDataModule]
+
+
+@pytest.fixture(scope="module")
+def make(small_ucf: Path) -> Make:
+    """8 training clips, 4 of validation, 4 of test."""
+    return lambda **kwargs: UCF101(str(small_ucf), **(SMALL | kwargs))
+
+
+@pytest.fixture(scope="module")
+def written(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs; nobody writes into it."""
+    out = tmp_path_factory.mktemp("written") / "cache"
+    write_cache(make(), out, epochs=2, shard_bytes=SHARD)
+    return out
+
+
+@pytest.fixture
+def copied(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "cache"))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Checksum of each file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
+    a, b = dict(a), dict(b)
+    assert np.array_equal(np.asarray(a.pop("clip")), np.asarray(b.pop("clip")))
+    assert a == b
+
+
+def test_cached_clips_are_the_online_ones_bit_for_bit(make, written):
+    data = make()
+    for split, epochs in (("train", 2), ("val", 1), ("test", 1)):
+        online, cached = data.dataset(split), CachedClips(written / split, describe(data, split))
+        assert len(cached) == len(online)
+        for index in range(len(online)):
+            assert cached.identity(index) == online.identity(index) or split == "train"
+            for epoch in range(2 * epochs):
+                assert_equal(cached[epoch, index], online[epoch % epochs, index])
+            assert_equal(cached[index], online[index])
+
+
+def test_real_clips_are_equal_too(shared, tmp_path):
+    data = UCF101(str(shared / "data/ucf_like/UCF-101"), num_frames=8, resolution=32, val_groups=(10,), num_workers=0)
+    write_cache(data, tmp_path, ["val"])
+    cached, online = CachedClips(tmp_path / "val", describe(data, "val")), data.dataset("val")
+    for index in range(len(online)):
+        assert_equal(cached[0, index], online[0, index])
+        assert cached.identity(index) == online.identity(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_read_what_one_process_reads(written, workers):
+    cached = CachedClips(written / "train")
+    keys = [(1, 5), (0, 2), (1, 0), (3, 7)]
+    loader = DataLoader(cached, batch_size=2, sampler=keys, num_workers=workers)  # type: ignore[arg-type]
+    clips = torch.cat([batch["clip"] for batch in loader])
+    assert torch.equal(clips, torch.stack([cached[key]["clip"] for key in keys]))
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(make, written, tmp_path):
+    write_cache(make(num_workers=2), tmp_path / "cache", epochs=2, shard_bytes=SHARD)
+    assert contents(tmp_path / "cache") == contents(written)
+
+
+def test_a_clip_is_mapped_not_copied_and_writing_into_it_changes_no_file(written):
+    before = contents(written)
+    array = CachedClips(written / "train").clip(0, 1)["clip"]
+    assert not array.flags.owndata
+    assert array.flags.writeable
+    clip = CachedClips(written / "train")[0, 1]["clip"]
+    clip.zero_()
+    array[:] = 1
+    assert contents(written) == before
+
+
+def test_it_goes_into_workers_without_an_open_file(written):
+    cached = CachedClips(written / "train")
+    cached[0, 0], cached[1, 7]
+    handles = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    again = pickle.loads(pickle.dumps(cached))
+    for index in range(8):
+        assert_equal(again[1, index], cached[1, index])
+    if handles:
+        assert len(os.listdir("/proc/self/fd")) == handles
+
+
+def test_litdata_reads_the_shards_itself(written, make, monkeypatch):
+    monkeypatch.setenv("LITDATA_DISABLE_VERSION_CHECK", "1")  # it would ask PyPI
+    litdata = pytest.importorskip("litdata")
+    monkeypatch.setattr("litdata.streaming.dataset._check_version_and_prompt_upgrade", lambda version: None)
+    items = litdata.StreamingDataset(str(written / "val"))
+    online = make().dataset("val")
+    assert len(items) == len(online)
+    for index, item in enumerate(items):
+        assert_equal(item, online.clip(0, index))
+
+
+def write_thirty(out: Path) -> None:
+    os.setsid()  # a process group, that a kill reaches the workers too
+    data = Synthetic(num_train=30, num_val=1, num_test=1, num_frames=4, resolution=32, num_workers=1)
+    write_cache(data, out, ["train"], epochs=2, shard_bytes=30_000)
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
+    """Once as nobody disturbs it, then killed after each few shards until it comes through."""
+    start = multiprocessing.get_context("fork").Process
+    undisturbed = start(target=write_thirty, args=(tmp_path / "whole",))
+    undisturbed.start()
+    undisturbed.join()
+    whole = contents(tmp_path / "whole")
+    shards = [name for name in whole if name.endswith(".bin")]
+    assert len(shards) == 30
+    out = tmp_path / "killed/train"
+    kept: dict[str, int] = {}
+    for goal in (1, 2, 10, 30):
+        process = start(target=write_thirty, args=(out.parent,))
+        process.start()
+        while process.is_alive() and (goal == 30 or len(list(out.glob("chunk-*.json"))) < goal):
+            time.sleep(0.001)
+        if goal < 30:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            assert goal <= len(list(out.glob("chunk-*.json"))) < 30
+            with pytest.raises(UserError, match="expected a finished cache; run `vidtwin cache` again"):
+                CachedClips(out)
+        assert all((out / name).stat().st_mtime_ns == changed for name, changed in kept.items())
+        kept = {p.with_suffix(".bin").name: p.with_suffix(".bin").stat().st_mtime_ns for p in out.glob("chunk-*.json")}
+    assert contents(tmp_path / "killed") == whole  # nothing else is left behind either
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_full_disk_leaves_the_shards_before_it(make, written, tmp_path, monkeypatch, workers):
+    whole = cache.replacing
+
+    @contextmanager
+    def full(path: Path):
+        if Path(path).name == "chunk-0-3.bin":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        with whole(path) as temporary:
+            yield temporary
+
+    monkeypatch.setattr(cache, "replacing", full)
+    with pytest.raises(UserError, match="the disk is full; free some of it and run the same command again"):
+        write_cache(make(num_workers=workers), tmp_path / "cache", epochs=2, shard_bytes=SHARD)
+    assert (tmp_path / "cache/train/chunk-0-2.bin").exists()
+    monkeypatch.undo()
+    done = write_cache(make(), tmp_path / "cache", epochs=2, shard_bytes=SHARD)
+    assert done[0].made <= 3
+    assert contents(tmp_path / "cache") == contents(written)
+
+
+def test_too_little_room_is_told_before_it_begins(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"expected 0\.0 GB of free disk for the clips that are still to be written"):
+        write_cache(make(), tmp_path, ["train"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "difference"),
+    [
+        ({"num_frames": 5}, "num_frames=5, it holds num_frames=4"),
+        ({"resolution": 24}, "resolution=24, it holds resolution=16"),
+        ({"fps": 4.0}, "fps=4.0, it holds fps=8.0"),
+        ({"seed": 1}, "seed=1, it holds seed=0"),
+        ({"horizontal_flip": False}, "horizontal_flip=false, it holds horizontal_flip=true"),
+        ({"augment": False}, "augment=false, it holds augment=true"),
+        ({"short_videos": "loop"}, 'short_videos="loop", it holds short_videos="skip"'),
+        ({"val_groups": (9,)}, "videos="),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(make, copied, arguments, difference):
+    other = make(**arguments)
+    with pytest.raises(UserError, match="expected a cache of ") as error:
+        CachedClips(copied / "train", describe(other, "train"))
+    assert difference in str(error.value)
+    before = contents(copied)
+    with pytest.raises(UserError, match="expected a cache of "):
+        write_cache(other, copied, ["train"], epochs=2, shard_bytes=SHARD)
+    assert contents(copied) == before
+
+
+def test_other_epochs_formats_and_folders_are_refused(make, copied, tmp_path):
+    with pytest.raises(UserError, match="a cache of epochs=3, it holds epochs=2"):
+        write_cache(make(), copied, ["train"], epochs=3)
+    with pytest.raises(UserError, match="shards of another size"):
+        write_cache(make(), copied, ["train"], epochs=2, shard_bytes=2 * SHARD)
+    with pytest.raises(UserError, match='a cache of format="videos", it holds format="clips"'):
+        write_cache(make(), copied, ["val"], format="videos")
+    (tmp_path / "other/val").mkdir(parents=True)
+    (tmp_path / "other/val/thesis.tex").touch()
+    with pytest.raises(UserError, match="it holds something else"):
+        write_cache(make(), tmp_path / "other", ["val"])
+    with pytest.raises(UserError, match=r"there is no such file; write it by `vidtwin cache`"):
+        CachedClips(tmp_path / "nowhere")
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="expected a manifest written by"):
+        CachedClips(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"schema_version": 99}')
+    with pytest.raises(UserError, match="expected schema version 1, got 99"):
+        CachedClips(tmp_path)
+
+
+def test_a_cache_serves_without_its_videos(written, small_ucf, tmp_path):
+    """What the data module says of itself is still compared."""
+
+    class Own(UCF101):
+        def cache_key(self, split):
+            return {"val_groups": self.val_groups}
+
+    moved = Path(shutil.copytree(small_ucf, tmp_path / "moved"))
+    write_cache(Own(str(moved), **SMALL), tmp_path / "cache", ["val"])
+    shutil.rmtree(moved)
+    assert len(CachedClips(tmp_path / "cache/val", describe(Own(str(moved), **SMALL), "val"))) == 4
+    with pytest.raises(UserError, match=r"val_groups=\[9\], it holds val_groups=\[24, 25\]"):
+        CachedClips(tmp_path / "cache/val", describe(Own(str(moved), val_groups=(9,), **SMALL), "val"))
+
+
+def test_damage_is_found_and_mended(make, copied, written):
+    shard = copied / "train/chunk-0-1.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"chunk-0-1\.bin: expected 9,481 bytes, got 9,480; delete it"):
+        CachedClips(copied / "train")
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the right size
+    CachedClips(copied / "train")
+    write_cache(make(), copied, epochs=2, shard_bytes=SHARD)
+    with pytest.raises(UserError, match=r"chunk-0-1\.bin: .*the file is damaged; delete it and run"):
+        write_cache(make(), copied, epochs=2, shard_bytes=SHARD, verify=True)
+    shard.unlink()
+    with pytest.raises(UserError, match="there is no such file; run `vidtwin cache` again"):
+        CachedClips(copied / "train")
+    done = write_cache(make(), copied, epochs=2, shard_bytes=SHARD, verify=True)
+    assert [split.made for split in done] == [1, 0, 0]
+    assert contents(copied) == contents(written)
+
+
+class Faulty(Synthetic):
+    """Of validation clip 1 nothing can be read; in training another one stands in for clip 2."""
+
+    def make_dataset(self, split: str) -> Any:
+        dataset = super().make_dataset(split)
+        clip = dataset.clip
+
+        def faulty(epoch: int, index: int) -> dict[str, Any]:
+            if split != "train" and index == 1:
+                raise VideoError("broken.avi: decoding stops")
+            if split == "train" and index == 2:
+                return {**clip(epoch, 3), "skipped": [("broken.avi", "decoding stops")]}
+            return clip(epoch, index)
+
+        dataset.clip = faulty
+        return dataset
+
+
+def test_what_can_not_be_read_is_listed_with_its_reason_and_never_another_clip(tmp_path):
+    data = Faulty(num_train=5, num_val=5, num_test=1, **SMALL)
+    train, val = write_cache(data, tmp_path, ["train", "val"], epochs=2, shard_bytes=SHARD)
+    assert val.manifest.skipped == {1: ("1", "broken.avi: decoding stops")}
+    assert "val: 4 clips" in str(val)
+    assert "skipped 1: broken.avi: decoding stops" in str(val)
+    assert "replaced broken.avi by other clips: decoding stops" in str(train)
+    cached, online = CachedClips(tmp_path / "val"), data.dataset("val")
+    assert len(cached) == 5
+    with pytest.raises(VideoError, match="decoding stops"):
+        cached.clip(0, 1)
+    assert cached[0, 1] == {"skipped": [("1", "broken.avi: decoding stops")]}
+    for index in (0, 2, 3, 4):
+        assert_equal(cached.clip(0, index), online.clip(0, index))
+    cached, online = CachedClips(tmp_path / "train"), data.dataset("train")
+    assert cached.clip(1, 2)["skipped"] == [("broken.avi", "decoding stops")]
+    for epoch, index in ((0, 2), (1, 2), (1, 4)):
+        assert_equal(cached.clip(epoch, index), online.clip(epoch, index))
+
+
+def test_a_training_clip_that_can_not_be_replaced_ends_the_writing(tmp_path):
+    class Hopeless(Synthetic):
+        def make_dataset(self, split: str) -> Any:
+            dataset = super().make_dataset(split)
+
+            def hopeless(epoch: int, index: int) -> dict[str, Any]:
+                raise VideoError("broken.avi: 99 others could not be read either")
+
+            dataset.clip = hopeless
+            return dataset
+
+    with pytest.raises(VideoError, match="99 others"):
+        write_cache(Hopeless(num_train=2, **SMALL), tmp_path, ["train"])
+
+
+def test_the_manifest_says_what_was_cached(written):
+    content = json.loads((written / "val/manifest.json").read_text())
+    assert content["schema_version"] == 1
+    assert content["description"]["fps"] == 8.0
+    assert content["split_name"] == "vallist01"
+    assert [shard["sha256"] for shard in content["shards"]] == [
+        hashlib.sha256((written / "val" / shard["file"]).read_bytes()).hexdigest() for shard in content["shards"]
+    ]
+    assert Manifest.read(written / "val/manifest.json").to_json() == (written / "val/manifest.json").read_text()
+    names = [line.split(",")[2] for line in (written / "val/clips.csv").read_text().splitlines()[1:]]
+    assert names == [f"{name}/v_{name}_g25_c0{k}.avi" for name in ("Bounce", "Drift") for k in (1, 2)]
+
+
+def test_an_index_beyond_the_end_is_an_error(written):
+    dataset: ClipDataset = CachedClips(written / "val")
+    with pytest.raises(IndexError):
+        dataset[0, 4]
