@@ -103,9 +103,9 @@ def measure(path: Path, name: str) -> Measurement:
     except VideoError as error:
         found.fault, found.frames = error.kind, error.decodable
         found.reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{error.kind}: ")
-    except (av.error.FFmpegError, OSError, MemoryError, ValueError, ArithmeticError) as error:
+    except Exception as error:  # of thousands of files one that finds a bug must not end the scan of the others
         found.fault = "unreadable"
-        found.reason = f"it can't be measured: {type(error).__name__}: {error}"
+        found.reason = f"it can't be measured: {type(error).__name__}: {error}".replace(f"{path}", name)
     return found
 
 

@@ -249,7 +249,8 @@ def _copies(report: dict[str, Any], folder: Path) -> list[str]:
     if copies["within"]:
         exact = sum(copy["exact"] for copy in copies["within"])
         where = " in their own split" if report["splits"] else ""
-        lines += ["", f"Copies of another video{where}: {len(copies['within']):,}, {exact:,} of them the same file"]
+        count = f"{len(copies['within']):,}, {exact:,} of them the same file (report.json names them)"
+        lines += ["", f"Copies of another video{where}: {count}"]
     elif not copies["across"]:
         lines += ["", "Copies of another video: none"]
     return lines
