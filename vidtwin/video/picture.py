@@ -18,6 +18,9 @@ RESIZE_FILTER = "area (swscale): antialiased shrinking, bilinear enlarging"
 
 Frames = NDArray[np.uint8]
 
+# With the area filter alone limited ranges come out 2 of 255 too dark, and neighbours share their chroma.
+_FLAGS = "area+accurate_rnd+full_chroma_int"
+
 
 class Converter:
     """Frames of one stream → uint8 (H, W, 3): a square crop resized to `size`, or the whole picture if `size` is None.
@@ -69,13 +72,11 @@ class Converter:
         if self._size is not None:
             left, top, width, height = self._square(frame)
             nodes.append(graph.add("crop", f"{width}:{height}:{left}:{top}"))
-            nodes.append(graph.add("scale", f"{self._size}:{self._size}:flags=area+accurate_rnd+full_chroma_int"))
+            shape = (self._size, self._size)
         else:
             self._whole = self._whole or (max(1, round(frame.width * self._aspect)), frame.height)
-            if self._whole != (frame.width, frame.height):
-                nodes.append(
-                    graph.add("scale", f"{self._whole[0]}:{self._whole[1]}:flags=area+accurate_rnd+full_chroma_int")
-                )
+            shape = self._whole
+        nodes.append(graph.add("scale", f"{shape[0]}:{shape[1]}:flags={_FLAGS}"))
         nodes += [graph.add("format", "rgb24"), graph.add("buffersink")]
         graph.link_nodes(*nodes).configure()
         return graph
