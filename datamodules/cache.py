@@ -37,6 +37,7 @@ from vidtwin.files import intended_name, replacing, write_text
 from vidtwin.video import RESIZE_FILTER, VideoError, survey
 
 from .clips import SPLITS, ClipDataModule, ClipDataset, Key, Video, _init_worker
+from .index import Fault
 
 Format = Literal["clips", "videos"]
 
@@ -497,10 +498,13 @@ class _ClipSource:
         self.dataset = dataset
         self.may_skip = may_skip  # training has put another clip in the place of one, or there is none to be had
 
-    def name(self, place: int) -> str:
+    def skipped(self, place: int, error: VideoError) -> tuple[str, str]:
+        """What to call a clip that can't be read, and why."""
         videos: list[Video] | None = getattr(self.dataset, "videos", None)
         index = place % len(self.dataset)
-        return videos[index].name if videos else str(index)
+        if not videos:
+            return str(index), str(error)
+        return videos[index].name, Fault.of(error, videos[index].path).reason
 
     def item(self, place: int) -> _Item:
         epoch, index = divmod(place, len(self.dataset))
@@ -522,8 +526,8 @@ class _VideoSource:
     def __init__(self, videos: list[Video]) -> None:
         self.videos = videos
 
-    def name(self, place: int) -> str:
-        return self.videos[place].name
+    def skipped(self, place: int, error: VideoError) -> tuple[str, str]:
+        return self.videos[place].name, Fault.of(error, self.videos[place].path).reason
 
     def item(self, place: int) -> _Item:
         video = self.videos[place]
@@ -531,7 +535,10 @@ class _VideoSource:
             content = video.path.read_bytes()
         except OSError as error:
             raise VideoError(f"{video.path}: expected a video file, got this: {error.strerror}.") from None
-        info = survey(content)  # what is broken is told now, with its name, and not in a training
+        try:
+            info = survey(content)  # what is broken is told now, with its name, and not in a training
+        except VideoError as error:  # whose text can't know the name
+            raise VideoError(f"{video.path}: {str(error).partition(': ')[2]}", kind=error.kind) from None
         text = video.name.encode()
         sizes = np.array([8, len(text), len(content)], np.uint32).tobytes()
         row = [place, video.name, video.label, info.num_frames, info.fps, info.duration, info.width, info.height]
@@ -575,7 +582,7 @@ class _ShardWriter(Dataset[dict[str, Any]]):
             except VideoError as error:
                 if not self.source.may_skip:
                     raise
-                skipped.append((place, self.source.name(place), str(error)))
+                skipped.append((place, *self.source.skipped(place, error)))
                 continue
             pieces.append(item.pieces)
             rows.append(item.row)
@@ -585,8 +592,8 @@ class _ShardWriter(Dataset[dict[str, Any]]):
         offsets = 4 * (len(pieces) + 2) + np.cumsum([0, *lengths])
         if offsets[-1] >= 2**32:
             raise UserError(
-                f"{self.source.name(first)}: expected a video file below 4 GB, which a shard can hold; use "
-                "--format clips for this data."
+                f"Expected video files below 4 GB, which a shard can hold, got {rows[0][1]}; use --format clips for "
+                "these data."
             )
         file = f"chunk-0-{number}.bin"
         digest = hashlib.sha256()
