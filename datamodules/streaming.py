@@ -70,6 +70,7 @@ class Shelf:
         self.limit = limit
         self.options = options
         self.remote = "://" in url or url.startswith("local:")
+        self._client: tuple[int, Any] | None = None  # process, and litdata's downloader in it
         self._waiting: tuple[int, queue.SimpleQueue[Shard]] | None = None  # process, and what its thread is to fetch
         if not self.remote:
             self.folder = Path(url)
@@ -118,7 +119,7 @@ class Shelf:
         self._waiting[1].put(shard)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_waiting": None}
+        return {**vars(self), "_waiting": None, "_client": None}
 
     def _bring_expected(self, waiting: "queue.SimpleQueue[Shard]") -> None:
         while True:
@@ -148,15 +149,13 @@ class Shelf:
         for attempt in range(_ATTEMPTS):
             if attempt:
                 time.sleep(_PAUSE * 4 ** (attempt - 1))
-            target.unlink(missing_ok=True)  # litdata takes a file that is there for the whole one
-            downloader = _downloader(self.url, target.parent, self.options)
+            downloader = self._downloader()
             try:
-                if shard is None:  # not by litdata's faster client: begun before workers are forked, it fails in them
-                    with target.open("wb") as stream:
-                        downloader.download_fileobj(address, stream)
-                    if not target.stat().st_size:  # a storage for which that does nothing
-                        target.unlink()
-                if not target.exists():
+                # By the storage's own client: the other one that litdata has knows no http:// and no forked processes.
+                with target.open("wb") as stream:
+                    downloader.download_fileobj(address, stream)
+                if not target.stat().st_size:  # a storage for which that does nothing
+                    target.unlink()  # or it would be taken for the file
                     downloader.download_file(address, str(target))
             except Exception as error:  # each storage has its own
                 reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
@@ -168,6 +167,11 @@ class Shelf:
                 return
         target.unlink(missing_ok=True)
         raise UserError(f"{address}: expected a file written by `vidtwin cache`, could not get it: {reason}")
+
+    def _downloader(self) -> Any:
+        if self._client is None or self._client[0] != os.getpid():  # connections don't survive a fork
+            self._client = os.getpid(), _downloader(self.url, self.options)
+        return self._client[1]
 
     def _keep_limit(self, limit: int, newest: Path) -> None:
         files = []
@@ -187,7 +191,7 @@ class Shelf:
                 total -= size
 
 
-def _downloader(url: str, folder: Path, options: dict[str, Any] | None) -> Any:
+def _downloader(url: str, options: dict[str, Any] | None) -> Any:
     try:
         from litdata.streaming.downloader import get_downloader
     except ImportError as error:
@@ -195,7 +199,7 @@ def _downloader(url: str, folder: Path, options: dict[str, Any] | None) -> Any:
             f"Expected litdata to stream from {url}, it can't be imported ({error}); pip install 'vidtwin[stream]'."
         ) from None
     try:
-        return get_downloader(url, str(folder), [], options)
+        return get_downloader(url, "", [], options)
     except ModuleNotFoundError as error:  # the client of that storage
         raise UserError(f"Expected litdata to know the storage of {url}: {error}") from None
 

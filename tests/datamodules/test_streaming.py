@@ -4,6 +4,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -352,6 +353,49 @@ def test_what_is_not_there_is_told_at_once(make, store):
     assert len(store.asked) == 1
     with pytest.raises(UserError, match=r"/nowhere/val/manifest\.json, there is no such file"):
         make(url="/nowhere").dataset("val")
+
+
+@pytest.fixture
+def s3(out: Path) -> Iterator[tuple[str, list[str]]]:
+    """An S3 server on this machine with the folder `out` as a bucket, and the files it was asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> bytes:
+            path = out / self.path.partition("?")[0].removeprefix("/bucket/")
+            content = path.read_bytes() if path.is_file() else b""
+            self.send_response(200 if content else 404)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", '"1"')
+            self.send_header("Last-Modified", "Tue, 24 Nov 2026 12:00:00 GMT")
+            self.end_headers()
+            return content
+
+        def do_GET(self) -> None:
+            asked.append(self.path.rpartition("/")[2])
+            self.wfile.write(self.do_HEAD())
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_from_s3_each_shard_comes_once_for_all_workers(make, files, s3, workers):
+    pytest.importorskip("litdata")
+    address, asked = s3
+    key = {"aws_access_key_id": "k", "aws_secret_access_key": "s", "region_name": "us-east-1"}
+    options = {"endpoint_url": address, **key}
+    data = make("clips", url="s3://bucket/clips", storage_options=options, num_workers=workers, batch_size=1)
+    for batch in data.train_dataloader():
+        names = [video.name for video in files.videos("train")]
+        assert np.array_equal(batch["clip"][0], files.dataset("train")[0, names.index(batch["name"][0])]["clip"])
+    assert sorted(asked) == ["chunk-0-0.bin", "chunk-0-1.bin", "chunk-0-2.bin", "manifest.json"]
+    with pytest.raises(UserError, match=r"s3://bucket/absent/val/manifest\.json: expected a file .*404"):
+        make(url="s3://bucket/absent", storage_options=options).dataset("val")
 
 
 def test_a_limit_holds_and_what_was_taken_away_comes_again(out, store, tmp_path):
