@@ -453,6 +453,18 @@ def test_damage_before_the_clip_and_in_it_is_told_and_behind_it_is_not(tmp_path:
         assert caught.value.kind == "corrupt"
 
 
+def test_titles_in_another_encoding_and_codecs_that_nobody_knows(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", moving_pictures(20), 25)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"Lavf", b"L\xe4vf"))
+    assert survey(path).num_frames == 20
+    assert read_clip(path, 0, 4, 8).shape == (4, 32, 48, 3)
+    path.write_bytes(content.replace(b"avc1", b"zzzz"))
+    for read in (survey, probe, read_clip):
+        with pytest.raises(VideoError, match="FFmpeg can decode, it does not know the codec"):
+            read(path)
+
+
 KINDS = {
     "hard/audio_only.mp3": "unreadable", "hard/header_only_300B.avi": "unreadable",
     "hard/text_renamed.avi": "unreadable", "hard/zero_byte.avi": "unreadable",

@@ -92,6 +92,8 @@ def open_video(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
             if not container.streams.video:
                 raise VideoError(f"{name}: expected a video, got a file without a video stream.")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise VideoError(f"{name}: expected a video that FFmpeg can decode, it does not know the codec.")
             stream.thread_type = "NONE"  # threads within one small video are slower, and workers have one core each
             stream.codec_context.options = {"err_detect": "explode"}
             yield container, stream
@@ -103,13 +105,13 @@ def open_video(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 def _container(source: Source) -> InputContainer:
     if isinstance(source, bytes):
-        return av.open(io.BytesIO(source), "r")
+        return av.open(io.BytesIO(source), "r", metadata_errors="replace")
     path = Path(source)
     if path.is_dir():
         return _open_images(path)
     if path.suffix.lower() == ".yuv":
         return _open_raw(path)
-    return av.open(os.fspath(path), "r")
+    return av.open(os.fspath(path), "r", metadata_errors="replace")  # titles may be in any encoding
 
 
 def _open_images(folder: Path) -> InputContainer:
