@@ -42,6 +42,8 @@ Rates = float | Sequence[float] | None
 SPLITS = ("train", "val", "test")
 
 _HEADER_EXCESS = 3  # the last frames of a file that may fail to decode without making it a broken one
+_NAMED = 1000  # unusable videos that are told one by one
+_ADVICE = "; for short ones lower data.num_frames, raise data.fps or set data.short_videos to loop."
 _ATTEMPTS = 100  # clips that are drawn one after the other before training gives up
 
 
@@ -158,7 +160,7 @@ class VideoClips(ClipDataset):
 
     def _skipped(self, index: int, error: VideoError) -> tuple[str, str]:
         video = self.videos[index]
-        return video.name, Fault.of(error, video.path).reason
+        return video.name, Fault.of(error, video.info.path if video.info else video.path).reason
 
     def fault(self, index: int) -> Fault | None:
         """Why no clip of this video can be taken, as far as that can be told without decoding it."""
@@ -224,10 +226,10 @@ class VideoClips(ClipDataset):
             )
         span = self._span(info, fps)
         if info.num_frames <= span and not self.loop:
+            rate = "all frames" if fps is None else f"{fps:g} frames per second"
             raise VideoError(
-                f"{info.path}: expected at least {span + 1} frames for data.num_frames={self.num_frames} at "
-                f"data.fps={fps}, the video has {info.num_frames}; lower data.num_frames, raise data.fps, leave the "
-                "video out or let data.short_videos loop it.",
+                f"{info.path}: too short: a clip of {self.num_frames} at {rate} spans {span + 1}, "
+                f"it has {info.num_frames}.",
                 kind="short",
             )
         return max(0, info.num_frames - 1 - span)
@@ -527,13 +529,21 @@ class ClipDataModule(LightningDataModule, ABC):
         self._check_broken(split)
         if len(faults) == total:
             name, fault = next(iter(faults.items()))
-            raise UserError(f"Expected usable videos in split {split}, got none of {total}; {name}: {fault.reason}.")
+            raise UserError(
+                f"Expected usable videos in split {split}, got none of {total}; {name}: {fault.reason}"
+                f"{_ADVICE if fault.kind == 'short' else '.'}"
+            )
         if faults and tell:
-            for name, fault in faults.items():
+            for name, fault in list(faults.items())[:_NAMED]:
                 _tell(f"skipped {name}: {fault.reason}")
+            if len(faults) > _NAMED:
+                _tell(f"skipped {len(faults) - _NAMED} more, which `vidtwin doctor` lists")
             counts = Counter(fault.kind for fault in faults.values())
             kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-            _tell(f"{split}: {total - len(faults)} of {total} videos can be used; {kinds}")
+            _tell(
+                f"{split}: {total - len(faults)} of {total} videos can be used; {kinds}"
+                f"{_ADVICE if counts['short'] else ''}"
+            )
 
     def _skip(self, split: str, name: str, reason: str) -> None:
         """A clip that a worker could not read."""

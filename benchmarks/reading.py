@@ -1,0 +1,139 @@
+"""How fast clips are read, beside what FFmpeg's decoder alone can do in the same run.
+
+    python benchmarks/reading.py ../shared/data/ucf_like/UCF-101
+
+Prints Markdown tables for docs/reading_videos.md: clips per CPU-second of one process for 16 frames at 8 fps from a
+random start, at 224 px, by several ways, each a median over repetitions that take turns; then clips per second of wall
+time through the data loader, by the number of workers.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+
+from vidtwin.datamodules.clips import Video, VideoClips, _init_worker, collate
+from vidtwin.video import read_clip, survey
+
+FRAMES, FPS, SIZE = 16, 8, 224
+Job = tuple[Path, float, int, tuple[float, float]]  # file, start in seconds, last frame that is decoded, crop
+
+
+def jobs_of(root: Path, count: int) -> list[Job]:
+    """One random clip of each of so many videos."""
+    random = np.random.default_rng(0)
+    jobs: list[Job] = []
+    for path in sorted(root.rglob("*.avi"))[:count]:
+        info = survey(path)
+        span = int((FRAMES - 1) * info.fps / FPS)
+        if info.num_frames > span:
+            start = int(random.integers(info.num_frames - span))
+            jobs.append((path, float(start / info.fps), start + span, tuple(random.random(2))))
+    return jobs
+
+
+def decode_only(job: Job) -> None:
+    path, _, last, _ = job
+    with av.open(str(path)) as container:
+        container.streams.video[0].thread_type = "NONE"
+        for index, _ in enumerate(container.decode(video=0)):
+            if index == last:
+                return
+
+
+def read(job: Job) -> None:
+    path, start, _, crop = job
+    read_clip(path, start, FRAMES, FPS, SIZE, crop)
+
+
+def read_as_floats(job: Job) -> None:
+    path, start, _, crop = job
+    clip = torch.from_numpy(read_clip(path, start, FRAMES, FPS, SIZE, crop))
+    clip.permute(3, 0, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+def convert_every_frame(job: Job) -> None:
+    """What a loader does that makes an array of every frame, chooses afterwards, and resizes in torch."""
+    path, start, last, crop = job
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        rate = float(stream.average_rate or 25)
+        frames = []
+        for index, frame in enumerate(container.decode(video=0)):
+            frames.append(frame.to_ndarray(format="rgb24"))
+            if index == last:
+                break
+        chosen = [frames[min(last, int(start * rate + k * rate / FPS + 1e-6))] for k in range(FRAMES)]
+        side = min(chosen[0].shape[:2])
+        left, top = int((chosen[0].shape[1] - side) * crop[0]), int((chosen[0].shape[0] - side) * crop[1])
+        clip = torch.from_numpy(np.stack(chosen)[:, top : top + side, left : left + side]).permute(0, 3, 1, 2)
+        torch.nn.functional.interpolate(clip.float(), (SIZE, SIZE), mode="bilinear", antialias=True)
+
+
+WAYS: dict[str, Callable[[Job], None]] = {
+    "decoding only (PyAV)": decode_only,
+    "**`read_clip`, uint8**": read,
+    "`read_clip`, floats made by the worker": read_as_floats,
+    "every frame converted, then chosen, floats": convert_every_frame,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure how fast clips are read.")
+    parser.add_argument("root", type=Path, help="folder of .avi files, such as UCF-101")
+    parser.add_argument("--videos", type=int, default=60)
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    jobs = jobs_of(args.root, args.videos)
+    for way in WAYS.values():  # files into the page cache
+        for job in jobs:
+            way(job)
+    rates: dict[str, list[float]] = {name: [] for name in WAYS}
+    for _ in range(args.repetitions):
+        for name, way in WAYS.items():
+            begin = time.process_time()
+            for job in jobs:
+                way(job)
+            rates[name].append(len(jobs) / (time.process_time() - begin))
+    raw = rates["decoding only (PyAV)"]
+    decoded = statistics.mean(job[2] + 1 for job in jobs)
+    print(
+        f"{len(jobs)} clips of {FRAMES} frames, {decoded:.0f} frames decoded for each on average, "
+        f"PyAV {av.__version__}, {os.cpu_count()} cores\n"
+    )
+    print("| way | clips per CPU-second (min … max) | share of decoding only |")
+    print("|---|---:|---:|")
+    for name, values in rates.items():
+        share = statistics.median(a / b for a, b in zip(values, raw, strict=True))
+        print(
+            f"| {name} | {statistics.median(values):.0f} ({min(values):.0f} … {max(values):.0f}) | {100 * share:.0f}% |"
+        )
+    print("\n| workers | clips per second |")
+    print("|---:|---:|")
+    videos = [Video(job[0], job[0].name, info=survey(job[0])) for job in jobs]
+    for workers in args.workers:
+        clips = VideoClips(videos, FRAMES, SIZE, FPS, training=True, horizontal_flip=True)
+        loader = torch.utils.data.DataLoader(
+            clips, 4, num_workers=workers, collate_fn=collate, worker_init_fn=_init_worker, persistent_workers=True
+        )
+        speeds = []
+        for repetition in range(args.repetitions + 1):
+            begin = time.perf_counter()
+            for _ in loader:
+                pass
+            if repetition:  # the first one starts the workers
+                speeds.append(len(clips) / (time.perf_counter() - begin))
+        print(f"| {workers} | {statistics.median(speeds):.0f} ({min(speeds):.0f} … {max(speeds):.0f}) |")
+
+
+if __name__ == "__main__":
+    main()
