@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_ranks
+from broken_tree import BAD, write_tree
 
 from vidtwin import checkpoints
 
@@ -17,12 +18,14 @@ from vidtwin import checkpoints
 def outcomes(tmp_path_factory):
     """What each of two ranks wrote; a hang would be a failure after four minutes."""
     folder = tmp_path_factory.mktemp("ranks")
+    write_tree(folder / "videos")
     tests = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(tests / "two_ranks.py"), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    (folder / "stderr").write_text(done.stderr)
     return folder, ranks
 
 
@@ -94,3 +97,17 @@ def test_sigterm_to_one_rank_ends_both_and_the_rest_follows_bit_for_bit(outcomes
         assert rank["resumed"]["parts"] == rank["resumed"]["whole"]
     whole, parts = (weights_of(folder / "resumed" / name) for name in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_ranks_skip_the_same_videos_and_have_equally_many_batches(outcomes):
+    folder, ranks = outcomes
+    first, second = (rank["broken_videos"] for rank in ranks)
+    assert first["usable"] == second["usable"]
+    assert [len(names) for names in first["clips"]] == [len(names) for names in second["clips"]] == [1] * 8
+    seen = {name for rank in (first, second) for names in rank["clips"] for name in names}
+    validated = first["validated"] + second["validated"]
+    assert (seen | set(validated)).isdisjoint(BAD)
+    assert len(set(map(validated.count, validated))) == 1
+    told = [line.split()[2] for line in (folder / "stderr").read_text().splitlines() if "vidtwin: skipped " in line]
+    for name in BAD - {"damaged.mp4"}:  # that one is found by the rank that meets it
+        assert told.count(f"{name}:") == 1

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from vidtwin.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.callbacks.guard import StepGuard
+from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import Preempted, UserError
 from vidtwin.losses.discriminator import PatchDiscriminator2d
 from vidtwin.posteriors import Encoding
@@ -165,7 +166,18 @@ def resumed(folder: Path, **devices: Any) -> dict[str, Any]:
     }
 
 
-SCENARIOS = {f.__name__: f for f in (gradients, odd_tail, too_few, poisoned, resumed)}
+def broken_videos(folder: Path, **devices: Any) -> dict[str, Any]:
+    """Two epochs over videos of which some can't be used, in the folder that the test has made."""
+    diary = Diary()
+    data = VideoFolder(
+        str(folder.parent / "videos"), val_fraction=0.3, test_fraction=0.0, num_frames=4, resolution=32, batch_size=1,
+        num_workers=1, max_broken=0.7,
+    )  # fmt: skip
+    trainer(folder, max_steps=8, callbacks=[diary], **devices).fit(tiny_task(), datamodule=data)
+    return {"clips": diary.clips, "validated": diary.validated, "usable": len(data.dataset("train"))}
+
+
+SCENARIOS = {f.__name__: f for f in (gradients, odd_tail, too_few, poisoned, resumed, broken_videos)}
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
