@@ -36,7 +36,7 @@ from vidtwin.errors import UserError
 from vidtwin.files import intended_name, replacing, write_text
 from vidtwin.video import RESIZE_FILTER, VideoError, survey
 
-from .clips import SPLITS, ClipDataModule, ClipDataset, Key, Video, _init_worker
+from .clips import SPLITS, ClipDataModule, ClipDataset, Key, Video, _init_worker, _names
 from .index import Fault
 
 Format = Literal["clips", "videos"]
@@ -54,6 +54,7 @@ _COLUMNS = {
     "clips": ["epoch", "index", "name", "label", "start_frame"],
     "videos": ["index", "name", "label", "num_frames", "fps", "duration", "width", "height"],
 }
+_TOLD = 10  # lines about videos that can't be used
 _LOOKS = 5  # for a shard that other processes may take away
 _UINT8 = 4  # litdata's number of the type in the header of an array
 
@@ -193,7 +194,8 @@ def _source(data: ClipDataModule, split: str) -> dict[str, Any]:
     cache_key: Callable[[str], dict[str, Any]] | None = getattr(data, "cache_key", None)
     described = cache_key(split) if cache_key else {}
     if data.exclude:
-        described["exclude"] = hashlib.sha256(Path(data.exclude).read_bytes()).hexdigest()[:16]
+        names = "\n".join(sorted(_names(Path(data.exclude))))
+        described["exclude"] = f"names of sha256 {hashlib.sha256(names.encode()).hexdigest()[:16]}"
     try:
         videos = data.videos(split)
     except UserError:
@@ -243,7 +245,10 @@ class Written:
         without += [f"replaced {name} by other clips: {reason}" for name, reason in replaced.items()]
         more = f"; {len(without)} videos could not be used" if without else ""
         total = f"{self.split}: {self.items} {what}{epochs}, {self.bytes / 1e9:.3g} GB, shards: {shards}, "
-        return "\n".join([f"{total}new: {self.made}{more}", *(f"  {line}" for line in without)])
+        lines = [f"{total}new: {self.made}{more}", *(f"  {line}" for line in without[:_TOLD])]
+        if len(without) > _TOLD:
+            lines.append(f"  and {len(without) - _TOLD} more, see {self.folder / MANIFEST}")
+        return "\n".join(lines)
 
 
 def write_cache(

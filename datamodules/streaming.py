@@ -44,7 +44,7 @@ from .cache import (
     describe,
     expect_shards,
 )
-from .clips import ClipDataModule, ClipDataset, ClipSampler, Video, VideoClips
+from .clips import ClipDataModule, ClipDataset, ClipSampler, Video, VideoClips, _names
 from .index import Fault
 
 _ATTEMPTS = 4
@@ -438,10 +438,12 @@ class Streamed(ClipDataModule):
             )
 
         clips = clips_of(listed)
-        faults = {name: Fault("unreadable", reason) for name, reason in manifest.skipped.values()}
+        excluded = _names(Path(self.exclude)) if self.exclude else set()
+        faults = {n: Fault("unreadable", reason) for n, reason in manifest.skipped.values() if n not in excluded}
+        total = len(listed) + len(faults)
         faults |= {video.name: fault for i, video in enumerate(listed) if (fault := clips.fault(i))}
         shown = self.trainer is None or self.trainer.global_rank == 0
-        self._sift(split, len(listed) + len(manifest.skipped), faults, tell=shown)
+        self._sift(split, total, faults, tell=shown)
         return clips_of([video for video in listed if video.name not in faults])
 
     def protocol(self) -> dict[str, Any]:

@@ -217,6 +217,18 @@ def test_a_cache_of_something_else_is_refused(make, copied, arguments, differenc
     assert contents(copied) == before
 
 
+def test_what_is_excluded_is_not_stored_and_belongs_to_the_cache(make, tmp_path):
+    (tmp_path / "exclude.txt").write_text("Bounce/v_Bounce_g25_c01.avi\n")
+    data = make(exclude=str(tmp_path / "exclude.txt"))
+    write_cache(data, tmp_path / "cache", ["val"])
+    cached = CachedClips(tmp_path / "cache/val", describe(data, "val"))
+    assert cached.clip(0, 0)["name"] == "Bounce/v_Bounce_g25_c02.avi"
+    with pytest.raises(UserError, match="expected a cache of exclude=null, it holds exclude="):
+        CachedClips(tmp_path / "cache/val", describe(make(), "val"))
+    with pytest.raises(UserError, match=r"there is none; set data\.exclude"):
+        describe(make(exclude="absent.txt"), "val")
+
+
 def test_other_epochs_formats_and_folders_are_refused(make, copied, tmp_path):
     with pytest.raises(UserError, match="a cache of epochs=3, it holds epochs=2"):
         write_cache(make(), copied, ["train"], epochs=3)

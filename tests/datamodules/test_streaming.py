@@ -286,6 +286,13 @@ def test_what_can_not_be_read_is_named_and_treated_as_the_files_are(make, broken
         make(url=str(shards), max_broken=0.01).dataset("train")
 
 
+def test_broken_videos_that_are_excluded_are_not_held_against_the_data(make, broken, tmp_path, capfd):
+    (tmp_path / "exclude.txt").write_text("Bounce/v_Bounce_g09_c01.avi\n")
+    capfd.readouterr()
+    assert len(make(url=str(broken[1]), max_broken=0.0, exclude=str(tmp_path / "exclude.txt")).dataset("train")) == 7
+    assert "skipped" not in capfd.readouterr().err
+
+
 def test_videos_may_be_excluded(make, tmp_path):
     (tmp_path / "exclude.txt").write_text("Drift/v_Drift_g17_c01.avi\tdull\n")
     dataset = make(exclude=str(tmp_path / "exclude.txt")).dataset("train")
