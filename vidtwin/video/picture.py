@@ -18,14 +18,13 @@ RESIZE_FILTER = "area (swscale): antialiased shrinking, bilinear enlarging"
 
 Frames = NDArray[np.uint8]
 
-# With the area filter alone limited ranges come out 2 of 255 too dark, and neighbours share their chroma.
+# With the area filter alone limited ranges come out 2 of 255 too dark, and neighbours share their chroma. Into planes
+# that takes two thirds of the time that packed RGB takes.
 _FLAGS = "area+accurate_rnd+full_chroma_int"
 
 
 class Converter:
     """Frames of one stream → uint8 (H, W, 3): a square crop resized to `size`, or the whole picture if `size` is None.
-
-    The arrays are views of FFmpeg's buffers, so that whoever wants them in a clip copies them once.
 
     Args:
         size: Side of the square in pixels; None: the whole picture, its width stretched by the sample aspect ratio.
@@ -44,6 +43,14 @@ class Converter:
         self._whole: tuple[int, int] | None = None  # width and height that frames of the whole picture have
 
     def __call__(self, frame: VideoFrame) -> Frames:
+        planes = self.planes(frame)
+        picture = np.empty((*planes[0].shape, 3), np.uint8)
+        for channel, plane in enumerate(planes):
+            picture[..., channel] = plane
+        return picture
+
+    def planes(self, frame: VideoFrame) -> list[Frames]:
+        """Red, green and blue, (H, W) each: views of FFmpeg's buffers, to be copied once to where they are wanted."""
         layout = (frame.width, frame.height, frame.format.name)
         if layout != self._layout:  # the first frame, or a stream that changes its size
             self._layout = layout
@@ -52,12 +59,14 @@ class Converter:
         assert self._graph is not None
         self._graph.vpush(frame)
         converted = self._graph.vpull()
-        plane = converted.planes[0]
-        lines = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)
-        picture = lines[: converted.height, : 3 * converted.width].reshape(converted.height, converted.width, 3)
+        return [self._upright(converted.planes[index], converted) for index in (2, 0, 1)]  # stored as G, B, R
+
+    def _upright(self, plane: Any, frame: VideoFrame) -> Frames:
         transpose, flip_rows, flip_columns = self._orientation
+        lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+        picture = lines[: frame.height, : frame.width]
         if transpose:
-            picture = picture.transpose(1, 0, 2)
+            picture = picture.T
         if flip_rows:
             picture = picture[::-1]
         return picture[:, ::-1] if flip_columns else picture
@@ -77,7 +86,7 @@ class Converter:
             self._whole = self._whole or (max(1, round(frame.width * self._aspect)), frame.height)
             shape = self._whole
         nodes.append(graph.add("scale", f"{shape[0]}:{shape[1]}:flags={_FLAGS}"))
-        nodes += [graph.add("format", "rgb24"), graph.add("buffersink")]
+        nodes += [graph.add("format", "gbrp"), graph.add("buffersink")]
         graph.link_nodes(*nodes).configure()
         return graph
 

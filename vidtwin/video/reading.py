@@ -90,7 +90,7 @@ def iter_frames(source: Source, size: int | None = None, crop: tuple[float, floa
     with open_video(source) as (container, stream):
         converter = Converter(size, crop, stream.sample_aspect_ratio)
         for frame in _decode(container, stream, source):
-            yield np.ascontiguousarray(converter(frame))
+            yield converter(frame)
 
 
 def _decode(container: InputContainer, stream: VideoStream, source: Source) -> Iterator[VideoFrame]:
@@ -184,11 +184,14 @@ def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -
         def put(frame: VideoFrame, number: int) -> None:
             """A frame that is shown at so many of the times."""
             nonlocal clip, found
-            picture = converter(frame)
+            planes = converter.planes(frame)
             if clip is None:
-                clip = np.empty((len(times), *picture.shape), np.uint8)
-            for place in order[found : found + number]:
-                clip[place] = picture
+                clip = np.empty((len(times), *planes[0].shape, 3), np.uint8)
+            first, *others = order[found : found + number]
+            for channel, plane in enumerate(planes):
+                clip[first, ..., channel] = plane
+            for place in others:
+                clip[place] = clip[first]
             found += number
 
         try:
