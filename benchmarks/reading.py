@@ -18,7 +18,7 @@ import av
 import numpy as np
 import torch
 
-from vidtwin.datamodules.clips import Video, VideoClips, _init_worker, collate
+from vidtwin.datamodules.clips import Video, VideoClips, collate, init_worker
 from vidtwin.video import read_clip, survey
 
 FRAMES, FPS, SIZE = 16, 8, 224
@@ -123,7 +123,7 @@ def main() -> None:
     for workers in args.workers:
         clips = VideoClips(videos, FRAMES, SIZE, FPS, training=True, horizontal_flip=True)
         loader = torch.utils.data.DataLoader(
-            clips, 4, num_workers=workers, collate_fn=collate, worker_init_fn=_init_worker, persistent_workers=True
+            clips, 4, num_workers=workers, collate_fn=collate, worker_init_fn=init_worker, persistent_workers=True
         )
         speeds = []
         for repetition in range(args.repetitions + 1):

@@ -21,17 +21,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from tqdm import tqdm
 
 from vidtwin.errors import UserError
-from vidtwin.video import RESIZE_FILTER, VideoError, VideoInfo, read_clip, survey
+from vidtwin.video import RESIZE_FILTER, Source, VideoError, VideoInfo, read_clip, survey
 
 from .index import Fault, survey_all
 from .transforms import to_batch
@@ -63,7 +65,12 @@ class ClipDataset(Dataset[dict[str, Any]], ABC):
     `dataset[epoch, index]` (or `dataset[index]`, epoch 0) is `{"clip": uint8 (T, H, W, 3), "label": int, "name": str,
     "start_frame": int}`, and if files were met that can't be read, `"skipped": [(name, reason), …]`; in evaluation that
     alone.
+
+    Attributes:
+        split_name: Name of the split in the protocol, where the clips know it themselves.
     """
+
+    split_name: str | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -75,6 +82,10 @@ class ClipDataset(Dataset[dict[str, Any]], ABC):
     @abstractmethod
     def identity(self, index: int) -> tuple[str, int]:
         """Name and start frame of an evaluation clip, without decoding it."""
+
+    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """All indices in the order in which an epoch of training takes them, all ranks together."""
+        return shuffled(len(self), seed, epoch)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -198,8 +209,18 @@ class VideoClips(ClipDataset):
     def _read(self, info: VideoInfo, fps: float | None, position: float, crop: tuple[float, float]) -> tuple[int, Any]:
         last = self._last_start(info, fps)
         start = min(int(position * (last + 1)), last) if self.training else last // 2
-        time = start / info.fps
-        return start, read_clip(info.path, time, self.num_frames, fps, self.resolution, crop, self.loop)
+        source, time, size = self.content(info), start / info.fps, self.resolution
+        try:
+            return start, read_clip(source, time, self.num_frames, fps, size, crop, self.loop)
+        except VideoError as error:
+            if isinstance(source, bytes):  # which don't know the name
+                reason = str(error).partition(": ")[2]
+                raise VideoError(f"{info.path}: {reason}", error.decodable, error.kind) from None
+            raise
+
+    def content(self, info: VideoInfo) -> Source:
+        """What to read a video from."""
+        return info.path
 
     def _usable_rates(self, info: VideoInfo) -> list[float | None]:
         """The rates to draw from for a video: those that it can give; in evaluation the first."""
@@ -235,6 +256,11 @@ class VideoClips(ClipDataset):
         return max(0, info.num_frames - 1 - span)
 
 
+def shuffled(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The numbers below `count` in an order that depends on (seed, epoch) alone."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
 def rates_of(fps: Rates) -> list[float | None]:
     """One rate or several, as a list."""
     return list(fps) if isinstance(fps, Sequence) else [fps]
@@ -243,9 +269,10 @@ def rates_of(fps: Rates) -> list[float | None]:
 class ClipSampler(DistributedSampler[Any]):
     """Hands out (epoch, index) pairs: this rank's share of the clips.
 
-    Training shuffles by (seed, epoch). A step takes the next clips of that order, rank r the r-th of every
-    `world_size`; what is left at the end of an epoch and fills no step is left out, other clips in each epoch. So ranks
-    always have equally many batches, and a place in the order means the same for any batch size and number of ranks.
+    Training takes them in the order that `order` makes of (seed, epoch). A step takes the next clips of it, rank r the
+    r-th of every `world_size`; what is left at the end of an epoch and fills no step is left out, other clips in each
+    epoch. So ranks always have equally many batches, and a place in the order means the same for any batch size and
+    number of ranks.
 
     Evaluation gives rank r the clips r, r + world_size, …: none is repeated or lost.
 
@@ -257,11 +284,19 @@ class ClipSampler(DistributedSampler[Any]):
     """
 
     def __init__(
-        self, num_clips: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1, batch_size: int = 1
+        self,
+        num_clips: int,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        batch_size: int = 1,
+        order: Callable[[int, int], NDArray[np.int64]] | None = None,
     ) -> None:
         super().__init__(range(num_clips), world_size, rank, shuffle, seed)  # type: ignore[arg-type]
         if shuffle and num_clips < world_size:
             raise UserError(f"Expected at least one training clip for each of {world_size} ranks, got {num_clips}.")
+        self.order = order or partial(shuffled, num_clips)
         self.num_clips = num_clips
         self.clips_per_step = world_size * min(batch_size, max(1, num_clips // world_size))  # of all ranks
         self.steps_per_epoch = num_clips // self.clips_per_step
@@ -277,11 +312,11 @@ class ClipSampler(DistributedSampler[Any]):
             yield from ((0, index) for index in range(self.rank, self.num_clips, self.num_replicas))
             return
         start = self.start() if self.start else (self.epoch, 0)
-        shuffled, order = -1, np.arange(0)
+        drawn, order = -1, np.arange(0)
         for step in range(self.steps_per_epoch):
             epoch, first = self.after(start, step)
-            if epoch != shuffled:
-                shuffled, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.num_clips)
+            if epoch != drawn:
+                drawn, order = epoch, self.order(self.seed, epoch)
             for index in order[first + self.rank : first + self.clips_per_step : self.num_replicas]:
                 yield epoch, int(index)
 
@@ -320,6 +355,7 @@ class ClipDataModule(LightningDataModule, ABC):
         max_broken: Share of a split's videos that may be unreadable, truncated or corrupt; more stop the run.
         exclude: Text file of videos to leave out, as `vidtwin doctor` writes it: a name on each line, after a tab
             anything.
+        cache: Folder that `vidtwin cache` has written, from which the clips are taken instead of being decoded.
     """
 
     def __init__(
@@ -336,6 +372,7 @@ class ClipDataModule(LightningDataModule, ABC):
         short_videos: Literal["skip", "loop"] = "skip",
         max_broken: float = 0.05,
         exclude: str | None = None,
+        cache: str | None = None,
     ) -> None:
         super().__init__()
         for key, value in {"num_frames": num_frames, "resolution": resolution, "batch_size": batch_size}.items():
@@ -362,6 +399,7 @@ class ClipDataModule(LightningDataModule, ABC):
         self.short_videos = short_videos
         self.max_broken = max_broken
         self.exclude = exclude
+        self.cache = cache
         self.skipped: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
         self._broken: dict[str, set[str]] = {split: set() for split in SPLITS}
         self._totals: dict[str, int] = {}  # videos of a split, unusable ones included
@@ -404,8 +442,34 @@ class ClipDataModule(LightningDataModule, ABC):
     def dataset(self, split: str) -> ClipDataset:
         """The clips of a split, made when first asked for."""
         if split not in self._datasets:
-            self._datasets[split] = self.make_dataset(split)
+            self._datasets[split] = self._cached(split) if self.cache else self.make_dataset(split)
         return self._datasets[split]
+
+    def _cached(self, split: str) -> ClipDataset:
+        from .cache import CachedClips, describe  # which imports this module
+
+        clips = CachedClips(Path(str(self.cache)) / split, describe(self, split))
+        self.skipped[split] = dict(clips.manifest.left_out)
+        self._broken[split] = set()
+        self._totals[split] = len(clips) + len(clips.manifest.left_out)
+        return clips
+
+    def cache_key(self, split: str) -> dict[str, Any]:
+        """Arguments of a subclass on which its clips depend, beside the base class's: a cache is known by them."""
+        return {}
+
+    def write_cache(
+        self,
+        out: str | Path,
+        splits: Sequence[str] = SPLITS,
+        epochs: int = 1,
+        format: Literal["clips", "videos"] = "clips",
+        verify: bool = False,
+    ) -> Any:
+        """`vidtwin cache`: see `write_cache` in cache_writer.py."""
+        from .cache_writer import write_cache  # which imports this module
+
+        return write_cache(self, out, splits, epochs, format, verify)
 
     def prepare_data(self) -> None:
         """Data that are not there are named before anything else is fetched or built."""
@@ -456,7 +520,7 @@ class ClipDataModule(LightningDataModule, ABC):
         listing = "".join(f"{name}\t{start}\n" for name, start in identities)
         return {
             "data": type(self).__name__,
-            "split": self.split_name("test"),
+            "split": dataset.split_name or self.split_name("test"),
             "num_clips": len(identities),
             "num_frames": self.num_frames,
             "resolution": self.resolution,
@@ -483,7 +547,7 @@ class ClipDataModule(LightningDataModule, ABC):
                 f"got {len(dataset)}; use fewer devices or more clips."
             )
         batch_size = self.batch_size if training else self.eval_batch_size
-        sampler = ClipSampler(len(dataset), training, self.seed, rank, world_size, batch_size)
+        sampler = ClipSampler(len(dataset), training, self.seed, rank, world_size, batch_size, dataset.order)
         if training and self.trainer:
             if self._start is None:  # a new run, or a checkpoint that only says which epoch it was
                 epoch = getattr(self.trainer.fit_loop.epoch_progress.current, "processed", 0)
@@ -498,7 +562,7 @@ class ClipDataModule(LightningDataModule, ABC):
             sampler=sampler,
             drop_last=training and len(sampler) >= batch_size,
             num_workers=workers,
-            worker_init_fn=_init_worker,
+            worker_init_fn=init_worker,
             pin_memory=self._device_type() == "cuda",
             persistent_workers=workers > 0 and split != "test",
             # Its own: each iterator draws a seed, which would shift what the model draws in a run that was resumed.
@@ -507,7 +571,7 @@ class ClipDataModule(LightningDataModule, ABC):
 
     def _wanted(self, split: str) -> list[Video]:
         videos = self.videos(split)
-        excluded = _names(Path(self.exclude)) if self.exclude else set()
+        excluded = excluded_names(Path(self.exclude)) if self.exclude else set()
         listed = [video for video in videos if video.name not in excluded]
         if not listed:
             raise UserError(
@@ -631,7 +695,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return {**batch, "skipped": skipped} if skipped else batch
 
 
-def _names(file: Path) -> set[str]:
+def excluded_names(file: Path) -> set[str]:
     """Names of an exclusion list."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -644,7 +708,7 @@ def _tell(line: str) -> None:
     tqdm.write(f"vidtwin: {line}", file=sys.stderr)  # above the progress bar, where there is one
 
 
-def _init_worker(worker: int) -> None:
+def init_worker(worker: int) -> None:
     # Each worker has a core; more threads than that only wait for each other.
     torch.set_num_threads(1)
     # A job scheduler sends SIGTERM to all processes; the main one then needs its workers until it has ended its batch.

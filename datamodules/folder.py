@@ -86,6 +86,11 @@ class VideoFolder(ClipDataModule):
             raise UserError(f"{self.root}: expected videos in split {split}, got none of {counts}; change {advice}.")
         return videos
 
+    def cache_key(self, split: str) -> dict[str, Any]:
+        splits = {name: place.name for name, place in self.splits.items()}
+        shares = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}
+        return {"splits": splits, "csv": self.csv.name if self.csv else None, **shares}
+
     def _divided(self) -> dict[str, list[Video]]:
         """All videos by their splits, where one folder or file has them all."""
         parts: dict[str, list[Video]] = {split: [] for split in SPLITS}

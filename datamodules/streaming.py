@@ -20,32 +20,21 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vidtwin.errors import UserError
-from vidtwin.video import VideoError, VideoInfo, read_clip
+from vidtwin.video import VideoInfo
 
-from .cache import (
-    MANIFEST,
-    TABLE,
-    CachedClips,
-    Format,
-    Items,
-    Manifest,
-    Shard,
-    check,
-    describe,
-    expect_shards,
-)
-from .clips import ClipDataModule, ClipDataset, ClipSampler, Video, VideoClips, _names
+from .cache import CachedClips, check, describe
+from .clips import ClipDataModule, ClipDataset, Video, VideoClips, excluded_names
 from .index import Fault
+from .shards import MANIFEST, TABLE, Format, Items, Manifest, Shard, expect_shards
 
 _ATTEMPTS = 4
 # What does not change when it is asked again.
@@ -254,25 +243,6 @@ class Lanes:
         return random, random.permutation(np.flatnonzero(self.sizes))
 
 
-class LaneSampler(ClipSampler):
-    """`ClipSampler` in the order of lanes."""
-
-    lanes: Lanes
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        if not self.shuffle:
-            yield from super().__iter__()
-            return
-        start = self.start() if self.start else (self.epoch, 0)
-        shuffled, order = -1, np.arange(0)
-        for step in range(self.steps_per_epoch):
-            epoch, first = self.after(start, step)
-            if epoch != shuffled:
-                shuffled, order = epoch, self.lanes.order(epoch)
-            for index in order[first + self.rank : first + self.clips_per_step : self.num_replicas]:
-                yield epoch, int(index)
-
-
 class _Ahead:
     """Has the shard that comes next brought here when one is begun."""
 
@@ -311,6 +281,9 @@ class StreamedClips(CachedClips):
         self._ahead(epoch, self.items.shard_of(epoch % self.manifest.epochs * len(self) + index))
         return item
 
+    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        return self.lanes.order(epoch)
+
     def _rows(self) -> list[dict[str, str]]:
         return self.shelf.table()
 
@@ -340,16 +313,11 @@ class StreamedVideoClips(VideoClips):
         self._ahead(epoch, self.items.shard_of(self.places[self.videos[index].name]))
         return item
 
-    def _read(self, info: VideoInfo, fps: float | None, position: float, crop: tuple[float, float]) -> tuple[int, Any]:
-        last = self._last_start(info, fps)
-        start = min(int(position * (last + 1)), last) if self.training else last // 2
-        content = self.items.video(self.places[str(info.path)])[0]
-        try:
-            frames = read_clip(content, start / info.fps, self.num_frames, fps, self.resolution, crop, self.loop)
-        except VideoError as error:  # whose text can't know the name
-            reason = str(error).partition(": ")[2]
-            raise VideoError(f"{info.path}: {reason}", error.decodable, error.kind) from None
-        return start, frames
+    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        return self.lanes.order(epoch)
+
+    def content(self, info: VideoInfo) -> bytes:
+        return self.items.video(self.places[str(info.path)])[0]
 
 
 class Streamed(ClipDataModule):
@@ -438,7 +406,7 @@ class Streamed(ClipDataModule):
             )
 
         clips = clips_of(listed)
-        excluded = _names(Path(self.exclude)) if self.exclude else set()
+        excluded = excluded_names(Path(self.exclude)) if self.exclude else set()
         faults = {n: Fault("unreadable", reason) for n, reason in manifest.skipped.values() if n not in excluded}
         total = len(listed) + len(faults)
         faults |= {video.name: fault for i, video in enumerate(listed) if (fault := clips.fault(i))}
@@ -451,14 +419,6 @@ class Streamed(ClipDataModule):
 
     def split_name(self, split: str) -> str:
         return self.shelf(split).manifest.split_name
-
-    def _loader(self, split: str) -> Any:
-        loader = super()._loader(split)
-        if split == "train":
-            sampler: Any = loader.sampler
-            sampler.__class__ = LaneSampler
-            sampler.lanes = cast(Any, self.dataset("train")).lanes
-        return loader
 
     def _check(self, shelf: Shelf, format: Format, split: str | None = None) -> None:
         expected = None

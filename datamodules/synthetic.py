@@ -251,6 +251,9 @@ class Synthetic(ClipDataModule):
             training=self._is_drawn(split),
         )
 
+    def cache_key(self, split: str) -> dict[str, Any]:
+        return {"generator": _GENERATOR, "seed": self.seed, "lengths": self.lengths, "classes": self.classes}
+
     def protocol(self) -> dict[str, Any]:
         return {**super().protocol(), "crop": "none", "resize": "none", "clip": "rendered", "seed": self.seed}
 

@@ -68,6 +68,9 @@ class UCF101(ClipDataModule):
     def split_name(self, split: str) -> str:
         return f"{split}list{self.split:02d}" if self._find_lists() else f"{split} by groups"
 
+    def cache_key(self, split: str) -> dict[str, Any]:
+        return {"split": self.split, "val_groups": self.val_groups}
+
     def _find_lists(self) -> Path | None:
         if self._given_lists is not None:
             return Path(self._given_lists)
@@ -81,11 +84,12 @@ class UCF101(ClipDataModule):
                 raise UserError(
                     f"Expected UCF-101's class folders in {self.root}, there is no such folder; set data.root."
                 )
-            self._files = {path.relative_to(self.root).as_posix() for path in self.root.glob("*/*.avi")}
-            if not self._files:
+            files = {path.relative_to(self.root).as_posix() for path in self.root.glob("*/*.avi")}
+            if not files:
                 raise UserError(
                     f"Expected UCF-101's videos as {self.root}/CLASS/v_CLASS_g01_c01.avi, found none; set data.root."
                 )
+            self._files = files
         return self._files
 
     def _listed(self, lists: Path, kind: str) -> list[str]:

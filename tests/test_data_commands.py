@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from vidtwin.data_commands import cache_command
-from vidtwin.datamodules.cache import CachedClips, describe, write_cache
+from vidtwin.datamodules.cache import CachedClips, describe
+from vidtwin.datamodules.cache_writer import write_cache
 from vidtwin.datamodules.clips import ClipDataModule
 from vidtwin.datamodules.streaming import Streamed
 from vidtwin.datamodules.synthetic import write_ucf_like

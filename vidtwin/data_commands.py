@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from vidtwin.errors import UserError
 
 if TYPE_CHECKING:
-    from jsonargparse import Namespace
     from lightning.pytorch.cli import LightningArgumentParser
 
 _DESCRIPTION = """\
@@ -30,16 +29,17 @@ _SPLITS = ["train", "val", "test"]
 
 def cache_command(argv: list[str]) -> int:
     """Write decoded clips, or video files, as shards: vidtwin cache OUT --config FILE"""
-    from vidtwin.lightning_cli import _resolve_short_names
+    from vidtwin.lightning_cli import resolve_short_names, user_errors
 
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # class paths of files in the current folder
-    argv = _resolve_short_names(argv)
+    argv = resolve_short_names(argv)
     parser = _parser(_other_keys(argv))
     config = parser.parse_args(argv)
     if config.get("data") is None:
         raise UserError("Expected data to cache; give --data ucf101 --data.root PATH or a --config.")
-    data = _instantiate(parser, config)
+    with user_errors():
+        data = parser.instantiate(config).data
     if not hasattr(data, "write_cache"):
         raise UserError(f"Expected a data module whose clips can be cached, got {type(data).__name__}.")
     for written in data.write_cache(config.out, config.splits, config.epochs, config.format, config.verify):
@@ -53,9 +53,9 @@ def _parser(ignored: list[str]) -> "LightningArgumentParser":
     from jsonargparse import ActionConfigFile
     from lightning.pytorch import LightningDataModule
 
-    from vidtwin.lightning_cli import _Parser
+    from vidtwin.lightning_cli import Parser
 
-    parser = _Parser(
+    parser = Parser(
         prog="vidtwin cache",
         usage="vidtwin cache OUT (--config FILE | --data NAME --data.OPTION VALUE ...) [options]",
         description=_DESCRIPTION,
@@ -98,24 +98,12 @@ def _other_keys(argv: list[str]) -> list[str]:
     """What stands in the configs beside `data`: other commands read it."""
     import yaml
 
-    from vidtwin.lightning_cli import _option
+    from vidtwin.lightning_cli import option_value
 
     keys: set[str] = set()
     for index, word in enumerate(argv):
-        path = _option(argv[index : index + 2], "config") if word.partition("=")[0] == "--config" else None
+        path = option_value(argv[index : index + 2], "config") if word.partition("=")[0] == "--config" else None
         if path and Path(path).is_file():
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             keys |= set(content) if isinstance(content, dict) else set()
     return sorted(keys - {"data", "out", "config", "splits", "epochs", "format", "verify"})
-
-
-def _instantiate(parser: "LightningArgumentParser", config: "Namespace") -> Any:
-    try:
-        return parser.instantiate(config).data
-    except ValueError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise cause from None  # jsonargparse wraps it into the types that it tried

@@ -49,9 +49,14 @@ def run(command: str, argv: list[str]) -> None:
     elif command == "replay":
         argv = _dump(argv)
     argv = [command, *argv]
-    argv = _resolve_short_names(argv)
-    checkpoint = _option(argv, "ckpt_path")
-    if checkpoint and command != "fit" and not _option(argv, "config") and not _option(argv, "model.autoencoder"):
+    argv = resolve_short_names(argv)
+    checkpoint = option_value(argv, "ckpt_path")
+    if (
+        checkpoint
+        and command != "fit"
+        and not option_value(argv, "config")
+        and not option_value(argv, "model.autoencoder")
+    ):
         spec = checkpoints.model_spec(checkpoints.read(checkpoint, lazily=True), checkpoint)
         argv.insert(1, f"--model.autoencoder={json.dumps(spec)}")  # first, so that other options change it
     _quieten(command)
@@ -84,7 +89,21 @@ def _ending_early() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Parser(LightningArgumentParser):
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """A `UserError` of a class that is built: jsonargparse wraps it into the types that it tried."""
+    try:
+        yield
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """One line with what was meant, where jsonargparse prints its usage and a tree of reasons."""
         raise UserError(_shorten(message, self)) from ex
@@ -112,7 +131,7 @@ class VidTwinCLI(LightningCLI):
             LightningDataModule,
             subclass_mode_data=True,
             trainer_class=VideoTrainer,
-            parser_class=_Parser,
+            parser_class=Parser,
             # Without abbreviations: --trainer.max_step is a mistake to point out, not to guess.
             parser_kwargs={"prog": "vidtwin", "allow_abbrev": False}
             | {name: {"usage": _usage(name), "allow_abbrev": False} for name in self.subcommands()},
@@ -180,15 +199,8 @@ class VidTwinCLI(LightningCLI):
             _return_to_latest_run(config.trainer)
 
     def instantiate_classes(self) -> None:
-        try:
+        with user_errors():
             super().instantiate_classes()
-        except ValueError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, UserError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
-                raise
-            raise cause from None  # jsonargparse wraps it into the types that it tried
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         try:
@@ -272,7 +284,7 @@ def _dump(argv: list[str]) -> list[str]:
     """`replay DUMP` → `--dump DUMP` and the task's config that the dump holds."""
     if argv and not argv[0].startswith("-"):
         argv = ["--dump", *argv]
-    if not (path := _option(argv, "dump")):
+    if not (path := option_value(argv, "dump")):
         if {"-h", "--help"} & set(argv):
             return argv
         raise UserError("Expected the dump of a skipped step, got none: vidtwin replay DUMP.")
@@ -280,12 +292,12 @@ def _dump(argv: list[str]) -> list[str]:
     argv = [f"--trainer.precision={content['precision']}", *argv]
     if content["config"]:
         return [f"--model={json.dumps(content['config'])}", *argv]
-    if not _option(argv, "config"):
+    if not option_value(argv, "config"):
         raise UserError(f"Expected --config FILE: {path} comes from a training that had none, which knows its loss.")
     return argv
 
 
-def _resolve_short_names(argv: list[str]) -> list[str]:
+def resolve_short_names(argv: list[str]) -> list[str]:
     """`--data ucf101` and `--model.autoencoder vidtwin` → class paths, without importing the other plug-ins."""
     groups = {"--data": "vidtwin.datamodules", "--model.autoencoder": "vidtwin.autoencoders"}
     resolved = list(argv)
@@ -308,7 +320,7 @@ def _resolve(name: str, group: str) -> str:
     return path
 
 
-def _option(argv: list[str], name: str) -> str | None:
+def option_value(argv: list[str], name: str) -> str | None:
     """The last value of `--name VALUE` or `--name=VALUE`."""
     value = None
     names = (f"--{name}", "-c") if name == "config" else (f"--{name}",)

@@ -17,11 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from broken_tree import BAD, write_tree
 from torch.utils.data import DataLoader
 
-from vidtwin.datamodules import cache
-from vidtwin.datamodules.cache import CachedClips, Manifest, describe, write_cache
+from vidtwin.datamodules import cache_writer
+from vidtwin.datamodules.cache import CachedClips, describe
+from vidtwin.datamodules.cache_writer import write_cache
 from vidtwin.datamodules.clips import ClipDataModule, ClipDataset
+from vidtwin.datamodules.folder import VideoFolder
+from vidtwin.datamodules.shards import Manifest
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.datamodules.ucf101 import UCF101
 from vidtwin.errors import UserError
@@ -74,6 +78,45 @@ def test_cached_clips_are_the_online_ones_bit_for_bit(make, written):
             for epoch in range(2 * epochs):
                 assert_equal(cached[epoch, index], online[epoch % epochs, index])
             assert_equal(cached[index], online[index])
+
+
+def test_a_data_module_takes_its_clips_from_a_cache(make, written, small_ucf, tmp_path):
+    def batches(data: ClipDataModule) -> list[Any]:
+        seen: list[Any] = []
+        loader: Any = data.train_dataloader()
+        for epoch in (0, 1):
+            loader.sampler.set_epoch(epoch)
+            seen += [(b["name"], b["start_frame"].tolist(), b["label"].tolist(), int(b["clip"].sum())) for b in loader]
+        for loader in (data.val_dataloader(), data.test_dataloader()):
+            seen += [(b["name"], b["start_frame"].tolist(), b["label"].tolist(), int(b["clip"].sum())) for b in loader]
+        return seen
+
+    online, cached = make(), make(cache=str(written))
+    assert isinstance(cached.dataset("train"), CachedClips)
+    assert batches(cached) == batches(online)
+    assert cached.protocol() == online.protocol()
+    # Without the videos and their lists the cache knows what it is.
+    away = UCF101(str(tmp_path), cache=str(written), **SMALL)
+    assert batches(away) == batches(online)
+    assert away.protocol() == online.protocol()
+    with pytest.raises(UserError, match="expected a cache of num_frames=3, it holds num_frames="):
+        make(cache=str(written), num_frames=3).dataset("val")
+    with pytest.raises(UserError, match=r"manifest\.json, there is no such file; write it by `vidtwin cache`"):
+        make(cache=str(tmp_path)).dataset("val")
+
+
+def test_a_cached_evaluation_skips_what_could_not_be_read(tmp_path, capfd):
+    root = write_tree(tmp_path / "videos")
+    arguments: dict[str, Any] = {"val_fraction": 0.0, "test_fraction": 1.0, "max_broken": 0.5, **SMALL}
+    online = VideoFolder(str(root), **arguments)
+    write_cache(online, tmp_path / "cache", ["test"])
+    names = [name for batch in online.test_dataloader() for name in batch["name"]]
+    told = sorted(line for line in capfd.readouterr().err.splitlines() if "skipped" in line)
+    cached = VideoFolder(str(root), cache=str(tmp_path / "cache"), **arguments)
+    assert [name for batch in cached.test_dataloader() for name in batch["name"]] == names
+    assert cached.skipped == online.skipped
+    assert cached.protocol() == online.protocol()
+    assert len(told) >= len(BAD)
 
 
 def test_real_clips_are_equal_too(shared, tmp_path):
@@ -168,7 +211,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_full_disk_leaves_the_shards_before_it(make, written, tmp_path, monkeypatch, workers):
-    whole = cache.replacing
+    whole = cache_writer.replacing
 
     @contextmanager
     def full(path: Path):
@@ -177,7 +220,7 @@ def test_a_full_disk_leaves_the_shards_before_it(make, written, tmp_path, monkey
         with whole(path) as temporary:
             yield temporary
 
-    monkeypatch.setattr(cache, "replacing", full)
+    monkeypatch.setattr(cache_writer, "replacing", full)
     with pytest.raises(UserError, match="the disk is full; free some of it and run the same command again"):
         write_cache(make(num_workers=workers), tmp_path / "cache", epochs=2, shard_bytes=SHARD)
     assert (tmp_path / "cache/train/chunk-0-2.bin").exists()
@@ -188,7 +231,7 @@ def test_a_full_disk_leaves_the_shards_before_it(make, written, tmp_path, monkey
 
 
 def test_too_little_room_is_told_before_it_begins(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    monkeypatch.setattr(cache_writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"expected 0\.0 GB of free disk for the clips that are still to be written"):
         write_cache(make(), tmp_path, ["train"])
 
@@ -203,7 +246,7 @@ def test_too_little_room_is_told_before_it_begins(make, tmp_path, monkeypatch):
         ({"horizontal_flip": False}, "horizontal_flip=false, it holds horizontal_flip=true"),
         ({"augment": False}, "augment=false, it holds augment=true"),
         ({"short_videos": "loop"}, 'short_videos="loop", it holds short_videos="skip"'),
-        ({"val_groups": (9,)}, "videos="),
+        ({"val_groups": (9,)}, "val_groups="),
     ],
 )
 def test_a_cache_of_something_else_is_refused(make, copied, arguments, difference):

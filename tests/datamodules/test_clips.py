@@ -189,7 +189,7 @@ def test_null_fps_takes_every_frame(make: Make) -> None:
     [
         (
             {"num_frames": 17},
-            r"got none of 4; .*_g01_c01\.avi: a clip of 17 at 8 frames per second spans 51, it has 50; .*short_videos",
+            r"got none of 4; .*_c01\.avi: too short: .* 17 at 8 frames per second spans 51, it has 50; .*short_videos",
         ),
         ({"fps": 30.0}, r"_g01_c01\.avi: expected at least data\.fps=30 .* has 25.*4 of them among 4"),
         ({"fps": [30.0, 8.0]}, r"expected at least data\.fps=30 .* has 25"),

@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from vidtwin.datamodules import streaming
-from vidtwin.datamodules.cache import write_cache
+from vidtwin.datamodules.cache_writer import write_cache
 from vidtwin.datamodules.streaming import Lanes, Shelf, Streamed
 from vidtwin.datamodules.ucf101 import UCF101
 from vidtwin.errors import UserError

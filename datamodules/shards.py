@@ -1,0 +1,251 @@
+"""Shards: files of clips or of whole videos, and what a folder of them holds (docs/cached_and_streamed.md).
+
+    OUT/train/manifest.json     what was stored, the shards with their checksums, what was skipped and why
+    OUT/train/clips.csv         name, label and start frame of each clip
+    OUT/train/index.json        the same shards as litdata lists them
+    OUT/train/chunk-0-<n>.bin   a shard
+
+A shard is a chunk as litdata 0.2 reads it, without compression: uint32 number of items, uint32 offsets of the items
+and of their end, items. An item is the uint32 sizes of its fields and the fields: picture data as they are, behind a
+header of a few bytes. So the same files are mapped into memory (cache.py) and streamed (streaming.py).
+"""
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vidtwin.errors import UserError
+from vidtwin.video import VideoError
+
+Format = Literal["clips", "videos"]
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+TABLE = "clips.csv"
+# Fields of an item in alphabetical order, as litdata flattens a dict, with litdata's names of their formats.
+FIELDS: dict[str, dict[str, str]] = {
+    "clips": {"clip": "numpy", "label": "int", "name": "str", "start_frame": "int"},
+    "videos": {"label": "int", "name": "str", "video": "bytes"},
+}
+_LOOKS = 5  # for a shard that other processes may take away
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of items.
+
+    Attributes:
+        first: Place of its first item among all that were to be stored: epoch by epoch, in each by index.
+        places: How many of these places it covers; some items of them may have been skipped.
+        items: How many it holds.
+        bytes: Size of the file.
+    """
+
+    file: str
+    first: int
+    places: int
+    items: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds.
+
+    Attributes:
+        split_name: Its name in the protocol of an evaluation.
+        description: All that the clips depend on, see `describe`.
+        epochs: How many epochs were stored, each with other random clips.
+        clips: Indices of an epoch, with those that were skipped.
+        left_out: Name → reason of videos that were known to be of no use before, and have no place.
+        skipped: Place → (name, reason) of what could not be read and is not in the shards.
+        replaced: Place → the same for what another clip stands in for, under its own name.
+    """
+
+    format: Format
+    split: str
+    split_name: str
+    description: dict[str, Any]
+    epochs: int
+    clips: int
+    left_out: dict[str, str] = field(default_factory=dict)
+    shards: list[Shard] = field(default_factory=list)
+    skipped: dict[int, tuple[str, str]] = field(default_factory=dict)
+    replaced: dict[int, list[tuple[str, str]]] = field(default_factory=dict)
+    complete: bool = False
+
+    def to_json(self) -> str:
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "format": self.format,
+            "split": self.split,
+            "split_name": self.split_name,
+            "description": self.description,
+            "epochs": self.epochs,
+            "clips": self.clips,
+            "complete": self.complete,
+            "shards": [vars(shard) for shard in self.shards],
+            "left_out": self.left_out,
+            "skipped": {str(place): what for place, what in self.skipped.items()},
+            "replaced": {str(place): what for place, what in self.replaced.items()},
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """That of a folder; `UserError` if there is none, or none that this version can read."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"Expected {path}, there is no such file; write it by `vidtwin cache`, or give the folder that holds "
+                "the folders of the splits."
+            ) from None
+        except UnicodeDecodeError:
+            text = ""
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> "Manifest":
+        """`UserError` if the text is none that this version can read."""
+        try:
+            content = json.loads(text)
+            version = content["schema_version"]
+        except (json.JSONDecodeError, TypeError, KeyError):
+            raise UserError(f"{where}: expected a manifest written by `vidtwin cache`, got something else.") from None
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{where}: expected schema version {SCHEMA_VERSION}, got {version}; write the cache again, or use the "
+                "version of vidtwin that wrote it."
+            )
+        return cls(
+            content["format"],
+            content["split"],
+            content["split_name"],
+            content["description"],
+            content["epochs"],
+            content["clips"],
+            content["left_out"],
+            [Shard(**shard) for shard in content["shards"]],
+            {int(place): (name, reason) for place, (name, reason) in content["skipped"].items()},
+            {int(place): [(n, r) for n, r in what] for place, what in content["replaced"].items()},
+            content["complete"],
+        )
+
+
+class Items:
+    """The items of a split's shards by their places, mapped into memory: nothing is read but what is used of an item.
+
+    Nothing stays open from one item to the next, so the object goes into workers as it is.
+
+    Args:
+        manifest: Of the split.
+        locate: A shard → its file on this machine.
+    """
+
+    def __init__(self, manifest: Manifest, locate: Callable[[Shard], Path]) -> None:
+        self.manifest = manifest
+        self.locate = locate
+        self._firsts = [shard.first for shard in manifest.shards]
+        self._offsets: dict[int, NDArray[np.uint32]] = {}
+        self._missing = {
+            number: sorted(p for p in manifest.skipped if shard.first <= p < shard.first + shard.places)
+            for number, shard in enumerate(manifest.shards)
+        } if manifest.skipped else {}  # fmt: skip
+
+    def shard_of(self, place: int) -> int:
+        """Number of the shard that covers a place."""
+        return bisect_right(self._firsts, place) - 1
+
+    def fields(self, place: int) -> list[NDArray[np.uint8]]:
+        """The fields of an item as they are stored; writing into them changes no file.
+
+        Raises:
+            VideoError: It could not be read when the shards were written.
+        """
+        if place in self.manifest.skipped:
+            raise VideoError(self.manifest.skipped[place][1])
+        number = self.shard_of(place)
+        shard = self.manifest.shards[number]
+        slot = place - shard.first - sum(missing < place for missing in self._missing.get(number, ()))
+        for attempt in range(_LOOKS):
+            try:
+                item = self._map(number, shard, slot, self.locate(shard))
+                break
+            except FileNotFoundError:  # another process has taken it away to keep a limit; it comes again
+                if attempt == _LOOKS - 1:
+                    raise
+        count = len(FIELDS[self.manifest.format])
+        edges = 4 * count + np.cumsum([0, *item[: 4 * count].view(np.uint32)])
+        return [item[a:b] for a, b in pairwise(edges)]
+
+    def _map(self, number: int, shard: Shard, slot: int, path: Path) -> NDArray[np.uint8]:
+        offsets = self._offsets.get(number)
+        if offsets is None:
+            offsets = self._offsets[number] = np.fromfile(path, np.uint32, shard.items + 1, offset=4)
+        begin, end = int(offsets[slot]), int(offsets[slot + 1])
+        # Mapped privately: an array that can be written to is one that torch takes without a copy.
+        return np.memmap(path, np.uint8, "c", begin, (end - begin,)).view(np.ndarray)
+
+    def clip(self, place: int) -> dict[str, Any]:
+        """A decoded clip as `ClipDataset.clip` gives it."""
+        array, label, name, start = self.fields(place)
+        header = array[:8].view(np.uint32)
+        begin = 8 + 4 * int(header[1])
+        item: dict[str, Any] = {
+            "clip": array[begin:].reshape(array[8:begin].view(np.uint32)),
+            "label": int(label.view(np.int64)[0]),
+            "name": bytes(name).decode(),
+            "start_frame": int(start.view(np.int64)[0]),
+        }
+        if place in self.manifest.replaced:
+            item["skipped"] = self.manifest.replaced[place]
+        return item
+
+    def video(self, place: int) -> tuple[bytes, str, int]:
+        """Content of a video file, its name and its label."""
+        label, name, content = self.fields(place)
+        return bytes(content), bytes(name).decode(), int(label.view(np.int64)[0])
+
+
+def expect_shards(folder: Path, manifest: Manifest) -> None:
+    """`UserError` if a shard is absent or of another size."""
+    for shard in manifest.shards:
+        if not is_whole(folder, shard, checksum=False):
+            raise UserError(
+                f"{folder / shard.file}: expected a shard of the cache, there is no such file; run `vidtwin cache` "
+                "again, which makes it anew."
+            )
+
+
+def is_whole(folder: Path, shard: Shard, checksum: bool) -> bool:
+    """Whether the file is there; `UserError` if it is damaged."""
+    path = folder / shard.file
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return False
+    if size != shard.bytes:
+        raise UserError(
+            f"{path}: expected {shard.bytes:,} bytes, got {size:,}; delete it and run `vidtwin cache` again, which "
+            "makes it anew."
+        )
+    if checksum and _sha256(path) != shard.sha256:
+        raise UserError(
+            f"{path}: expected sha256 {shard.sha256[:16]}…, got another: the file is damaged; delete it and run "
+            "`vidtwin cache` again, which makes it anew."
+        )
+    return True
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
