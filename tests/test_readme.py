@@ -15,8 +15,23 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.spl
 COMMANDS += re.findall(r"^    (vidtwin .*)$", README, re.MULTILINE)
 
 
+ON_DATA = [c for c in COMMANDS if c.split()[1] in ("prepare", "doctor", "cache")]  # these parse their own options
+
+
+@pytest.mark.parametrize("command", ON_DATA, ids=lambda c: " ".join(c.split()[1:3]))
+def test_a_command_on_data_has_options_that_exist(command, capsys):
+    from vidtwin.cli import main
+
+    _, name, *words = shlex.split(command)
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert [word for word in words if word.startswith("--") and not re.search(rf"{word}\b", text)] == []
+
+
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if "my_tokenizer" not in c], ids=lambda c: " ".join(shlex.split(c)[1:4])
+    "command",
+    [c for c in COMMANDS if "my_tokenizer" not in c and c not in ON_DATA],
+    ids=lambda c: " ".join(shlex.split(c)[1:4]),
 )
 def test_a_command_has_options_that_exist(command, monkeypatch, capsys, tmp_path):
     """Everything up to the run itself: each option is parsed, with its class and its config."""
