@@ -85,7 +85,9 @@ def _survey(paths: list[Path], workers: int, show: bool) -> list[Finding]:
         return [_survey_one(path) for path in paths]
     loader: DataLoader[Any] = DataLoader(_Surveys(paths), batch_size=16, num_workers=workers, collate_fn=list)
     findings = []
-    with tqdm(total=len(paths), desc="surveying videos", unit="video", disable=not show, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=len(paths), desc="surveying videos", unit="video", disable=not show, delay=1, dynamic_ncols=True
+    ) as bar:
         for batch in loader:
             findings += batch
             bar.update(len(batch))
