@@ -1,5 +1,6 @@
 """Frames are those that an independent full decode shows at the wanted times; bad files are named in one line."""
 
+import io
 import os
 from collections.abc import Iterator
 from fractions import Fraction
@@ -8,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from PIL import Image
 
 from vidtwin.video import VideoError, decode, iter_frames, probe, read_clip, survey, write_video
@@ -463,6 +465,39 @@ def test_titles_in_another_encoding_and_codecs_that_nobody_knows(tmp_path: Path)
     for read in (survey, probe, read_clip):
         with pytest.raises(VideoError, match="FFmpeg can decode, it does not know the codec"):
             read(path)
+
+
+def test_the_cover_of_a_song_is_no_video(tmp_path: Path) -> None:
+    path, cover = tmp_path / "song.mp4", io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(cover, "JPEG")
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("aac", rate=16000, layout="mono")
+        picture = container.add_stream("mjpeg")
+        picture.width, picture.height, picture.pix_fmt = 64, 64, "yuvj420p"
+        picture.disposition = Disposition.attached_pic
+        packet = av.Packet(cover.getvalue())
+        packet.stream, packet.pts, packet.dts = picture, 0, 0
+        container.mux(packet)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        silence.rate = 16000
+        container.mux(sound.encode(silence))
+        container.mux(sound.encode(None))
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    for read in (survey, probe, read_clip):
+        with pytest.raises(VideoError, match="a file without a video stream"):
+            read(path)
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.ts", "a.flv", "a.mov", "a.nut", "fragmented.mp4"])
+def test_a_container_changes_no_frame(shared: Path, tmp_path: Path, name: str) -> None:
+    source = shared / "data" / "clips" / "mma_demo.mp4"  # with B-frames
+    options = {"movflags": "frag_keyframe+empty_moov"} if name == "fragmented.mp4" else {}
+    path = remuxed(source, tmp_path / name, **options)
+    assert survey(path).num_frames == survey(source).num_frames == 280
+    # The last two by seeking; 10 ms aside of where a frame at 28 per second begins, since some count in milliseconds.
+    for start in (0.01, 2.51, 7.51):
+        np.testing.assert_array_equal(read_clip(path, start, 16, 8, 32), read_clip(source, start, 16, 8, 32))
 
 
 KINDS = {

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import av
 from av.container import InputContainer
+from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from vidtwin.errors import UserError
@@ -89,9 +90,11 @@ def open_video(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
     name = name_of(source)
     try:
         with _container(source) as container:
-            if not container.streams.video:
+            # The cover of a song is a video stream to FFmpeg, too.
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
                 raise VideoError(f"{name}: expected a video, got a file without a video stream.")
-            stream = container.streams.video[0]
+            stream = streams[0]
             if stream.codec_context is None:
                 raise VideoError(f"{name}: expected a video that FFmpeg can decode, it does not know the codec.")
             stream.thread_type = "NONE"  # threads within one small video are slower, and workers have one core each
