@@ -9,9 +9,11 @@ import errno
 import hashlib
 import io
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from vidtwin.errors import UserError
 from vidtwin.files import intended_name, replacing, write_text
@@ -35,6 +42,7 @@ _COLUMNS = {
     "videos": ["index", "name", "label", "num_frames", "fps", "duration", "width", "height"],
 }
 _TOLD = 10  # lines about videos that can't be used
+_OLD = 3600  # seconds after which a temporary file is nobody's any more, where no lock can tell
 _UINT8 = 4  # litdata's number of the type in the header of an array
 
 
@@ -82,7 +90,8 @@ def write_cache(
     """Store the clips, or the video files, of some splits in `out/<split>/`.
 
     What is there already is kept: shards of the right size, and with `verify` of the right checksum. A damaged or lost
-    one of a finished cache can be made again after it was deleted.
+    one of a finished cache can be made again after it was deleted. Two that write the same at a time do it twice, and
+    end with the same.
 
     Args:
         data: What to store; `data.num_workers` processes decode, and their number changes no byte.
@@ -131,20 +140,34 @@ def _write_split(
         ]
     if not wanted.clips:
         raise UserError(f"Expected videos in the {split} split to store, there are none; leave it out of --splits.")
+    with _temporaries_swept(folder):
+        return _fill(folder, wanted, ranges, source, data._workers(), verify, clip)
+
+
+def _fill(
+    folder: Path,
+    wanted: Manifest,
+    ranges: list[tuple[int, int]],
+    source: "_Source",
+    workers: int,
+    verify: bool,
+    clip: int,
+) -> Written:
+    """Write the shards that are missing of `ranges`: first place, number of places. A clip has `clip` bytes."""
     found = _begin(folder, wanted, ranges)
     known = _known(folder, found, ranges)
     records = {number: record for number, record in known.items() if is_whole(folder, record["shard"], verify)}
     missing = [number for number in range(len(ranges)) if number not in records]
-    if format == "clips" and missing:
+    if wanted.format == "clips" and missing:
         _expect_room(folder, sum(ranges[number][1] for number in missing) * clip)
     loader = DataLoader(
         _ShardWriter(folder, source, [(number, *ranges[number]) for number in missing]),
         batch_size=None,
-        num_workers=min(data._workers(), len(missing)),
+        num_workers=min(workers, len(missing)),
         worker_init_fn=init_worker,
     )
     places = sum(count for _, count in ranges)
-    with tqdm(total=places, desc=f"{split} {format}", unit="", disable=None) as bar:
+    with tqdm(total=places, desc=f"{wanted.split} {wanted.format}", unit="", disable=None) as bar:
         bar.update(sum(ranges[number][1] for number in records))
         for number, record in zip(missing, loader, strict=True):
             if "error" in record:
@@ -160,15 +183,15 @@ def _write_split(
         found = _finish(folder, wanted, [records[number] for number in range(len(ranges))])
     for number in range(len(ranges)):
         (folder / _record_name(number)).unlink(missing_ok=True)
-    _sweep(folder)
-    return Written(split, found, folder, len(missing))
+    return Written(wanted.split, found, folder, len(missing))
 
 
 def _begin(folder: Path, wanted: Manifest, ranges: list[tuple[int, int]]) -> Manifest:
-    """Make the folder, or see that it holds the same thing → its manifest."""
+    """Begin a cache, or see that the folder holds the same thing → its manifest."""
     path = folder / MANIFEST
-    if not path.exists():
-        if folder.exists() and any(intended_name(file) is None for file in folder.iterdir()):
+    others = [file for file in folder.iterdir() if intended_name(file) is None]
+    if not path.exists():  # asked last: another process may have begun meanwhile
+        if others:
             raise UserError(f"{folder}: expected an empty folder or a cache, it holds something else.")
         write_text(path, wanted.to_json())
         return wanted
@@ -178,7 +201,6 @@ def _begin(folder: Path, wanted: Manifest, ranges: list[tuple[int, int]]) -> Man
         other = "shards of another size"
     if other:
         raise UserError(f"{folder}: expected a cache of {other}; give another folder, or delete this one.")
-    _sweep(folder, older_than=3600)
     return found
 
 
@@ -248,11 +270,43 @@ def _record_name(number: int) -> str:
     return f"chunk-0-{number}.json"
 
 
-def _sweep(folder: Path, older_than: float = 0.0) -> None:
-    """Remove what a kill left behind; young files may belong to another process that writes here."""
+@contextmanager
+def _temporaries_swept(folder: Path) -> Iterator[None]:
+    """Remove what kills left behind, before and after the block, but nothing of another process that writes here.
+
+    Each writer holds a lock on the folder, which the system lets go when it and its workers are dead. Where there are
+    no such locks (some network file systems), old files alone are removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        _sweep(folder, _OLD)
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _sweep(folder, 0 if _locks(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) else _OLD)
+        _locks(handle, fcntl.LOCK_SH)
+        yield
+        _sweep(folder, 0 if _locks(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) else _OLD)
+    finally:
+        os.close(handle)
+
+
+def _locks(handle: int, how: int) -> bool:
+    try:
+        fcntl.flock(handle, how)
+    except OSError:  # another one has it, or the file system has none
+        return False
+    return True
+
+
+def _sweep(folder: Path, older_than: float) -> None:
     for path in folder.iterdir():
-        if intended_name(path) is not None and time.time() - path.stat().st_mtime >= older_than:
-            path.unlink(missing_ok=True)
+        try:
+            if intended_name(path) is not None and time.time() - path.stat().st_mtime >= older_than:
+                path.unlink()
+        except FileNotFoundError:  # moved to its place, or removed by another one
+            pass
 
 
 def _expect_room(folder: Path, wanted: int) -> None:

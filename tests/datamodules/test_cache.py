@@ -175,9 +175,9 @@ def test_litdata_reads_the_shards_itself(written, make, monkeypatch):
         assert_equal(item, online.clip(0, index))
 
 
-def write_thirty(out: Path) -> None:
+def write_thirty(out: Path, workers: int = 1) -> None:
     os.setsid()  # a process group, that a kill reaches the workers too
-    data = Synthetic(num_train=30, num_val=1, num_test=1, num_frames=4, resolution=32, num_workers=1)
+    data = Synthetic(num_train=30, num_val=1, num_test=1, num_frames=4, resolution=32, num_workers=workers)
     write_cache(data, out, ["train"], epochs=2, shard_bytes=30_000)
 
 
@@ -207,6 +207,40 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
         assert all((out / name).stat().st_mtime_ns == changed for name, changed in kept.items())
         kept = {p.with_suffix(".bin").name: p.with_suffix(".bin").stat().st_mtime_ns for p in out.glob("chunk-*.json")}
     assert contents(tmp_path / "killed") == whole  # nothing else is left behind either
+
+
+def write_beside(out: Path, begin: Any, other_done: Any) -> None:
+    """Begin with the other process; the shard 5 stays half-written until the other one is done."""
+    whole = cache_writer.replacing
+
+    @contextmanager
+    def slow(path: Path):
+        with whole(path) as temporary:
+            yield temporary
+            if Path(path).name == "chunk-0-5.bin":
+                assert other_done.wait(60)
+
+    cache_writer.replacing = slow  # in this process alone
+    begin.wait(60)
+    write_thirty(out, workers=0)
+
+
+def test_two_processes_that_write_one_cache_end_with_the_same_bytes(tmp_path):
+    context = multiprocessing.get_context("fork")
+    alone = context.Process(target=write_thirty, args=(tmp_path / "alone", 0))
+    alone.start()
+    alone.join()
+    begin, done, never = context.Barrier(2), context.Event(), context.Event()
+    never.set()
+    slow = context.Process(target=write_beside, args=(tmp_path / "both", begin, done))
+    quick = context.Process(target=write_beside, args=(tmp_path / "both", begin, never))
+    slow.start()
+    quick.start()
+    quick.join()
+    done.set()
+    slow.join()
+    assert (quick.exitcode, slow.exitcode) == (0, 0)
+    assert contents(tmp_path / "both") == contents(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
