@@ -141,8 +141,9 @@ def _measure_all(paths: dict[str, Path], out: Path, workers: int, time_limit: fl
     """Measure every video that no earlier run has measured as it now is."""
     from tqdm import tqdm
 
-    from .doctor_file import Measurement, identity, measure
+    from .doctor_file import Measurement, measure
     from .doctor_pool import Lost, run
+    from .listing import identity
 
     done: dict[str, Measurement] = {}
     missing: list[Key] = []

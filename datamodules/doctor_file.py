@@ -5,7 +5,6 @@ import hashlib
 import math
 import statistics
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -17,9 +16,11 @@ import numpy as np
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
-from vidtwin.video import IMAGE_SUFFIXES, VideoError, decode, survey
+from vidtwin.video import VideoError, decode, survey
 from vidtwin.video.picture import orientation
 from vidtwin.video.source import COUNTED_FORMATS, open_video
+
+from .listing import identity, images_of
 
 FINGERPRINT_FRAMES = 8
 MOTION_STEP = Fraction(1, 8)  # seconds between the two pictures of which motion is the difference
@@ -85,12 +86,6 @@ class Measurement:
 
 
 FIELDS = frozenset(entry.name for entry in dataclasses.fields(Measurement))
-
-
-def identity(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of the last change in ns, of a file or of all images of a folder."""
-    stats = [file.stat() for file in _files(path)]
-    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
 
 def measure(path: Path, name: str) -> Measurement:
@@ -296,16 +291,9 @@ class _Filter:
         return filtered
 
 
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_dir():
-        yield from sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    else:
-        yield path
-
-
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    for file in _files(path):
+    for file in images_of(path) if path.is_dir() else [path]:
         with file.open("rb") as handle:
             while block := handle.read(1 << 20):
                 digest.update(block)
