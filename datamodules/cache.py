@@ -14,6 +14,7 @@ from vidtwin.errors import UserError
 from vidtwin.video import RESIZE_FILTER, VideoError
 
 from .clips import ClipDataModule, ClipDataset, Key, excluded_names
+from .listing import identity
 from .shards import MANIFEST, TABLE, Format, Items, Manifest, Shard, expect_shards
 
 
@@ -21,7 +22,7 @@ def describe(data: ClipDataModule, split: str) -> dict[str, Any]:
     """All arguments on which the clips of a split depend, as JSON.
 
     Where the data lie is none of them, so that a cache can be moved and used without the videos. `videos` (a checksum
-    of names and labels) is there only where the videos are.
+    of names, labels and sizes) is there only where the videos are.
     """
     drawn = data._is_drawn(split)
     description: dict[str, Any] = {
@@ -53,9 +54,17 @@ def _source(data: ClipDataModule, split: str) -> dict[str, Any]:
         videos = data.videos(split)
     except UserError:
         return described
-    lines = "".join(f"{video.name}\t{video.label}\n" for video in videos)
+    lines = "".join(f"{video.name}\t{video.label}\t{_size(video.path)}\n" for video in videos)
     checksum = hashlib.sha256(lines.encode()).hexdigest()[:16]
-    return {**described, "videos": f"{len(videos)} videos, sha256 {checksum}"}
+    return {**described, "videos": f"{len(videos)}, names, labels and sizes of sha256 {checksum}"}
+
+
+def _size(path: Path) -> int | None:
+    """In bytes. The time of its last change is left out: a copy of a video is the same video."""
+    try:
+        return identity(path)[0]
+    except OSError:  # a list may name what is not there
+        return None
 
 
 def _as_json(description: dict[str, Any]) -> dict[str, Any]:

@@ -342,6 +342,41 @@ def test_a_cache_serves_without_its_videos(written, small_ucf, tmp_path):
         CachedClips(tmp_path / "cache/val", describe(Own(str(moved), val_groups=(9,), **SMALL), "val"))
 
 
+def test_a_cache_of_videos_that_have_changed_is_refused(make, copied, small_ucf, tmp_path):
+    moved = Path(shutil.copytree(small_ucf, tmp_path / "moved"))
+    data = UCF101(str(moved), **SMALL)
+    assert len(CachedClips(copied / "train", describe(data, "train"))) == 8
+    first, second = (Path(video.path) for video in data.videos("train")[:2])
+    os.utime(first)  # as a copy is: younger, but the same
+    assert len(CachedClips(copied / "train", describe(data, "train"))) == 8
+    (copied / "train/chunk-0-1.bin").unlink()
+    first.write_bytes(second.read_bytes() + b"longer")
+    with pytest.raises(UserError, match=r"expected a cache of videos=.* it holds videos="):
+        CachedClips(copied / "train", describe(data, "train"))
+    for out, format in ((copied, "clips"), (tmp_path / "videos", "videos")):
+        if format == "videos":
+            write_cache(make(), out, ["train"], format="videos")
+        before = contents(out)
+        with pytest.raises(UserError, match=r"expected a cache of videos=.*; give another folder, or delete this one"):
+            write_cache(data, out, ["train"], 2 if format == "clips" else 1, format, shard_bytes=SHARD)  # type: ignore[arg-type]
+        assert contents(out) == before
+    assert len(CachedClips(copied / "test", describe(data, "test"))) == 4  # of which nothing has changed
+
+
+def test_an_interrupted_cache_does_not_mix_old_and_new_videos(make, small_ucf, tmp_path, monkeypatch):
+    moved = Path(shutil.copytree(small_ucf, tmp_path / "moved"))
+    data = UCF101(str(moved), **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_writer, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write_cache(data, tmp_path / "cache", ["train"], shard_bytes=SHARD)
+    (tmp_path / "cache/train/chunk-0-0.bin").unlink()
+    first, second = (Path(video.path) for video in data.videos("train")[:2])
+    first.write_bytes(second.read_bytes() + b"longer")
+    with pytest.raises(UserError, match=r"expected a cache of videos=.*; give another folder, or delete this one"):
+        write_cache(data, tmp_path / "cache", ["train"], shard_bytes=SHARD)
+
+
 def test_damage_is_found_and_mended(make, copied, written):
     shard = copied / "train/chunk-0-1.bin"
     content = shard.read_bytes()
