@@ -168,11 +168,11 @@ def _measure_all(paths: dict[str, Path], out: Path, workers: int, time_limit: fl
     with _open_journal(journal, known) as file, closing(run(measure, jobs, limits, workers)) as results, bar:
         for index, result in results:
             name, size, changed = missing[index]
-            if isinstance(result, Lost):  # not kept: the next run tries again
+            if isinstance(result, Lost):
                 fault = "timeout" if result.timeout else "crash"
-                result = Measurement(name, size, changed, fault, result.reason)
-            else:
-                file.write(json.dumps(dataclasses.asdict(result), ensure_ascii=False) + "\n")
+                result = Measurement(name, size, changed, fault, result.reason, lasting=False)
+            if result.lasting:  # else the next run tries again
+                file.write(_line(result))
                 file.flush()
             done[name] = result
             broken += result.fault is not None
@@ -183,7 +183,7 @@ def _measure_all(paths: dict[str, Path], out: Path, workers: int, time_limit: fl
 
 def _read_journal(journal: Path) -> "dict[Key, Measurement]":
     """Measurements of earlier runs. A line that a kill cut off, or that another version wrote, counts for nothing."""
-    from .doctor_file import FIELDS, Measurement
+    from .doctor_file import FIELDS, VERSION, Measurement
 
     known = {}
     try:
@@ -195,10 +195,16 @@ def _read_journal(journal: Path) -> "dict[Key, Measurement]":
             entry: Any = json.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and entry.keys() == FIELDS:
+        if isinstance(entry, dict) and entry.pop("version", None) == VERSION and entry.keys() == FIELDS:
             found = Measurement(**entry)
             known[found.name, found.bytes, found.mtime_ns] = found
     return known
+
+
+def _line(measurement: "Measurement") -> str:
+    from .doctor_file import VERSION
+
+    return json.dumps({"version": VERSION, **dataclasses.asdict(measurement)}, ensure_ascii=False) + "\n"
 
 
 def _open_journal(journal: Path, known: "dict[Key, Measurement]") -> TextIO:
@@ -206,9 +212,7 @@ def _open_journal(journal: Path, known: "dict[Key, Measurement]") -> TextIO:
     from vidtwin.files import write_text
 
     try:
-        write_text(
-            journal, "".join(json.dumps(dataclasses.asdict(m), ensure_ascii=False) + "\n" for m in known.values())
-        )
+        write_text(journal, "".join(map(_line, known.values())))
         return journal.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"Expected to write into {journal.parent}: {error.strerror}; set --out.") from None

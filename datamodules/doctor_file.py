@@ -22,6 +22,7 @@ from vidtwin.video.source import COUNTED_FORMATS, open_video
 
 from .listing import identity, images_of
 
+VERSION = 1  # to be raised when the same file would be measured otherwise, by the reader too
 FINGERPRINT_FRAMES = 8
 MOTION_STEP = Fraction(1, 8)  # seconds between the two pictures of which motion is the difference
 CUT_RISE = 9.0  # percent of the range of values; chosen on real clips, docs/doctor.md says which
@@ -39,6 +40,7 @@ class Measurement:
         mtime_ns: With name and size it tells whether the file is still the one that was measured.
         fault: "unreadable", "truncated", "corrupt" or "empty", "crash" (it ended its process) or "timeout"; None: none.
         reason: One line on the fault.
+        lasting: Whether the next attempt would find the same fault; not where the system failed, not the file.
         width: Of the stored picture; the shown one is upright and has square pixels.
         rotation: Degrees that the stored picture is turned counterclockwise to be shown.
         aspect: Width of a stored pixel divided by its height, as "10:11".
@@ -60,6 +62,7 @@ class Measurement:
     mtime_ns: int
     fault: str | None = None
     reason: str | None = None
+    lasting: bool = True
     sha256: str | None = None
     container: str | None = None
     codec: str | None = None
@@ -98,6 +101,13 @@ def measure(path: Path, name: str) -> Measurement:
     except VideoError as error:
         found.fault, found.frames = error.kind, error.decodable
         found.reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{error.kind}: ")
+        found.lasting = getattr(error, "lasting", True)
+    except OSError as error:
+        found.fault, found.lasting = "unreadable", False
+        found.reason = f"it can't be read: {error.strerror or error}"
+    except MemoryError:
+        found.fault, found.lasting = "unreadable", False
+        found.reason = "there was not enough memory to measure it"
     except Exception as error:  # of thousands of files one that finds a bug must not end the scan of the others
         found.fault = "unreadable"
         found.reason = f"it can't be measured: {type(error).__name__}: {error}".replace(f"{path}", name)

@@ -1,5 +1,6 @@
 """What `vidtwin doctor` says of videos whose faults, motion, cuts and copies are known, and of the real ones."""
 
+import errno
 import json
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from vidtwin.datamodules.doctor_file import Measurement, measure
 from vidtwin.datamodules.doctor_report import cut_share, histogram
 from vidtwin.datamodules.doctor_splits import check_ucf, find_copies
 from vidtwin.errors import UserError
-from vidtwin.video import iter_frames, write_video
+from vidtwin.video import VideoError, iter_frames, write_video
 
 SIZE = (48, 64)  # height and width
 
@@ -272,6 +274,63 @@ def test_a_second_run_measures_what_is_new_or_changed(tmp_path: Path, monkeypatc
     assert measured == ["1.mp4", "new.mp4"]
     assert third["videos"]["1.mp4"]["fingerprint"] != first["videos"]["1.mp4"]["fingerprint"]
     assert third["videos"]["0.mp4"]["fingerprint"] == first["videos"]["0.mp4"]["fingerprint"]
+
+
+def test_what_the_system_could_not_do_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor_pool, "run", here)
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    for name in ("whole", "disk", "handles", "memory"):
+        write_video(videos / f"{name}.mp4", scene(0, 20), 10)
+    (videos / "text.mp4").write_bytes(b"text" * 100)
+    digest, open_really = doctor_file._digest, doctor_file.open_video
+
+    def failing_digest(path: Path) -> str:
+        if path.stem == "disk":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return digest(path)
+
+    @contextmanager
+    def failing_open(path: Path) -> Iterator[Any]:
+        if path.stem == "handles":
+            error = VideoError(f"{path}: expected a readable video, FFmpeg says: Too many open files.")
+            error.lasting = False
+            raise error
+        if path.stem == "memory":
+            raise MemoryError
+        with open_really(path) as opened:
+            yield opened
+
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor_file, "_digest", failing_digest)
+        patch.setattr(doctor_file, "open_video", failing_open)
+        rows = scan(videos, out)["videos"]
+    faults = {name: row["reason"] for name, row in rows.items() if row["fault"]}
+    assert set(faults) == {"disk.mp4", "handles.mp4", "memory.mp4", "text.mp4"}
+    assert faults["disk.mp4"] == "it can't be read: Input/output error"
+    assert faults["memory.mp4"] == "there was not enough memory to measure it"
+    assert "Too many open files" in faults["handles.mp4"]
+    measured = [json.loads(line)["name"] for line in (out / "measurements.jsonl").read_text().splitlines()]
+    assert sorted(measured) == ["text.mp4", "whole.mp4"]
+    assert {name for name, row in scan(videos, out)["videos"].items() if row["fault"]} == {"text.mp4"}
+
+
+def test_verdicts_of_another_version_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_pool, "run", here)
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    for name in ("old", "new", "unknown"):
+        write_video(videos / f"{name}.mp4", scene(0, 20), 10)
+    scan(videos, out)
+    rows = [json.loads(line) for line in (out / "measurements.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"fault": "corrupt", "reason": "as was thought"}
+        if row["name"] == "old.mp4":
+            row["version"] -= 1
+        if row["name"] == "unknown.mp4":
+            del row["version"]
+    (out / "measurements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert {name for name, row in scan(videos, out)["videos"].items() if row["fault"]} == {"new.mp4"}
 
 
 # ---- verdicts and lists
