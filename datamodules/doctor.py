@@ -100,27 +100,18 @@ def find_videos(folder: Path, image_folders: bool) -> tuple[dict[str, Path], Pat
 
     A folder that holds `UCF-101` stands for that, as it does for the data module.
     """
-    from vidtwin.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+    from vidtwin.video import VIDEO_SUFFIXES
+
+    from . import listing
 
     if not folder.is_dir():
         raise UserError(f"Expected a folder of videos, got {folder}, which is none.")
     root = folder / "UCF-101" if (folder / "UCF-101").is_dir() else folder
-    paths: dict[str, Path] = {}
-    others: Counter[str] = Counter()
-    for path in sorted(root.rglob("*")):
-        if not path.is_file():
-            continue
-        suffix = path.suffix.lower()
-        if suffix in VIDEO_SUFFIXES:
-            paths[path.relative_to(root).as_posix()] = path
-        elif image_folders and suffix in IMAGE_SUFFIXES and path.parent != root:
-            paths[path.parent.relative_to(root).as_posix()] = path.parent
-        else:
-            others[suffix or "without a suffix"] += 1
+    paths, others = listing.find_videos(root, image_folders)
     if not paths:
         also = "" if image_folders else "; with --image_folders, folders of images are videos too"
         raise UserError(f"{root}: expected videos ({', '.join(sorted(VIDEO_SUFFIXES))}), found none{also}.")
-    return paths, root, others
+    return {path.relative_to(root).as_posix(): path for path in paths}, root, others
 
 
 def exclusion_list(excluded: dict[str, str], root: Path, kinds: Sequence[str]) -> str:

@@ -3,19 +3,17 @@
 import csv as csv_files
 import hashlib
 import os
-import re
 import string
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from vidtwin.errors import UserError
-from vidtwin.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from vidtwin.video import VIDEO_SUFFIXES
 
 from .clips import SPLITS, ClipDataModule, Video
-
-_NUMBERED = re.compile(r"\d\.\w+$")  # the end of an image's name in a sequence: 00000.jpg, frame_1.png
+from .listing import find_videos, is_hidden
 
 Listed = tuple[list[str], list[str], list[str]]  # paths, labels and splits of a list's videos; "" where it gives none
 
@@ -30,7 +28,8 @@ class VideoFolder(ClipDataModule):
     error at once.
 
     Args:
-        root: Folder; videos are found in it at any depth, by their suffix.
+        root: Folder; videos are found in it at any depth, by their suffix. Links to folders are followed; hidden files
+            and folders (whose names begin with a dot) are left out.
         csv: File with the columns of `path_template` and, if wanted, `label` (integers, or words that are numbered in
             alphabetical order) and `split` (train, val or test).
         splits: For each split what its videos are, under `root`: a folder, a .csv file like `csv`, whose column `split`
@@ -143,7 +142,7 @@ class VideoFolder(ClipDataModule):
         """The labels of all of `splits`: a class has one number, whichever split is asked for and lacks others."""
         for place in self.splits.values():
             if place.is_dir():
-                yield from (entry.name for entry in os.scandir(place) if entry.is_dir())
+                yield from (entry.name for entry in os.scandir(place) if entry.is_dir() and not is_hidden(entry.name))
             elif place.suffix.lower() == ".csv" and place.is_file():
                 yield from self._read_csv(place, labels_only=True)[1]
 
@@ -152,19 +151,13 @@ class VideoFolder(ClipDataModule):
         if not folder.is_dir():
             option = "data.root or data.splits" if self.splits else "data.root"
             raise UserError(f"Expected a folder of videos at {folder}, there is none; set {option}.")
-        paths: list[Path] = []
-        for place, folders, files in os.walk(folder):
-            videos = [file for file in files if os.path.splitext(file)[1].lower() in VIDEO_SUFFIXES]
-            paths += (Path(place, file) for file in videos)
-            if self.image_folders and not videos and any(map(_is_numbered_image, files)) and Path(place) != folder:
-                paths.append(Path(place))
-                folders.clear()
+        paths, _ = find_videos(folder, self.image_folders)
         if not paths:
             raise UserError(
                 f"{folder}: expected videos ({', '.join(sorted(VIDEO_SUFFIXES))}), found none; set data.root, or "
                 "data.image_folders if each is a folder of images."
             )
-        return sorted(paths)
+        return paths
 
     def _read(self, file: Path) -> Listed:
         if file.suffix.lower() == ".csv":
@@ -250,10 +243,6 @@ def _columns_of(template: str) -> list[str]:
             f"{template!r}{reason}."
         )
     return list(dict.fromkeys(columns))
-
-
-def _is_numbered_image(file: str) -> bool:
-    return PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES and _NUMBERED.search(file) is not None
 
 
 def _numbering(labels: Iterable[str]) -> dict[str, int]:

@@ -1,15 +1,69 @@
 """Which files and folders are videos, whether one has changed, and where this machine keeps what it knows of them."""
 
 import os
+import re
 import stat
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+
+_NUMBERED = re.compile(r"\d\.\w+$")  # the end of an image's name in a sequence: 00000.jpg, frame_1.png
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Each folder from `root` on, its folders and its files, as `os.walk` gives them, without hidden ones.
+
+    Links to folders are followed, after all that is not behind a link, and no folder comes twice, whichever way leads
+    to it. Hidden are names that begin with a dot: what macOS copies beside files, and files that are half-written.
+    """
+    seen: set[tuple[int, int]] = set()
+    tops = [str(root)]
+    for top in tops:  # which grows
+        for place, folders, files in os.walk(top):
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            yield Path(place), folders, sorted(name for name in files if not is_hidden(name))
+            tops += (path for name in folders if os.path.islink(path := os.path.join(place, name)))
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def find_videos(root: Path, image_folders: bool) -> tuple[list[Path], Counter[str]]:
+    """The videos under a folder, sorted, and the suffixes of the files that are none.
+
+    Args:
+        root: Folder.
+        image_folders: A folder below `root` that holds numbered images and no video is a video too, and its subfolders
+            are not searched.
+    """
+    from vidtwin.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+    paths: list[Path] = []
+    others: Counter[str] = Counter()
+    for place, folders, files in walk(root):
+        suffixes = [os.path.splitext(file)[1].lower() for file in files]
+        videos = [place / file for file, suffix in zip(files, suffixes, strict=True) if suffix in VIDEO_SUFFIXES]
+        images = [file for file, suffix in zip(files, suffixes, strict=True) if suffix in IMAGE_SUFFIXES]
+        paths += videos
+        if image_folders and not videos and place != root and any(map(_NUMBERED.search, images)):
+            paths.append(place)
+            folders.clear()
+            suffixes = [suffix for suffix in suffixes if suffix not in IMAGE_SUFFIXES]
+        others.update(suffix or "without a suffix" for suffix in suffixes if suffix not in VIDEO_SUFFIXES)
+    return sorted(paths), others
 
 
 def images_of(folder: Path) -> list[Path]:
     """The images of a folder that is a video, by their names."""
     from vidtwin.video import IMAGE_SUFFIXES
 
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(f.name))
 
 
 def identity(path: Path) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Any
 from vidtwin.errors import UserError
 
 from .clips import ClipDataModule, Video
+from .listing import is_hidden
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,11 @@ class UCF101(ClipDataModule):
                 raise UserError(
                     f"Expected UCF-101's class folders in {self.root}, there is no such folder; set data.root."
                 )
-            files = {path.relative_to(self.root).as_posix() for path in self.root.glob("*/*.avi")}
+            files = {
+                f"{path.parent.name}/{path.name}"
+                for path in self.root.glob("*/*.avi")
+                if not is_hidden(path.name) and not is_hidden(path.parent.name)
+            }
             if not files:
                 raise UserError(
                     f"Expected UCF-101's videos as {self.root}/CLASS/v_CLASS_g01_c01.avi, found none; set data.root."
