@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from vidtwin.errors import UserError
 
+from .ucf101_lists import class_root
+
 if TYPE_CHECKING:
     from .doctor_file import Measurement
 
@@ -106,7 +108,7 @@ def find_videos(folder: Path, image_folders: bool) -> tuple[dict[str, Path], Pat
 
     if not folder.is_dir():
         raise UserError(f"Expected a folder of videos, got {folder}, which is none.")
-    root = folder / "UCF-101" if (folder / "UCF-101").is_dir() else folder
+    root = class_root(folder)
     paths, others = listing.find_videos(root, image_folders)
     if not paths:
         also = "" if image_folders else "; with --image_folders, folders of images are videos too"

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vidtwin.errors import few
+
 from .doctor_file import FINGERPRINT_FRAMES, Measurement
+from .ucf101_lists import OFFICIAL, VALIDATION_GROUPS, find_lists
 
 FOLDERS = ("train", "val", "test")
-OFFICIAL = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}  # videos of UCF-101's train and test lists
 
 # Chosen on real clips and re-encodings of them; docs/doctor.md has the distances.
 COPY_BITS = 6  # of 64, in which the same picture may differ
@@ -21,13 +23,6 @@ STILL = 1.0  # motion below which all clips of one scene look the same
 
 _PLAIN = 4  # bits: a picture with fewer of either kind, such as a black one, is like any other plain picture
 _UCF_NAME = re.compile(r"v_(\w+)_g(\d+)_c\d+\.avi")
-_VALIDATION = (24, 25)  # groups that the data module holds out by default
-
-
-def find_lists(root: Path) -> Path | None:
-    """The folder `ucfTrainTestlist` beside `root` or in it."""
-    places = (root.parent / "ucfTrainTestlist", root / "ucfTrainTestlist")
-    return next((place for place in places if place.is_dir()), None)
 
 
 def split_names(names: Sequence[str], root: Path, number: int) -> tuple[dict[str, str], dict[str, Any] | None]:
@@ -57,7 +52,7 @@ def check_ucf(names: Sequence[str], lists: Path) -> dict[str, Any]:
         if not train and not test:
             continue
         shared = {_group(name) for name in train} & {_group(name) for name in test}
-        validation = sum(int(match[2]) in _VALIDATION for match in map(_matched, train) if match)
+        validation = sum(int(match[2]) in VALIDATION_GROUPS for match in map(_matched, train) if match)
         splits[str(number)] = {
             "train": len(train),
             "test": len(test),
@@ -72,7 +67,7 @@ def check_ucf(names: Sequence[str], lists: Path) -> dict[str, Any]:
             ("groups in train and test", sorted(f"{c} g{g}" for c, g in shared)),
         ):
             if wrong:
-                problems.append(f"split {number}: {len(wrong)} {what}: {_few(wrong)}")
+                problems.append(f"split {number}: {len(wrong)} {what}: {few(wrong)}")
         if not validation:
             problems.append(
                 f"split {number}: no group 24 or 25 in the train list, which the data module holds out for validation; "
@@ -86,7 +81,7 @@ def check_ucf(names: Sequence[str], lists: Path) -> dict[str, Any]:
         ("classes of classInd.txt without a folder", sorted(classes - folders)),
     ):
         if wrong:
-            problems.append(f"{len(wrong)} {what}: {_few(wrong)}")
+            problems.append(f"{len(wrong)} {what}: {few(wrong)}")
     return {
         "lists": str(lists),
         "line_ends": _line_ends(lists),
@@ -126,10 +121,6 @@ def _line_ends(lists: Path) -> str:
     windows = sum(content.count(b"\r\n") for content in contents)
     lines = sum(content.count(b"\n") for content in contents)
     return "LF" if not windows else "CRLF" if windows == lines else "CRLF and LF"
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def find_copies(measurements: Sequence[Measurement], splits: dict[str, str]) -> dict[str, Any]:

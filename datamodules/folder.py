@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, few
 from vidtwin.video import VIDEO_SUFFIXES
 
 from .clips import SPLITS, ClipDataModule, Video
@@ -217,9 +217,8 @@ class VideoFolder(ClipDataModule):
     def _check_presence(self, file: Path, names: Sequence[str]) -> None:
         """One video that is there will do: the reader names each that is not."""
         if not any((self.root / name).exists() for name in names):
-            some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             raise UserError(
-                f"{file}: expected its {len(names):,} videos in {self.root}, none of them is there ({some}); set "
+                f"{file}: expected its {len(names):,} videos in {self.root}, none of them is there ({few(names)}); set "
                 "data.root or data.path_template."
             )
 

@@ -32,17 +32,18 @@ from typing import IO, Any, NoReturn
 
 from tqdm import tqdm
 
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, few
 from vidtwin.files import write_text
+
+from .ucf101_lists import OFFICIAL, VALIDATION_GROUPS
 
 MANIFEST = "ucf101_manifest.csv"
 
 _CLASSES, _VIDEOS = 101, 13320
-_COUNTS = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}  # videos of the train and the test list of each split
 _KINDS = ("train", "test")
-_LIST_FILES = ("classInd.txt", *(f"{kind}list{split:02d}.txt" for split in _COUNTS for kind in _KINDS))
+_LIST_FILES = ("classInd.txt", *(f"{kind}list{split:02d}.txt" for split in OFFICIAL for kind in _KINDS))
 _VIDEO_FILE = re.compile(r"v_\w+_g(\d\d)_c\d\d\.avi")
-_COLUMNS = ["path", "label", "group", *(f"split{split:02d}" for split in _COUNTS), "bytes", "sha256"]
+_COLUMNS = ["path", "label", "group", *(f"split{split:02d}" for split in OFFICIAL), "bytes", "sha256"]
 _SCRATCH = ".ucf101-{host}-{pid}.partial"
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -283,7 +284,7 @@ def _rar_members(archive: Path, scratch: Path, bar: Any) -> Iterator[Member]:
                 return
             odd = [info.filename for info in opened.infolist() if _leads_outside(info)]
             if odd:
-                raise UserError(f"{archive}: expected plain files, got links or paths that lead outside: {_few(odd)}.")
+                raise UserError(f"{archive}: expected plain files, got links or paths that lead outside: {few(odd)}.")
     except rarfile.Error as error:
         raise EOFError(str(error) or type(error).__name__) from error
     folder = scratch / "rar"
@@ -356,7 +357,7 @@ def _read_lists(folder: Path, archives: Sequence[Path]) -> _Lists:
     if absent:
         where = ", ".join(map(str, archives)) if archives and folder.name == "lists" else folder
         raise UserError(
-            f"{where}: expected UCF-101's lists, {len(absent)} of {len(_LIST_FILES)} are absent ({_few(absent)}); "
+            f"{where}: expected UCF-101's lists, {len(absent)} of {len(_LIST_FILES)} are absent ({few(absent)}); "
             "give UCF101TrainTestSplits-RecognitionTask.zip too."
         )
     lines = {
@@ -367,7 +368,7 @@ def _read_lists(folder: Path, archives: Sequence[Path]) -> _Lists:
     labels = {pair[1]: int(pair[0]) - 1 for pair in classes if len(pair) == 2 and pair[0].isdecimal()}
     names = {
         (split, kind): [line.split()[0] for line in lines[f"{kind}list{split:02d}.txt"]]
-        for split in _COUNTS
+        for split in OFFICIAL
         for kind in _KINDS
     }
     return _Lists(lines, labels, names)
@@ -381,7 +382,7 @@ def _wrong_lists(lists: _Lists) -> list[str]:
     unknown = sorted({name.split("/")[0] for name in everything} - set(lists.labels))
     findings += _some(unknown, "classes of the lists that classInd.txt lacks")
     findings += _some(sorted(n for n in everything if _group(n) is None), "names in the lists that are none of videos")
-    for split, counts in _COUNTS.items():
+    for split, counts in OFFICIAL.items():
         train, test = (lists.names[split, kind] for kind in _KINDS)
         for kind, names, count in zip(_KINDS, (train, test), counts, strict=True):
             if len(names) != count:
@@ -500,12 +501,12 @@ def _rows(
         group = _group(name)
         assert group is not None
         row = {"path": name, "label": str(lists.labels[group[0]]), "group": str(group[1])}
-        row |= {f"split{split:02d}": sides[split, name] for split in _COUNTS}
+        row |= {f"split{split:02d}": sides[split, name] for split in OFFICIAL}
         rows.append(row | {"bytes": str(sizes[name]), "sha256": digest})
     if changed:
         raise UserError(
             f"{root}: expected the content that {MANIFEST} lists, {len(changed):,} videos have another "
-            f"({_few(changed)}); unpack these again."
+            f"({few(changed)}); unpack these again."
         )
     return rows
 
@@ -530,9 +531,9 @@ def _summarize(out: Path, rows: list[dict[str, str]], kept: bool) -> None:
         f"{out / 'UCF-101'}: {len(rows):,} videos of {classes} classes, {size:.1f} GB"
         + (" (was there, checked)" if kept else "")
     ]
-    for split in _COUNTS:
+    for split in OFFICIAL:
         train = [row for row in rows if row[f"split{split:02d}"] == "train"]
-        held_out = sum(row["group"] in ("24", "25") for row in train)
+        held_out = sum(int(row["group"]) in VALIDATION_GROUPS for row in train)
         lines.append(
             f"  split {split}: {len(train):,} train, of them {held_out:,} in groups 24 and 25 for validation; "
             f"{len(rows) - len(train):,} test"
@@ -544,8 +545,4 @@ def _summarize(out: Path, rows: list[dict[str, str]], kept: bool) -> None:
 
 def _some(names: Sequence[str], what: str) -> list[str]:
     """A finding with its count and a few names; none if there are no names."""
-    return [f"{len(names):,} {what} ({_few(names)})"] if names else []
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return [f"{len(names):,} {what} ({few(names)})"] if names else []

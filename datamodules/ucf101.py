@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, few
 
 from .clips import ClipDataModule, Video
 from .listing import is_hidden
+from .ucf101_lists import VALIDATION_GROUPS, class_root, find_lists
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +43,13 @@ class UCF101(ClipDataModule):
         root: str,
         split: int = 1,
         lists: str | None = None,
-        val_groups: Sequence[int] = (24, 25),
+        val_groups: Sequence[int] = VALIDATION_GROUPS,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if split not in (1, 2, 3):
             raise UserError(f"Expected data.split to be 1, 2 or 3, got {split}.")
-        nested = Path(root) / "UCF-101"
-        self.root = nested if nested.is_dir() else Path(root)
+        self.root = class_root(Path(root))
         self.split = split
         self.val_groups = list(val_groups)
         self._given_lists = lists
@@ -63,7 +63,7 @@ class UCF101(ClipDataModule):
         labels = self._labels(lists)
         unknown = sorted({name.split("/")[0] for name in names} - set(labels))
         if unknown:
-            raise UserError(f"{lists}/classInd.txt: expected all classes of the lists, it lacks {_few(unknown)}.")
+            raise UserError(f"{lists}/classInd.txt: expected all classes of the lists, it lacks {few(unknown)}.")
         return [Video(self.root / name, name, labels[name.split("/")[0]]) for name in names]
 
     def split_name(self, split: str) -> str:
@@ -73,10 +73,7 @@ class UCF101(ClipDataModule):
         return {"split": self.split, "val_groups": self.val_groups}
 
     def _find_lists(self) -> Path | None:
-        if self._given_lists is not None:
-            return Path(self._given_lists)
-        places = (self.root.parent / "ucfTrainTestlist", self.root / "ucfTrainTestlist")
-        return next((place for place in places if place.is_dir()), None)
+        return find_lists(self.root) if self._given_lists is None else Path(self._given_lists)
 
     def _present(self) -> set[str]:
         """Names `Class/video.avi` of the videos on disk."""
@@ -105,7 +102,7 @@ class UCF101(ClipDataModule):
         absent = [name for name in names if name not in present]
         if absent:
             raise UserError(
-                f"{path}: expected its {len(names)} videos in {self.root}, {len(absent)} are absent ({_few(absent)}); "
+                f"{path}: expected its {len(names)} videos in {self.root}, {len(absent)} are absent ({few(absent)}); "
                 "complete the data, or cut the lists to what is there: vidtwin prepare ucf101 --partial, or data.lists."
             )
         return names
@@ -148,7 +145,3 @@ def _group(name: str) -> int:
             f"Expected a video named like v_CLASS_g01_c01.avi, got {name}; for other names use VideoFolder."
         )
     return int(match.group(1))
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -5,7 +5,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 # "Temporary failure; the user is invited to retry" (sysexits.h): a scheduler that is told to requeue on it goes on.
@@ -29,6 +29,11 @@ class Preempted(BaseException):
             text = f"after step {step}, {f'saved in {folder}' if folder else 'not saved: there is no LatestCheckpoint'}"
         goes_on = "; the same command with --resume auto goes on" if step is None or folder else ""
         super().__init__(f"ended by SIGTERM {text}{goes_on}")
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three of what may be many: `a, b, c, …`."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def suggestion(word: str, candidates: Iterable[str]) -> str:
