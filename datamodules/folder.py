@@ -5,6 +5,7 @@ import hashlib
 import os
 import string
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class VideoFolder(ClipDataModule):
     split is given the name alone decides on which side a video falls, by its SHA-256: adding videos moves no other.
 
     A video that a list names and that is not there is found out when it is read; a list of which none is there is an
-    error at once.
+    error at once, and so is a video that comes twice, or in training and in another split.
 
     Args:
         root: Folder; videos are found in it at any depth, by their suffix. Links to folders are followed; hidden files
@@ -73,6 +74,7 @@ class VideoFolder(ClipDataModule):
         self.path_template = path_template
         self.image_folders = image_folders
         self._columns = _columns_of(path_template)
+        self._prefix = os.path.join(os.path.abspath(root), "")
         self._videos: dict[str, list[Video]] = {}
 
     def videos(self, split: str) -> list[Video]:
@@ -100,7 +102,7 @@ class VideoFolder(ClipDataModule):
                 name = path.relative_to(self.root).as_posix()
                 parts[self._split_of(name, self.test_fraction)].append(Video(path, name, folders[path.parent]))
             return parts
-        names, words, given = self._read_csv(self.csv)
+        names, words, given = self._listed(self.csv)
         wrong = sorted(set(given) - set(SPLITS)) if any(given) else []
         if wrong:
             raise UserError(
@@ -123,12 +125,16 @@ class VideoFolder(ClipDataModule):
             )
         place = self.splits[source]
         if place.suffix.lower() in (".csv", ".txt"):
-            names, words, _ = self._read(place)
+            names, words, _ = self._listed(place)
             paths: Iterable[Path] = (self.root / name for name in names)
         else:
+            if not place.is_relative_to(self.root):
+                raise UserError(f"Expected data.splits to name folders under data.root={self.root}, got {place}.")
             paths = self._found(place)
             names = [path.relative_to(self.root).as_posix() for path in paths]
             words = [path.relative_to(place).parts[0] if path.parent != place else "" for path in paths]
+        if source == "train":
+            self._check_apart(names)
         number = _numbering({*words, *self._words()}) if any(words) else {"": -1}
         videos = [Video(path, name, number[word]) for path, name, word in zip(paths, names, words, strict=True)]
         if not held_out:
@@ -159,8 +165,50 @@ class VideoFolder(ClipDataModule):
             )
         return paths
 
+    def _listed(self, file: Path) -> Listed:
+        """What a list has, each video once and not all of them absent: the reader names each that is not there."""
+        names, labels, splits = self._read(file)
+        if not any((self.root / name).exists() for name in names):
+            raise UserError(
+                f"{file}: expected its {len(names):,} videos in {self.root}, none of them is there ({few(names)}); set "
+                "data.root or data.path_template."
+            )
+        twice = [name for name, times in Counter(map(self._spelling, names)).items() if times > 1]
+        if twice:
+            raise UserError(
+                f"{file}: expected each video once, {len(twice):,} come twice or more ({few(sorted(twice))}); leave "
+                "one line of each."
+            )
+        return names, labels, splits
+
+    def _check_apart(self, names: Sequence[str]) -> None:
+        """Nothing that is trained on may be in another split, as far as there are lists or folders of the others."""
+        train = {self._spelling(name) for name in names}
+        for split, place in self.splits.items():
+            if split == "train":
+                continue
+            if place.is_dir():
+                folder = os.path.join(os.path.abspath(place), "")
+                shared = [n for n in train if os.path.normpath(os.path.join(self._prefix, n)).startswith(folder)]
+            elif place.is_file():
+                shared = [name for name in map(self._spelling, self._read(place)[0]) if name in train]
+            else:
+                continue
+            if shared:
+                raise UserError(
+                    f"{self.splits['train']}: expected training videos that are in no other split, {len(shared):,} are "
+                    f"in {split} too ({few(sorted(shared))}); take them out of one, or correct data.splits."
+                )
+
+    def _spelling(self, name: str) -> str:
+        """A video's path under `root`, in the one way of writing it."""
+        place = os.path.normpath(name)
+        if os.path.isabs(place):
+            place = place.removeprefix(self._prefix)
+        return name if place == name else place  # not a second copy of a million names
+
     def _read(self, file: Path) -> Listed:
-        if file.suffix.lower() == ".csv":
+        if file == self.csv or file.suffix.lower() == ".csv":
             return self._read_csv(file)
         if self._columns != ["path"]:
             raise UserError(
@@ -171,7 +219,6 @@ class VideoFolder(ClipDataModule):
         except FileNotFoundError:
             raise UserError(f"Expected a list of videos at {file}, there is none; set data.splits.") from None
         names = [self.path_template.format(path=line.strip()) for line in lines if line.strip()]
-        self._check_presence(file, names)
         return names, [""] * len(names), [""] * len(names)
 
     def _read_csv(self, file: Path, labels_only: bool = False) -> Listed:
@@ -208,19 +255,9 @@ class VideoFolder(ClipDataModule):
         except FileNotFoundError:
             option = "data.splits" if self.splits else "data.csv"
             raise UserError(f"Expected a CSV file at {file}, there is none; set {option}.") from None
-        if not labels_only:
-            if not names:
-                raise UserError(f"{file}: expected rows of the columns {', '.join(self._columns)}, got no rows.")
-            self._check_presence(file, names)
+        if not labels_only and not names:
+            raise UserError(f"{file}: expected rows of the columns {', '.join(self._columns)}, got no rows.")
         return names, labels, splits
-
-    def _check_presence(self, file: Path, names: Sequence[str]) -> None:
-        """One video that is there will do: the reader names each that is not."""
-        if not any((self.root / name).exists() for name in names):
-            raise UserError(
-                f"{file}: expected its {len(names):,} videos in {self.root}, none of them is there ({few(names)}); set "
-                "data.root or data.path_template."
-            )
 
     def _split_of(self, name: str, test_fraction: float) -> str:
         place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

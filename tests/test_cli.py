@@ -326,7 +326,7 @@ def test_no_command_writes_over_its_input(here, run, capsys, tmp_path):
     before = source.read_bytes()
     last = str(run / "checkpoints" / "last.ckpt")
     assert "would be replaced" in fails(capsys, "reconstruct", str(source), "--ckpt_path", last, "--out", str(tmp_path))
-    (tmp_path / "list.csv").write_text(f"path,split\n{source},test\n{source},val\n")
+    (tmp_path / "list.csv").write_text(f"path,split\n{source},test\n")
     argv = ["predict", "--ckpt_path", last, "--data", "folder", f"--data.root={tmp_path}"]
     argv += [f"--data.csv={tmp_path / 'list.csv'}", "--data.num_frames=4", "--data.resolution=32", "--data.fps=25"]
     argv += ["--data.num_workers=0", "--trainer.enable_progress_bar=false"]

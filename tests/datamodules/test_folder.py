@@ -205,3 +205,43 @@ def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "list.csv", text="path,name\na.mp4,a\n")
     with pytest.raises(UserError, match=r"the columns page_dir, videoid .* got the columns \['path', 'name'\]"):
         VideoFolder(str(tmp_path), str(tmp_path / "list.csv"), path_template="{page_dir}/{videoid}.mp4").videos("train")
+
+
+def test_a_list_that_names_a_video_twice_is_refused(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "videos", 10)
+    names = ["a/0.mp4", "b/1.mp4", "a/2.mp4", "b/3.mp4", "a/4.mp4"]
+    again = ["./a/0.mp4", "a/../b/1.mp4", str(root.absolute() / "a/2.mp4"), "b//3.mp4", "b/3.mp4"]
+    write(tmp_path, "list.txt", text="\n".join([*names, *again]))
+    write(tmp_path, "list.csv", text="path,split\n" + "".join(f"{n},train\n" for n in names) + "a/2.mp4,test\n")
+    for data, message in (
+        (
+            VideoFolder(str(root), splits={"train": "../list.txt"}),
+            r"4 come twice or more \(a/0.mp4, a/2.mp4, b/1.mp4, …",
+        ),
+        (VideoFolder(str(root), csv=str(tmp_path / "list.csv")), r"1 come twice or more \(a/2.mp4\); leave one line"),
+    ):
+        with pytest.raises(UserError, match=message):
+            data.videos("train")
+
+
+def test_what_is_tested_on_is_not_trained_on(tmp_path: Path) -> None:
+    write(tmp_path, *(f"{split}/{kind}/{i}.mp4" for split in ("train", "test") for kind in "ab" for i in range(3)))
+    write(tmp_path, "train.txt", text="train/a/0.mp4\ntest/a/1.mp4\ntest/b/0.mp4")
+    write(tmp_path, "other.csv", text="path\ntrain/b/0.mp4\n./train/a/0.mp4\ngone.mp4\n")
+    write(tmp_path, "gone.csv", text="path\ngone.mp4\n")
+    for train, others, shared in (
+        ("train.txt", {"test": "test"}, r"2 are in test too \(test/a/1\.mp4, test/b/0\.mp4\); take them out of one"),
+        ("train.txt", {"test": "other.csv"}, r"1 are in test too \(train/a/0\.mp4\)"),
+        ("train.txt", {"test": "train.txt"}, "3 are in test too"),
+        ("train", {"val": "other.csv"}, r"2 are in val too"),
+        ("train", {"val": "train/a"}, r"3 are in val too \(train/a/0\.mp4, "),
+        ("train/a", {"val": "train"}, r"3 are in val too \(train/a/0\.mp4, "),
+        ("", {"test": "test"}, r"6 are in test too \(test/a/0\.mp4, "),
+        ("train", {"test": ""}, r"6 are in test too"),
+    ):
+        with pytest.raises(UserError, match=shared):
+            VideoFolder(str(tmp_path), splits={"train": train, **others}).videos("train")
+    apart = VideoFolder(str(tmp_path), splits={"train": "train", "val": "gone.csv", "test": "test"})
+    assert len(apart.videos("train")) == 6  # whether the others are there is not asked
+    with pytest.raises(UserError, match=r"folders under data\.root"):
+        VideoFolder(str(tmp_path / "train"), splits={"train": str(tmp_path / "test")}).videos("train")
