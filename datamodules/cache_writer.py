@@ -277,7 +277,10 @@ def _temporaries_swept(folder: Path) -> Iterator[None]:
     Each writer holds a lock on the folder, which the system lets go when it and its workers are dead. Where there are
     no such locks (some network file systems), old files alone are removed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder}: expected a folder to write a cache into, there is a file; give another.") from None
     if fcntl is None:
         _sweep(folder, _OLD)
         yield
@@ -394,8 +397,12 @@ class _VideoSource:
         video = self.videos[place]
         try:
             content = video.path.read_bytes()
+        except FileNotFoundError:  # as of downloads that are not complete
+            raise VideoError(f"{video.path}: there is no such file.") from None
         except OSError as error:
-            raise VideoError(f"{video.path}: expected a video file, got this: {error.strerror}.") from None
+            raise UserError(
+                f"{video.path}: expected to read it, got this: {error.strerror}; run the same command again."
+            ) from None
         try:
             info = survey(content)  # what is broken is told now, with its name, and not in a training
         except VideoError as error:  # whose text can't know the name
@@ -441,8 +448,8 @@ class _ShardWriter(Dataset[dict[str, Any]]):
             try:
                 item = self.source.item(place)
             except VideoError as error:
-                if not self.source.may_skip:
-                    raise
+                if not self.source.may_skip or not getattr(error, "lasting", True):
+                    raise  # a disk that fails for a moment must not leave a hole for good
                 skipped.append((place, *self.source.skipped(place, error)))
                 rows += self.source.row_without_item(place)
                 continue

@@ -317,6 +317,10 @@ def test_other_epochs_formats_and_folders_are_refused(make, copied, tmp_path):
     (tmp_path / "other/val/thesis.tex").touch()
     with pytest.raises(UserError, match="it holds something else"):
         write_cache(make(), tmp_path / "other", ["val"])
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "other/val/thesis.tex/cache"):
+        with pytest.raises(UserError, match="expected a folder to write a cache into, there is a file; give another"):
+            write_cache(make(), out, ["val"])
     with pytest.raises(UserError, match=r"there is no such file; write it by `vidtwin cache`"):
         CachedClips(tmp_path / "nowhere")
     (tmp_path / "manifest.json").write_text("{}")
@@ -432,6 +436,35 @@ def test_what_can_not_be_read_is_listed_with_its_reason_and_never_another_clip(t
     assert cached.clip(1, 2)["skipped"] == [("broken.avi", "decoding stops")]
     for epoch, index in ((0, 2), (1, 2), (1, 4)):
         assert_equal(cached.clip(epoch, index), online.clip(epoch, index))
+
+
+@pytest.mark.parametrize("format", ["clips", "videos"])
+def test_what_the_system_could_not_read_is_no_hole_in_a_cache(make, small_ucf, tmp_path, monkeypatch, format):
+    bad = next(path for path in sorted(small_ucf.rglob("*_g25_c02.avi")))
+    dataset = make().make_dataset("val")
+    clip, read = dataset.clip, Path.read_bytes
+
+    def failing_clip(epoch: int, index: int) -> dict[str, Any]:
+        if index == 1:
+            error = VideoError(f"{bad}: expected a readable video, FFmpeg says: Input/output error.")
+            error.lasting = False
+            raise error
+        return clip(epoch, index)
+
+    def failing_read(path: Path) -> bytes:
+        if path == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "clip", failing_clip)
+        patch.setattr(UCF101, "make_dataset", lambda self, split: dataset)
+        patch.setattr(Path, "read_bytes", failing_read)
+        with pytest.raises(UserError, match="Input/output error"):
+            write_cache(make(), tmp_path, ["val"], format=format)
+    (done,) = write_cache(make(), tmp_path, ["val"], format=format)
+    assert done.items == 4
+    assert not done.manifest.skipped
 
 
 def test_a_training_clip_that_can_not_be_replaced_ends_the_writing(tmp_path):
