@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from vidtwin.errors import UserError
 
+from .listing import is_text
 from .ucf101_lists import class_root
 
 if TYPE_CHECKING:
@@ -91,10 +92,16 @@ def _run(arguments: argparse.Namespace) -> int:
     given = {**vars(arguments), "dir": str(arguments.dir), "out": str(arguments.out), "root": str(root)}
     report = make_report(videos, splits, check, find_copies(videos, splits), others, given)
     excluded = exclusions(report, arguments.exclude)
-    write_text(arguments.out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_text(arguments.out / "report.json", json.dumps(report, indent=1) + "\n")  # ASCII holds any file's name
     write_text(arguments.out / "exclude.txt", exclusion_list(excluded, root, arguments.exclude))
-    sys.stdout.write(summary(report, arguments.out, len(excluded)) + "\n")
+    sys.stdout.write(_printable(summary(report, arguments.out, len(excluded))) + "\n")
     return 0
+
+
+def _printable(text: str) -> str:
+    """With escapes for what the terminal's encoding lacks: names of files may hold any bytes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def find_videos(folder: Path, image_folders: bool) -> tuple[dict[str, Path], Path, Counter[str]]:
@@ -123,8 +130,8 @@ def exclusion_list(excluded: dict[str, str], root: Path, kinds: Sequence[str]) -
         "# One a line, relative to that folder, then a tab and the reason.",
     ]
     for name, reason in sorted(excluded.items()):
-        if name.startswith("#") or any(letter in name for letter in "\t\r\n"):
-            lines.append(f"# can't be listed because of its name, rename it: {name!r} {reason}")
+        if name.startswith("#") or any(letter in name for letter in "\t\r\n") or not is_text(name):
+            lines.append(f"# can't be listed because of its name, rename it: {name!a} {reason}")
         else:
             lines.append(f"{name}\t{reason}")
     return "\n".join(lines) + "\n"
@@ -180,7 +187,7 @@ def _read_journal(journal: Path) -> "dict[Key, Measurement]":
 
     known = {}
     try:
-        lines = journal.read_text(encoding="utf-8").splitlines()
+        lines = journal.read_bytes().splitlines()
     except FileNotFoundError:
         return {}
     for line in lines:
@@ -197,7 +204,7 @@ def _read_journal(journal: Path) -> "dict[Key, Measurement]":
 def _line(measurement: "Measurement") -> str:
     from .doctor_file import VERSION
 
-    return json.dumps({"version": VERSION, **dataclasses.asdict(measurement)}, ensure_ascii=False) + "\n"
+    return json.dumps({"version": VERSION, **dataclasses.asdict(measurement)}) + "\n"  # ASCII holds any file's name
 
 
 def _open_journal(journal: Path, known: "dict[Key, Measurement]") -> TextIO:

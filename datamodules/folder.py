@@ -14,7 +14,7 @@ from vidtwin.errors import UserError, few
 from vidtwin.video import VIDEO_SUFFIXES
 
 from .clips import SPLITS, ClipDataModule, Video
-from .listing import find_videos, is_hidden
+from .listing import find_videos, is_hidden, is_text
 
 Listed = tuple[list[str], list[str], list[str]]  # paths, labels and splits of a list's videos; "" where it gives none
 
@@ -163,6 +163,8 @@ class VideoFolder(ClipDataModule):
                 f"{folder}: expected videos ({', '.join(sorted(VIDEO_SUFFIXES))}), found none; set data.root, or "
                 "data.image_folders if each is a folder of images."
             )
+        if odd := [ascii(str(path.relative_to(folder))) for path in paths if not is_text(str(path))]:
+            raise UserError(f"{folder}: expected names in UTF-8, {len(odd):,} are none ({few(odd)}); rename these.")
         return paths
 
     def _listed(self, file: Path) -> Listed:

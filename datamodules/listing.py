@@ -34,6 +34,15 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".")
 
 
+def is_text(name: str) -> bool:
+    """Whether a name is one of characters; to Linux names are bytes, and those that are no UTF-8 are none."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def find_videos(root: Path, image_folders: bool) -> tuple[list[Path], Counter[str]]:
     """The videos under a folder, sorted, and the suffixes of the files that are none.
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from vidtwin.datamodules.doctor import doctor_command
 from vidtwin.datamodules.doctor_file import Measurement, measure
 from vidtwin.datamodules.doctor_report import cut_share, histogram
 from vidtwin.datamodules.doctor_splits import check_ucf, find_copies
+from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import UserError
 from vidtwin.video import VideoError, iter_frames, write_video
 
@@ -393,6 +395,23 @@ def test_names_that_a_list_cannot_hold_are_named_in_it(tmp_path: Path) -> None:
     scan(tmp_path / "videos", tmp_path / "out")
     assert listed(tmp_path / "out") == {}
     assert (tmp_path / "out" / "exclude.txt").read_text().count("rename it: ") == 2
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
+def test_names_of_any_bytes_end_no_scan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    write_video(videos / "größe.mp4", scene(0), 10)
+    odd = Path(os.fsdecode(os.fsencode(videos) + b"/caf\xe9.mp4"))
+    odd.write_bytes(b"text" * 100)
+    scan(videos, out)
+    assert "caf\\udce9.mp4: unreadable" in capsys.readouterr().out
+    assert r"rename it: 'caf\udce9.mp4' unreadable" in (out / "exclude.txt").read_text()
+    with (out / "measurements.jsonl").open("ab") as file:
+        file.write('{"name": "gr\u00f6'.encode()[:-1])  # cut off within a letter
+    assert set(scan(videos, out)["videos"]) == {"größe.mp4", odd.name}
+    with pytest.raises(UserError, match=r"expected names in UTF-8, 1 are none \('caf\\udce9.mp4'\); rename these"):
+        VideoFolder(str(videos)).videos("train")
 
 
 @pytest.mark.usefixtures("in_process")
