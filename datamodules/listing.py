@@ -10,11 +10,12 @@ from pathlib import Path
 _NUMBERED = re.compile(r"\d\.\w+$")  # the end of an image's name in a sequence: 00000.jpg, frame_1.png
 
 
-def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+def walk(root: Path, links: bool = True) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Each folder from `root` on, its folders and its files, as `os.walk` gives them, without hidden ones.
 
     Links to folders are followed, after all that is not behind a link, and no folder comes twice, whichever way leads
-    to it. Hidden are names that begin with a dot: what macOS copies beside files, and files that are half-written.
+    to it; with `links` false they are not. Hidden are names that begin with a dot: what macOS copies beside files, and
+    files that are half-written.
     """
     seen: set[tuple[int, int]] = set()
     tops = [str(root)]
@@ -27,7 +28,8 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
             seen.add((status.st_dev, status.st_ino))
             folders[:] = sorted(name for name in folders if not is_hidden(name))
             yield Path(place), folders, sorted(name for name in files if not is_hidden(name))
-            tops += (path for name in folders if os.path.islink(path := os.path.join(place, name)))
+            if links:
+                tops += (path for name in folders if os.path.islink(path := os.path.join(place, name)))
 
 
 def is_hidden(name: str) -> bool:

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from vidtwin.errors import UserError, few
 from vidtwin.files import write_text
 
+from .listing import walk
 from .ucf101_lists import OFFICIAL, VALIDATION_GROUPS
 
 MANIFEST = "ucf101_manifest.csv"
@@ -151,7 +152,7 @@ def _scratch(out: Path) -> Iterator[Path]:
     try:
         yield folder
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{out}: expected space for UCF-101 (7 GB), the disk is full; free some.") from None
         raise
     finally:
@@ -234,11 +235,10 @@ def _members(archive: Path, scratch: Path, bar: Any) -> Iterator[Member]:
 
 
 def _files(folder: Path, write: Callable[[Path, Path], object], links: bool = True) -> Iterator[Member]:
-    """Files under a folder; hidden folders are left out, among them the one that is unpacked into."""
-    for place, inside, names in os.walk(folder):
-        inside[:] = [name for name in inside if not name.startswith(".")]
+    """Files under a folder; hidden ones are left out, among them the folder that is unpacked into."""
+    for place, _, names in walk(folder, links):
         for name in names:
-            path = Path(place, name)
+            path = place / name
             if path.is_file() and (links or not path.is_symlink()):
                 yield path.as_posix(), functools.partial(write, path)
 
@@ -424,10 +424,10 @@ def _arrange(flat: Path, root: Path, lists: _Lists) -> list[str]:
 def _sizes(root: Path) -> dict[str, int]:
     """The .avi files under a folder by their paths in it, in alphabetical order, with their sizes in bytes."""
     sizes = {}
-    for place, _, files in os.walk(root):
+    for place, _, files in walk(root):
         for file in files:
-            if file.lower().endswith(".avi") and not file.startswith("."):
-                path = Path(place, file)
+            if file.lower().endswith(".avi"):
+                path = place / file
                 sizes[path.relative_to(root).as_posix()] = path.stat().st_size if path.exists() else 0
     return dict(sorted(sizes.items()))
 

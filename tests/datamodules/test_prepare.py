@@ -373,3 +373,15 @@ def test_the_command_imports_nothing_heavy() -> None:
     code = "import sys, vidtwin.datamodules.prepare\nprint({'torch', 'lightning', 'av', 'rarfile'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_class_folders_may_be_links(copy: Path, tmp_path: Path) -> None:
+    videos, before = copy / "UCF-101", manifest(copy)
+    (videos / "Archery").rename(tmp_path / "Archery")
+    (videos / "Archery").symlink_to(tmp_path / "Archery")
+    (videos / ".Trash").mkdir()
+    (videos / ".Trash" / "v_Archery_g01_c01.avi").touch()
+    prepare(copy)  # checks what is there
+    assert manifest(copy) == before
+    prepare(tmp_path / "again", copy)  # takes them from there
+    assert manifest(tmp_path / "again") == before
