@@ -1,5 +1,6 @@
 """Damaged copies of real clips are told or read, and leave nothing behind; reading clips needs no more memory."""
 
+import gc
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from damaged_copies import KINDS, growth, run
 
 from vidtwin.datamodules.clips import Video, VideoClips
-from vidtwin.video import write_video
+from vidtwin.video import read_clip, write_video
 
 STATM = Path("/proc/self/statm")
 
@@ -22,6 +23,21 @@ def test_damaged_copies_of_real_clips(shared: Path, copies: int) -> None:
     told = Counter(o.told for o in outcomes)
     assert told[None] < copies / 3
     assert {"unreadable", "truncated", "corrupt"} <= set(told)
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="needs /proc/self/statm, where Linux tells a process's memory")
+def test_the_decoders_pictures_are_freed_with_each_clip(shared: Path) -> None:
+    path = shared / "data" / "clips" / "hard" / "av1.mkv"  # 640x360
+    gc.collect()
+    gc.disable()  # what only a collection frees would pile up
+    try:
+        megabytes = []
+        for _ in range(60):
+            read_clip(path, 1.2, 4, 8, 64)
+            megabytes.append(int(STATM.read_text().split()[1]) * 4096 / 1e6)
+    finally:
+        gc.enable()
+    assert max(megabytes[20:]) - megabytes[10] < 15
 
 
 @pytest.mark.skipif(not STATM.exists(), reason="needs /proc/self/statm, where Linux tells a process's memory")

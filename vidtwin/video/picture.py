@@ -11,6 +11,7 @@ from typing import Any, cast
 import av
 import av.filter
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
@@ -107,7 +108,8 @@ def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
 
     By the signs of the display matrix (ISO 14496-12, 6.2.2), which sends column x and row y to a·x + c·y and b·x + d·y.
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    # Not `frame.side_data`: its circle of references would keep the decoder's pictures until garbage is collected.
+    matrix = cast(Any, SideDataContainer)(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return False, False, False
     a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(cast(Any, matrix)), np.int32)[:5])

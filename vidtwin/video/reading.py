@@ -3,11 +3,13 @@
 A clip is asked for by time: frame k of a clip is the one that is shown at `start + k / fps`, counted from the first
 frame of the file. Which frame that is, is found in one of two ways:
 
-* by counting frames, where timestamps are no times: in AVI, in raw streams, and wherever they do not rise;
+* by counting frames, where timestamps are no times: in AVI, in raw streams, and wherever they do not rise; and where
+  every frame is wanted, one after the other;
 * by timestamps everywhere else: there they are true, at a variable frame rate too.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -19,7 +21,18 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from .picture import Converter, Frames
-from .source import COUNTED_FORMATS, Source, VideoError, name_of, open_video, rate_of, survey
+from .source import (
+    COUNTED_FORMATS,
+    CUT_IN_FORMATS,
+    SOUGHT_FORMATS,
+    Source,
+    VideoError,
+    name_of,
+    open_video,
+    rate_of,
+    shown_packets,
+    survey,
+)
 
 CENTRE = (0.5, 0.5)
 
@@ -36,6 +49,7 @@ def read_clip(
     size: int | None = None,
     crop: tuple[float, float] = CENTRE,
     loop: bool = False,
+    rate: Fraction | None = None,
 ) -> Frames:
     """Read the frames that are shown at the times `start + k / fps`.
 
@@ -43,11 +57,12 @@ def read_clip(
         source: Video file, folder of images, or the content of a file.
         start: Time of the first frame in seconds, counted from the first frame of the file.
         num_frames: T.
-        fps: Frames per second of the clip; None: the file's own average rate. Above the file's rate frames repeat.
+        fps: Frames per second of the clip; None: consecutive frames. Above the file's rate frames repeat.
         size: Side of the square picture in pixels; None: the whole picture.
         crop: Where the largest square lies in the upright picture, as (x, y): 0 left or top, 0.5 centre, 1 right or
             bottom.
         loop: Begin the video again where it ends before the clip does.
+        rate: Average rate of the file, as `survey` found it; None: what the header says.
 
     Returns:
         uint8 (T, H, W, 3), RGB, upright and with square pixels.
@@ -56,7 +71,7 @@ def read_clip(
         VideoError: The file can't be read, is damaged between its keyframe before the clip and the clip's end (kind
             "corrupt"), or ends before the last wanted frame (kind "short"); `decodable` is then how many frames it has.
     """
-    wanted = _Wanted(_exact(start), num_frames, None if fps is None else _exact(fps), size, crop)
+    wanted = _Wanted(_exact(start), num_frames, None if fps is None else _exact(fps), size, crop, rate)
     try:
         return _read(source, wanted)
     except VideoError as error:
@@ -76,8 +91,8 @@ def decode(source: Source) -> Iterator[tuple[Fraction, VideoFrame]]:
         by_count = container.format.name in COUNTED_FORMATS
         first: int | None = None
         last = Fraction(-1)
-        for count, frame in enumerate(_decode(container, stream, source)):
-            time = count / rate
+        for place, frame in _decode(container, stream, source):
+            time = place / rate
             if not by_count and frame.pts is not None and stream.time_base is not None:
                 first = frame.pts if first is None else first
                 time = max((frame.pts - first) * stream.time_base, last)
@@ -89,31 +104,55 @@ def iter_frames(source: Source, size: int | None = None, crop: tuple[float, floa
     """Every frame of a video in turn, uint8 (H, W, 3), in constant memory. `probe(source).fps` is their rate."""
     with open_video(source) as (container, stream):
         converter = Converter(size, crop, stream.sample_aspect_ratio)
-        for frame in _decode(container, stream, source):
+        for _, frame in _decode(container, stream, source):
             yield converter(frame)
 
 
-def _decode(container: InputContainer, stream: VideoStream, source: Source) -> Iterator[VideoFrame]:
-    """Decoded frames; whatever FFmpeg knows of damage is an error."""
-    counts = container.format.name in COUNTED_FORMATS
-    packets = frames = 0
+def _decode(container: InputContainer, stream: VideoStream, source: Source) -> Iterator[tuple[int, VideoFrame]]:
+    """Decoded frames with their numbers, from 0; whatever FFmpeg knows of damage is an error.
+
+    In AVI a number is left out where a frame was dropped, so that the one before it is shown again.
+    """
+    name = container.format.name
+    counted = name in COUNTED_FORMATS
+    begun = name not in CUT_IN_FORMATS
+    first: int | None = None
+    waiting: deque[int] = deque()  # numbers of the packets whose frames have not come yet
+    frames = 0
     try:
-        for packet in container.demux(stream):
-            packets += packet.size > 0
-            for frame in packet.decode():
+        for packet in shown_packets(container, stream, flush=True):
+            if packet.size:
+                number = frames + len(waiting)
+                if name == "avi" and packet.dts is not None:
+                    first = packet.dts if first is None else first
+                    number = packet.dts - first
+                waiting.append(number)
+            try:
+                decoded = packet.decode()
+            except av.error.FFmpegError:
+                if begun:
+                    raise
+                decoded = []
+            for frame in decoded:
                 if frame.is_corrupt:
+                    if not begun:
+                        continue
                     raise VideoError(f"{name_of(source)}: frame {frames} is damaged.", frames, "corrupt")
-                yield frame
+                begun = True
+                yield (waiting.popleft() if counted and waiting else frames), frame
                 frames += 1
             # Where frames are counted, one that is lost without a word would move all that follow.
-            if counts and packet.size and packets - frames > stream.codec_context.reorder_depth + 1:
+            if counted and packet.size and begun and len(waiting) > stream.codec_context.reorder_depth + 1:
                 raise VideoError(
                     f"{name_of(source)}: frame {frames} or one shortly before it is missing.", frames, "corrupt"
                 )
     except (av.error.FFmpegError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise VideoError(
-            f"{name_of(source)}: decoding stops after {frames} frames: {reason}.", frames, "corrupt"
+            f"{name_of(source)}: decoding stops after {frames} frames: {reason}.",
+            frames,
+            "corrupt",
+            lasting=not isinstance(error, OSError | MemoryError),
         ) from error
 
 
@@ -130,9 +169,11 @@ class _Wanted:
     fps: Fraction | None
     size: int | None
     crop: tuple[float, float]
+    rate: Fraction | None = None
     period: Fraction | None = None
 
     def times(self, rate: Fraction) -> list[Fraction]:
+        """Ascending but for a period, for a video of this rate."""
         step = 1 / (self.fps or rate)
         times = [self.start + k * step for k in range(self.num_frames)]
         return times if self.period is None else [time % self.period for time in times]
@@ -140,7 +181,7 @@ class _Wanted:
 
 def _read(source: Source, wanted: _Wanted) -> Frames:
     try:
-        clip = _attempt(source, wanted, seek=True)
+        clip = _attempt(source, wanted, seek=wanted.fps is not None, count=wanted.fps is None)
         if clip is None:  # what was found after a seek was not all of it
             clip = _attempt(source, wanted, seek=False)
     except _DisorderedError:
@@ -152,13 +193,18 @@ def _read(source: Source, wanted: _Wanted) -> Frames:
 def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -> Frames | None:
     """What `read_clip` gives; None if the file was read from its middle and they were not all there."""
     with open_video(source) as (container, stream):
-        rate = rate_of(stream, source)
+        rate = wanted.rate or rate_of(stream, source)
         times = wanted.times(rate)
         order = sorted(range(len(times)), key=times.__getitem__)
         ascending = [times[index] for index in order]
         counted = count or container.format.name in COUNTED_FORMATS
         unit = 1 / rate if counted or stream.time_base is None else stream.time_base
-        sought = seek and not counted and _seek(container, stream, ascending[0], rate)
+        sought = (
+            seek
+            and not counted
+            and container.format.name in SOUGHT_FORMATS
+            and _seek(container, stream, ascending[0], rate)
+        )
         decoded = 0
 
         def placed() -> Iterator[tuple[int, VideoFrame]]:
@@ -166,10 +212,10 @@ def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -
             nonlocal decoded
             first = stream.start_time if sought else None
             last: int | None = None
-            for frame in _decode(container, stream, source):
-                decoded += 1
+            for place, frame in _decode(container, stream, source):
+                decoded = place + 1
                 if counted:
-                    yield decoded - 1, frame
+                    yield place, frame
                     continue
                 if frame.pts is None or (last is not None and frame.pts <= last):
                     raise _DisorderedError
@@ -213,7 +259,7 @@ def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -
 
 
 def _length(source: Source) -> Fraction:
-    """Seconds from the first frame to the end of the last one."""
+    """Seconds from the first frame to the end of the last one that can be decoded."""
     info = survey(source)
     end = Fraction(0)
     for time, _ in decode(source):
@@ -246,8 +292,9 @@ def _collect(
     It is put once, with the number of times at which it is shown. They are not all found where the video ends before,
     and none where it begins after the first of them.
     """
-    # Times may be off by rounding: floats, or timestamps in units (1 ms in Matroska) that are short beside a frame.
-    slack = unit / 2 if unit * rate < Fraction(1, 10) else Fraction(1, 10_000) / rate
+    # Two timestamps that were rounded to units (1 ms in Matroska), this one and the first, may be off by one together.
+    # Units that are long beside a frame are those of a grid on which it lies exactly.
+    slack = Fraction(1, 10_000) / rate + (unit if unit * rate < Fraction(1, 4) else 0)
     # In whole units, since this is compared with each frame of the file: it is later where its place is greater.
     wanted = [math.floor((time + slack) / unit) for time in times]
     found = 0

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import av
 from av.container import InputContainer
+from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
@@ -31,10 +32,17 @@ VIDEO_SUFFIXES = frozenset(
     | {".264", ".h264", ".265", ".hevc", ".y4m", ".yuv"}
 )
 IMAGES_FPS = 24  # folders of images have no rate; DAVIS has this one
-# Containers whose timestamps are no times: packed B-frames in AVI give pts 1, 2, 4, 3, 5, …; raw streams have none.
-COUNTED_FORMATS = frozenset({"avi", "h264", "hevc", "m4v", "mpegvideo", "mjpeg", "rawvideo", "yuv4mpegpipe", "image2"})
+# Containers whose timestamps are no times: packed B-frames in AVI give pts 1, 2, 4, 3, 5, …; raw streams have none, and
+# program streams only some.
+COUNTED_FORMATS = frozenset(
+    {"avi", "h264", "hevc", "m4v", "mpeg", "mpegvideo", "mjpeg", "rawvideo", "yuv4mpegpipe", "image2"}
+)
+# Those whose index says where a time lies, and whose first timestamp is that of the first picture.
+SOUGHT_FORMATS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
+# Broadcasts, which may begin in the middle of a group of pictures: what can't be decoded before the first is no damage.
+CUT_IN_FORMATS = frozenset({"mpegts", "mpeg"})
 
-_HEADER_EXCESS = 3  # UCF-101's headers promise 1 to 3 frames more than there are
+HEADER_EXCESS = 3  # UCF-101's headers promise 1 to 3 frames more than there are
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.\w+)")
 _RAW_SIZE = re.compile(r"_(\d+)x(\d+)(?:_(\d+(?:\.\d+)?))?")
 _DISCARDED = 2  # AVINDEX_DISCARD_FRAME: outside of the edit list
@@ -47,14 +55,18 @@ class VideoError(UserError):
         kind: "unreadable", "truncated" and "corrupt" are faults of the file; "short" and "slow" (of too low a rate) say
             that it does not hold the clip that was asked for.
         decodable: How many frames the file gave, if it was decoded to its end or to where it breaks.
+        lasting: Whether the next attempt will fail as well; not where the system failed, not the file.
     """
 
-    def __init__(self, message: str, decodable: int | None = None, kind: Kind = "unreadable") -> None:
+    def __init__(
+        self, message: str, decodable: int | None = None, kind: Kind = "unreadable", lasting: bool = True
+    ) -> None:
         # A DataLoader builds the error of a worker anew from the text of its traceback; the last line is ours.
         line = message.strip().rpartition("\n")[2]
         super().__init__(line.removeprefix(f"{__name__}.{type(self).__qualname__}: "))
         self.decodable = decodable
         self.kind: Kind = kind
+        self.lasting = lasting
 
 
 @dataclass(frozen=True)
@@ -94,16 +106,21 @@ def open_video(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise VideoError(f"{name}: expected a video, got a file without a video stream.")
-            stream = streams[0]
+            best = container.streams.best("video")
+            stream = best if isinstance(best, VideoStream) and best in streams else streams[0]
             if stream.codec_context is None:
                 raise VideoError(f"{name}: expected a video that FFmpeg can decode, it does not know the codec.")
             stream.thread_type = "NONE"  # threads within one small video are slower, and workers have one core each
             stream.codec_context.options = {"err_detect": "explode"}
             yield container, stream
     except FileNotFoundError:
-        raise VideoError(f"{name}: there is no such file.") from None
+        raise VideoError(f"{name}: there is no such file.", lasting=False) from None
     except (av.error.FFmpegError, OSError, MemoryError) as error:  # a damaged header may ask for absurd amounts
-        raise VideoError(f"{name}: expected a readable video, FFmpeg says: {_reason(error)}.") from error
+        # What FFmpeg says of content is no OSError; a disk, a network or a limit may have failed for the moment.
+        lasting = not isinstance(error, OSError | MemoryError)
+        raise VideoError(
+            f"{name}: expected a readable video, FFmpeg says: {_reason(error)}.", lasting=lasting
+        ) from error
 
 
 def _container(source: Source) -> InputContainer:
@@ -119,7 +136,8 @@ def _container(source: Source) -> InputContainer:
 
 def _open_images(folder: Path) -> InputContainer:
     """Images with consecutive numbers at the end of their names."""
-    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    shown = (path for path in folder.iterdir() if not path.name.startswith("."))
+    names = sorted(path.name for path in shown if path.suffix.lower() in IMAGE_SUFFIXES)
     matches = [_NUMBERED.fullmatch(name) for name in names]
     first = matches[0] if matches else None
     if first is None:
@@ -168,40 +186,73 @@ def survey(source: Source) -> VideoInfo:
     with open_video(source) as (container, stream):
         rate = rate_of(stream, source)
         tick = stream.time_base or 1 / rate
-        indexed = "mp4" in container.format.name and stream.frames > 0
-        if indexed:
-            count, end = _indexed(container, stream, source)
+        counted = container.format.name in COUNTED_FORMATS
+        if "mp4" in container.format.name and stream.frames > 0:
+            count, length = _indexed(container, stream, source)
         else:
-            count, end = 0, Fraction(0)
-            first: int | None = None
-            for packet in container.demux(stream):
-                if not packet.size or packet.is_discard:
-                    continue
-                count += 1
-                if packet.pts is not None:
-                    first = packet.pts if first is None else min(first, packet.pts)
-                    end = max(end, (packet.pts + (packet.duration or 0)) * tick)
-            end -= (first or 0) * tick
+            held = _demuxed(container, stream)
+            count, length = held.count, Fraction(0)
+            if count > 1:  # as long as so many frames at the rate from the first one to the last
+                length = (held.last - held.first) * tick * Fraction(count, count - 1)
+            if container.format.name == "avi":  # which counts the frames that were dropped, and shown again
+                count = held.last_dts - held.first_dts + 1 if held.count else 0
+            if counted and stream.frames - count > HEADER_EXCESS:
+                raise VideoError(
+                    f"{name_of(source)}: truncated: its header promises {stream.frames} frames, it holds {count}.",
+                    count,
+                    "truncated",
+                )
+            promised = None if counted else _promised_end(container, stream)
+            if promised is not None and promised - held.end * tick > max(Fraction(1, 2), HEADER_EXCESS / rate):
+                raise VideoError(
+                    f"{name_of(source)}: truncated: its header promises {float(promised):.2f} s, it ends at "
+                    f"{float(held.end * tick):.2f} s.",
+                    count,
+                    "truncated",
+                )
         if not count:
             raise VideoError(f"{name_of(source)}: expected a video, got one without frames.")
-        counted = container.format.name in COUNTED_FORMATS
-        if counted and stream.frames - count > _HEADER_EXCESS:
-            raise VideoError(
-                f"{name_of(source)}: truncated: its header promises {stream.frames} frames, it holds {count}.",
-                count,
-                "truncated",
-            )
-        promised = None if counted or indexed else _promised(container, stream)
-        if promised is not None and promised - end > max(Fraction(1, 2), _HEADER_EXCESS / rate):
-            raise VideoError(
-                f"{name_of(source)}: truncated: its header promises {float(promised):.2f} s, it ends after "
-                f"{float(end):.2f} s.",
-                count,
-                "truncated",
-            )
-        if not counted and end > 0 and not Fraction(99, 100) < count / end / rate < Fraction(101, 100):
-            rate = (count / end).limit_denominator(100_000)  # of a variable rate headers tell a guess
+        # Where timestamps are true the header's rate is a guess; it is kept where it is right to half a frame.
+        if not counted and length > 0 and abs(count - length * rate) > Fraction(1, 2):
+            rate = (count / length).limit_denominator(100_000)
         return _info(source, stream, count, rate, float(count / rate))
+
+
+@dataclass
+class _Demuxed:
+    """Packets of a video: how many with content, and their first, last and ending times in units of the stream."""
+
+    count: int = 0
+    first: int = 0
+    last: int = 0
+    end: int = 0
+    first_dts: int = 0
+    last_dts: int = 0
+
+
+def _demuxed(container: InputContainer, stream: VideoStream) -> _Demuxed:
+    held = _Demuxed()
+    for packet in shown_packets(container, stream):
+        if packet.is_discard:  # outside of the edit list
+            continue
+        begin = packet.pts if packet.pts is not None else packet.dts
+        if begin is not None:
+            held.first = begin if not held.count else min(held.first, begin)
+            held.last = max(held.last, begin)
+            held.end = max(held.end, begin + (packet.duration or 0))
+        dts = packet.dts if packet.dts is not None else held.last_dts + 1
+        held.first_dts, held.last_dts = (held.first_dts if held.count else dts), dts
+        held.count += 1
+    return held
+
+
+def shown_packets(container: InputContainer, stream: VideoStream, flush: bool = False) -> Iterator[Packet]:
+    """Packets that hold pictures, from the first on that can be decoded; with `flush` the empty last one as well."""
+    begun = container.format.name not in CUT_IN_FORMATS
+    for packet in container.demux(stream):
+        begun = begun or packet.is_keyframe
+        if (begun and packet.size) or (flush and not packet.size):
+            yield packet
 
 
 def _indexed(container: InputContainer, stream: VideoStream, source: Source) -> tuple[int, Fraction]:
@@ -219,12 +270,14 @@ def _indexed(container: InputContainer, stream: VideoStream, source: Source) -> 
     return shown, (stream.duration or 0) * (stream.time_base or Fraction(0))
 
 
-def _promised(container: InputContainer, stream: VideoStream) -> Fraction | None:
-    """Seconds of video that the header promises, if it does."""
-    if stream.duration is not None and stream.time_base is not None:
-        return stream.duration * stream.time_base
-    if match := re.match(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):  # Matroska
+def _promised_end(container: InputContainer, stream: VideoStream) -> Fraction | None:
+    """When the video ends by its header, in seconds, if that says so; what FFmpeg estimates is no promise."""
+    if container.format.name in CUT_IN_FORMATS:
+        return None
+    if match := re.match(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):  # Matroska, from zero
         return int(match[1]) * 3600 + int(match[2]) * 60 + Fraction(match[3])
+    if stream.duration is not None and stream.time_base is not None:
+        return ((stream.start_time or 0) + stream.duration) * stream.time_base
     if container.duration is not None and len(container.streams) == 1:
         return Fraction(container.duration, av.time_base)
     return None
