@@ -406,7 +406,9 @@ class _VideoSource:
         try:
             info = survey(content)  # what is broken is told now, with its name, and not in a training
         except VideoError as error:  # whose text can't know the name
-            raise VideoError(f"{video.path}: {str(error).partition(': ')[2]}", kind=error.kind) from None
+            raise VideoError(
+                f"{video.path}: {str(error).partition(': ')[2]}", kind=error.kind, lasting=error.lasting
+            ) from None
         text = video.name.encode()
         sizes = np.array([8, len(text), len(content)], np.uint32).tobytes()
         row = [place, video.name, video.label, info.num_frames, info.fps, info.duration, info.width, info.height]

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from vidtwin.errors import UserError
 from vidtwin.video import RESIZE_FILTER, Source, VideoError, VideoInfo, read_clip, survey
+from vidtwin.video.source import HEADER_EXCESS
 
 from .index import Fault, survey_all
 from .transforms import to_batch
@@ -43,7 +44,6 @@ Place = tuple[int, int]  # an epoch, and how many of its clips all ranks togethe
 Rates = float | Sequence[float] | None
 SPLITS = ("train", "val", "test")
 
-_HEADER_EXCESS = 3  # the last frames of a file that may fail to decode without making it a broken one
 _NAMED = 1000  # unusable videos that are told one by one
 _ADVICE = "; for short ones lower data.num_frames, raise data.fps or set data.short_videos to loop."
 _ATTEMPTS = 100  # clips that are drawn one after the other before training gives up
@@ -197,7 +197,7 @@ class VideoClips(ClipDataset):
         try:
             start, frames = self._read(info, fps, position, (x, y))
         except VideoError as error:
-            if error.decodable is None or not 0 < info.num_frames - error.decodable <= _HEADER_EXCESS:
+            if error.decodable is None or not 0 < info.num_frames - error.decodable <= HEADER_EXCESS:
                 raise
             # The container promised a little more than there is: choose again from what was decoded.
             info = replace(info, num_frames=error.decodable)
@@ -211,11 +211,11 @@ class VideoClips(ClipDataset):
         start = min(int(position * (last + 1)), last) if self.training else last // 2
         source, time, size = self.content(info), start / info.fps, self.resolution
         try:
-            return start, read_clip(source, time, self.num_frames, fps, size, crop, self.loop)
+            return start, read_clip(source, time, self.num_frames, fps, size, crop, self.loop, info.fps)
         except VideoError as error:
             if isinstance(source, bytes):  # which don't know the name
                 reason = str(error).partition(": ")[2]
-                raise VideoError(f"{info.path}: {reason}", error.decodable, error.kind) from None
+                raise VideoError(f"{info.path}: {reason}", error.decodable, error.kind, error.lasting) from None
             raise
 
     def content(self, info: VideoInfo) -> Source:
@@ -381,7 +381,7 @@ class ClipDataModule(LightningDataModule, ABC):
         if num_workers is not None and num_workers < 0:
             raise UserError(f"Expected data.num_workers of at least 0, or null for one a core, got {num_workers}.")
         rates = rates_of(fps)
-        if not rates or any(rate is not None and rate <= 0 for rate in rates):
+        if not rates or any(rate is not None and rate <= 0 for rate in rates) or (None in rates and len(rates) > 1):
             raise UserError(f"Expected data.fps above 0, a list of such rates, or null for every frame, got {fps}.")
         if short_videos not in ("skip", "loop"):
             raise UserError(f"Expected data.short_videos to be skip or loop, got {short_videos!r}.")
@@ -571,12 +571,20 @@ class ClipDataModule(LightningDataModule, ABC):
 
     def _wanted(self, split: str) -> list[Video]:
         videos = self.videos(split)
-        excluded = excluded_names(Path(self.exclude)) if self.exclude else set()
+        if not self.exclude:
+            return videos
+        excluded = excluded_names(Path(self.exclude))
         listed = [video for video in videos if video.name not in excluded]
         if not listed:
             raise UserError(
                 f"Expected videos in split {split}, data.exclude={self.exclude} leaves none of {len(videos)}."
             )
+        if self.trainer is None or self.trainer.global_rank == 0:
+            left_out = len(videos) - len(listed)
+            foreign = ""
+            if not left_out and excluded:
+                foreign = f"; it names {min(excluded)}, where this split has {videos[0].name}"
+            _tell(f"{split}: data.exclude leaves out {left_out} of {len(videos)} videos{foreign}")
         return listed
 
     def _sift(self, split: str, total: int, faults: dict[str, Fault], tell: bool) -> None:
@@ -587,6 +595,12 @@ class ClipDataModule(LightningDataModule, ABC):
                 f"{slow[0][0]}: {slow[0][1]}, or leave such videos out by data.exclude (split {split} has {len(slow)} "
                 f"of them among {total})."
             )
+        for name, fault in faults.items():
+            if not fault.lasting:  # others may have read it, and would then have another epoch
+                raise UserError(
+                    f"Expected to read {name}, the system failed: {fault.reason}; try again, or leave it out by "
+                    "data.exclude."
+                )
         self._totals[split] = total
         self._broken[split] = {name for name, fault in faults.items() if fault.broken}
         self.skipped[split] = {name: fault.reason for name, fault in faults.items()}
@@ -609,6 +623,22 @@ class ClipDataModule(LightningDataModule, ABC):
                 f"{_ADVICE if counts['short'] else ''}"
             )
 
+    def share_skipped(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Make what one rank could not read known to all, at a point that all of them reach.
+
+        Args:
+            gather: A value of this rank → those of all ranks in their order.
+
+        Raises:
+            UserError: On all ranks, if it is too much.
+        """
+        for skipped, broken in gather((self.skipped, self._broken)):
+            for split in SPLITS:
+                self.skipped[split] |= skipped[split]
+                self._broken[split] |= broken[split]
+        for split in self._totals:
+            self._check_broken(split)
+
     def _skip(self, split: str, name: str, reason: str) -> None:
         """A clip that a worker could not read."""
         if name in self.skipped[split]:
@@ -616,7 +646,8 @@ class ClipDataModule(LightningDataModule, ABC):
         self.skipped[split][name] = reason
         self._broken[split].add(name)
         _tell(f"skipped {name}: {reason} ({len(self.skipped[split])} of {self._totals[split]} videos of {split})")
-        self._check_broken(split)
+        if self.trainer is None or self.trainer.world_size == 1:  # others are to be stopped with this one
+            self._check_broken(split)
 
     def _check_broken(self, split: str) -> None:
         broken, total = self._broken[split], self._totals[split]
@@ -665,7 +696,13 @@ class ClipDataModule(LightningDataModule, ABC):
 
 
 class _ClipLoader(DataLoader[Any]):
-    """Tells the main process which clips its workers could not read, and leaves out batches of which none is left."""
+    """Tells the main process which clips its workers could not read, and leaves out batches of which none is left.
+
+    Args:
+        dataset: The clips.
+        told: Called with name and reason of each.
+        **kwargs: Those of `DataLoader`.
+    """
 
     def __init__(self, dataset: ClipDataset, told: Callable[[str, str], None], **kwargs: Any) -> None:
         super().__init__(dataset, collate_fn=collate, **kwargs)
@@ -683,8 +720,8 @@ class _ClipLoader(DataLoader[Any]):
             if "clip" in batch:
                 some = True
                 yield batch
-        if skipped and not some:  # where means are taken over all ranks, the others would wait for this one
-            raise UserError(f"Expected readable clips, got none; {skipped[0][0]}: {skipped[0][1]}.")
+        if skipped and not some:  # where a first pass or means are shared, other ranks would wait for this one
+            raise UserError(f"Expected readable clips on each rank, got none; {skipped[0][0]}: {skipped[0][1]}.")
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -701,7 +738,7 @@ def excluded_names(file: Path) -> set[str]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise UserError(f"Expected a list of videos to leave out at {file}, there is none; set data.exclude.") from None
-    return {line.partition("\t")[0].strip() for line in lines if not line.startswith("#")} - {""}
+    return {line.partition("\t")[0] for line in lines if line.strip() and not line.startswith("#")}
 
 
 def _tell(line: str) -> None:

@@ -16,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -23,9 +24,11 @@ from vidtwin.files import write_text
 from vidtwin.video import VideoError, VideoInfo, survey
 from vidtwin.video.source import Kind
 
+from .listing import cache_home, identity
+
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # to be raised when `survey` says something else of the same file
+_VERSION = 2  # to be raised when `survey` says something else of the same file
 _FEW = 64  # files that are surveyed without starting processes
 
 
@@ -37,14 +40,16 @@ class Fault:
         kind: "unreadable", "truncated" and "corrupt" are faults of the file; "short" and "slow" only hold it against
             the clips that were asked for.
         reason: For people: a line without the file's name.
+        lasting: Whether it is there the next time too; not where a disk or a network failed.
     """
 
     kind: Kind
     reason: str
+    lasting: bool = True
 
     @classmethod
     def of(cls, error: VideoError, path: Path) -> "Fault":
-        return cls(error.kind, str(error).removeprefix(f"{path}: ").strip().rstrip("."))
+        return cls(error.kind, str(error).removeprefix(f"{path}: ").strip().rstrip("."), error.lasting)
 
     @property
     def broken(self) -> bool:
@@ -83,7 +88,13 @@ def survey_all(paths: Sequence[Path], workers: int = 1, show: bool = False) -> l
 def _survey(paths: list[Path], workers: int, show: bool) -> list[Finding]:
     if len(paths) <= _FEW or workers < 1:
         return [_survey_one(path) for path in paths]
-    loader: DataLoader[Any] = DataLoader(_Surveys(paths), batch_size=16, num_workers=workers, collate_fn=list)
+    loader: DataLoader[Any] = DataLoader(
+        _Surveys(paths),
+        batch_size=16,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # or what draws after this would depend on whether the cache knew the videos
+    )
     findings = []
     with tqdm(
         total=len(paths), desc="surveying videos", unit="video", disable=not show, delay=1, dynamic_ncols=True
@@ -114,17 +125,15 @@ def _survey_one(path: Path) -> Finding:
 
 def _key(path: Path) -> _Key | None:
     try:
-        status = path.stat()
+        return identity(path)
     except OSError:
         return None
-    return status.st_size, status.st_mtime_ns
 
 
 def _cache_file(paths: Sequence[Path]) -> Path:
     """One file for each folder that holds data sets or parts of one."""
-    home = os.environ.get("VIDTWIN_CACHE") or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/vidtwin"
     folder = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
-    return Path(home).expanduser() / f"videos-{hashlib.sha256(folder.encode()).hexdigest()[:16]}.tsv"
+    return cache_home() / f"videos-{hashlib.sha256(folder.encode()).hexdigest()[:16]}.tsv"
 
 
 def _read(file: Path) -> dict[str, tuple[_Key, Finding]]:
@@ -156,11 +165,16 @@ def _write(file: Path, known: dict[str, tuple[_Key, Finding]]) -> None:
     rows.writerow([_VERSION])
     for path, (key, finding) in known.items():
         if isinstance(finding, Fault):
+            if not finding.lasting:
+                continue
             rows.writerow([path, *key, finding.kind, finding.reason])
         else:
             values = (finding.num_frames, finding.fps, finding.duration, finding.width, finding.height)
             rows.writerow([path, *key, "", *values])
     try:
         write_text(file, buffer.getvalue())
-    except OSError as error:  # a read-only home: the videos are surveyed anew each time
+    except (
+        OSError,
+        UnicodeEncodeError,
+    ) as error:  # a read-only home, a name that is no text
         log.info("%s is not written: %s", file, error)

@@ -34,6 +34,7 @@ from vidtwin.video import VideoInfo
 from .cache import CachedClips, check, describe
 from .clips import ClipDataModule, ClipDataset, Video, VideoClips, excluded_names
 from .index import Fault
+from .listing import cache_home
 from .shards import MANIFEST, TABLE, Format, Items, Manifest, Shard, expect_shards
 
 _ATTEMPTS = 4
@@ -350,8 +351,7 @@ class Streamed(ClipDataModule):
         if lanes < 1:
             raise UserError(f"Expected data.lanes of at least 1, got {lanes}.")
         self.url = url
-        home = os.environ.get("VIDTWIN_CACHE") or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/vidtwin"
-        self.cache_dir = Path(cache_dir or f"{home}/shards").expanduser()
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache_home() / "shards"
         self.cache_gb = cache_gb
         self.lanes = lanes
         self.storage_options = storage_options

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from vidtwin.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.callbacks.guard import StepGuard
+from vidtwin.callbacks.results import ResultsWriter
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import Preempted, UserError
 from vidtwin.losses.discriminator import PatchDiscriminator2d
@@ -174,7 +175,25 @@ def broken_videos(folder: Path, **devices: Any) -> dict[str, Any]:
         num_workers=1, max_broken=0.7,
     )  # fmt: skip
     trainer(folder, max_steps=8, callbacks=[diary], **devices).fit(tiny_task(), datamodule=data)
-    return {"clips": diary.clips, "validated": diary.validated, "usable": len(data.dataset("train"))}
+    skipped = {split: sorted(names) for split, names in data.skipped.items()}
+    return {
+        "clips": diary.clips,
+        "validated": diary.validated,
+        "usable": len(data.dataset("train")),
+        "skipped": skipped,
+        "tested": tested(folder, **devices),
+    }
+
+
+def tested(folder: Path, **devices: Any) -> Any:
+    """What the results say of clips that only one of the ranks could not read."""
+    data = VideoFolder(
+        str(folder.parent / "videos"), val_fraction=0.0, test_fraction=1.0, num_frames=4, resolution=32, batch_size=1,
+        num_workers=1, max_broken=0.7,
+    )  # fmt: skip
+    writer = ResultsWriter(folder / "results", "row", None, [])
+    trainer(folder, callbacks=[writer], **devices).test(tiny_task(), datamodule=data, verbose=False)
+    return json.loads((folder / "results/rows/row/results.json").read_text())["skipped"]
 
 
 SCENARIOS = {f.__name__: f for f in (gradients, odd_tail, too_few, poisoned, resumed, broken_videos)}

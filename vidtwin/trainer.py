@@ -22,6 +22,7 @@ from vidtwin.callbacks.guard import StepGuard
 from vidtwin.callbacks.preemption import Preemption
 from vidtwin.callbacks.progress import ProgressBar
 from vidtwin.callbacks.results import ResultsWriter
+from vidtwin.callbacks.skipped import SkippedVideos
 from vidtwin.errors import UserError
 from vidtwin.files import replacing
 from vidtwin.replay import read as read_dump
@@ -50,7 +51,7 @@ class VideoTrainer(Trainer):
             kwargs["inference_mode"] = False  # weights gathered in it could not be trained with
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        wanted: list[type[Callback]] = [StepGuard, Preemption]
+        wanted: list[type[Callback]] = [SkippedVideos, StepGuard, Preemption]
         if kwargs.get("enable_progress_bar") is not False:
             wanted.append(ProgressBar)
         callbacks += [cls() for cls in wanted if not any(isinstance(callback, cls) for callback in callbacks)]

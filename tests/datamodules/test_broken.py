@@ -147,7 +147,11 @@ def test_an_exclusion_list_leaves_videos_out_without_counting_them(tree, tmp_pat
     data = folder(tree, exclude=str(listing))
     assert len(data.dataset("train")) == 12
     list(data.train_dataloader())
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "vidtwin: train: data.exclude leaves out 5 of 17 videos\n"
+    (tmp_path / "other.txt").write_text("videos/empty.avi\n")
+    with pytest.raises(UserError, match="broken"):
+        folder(tree, exclude=str(tmp_path / "other.txt")).dataset("train")
+    assert "leaves out 0 of 17 videos; it names videos/empty.avi, where this split has" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"list of videos to leave out at .*no\.txt, there is none"):
         folder(tree, exclude=str(tmp_path / "no.txt")).dataset("train")
     listing.write_text("".join(f"{path.name}\n" for path in tree.iterdir()))
@@ -198,6 +202,27 @@ def test_many_videos_are_surveyed_in_parallel_as_one_by_one(tree, monkeypatch):
     one_by_one = [index._survey_one(path.absolute()) for path in paths]
     monkeypatch.setattr(index, "_FEW", 3)
     assert index.survey_all(paths, workers=2) == one_by_one
+
+
+def test_what_the_system_could_not_read_is_neither_skipped_nor_remembered(tree, monkeypatch):
+    with monkeypatch.context() as patch:
+        failing = index.Fault("unreadable", "Input/output error", lasting=False)
+        patch.setattr(index, "_survey_one", lambda path: failing)
+        with pytest.raises(UserError, match=r"Expected to read .*the system failed: Input/output error; try again"):
+            folder(tree, max_broken=1.0).dataset("train")
+    assert len(folder(tree, max_broken=0.5).dataset("train")) == 13
+
+
+def test_a_survey_draws_nothing_from_the_global_generator(tree, monkeypatch):
+    monkeypatch.setattr(index, "_FEW", 3)
+    before = torch.get_rng_state()
+    index.survey_all(sorted(tree.iterdir()), workers=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_list_of_rates_holds_no_null():
+    with pytest.raises(UserError, match=r"data\.fps above 0, a list of such rates, or null"):
+        VideoFolder("anywhere", fps=[None, 8.0])  # type: ignore[list-item]
 
 
 def test_a_damaged_or_unwritable_memory_is_no_error(tree, tmp_path, monkeypatch):
