@@ -18,7 +18,8 @@ import av
 import numpy as np
 import torch
 
-from vidtwin.datamodules.clips import Video, VideoClips, collate, init_worker
+from vidtwin.datamodules.clips import Video, VideoClips
+from vidtwin.datamodules.loader import collate, init_worker
 from vidtwin.video import read_clip, survey
 
 FRAMES, FPS, SIZE = 16, 8, 224

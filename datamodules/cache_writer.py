@@ -32,8 +32,9 @@ from vidtwin.files import intended_name, replacing, write_text
 from vidtwin.video import VideoError, survey
 
 from .cache import describe, describe_videos, difference
-from .clips import SPLITS, ClipDataModule, ClipDataset, Video, init_worker
+from .clips import SPLITS, ClipDataModule, ClipDataset, Video
 from .index import Fault
+from .loader import init_worker
 from .shards import FIELDS, MANIFEST, TABLE, Format, Manifest, Shard, is_whole
 
 SHARD_BYTES = 64 * 2**20

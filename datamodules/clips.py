@@ -12,16 +12,13 @@ shares are right. What only decoding finds is skipped when it is met: training t
 
 import hashlib
 import os
-import signal
 import sys
-import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +26,7 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vidtwin.errors import UserError
@@ -37,10 +34,11 @@ from vidtwin.video import RESIZE_FILTER, Source, VideoError, VideoInfo, read_cli
 from vidtwin.video.source import HEADER_EXCESS
 
 from .index import Fault, survey_all
+from .loader import ClipLoader, init_worker
+from .sampler import ClipSampler, Place, shuffled
 from .transforms import to_batch
 
 Key = int | tuple[int, int]
-Place = tuple[int, int]  # an epoch, and how many of its clips all ranks together have consumed
 Rates = float | Sequence[float] | None
 SPLITS = ("train", "val", "test")
 
@@ -256,78 +254,9 @@ class VideoClips(ClipDataset):
         return max(0, info.num_frames - 1 - span)
 
 
-def shuffled(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The numbers below `count` in an order that depends on (seed, epoch) alone."""
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
-
 def rates_of(fps: Rates) -> list[float | None]:
     """One rate or several, as a list."""
     return list(fps) if isinstance(fps, Sequence) else [fps]
-
-
-class ClipSampler(DistributedSampler[Any]):
-    """Hands out (epoch, index) pairs: this rank's share of the clips.
-
-    Training takes them in the order that `order` makes of (seed, epoch). A step takes the next clips of it, rank r the
-    r-th of every `world_size`; what is left at the end of an epoch and fills no step is left out, other clips in each
-    epoch. So ranks always have equally many batches, and a place in the order means the same for any batch size and
-    number of ranks.
-
-    Evaluation gives rank r the clips r, r + world_size, …: none is repeated or lost.
-
-    A `DistributedSampler` only so that Lightning, which calls `set_epoch`, does not wrap it into another one.
-
-    Attributes:
-        start: Tells the place where iterating over the training clips begins; None is the start of `set_epoch`'s epoch.
-            It goes on for as many steps as an epoch has, from the middle of one into the next.
-    """
-
-    def __init__(
-        self,
-        num_clips: int,
-        shuffle: bool,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        batch_size: int = 1,
-        order: Callable[[int, int], NDArray[np.int64]] | None = None,
-    ) -> None:
-        super().__init__(range(num_clips), world_size, rank, shuffle, seed)  # type: ignore[arg-type]
-        if shuffle and num_clips < world_size:
-            raise UserError(f"Expected at least one training clip for each of {world_size} ranks, got {num_clips}.")
-        self.order = order or partial(shuffled, num_clips)
-        self.num_clips = num_clips
-        self.clips_per_step = world_size * min(batch_size, max(1, num_clips // world_size))  # of all ranks
-        self.steps_per_epoch = num_clips // self.clips_per_step
-        self.start: Callable[[], Place] | None = None
-
-    def __len__(self) -> int:
-        if self.shuffle:
-            return self.steps_per_epoch * self.clips_per_step // self.num_replicas
-        return len(range(self.rank, self.num_clips, self.num_replicas))
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        if not self.shuffle:
-            yield from ((0, index) for index in range(self.rank, self.num_clips, self.num_replicas))
-            return
-        start = self.start() if self.start else (self.epoch, 0)
-        drawn, order = -1, np.arange(0)
-        for step in range(self.steps_per_epoch):
-            epoch, first = self.after(start, step)
-            if epoch != drawn:
-                drawn, order = epoch, self.order(self.seed, epoch)
-            for index in order[first + self.rank : first + self.clips_per_step : self.num_replicas]:
-                yield epoch, int(index)
-
-    def after(self, place: Place, steps: int) -> Place:
-        """Where that many training steps lead; an epoch too short for another one is over."""
-        epoch, clips = place
-        left = max(0, self.num_clips - clips) // self.clips_per_step
-        if steps < left:
-            return epoch, clips + steps * self.clips_per_step
-        epochs, steps = divmod(steps - left, self.steps_per_epoch)
-        return epoch + 1 + epochs, steps * self.clips_per_step
 
 
 class ClipDataModule(LightningDataModule, ABC):
@@ -555,7 +484,7 @@ class ClipDataModule(LightningDataModule, ABC):
             self._sampler = sampler
             sampler.start = self._place
         workers = self._workers()
-        return _ClipLoader(
+        return ClipLoader(
             dataset,
             told=lambda name, reason: self._skip(split, name, reason),
             batch_size=batch_size,
@@ -695,43 +624,6 @@ class ClipDataModule(LightningDataModule, ABC):
         return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class _ClipLoader(DataLoader[Any]):
-    """Tells the main process which clips its workers could not read, and leaves out batches of which none is left.
-
-    Args:
-        dataset: The clips.
-        told: Called with name and reason of each.
-        **kwargs: Those of `DataLoader`.
-    """
-
-    def __init__(self, dataset: ClipDataset, told: Callable[[str, str], None], **kwargs: Any) -> None:
-        super().__init__(dataset, collate_fn=collate, **kwargs)
-        self.told = told
-
-    def __iter__(self) -> Any:
-        return self._readable(super().__iter__())  # starts the workers at once, not at the first batch
-
-    def _readable(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        some, skipped = False, []
-        for batch in batches:
-            skipped = batch.pop("skipped", [])
-            for name, reason in skipped:
-                self.told(name, reason)
-            if "clip" in batch:
-                some = True
-                yield batch
-        if skipped and not some:  # where a first pass or means are shared, other ranks would wait for this one
-            raise UserError(f"Expected readable clips on each rank, got none; {skipped[0][0]}: {skipped[0][1]}.")
-
-
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of the items that have a clip, and under "skipped" what could not be read, if there is any."""
-    skipped = [entry for item in items for entry in item.get("skipped", [])]
-    whole = [{key: value for key, value in item.items() if key != "skipped"} for item in items if "clip" in item]
-    batch: dict[str, Any] = default_collate(whole) if whole else {}
-    return {**batch, "skipped": skipped} if skipped else batch
-
-
 def excluded_names(file: Path) -> set[str]:
     """Names of an exclusion list."""
     try:
@@ -743,19 +635,3 @@ def excluded_names(file: Path) -> set[str]:
 
 def _tell(line: str) -> None:
     tqdm.write(f"vidtwin: {line}", file=sys.stderr)  # above the progress bar, where there is one
-
-
-def init_worker(worker: int) -> None:
-    # Each worker has a core; more threads than that only wait for each other.
-    torch.set_num_threads(1)
-    # A job scheduler sends SIGTERM to all processes; the main one then needs its workers until it has ended its batch.
-    # It ends them by SIGTERM too, so the signal can't just be ignored: Python would wait for them forever at its exit.
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_main, daemon=True).start()
-
-
-def _end_with_main() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

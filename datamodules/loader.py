@@ -1,0 +1,65 @@
+"""The loader of clips: processes that decode, and what they could not read."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from vidtwin.errors import UserError
+
+
+class ClipLoader(DataLoader[Any]):
+    """Tells the main process which clips its workers could not read, and leaves out batches of which none is left.
+
+    Args:
+        dataset: The clips.
+        told: Called with name and reason of each.
+        **kwargs: Those of `DataLoader`.
+    """
+
+    def __init__(self, dataset: Dataset[Any], told: Callable[[str, str], None], **kwargs: Any) -> None:
+        super().__init__(dataset, collate_fn=collate, **kwargs)
+        self.told = told
+
+    def __iter__(self) -> Any:
+        return self._readable(super().__iter__())  # starts the workers at once, not at the first batch
+
+    def _readable(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        some, skipped = False, []
+        for batch in batches:
+            skipped = batch.pop("skipped", [])
+            for name, reason in skipped:
+                self.told(name, reason)
+            if "clip" in batch:
+                some = True
+                yield batch
+        if skipped and not some:  # where a first pass or means are shared, other ranks would wait for this one
+            raise UserError(f"Expected readable clips on each rank, got none; {skipped[0][0]}: {skipped[0][1]}.")
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of the items that have a clip, and under "skipped" what could not be read, if there is any."""
+    skipped = [entry for item in items for entry in item.get("skipped", [])]
+    whole = [{key: value for key, value in item.items() if key != "skipped"} for item in items if "clip" in item]
+    batch: dict[str, Any] = default_collate(whole) if whole else {}
+    return {**batch, "skipped": skipped} if skipped else batch
+
+
+def init_worker(worker: int) -> None:
+    # Each worker has a core; more threads than that only wait for each other.
+    torch.set_num_threads(1)
+    # A job scheduler sends SIGTERM to all processes; the main one then needs its workers until it has ended its batch.
+    # It ends them by SIGTERM too, so the signal can't just be ignored: Python would wait for them forever at its exit.
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_main, daemon=True).start()
+
+
+def _end_with_main() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
