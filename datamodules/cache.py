@@ -138,7 +138,8 @@ def check(manifest: Manifest, where: str, format: Format, expected: Mapping[str,
     if not manifest.complete:
         raise UserError(f"{where}: expected a finished cache; run `vidtwin cache` again, which goes on with it.")
     if manifest.format != format:
-        raise UserError(f"{where}: expected {format}, it holds {manifest.format}.")
+        use = "stream them by --data streamed --data.url" if manifest.format == "videos" else "write --format videos"
+        raise UserError(f"{where}: expected {format}, it holds {manifest.format}; {use}.")
     if expected is not None and (found := difference(expected, manifest.description)):
         raise UserError(
             f"{where}: expected a cache of {found}; use the arguments it was made with, or write another one by "

@@ -281,7 +281,8 @@ class ClipDataModule(LightningDataModule, ABC):
         augment: Draw start, crop and mirroring of the training clips at random, others in each epoch; false takes the
             clip that evaluation would take: to overfit on purpose.
         short_videos: What becomes of a video that ends before the clip does: "skip", or "loop", which begins it again.
-        max_broken: Share of a split's videos that may be unreadable, truncated or corrupt; more stop the run.
+        max_broken: Share of a split's videos that may be unreadable, truncated or corrupt; more stop the run. One may
+            be, unless the share is 0.
         exclude: Text file of videos to leave out, as `vidtwin doctor` writes it: a name on each line, after a tab
             anything.
         cache: Folder that `vidtwin cache` has written, from which the clips are taken instead of being decoded.
@@ -580,7 +581,8 @@ class ClipDataModule(LightningDataModule, ABC):
 
     def _check_broken(self, split: str) -> None:
         broken, total = self._broken[split], self._totals[split]
-        if len(broken) > self.max_broken * total:
+        # In a small split a single one would be a large share.
+        if len(broken) > (max(1, self.max_broken * total) if self.max_broken else 0):
             some = "; ".join(f"{name}: {self.skipped[split][name]}" for name in sorted(broken)[:3])
             more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
             raise UserError(

@@ -188,7 +188,7 @@ def _read_journal(journal: Path) -> "dict[Key, Measurement]":
     known = {}
     try:
         lines = journal.read_bytes().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     for line in lines:
         try:

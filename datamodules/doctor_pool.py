@@ -2,12 +2,14 @@
 
 import multiprocessing
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any
 
 from vidtwin.errors import UserError
@@ -39,13 +41,27 @@ def run(
     """
     waiting = deque(range(len(jobs)))
     active: list[_Worker] = []
+    interrupts: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        # Python loses a KeyboardInterrupt that comes while it frees an object; then the loop finds this.
+        interrupts.append(number)
+        if callable(before):
+            before(number, frame)
+
+    if in_main and callable(before):
+        signal.signal(signal.SIGINT, interrupt)
     try:
         while waiting or any(worker.job is not None for worker in active):
+            if interrupts:
+                raise KeyboardInterrupt
             while len(active) < workers and len(waiting) > sum(not worker.ready for worker in active):
                 active.append(_Worker(function))
             now = time.monotonic()
             due = min((worker.deadline for worker in active), default=now)
-            answers = set(wait([worker.pipe for worker in active], timeout=min(max(0.0, due - now), 3600.0)))
+            answers = set(wait([worker.pipe for worker in active], timeout=min(max(0.0, due - now), 1.0)))
             for worker in list(active):
                 lost: Lost | None = None
                 if worker.pipe in answers:
@@ -73,6 +89,8 @@ def run(
                         active.remove(worker)
                         worker.end()
     finally:
+        if in_main and callable(before):
+            signal.signal(signal.SIGINT, before)
         for worker in active:
             worker.end()
 

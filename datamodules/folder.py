@@ -84,6 +84,8 @@ class VideoFolder(ClipDataModule):
         if not videos:
             counts = {name: len(videos) for name, videos in self._videos.items()}
             advice = f"the column split of {self.csv}" if self.csv else f"data.{split}_fraction"
+            if split == "train" and not self.csv:
+                advice = "data.val_fraction and data.test_fraction, or train on other data"
             raise UserError(f"{self.root}: expected videos in split {split}, got none of {counts}; change {advice}.")
         return videos
 

@@ -49,7 +49,8 @@ class Fault:
 
     @classmethod
     def of(cls, error: VideoError, path: Path) -> "Fault":
-        return cls(error.kind, str(error).removeprefix(f"{path}: ").strip().rstrip("."), error.lasting)
+        text = str(error).removeprefix(f"{path}: ").removeprefix(f"{path.absolute()}: ")
+        return cls(error.kind, text.strip().rstrip("."), error.lasting)
 
     @property
     def broken(self) -> bool:
@@ -97,7 +98,12 @@ def _survey(paths: list[Path], workers: int, show: bool) -> list[Finding]:
     )
     findings = []
     with tqdm(
-        total=len(paths), desc="surveying videos", unit="video", disable=not show, delay=1, dynamic_ncols=True
+        total=len(paths),
+        desc="surveying videos",
+        unit="video",
+        disable=None if show else True,
+        delay=1,
+        dynamic_ncols=True,
     ) as bar:
         for batch in loader:
             findings += batch

@@ -136,7 +136,7 @@ def prepare_ucf101(archives: Sequence[Path], out: Path, partial: bool = False, v
     rows = _rows(videos, present, listed, old, verify)
     if rows != list(old.values()):
         _write_manifest(out / MANIFEST, rows)
-    _summarize(out, rows, kept=have_videos)
+    _summarize(out, rows, kept=have_videos, unread=archives if have_videos and have_lists else [])
 
 
 @contextmanager
@@ -524,7 +524,7 @@ def _write_manifest(path: Path, rows: list[dict[str, str]]) -> None:
     write_text(path, text.getvalue())
 
 
-def _summarize(out: Path, rows: list[dict[str, str]], kept: bool) -> None:
+def _summarize(out: Path, rows: list[dict[str, str]], kept: bool, unread: Sequence[Path]) -> None:
     size = sum(int(row["bytes"]) for row in rows) / 1e9
     classes = len({row["label"] for row in rows})
     lines = [
@@ -539,7 +539,12 @@ def _summarize(out: Path, rows: list[dict[str, str]], kept: bool) -> None:
             f"{len(rows) - len(train):,} test"
         )
     lines.append(f"{out / MANIFEST}: their labels, splits, sizes and SHA-256")
-    lines.append(f"next: vidtwin fit --config configs/vidtwin_base.yaml --data.root {out / 'UCF-101'}")
+    if unread:
+        names = ", ".join(archive.name for archive in unread)
+        lines.append(f"not read, since {out / 'UCF-101'} is there: {names}; delete that folder to unpack anew")
+    groups = sorted({int(row["group"]) for row in rows if row["split01"] == "train"})
+    other = "" if set(groups) & set(VALIDATION_GROUPS) or not groups else f" --data.val_groups '[{groups[-1]}]'"
+    lines.append(f"next: vidtwin fit --config configs/vidtwin_base.yaml --data.root {out / 'UCF-101'}{other}")
     tqdm.write("\n".join(lines))
 
 

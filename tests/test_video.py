@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -498,6 +499,19 @@ def test_a_container_changes_no_frame(shared: Path, tmp_path: Path, name: str) -
     # The last two by seeking; 10 ms aside of where a frame at 28 per second begins, since some count in milliseconds.
     for start in (0.01, 2.51, 7.51):
         np.testing.assert_array_equal(read_clip(path, start, 16, 8, 32), read_clip(source, start, 16, 8, 32))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_frames": 0}, {"size": 0}, {"size": -5}, {"fps": 0}, {"fps": -3}, {"start": -1}, {"start": float("nan")},
+        {"crop": (2, 0.5)},
+    ],
+)  # fmt: skip
+def test_arguments_that_make_no_sense_are_named(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    path = write_video(tmp_path / "a.mp4", moving_pictures(20), 25)
+    with pytest.raises(VideoError, match=r"a\.mp4: expected (num_frames and size|crop)"):
+        read_clip(path, **arguments)
 
 
 KINDS = {

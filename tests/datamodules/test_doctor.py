@@ -254,6 +254,20 @@ def test_ctrl_c_in_a_terminal_ends_all_processes(tmp_path: Path) -> None:
     assert "whole.mp4" in journal.read_text()
 
 
+def test_an_interrupt_that_python_loses_ends_the_scan_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: lost.append(number))  # raises nothing
+    try:
+        jobs = doctor_pool.run(time.sleep, [(0,), (60,)], [100.0, 100.0], 2)
+        next(jobs)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            next(jobs)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert lost
+
+
 def test_a_second_run_measures_what_is_new_or_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
 

@@ -282,8 +282,8 @@ def test_what_can_not_be_read_is_named_and_treated_as_the_files_are(make, broken
         assert a == b if "skipped" in a else np.array_equal(a["clip"], b["clip"])
     told = "skipped Bounce/v_Bounce_g09_c01.avi: truncated: its header promises 50 frames, it holds"
     assert capfd.readouterr().err.count(told) == 2  # of the files and of the shards
-    with pytest.raises(UserError, match=r"at most a share of data\.max_broken=0\.01 broken videos in split train"):
-        make(url=str(shards), max_broken=0.01).dataset("train")
+    with pytest.raises(UserError, match=r"at most a share of data\.max_broken=0 broken videos in split train"):
+        make(url=str(shards), max_broken=0.0).dataset("train")
 
 
 def test_broken_videos_that_are_excluded_are_not_held_against_the_data(make, broken, tmp_path, capfd):

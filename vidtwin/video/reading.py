@@ -71,6 +71,13 @@ def read_clip(
         VideoError: The file can't be read, is damaged between its keyframe before the clip and the clip's end (kind
             "corrupt"), or ends before the last wanted frame (kind "short"); `decodable` is then how many frames it has.
     """
+    if num_frames < 1 or (size is not None and size < 1) or (fps is not None and fps <= 0) or not 0 <= start < math.inf:
+        raise VideoError(
+            f"{name_of(source)}: expected num_frames and size of at least 1, fps above 0 and start of at least 0, got "
+            f"{num_frames}, {size}, {fps} and {start}."
+        )
+    if not all(0 <= place <= 1 for place in crop):
+        raise VideoError(f"{name_of(source)}: expected crop as two numbers from 0 to 1, got {crop}.")
     wanted = _Wanted(_exact(start), num_frames, None if fps is None else _exact(fps), size, crop, rate)
     try:
         return _read(source, wanted)
