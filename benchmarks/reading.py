@@ -71,7 +71,7 @@ def convert_every_frame(job: Job) -> None:
             frames.append(frame.to_ndarray(format="rgb24"))
             if index == last:
                 break
-        chosen = [frames[min(last, int(start * rate + k * rate / FPS + 1e-6))] for k in range(FRAMES)]
+        chosen = [frames[min(len(frames) - 1, int(start * rate + k * rate / FPS + 1e-6))] for k in range(FRAMES)]
         side = min(chosen[0].shape[:2])
         left, top = int((chosen[0].shape[1] - side) * crop[0]), int((chosen[0].shape[0] - side) * crop[1])
         clip = torch.from_numpy(np.stack(chosen)[:, top : top + side, left : left + side]).permute(0, 3, 1, 2)

@@ -359,7 +359,14 @@ def test_a_broken_video_is_named_through_the_workers(here, run, capsys):
     video.write_bytes(whole[:300])
     argv = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", "broken"]
     try:
-        line = fails(capsys, *argv, "--data.num_workers=1", "--ckpt_path", str(run / "checkpoints" / "last.ckpt"))
+        line = fails(
+            capsys,
+            *argv,
+            "--data.num_workers=1",
+            "--data.max_broken=0",
+            "--ckpt_path",
+            str(run / "checkpoints" / "last.ckpt"),
+        )
     finally:
         video.write_bytes(whole)
     assert video.name in line
