@@ -493,3 +493,11 @@ def test_the_check_leaves_the_model_as_it_was():
         assert model.training is training
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert torch.equal(model.up.bias.grad, torch.ones(3))
+
+
+def test_a_size_that_the_model_cannot_halve_often_enough_is_refused_with_what_it_takes():
+    model = build(Patches)
+    model.spatial_multiple = 8
+    model.check_clip(torch.zeros(1, 3, 4, 16, 24))
+    with pytest.raises(UserError, match=r"multiples of 8, got \(1, 3, 4, 16, 20\); set data\.resolution"):
+        model.encode(torch.zeros(1, 3, 4, 16, 20))

@@ -83,6 +83,7 @@ class VideoAutoencoder(nn.Module, ABC):
         partial_latents: Whether `decode` can do without some of them (VidTwin: structure only, dynamics only).
         temporal: Legal clip lengths.
         resolution: Height and width if they are fixed when the model is built, else None.
+        spatial_multiple: What height and width have to be a multiple of, where they are not fixed.
         value_range: The range of pixel values that `_encode` and `_decode` work in; outside it is [-1, 1].
         init_args: The arguments that the model was built with, defaults included; `spec` stores them.
         class_path: Its class, likewise.
@@ -92,6 +93,7 @@ class VideoAutoencoder(nn.Module, ABC):
     partial_latents: ClassVar[bool] = False
     temporal: TemporalSpec = TemporalSpec()
     resolution: int | None = None
+    spatial_multiple: int = 1
     value_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     init_args: dict[str, Any]
     class_path: str
@@ -188,6 +190,11 @@ class VideoAutoencoder(nn.Module, ABC):
         fits = fits and (side is None or clip.shape[3:] == (side, side))
         if fits and not isinstance(frames, str) and clip.shape[2] != frames:
             fits = False
+        if fits and (clip.shape[3] % self.spatial_multiple or clip.shape[4] % self.spatial_multiple):
+            raise UserError(
+                f"Expected a clip whose height and width are multiples of {self.spatial_multiple}, got "
+                f"{tuple(clip.shape)}; set data.resolution accordingly."
+            )
         if not fits:
             advice = f"; set data.num_frames={frames}" if not isinstance(frames, str) else ""
             advice += f"{' and' if advice else '; set'} data.resolution={side}" if side else ""
