@@ -26,6 +26,36 @@ TINY = {
         },
         {"num_frames": 4},
     ),
+    "magvit2": (
+        {"channels": 8, "multipliers": [1, 1, 2, 2], "num_blocks": 1, "latent_channels": 6},
+        {"num_frames": 8, "resolution": 16},
+    ),
+    "cmd": (
+        {
+            "num_frames": 4,
+            "resolution": 16,
+            "patch_size": 4,
+            "motion_channels": 2,
+            "hidden_size": 16,
+            "depth": 1,
+            "num_heads": 2,
+        },
+        {"num_frames": 4},
+    ),
+    "ivideogpt": (
+        {
+            "resolution": 28,
+            "inner_resolution": 32,
+            "channels": [32, 32],
+            "layers_per_block": 1,
+            "latent_channels": 8,
+            "codebook_size": 16,
+            "dynamics_codebook_size": 12,
+            "norm_groups": 8,
+            "attention_resolution": 16,
+        },
+        {"num_frames": 4},
+    ),
     "mean_colour": ({"num_frames": 4, "resolution": 16}, {"num_frames": 4}),
     "temporal_mean": ({"num_frames": 4, "resolution": 16}, {"num_frames": 4}),
 }
