@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vidtwin.autoencoder import Reconstruction
 from vidtwin.errors import UserError
-from vidtwin.losses import AutoencoderLoss, PatchDiscriminator2d, PatchDiscriminator3d
+from vidtwin.losses import Annealed, AutoencoderLoss, PatchDiscriminator2d, PatchDiscriminator3d
 from vidtwin.losses.adversarial import adaptive_weight
 from vidtwin.losses.autoencoder import LOGVAR_RANGE
 from vidtwin.models.vidtwin import VidTwin
@@ -458,3 +458,49 @@ def test_evaluation_and_short_clips_take_all_frames(limit: int, clip: Tensor) ->
 def test_values_that_cannot_work_are_refused_by_name(arguments: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"--model\.loss\.{next(iter(arguments))}"):
         build(**arguments)
+
+
+def test_an_annealed_weight_goes_in_a_line_and_stays_and_validation_has_its_end(clip: Tensor) -> None:
+    loss = build(regularization_weights={"entropy": Annealed(start=0.3, end=0.1, steps=4), "commitment": 0.5})
+    output, weight = reconstruct(clip, entropy=torch.tensor(-2.0), commitment=torch.tensor(1.0))
+    with torch.no_grad():
+        each = [loss.generator_loss(output, clip, weight, step) for step in (0, 1, 2, 4, 100, -1)]
+    added = [float(terms["total"] - terms["nll"]) for terms in each]
+    assert added == pytest.approx([0.5 - 2 * weight for weight in (0.3, 0.25, 0.2, 0.1, 0.1, 0.1)], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{"entropy": -0.1}, {"entropy": math.inf}, {"entropy": Annealed(0.1, -1.0, 5)}, {"entropy": Annealed(1.0, 0.1, 0)}],
+)
+def test_a_weight_that_makes_no_sense_is_refused(weights: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="entropy"):
+        build(regularization_weights=weights)
+
+
+def test_leading_frames_count_as_much_as_all_others_in_pixels_and_lpips(clip: Tensor) -> None:
+    loss = build(leading_frames=1, perceptual_weight=0.5, discriminator=None)
+    loss.perceptual = lambda x, y: (x - y).square().mean((1, 3, 4)).flatten()  # one distance per frame
+    output, weight = reconstruct(clip)
+    terms = loss.generator_loss(output, clip, weight, 0)
+    error = output.clip - clip
+    pixel = error[:, :, :1].abs().mean() + error[:, :, 1:].abs().mean()
+    perceptual = error[:, :, :1].square().mean() + error[:, :, 1:].square().mean()
+    torch.testing.assert_close(terms["pixel"], pixel.detach())
+    torch.testing.assert_close(terms["total"], pixel + 0.5 * perceptual)
+    alone = build(leading_frames=9, discriminator=None).generator_loss(output, clip, weight, 0)
+    torch.testing.assert_close(alone["pixel"], error.abs().mean().detach())  # no frames after the leading ones
+    with pytest.raises(UserError, match="leading_frames or perceptual_frames, got both"):
+        build(leading_frames=1, perceptual_frames=1)
+
+
+def test_the_gan_may_be_measured_against_lpips_alone(clip: Tensor) -> None:
+    loss = build(perceptual_weight=0.5, adaptive_reference="perceptual", adaptive_weight_maximum=1e9)
+    loss.perceptual = lambda x, y: (x - y).square().mean((1, 3, 4)).flatten()
+    output, weight = reconstruct(clip)
+    terms = loss.generator_loss(output, clip, weight, 3)
+    adversarial = -loss.discriminator(output.clip).mean()
+    wanted = 0.05 * adaptive_weight(0.5 * (output.clip - clip).square().mean(), adversarial, weight, math.inf)
+    torch.testing.assert_close(terms["adaptive_weight"], wanted)
+    with pytest.raises(UserError, match="perceptual_weight above 0"):
+        build(adaptive_reference="perceptual")

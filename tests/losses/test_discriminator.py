@@ -1,11 +1,20 @@
 """PatchGAN discriminators."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from vidtwin.losses import PatchDiscriminator2d, PatchDiscriminator3d
-from vidtwin.losses.discriminator import Norm
+from vidtwin.errors import UserError
+from vidtwin.losses import (
+    BlurPoolDiscriminator3d,
+    PatchDiscriminator2d,
+    PatchDiscriminator3d,
+    SpectralDiscriminator2d,
+)
+from vidtwin.losses.discriminator import BlurPool3d, Norm
 
 
 def test_released_size() -> None:
@@ -41,3 +50,52 @@ def test_group_norm_keeps_the_clips_of_a_batch_apart_in_training() -> None:
     assert any(isinstance(m, nn.GroupNorm) for m in discriminator.modules())
     clip = torch.randn(2, 3, 4, 32, 32)
     torch.testing.assert_close(discriminator(clip)[:1], discriminator(clip[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_blur_pooling_is_the_filter_at_every_second_place() -> None:
+    x = torch.randn(2, 3, 5, 6, 7, dtype=torch.float64)
+    found = BlurPool3d()(x)
+    assert found.shape == (2, 3, 3, 3, 4)
+    taps = {-1: 0.25, 0: 0.5, 1: 0.25}
+    for place in itertools.product(range(3), range(3), range(4)):
+        wanted = torch.zeros(2, 3, dtype=torch.float64)
+        for offsets in itertools.product(taps, repeat=3):
+            near = [min(max(2 * p + o, 0), n - 1) for p, o, n in zip(place, offsets, x.shape[2:], strict=True)]
+            wanted += math.prod(taps[o] for o in offsets) * x[:, :, near[0], near[1], near[2]]
+        torch.testing.assert_close(found[:, :, place[0], place[1], place[2]], wanted)
+
+
+@pytest.mark.parametrize(("frames", "side", "left"), [(16, 224, 7 * 7), (17, 128, 4 * 4), (4, 40, 2 * 2)])
+def test_magvits_discriminator_halves_five_times_and_gives_one_logit_per_clip(
+    frames: int, side: int, left: int
+) -> None:
+    with torch.device("meta"):
+        discriminator = BlurPoolDiscriminator3d(frames, side)
+        widths = [block.conv1.out_channels for block in discriminator.blocks]
+        assert widths == [256, 512, 512, 512, 512]
+        assert discriminator.linear1.in_features == 512 * left
+        assert discriminator(torch.empty(2, 3, frames, side, side)).shape == (2, 1)
+        with pytest.raises(UserError, match=r"discriminator\.num_frames and \.resolution"):
+            discriminator(torch.empty(2, 3, frames, side + 1, side))
+
+
+def test_ivideogpts_discriminator_has_its_published_size_and_judges_each_frame_alone() -> None:
+    discriminator = SpectralDiscriminator2d()
+    assert sum(p.numel() for p in discriminator.parameters()) == 1_551_489
+    clip = torch.rand(2, 3, 3, 64, 64)
+    discriminator(clip)  # a power iteration
+    discriminator.eval()
+    logits = discriminator(clip)
+    assert logits.shape == (6, 1, 4, 4)
+    torch.testing.assert_close(logits[4:5], discriminator(clip[1:, :, 1:2]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="at least 17 px"):
+        discriminator(clip[..., :16, :16])
+
+
+def test_spectral_norm_keeps_every_layer_at_a_largest_singular_value_of_one() -> None:
+    discriminator = SpectralDiscriminator2d(channels=4, num_layers=2)
+    for _ in range(50):
+        discriminator(torch.rand(1, 3, 1, 16, 16))
+    layers = [m for m in discriminator.main if isinstance(m, nn.Conv2d)][:-1]
+    norms = [float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)) for layer in layers]
+    assert norms == pytest.approx([1.0, 1.0], rel=1e-3)

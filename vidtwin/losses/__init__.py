@@ -1,7 +1,20 @@
 """What autoencoders and discriminators are trained on."""
 
-from vidtwin.losses.autoencoder import AutoencoderLoss
-from vidtwin.losses.discriminator import PatchDiscriminator2d, PatchDiscriminator3d
+from vidtwin.losses.autoencoder import Annealed, AutoencoderLoss
+from vidtwin.losses.discriminator import (
+    BlurPoolDiscriminator3d,
+    PatchDiscriminator2d,
+    PatchDiscriminator3d,
+    SpectralDiscriminator2d,
+)
 from vidtwin.losses.perceptual import LPIPS
 
-__all__ = ["LPIPS", "AutoencoderLoss", "PatchDiscriminator2d", "PatchDiscriminator3d"]
+__all__ = [
+    "LPIPS",
+    "Annealed",
+    "AutoencoderLoss",
+    "BlurPoolDiscriminator3d",
+    "PatchDiscriminator2d",
+    "PatchDiscriminator3d",
+    "SpectralDiscriminator2d",
+]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,6 +18,25 @@ from vidtwin.losses.perceptual import LPIPS
 LOGVAR_RANGE = (-6.0, 6.0)
 
 
+@dataclass(frozen=True)
+class Annealed:
+    """A weight that goes in a straight line from `start` at the first batch to `end` at batch `steps`, and stays there.
+
+    In YAML `{start: 0.3, end: 0.1, steps: 2000}`, in the place of a number. Validation weighs with `end`, so that its
+    curve shows the model and not the weight.
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def at(self, step: int) -> float:
+        """The weight at a step; -1 is validation."""
+        if step < 0 or step >= self.steps:
+            return self.end
+        return self.start + (self.end - self.start) * step / self.steps
+
+
 class AutoencoderLoss(nn.Module):
     r"""Loss of a video autoencoder and of its discriminator.
 
@@ -25,10 +45,10 @@ class AutoencoderLoss(nn.Module):
 
         nll   = (pixel_weight · mean |x − x̂| + perceptual_weight · mean LPIPS) / exp(s) + s
         total = nll + kl_weight · kl / N + Σ regularization_weights · terms + w · g
-        w     = adversarial_weight · min(‖∇_W nll‖ / (‖∇_W g‖ + 1e-4), adaptive_weight_maximum / N)
+        w     = adversarial_weight · min(‖∇_W reference‖ / (‖∇_W g‖ + 1e-4), adaptive_weight_maximum / N)
 
-    and `released` is N times that: the released code sums over the numbers of a frame, averages over frames, and sets
-    the KL of a whole clip against it. The gradients differ by the factor N and by nothing else. AdamW takes the same
+    with the nll as reference unless `adaptive_reference` says otherwise, and `released` is N times that: the released
+    code sums over the numbers of a frame, averages over frames, and sets the KL of a whole clip against it. The gradients differ by the factor N and by nothing else. AdamW takes the same
     steps with both, because its step does not depend on the gradient's scale, as long as its `eps` is small against
     the gradients; SGD, Adam with its coupled weight decay, and clipping of the gradient's norm do see the scale. The
     discriminator's loss is the same in both:
@@ -53,6 +73,8 @@ class AutoencoderLoss(nn.Module):
         perceptual_frames: LPIPS on so many frames of each clip, distinct and drawn anew for every clip and step: its
             expectation is that of all frames, at a fraction of the time. None, or more than there are, takes all
             (an upper limit, so that one config serves clips of every length).
+        leading_frames: Average pixels and LPIPS over the first so many frames and over the others apart, and add the
+            two (iVideoGPT: context and future frames count alike, however many they are). None averages over all.
         adversarial_weight: Weight of the GAN (paper Table 6: 0.05), on top of which the adaptive weight comes.
         adversarial: "hinge" (released) or "non_saturating".
         adversarial_start: The first batch with the GAN. The released 20,001 counts the steps of two optimizers, two
@@ -60,6 +82,8 @@ class AutoencoderLoss(nn.Module):
         adaptive_weight: Balance the GAN by gradient norms; without it w = adversarial_weight (N times that in
             "released").
         adaptive_weight_maximum: Upper limit of the ratio of norms, as counted in "released".
+        adaptive_reference: Whose gradient at the last layer the GAN's is measured against: that of the whole "nll", or
+            of "perceptual" alone (iVideoGPT).
         adversarial_frames: Each player's loss on a run of so many consecutive frames, from a start that each draws
             anew in every step for the whole batch (clips and reconstructions alike). None, or more than there are,
             takes all.
@@ -73,7 +97,7 @@ class AutoencoderLoss(nn.Module):
         kl_weight: Weight of the KL, a sum per clip in nats, against the sum per frame of `released`
             (paper Table 6: 0.001).
         regularization_weights: Weights of the autoencoder's other terms (commitment, entropy, …), against the mean
-            pixel error. A term without a weight is an error; 0 ignores it.
+            pixel error: a number, or one that is `Annealed`. A term without a weight is an error; 0 ignores it.
         learn_logvar: Learn s, as the released code does; else s = 0.
     """
 
@@ -85,11 +109,13 @@ class AutoencoderLoss(nn.Module):
         perceptual_weight: float = 0.05,
         perceptual_backbone: str | None = None,
         perceptual_frames: int | None = None,
+        leading_frames: int | None = None,
         adversarial_weight: float = 0.05,
         adversarial: Literal["hinge", "non_saturating"] = "hinge",
         adversarial_start: int = 10_000,
         adaptive_weight: bool = True,
         adaptive_weight_maximum: float = 1e4,
+        adaptive_reference: Literal["nll", "perceptual"] = "nll",
         adversarial_frames: int | None = None,
         discriminator: nn.Module | None = None,
         lecam_weight: float = 0.0,
@@ -97,7 +123,7 @@ class AutoencoderLoss(nn.Module):
         r1_weight: float = 0.0,
         r1_every: int = 1,
         kl_weight: float = 0.001,
-        regularization_weights: dict[str, float] | None = None,
+        regularization_weights: dict[str, float | Annealed] | None = None,
         learn_logvar: bool = False,
     ) -> None:
         super().__init__()
@@ -111,6 +137,7 @@ class AutoencoderLoss(nn.Module):
         }
         counts = {
             "perceptual_frames": perceptual_frames,
+            "leading_frames": leading_frames,
             "adversarial_frames": adversarial_frames,
             "r1_every": r1_every,
         }
@@ -122,15 +149,27 @@ class AutoencoderLoss(nn.Module):
                 raise UserError(f"Expected --model.loss.{name} of at least 1, got {count}.")
         if not 0 <= lecam_decay < 1:
             raise UserError(f"Expected --model.loss.lecam_decay in [0, 1), got {lecam_decay}.")
+        if leading_frames is not None and perceptual_frames is not None:
+            raise UserError(
+                "Expected either --model.loss.leading_frames or perceptual_frames, got both: frames that are drawn "
+                "may hold none of the leading ones."
+            )
+        if adaptive_reference == "perceptual" and perceptual_weight == 0 and adaptive_weight and discriminator:
+            raise UserError(
+                "Expected a perceptual_weight above 0 for --model.loss.adaptive_reference perceptual, got 0; set "
+                "--model.loss.adaptive_reference nll."
+            )
         self.reduction = reduction
         self.pixel = pixel
         self.pixel_weight = pixel_weight
         self.perceptual_weight = perceptual_weight
         self.perceptual_frames = perceptual_frames
+        self.leading_frames = leading_frames
         self.adversarial_weight = adversarial_weight
         self.adversarial_start = adversarial_start
         self.adaptive_weight = adaptive_weight
         self.adaptive_weight_maximum = adaptive_weight_maximum
+        self.adaptive_reference = adaptive_reference
         self.adversarial_frames = adversarial_frames
         self.lecam_weight = lecam_weight
         self.lecam_decay = lecam_decay
@@ -138,6 +177,12 @@ class AutoencoderLoss(nn.Module):
         self.r1_every = r1_every
         self.kl_weight = kl_weight
         self.regularization_weights = dict(regularization_weights or {})
+        for name, weight in self.regularization_weights.items():
+            numbers = [weight.start, weight.end] if isinstance(weight, Annealed) else [weight]
+            if not all(0 <= number < float("inf") for number in numbers):
+                raise UserError(f"Expected --model.loss.regularization_weights.{name} of at least 0, got {numbers}.")
+            if isinstance(weight, Annealed) and weight.steps < 1:
+                raise UserError(f"Expected the weight of {name} to change over at least 1 step, got {weight.steps}.")
         if "kl" in self.regularization_weights:
             raise UserError("Expected the weight of kl in --model.loss.kl_weight, got it in regularization_weights.")
         if adversarial == "hinge":
@@ -181,7 +226,7 @@ class AutoencoderLoss(nn.Module):
             reconstruction: Of `clip`, with the graph that led to it.
             clip: (B, 3, T, H, W) in [-1, 1].
             last_layer: `VideoAutoencoder.last_layer`, for the adaptive weight.
-            step: Batches trained before this one.
+            step: Batches trained before this one; -1 in validation.
 
         Returns:
             `total`, to be minimised, and detached `pixel`, `perceptual`, `nll`, each regularization term by its name
@@ -194,28 +239,33 @@ class AutoencoderLoss(nn.Module):
         terms: dict[str, Tensor] = {}
 
         error = prediction - target
-        terms["pixel"] = (error.abs() if self.pixel == "l1" else error.square()).mean()
-        nll = self.pixel_weight * terms["pixel"]
+        error = error.abs() if self.pixel == "l1" else error.square()
+        terms["pixel"] = self._mean(error.mean((1, 3, 4)))
+        nll = reference = self.pixel_weight * terms["pixel"]
         if self.perceptual_weight > 0:
             frames = self._random_frames(prediction, target)
-            terms["perceptual"] = self.perceptual(*frames).mean()
-            nll = nll + self.perceptual_weight * terms["perceptual"]
+            terms["perceptual"] = self._mean(self.perceptual(*frames).unflatten(0, (len(clip), -1)))
+            reference = self.perceptual_weight * terms["perceptual"]
+            nll = nll + reference
+        if self.adaptive_reference == "nll":
+            reference = nll
         if self.logvar is not None:
             terms["logvar"] = self._projected_logvar()
             nll = nll / terms["logvar"].exp() + terms["logvar"]
+            reference = reference / terms["logvar"].exp()
         terms["nll"] = scale * nll
 
         total = nll
         for name, term in reconstruction.regularization.items():
             terms[name] = term
-            total = total + self._regularization_weight(name, frame_size) * term
+            total = total + self._regularization_weight(name, frame_size, step) * term
 
         if self.gan_is_on(step):
             assert self.discriminator is not None
             (shown,) = self._random_run(prediction)
             with _frozen(self.discriminator):
                 terms["adversarial"] = self.generator_term(_as_float(self.discriminator(shown)))
-            weight = self._adversarial_weight(nll, terms["adversarial"], last_layer, frame_size)
+            weight = self._adversarial_weight(reference, terms["adversarial"], last_layer, frame_size)
             if weight is not None:
                 terms["adaptive_weight"] = scale * weight
                 total = total + weight * terms["adversarial"]
@@ -295,7 +345,14 @@ class AutoencoderLoss(nn.Module):
         start = int(torch.randint(length - count + 1, ()))
         return tuple(clip[:, :, start : start + count] for clip in clips)
 
-    def _regularization_weight(self, name: str, frame_size: int) -> float:
+    def _mean(self, of_frames: Tensor) -> Tensor:
+        """(B, T) → scalar."""
+        if self.leading_frames is None:
+            return of_frames.mean()
+        parts = of_frames[:, : self.leading_frames], of_frames[:, self.leading_frames :]
+        return sum((part.mean() for part in parts if part.shape[1]), start=of_frames.new_zeros(()))
+
+    def _regularization_weight(self, name: str, frame_size: int, step: int) -> float:
         if name == "kl":
             return self.kl_weight / frame_size
         if name not in self.regularization_weights:
@@ -303,17 +360,18 @@ class AutoencoderLoss(nn.Module):
                 f"Expected a weight for the regularization term {name!r}, got none; "
                 f"set --model.loss.regularization_weights.{name} (0 ignores the term)."
             )
-        return self.regularization_weights[name]
+        weight = self.regularization_weights[name]
+        return weight.at(step) if isinstance(weight, Annealed) else weight
 
     def _adversarial_weight(
-        self, nll: Tensor, adversarial: Tensor, last_layer: Tensor | None, frame_size: int
+        self, reference: Tensor, adversarial: Tensor, last_layer: Tensor | None, frame_size: int
     ) -> Tensor | None:
         if not self.adaptive_weight:
             return torch.full_like(adversarial, self.adversarial_weight, requires_grad=False)
         if not torch.is_grad_enabled():
             return None
         maximum = self.adaptive_weight_maximum / frame_size
-        return self.adversarial_weight * gan.adaptive_weight(nll, adversarial, last_layer, maximum)
+        return self.adversarial_weight * gan.adaptive_weight(reference, adversarial, last_layer, maximum)
 
     def _projected_logvar(self) -> Tensor:
         assert self.logvar is not None

@@ -1,4 +1,6 @@
-"""PatchGAN discriminators (Isola et al. 2017): one logit per patch, none for the whole clip.
+"""Discriminators: PatchGAN (Isola et al. 2017), and those of MAGVIT-v2 and iVideoGPT.
+
+PatchGAN gives one logit per patch, none for the whole clip:
 
     conv s2 → [conv s2, norm] × (num_layers − 1) → conv s1, norm → conv s1 → logits      LeakyReLU 0.2 in between
 
@@ -10,8 +12,13 @@ import math
 from itertools import pairwise
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from vidtwin.errors import UserError
 
 Norm = Literal["group", "batch", "none"]
 
@@ -78,3 +85,102 @@ class PatchDiscriminator3d(nn.Module):
     def forward(self, clip: Tensor) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] → logits (B, 1, t, h, w)."""
         return self.main(clip)
+
+
+class BlurPool3d(nn.Module):
+    """Halve time, height and width behind a 1-2-1 filter on each axis (Zhang 2019), so that strides do not alias."""
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        taps = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("kernel", torch.einsum("t,h,w->thw", taps, taps, taps), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) → (B, C, ⌈T/2⌉, ⌈H/2⌉, ⌈W/2⌉); the border is repeated."""
+        kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, 3, 3, 3)
+        return F.conv3d(F.pad(x, (1,) * 6, mode="replicate"), kernel, stride=2, groups=x.shape[1])
+
+
+class _BlurPoolBlock(nn.Module):
+    """conv ─ LeakyReLU ─ blur pool ─ conv ─ LeakyReLU, beside blur pool ─ 1x1x1 conv; the sum over √2."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv3d(width_in, width_out, 3, padding=1)
+        self.conv2 = nn.Conv3d(width_out, width_out, 3, padding=1)
+        self.shortcut = nn.Conv3d(width_in, width_out, 1, bias=False)
+        self.pool = BlurPool3d()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pool(F.leaky_relu(self.conv1(x), 0.2))
+        y = F.leaky_relu(self.conv2(y), 0.2)
+        # As in StyleGAN2, from which MAGVIT's is inflated: the sum keeps the variance of its parts.
+        return (self.shortcut(self.pool(x)) + y) / math.sqrt(2)
+
+
+class BlurPoolDiscriminator3d(nn.Module):
+    """MAGVIT-v2's discriminator: StyleGAN's in 3-D with blur pooling, one logit per clip (Yu et al. 2023, appendix A).
+
+        conv ─ 5 × (residual block, half of T, H, W) ─ conv ─ linear ─ linear ─ logit        LeakyReLU 0.2 in between
+
+    Args:
+        num_frames: T of the clips (or `adversarial_frames` of the loss, where that is less).
+        resolution: H = W of the clips.
+        channels: Width of the first layer; the blocks have 2, 4, 4, 4 and 4 times that.
+    """
+
+    def __init__(self, num_frames: int = 16, resolution: int = 224, channels: int = 128) -> None:
+        super().__init__()
+        self.size = (num_frames, resolution, resolution)
+        widths = [channels, *(channels * factor for factor in (2, 4, 4, 4, 4))]
+        self.conv_in = nn.Conv3d(3, channels, 3, padding=1)
+        self.blocks = nn.Sequential(*(_BlurPoolBlock(before, after) for before, after in pairwise(widths)))
+        self.conv_out = nn.Conv3d(widths[-1], widths[-1], 3, padding=1)
+        left = math.prod(-(-side // 2 ** len(self.blocks)) for side in self.size)
+        self.linear1 = nn.Linear(widths[-1] * left, widths[-1])
+        self.linear2 = nn.Linear(widths[-1], 1)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1] → logits (B, 1)."""
+        if tuple(clip.shape[2:]) != self.size:
+            raise UserError(
+                f"Expected clips of {self.size[0]} frames of {self.size[1]} px for this discriminator, got "
+                f"{tuple(clip.shape[2:])}; set --model.loss.discriminator.num_frames and .resolution accordingly."
+            )
+        x = self.blocks(F.leaky_relu(self.conv_in(clip), 0.2))
+        x = F.leaky_relu(self.conv_out(x), 0.2).flatten(1)
+        return self.linear2(F.leaky_relu(self.linear1(x), 0.2))
+
+
+class SpectralDiscriminator2d(nn.Module):
+    """iVideoGPT's discriminator: strided convolutions with spectral norm on single frames, one logit per patch.
+
+        conv s2 → [conv s2, instance norm] × (num_layers − 1) → conv 1x1 → logits      LeakyReLU 0.2 in between
+
+    Args:
+        channels: Width of the first layer; it doubles with each layer up to 8 times that.
+        num_layers: Layers with stride 2: 4 in its training scripts, whose network this is with 1,551,489 parameters.
+    """
+
+    def __init__(self, channels: int = 64, num_layers: int = 4) -> None:
+        super().__init__()
+        widths = [3, *(channels * min(2**i, 8) for i in range(num_layers))]
+        layers: list[nn.Module] = []
+        for i, (width_in, width_out) in enumerate(pairwise(widths)):
+            layers.append(spectral_norm(nn.Conv2d(width_in, width_out, 3, stride=2, padding=1)))
+            if i > 0:
+                layers.append(nn.InstanceNorm2d(width_out))
+            layers.append(nn.LeakyReLU(0.2))
+        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 1))
+        self.least = 2**num_layers + 1  # an instance norm needs more than one place
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1] → logits (B·T, 1, h, w)."""
+        if min(clip.shape[3:]) < self.least:
+            raise UserError(
+                f"Expected clips of at least {self.least} px for this discriminator, got {tuple(clip.shape[3:])}; "
+                "lower --model.loss.discriminator.num_layers."
+            )
+        return self.main(rearrange(clip, "b c t h w -> (b t) c h w"))
