@@ -48,10 +48,10 @@ class AutoencoderLoss(nn.Module):
         w     = adversarial_weight · min(‖∇_W reference‖ / (‖∇_W g‖ + 1e-4), adaptive_weight_maximum / N)
 
     with the nll as reference unless `adaptive_reference` says otherwise, and `released` is N times that: the released
-    code sums over the numbers of a frame, averages over frames, and sets the KL of a whole clip against it. The gradients differ by the factor N and by nothing else. AdamW takes the same
-    steps with both, because its step does not depend on the gradient's scale, as long as its `eps` is small against
-    the gradients; SGD, Adam with its coupled weight decay, and clipping of the gradient's norm do see the scale. The
-    discriminator's loss is the same in both:
+    code sums over the numbers of a frame, averages over frames, and sets the KL of a whole clip against it. The
+    gradients differ by the factor N and by nothing else. AdamW takes the same steps with both, because its step does
+    not depend on the gradient's scale, as long as its `eps` is small against the gradients; SGD, Adam with its coupled
+    weight decay, and clipping of the gradient's norm do see the scale. The discriminator's loss is the same in both:
 
         total = discriminator's adversarial loss + lecam_weight · LeCAM + r1_weight / 2 · r1_every · R1
 
@@ -177,12 +177,12 @@ class AutoencoderLoss(nn.Module):
         self.r1_every = r1_every
         self.kl_weight = kl_weight
         self.regularization_weights = dict(regularization_weights or {})
-        for name, weight in self.regularization_weights.items():
-            numbers = [weight.start, weight.end] if isinstance(weight, Annealed) else [weight]
+        for name, given in self.regularization_weights.items():
+            numbers = [given.start, given.end] if isinstance(given, Annealed) else [given]
             if not all(0 <= number < float("inf") for number in numbers):
                 raise UserError(f"Expected --model.loss.regularization_weights.{name} of at least 0, got {numbers}.")
-            if isinstance(weight, Annealed) and weight.steps < 1:
-                raise UserError(f"Expected the weight of {name} to change over at least 1 step, got {weight.steps}.")
+            if isinstance(given, Annealed) and given.steps < 1:
+                raise UserError(f"Expected the weight of {name} to change over at least 1 step, got {given.steps}.")
         if "kl" in self.regularization_weights:
             raise UserError("Expected the weight of kl in --model.loss.kl_weight, got it in regularization_weights.")
         if adversarial == "hinge":
