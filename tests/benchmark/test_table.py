@@ -14,6 +14,7 @@ def add_row(folder, name, kind, psnr, **more):
         "kind": kind,
         "parameters": 1234567,
         "compression_rate": 0.0020461,
+        "bits_per_pixel": None,
         "metrics": {"psnr": {"mean": psnr}, "ssim": {"mean": 0.81236}, "lpips": "unavailable"},
         "num_clips": 23,
         "protocol_hash": "0123456789abcdef",
@@ -52,6 +53,7 @@ def test_cells_are_the_measured_values_with_their_units(folder):
         "model": "strong",
         "parameters": "1,234,567",
         "rate (%)": "0.2046",
+        "bits/pixel": "",
         "PSNR (dB)": "30.13",
         "SSIM": "0.8124",
         "LPIPS": "unavailable",
@@ -63,7 +65,12 @@ def test_cells_are_the_measured_values_with_their_units(folder):
 def test_a_measured_lpips_is_shown_with_four_digits(tmp_path):
     metrics = {"psnr": {"mean": 30.0}, "ssim": {"mean": 0.8}, "lpips": {"mean": 0.12344}}
     add_row(tmp_path, "a", "trained", 30.0, metrics=metrics)
-    assert table.cells(table.read_rows(tmp_path)[0])[5] == "0.1234"
+    assert table.cells(table.read_rows(tmp_path)[0])[6] == "0.1234"
+
+
+def test_a_model_with_codebooks_shows_its_bits(tmp_path):
+    add_row(tmp_path, "codes", "trained", 30.0, bits_per_pixel=0.0119176)
+    assert table.cells(table.read_rows(tmp_path)[0])[3] == "0.01192"
 
 
 def test_markdown_has_one_aligned_line_for_each_row(folder):

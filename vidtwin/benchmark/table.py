@@ -10,7 +10,8 @@ from vidtwin.files import write_text
 
 Row = dict[str, Any]
 
-COLUMNS = ("model", "parameters", "rate (%)", "PSNR (dB)", "SSIM", "LPIPS", "clips", "note")
+COLUMNS = ("model", "parameters", "rate (%)", "bits/pixel", "PSNR (dB)", "SSIM", "LPIPS", "clips", "note")
+LEFT = (0, len(COLUMNS) - 1)  # texts; the others are numbers
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -31,6 +32,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row["name"],
         f"{row['parameters']:,}",
         f"{100 * row['compression_rate']:.4f}",
+        "" if row["bits_per_pixel"] is None else f"{row['bits_per_pixel']:.5f}",  # of continuous numbers: not known
         metric("psnr", 2),
         metric("ssim", 4),
         metric("lpips", 4),
@@ -45,13 +47,11 @@ def markdown(rows: list[Row]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     texts = [
         "| "
-        + " | ".join(
-            c.ljust(w) if i in (0, 7) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
+        + " | ".join(c.ljust(w) if i in LEFT else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         + " |"
         for line in lines
     ]
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i in (0, 7) else ":") for i, w in enumerate(widths)) + "|"
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i in LEFT else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([texts[0], rule, *texts[1:]]) + "\n"
 
 
