@@ -35,6 +35,7 @@ from vidtwin.errors import UserError, suggestion
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.metrics.collection import ClipMetrics
 from vidtwin.metrics.frames import psnr
+from vidtwin.metrics.latents import codebook_use
 from vidtwin.schedules import WarmupCosine
 from vidtwin.sharding import FSDP2Strategy
 
@@ -302,6 +303,8 @@ class AutoencoderTask(LightningModule):
             terms = self.loss.generator_loss(reconstruction, clip, last_layer, step)
         with torch.no_grad():
             terms["psnr"] = psnr(reconstruction.clip, clip).mean()
+        if reconstruction.encoding is not None:
+            terms |= codebook_use(reconstruction.encoding)
         yield "train", terms
         if terms := self.loss.discriminator_loss(reconstruction.clip, clip, step, share):
             yield "discriminator", terms

@@ -126,7 +126,9 @@ def fit(folder, *callbacks, model=None, data=None, **arguments):
 
 def of_latents(logger, step):
     """What `Health` alone logs of a validation."""
-    logged = logger.named(step, "val/kl/", "val/active_units/", "val/psnr/", "val/codebook_usage/", "val/perplexity/")
+    logged = logger.named(
+        step, "val/kl/", "val/active_units/", "val/psnr/", "val/codebook_usage/", "val/dead_codes/", "val/perplexity/"
+    )
     assert all(type(value) is float for value in logged.values())
     return logged
 
@@ -202,6 +204,7 @@ def test_dead_codes_are_logged(tmp_path):
     assert of_latents(logger, 3) == pytest.approx(
         {
             "val/codebook_usage/patches": (counts > 0).mean(),
+            "val/dead_codes/patches": (counts == 0).sum(),
             "val/perplexity/patches": np.exp(-(shares * np.log(shares)).sum()),
         }
     )

@@ -9,6 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from vidtwin.errors import UserError
 from vidtwin.metrics import LatentStatistics
+from vidtwin.metrics.latents import codebook_use
 from vidtwin.posteriors import Deterministic, DiagonalGaussian, Encoding, Quantized
 
 
@@ -87,7 +88,8 @@ def test_dead_codes_are_visible():
     found = streamed([quantized(part, 16) for part in codes.split(5)]).compute()["latent"]
     values, counts = np.unique(codes.numpy(), return_counts=True)
     shares = counts / counts.sum()
-    assert set(found) == {"codebook_usage", "perplexity"}
+    assert set(found) == {"codebook_usage", "dead_codes", "codebook_size", "perplexity"}
+    assert (int(found["dead_codes"]), int(found["codebook_size"])) == (11, 16)
     assert found["codebook_usage"] == len(values) / 16 == 5 / 16
     assert float(found["perplexity"]) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
 
@@ -125,3 +127,15 @@ def test_latents_that_change_their_size_are_refused():
     mean, _ = moments()
     with pytest.raises(UserError, match=r"Expected latent to be of one kind and size in all clips, got .*\(3, 20\)"):
         streamed([Deterministic(mean), Deterministic(mean[:, :, :2])])
+
+
+def test_the_use_of_one_batchs_codes_is_that_of_its_statistics():
+    codes = torch.randint(12, (3, 4, 5), generator=torch.Generator().manual_seed(3))
+    encoding = Encoding(quantized=Quantized(codes.float(), codes, 16), other=gaussians([2], *moments(2))[0])
+    statistics = LatentStatistics()
+    statistics.update(encoding)
+    wanted = statistics.compute()["quantized"]
+    found = codebook_use(encoding)
+    assert set(found) == {"codebook_usage/quantized", "perplexity/quantized"}
+    assert float(found["codebook_usage/quantized"]) == float(wanted["codebook_usage"])
+    assert float(found["perplexity/quantized"]) == pytest.approx(float(wanted["perplexity"]), rel=1e-5)

@@ -21,8 +21,8 @@ class Health(Callback):
     - `val/active_units/<latent>`: the share (0 to 1) of the latent's numbers whose posterior mean varies over the clips
       by more than 0.01 (Burda et al. 2016, 5.2); `val/active_units/<latent>/<channel>`: the same within a channel.
       What does not vary tells the decoder nothing of the clip: 0 is a latent that has collapsed.
-    - `val/codebook_usage/<latent>`, `val/perplexity/<latent>`: of quantized latents in place of these two, the share of
-      codes that occur, and exp of the entropy of how often each does.
+    - `val/codebook_usage/<latent>`, `val/dead_codes/<latent>`, `val/perplexity/<latent>`: of quantized latents in place
+      of these two, the share of codes that occur, how many never do, and exp of the entropy of how often each does.
     - `val/psnr/<latent>_only`: PSNR (dB, mean over clips) of what the latent gives alone, where the model can do that.
 
     and in training
@@ -83,8 +83,8 @@ class Health(Callback):
                 values[f"val/active_units/{name}"] = float(shares.mean())
                 values |= self._per_channel(f"val/active_units/{name}", shares)
             if "perplexity" in statistics:
-                values[f"val/codebook_usage/{name}"] = float(statistics["codebook_usage"])
-                values[f"val/perplexity/{name}"] = float(statistics["perplexity"])
+                for key in ("codebook_usage", "dead_codes", "perplexity"):
+                    values[f"val/{key}/{name}"] = float(statistics[key])
         for name, clips in self._alone.items():
             values[f"val/psnr/{name}_only"] = math.fsum(clips) / len(clips)
         if values:

@@ -17,6 +17,8 @@ from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
 from vidtwin.benchmark import protocol, table
 from vidtwin.errors import UserError
 from vidtwin.files import replacing, write_text
+from vidtwin.metrics.latents import LatentStatistics
+from vidtwin.posteriors import Encoding, Quantized
 from vidtwin.task import AutoencoderTask
 from vidtwin.video import write_video
 
@@ -67,6 +69,7 @@ class ResultsWriter(Callback):
         self.references: dict[str, VideoAutoencoder] | None = None
         self.clips: dict[str, list[dict[str, Any]]] = {}
         self.sizes: dict[str, dict[str, Any]] = {}
+        self.codes = LatentStatistics()
         self.panel_paths = []
 
     def on_test_batch_end(  # type: ignore[override]
@@ -80,6 +83,9 @@ class ResultsWriter(Callback):
     ) -> None:
         clip = batch["clip"]
         self._measure(self.name, pl_module, pl_module.autoencoder, outputs, batch)
+        if outputs.encoding is not None:
+            quantized = {name: each for name, each in outputs.encoding.items() if isinstance(each, Quantized)}
+            self.codes.update(Encoding(quantized))
         if self.references is None:
             # Built from the first clip's size; every other class path in the project comes from a config.
             size = {"num_frames": clip.shape[2], "resolution": clip.shape[3]}
@@ -152,10 +158,11 @@ class ResultsWriter(Callback):
         """Every rank gets the clips of all, in the order of their names, so that means do not depend on the ranks."""
         if trainer.world_size > 1:
             gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, (self.clips, self.sizes))
-            self.clips, self.sizes = {}, {}
-            for clips, sizes in gathered:
+            torch.distributed.all_gather_object(gathered, (self.clips, self.sizes, self.codes))
+            self.clips, self.sizes, self.codes = {}, {}, LatentStatistics()
+            for clips, sizes, codes in gathered:
                 self.sizes |= sizes
+                self.codes.merge(codes)
                 for name, rows in clips.items():
                     self.clips.setdefault(name, []).extend(rows)
         for rows in self.clips.values():
@@ -179,6 +186,7 @@ class ResultsWriter(Callback):
             "checkpoint": None if reference else self.checkpoint,
             "weights": LAST if reference else self._weights(task),
             **self.sizes[name],
+            "codebooks": {} if reference else self._codebooks(),
             "metrics": metrics,
             "unavailable": task.metrics.unavailable,
             "num_clips": len(rows),
@@ -196,6 +204,17 @@ class ResultsWriter(Callback):
         writer.writerows([*(row.get(column) for column in columns), self.hash] for row in rows)
         write_text(folder / "clips.csv", buffer.getvalue())
         write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+
+    def _codebooks(self) -> dict[str, dict[str, float]]:
+        """By quantized latent: how much of its codebook the test clips use."""
+        return {
+            name: {
+                "size": int(found["codebook_size"]),
+                "dead_codes": int(found["dead_codes"]),
+                "perplexity": float(found["perplexity"]),
+            }
+            for name, found in self.codes.compute().items()
+        }
 
     def _write_panel(self, shown: dict[str, panels.Frames]) -> None:
         folder = self.folder / "rows" / self.name

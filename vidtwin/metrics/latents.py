@@ -46,7 +46,8 @@ class LatentStatistics:
         - "active_units" (C,): how many units of the channel are active, of "units" () that it has: those whose
           posterior's mean (or value, where there is no noise) has a variance over the clips above 0.01.
         - "kl" (C,), of Gaussians: KL to N(0, 1) in nats, summed over the channel's units, mean over the clips.
-        - "codebook_usage" (), of quantized latents in place of all these: the share of the codebook that occurs, and
+        - "codebook_usage" (), of quantized latents in place of all these: the share of the codebook that occurs,
+          "dead_codes" (): how many codes never do, "codebook_size" (), and
           "perplexity" (): exp of the entropy of how often each code occurs, 1 for a single code up to the codebook's
           size for all alike. Few clips hold few codes: neither can exceed the number of codes seen.
         """
@@ -58,6 +59,21 @@ class LatentStatistics:
         if before != now:
             raise UserError(f"Expected {name} to be of one kind and size in all clips, got {before} and then {now}.")
         self.sums[name] = {key: known[key] + value for key, value in sums.items()}
+
+
+@torch.no_grad()
+def codebook_use(encoding: Encoding) -> dict[str, Tensor]:
+    """Of one batch, for each quantized latent: `codebook_usage/<latent>` and `perplexity/<latent>` (see `compute`)."""
+    values: dict[str, Tensor] = {}
+    for name, posterior in encoding.items():
+        if isinstance(posterior, Quantized):
+            codes = posterior.codes.flatten()
+            counts = codes.new_zeros(posterior.codebook_size).scatter_add_(0, codes, torch.ones_like(codes))
+            # Entropies add up in single precision where a device has no other.
+            shares = counts.to(torch.float32) / codes.numel()
+            values[f"codebook_usage/{name}"] = (counts > 0).to(torch.float32).mean()
+            values[f"perplexity/{name}"] = torch.special.entr(shares).sum().exp()
+    return values
 
 
 def _sums(posterior: Posterior) -> dict[str, Tensor]:
@@ -87,4 +103,9 @@ def _of_units(clips: Tensor, mean: Tensor, square: Tensor, kl: Tensor | None = N
 
 def _of_codes(codes: Tensor) -> dict[str, Tensor]:
     shares = codes.double() / codes.sum()
-    return {"codebook_usage": (codes > 0).double().mean(), "perplexity": torch.special.entr(shares).sum().exp()}
+    return {
+        "codebook_usage": (codes > 0).double().mean(),
+        "dead_codes": (codes == 0).sum(),
+        "codebook_size": torch.tensor(len(codes)),
+        "perplexity": torch.special.entr(shares).sum().exp(),
+    }
