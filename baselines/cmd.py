@@ -1,18 +1,20 @@
 """CMD's autoencoder (ICLR 2024): a clip as one content frame and a low-dimensional motion latent.
 
-             ┌─ to logits ─ softmax over T ─ Σ_t w_t · clip_t ────────> content (B, 3, H, W) ── patches ─┐
-    clip ─ encoder                                                                                       + ─ decoder ─ clip
-             │          ┌─ mean over h ─ linear ┐                                    ┌─ linear, over h ──┤
-             └──────────┤                       ├ tanh ─> motion (B, D, T, w + h) ───┤                   │
-                        └─ mean over w ─ linear ┘                                    └─ linear, over w ──┘
+    encode   clip ─ encoder ┬─ logits ─ softmax over T ─ Σ_t w_t · clip_t ─> content (B, 3, H, W)
+                            ├─ mean over h ─ linear ┐
+                            └─ mean over w ─ linear ┴─ tanh ───────────────> motion (B, D, T, w + h)
+
+    decode   content ─ patches ─ linear ─┐
+             motion ┬─ width ── linear ──┼─ + ─ decoder ─ clip
+                    └─ height ─ linear ──┘
 
     encoder  patches ─ linear ─ + position ─ depth × block
     decoder                     + position ─ depth × block ─ transposed convolution ─ 2 sigmoid − 1
     block    x += attention over T (norm(x));  x += attention over S (norm(x));  x += GEGLU MLP (norm(x))
 
-Yu et al., "Efficient Video Diffusion Models via Content-Frame Motion-Latent Decomposition" (arXiv 2403.14148), section
-3.1. T frames, p pixels a patch, h = H/p, w = W/p, S = h·w patches, C = hidden_size, D = motion_channels. Both latents
-are deterministic: no noise, no KL, no codes.
+Yu et al., "Efficient Video Diffusion Models via Content-Frame Motion-Latent Decomposition" (arXiv 2403.14148): its
+autoencoder, on pixels. T frames, p pixels a patch, h = H/p, w = W/p, S = h·w patches, C = hidden_size, D =
+motion_channels. Both latents are deterministic: no noise, no KL, no codes.
 
 Written from the description. Departures:
 
@@ -172,8 +174,8 @@ class CMD(VideoAutoencoder):
         self.decoder = transformer()
         self.to_pixels = ToPixels(hidden_size, patch_size, grid_size)
 
-        nn.init.zeros_(self.to_logits.conv.weight)
-        nn.init.zeros_(self.to_logits.conv.bias)
+        for parameter in self.to_logits.parameters():
+            nn.init.zeros_(parameter)
         self._shapes = {
             "content": (3, resolution, resolution),
             "motion": (motion_channels, num_frames, 2 * grid_size),
@@ -181,7 +183,9 @@ class CMD(VideoAutoencoder):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        return self.to_pixels.conv.weight
+        weight = self.to_pixels.conv.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     def content_weights(self, features: Tensor) -> Tensor:
         """Encoder features (B, T, S, C) → what each frame adds to the content frame, (B, 3, T, H, W), 1 over T."""
