@@ -1,0 +1,144 @@
+"""Causal 3-D convolutions: what convolutional video autoencoders are built of (MAGVIT-v2 and the many after it).
+
+    residual block   x ┬─ norm, Swish, conv 3³ ─ norm, Swish, conv 3³ ┬ + ─>
+                       └────────── (1³ conv if the width changes) ────┘
+
+Strictly causal: frame t of an output depends on frames up to t of the input alone (up to the last one of its group
+behind a stride), to the last bit. Two things see to it. Convolutions pad time in front only, and norms take their
+statistics in each frame by itself: torch's GroupNorm of (B, C, T, H, W) would let the first frame see the last.
+
+What is padded in front are zeros, like at the borders of a frame, and as in the public implementation of MAGVIT-v2
+(cofe-ai/O2-MAGVIT2); some later models repeat the first frame instead.
+"""
+
+import math
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vidtwin.errors import UserError
+
+
+def norm_groups(width: int) -> int:
+    """32 groups at the usual widths; never fewer than four channels in one, or small models would lose their signal."""
+    groups = math.gcd(32, width)
+    while groups > 1 and width < 4 * groups:
+        groups //= 2
+    return groups
+
+
+def depth_to_space(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
+    """(B, C·q·p·r, T, H, W) → (B, C, T·q, H·p, W·r) for factors (q, p, r); in the channels C runs slowest.
+
+    With q = 1 it is torch's pixel shuffle of each frame.
+    """
+    q, p, r = factors
+    if x.shape[1] % math.prod(factors):
+        raise UserError(f"Expected a number of channels that {q}·{p}·{r} divides, got {x.shape[1]}.")
+    return rearrange(x, "b (c q p r) t h w -> b c (t q) (h p) (w r)", q=q, p=p, r=r)
+
+
+class CausalConv3d(nn.Conv3d):
+    """3-D convolution that pads time in front only; height and width are padded on both sides.
+
+    Args:
+        width_in: Channels of the input.
+        width_out: Channels of the output.
+        kernel_size: k, odd, on all three axes.
+        stride: Of time, height and width.
+        bias: Whether it has one.
+        front: Frames of zeros in front. None is k − 1: with stride s, T frames give 1 + (T − 1) // s, the first of
+            which depends on the first frame alone. k − s gives T // s: group i of s frames makes frame i.
+    """
+
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        kernel_size: int = 3,
+        stride: tuple[int, int, int] = (1, 1, 1),
+        bias: bool = True,
+        front: int | None = None,
+    ) -> None:
+        if kernel_size % 2 == 0:
+            raise UserError(f"Expected an odd kernel_size of a causal convolution, got {kernel_size}.")
+        front = kernel_size - 1 if front is None else front
+        # With fewer, the group of frames i would make frame i - 1, which would then see what comes after it.
+        if not max(0, kernel_size - stride[0]) <= front <= kernel_size - 1:
+            raise UserError(
+                f"Expected {max(0, kernel_size - stride[0])} to {kernel_size - 1} frames in front of a causal "
+                f"convolution of kernel {kernel_size} and stride {stride[0]}, got {front}."
+            )
+        # In height and width the convolution pads by itself, which makes no copy.
+        side = kernel_size // 2
+        super().__init__(width_in, width_out, kernel_size, stride, padding=(0, side, side), bias=bias)
+        self.front = front
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width_in, T, H, W) → (B, width_out, T', H', W')."""
+        return super().forward(F.pad(x, (0, 0, 0, 0, self.front, 0)) if self.front else x)
+
+
+class FrameGroupNorm(nn.GroupNorm):
+    """GroupNorm with the statistics of each frame.
+
+    Args:
+        width: C.
+        affine: Whether it has a scale and a shift for each channel.
+    """
+
+    def __init__(self, width: int, affine: bool = True) -> None:
+        super().__init__(norm_groups(width), width, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) → same; in memory the result is (B, T, C, H, W)."""
+        frames = x.transpose(1, 2)
+        return super().forward(frames.flatten(0, 1)).view(frames.shape).transpose(1, 2)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))): convolutions of 3x3x3, none of them with a bias.
+
+    Args:
+        width_in: Channels of the input.
+        width_out: Channels of the output; if they differ, x goes through a convolution of 1x1x1.
+    """
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.norm1 = FrameGroupNorm(width_in)
+        self.conv1 = CausalConv3d(width_in, width_out, bias=False)
+        self.norm2 = FrameGroupNorm(width_out)
+        self.conv2 = CausalConv3d(width_out, width_out, bias=False)
+        changes = width_in != width_out
+        self.shortcut = CausalConv3d(width_in, width_out, kernel_size=1, bias=False) if changes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width_in, T, H, W) → (B, width_out, T, H, W)."""
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.shortcut(x) + y
+
+
+class DepthToSpace(nn.Module):
+    """Upsampling: a causal convolution to q·p·r times the channels, which then move to time, height and width.
+
+    Args:
+        width: Channels of input and output.
+        factors: (q, p, r).
+        drop: Frames left out at the start. With q − 1 it undoes a strided `CausalConv3d` of `front=None`: T frames give
+            1 + (T − 1)·q, the first of which comes from the first frame alone.
+    """
+
+    def __init__(self, width: int, factors: tuple[int, int, int], drop: int = 0) -> None:
+        super().__init__()
+        if not 0 <= drop < factors[0]:
+            raise UserError(f"Expected 0 to {factors[0] - 1} dropped frames of an upsampling by {factors}, got {drop}.")
+        self.factors = factors
+        self.drop = drop
+        self.conv = CausalConv3d(width, width * math.prod(factors))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) → (B, C, T·q − drop, H·p, W·r)."""
+        return depth_to_space(self.conv(x), self.factors)[:, :, self.drop :]
