@@ -16,6 +16,7 @@ class Patches(VideoAutoencoder):
     """The smallest model that keeps every promise: each 8×8 patch of each frame is `channels` numbers."""
 
     latent_names = ("patches",)
+    spatial_multiple = 8
 
     def __init__(self, channels=2):
         super().__init__()
@@ -497,7 +498,6 @@ def test_the_check_leaves_the_model_as_it_was():
 
 def test_a_size_that_the_model_cannot_halve_often_enough_is_refused_with_what_it_takes():
     model = build(Patches)
-    model.spatial_multiple = 8
     model.check_clip(torch.zeros(1, 3, 4, 16, 24))
     with pytest.raises(UserError, match=r"multiples of 8, got \(1, 3, 4, 16, 20\); set data\.resolution"):
         model.encode(torch.zeros(1, 3, 4, 16, 20))

@@ -1,25 +1,51 @@
-"""The contract of a video autoencoder, as a check that any plug-in can run on its own class."""
+"""The contract of a video autoencoder: promises that any plug-in's class can be held to.
+
+    check_promises(model) ── one Promise (kept, broken or not asked) after the other ──> `vidtwin check NAME`
+    check_autoencoder(model) ── ContractError at the first broken one ──> tests
+
+Each promise is a function below, in the order in which they are asked. One that needs another is not asked where that
+one is broken, so that a model with one mistake gets one message.
+"""
 
 import copy
 import io
 import math
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidtwin.autoencoder import VideoAutoencoder
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, few
+from vidtwin.posteriors import Encoding, Latents, Posterior, Quantized
 
 
 class ContractError(AssertionError):
     """A model breaks the interface; the message says which promise, what was expected and what came."""
 
 
+@dataclass(frozen=True)
+class Promise:
+    """What became of one promise: `passed` is None where it was not asked, and `detail` says why, or what broke it.
+
+    `error` is the exception that the model's own code raised, if that is what happened.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str = ""
+    error: Exception | None = None
+
+
 def check_autoencoder(model: VideoAutoencoder, num_frames: int = 16, resolution: int = 64, batch_size: int = 2) -> None:
     """Run `model` through every promise of `VideoAutoencoder`; raises `ContractError` at the first broken one.
 
-    Use a small configuration: it runs several forward passes and a backward pass on the model's device. The model's
-    weights, buffers, gradients and mode are left as they were.
+    Use a small configuration: it runs a few dozen forward passes and two backward passes on the model's device. The
+    model's weights, buffers, gradients and mode are left as they were, and so are torch's random numbers.
 
     Args:
         model: The autoencoder.
@@ -27,21 +53,152 @@ def check_autoencoder(model: VideoAutoencoder, num_frames: int = 16, resolution:
         resolution: H = W of the clip, where the model itself fixes none.
         batch_size: B of the clip; each clip must be treated on its own.
     """
-    training = model.training
-    generator = torch.Generator().manual_seed(0)
+    for promise in check_promises(model, num_frames, resolution, batch_size):
+        if promise.passed is False:
+            raise ContractError(promise.detail) from promise.error
+
+
+def check_promises(
+    model: VideoAutoencoder, num_frames: int = 16, resolution: int = 64, batch_size: int = 2
+) -> Iterator[Promise]:
+    """Hold `model` to each promise in turn and say what became of it; goes on after a broken one.
+
+    Arguments as for `check_autoencoder`. Raises `UserError` at once where the model takes no such clip.
+    """
+    if batch_size < 2:
+        raise UserError(
+            f"Expected a batch of at least 2 clips, to see that each is treated on its own; got {batch_size}."
+        )
     side = model.resolution or resolution
-    device = next(iter(model.parameters()), torch.zeros(())).device
-    clip = (torch.rand(batch_size, 3, num_frames, side, side, generator=generator) * 2 - 1).to(device)
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    shape = (batch_size, 3, num_frames, side, side)
+    clip = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=dtype) * 2 - 1
+    model.check_clip(clip)
+    model.temporal.legal_length(num_frames)
+    return _ask(_Check(model, clip.to(weight.device)))
+
+
+@dataclass
+class _Check:
+    """The model, the clip, and what the first promises found out for the later ones."""
+
+    model: VideoAutoencoder
+    clip: Tensor
+    encoding: Encoding = field(default_factory=Encoding)
+    latents: Latents = field(default_factory=dict)
+    decoded: Tensor = field(default_factory=lambda: torch.zeros(0))
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.state = {name: value.detach().clone() for name, value in _tensors(self.model)}
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(3, T, H, W)."""
+        channels, frames, height, width = self.clip.shape[1:]
+        return channels, frames, height, width
+
+    def other_clip(self, frames: int, height: int, width: int) -> Tensor:
+        """(1, 3, frames, height, width) of the first clip, repeated as often as need be."""
+        _, whole_t, whole_h, whole_w = self.shape
+        t, h, w = (torch.arange(n) % whole for n, whole in ((frames, whole_t), (height, whole_h), (width, whole_w)))
+        return self.clip[:1, :, t][:, :, :, h][..., w]
+
+    def codes(self) -> Latents:
+        """Of the discrete latents."""
+        return {name: posterior.codes for name, posterior in self.encoding.items() if isinstance(posterior, Quantized)}
+
+    def same(self, first: Tensor, second: Tensor) -> bool:
+        # Convolutions on accelerators may round to TF32, in another order for another batch.
+        rtol, atol = (1e-4, 1e-5) if self.clip.device.type == "cpu" else (1e-2, 1e-2)
+        return first.shape == second.shape and torch.allclose(first, second, rtol=rtol, atol=atol)
+
+    def same_latent(self, first: Posterior, second: Posterior, rows: slice = slice(None)) -> bool:
+        """Whether `first` is `second` for some clips of the batch. A few codes may differ: rounding breaks ties."""
+        if isinstance(first, Quantized) and isinstance(second, Quantized):
+            if first.codes.shape != second.codes[rows].shape:
+                return False
+            share = 0.01 if self.clip.device.type == "cpu" else 0.1
+            return float((first.codes != second.codes[rows]).double().mean()) <= share
+        return self.same(first.mode(), second.mode()[rows])
+
+
+_Question = Callable[[_Check], None]
+_PROMISES: dict[str, tuple[_Question, tuple[str, ...]]] = {}
+
+
+class _NotAskedError(Exception):
+    """The promise says nothing of this model; the message says why."""
+
+
+def _promise(name: str, *needs: str) -> Callable[[_Question], _Question]:
+    def register(question: _Question) -> _Question:
+        _PROMISES[name] = (question, needs)
+        return question
+
+    return register
+
+
+def _ask(check: _Check) -> Iterator[Promise]:
+    kept: dict[str, bool] = {}
     try:
-        model.eval()
-        with torch.no_grad():
-            latents = _check_latents(model, clip)
-            _check_decoding(model, clip, latents)
-            _check_saving(model, clip, latents)
-        _check_refusals(model, clip, latents)
-        _check_gradients(copy.deepcopy(model).train(), clip)  # a copy: training moves batch norms and codebooks
+        for name, (question, needs) in _PROMISES.items():
+            broken = [need for need in needs if not kept[need]]
+            promise = Promise(name, None, f"needs: {broken[0]}") if broken else _answer(check, name, question)
+            kept[name] = bool(promise.passed)
+            yield promise
     finally:
-        model.train(training)
+        _restore(check)
+
+
+def _answer(check: _Check, name: str, question: _Question) -> Promise:
+    try:
+        with _evaluation(check.model), torch.no_grad():
+            question(check)
+    except _NotAskedError as reason:
+        return Promise(name, None, str(reason))
+    except ContractError as error:
+        cause = error.__cause__
+        return Promise(name, False, str(error), cause if isinstance(cause, Exception) else None)
+    except Exception as error:
+        return Promise(name, False, f"{name}: {describe(error)}", error)
+    return Promise(name, True)
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode; afterwards each part's mode and torch's random numbers are as they were."""
+    modes = {module: module.training for module in model.modules()}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(devices, key=str)):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def describe(error: Exception) -> str:
+    """`TypeError('…'), raised at file.py:12`: the innermost line that is not torch's or this interface's."""
+    frames = [
+        (frame.f_globals.get("__name__", ""), frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    own = [
+        (file, line)
+        for module, file, line in frames
+        if module.partition(".")[0] not in ("torch", "einops", "importlib", "jsonargparse")
+        and module not in ("vidtwin.testing", "vidtwin.autoencoder", "vidtwin.check_command", "vidtwin.plugins")
+        and not file.startswith("<")
+    ]
+    if not own:
+        return repr(error)
+    path, line = Path(own[-1][0]), own[-1][1]
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return f"{error!r}, raised at {path}:{line}"
 
 
 def _require(condition: bool, promise: str) -> None:
@@ -49,108 +206,445 @@ def _require(condition: bool, promise: str) -> None:
         raise ContractError(promise)
 
 
-def _same(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and torch.allclose(first, second, rtol=1e-4, atol=1e-5)
+@contextmanager
+def _works(promise: str) -> Iterator[None]:
+    """What the model raises in here breaks `promise`."""
+    try:
+        yield
+    except ContractError:
+        raise
+    except Exception as error:
+        raise ContractError(f"{promise}: {describe(error)}") from error
 
 
-def _check_latents(model: VideoAutoencoder, clip: Tensor) -> dict[str, Tensor]:
-    encoding = model.encode(clip)
-    latents = encoding.mode()
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _changed(check: _Check) -> list[str]:
+    now = dict(_tensors(check.model))
+
+    def is_same(name: str, before: Tensor) -> bool:
+        after = now.get(name)
+        return after is not None and after.shape == before.shape and torch.allclose(after, before, 0, 0, equal_nan=True)
+
+    return [name for name, before in check.state.items() if not is_same(name, before)]
+
+
+def _restore(check: _Check) -> None:
+    now = dict(_tensors(check.model))
+    with torch.no_grad():
+        for name in _changed(check):
+            if name in now and now[name].shape == check.state[name].shape:
+                now[name].copy_(check.state[name])
+
+
+# Encoding.
+
+
+@_promise("encode gives the latents by name")
+def _names(check: _Check) -> None:
+    check.encoding = check.model.encode(check.clip)
+    check.latents = check.encoding.mode()
+    wanted, got = check.model.latent_names, tuple(check.latents)
     _require(
-        tuple(latents) == tuple(model.latent_names),
-        f"encode() gives the latents of latent_names: expected {model.latent_names}, got {tuple(latents)}",
+        got == tuple(wanted),
+        f"encode() gives the latents of latent_names: expected {wanted}, got {got}; "
+        "_encode() returns Encoding(name=posterior, ...) in that order",
     )
-    shapes = {name: tuple(latent.shape[1:]) for name, latent in latents.items()}
-    claimed = model.latent_shapes(clip.shape[1:])
-    _require(shapes == claimed, f"latent_shapes() is what encode() gives: claimed {claimed}, got {shapes}")
-    numbers = sum(latent[0].numel() for latent in latents.values())
-    rate = model.compression_rate(clip.shape[1:])
-    measured = numbers / clip[0].numel()
-    _require(math.isclose(rate, measured), f"compression_rate() is measured from latents: {rate} is not {measured}")
-    for name, latent in model.encode(clip).mode().items():
-        _require(torch.equal(latent, latents[name]), f"mode() of {name} is the same each time in evaluation")
-    for name, latent in model.encode(clip[:1]).mode().items():
-        _require(_same(latent, latents[name][:1]), f"{name} of a clip does not depend on its batch")
-    for name, sample in encoding.sample().items():
-        _require(sample.shape == latents[name].shape, f"sample() of {name} has the shape of mode()")
-    for name, term in encoding.regularization().items():
-        _require(term.ndim == 0 and bool(term.isfinite()), f"regularization {name} is a finite scalar, got {term}")
-    for name, (shape, size) in model.code_shapes(clip.shape[1:]).items():
-        codes = getattr(encoding[name], "codes", None)
-        if codes is None:
-            raise ContractError(f"code_shapes() names {name}, whose posterior has no codes")
-        _require(tuple(codes.shape[1:]) == shape, f"codes of {name}: claimed {shape}, got {tuple(codes.shape[1:])}")
-        _require(int(codes.max()) < size and int(codes.min()) >= 0, f"codes of {name} lie in 0..{size - 1}")
-    if bits := model.bits_per_pixel(clip.shape[1:]):
-        codes = {name: encoding[name].codes for name in latents}  # type: ignore[attr-defined]
-        for name, latent in model.dequantize(codes).items():
-            _require(_same(latent, latents[name]), f"dequantize() of the codes of {name} gives its latent back")
-        _require(bits > 0, f"bits_per_pixel() is positive, got {bits}")
-    return latents
 
 
-def _check_decoding(model: VideoAutoencoder, clip: Tensor, latents: dict[str, Tensor]) -> None:
-    model.encode(clip)  # so that a decoder which peeks at its encoder's state sees the right one first
+@_promise("latent shapes", "encode gives the latents by name")
+def _shapes(check: _Check) -> None:
+    shapes = {name: tuple(latent.shape[1:]) for name, latent in check.latents.items()}
+    claimed = check.model.latent_shapes(check.shape)
+    _require(
+        shapes == claimed,
+        f"latent_shapes() is what encode() gives: claimed {claimed}, got {shapes}; the claim is _latent_shapes()",
+    )
+
+
+@_promise("compression rate", "encode gives the latents by name")
+def _rate(check: _Check) -> None:
+    rate = check.model.compression_rate(check.shape)
+    measured = sum(latent[0].numel() for latent in check.latents.values()) / check.clip[0].numel()
+    _require(
+        math.isclose(rate, measured),
+        f"compression_rate() is measured from latents: {rate} is not {measured}; "
+        "leave the method to the base class and mend _latent_shapes()",
+    )
+
+
+@_promise("the same latents each time in evaluation", "encode gives the latents by name")
+def _determinism(check: _Check) -> None:
+    latents = check.model.encode(check.clip).mode()
+    for name, latent in check.model.encode(check.clip).mode().items():
+        _require(
+            torch.equal(latent, latents[name]),
+            f"mode() of {name} is the same each time in evaluation; draw random numbers in sample() or under "
+            "self.training alone",
+        )
+
+
+@_promise("posteriors: samples and terms", "encode gives the latents by name")
+def _posteriors(check: _Check) -> None:
+    for name, sample in check.encoding.sample().items():
+        wanted = tuple(check.latents[name].shape)
+        _require(
+            sample.shape == wanted, f"sample() of {name} has the shape of mode(): {wanted}, got {tuple(sample.shape)}"
+        )
+    for name, term in check.encoding.regularization().items():
+        _require(
+            term.ndim == 0 and bool(term.isfinite()),
+            f"regularization {name} is a finite scalar, got {term}; take the mean over the batch",
+        )
+
+
+@_promise("codes and their codebooks", "encode gives the latents by name")
+def _codes(check: _Check) -> None:
+    claimed = check.model.code_shapes(check.shape)
+    for name in check.codes():
+        _require(name in claimed, f"code_shapes() names {name}, whose posterior is Quantized: it names {list(claimed)}")
+    for name, (shape, size) in claimed.items():
+        posterior = check.encoding.get(name)
+        if not isinstance(posterior, Quantized):
+            raise ContractError(f"code_shapes() names {name}, whose posterior has no codes: expected Quantized")
+        codes = posterior.codes
+        got = tuple(codes.shape[1:])
+        _require(got == tuple(shape), f"codes of {name}: claimed {tuple(shape)}, got {got}; the claim is code_shapes()")
+        _require(not codes.is_floating_point(), f"codes of {name} are integers, got {codes.dtype}")
+        low, high = int(codes.min()), int(codes.max())
+        _require(
+            low >= 0 and high < size,
+            f"codes of {name} lie in 0..{size - 1}, got {low}..{high}; code_shapes() gives the codebook's size",
+        )
+        _require(
+            posterior.codebook_size == size,
+            f"codebook_size of {name} is {posterior.codebook_size} in the posterior, but {size} in code_shapes()",
+        )
+    if not claimed:
+        raise _NotAskedError("no latent is discrete")
+
+
+@_promise("bits per pixel", "encode gives the latents by name", "codes and their codebooks")
+def _bits(check: _Check) -> None:
+    bits = check.model.bits_per_pixel(check.shape)
+    if set(check.codes()) != set(check.latents):
+        _require(bits is None, f"bits_per_pixel() is None where a latent is not discrete, got {bits}")
+        raise _NotAskedError(f"of {few(sorted(check.latents))} not all are discrete")
+    codes = [posterior for posterior in check.encoding.values() if isinstance(posterior, Quantized)]
+    measured = sum(posterior.bits for posterior in codes) / math.prod(check.shape[1:])
+    _require(
+        bits is not None and math.isclose(bits, measured),
+        f"bits_per_pixel() is measured from codes: {bits} is not {measured}; mend code_shapes()",
+    )
+
+
+# Decoding.
+
+
+@_promise("decode gives the clip back", "encode gives the latents by name")
+def _decoding(check: _Check) -> None:
+    decoded = check.model.decode(check.latents, check.shape[1])
+    wanted, got = tuple(check.clip.shape), tuple(decoded.shape)
+    _require(got == wanted, f"decode() gives the clip's shape {wanted}, got {got}")
+    finite = float(decoded.isfinite().double().mean())
+    _require(finite == 1, f"decode() gives finite pixels, got {1 - finite:.1%} that are not")
+    check.decoded = decoded
+
+
+@_promise("decode needs the codes alone", "codes and their codebooks", "decode gives the clip back")
+def _from_codes(check: _Check) -> None:
+    vectors = check.model.dequantize(check.codes())
+    wanted = sorted(check.codes())
+    _require(sorted(vectors) == wanted, f"dequantize() gives the latents of its codes {wanted}, got {sorted(vectors)}")
+    for name, latent in vectors.items():
+        _require(
+            check.same(latent, check.latents[name]),
+            f"dequantize() of the codes of {name} gives its latent back: expected shape "
+            f"{tuple(check.latents[name].shape)}, got {tuple(latent.shape)} or other values",
+        )
+    decoded = check.model.decode({**check.latents, **vectors}, check.shape[1])
+    _require(check.same(decoded, check.decoded), "decode() of dequantize() of the codes gives the same clip")
+
+
+@_promise("decode needs the latents alone", "decode gives the clip back")
+def _alone(check: _Check) -> None:
+    model, frames = check.model, check.shape[1]
+    model.encode(check.clip)  # so that a decoder which peeks at its encoder's state sees the right one first
+    decoded = model.decode(check.latents, frames)
+    _require(
+        check.same(model.decode(check.latents, frames), decoded),
+        "decode() of the same latents is the same each time in evaluation; draw no random numbers there",
+    )
+    model.encode(check.clip.flip(0) * 0.5)
+    again = copy.deepcopy(model).decode(check.latents, frames)
+    _require(
+        check.same(again, decoded),
+        "decode() depends on the latents alone, not on what was encoded before; make what it needs a latent",
+    )
+
+
+@_promise("forward decodes the modes in evaluation", "decode gives the clip back")
+def _forward(check: _Check) -> None:
+    _require(
+        check.same(check.model(check.clip).clip, check.decoded),
+        "forward() in evaluation decodes the posteriors' modes; leave it to the base class",
+    )
+
+
+@_promise("a clip does not depend on its batch", "decode gives the clip back")
+def _batch(check: _Check) -> None:
+    model, first = check.model, slice(0, 1)
+    advice = "normalize over a clip's own axes, not over the batch"
+    for name, posterior in model.encode(check.clip[first]).items():
+        _require(
+            check.same_latent(posterior, check.encoding[name], first),
+            f"{name} of a clip does not depend on its batch; {advice}",
+        )
+    alone = model.decode({name: latent[first] for name, latent in check.latents.items()}, check.shape[1])
+    _require(check.same(alone, check.decoded[first]), f"decode() of a clip does not depend on its batch; {advice}")
+
+
+@_promise("some latents decode without the others", "decode gives the clip back")
+def _partial(check: _Check) -> None:
+    if not check.model.partial_latents:
+        raise _NotAskedError("partial_latents is False")
+    for name, latent in check.latents.items():
+        promise = f"decode() of {name} alone gives a clip, as partial_latents promises"
+        with _works(promise):
+            part = check.model.decode({name: latent}, check.shape[1])
+        wanted = tuple(check.clip.shape)
+        _require(part.shape == wanted, f"{promise}: expected {wanted}, got {tuple(part.shape)}")
+
+
+# What clips it takes.
+
+
+@_promise("range of values", "decode gives the clip back")
+def _range(check: _Check) -> None:
+    model, (low, high) = check.model, check.model.value_range
+    _require(low < high, f"value_range is (lowest, highest), got {model.value_range}")
+    clip = check.clip.clone()
+    clip[:, :, :, 0, 0], clip[:, :, :, -1, -1] = -1, 1
+    seen: list[Tensor] = []
+    with _watching(model, "_encode", lambda value, result: seen.append(value)):
+        latents = model.encode(clip).mode()
+    with _watching(model, "_decode", lambda value, result: seen.append(result)):
+        decoded = model.decode(latents, check.shape[1])
+    if len(seen) != 2:
+        raise ContractError(
+            "encode() and decode() call _encode() and _decode() once each; leave them to the base class"
+        )
+    given, raw = seen
+    ends = (float(given.min()), float(given.max()))
+    _require(
+        all(math.isclose(end, wanted, abs_tol=1e-4) for end, wanted in zip(ends, (low, high), strict=True)),
+        f"_encode() gets pixels of value_range {low} to {high} where the clip's are -1 to 1, got {ends[0]:.4g} to "
+        f"{ends[1]:.4g}; set value_range, and leave encode() to the base class",
+    )
+    first = model.temporal.pad == "first"
+    raw = raw[:, :, -check.shape[1] :] if first else raw[:, :, : check.shape[1]]
+    _require(
+        check.same(decoded, (raw - low) / (high - low) * 2 - 1),
+        f"decode() maps what _decode() gives from value_range {low} to {high} to -1 to 1; leave it to the base class",
+    )
+
+
+@contextmanager
+def _watching(model: nn.Module, name: str, watch: Callable[[Tensor, Tensor], object]) -> Iterator[None]:
+    """Show `watch` the argument and the result of each call of a method."""
+    method = getattr(model, name)
+
+    def watched(value: Tensor) -> Tensor:
+        result = method(value)
+        watch(value, result)
+        return result
+
+    object.__setattr__(model, name, watched)
+    try:
+        yield
+    finally:
+        object.__delattr__(model, name)
+
+
+@_promise("clip lengths", "latent shapes", "decode gives the clip back")
+def _lengths(check: _Check) -> None:
+    temporal, frames = check.model.temporal, check.shape[1]
+    near = range(1, temporal.legal_length(frames) + temporal.multiple + 1)
+    legal = [n for n in near if temporal.is_legal(n) and n != frames]
+    legal = [n for n in legal if n < frames][-1:] + [n for n in legal if n > frames][:1]
+    # Beside the clip's length, and beyond what the model takes at all.
+    beside = [n for n in near if n > frames and not temporal.is_legal(n)][:1]
+    beyond = [temporal.minimum - 1, *([temporal.maximum + 1] if temporal.maximum else [])]
+    for length in dict.fromkeys([*legal, *beside, *(n for n in beyond if n > 0)]):
+        clip = check.other_clip(length, *check.shape[2:])
+        try:
+            padded = temporal.legal_length(length)
+        except UserError:
+            _require(
+                _refuses(check.model, clip),
+                f"a clip of {length} frames is refused with a UserError, as temporal ({temporal}) says; set temporal "
+                "to what the model takes",
+            )
+            continue
+        told = f"a clip of {length} frames" + (f" (padded to {padded})" if padded != length else "")
+        with _works(f"{told} encodes and decodes, as temporal ({temporal}) says"):
+            _round_trip(check.model, clip, told)
+
+
+@_promise("height and width", "latent shapes", "decode gives the clip back")
+def _sizes(check: _Check) -> None:
+    model, (_, frames, height, width) = check.model, check.shape
+    if model.resolution:
+        other = check.other_clip(frames, height, width + model.spatial_multiple)
+        _require(_refuses(model, other), f"a clip wider than resolution {width} is refused with a UserError")
+        return
+    step = model.spatial_multiple
+    advice = f"spatial_multiple is {step}: set it to what height and width have to be a multiple of"
+    told = f"a clip of {height} x {width + step} pixels"
+    with _works(f"{told} encodes and decodes; {advice}"):
+        _round_trip(model, check.other_clip(frames, height, width + step), told, advice)
+    if step > 1:
+        other = check.other_clip(frames, height, width + 1)
+        _require(_refuses(model, other), f"a width that is no multiple of {step} is refused with a UserError")
+
+
+def _refuses(model: VideoAutoencoder, clip: Tensor) -> bool:
+    try:
+        model.encode(clip)
+    except UserError:
+        return True
+    except Exception:
+        return False
+    return False
+
+
+def _round_trip(model: VideoAutoencoder, clip: Tensor, told: str, advice: str = "mend _latent_shapes()") -> None:
+    latents = model.encode(clip).mode()
     decoded = model.decode(latents, clip.shape[2])
-    _require(
-        decoded.shape == clip.shape, f"decode() gives the clip's shape {tuple(clip.shape)}, got {tuple(decoded.shape)}"
-    )
-    _require(bool(decoded.isfinite().all()), "decode() gives finite pixels")
-    model.encode(clip.flip(0) * 0.5)
-    again = copy.deepcopy(model).decode(latents, clip.shape[2])
-    _require(_same(again, decoded), "decode() depends on the latents alone, not on what was encoded before")
-    alone = model.decode({name: latent[:1] for name, latent in latents.items()}, clip.shape[2])
-    _require(_same(alone, decoded[:1]), "decode() of a clip does not depend on its batch")
-    _require(_same(model(clip).clip, decoded), "forward() in evaluation decodes the posteriors' modes")
-    if model.partial_latents:
-        for name, latent in latents.items():
-            promise = f"decode() of {name} alone gives a clip, as partial_latents promises"
-            try:
-                part = model.decode({name: latent}, clip.shape[2])
-            except Exception as error:
-                raise ContractError(f"{promise}: {error!r}") from error
-            _require(part.shape == clip.shape, promise)
+    wanted, got = tuple(clip.shape), tuple(decoded.shape)
+    _require(got == wanted, f"{told} comes back in its shape: expected {wanted}, got {got}; {advice}")
+    claimed = model.latent_shapes(clip.shape[1:])
+    shapes = {name: tuple(latent.shape[1:]) for name, latent in latents.items()}
+    _require(claimed == shapes, f"latent_shapes() of {told}: claimed {claimed}, got {shapes}; {advice}")
 
 
-def _check_saving(model: VideoAutoencoder, clip: Tensor, latents: dict[str, Tensor]) -> None:
+@_promise("mistakes are refused", "encode gives the latents by name")
+def _refusals(check: _Check) -> None:
+    model, clip = check.model, check.clip
+    mistakes: dict[str, Callable[[], object]] = {
+        "a clip without a batch axis": lambda: model.encode(clip[0]),
+        "a clip of integers": lambda: model.encode(clip.to(torch.uint8)),
+        "an unknown latent": lambda: model.decode({**check.latents, "unknown": clip}),
+    }
+    for wrong, call in mistakes.items():
+        promise = f"{wrong} is refused with a UserError; leave encode() and decode() to the base class"
+        try:
+            with _works(promise):
+                call()
+        except ContractError as error:
+            if isinstance(error.__cause__, UserError):
+                continue
+            raise
+        raise ContractError(promise)
+
+
+# Saving and training.
+
+
+@_promise("saved and loaded it is the same model", "decode gives the clip back")
+def _saving(check: _Check) -> None:
+    model, name = check.model, type(check.model).__name__
     buffer = io.BytesIO()
     torch.save({"state_dict": model.state_dict(), "spec": model.spec()}, buffer)
     buffer.seek(0)
-    try:
+    with _works(f"spec() of {name} holds plain values that can be stored"):
         loaded = torch.load(buffer, weights_only=True)
-    except Exception as error:
-        raise ContractError(
-            f"spec() of {type(model).__name__} holds plain values that can be stored: {error}"
-        ) from error
-    rebuilt = type(model)(**loaded["spec"]["init_args"]).to(clip.device).eval()
-    rebuilt.load_state_dict(loaded["state_dict"])
+    with _works(f"{name} can be rebuilt from spec() and state_dict()"):
+        rebuilt = type(model)(**loaded["spec"]["init_args"]).to(check.clip).eval()
+        rebuilt.load_state_dict(loaded["state_dict"])
+    rebuilt_from = "a model rebuilt from spec() and state_dict()"
+    advice = "make what it needs a parameter, a buffer or an argument"
     _require(
-        _same(rebuilt.decode(latents, clip.shape[2]), model.decode(latents, clip.shape[2])),
-        "a model rebuilt from spec() and state_dict() decodes the same clip",
+        check.same(rebuilt.decode(check.latents, check.shape[1]), check.decoded),
+        f"{rebuilt_from} decodes the same clip; {advice}",
+    )
+    for latent, posterior in rebuilt.encode(check.clip).items():
+        _require(
+            check.same_latent(posterior, check.encoding[latent]),
+            f"{rebuilt_from} encodes the same {latent}; {advice}",
+        )
+
+
+@_promise("every trainable parameter gets a gradient", "decode gives the clip back")
+def _gradients(check: _Check) -> None:
+    model = _for_training(check.model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _require(
+        any(model.last_layer is p for p in parameters.values()),
+        "last_layer is one of the trainable parameters; return the module's weight itself",
+    )
+    _train(model, check.clip)
+    dead = [name for name, p in parameters.items() if p.grad is None]
+    _require(
+        not dead,
+        f"every trainable parameter gets a gradient; these do not: {dead[:5]}; use them, remove them or freeze them "
+        "(requires_grad_(False))",
     )
 
 
-def _check_refusals(model: VideoAutoencoder, clip: Tensor, latents: dict[str, Tensor]) -> None:
-    for wrong, call in {
-        "a clip without a batch axis": lambda: model.encode(clip[0]),
-        "a clip of integers": lambda: model.encode(clip.to(torch.uint8)),
-        "an unknown latent": lambda: model.decode({**latents, "unknown": clip}),
-    }.items():
-        try:
-            call()
-        except UserError:
-            continue
-        raise ContractError(f"{wrong} is refused with a UserError")
-
-
-def _check_gradients(model: VideoAutoencoder, clip: Tensor) -> None:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
+@_promise("bfloat16", "encode gives the latents by name", "decode gives the clip back")
+def _bfloat16(check: _Check) -> None:
+    where = "under torch.autocast in bfloat16"
+    with torch.autocast(check.clip.device.type, torch.bfloat16):
+        encoding = check.model.encode(check.clip)
+        latents = encoding.mode()
+        decoded = check.model.decode(latents, check.shape[1])
+    for name, latent in latents.items():
+        wanted, got = tuple(check.latents[name].shape), tuple(latent.shape)
+        _require(got == wanted, f"{name} {where} has its shape {wanted}, got {got}")
+        _require(bool(latent.isfinite().all()), f"{name} {where} is finite")
+    wanted, got = tuple(check.clip.shape), tuple(decoded.shape)
+    _require(got == wanted, f"decode() {where} gives the clip's shape {wanted}, got {got}")
+    _require(bool(decoded.isfinite().all()), f"decode() {where} gives finite pixels")
+    try:
+        model = _for_training(check.model)
+    except _NotAskedError:
         return
-    _require(any(model.last_layer is p for p in parameters.values()), "last_layer is one of the trainable parameters")
+    with torch.autocast(check.clip.device.type, torch.bfloat16):
+        loss = _train(model, check.clip)
+    advice = "compute sums, exponentials and divisions in float32"
+    _require(bool(loss.isfinite()), f"the loss of a training step {where} is finite, got {loss}; {advice}")
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    _require(not bad, f"gradients {where} are finite; those of {few(bad)} are not; {advice}")
+
+
+def _for_training(model: VideoAutoencoder) -> VideoAutoencoder:
+    """A copy in training mode without gradients: training moves batch norms and codebooks."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise _NotAskedError("nothing to train")
+    model = copy.deepcopy(model).train()
     model.zero_grad(set_to_none=True)
+    return model
+
+
+@torch.enable_grad()
+def _train(model: VideoAutoencoder, clip: Tensor) -> Tensor:
+    """One backward pass of the squared error and the encoder's terms → the loss."""
     result = model(clip)
     terms = sum(result.regularization.values(), start=torch.zeros((), device=clip.device))
-    ((result.clip - clip).square().mean() + terms).backward()
-    dead = [name for name, p in parameters.items() if p.grad is None]
-    _require(not dead, f"every trainable parameter gets a gradient; these do not: {dead[:5]}")
+    loss = (result.clip - clip).square().mean() + terms
+    loss.backward()
+    return loss.detach()
+
+
+@_promise("weights and buffers stay in evaluation")
+def _unchanged(check: _Check) -> None:
+    changed = _changed(check)
+    _require(
+        not changed,
+        f"encode() and decode() in evaluation change no weights or buffers; they changed {few(changed)}; move "
+        "codebooks and averages under self.training alone",
+    )
