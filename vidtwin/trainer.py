@@ -25,6 +25,7 @@ from vidtwin.callbacks.results import ResultsWriter
 from vidtwin.callbacks.skipped import SkippedVideos
 from vidtwin.errors import UserError
 from vidtwin.files import replacing
+from vidtwin.posteriors import Quantized
 from vidtwin.replay import read as read_dump
 from vidtwin.replay import replay as run_again
 from vidtwin.sharding import FSDP2Strategy
@@ -180,6 +181,9 @@ class VideoTrainer(Trainer):
     ) -> None:
         """Write the latents (.safetensors) and the reconstruction (.mp4) of each test clip.
 
+        A model with codebooks leaves the integer codes of each latent too, as `<latent>.codes`, from which
+        `dequantize` makes it again.
+
         Args:
             model: The task.
             dataloaders: Loaders of clips, instead of `datamodule`.
@@ -205,7 +209,7 @@ class VideoTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         side_by_side: bool = False,
     ) -> list[Path]:
-        """Reconstruct video files: same number of frames and frame rate, at the model's resolution.
+        """Reconstruct video files: same number of frames and frame rate, at the model's resolution if it has one.
 
         A video goes through in windows of the model's length; the last window is filled up by repeating the last
         frame, and cut again.
@@ -239,18 +243,19 @@ class VideoTrainer(Trainer):
             target = Path(out) / f"{stem}.mp4"
             fps = probe(source).fps
 
-            def shown(source: str = source) -> Iterator[panels.Frames]:
+            def reconstructed(source: str = source) -> Iterator[panels.Frames]:
                 for window, length in _windows(iter_frames(source, size), frames):
-                    clip = window.to(self.strategy.root_device)
+                    height, width = window.shape[3:]
+                    clip = _extended(window, autoencoder.spatial_multiple).to(self.strategy.root_device)
                     with self.precision_plugin.forward_context():
                         result: Reconstruction = autoencoder(clip)
+                    shown = {"reconstruction": panels.to_uint8(result.clip[0])}
                     if side_by_side:
-                        joined = panels.side_by_side(panels.views(autoencoder, clip, result)[0])
-                    else:
-                        joined = panels.to_uint8(result.clip[0])
-                    yield from joined[:length]
+                        shown = panels.views(autoencoder, clip, result)[0]
+                    shown = {name: frames[:length, :height, :width] for name, frames in shown.items()}
+                    yield from panels.side_by_side(shown) if side_by_side else shown["reconstruction"]
 
-            write_video(target, shown(), fps)
+            write_video(target, reconstructed(), fps)
             written.append(target)
             if self.is_global_zero:
                 _say(f"{source} -> {target}")
@@ -303,7 +308,11 @@ class _PredictionWriter(Callback):
             # set's names may be absolute or point upwards, and must not lead out of the folder.
             inside = Path(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
             with replacing(self.out / f"{inside}.safetensors") as temporary:
-                save_file({key: z[index].contiguous().cpu() for key, z in outputs.latents.items()}, temporary)
+                tensors = {key: z[index].contiguous().cpu() for key, z in outputs.latents.items()}
+                for key, posterior in (outputs.encoding or {}).items():
+                    if isinstance(posterior, Quantized):
+                        tensors[f"{key}.codes"] = posterior.codes[index].to(torch.int32).cpu()
+                save_file(tensors, temporary)
             write_video(self.out / f"{inside}.mp4", panels.to_uint8(outputs.clip[index]), fps)
 
 
@@ -317,6 +326,12 @@ def _windows(frames: Iterator[panels.Frames], length: int) -> Iterator[tuple[Ten
             window = []
     if window:
         yield _as_clip(window + [window[-1]] * (length - len(window))), len(window)
+
+
+def _extended(clip: Tensor, multiple: int) -> Tensor:
+    """(1, 3, T, H, W) with H and W raised to multiples, by repeating the last row and column."""
+    below, right = (-side % multiple for side in clip.shape[3:])
+    return torch.nn.functional.pad(clip, (0, right, 0, below, 0, 0), mode="replicate") if below or right else clip
 
 
 def _as_clip(frames: list[panels.Frames]) -> Tensor:
