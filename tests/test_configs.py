@@ -1,14 +1,18 @@
 """Every config is one that `vidtwin fit` takes, and trains: at its own options, with the sizes made small."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from vidtwin.cli import main
+from vidtwin.video import probe, write_video
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+BASELINES = sorted(path.stem for path in (CONFIGS / "baselines").glob("*.yaml"))
 LATENTS = sorted(path.name for path in (CONFIGS / "latents").glob("*.yaml"))
 
 # Sizes only: losses, optimizers, schedules, discriminators and what else a config says stay its own.
@@ -32,10 +36,83 @@ SMALL = [
 ]
 
 
+# What all baselines' configs are run with, and the sizes that those in full size get.
+ONE_STEP = [
+    "--data=synthetic",
+    "--data.batch_size=1",
+    "--data.num_workers=0",
+    "--data.num_train=1",
+    "--data.num_val=1",
+    "--data.num_test=2",
+    "--trainer.max_steps=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--model.scheduler.init_args.warmup_steps=0",
+    "--model.loss.perceptual_weight=0",
+]
+FAMILIES = {
+    "magvit2": ["channels=8", "num_blocks=1"],
+    "cmd": ["resolution=32", "hidden_size=48", "depth=1", "num_heads=4"],
+    "ivideogpt": ["resolution=32", "channels=[32,32]", "layers_per_block=1", "latent_channels=8", "norm_groups=8"],
+}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_models_config_trains_a_step(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the parts that a config names are found beside it, from any folder
     assert main(["fit", "--config", str(CONFIGS / name), *SMALL]) == 0
+
+
+def small_options(name: str, config: dict) -> list[str]:
+    """Of a baseline's config at full size: the model, the clips and the discriminator made small."""
+    options = [f"--model.autoencoder.{each}" for each in FAMILIES[name.partition("_")[0]]]
+    arguments = config["model"]["autoencoder"].get("init_args", {})
+    if arguments.get("inner_resolution"):
+        options.append("--model.autoencoder.inner_resolution=32")
+    for book in ("codebook_size", "dynamics_codebook_size"):
+        if name.startswith("ivideogpt"):
+            options.append(f"--model.autoencoder.{book}=16")
+    return [*options, "--data.resolution=32"]
+
+
+def gan_options(config: dict, resolution: int) -> list[str]:
+    discriminator = config["model"]["loss"]["init_args"].get("discriminator")
+    if not discriminator:
+        return []
+    options = ["--model.loss.adversarial_start=0", "--model.discriminator_scheduler.init_args.warmup_steps=0"]
+    options += ["--model.loss.discriminator.channels=4", "--model.loss.adaptive_reference=nll"]
+    if discriminator["class_path"].endswith("BlurPoolDiscriminator3d"):
+        options.append(f"--model.loss.discriminator.resolution={resolution}")
+    return options
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monkeypatch):
+    """With its own losses, optimizers and options; the tiny ones in their own size too."""
+    monkeypatch.chdir(tmp_path)
+    path = CONFIGS / "baselines" / f"{name}.yaml"
+    config = yaml.safe_load(path.read_text())
+    if isinstance(config["model"]["loss"], str):
+        config["model"]["loss"] = yaml.safe_load((path.parent / config["model"]["loss"]).read_text())
+    tiny = name.endswith("_tiny")
+    options = ["--config", str(path), *ONE_STEP]
+    options += ["--data.resolution=64"] if tiny else small_options(name, config)
+    assert main(["fit", *options, *gan_options(config, 64 if tiny else 32)]) == 0
+    (last,) = tmp_path.rglob("last.ckpt")
+    data = [option for option in options if option.startswith("--data")]
+    assert main(["test", "--ckpt_path", str(last), *data, "--trainer.accelerator=cpu", "--name=row"]) == 0
+    row = json.loads(Path("results/rows/row/results.json").read_text())
+    assert row["kind"] == "trained"
+    assert row["num_clips"] == 2
+    discrete = "ivideogpt" in name or ("magvit2" in name and "continuous" not in name)
+    assert (row["bits_per_pixel"] is not None) == discrete
+    assert set(row["codebooks"]) == (set(row["latents"]) if discrete else set())
+    frames = np.random.default_rng(0).integers(0, 255, (18, 44, 60, 3), dtype=np.uint8)
+    write_video("in.mp4", frames, 8)
+    assert main(["reconstruct", "in.mp4", "--ckpt_path", str(last), "--side_by_side", "--trainer.accelerator=cpu"]) == 0
+    assert probe("reconstructions/in.mp4").num_frames == 18
 
 
 @pytest.mark.parametrize("name", LATENTS)
