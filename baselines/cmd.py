@@ -16,11 +16,9 @@ Yu et al., "Efficient Video Diffusion Models via Content-Frame Motion-Latent Dec
 autoencoder, on pixels. T frames, p pixels a patch, h = H/p, w = W/p, S = h·w patches, C = hidden_size, D =
 motion_channels. Both latents are deterministic: no noise, no KL, no codes.
 
-Written from the description. Departures:
-
-- Position embeddings, learned, one table for space and one for time, in encoder and decoder. The released code builds
-  some and never adds them, so that it cannot tell one order of the frames from another.
-- The logits of the content frame start at 0: training begins with the mean of the frames.
+Written from the description. A departure: position embeddings, learned, one table for space and one for time, in
+encoder and decoder. The released code builds some and never adds them, so that it cannot tell one order of the frames
+from another.
 """
 
 from typing import ClassVar
@@ -174,8 +172,6 @@ class CMD(VideoAutoencoder):
         self.decoder = transformer()
         self.to_pixels = ToPixels(hidden_size, patch_size, grid_size)
 
-        for parameter in self.to_logits.parameters():
-            nn.init.zeros_(parameter)
         self._shapes = {
             "content": (3, resolution, resolution),
             "motion": (motion_channels, num_frames, 2 * grid_size),
