@@ -10,14 +10,13 @@ learned (27 dB) or anything in the logs was not finite.
 import argparse
 import csv
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from experiments import curves, fit, plot
 
 from vidtwin import checkpoints, panels
 from vidtwin.datamodules.folder import VideoFolder
@@ -31,34 +30,6 @@ GAN += ["--model.loss.adversarial_frames", "8"]
 GAN += ["--model.optimizer.init_args.lr", "5e-4", "--model.discriminator_optimizer", "torch.optim.AdamW"]
 GAN += ["--model.discriminator_optimizer.lr", "2e-4", "--model.discriminator_optimizer.betas", "[0.5,0.9]"]
 GAN += ["--model.discriminator_scheduler.warmup_steps", "50", "--trainer.max_steps", "2000"]
-
-Curves = dict[str, list[tuple[int, float]]]
-
-
-def fit(run: str, clips: Path, listing: Path, *options: str) -> None:
-    """Train in `runs/<run>`, or go on where that was interrupted."""
-    command = [sys.executable, "-m", "vidtwin", "fit", "--config", "configs/proof.yaml", "--resume", "auto"]
-    command += ["--trainer.logger.init_args.name", run, "--data.root", str(clips), "--data.csv", str(listing), *options]
-    subprocess.run(command, check=True)
-
-
-def curves(run: str) -> tuple[Curves, float]:
-    """What a run logged, and the minutes between its first and its last number."""
-    events = EventAccumulator(str(Path("runs") / run), size_guidance={"scalars": 0})
-    events.Reload()
-    scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    times = [event.wall_time for points in scalars.values() for event in points]
-    logged = {tag: [(event.step, event.value) for event in points] for tag, points in scalars.items()}
-    return logged, (max(times) - min(times)) / 60
-
-
-def plot(axes: plt.Axes, logged: Curves, tags: dict[str, str], ylabel: str) -> None:
-    for tag, label in tags.items():
-        if tag in logged:
-            axes.plot(*zip(*logged[tag], strict=True), label=label, linewidth=1)
-    axes.set(xlabel="steps", ylabel=ylabel)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
 
 
 def picture(out: Path, clips: Path, listing: Path) -> None:
@@ -94,9 +65,10 @@ def main() -> int:
         writer.writerow(["path", "split"])
         writer.writerows([name, split] for split in ("train", "val") for name in CLIPS)
 
-    fit("proof", arguments.clips, listing)
+    data = ["--data.root", str(arguments.clips), "--data.csv", str(listing)]
+    fit("proof", "configs/proof.yaml", *data)
     last = Path("runs/proof/checkpoints/last.ckpt")
-    fit("proof_gan", arguments.clips, listing, "--init_from", str(last), *GAN)
+    fit("proof_gan", "configs/proof.yaml", *data, "--init_from", str(last), *GAN)
     (plain, minutes), (gan, gan_minutes) = curves("proof"), curves("proof_gan")
     values = [value for logged in (plain, gan) for points in logged.values() for _, value in points]
     skipped = max(value for logged in (plain, gan) for _, value in logged["train/skipped"])

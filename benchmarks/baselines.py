@@ -1,0 +1,169 @@
+"""The tiny models against each other: same clips, same steps, like sizes, a learning rate from one grid, three seeds.
+
+    python benchmarks/baselines.py docs -- --data.root PATH/TO/UCF-101 --data.val_groups '[10]'
+
+Trains each model once with every rate of the grid, takes the rate whose last validation has the highest PSNR, trains
+with two more seeds at it, and measures the three on the test clips. All runs see the same clips in the same order: the
+data's seed stays, `--seed_everything` changes initial weights and noise. What stands after `--` goes to every command.
+Writes `images/baselines_psnr.png` under the folder, prints the table and every run. Goes on where it was interrupted
+(`runs/baselines`). Training seconds are taken at the end, when nothing else runs.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from experiments import as_markdown, curves, fit
+
+from vidtwin import checkpoints
+from vidtwin.benchmark.cost import flops
+
+MODELS = {
+    "VidTwin": "configs/demo.yaml",
+    "MAGVIT-v2": "configs/baselines/magvit2_tiny.yaml",
+    "CMD": "configs/baselines/cmd_tiny.yaml",
+    "iVideoGPT": "configs/baselines/ivideogpt_tiny.yaml",
+}
+CLIP = (3, 16, 64, 64)
+BATCH = 4
+
+
+def run_name(model: str, rate: float, seed: int) -> str:
+    return f"baselines/{model}-{rate:g}-{seed}"
+
+
+def checkpoint(model: str, rate: float, seed: int) -> Path:
+    return Path("runs") / run_name(model, rate, seed) / "checkpoints/last.ckpt"
+
+
+def validation(model: str, rate: float, seed: int) -> list[tuple[int, float]]:
+    return curves(run_name(model, rate, seed))[0].get("val/psnr", [])
+
+
+def train(wanted: list[tuple[str, float, int]], arguments: argparse.Namespace) -> None:
+    """Runs that have not reached their last step, some at a time, the cores divided among them."""
+    cores = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    env = os.environ | {"OMP_NUM_THREADS": str(cores)}
+
+    def one(run: tuple[str, float, int]) -> None:
+        if (points := validation(*run)) and points[-1][0] == arguments.steps:
+            return
+        model, rate, seed = run
+        options = [f"--trainer.max_steps={arguments.steps}", f"--trainer.val_check_interval={arguments.steps // 6}"]
+        options += [f"--model.optimizer.init_args.lr={rate}", f"--seed_everything={seed}", *arguments.options]
+        fit(run_name(*run), MODELS[model], *options, env=env, quiet=True)
+        print(f"{run_name(*run)}: {validation(*run)[-1][1]:.2f} dB on the validation clips", flush=True)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(one, wanted))
+
+
+def test(model: str, rate: float, seed: int, options: list[str]) -> dict:
+    name = f"{model}-{seed}"
+    path = Path("runs/baselines/results/rows") / name / "results.json"
+    if not path.exists():
+        command = [sys.executable, "-m", "vidtwin", "test", "--config", MODELS[model], "--name", name]
+        command += ["--ckpt_path", str(checkpoint(model, rate, seed)), "--results_dir", "runs/baselines/results"]
+        command += [*options, "--trainer.enable_progress_bar", "false"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return json.loads(path.read_text())
+
+
+def step_seconds(path: Path, repeats: int = 10) -> list[float]:
+    """Seconds of one training step (forward, backward, AdamW) on a batch of noise, after two to warm up."""
+    model = checkpoints.load_autoencoder(path).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    clip = torch.rand(BATCH, *CLIP) * 2 - 1
+    seconds = []
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        result = model(clip)
+        loss = (result.clip - clip).abs().mean() + sum(result.regularization.values())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - began)
+    return seconds[2:]
+
+
+def spread(values: list[float], digits: int) -> str:
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def picture(out: Path, chosen: dict[str, float], seeds: list[int]) -> None:
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for model, rate in chosen.items():
+        lines = [validation(model, rate, seed) for seed in seeds]
+        steps = [step for step, _ in lines[0]]
+        values = [[value for _, value in line] for line in lines]
+        (mean,) = axes.plot(steps, [statistics.mean(at) for at in zip(*values, strict=True)], label=model)
+        lowest, highest = [min(at) for at in zip(*values, strict=True)], [max(at) for at in zip(*values, strict=True)]
+        axes.fill_between(steps, lowest, highest, color=mean.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xlabel="steps", ylabel="PSNR of validation clips (dB)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("docs", type=Path)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
+    parser.add_argument("options", nargs="*")
+    arguments = parser.parse_args()
+
+    first = arguments.seeds[0]
+    train([(model, rate, first) for model in MODELS for rate in arguments.rates], arguments)
+    scores = {m: {rate: validation(m, rate, first)[-1][1] for rate in arguments.rates} for m in MODELS}
+    chosen = {model: max(rates, key=rates.__getitem__) for model, rates in scores.items()}
+    train([(model, chosen[model], seed) for model in MODELS for seed in arguments.seeds], arguments)
+
+    rows = []
+    for model, rate in chosen.items():
+        found = [test(model, rate, seed, arguments.options) for seed in arguments.seeds]
+        path = checkpoint(model, rate, first)
+        counted, seconds = flops(checkpoints.load_autoencoder(path), CLIP), step_seconds(path)
+        metrics = {key: [row["metrics"][key]["mean"] for row in found] for key in ("psnr", "ssim")}
+        bits = found[0]["bits_per_pixel"]
+        rows.append(
+            [
+                model,
+                f"{found[0]['parameters']:,}",
+                f"{100 * found[0]['compression_rate']:.3f}",
+                "" if bits is None else f"{bits:.4f}",
+                f"{rate:g}",
+                spread(metrics["psnr"], 2),
+                spread(metrics["ssim"], 3),
+                f"{counted['encode'] / 1e9:.2f} + {counted['decode'] / 1e9:.2f}",
+                f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
+            ]
+        )
+    references = [
+        json.loads(path.read_text()) for path in sorted(Path("runs/baselines/results/rows").glob("*_*/results.json"))
+    ]
+    for row in references:
+        metrics = [f"{row['metrics']['psnr']['mean']:.2f}", f"{row['metrics']['ssim']['mean']:.3f}"]
+        rows.append([row["name"], "0", f"{100 * row['compression_rate']:.3f}", "", "", *metrics, "", ""])
+    header = ["model", "parameters", "rate (%)", "bits/pixel", "learning rate", "PSNR (dB)", "SSIM"]
+    print(as_markdown([*header, "GFLOPs (encode + decode)", "s/step"], rows))
+    print(
+        f"\n{found[0]['num_clips']} test clips; {arguments.steps} steps of {BATCH} clips; every rate, last validation:"
+    )
+    grid = [[model, *(f"{rates[rate]:.2f}" for rate in arguments.rates)] for model, rates in scores.items()]
+    print(as_markdown(["PSNR (dB)", *(f"{rate:g}" for rate in arguments.rates)], grid))
+    picture(arguments.docs / "images/baselines_psnr.png", chosen, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What the experiments share: trainings by the command line, and the numbers that they logged."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+Curves = dict[str, list[tuple[int, float]]]
+
+
+def fit(run: str, config: str, *options: str, env: dict[str, str] | None = None, quiet: bool = False) -> None:
+    """Train in `runs/<run>`, or go on where that was interrupted."""
+    command = [sys.executable, "-m", "vidtwin", "fit", "--config", config, "--resume", "auto"]
+    command += ["--trainer.logger.init_args.name", run, *options]
+    quiet_options = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+    subprocess.run([*command, *(quiet_options if quiet else [])], check=True, env=env)
+
+
+def curves(run: str) -> tuple[Curves, float]:
+    """What a run logged, by name and step, and the minutes between its first and its last number."""
+    events = EventAccumulator(str(Path("runs") / run), size_guidance={"scalars": 0})
+    events.Reload()
+    scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    times = [event.wall_time for points in scalars.values() for event in points]
+    logged = {tag: [(event.step, event.value) for event in points] for tag, points in scalars.items()}
+    return logged, (max(times) - min(times)) / 60 if times else 0.0
+
+
+def plot(axes: plt.Axes, logged: Curves, tags: dict[str, str], ylabel: str) -> None:
+    """Lines of some of the numbers, with what they are called in the legend."""
+    for tag, label in tags.items():
+        if tag in logged:
+            axes.plot(*zip(*logged[tag], strict=True), label=label, linewidth=1)
+    axes.set(xlabel="steps", ylabel=ylabel)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def as_markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table with aligned columns, the first of them text."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])

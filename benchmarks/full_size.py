@@ -1,0 +1,159 @@
+"""Every model at full size: one forward pass of 16 frames of 224 px on a CPU, and what a training would cost.
+
+    python benchmarks/full_size.py
+
+Each model of the configs is built with random weights in a process of its own and encodes and decodes one clip in fp32.
+Ends with 1 if one needs more than 20 GB. Then, without running anything, the arithmetic of a training on UCF-101: 100,000
+steps of 24 clips on H100s at 35% of their 989 TFLOP/s in bf16.
+
+    clip = 3 · autoencoder + 3 · LPIPS + 8 · discriminator        (forward passes, in FLOPs)
+
+A backward pass costs two forward passes, of a frozen network one. LPIPS sees the clip and its reconstruction, the
+latter with a gradient; the discriminator sees the reconstruction for the generator's sake, then both for its own.
+"""
+
+import argparse
+import copy
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lpips
+import torch
+import yaml
+from experiments import as_markdown
+from jsonargparse import import_object
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vidtwin import checkpoints
+from vidtwin.benchmark.cost import flops
+
+CONFIGS = Path("configs")
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "VidTwin-base": ("vidtwin_base.yaml", {}),
+    "MAGVIT-v2": ("baselines/magvit2.yaml", {}),
+    "MAGVIT-v2, first frame apart": ("baselines/magvit2.yaml", {"first_frame": "prepend"}),
+    "MAGVIT-v2, 5 channels": ("baselines/magvit2_continuous.yaml", {}),
+    "MAGVIT-v2, 5 channels, first frame apart": ("baselines/magvit2_continuous.yaml", {"first_frame": "prepend"}),
+    "CMD, p=16, D=32": ("baselines/cmd.yaml", {}),
+    "CMD, p=4, D=8": ("baselines/cmd_patch4.yaml", {}),
+    "iVideoGPT": ("baselines/ivideogpt.yaml", {}),
+    "iVideoGPT, native, 7x7 codes": ("baselines/ivideogpt_native.yaml", {}),
+    "iVideoGPT, native, 2x2 codes": ("baselines/ivideogpt_native.yaml", {"dynamics_patch_size": 7}),
+}
+CLIP = (3, 16, 224, 224)
+LIMIT = 20e9  # bytes
+STEPS, BATCH = 100_000, 24
+PEAK, UTILIZATION = 989e12, 0.35
+
+
+def part(config: str, key: str) -> dict[str, Any]:
+    """A section of a config's model, read from a file of its own where it stands in one."""
+    path = CONFIGS / config
+    section = yaml.safe_load(path.read_text())["model"].get(key) or {}
+    if isinstance(section, str):
+        section = yaml.safe_load((path.parent / section).read_text())
+    return section
+
+
+def spec(name: str) -> dict[str, Any]:
+    config, changes = MODELS[name]
+    section = part(config, "autoencoder")
+    return {"class_path": section["class_path"], "init_args": section.get("init_args", {}) | changes}
+
+
+@torch.no_grad()
+def forward(name: str) -> dict[str, Any]:
+    """Run the model once, in this process."""
+    torch.manual_seed(0)
+    model = checkpoints.build(spec(name)).eval()
+    clip = torch.rand(1, *CLIP) * 2 - 1
+    began = time.perf_counter()
+    latents = model.encode(clip).mode()
+    encoded = time.perf_counter()
+    decoded = model.decode(latents, CLIP[1])
+    ended = time.perf_counter()
+    if decoded.shape != clip.shape or not decoded.isfinite().all():
+        raise SystemExit(f"{name}: expected finite pixels of shape {tuple(clip.shape)}, got {tuple(decoded.shape)}")
+    bits = model.bits_per_pixel(CLIP)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "rate": sum(z.numel() for z in latents.values()) / clip.numel(),
+        "bits": bits,
+        "flops": flops(model, CLIP),
+        "seconds": (encoded - began, ended - encoded),
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def count(network: nn.Module, *inputs: torch.Tensor) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(*inputs)
+    return counter.get_total_flops()
+
+
+def training(name: str, autoencoder: int) -> dict[str, float]:
+    """FLOPs of one clip's part of a training step, by who causes them."""
+    loss = part(MODELS[name][0], "loss").get("init_args", {})
+    clip = torch.empty(1, *CLIP, device="meta")
+    costs = {"autoencoder": 3.0 * autoencoder, "LPIPS": 0.0, "discriminator": 0.0}
+    if loss.get("perceptual_weight", 0.05) > 0:
+        with torch.device("meta"):
+            vgg = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).net
+        frames = loss.get("perceptual_frames") or CLIP[1]
+        costs["LPIPS"] = 3.0 * count(vgg, clip[0, :, :1].movedim(1, 0)) * frames
+    if loss.get("discriminator"):
+        arguments = copy.deepcopy(loss["discriminator"].get("init_args", {}))
+        with torch.device("meta"):
+            discriminator = import_object(loss["discriminator"]["class_path"])(**arguments)
+        costs["discriminator"] = 8.0 * count(discriminator.eval(), clip)
+    return costs
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", metavar="NAME", help="run one model in this process and print what was measured")
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(forward(arguments.one)))
+        return 0
+
+    measured: dict[str, dict[str, Any]] = {}
+    rows = []
+    for name in MODELS:
+        command = [sys.executable, __file__, "--one", name]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        measured[name] = found = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name}: {found['peak'] / 1e9:.1f} GB", flush=True)
+        rows.append(
+            [
+                name,
+                f"{found['parameters']:,}",
+                f"{100 * found['rate']:.4f}",
+                "" if found["bits"] is None else f"{found['bits']:.5f}",
+                " + ".join(f"{found['flops'][half] / 1e12:.2f}" for half in ("encode", "decode")),
+                " + ".join(f"{seconds:.0f}" for seconds in found["seconds"]),
+                f"{found['peak'] / 1e9:.1f}",
+            ]
+        )
+    header = ["model", "parameters", "rate (%)", "bits/pixel", "TFLOPs (encode + decode)", "seconds", "peak (GB)"]
+    print(as_markdown(header, rows))
+
+    rows = []
+    for name, found in measured.items():
+        costs = training(name, sum(found["flops"].values()))
+        hours = STEPS * BATCH * sum(costs.values()) / (PEAK * UTILIZATION) / 3600
+        rows.append([name, *(f"{cost / 1e12:.1f}" for cost in costs.values()), f"{hours:,.0f}"])
+    parts = [f"{player} (TFLOPs/clip)" for player in ("autoencoder", "LPIPS", "discriminator")]
+    print(f"\n{STEPS:,} steps of {BATCH} clips, by arithmetic:")
+    print(as_markdown(["training", *parts, "H100 hours"], rows))
+    return int(any(found["peak"] > LIMIT for found in measured.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
