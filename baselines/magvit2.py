@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
 from vidtwin.errors import UserError
-from vidtwin.layers.conv3d import CausalConv3d, DepthToSpace, FrameGroupNorm, ResidualBlock
+from vidtwin.layers.conv3d import CausalConv3d, DepthToSpace, FrameGroupNorm, ResidualBlock, channels_last
 from vidtwin.layers.quantize import LookupFreeQuantizer
 from vidtwin.posteriors import Deterministic, DiagonalGaussian, Encoding, Latents, Posterior, Quantized
 
@@ -63,9 +63,8 @@ class AdaptiveGroupNorm(nn.Module):
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
         """(B, C, T, H, W), (B, Z, T', h, w) → (B, C, T, H, W)."""
         # The linear layer comes first and is small; height and width are repeated by broadcasting, without a copy.
-        scale_shift = self.scale_shift(latent.movedim(1, -1)).movedim(-1, 1)
-        over_time = scale_shift.repeat_interleave(self.frames, dim=2)[:, :, self.dropped :, :, None, :, None]
-        scale, shift = over_time.chunk(2, dim=1)  # (B, C, T, h, 1, w, 1)
+        scale_shift = self.scale_shift(latent.movedim(1, -1)).repeat_interleave(self.frames, dim=1)[:, self.dropped :]
+        scale, shift = scale_shift.movedim(-1, 1)[:, :, :, :, None, :, None].chunk(2, dim=1)  # (B, C, T, h, 1, w, 1)
         height, width = latent.shape[3:]
         normal = self.norm(x).unflatten(4, (width, -1)).unflatten(3, (height, -1))
         return torch.addcmul(shift, normal, 1 + scale).flatten(5, 6).flatten(3, 4)
@@ -120,7 +119,7 @@ class Encoder(_Half):
 
     def forward(self, clip: Tensor) -> Tensor:
         """(B, 3, T, H, W) → (B, width_out, T', h, w)."""
-        x = self.conv_in(clip)
+        x = self.conv_in(channels_last(clip))
         for layer in self.layers:
             x = self.run(layer, x)
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -157,7 +156,7 @@ class Decoder(_Half):
 
     def forward(self, latent: Tensor) -> Tensor:
         """(B, Z, T', h, w) → (B, 3, T, H, W)."""
-        x = self.conv_in(latent)
+        x = self.conv_in(channels_last(latent))
         for layer in self.layers:
             x = self.run(layer, x, latent) if isinstance(layer, AdaptiveGroupNorm) else self.run(layer, x)
         return self.conv_out(F.silu(self.norm_out(x)))

@@ -2,9 +2,9 @@
 
     python benchmarks/full_size.py
 
-Each model of the configs is built with random weights in a process of its own and encodes and decodes one clip in fp32.
-Ends with 1 if one needs more than 20 GB. Then, without running anything, the arithmetic of a training on UCF-101: 100,000
-steps of 24 clips on H100s at 35% of their 989 TFLOP/s in bf16.
+Each model of the configs is built with random weights in a process of its own and encodes and decodes one clip in
+fp32. Ends with 1 if one needs more than 20 GB. Then, without running anything, the arithmetic of a training on UCF-101:
+100,000 steps of 24 clips on H100s at 35% of their 989 TFLOP/s in bf16.
 
     clip = 3 · autoencoder + 3 · LPIPS + 8 · discriminator        (forward passes, in FLOPs)
 
@@ -15,6 +15,7 @@ latter with a gradient; the discriminator sees the reconstruction for the genera
 import argparse
 import copy
 import json
+import pkgutil
 import resource
 import subprocess
 import sys
@@ -26,7 +27,6 @@ import lpips
 import torch
 import yaml
 from experiments import as_markdown
-from jsonargparse import import_object
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -110,7 +110,7 @@ def training(name: str, autoencoder: int) -> dict[str, float]:
     if loss.get("discriminator"):
         arguments = copy.deepcopy(loss["discriminator"].get("init_args", {}))
         with torch.device("meta"):
-            discriminator = import_object(loss["discriminator"]["class_path"])(**arguments)
+            discriminator = pkgutil.resolve_name(loss["discriminator"]["class_path"])(**arguments)
         costs["discriminator"] = 8.0 * count(discriminator.eval(), clip)
     return costs
 

@@ -141,13 +141,16 @@ def _promise(name: str, *needs: str) -> Callable[[_Question], _Question]:
 
 
 def _ask(check: _Check) -> Iterator[Promise]:
-    kept: dict[str, bool] = {}
+    answers: dict[str, Promise] = {}
     try:
         for name, (question, needs) in _PROMISES.items():
-            broken = [need for need in needs if not kept[need]]
-            promise = Promise(name, None, f"needs: {broken[0]}") if broken else _answer(check, name, question)
-            kept[name] = bool(promise.passed)
-            yield promise
+            absent = [answers[need] for need in needs if not answers[need].passed]
+            if absent:
+                reason = absent[0].detail if absent[0].passed is None else f"it needs: {absent[0].name}"
+                answers[name] = Promise(name, None, reason)
+            else:
+                answers[name] = _answer(check, name, question)
+            yield answers[name]
     finally:
         _restore(check)
 
