@@ -10,6 +10,7 @@ import pytest
 import torch
 import two_ranks
 from broken_tree import BAD, write_tree
+from tiny import BASELINES
 
 from vidtwin import checkpoints
 
@@ -27,6 +28,12 @@ def outcomes(tmp_path_factory):
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     (folder / "stderr").write_text(done.stderr)
     return folder, ranks
+
+
+@pytest.fixture(scope="module")
+def one_ranks_baselines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return folder, two_ranks.baselines(folder)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -47,6 +54,14 @@ def test_two_ranks_take_the_steps_of_one_with_the_same_clips(outcomes, tmp_path,
     if parts == "parts":  # the last that was run
         assert ranks[0]["gradients"]["adaptive_weight"] == pytest.approx(ranks[1]["gradients"]["adaptive_weight"])
         assert ranks[0]["gradients"]["psnr"] == pytest.approx(one["psnr"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_two_ranks_train_a_baseline_as_one_does(outcomes, one_ranks_baselines, name):
+    folder, ranks = outcomes
+    alone, psnr = one_ranks_baselines
+    torch.testing.assert_close(weights_of(folder / "baselines" / name), weights_of(alone / name), rtol=1e-3, atol=1e-4)
+    assert ranks[0]["baselines"][name] == ranks[1]["baselines"][name] == pytest.approx(psnr[name], abs=1e-3)
 
 
 def test_gradients_travel_with_the_last_part_of_a_batch_only(outcomes):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
-from tiny import Clips, tiny_task, trainer, write_config
+from tiny import BASELINES, Clips, baseline_task, tiny_task, trainer, write_config
 
 from vidtwin import checkpoints
 from vidtwin.callbacks.checkpoint import LatestCheckpoint
@@ -289,3 +290,22 @@ def test_freezing_what_is_not_there_names_what_is(tmp_path):
     message = r"modules of VidTwin \(encoder, structure, dynamics, decoder\), got 'encodr'; did you mean 'encoder'"
     with pytest.raises(UserError, match=message):
         trainer(tmp_path).fit(tiny_task(freeze=["encodr"]), datamodule=Clips())
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_goes_on_bit_for_bit(name, tmp_path):
+    """iVideoGPT's dropout included."""
+    logged, weights = {}, {}
+    for folder, stops in (("whole", [5]), ("parts", [2, 5])):
+        logged[folder] = []
+        for stop in stops:
+            diary, saved = Diary(), LatestCheckpoint(every_n_steps=1, dirpath=str(tmp_path / folder))
+            callbacks = [diary, saved, *([End(stop)] if stop < 5 else [])]
+            run = trainer(tmp_path / folder, 5, callbacks=callbacks)
+            with nullcontext() if stop == 5 else pytest.raises(Killed):
+                run.fit(baseline_task(name, ema_decay=0.9), datamodule=Clips(), resume="auto")
+            logged[folder] += diary.entries
+        weights[folder] = checkpoints.read(tmp_path / folder / "last.ckpt")["state_dict"]
+    # The training that ends within a step's hooks has not noted that step.
+    assert logged["whole"][2:] == logged["parts"][-3:]
+    assert all(torch.equal(value, weights["parts"][key]) for key, value in weights["whole"].items())

@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from torch.optim import AdamW
 
+from vidtwin import plugins
 from vidtwin.datamodules.clips import ClipDataModule, ClipDataset, Video
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.losses.discriminator import PatchDiscriminator2d
@@ -101,6 +102,29 @@ def tiny_task(
         "discriminator_scheduler": lambda o: WarmupCosine(o, warmup_steps),
     }
     return AutoencoderTask(tiny_model(**(model or {})), AutoencoderLoss(**given), **(defaults | arguments))
+
+
+# Arguments of the plug-in baselines on the same clips.
+BASELINES: dict[str, dict[str, Any]] = {
+    "magvit2": {"channels": 8, "multipliers": [1, 1, 2], "num_blocks": 1, "latent_channels": 6},
+    "cmd": {"num_frames": 4, "resolution": 32, "patch_size": 8, "motion_channels": 4, "hidden_size": 16, "depth": 1}
+    | {"num_heads": 2},
+    "ivideogpt": {"resolution": 32, "inner_resolution": None, "channels": [32, 32], "layers_per_block": 1}
+    | {"latent_channels": 8, "codebook_size": 16, "dynamics_codebook_size": 16, "norm_groups": 8},
+}
+
+
+def baseline_task(name: str, model: dict[str, Any] | None = None, **arguments: Any) -> AutoencoderTask:
+    """A baseline with the terms that its quantizers have."""
+    torch.manual_seed(0)
+    autoencoder = plugins.load(name, "vidtwin.autoencoders")(**BASELINES[name] | (model or {}))
+    weights = {"commitment": 0.25, "codebook": 1.0, "entropy": 0.0}  # the entropy is one of a rank's own clips
+    loss = AutoencoderLoss(perceptual_weight=0, regularization_weights=weights)
+    defaults: dict[str, Any] = {
+        "optimizer": lambda p: AdamW(p, lr=1e-3),
+        "scheduler": lambda o: WarmupCosine(o, 2),
+    }
+    return AutoencoderTask(autoencoder, loss, **(defaults | arguments))
 
 
 def trainer(folder: Path, max_steps: int = 7, **arguments: Any) -> VideoTrainer:

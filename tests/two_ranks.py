@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ParallelStrategy
-from tiny import Clips, Poisoned, tiny_task, trainer
+from tiny import BASELINES, Clips, Poisoned, baseline_task, tiny_task, trainer
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR
 
@@ -102,6 +102,19 @@ def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
         "adaptive_weight": weight,
         "psnr": float(run.callback_metrics["val/psnr"]),
     }
+
+
+def baselines(folder: Path, **devices: Any) -> dict[str, Any]:
+    """Three steps of each plug-in baseline on 12 clips, 4 a step over all ranks."""
+    psnr = {}
+    for name in BASELINES:
+        still = {"attention_dropout": 0.0} if name == "ivideogpt" else {}
+        plain = {"optimizer": lambda p: SGD(p, lr=0.1), "scheduler": lambda o: ConstantLR(o, 1.0)}
+        run = trainer(folder / name, 3, callbacks=[saved(folder / name)], **devices)
+        world = devices.get("devices", 1)
+        run.fit(baseline_task(name, still, **plain, ema_decay=0.5), datamodule=Clips(count=12, batch_size=4 // world))
+        psnr[name] = float(run.callback_metrics["val/psnr"])
+    return psnr
 
 
 def odd_tail(folder: Path, **devices: Any) -> dict[str, Any]:
@@ -196,7 +209,7 @@ def tested(folder: Path, **devices: Any) -> Any:
     return json.loads((folder / "results/rows/row/results.json").read_text())["skipped"]
 
 
-SCENARIOS = {f.__name__: f for f in (gradients, odd_tail, too_few, poisoned, resumed, broken_videos)}
+SCENARIOS = {f.__name__: f for f in (gradients, baselines, odd_tail, too_few, poisoned, resumed, broken_videos)}
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
