@@ -8,7 +8,6 @@ learned (27 dB) or anything in the logs was not finite.
 """
 
 import argparse
-import csv
 import math
 import sys
 from pathlib import Path
@@ -16,12 +15,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import yaml
-from experiments import curves, fit, plot
+from experiments import by_heart, curves, fit, plot
 
 from vidtwin import checkpoints, panels
 from vidtwin.datamodules.folder import VideoFolder
 
-CLIPS = ("bikes.mp4", "carphone_pristine.mp4", "flipping_a_pancake.mkv", "v_BaseballPitch_g01_c01.avi")
 WANTED = 27.0  # dB
 GAN = ["--model.loss.adversarial_weight", "0.05", "--model.loss.adversarial_start", "0"]
 GAN += ["--model.loss.discriminator", "vidtwin.losses.PatchDiscriminator2d"]
@@ -32,10 +30,10 @@ GAN += ["--model.discriminator_optimizer.lr", "2e-4", "--model.discriminator_opt
 GAN += ["--model.discriminator_scheduler.warmup_steps", "50", "--trainer.max_steps", "2000"]
 
 
-def picture(out: Path, clips: Path, listing: Path) -> None:
+def picture(out: Path, clips: Path, listing: str) -> None:
     """Rows of each clip: input, after the first run, after the GAN."""
     config = yaml.safe_load(Path("configs/proof.yaml").read_text())["data"]["init_args"]
-    data = VideoFolder(**config | {"root": str(clips), "csv": str(listing), "num_workers": 0})
+    data = VideoFolder(**config | {"root": str(clips), "csv": listing, "num_workers": 0})
     data.setup("validate")
     clip = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)["clip"]
     models = {
@@ -58,14 +56,7 @@ def main() -> int:
     arguments = parser.parse_args()
     images = arguments.docs / "images"
     images.mkdir(parents=True, exist_ok=True)
-    listing = Path("runs/proof.csv")
-    listing.parent.mkdir(exist_ok=True)
-    with listing.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "split"])
-        writer.writerows([name, split] for split in ("train", "val") for name in CLIPS)
-
-    data = ["--data.root", str(arguments.clips), "--data.csv", str(listing)]
+    data = by_heart(arguments.clips)
     fit("proof", "configs/proof.yaml", *data)
     last = Path("runs/proof/checkpoints/last.ckpt")
     fit("proof_gan", "configs/proof.yaml", *data, "--init_from", str(last), *GAN)
@@ -99,7 +90,7 @@ def main() -> int:
         axes.set_yscale("log")
     plot(grid[1, 2], gan, {"val/psnr": "validation"}, "PSNR (dB)")
     figure.savefig(images / "proof_gan.png", dpi=110)
-    picture(images / "proof_clips.png", arguments.clips, listing)
+    picture(images / "proof_clips.png", arguments.clips, data[-1])
 
     def ends(tag: str) -> str:
         points = [value for _, value in gan[tag]]
