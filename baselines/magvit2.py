@@ -20,8 +20,8 @@ pixels become one place of z. Blocks, convolutions and norms are those of layers
     first_frame="even"      One frame in front, none dropped: 16 → 8 → 4 → 8 → 16. z_k is frames 4k to 4k + 3; an image
                             is no special case. It is what the rate of 5/768 in VidTwin's appendix C.1 counts.
 
-Written from the description; no released weights exist. The paper starts from an image tokenizer whose kernels are
-inflated; here training starts from scratch.
+Written from the description; its authors released no weights. They start from an image tokenizer, whose kernels they
+inflate; here training starts from scratch.
 """
 
 from collections.abc import Sequence

@@ -105,7 +105,7 @@ def test_layers_are_those_of_the_papers_figure_row_by_row():
     [("even", [16, 16, 8, 4, 4], [4, 8, 16, 16, 16]), ("prepend", [17, 17, 9, 5, 5], [5, 9, 17, 17, 17])],
 )
 def test_frames_between_the_layers_at_full_size(first_frame, encoded, decoded):
-    """Real tensors of the meta device, at 224 px."""
+    """A forward pass at 224 px, on the meta device."""
     model, seen = full(first_frame=first_frame, num_blocks=1), {}
     for name, half in (("encoder", model.encoder), ("decoder", model.decoder)):
         places = [half.conv_in, *(x for x in half.layers if isinstance(x, CausalConv3d | DepthToSpace)), half.conv_out]

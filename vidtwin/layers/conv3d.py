@@ -10,8 +10,8 @@ statistics in each frame by itself: torch's GroupNorm of (B, C, T, H, W) would l
 What is padded in front are zeros, like at the borders of a frame, and as in the public implementation of MAGVIT-v2
 (cofe-ai/O2-MAGVIT2); some later models repeat the first frame instead.
 
-All layers keep the order in memory of what they get. `channels_last` at a model's entrance halves the time on a CPU:
-its convolutions are faster that way, and folding time into the batch is a view.
+A model that begins with `channels_last` keeps that order in memory on a CPU and is faster there: its convolutions are
+(twice as fast at 8 channels, a tenth at 128), and folding time into the batch is a view. No number depends on it.
 """
 
 import math
