@@ -113,6 +113,19 @@ def test_commitment_and_straight_through_of_signs(vectors):
     torch.testing.assert_close(gradient, torch.arange(6.0, dtype=torch.float64).expand_as(z))
 
 
+def test_values_are_those_that_the_codes_give_to_the_last_bit():
+    z = 1e3 * torch.randn(50, 6, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    for quantizer in (LookupFreeQuantizer(6), VectorQuantizer(8, 6)):
+        value, codes, _ = quantizer(z)
+        assert torch.equal(value, quantizer.lookup(codes))
+
+
+def test_nothing_has_to_be_computed_to_count_what_a_quantizer_costs():
+    with torch.device("meta"):
+        for quantizer in (LookupFreeQuantizer(4), VectorQuantizer(8, 4)):
+            assert quantizer(torch.empty(2, 3, 4)).codes.shape == (2, 3)
+
+
 def test_bf16_vectors_are_quantized_in_single_precision():
     z = torch.randn(5, 4, dtype=torch.bfloat16)
     for quantizer in (LookupFreeQuantizer(4), VectorQuantizer(8, 4)):

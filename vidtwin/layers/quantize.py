@@ -4,11 +4,13 @@ Vectors are (..., D), the last axis being the one that is quantized; codes are (
 quantized vectors with the straight-through gradient, the codes, and its unweighted losses by name.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 
 from vidtwin.errors import UserError
 
@@ -41,7 +43,9 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> Quantization:
         """(..., D) → the nearest entries by Euclidean distance."""
         z = _at_least_single(z)
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        # Devices without autocast (meta) refuse to switch it off.
+        exact = torch.autocast(z.device.type, enabled=False) if is_autocast_available(z.device.type) else nullcontext()
+        with torch.no_grad(), exact:
             vectors, entries = z.reshape(-1, z.shape[-1]), self.embedding.weight.to(z.dtype)
             # Of |z|² − 2 z·e + |e|² the first is the same for all entries.
             scores = torch.addmm(entries.square().sum(1), vectors, entries.T, alpha=-2.0)
@@ -51,7 +55,7 @@ class VectorQuantizer(nn.Module):
             "commitment": (z - chosen.detach()).square().mean(),
             "codebook": (chosen - z.detach()).square().mean(),
         }
-        return Quantization(z + (chosen - z).detach(), codes, terms)
+        return Quantization(_straight_through(chosen, z), codes, terms)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(...) → (..., D)."""
@@ -98,7 +102,7 @@ class LookupFreeQuantizer(nn.Module):
         powers = 2 ** torch.arange(self.bits, device=z.device)
         codes = (positive * powers).sum(-1)
         terms = {"commitment": (z - signs).square().mean(), "entropy": self._entropy(z)}
-        return Quantization(z + (signs - z).detach(), codes, terms)
+        return Quantization(_straight_through(signs, z), codes, terms)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(...) → (..., K) of -1 and 1."""
@@ -118,6 +122,11 @@ class LookupFreeQuantizer(nn.Module):
                 joint = (bit[:, :, None] * joint[:, None]).flatten(1)
             together = together + _entropy(joint.mean(0))
         return each - together
+
+
+def _straight_through(value: Tensor, z: Tensor) -> Tensor:
+    """`value` to the last bit, as a decoder gets it from the codes, with the gradient going to z."""
+    return value.detach() + (z - z.detach())
 
 
 def _entropy(p: Tensor) -> Tensor:
