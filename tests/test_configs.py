@@ -71,9 +71,9 @@ def small_options(name: str, config: dict) -> list[str]:
     arguments = config["model"]["autoencoder"].get("init_args", {})
     if arguments.get("inner_resolution"):
         options.append("--model.autoencoder.inner_resolution=32")
-    for book in ("codebook_size", "dynamics_codebook_size"):
-        if name.startswith("ivideogpt"):
-            options.append(f"--model.autoencoder.{book}=16")
+    if name.startswith("ivideogpt"):
+        small = {"codebook_size": 16, "dynamics_codebook_size": 16, "attention_resolution": 8}
+        options += [f"--model.autoencoder.{key}={value}" for key, value in small.items()]
     return [*options, "--data.resolution=32"]
 
 
