@@ -15,7 +15,7 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.spl
 COMMANDS += re.findall(r"^    (vidtwin .*)$", README, re.MULTILINE)
 
 
-ON_DATA = [c for c in COMMANDS if c.split()[1] in ("prepare", "doctor", "cache")]  # these parse their own options
+ON_DATA = [c for c in COMMANDS if c.split()[1] in ("prepare", "doctor", "cache", "check")]  # these parse their own options
 
 
 @pytest.mark.parametrize("command", ON_DATA, ids=lambda c: " ".join(c.split()[1:3]))
@@ -57,7 +57,8 @@ def test_ones_own_autoencoder_keeps_the_contract_and_trains_by_its_class_path(tm
     monkeypatch.chdir(tmp_path)
     Path("my_tokenizer.py").write_text(PYTHON[1])
     runpy.run_path("my_tokenizer.py", run_name="__main__")
-    (command,) = [command for command in COMMANDS if "my_tokenizer" in command]
+    check, command = [command for command in COMMANDS if "my_tokenizer" in command]
+    assert main(shlex.split(check)[1:]) == 0
     small = ["--data.resolution=16", "--data.num_frames=4", "--data.batch_size=1", "--data.num_workers=0"]
     assert main([*shlex.split(command)[1:], *small, "--data.num_train=1", "--data.num_val=1"]) == 0
 
