@@ -6,15 +6,17 @@ BIN := $(VENV)/bin
 DEMO_DATA := data/demo
 DEMO_RUN := runs/demo
 CLIPS ?= $(or $(VIDTWIN_SHARED),../shared)/data/clips
+DATA ?= $(or $(VIDTWIN_SHARED),../shared)/data/ucf_like/UCF-101
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all proof soak lint types format constraints clean
+.PHONY: help install demo test test-all proof compare soak lint types format constraints clean
 
 help:
 	@echo "make demo       train a small VidTwin on made-up videos and measure it (under 6 minutes on two cores)"
 	@echo "make test       linters, types, tests, README commands (under 10 minutes on two cores)"
 	@echo "make test-all   the slow tests too"
-	@echo "make proof      learn four real clips by heart, without and with GAN (half an hour; CLIPS=folder of them)"
+	@echo "make proof      learn four real clips by heart with every model, run all in full size (two hours; CLIPS=folder)"
+	@echo "make compare    train the tiny models side by side and measure them (an hour; DATA=UCF-101's folder)"
 	@echo "make soak       kill a training twenty times and compare it with one left alone (some minutes)"
 	@echo "make install    only make $(VENV) and install into it"
 	@echo "make format     rewrite the sources as the linters want them"
@@ -46,6 +48,11 @@ test-all: lint types
 # Goes on where it was interrupted; `rm -r runs/proof runs/proof_gan` begins anew.
 proof: install
 	$(BIN)/python benchmarks/proof.py "$(CLIPS)" docs
+	$(BIN)/python benchmarks/proof_baselines.py "$(CLIPS)" docs
+	$(BIN)/python benchmarks/full_size.py
+
+compare: install
+	$(BIN)/python benchmarks/baselines.py docs -- --data.root "$(DATA)" --data.val_groups '[10]'
 
 soak: install
 	$(BIN)/python benchmarks/soak.py

@@ -1,6 +1,5 @@
 """What the experiments share: trainings by the command line, and the numbers that they logged."""
 
-import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +12,21 @@ CLIPS = ("bikes.mp4", "carphone_pristine.mp4", "flipping_a_pancake.mkv", "v_Base
 Curves = dict[str, list[tuple[int, float]]]
 
 
-def by_heart(clips: Path) -> list[str]:
-    """Options for training and validation on those four clips of a folder, the same ones."""
-    listing = Path("runs/proof.csv")
-    listing.parent.mkdir(exist_ok=True)
-    with listing.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "split"])
-        writer.writerows([name, split] for split in ("train", "val") for name in CLIPS)
-    return ["--data.root", str(clips), "--data.csv", str(listing)]
+def by_heart(clips: Path) -> Path:
+    """A folder in which those four clips of another are both the training and the validation split, by links."""
+    folder = Path("runs/by_heart")
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for name in CLIPS:
+            link = folder / split / name
+            link.unlink(missing_ok=True)
+            link.symlink_to((clips / name).resolve())
+    return folder
+
+
+def by_heart_options(folder: Path) -> list[str]:
+    """Of `vidtwin fit`, for that folder."""
+    return ["--data.root", str(folder), "--data.splits", "{train: train, val: val}"]
 
 
 def fit(run: str, config: str, *options: str, env: dict[str, str] | None = None, quiet: bool = False) -> None:

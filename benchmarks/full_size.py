@@ -36,15 +36,12 @@ from vidtwin.benchmark.cost import flops
 CONFIGS = Path("configs")
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "VidTwin-base": ("vidtwin_base.yaml", {}),
-    "MAGVIT-v2": ("baselines/magvit2.yaml", {}),
-    "MAGVIT-v2, first frame apart": ("baselines/magvit2.yaml", {"first_frame": "prepend"}),
-    "MAGVIT-v2, 5 channels": ("baselines/magvit2_continuous.yaml", {}),
-    "MAGVIT-v2, 5 channels, first frame apart": ("baselines/magvit2_continuous.yaml", {"first_frame": "prepend"}),
+    "MAGVIT-v2 (prepend)": ("baselines/magvit2.yaml", {}),
+    "MAGVIT-v2, 5 channels (even)": ("baselines/magvit2_continuous.yaml", {}),
     "CMD, p=16, D=32": ("baselines/cmd.yaml", {}),
     "CMD, p=4, D=8": ("baselines/cmd_patch4.yaml", {}),
-    "iVideoGPT": ("baselines/ivideogpt.yaml", {}),
-    "iVideoGPT, native, 7x7 codes": ("baselines/ivideogpt_native.yaml", {}),
-    "iVideoGPT, native, 2x2 codes": ("baselines/ivideogpt_native.yaml", {"dynamics_patch_size": 7}),
+    "iVideoGPT (256 px inside)": ("baselines/ivideogpt.yaml", {}),
+    "iVideoGPT, native": ("baselines/ivideogpt_native.yaml", {}),
 }
 CLIP = (3, 16, 224, 224)
 LIMIT = 20e9  # bytes

@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import yaml
-from experiments import by_heart, curves, fit, plot
+from experiments import by_heart, by_heart_options, curves, fit, plot
 
 from vidtwin import checkpoints, panels
 from vidtwin.datamodules.folder import VideoFolder
@@ -30,10 +30,10 @@ GAN += ["--model.discriminator_optimizer.lr", "2e-4", "--model.discriminator_opt
 GAN += ["--model.discriminator_scheduler.warmup_steps", "50", "--trainer.max_steps", "2000"]
 
 
-def picture(out: Path, clips: Path, listing: str) -> None:
+def picture(out: Path, clips: Path) -> None:
     """Rows of each clip: input, after the first run, after the GAN."""
     config = yaml.safe_load(Path("configs/proof.yaml").read_text())["data"]["init_args"]
-    data = VideoFolder(**config | {"root": str(clips), "csv": listing, "num_workers": 0})
+    data = VideoFolder(**config | {"root": str(clips), "num_workers": 0})
     data.setup("validate")
     clip = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)["clip"]
     models = {
@@ -56,7 +56,8 @@ def main() -> int:
     arguments = parser.parse_args()
     images = arguments.docs / "images"
     images.mkdir(parents=True, exist_ok=True)
-    data = by_heart(arguments.clips)
+    clips = by_heart(arguments.clips)
+    data = by_heart_options(clips)
     fit("proof", "configs/proof.yaml", *data)
     last = Path("runs/proof/checkpoints/last.ckpt")
     fit("proof_gan", "configs/proof.yaml", *data, "--init_from", str(last), *GAN)
@@ -90,7 +91,7 @@ def main() -> int:
         axes.set_yscale("log")
     plot(grid[1, 2], gan, {"val/psnr": "validation"}, "PSNR (dB)")
     figure.savefig(images / "proof_gan.png", dpi=110)
-    picture(images / "proof_clips.png", arguments.clips, data[-1])
+    picture(images / "proof_clips.png", clips)
 
     def ends(tag: str) -> str:
         points = [value for _, value in gan[tag]]

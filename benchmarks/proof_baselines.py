@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from experiments import by_heart, curves, fit
+from experiments import by_heart, by_heart_options, curves, fit
 
 from vidtwin import checkpoints, panels, plugins
 from vidtwin.datamodules.folder import VideoFolder
@@ -38,15 +38,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", type=Path)
     parser.add_argument("docs", type=Path)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, the cores divided among them")
     arguments = parser.parse_args()
-    options = by_heart(arguments.clips)
+    folder = by_heart(arguments.clips)
+    options = by_heart_options(folder)
     # The data module comes before its options; what the config says of another kind of data is left behind.
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda name: train(name, options, arguments), MODELS.values()))
 
-    data = VideoFolder(str(arguments.clips), csv=options[-1], resolution=64, batch_size=4, num_workers=0, augment=False)
+    splits = {"train": "train", "val": "val"}
+    data = VideoFolder(str(folder), splits=splits, resolution=64, batch_size=4, num_workers=0, augment=False)
     data.setup("validate")
     clip = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)["clip"]
     means = {}
