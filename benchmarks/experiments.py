@@ -38,7 +38,9 @@ def fit(run: str, config: str, *options: str, env: dict[str, str] | None = None,
 
 
 def curves(run: str) -> tuple[Curves, float]:
-    """What a run logged, by name and step, and the minutes between its first and its last number."""
+    """What a run logged, by name and step, and the minutes between its first and its last number; nothing if none."""
+    if not (Path("runs") / run).is_dir():
+        return {}, 0.0
     events = EventAccumulator(str(Path("runs") / run), size_guidance={"scalars": 0})
     events.Reload()
     scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
+from vidtwin import checkpoints
 from vidtwin.cli import main
 from vidtwin.video import probe, write_video
 
@@ -113,6 +116,13 @@ def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monk
     write_video("in.mp4", frames, 8)
     assert main(["reconstruct", "in.mp4", "--ckpt_path", str(last), "--side_by_side", "--trainer.accelerator=cpu"]) == 0
     assert probe("reconstructions/in.mp4").num_frames == 18
+    if discrete and tiny:
+        assert main(["predict", "--ckpt_path", str(last), *data, "--trainer.accelerator=cpu"]) == 0
+        for file in Path("predictions").rglob("*.safetensors"):
+            written = load_file(file)
+            codes = {key.removesuffix(".codes"): z[None].long() for key, z in written.items() if key.endswith(".codes")}
+            for key, latent in checkpoints.load_autoencoder(last).dequantize(codes).items():
+                assert torch.equal(latent[0], written[key])
 
 
 @pytest.mark.parametrize("name", LATENTS)
