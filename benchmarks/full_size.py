@@ -8,7 +8,8 @@ fp32. Ends with 1 if one needs more than 20 GB. Then, without running anything, 
 
     clip = 3 · autoencoder + 3 · LPIPS + 8 · discriminator        (forward passes, in FLOPs)
 
-A backward pass costs two forward passes, of a frozen network one. LPIPS sees the clip and its reconstruction, the
+A backward pass costs two forward passes, of a frozen network one; where the config recomputes activations the
+autoencoder has one more. LPIPS sees the clip and its reconstruction, the
 latter with a gradient; the discriminator sees the reconstruction for the generator's sake, then both for its own.
 """
 
@@ -20,6 +21,7 @@ import resource
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +100,11 @@ def training(name: str, autoencoder: int) -> dict[str, float]:
     """FLOPs of one clip's part of a training step, by who causes them."""
     loss = part(MODELS[name][0], "loss").get("init_args", {})
     clip = torch.empty(1, *CLIP, device="meta")
-    costs = {"autoencoder": 3.0 * autoencoder, "LPIPS": 0.0, "discriminator": 0.0}
+    passes = 4.0 if spec(name)["init_args"].get("activation_checkpointing") else 3.0
+    costs = {"autoencoder": passes * autoencoder, "LPIPS": 0.0, "discriminator": 0.0}
     if loss.get("perceptual_weight", 0.05) > 0:
-        with torch.device("meta"):
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")  # the lpips package asks torchvision in a way that warns
             vgg = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).net
         frames = loss.get("perceptual_frames") or CLIP[1]
         costs["LPIPS"] = 3.0 * count(vgg, clip[0, :, :1].movedim(1, 0)) * frames
