@@ -44,6 +44,11 @@ def checkpoint(model: str, rate: float, seed: int) -> Path:
     return Path("runs") / run_name(model, rate, seed) / "checkpoints/last.ckpt"
 
 
+def diverged(model: str, rate: float, seed: int) -> Path:
+    """A file that says so."""
+    return Path("runs") / run_name(model, rate, seed) / "diverged"
+
+
 def validation(model: str, rate: float, seed: int) -> list[tuple[int, float]]:
     return curves(run_name(model, rate, seed))[0].get("val/psnr", [])
 
@@ -54,12 +59,18 @@ def train(wanted: list[tuple[str, float, int]], arguments: argparse.Namespace) -
     env = os.environ | {"OMP_NUM_THREADS": str(cores)}
 
     def one(run: tuple[str, float, int]) -> None:
-        if (points := validation(*run)) and points[-1][0] == arguments.steps:
+        if diverged(*run).exists() or ((points := validation(*run)) and points[-1][0] == arguments.steps):
             return
         model, rate, seed = run
         options = [f"--trainer.max_steps={arguments.steps}", f"--trainer.val_check_interval={arguments.steps // 6}"]
         options += [f"--model.optimizer.init_args.lr={rate}", f"--seed_everything={seed}", *arguments.options]
-        fit(run_name(*run), MODELS[model], *options, env=env, quiet=True)
+        try:
+            fit(run_name(*run), MODELS[model], *options, env=env, quiet=True)
+        except subprocess.CalledProcessError:
+            if not any((diverged(*run).parent / "nonfinite").glob("*")):
+                raise
+            diverged(*run).touch()  # the guard has stopped it, with its reason
+            return
         print(f"{run_name(*run)}: {validation(*run)[-1][1]:.2f} dB on the validation clips", flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -125,7 +136,12 @@ def main() -> None:
 
     first = arguments.seeds[0]
     train([(model, rate, first) for model in MODELS for rate in arguments.rates], arguments)
-    scores = {m: {rate: validation(m, rate, first)[-1][1] for rate in arguments.rates} for m in MODELS}
+    scores = {
+        model: {
+            r: validation(model, r, first)[-1][1] for r in arguments.rates if not diverged(model, r, first).exists()
+        }
+        for model in MODELS
+    }
     chosen = {model: max(rates, key=rates.__getitem__) for model, rates in scores.items()}
     train([(model, chosen[model], seed) for model in MODELS for seed in arguments.seeds], arguments)
 
@@ -160,7 +176,10 @@ def main() -> None:
     print(
         f"\n{found[0]['num_clips']} test clips; {arguments.steps} steps of {BATCH} clips; every rate, last validation:"
     )
-    grid = [[model, *(f"{rates[rate]:.2f}" for rate in arguments.rates)] for model, rates in scores.items()]
+    grid = [
+        [model, *(f"{rates[rate]:.2f}" if rate in rates else "diverged" for rate in arguments.rates)]
+        for model, rates in scores.items()
+    ]
     print(as_markdown(["PSNR (dB)", *(f"{rate:g}" for rate in arguments.rates)], grid))
     picture(arguments.docs / "images/baselines_psnr.png", chosen, arguments.seeds)
 
