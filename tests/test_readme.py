@@ -15,7 +15,9 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.spl
 COMMANDS += re.findall(r"^    (vidtwin .*)$", README, re.MULTILINE)
 
 
-ON_DATA = [c for c in COMMANDS if c.split()[1] in ("prepare", "doctor", "cache", "check")]  # these parse their own options
+ON_DATA = [
+    c for c in COMMANDS if c.split()[1] in ("prepare", "doctor", "cache", "check")
+]  # these parse their own options
 
 
 @pytest.mark.parametrize("command", ON_DATA, ids=lambda c: " ".join(c.split()[1:3]))
@@ -85,3 +87,14 @@ def test_configs_that_are_named_exist():
 def test_ci_calls_the_readmes_test_command():
     assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text()
     assert "make test " in README
+
+
+def test_the_baselines_page_runs_and_names_configs_that_exist(capsys):
+    page = (ROOT / "docs" / "baselines.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(code, "baselines.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out == "0.0703 bits per pixel\n"
+    names = {path.stem for path in (ROOT / "configs/baselines").glob("*.yaml")}
+    assert {name for name in names if f"`{name}`" not in page and f"`baselines/{name}`" not in page} <= {
+        name for name in names if name.endswith("_tiny")
+    }
