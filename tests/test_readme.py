@@ -15,7 +15,9 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.spl
 COMMANDS += re.findall(r"^    (vidtwin .*)$", README, re.MULTILINE)
 
 
-ON_DATA = [c for c in COMMANDS if c.split()[1] in ("prepare", "doctor", "cache", "check")]  # these parse their own options
+ON_DATA = [
+    c for c in COMMANDS if c.split()[1] in ("prepare", "doctor", "cache", "check")
+]  # these parse their own options
 
 
 @pytest.mark.parametrize("command", ON_DATA, ids=lambda c: " ".join(c.split()[1:3]))
