@@ -6,7 +6,7 @@ Trains each model once with every rate of the grid, takes the rate whose last va
 with two more seeds at it, and measures the three on the test clips. All runs see the same clips in the same order: the
 data's seed stays, `--seed_everything` changes initial weights and noise. What stands after `--` goes to every command.
 Writes `images/baselines_psnr.png` under the folder, prints the table and every run. Goes on where it was interrupted
-(`runs/baselines`). Training seconds are taken at the end, when nothing else runs.
+(`runs/baselines_<steps>`). Training seconds are taken at the end, when nothing else runs.
 """
 
 import argparse
@@ -36,8 +36,11 @@ CLIP = (3, 16, 64, 64)
 BATCH = 4
 
 
+FOLDER = Path("runs/baselines")
+
+
 def run_name(model: str, rate: float, seed: int) -> str:
-    return f"baselines/{model}-{rate:g}-{seed}"
+    return f"{FOLDER.name}/{model}-{rate:g}-{seed}"
 
 
 def checkpoint(model: str, rate: float, seed: int) -> Path:
@@ -78,11 +81,11 @@ def train(wanted: list[tuple[str, float, int]], arguments: argparse.Namespace) -
 
 
 def test(model: str, rate: float, seed: int, options: list[str]) -> dict:
-    name = f"{model}-{seed}"
-    path = Path("runs/baselines/results/rows") / name / "results.json"
+    name = f"{model}-{rate:g}-{seed}"
+    path = FOLDER / "results/rows" / name / "results.json"
     if not path.exists():
         command = [sys.executable, "-m", "vidtwin", "test", "--config", MODELS[model], "--name", name]
-        command += ["--ckpt_path", str(checkpoint(model, rate, seed)), "--results_dir", "runs/baselines/results"]
+        command += ["--ckpt_path", str(checkpoint(model, rate, seed)), "--results_dir", str(FOLDER / "results")]
         command += [*options, "--trainer.enable_progress_bar", "false"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads(path.read_text())
@@ -134,6 +137,8 @@ def main() -> None:
     parser.add_argument("options", nargs="*")
     arguments = parser.parse_args()
 
+    global FOLDER
+    FOLDER = Path(f"runs/baselines_{arguments.steps}")
     first = arguments.seeds[0]
     train([(model, rate, first) for model in MODELS for rate in arguments.rates], arguments)
     scores = {
@@ -165,9 +170,7 @@ def main() -> None:
                 f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
             ]
         )
-    references = [
-        json.loads(path.read_text()) for path in sorted(Path("runs/baselines/results/rows").glob("*_*/results.json"))
-    ]
+    references = [json.loads(path.read_text()) for path in sorted((FOLDER / "results/rows").glob("*_*/results.json"))]
     for row in references:
         metrics = [f"{row['metrics']['psnr']['mean']:.2f}", f"{row['metrics']['ssim']['mean']:.3f}"]
         rows.append([row["name"], "0", f"{100 * row['compression_rate']:.3f}", "", "", *metrics, "", ""])

@@ -3,14 +3,14 @@
     python benchmarks/full_size.py
 
 Each model of the configs is built with random weights in a process of its own and encodes and decodes one clip in
-fp32. Ends with 1 if one needs more than 20 GB. Then, without running anything, the arithmetic of a training on UCF-101:
-100,000 steps of 24 clips on H100s at 35% of their 989 TFLOP/s in bf16.
+fp32. Ends with 1 if one needs more than 20 GB. Then, without running anything, the arithmetic of trainings on H100s at
+35% of their 989 TFLOP/s in bf16: 100,000 steps of 24 clips for all, and each config's own recipe.
 
     clip = 3 · autoencoder + 3 · LPIPS + 8 · discriminator        (forward passes, in FLOPs)
 
 A backward pass costs two forward passes, of a frozen network one; where the config recomputes activations the
-autoencoder has one more. LPIPS sees the clip and its reconstruction, the
-latter with a gradient; the discriminator sees the reconstruction for the generator's sake, then both for its own.
+autoencoder has one more. LPIPS sees the clip and its reconstruction, the latter with a gradient; the discriminator sees
+the reconstruction for the generator's sake, then both for its own, in the steps after its start. R1 is left out.
 """
 
 import argparse
@@ -36,15 +36,18 @@ from vidtwin import checkpoints
 from vidtwin.benchmark.cost import flops
 
 CONFIGS = Path("configs")
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "VidTwin-base": ("vidtwin_base.yaml", {}),
-    "MAGVIT-v2 (prepend)": ("baselines/magvit2.yaml", {}),
-    "MAGVIT-v2, 5 channels (even)": ("baselines/magvit2_continuous.yaml", {}),
-    "CMD, p=16, D=32": ("baselines/cmd.yaml", {}),
-    "CMD, p=4, D=8": ("baselines/cmd_patch4.yaml", {}),
-    "iVideoGPT (256 px inside)": ("baselines/ivideogpt.yaml", {}),
-    "iVideoGPT, native": ("baselines/ivideogpt_native.yaml", {}),
+MODELS = {
+    "VidTwin-base": "vidtwin_base.yaml",
+    "MAGVIT-v2 (prepend)": "baselines/magvit2.yaml",
+    "MAGVIT-v2, 5 channels (even)": "baselines/magvit2_continuous.yaml",
+    "CMD, p=16, D=32": "baselines/cmd.yaml",
+    "CMD, p=4, D=8": "baselines/cmd_patch4.yaml",
+    "iVideoGPT (256 px inside)": "baselines/ivideogpt.yaml",
+    "iVideoGPT, native": "baselines/ivideogpt_native.yaml",
 }
+# Clips of a step in each config's recipe, as its comments have it: data.batch_size times devices.
+RECIPE = {"VidTwin-base": 24, "MAGVIT-v2 (prepend)": 48, "MAGVIT-v2, 5 channels (even)": 48}
+RECIPE |= {"CMD, p=16, D=32": 256, "CMD, p=4, D=8": 256, "iVideoGPT (256 px inside)": 32, "iVideoGPT, native": 32}
 CLIP = (3, 16, 224, 224)
 LIMIT = 20e9  # bytes
 STEPS, BATCH = 100_000, 24
@@ -52,18 +55,18 @@ PEAK, UTILIZATION = 989e12, 0.35
 
 
 def part(config: str, key: str) -> dict[str, Any]:
-    """A section of a config's model, read from a file of its own where it stands in one."""
+    """A section of a config or of its model, read from a file of its own where it stands in one."""
     path = CONFIGS / config
-    section = yaml.safe_load(path.read_text())["model"].get(key) or {}
+    content = yaml.safe_load(path.read_text())
+    section = content.get(key) or content["model"].get(key) or {}
     if isinstance(section, str):
         section = yaml.safe_load((path.parent / section).read_text())
     return section
 
 
 def spec(name: str) -> dict[str, Any]:
-    config, changes = MODELS[name]
-    section = part(config, "autoencoder")
-    return {"class_path": section["class_path"], "init_args": section.get("init_args", {}) | changes}
+    section = part(MODELS[name], "autoencoder")
+    return {"class_path": section["class_path"], "init_args": section.get("init_args", {})}
 
 
 @torch.no_grad()
@@ -98,7 +101,7 @@ def count(network: nn.Module, *inputs: torch.Tensor) -> int:
 
 def training(name: str, autoencoder: int) -> dict[str, float]:
     """FLOPs of one clip's part of a training step, by who causes them."""
-    loss = part(MODELS[name][0], "loss").get("init_args", {})
+    loss = part(MODELS[name], "loss").get("init_args", {})
     clip = torch.empty(1, *CLIP, device="meta")
     passes = 4.0 if spec(name)["init_args"].get("activation_checkpointing") else 3.0
     costs = {"autoencoder": passes * autoencoder, "LPIPS": 0.0, "discriminator": 0.0}
@@ -113,6 +116,7 @@ def training(name: str, autoencoder: int) -> dict[str, float]:
         with torch.device("meta"):
             discriminator = pkgutil.resolve_name(loss["discriminator"]["class_path"])(**arguments)
         costs["discriminator"] = 8.0 * count(discriminator.eval(), clip)
+    costs["generator"] = costs["autoencoder"] + costs["LPIPS"]
     return costs
 
 
@@ -148,11 +152,18 @@ def main() -> int:
     rows = []
     for name, found in measured.items():
         costs = training(name, sum(found["flops"].values()))
-        hours = STEPS * BATCH * sum(costs.values()) / (PEAK * UTILIZATION) / 3600
-        rows.append([name, *(f"{cost / 1e12:.1f}" for cost in costs.values()), f"{hours:,.0f}"])
-    parts = [f"{player} (TFLOPs/clip)" for player in ("autoencoder", "LPIPS", "discriminator")]
-    print(f"\n{STEPS:,} steps of {BATCH} clips, by arithmetic:")
-    print(as_markdown(["training", *parts, "H100 hours"], rows))
+        start = part(MODELS[name], "loss").get("init_args", {}).get("adversarial_start", 10_000)
+        steps = part(MODELS[name], "trainer")["max_steps"]
+        hours = [
+            clips * number * (costs["generator"] + costs["discriminator"] * max(0.0, 1 - start / number))
+            for number, clips in ((STEPS, BATCH), (steps, RECIPE[name]))
+        ]
+        hours = [f"{flop / (PEAK * UTILIZATION) / 3600:,.0f}" for flop in hours]
+        terms = [f"{costs[player] / 1e12:.1f}" for player in ("autoencoder", "LPIPS", "discriminator")]
+        rows.append([name, *terms, hours[0], f"{steps:,} x {RECIPE[name]}", hours[1]])
+    print("\nTFLOPs of a clip's part of a step, and H100 hours, by arithmetic:")
+    header = ["training", "autoencoder", "LPIPS", "discriminator", f"hours for {STEPS:,} x {BATCH}", "recipe", "hours"]
+    print(as_markdown(header, rows))
     return int(any(found["peak"] > LIMIT for found in measured.values()))
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from vidtwin import checkpoints
 from vidtwin.cli import main
+from vidtwin.losses import AutoencoderLoss
 from vidtwin.video import probe, write_video
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -92,7 +93,7 @@ def gan_options(config: dict, resolution: int) -> list[str]:
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monkeypatch):
+def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monkeypatch, capsys):
     """With its own losses, optimizers and options; the tiny ones in their own size too."""
     monkeypatch.chdir(tmp_path)
     path = CONFIGS / "baselines" / f"{name}.yaml"
@@ -105,7 +106,9 @@ def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monk
     assert main(["fit", *options, *gan_options(config, 64 if tiny else 32)]) == 0
     (last,) = tmp_path.rglob("last.ckpt")
     data = [option for option in options if option.startswith("--data")]
+    capsys.readouterr()
     assert main(["test", "--ckpt_path", str(last), *data, "--trainer.accelerator=cpu", "--name=row"]) == 0
+    assert "differs from the config" not in capsys.readouterr().err
     row = json.loads(Path("results/rows/row/results.json").read_text())
     assert row["kind"] == "trained"
     assert row["num_clips"] == 2
@@ -162,3 +165,51 @@ def test_every_yaml_is_used_by_a_test_or_a_config():
     parts = [p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.yaml") if p.parent.name in ("loss", "optimizer")]
     assert parts
     assert [str(part) for part in parts if str(part) not in text] == []
+
+
+def test_magvit2s_discriminator_is_trained_on_half_of_the_released_loss():
+    """There: softplus(-real) + softplus(fake) + 10 |gradient|² + 0.001 LeCAM; every 20th step 20 times the penalty."""
+    arguments = yaml.safe_load((CONFIGS / "baselines/magvit2.yaml").read_text())["model"]["loss"]["init_args"]
+    discriminator = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 2 * 8 * 8, 1))
+    given = {"discriminator": discriminator, "perceptual_weight": 0, "regularization_weights": {}}
+    loss = AutoencoderLoss(**arguments | given)
+    clip, fake = torch.rand(2, 4, 3, 2, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    terms = loss.discriminator_loss(fake, clip, step=20)
+    real, made = discriminator(clip), discriminator(fake)
+    weight = discriminator[1].weight
+    means = (0.001 * real.mean(), 0.001 * made.mean())
+    lecam = (real - means[1]).relu().square().mean() + (means[0] - made).relu().square().mean()
+    softplus = torch.nn.functional.softplus
+    released = softplus(-real).mean() + softplus(made).mean() + 20 * 10 * weight.square().sum() + 0.001 * lecam
+    torch.testing.assert_close(terms["total"], released / 2, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [
+        ("magvit2", {"lr": 1e-4, "betas": [0.0, 0.99], "pixel": "l2", "pixel_weight": 5.0, "perceptual_weight": 0.1}),
+        ("magvit2", {"adversarial_weight": 0.1, "adaptive_weight": False, "adversarial": "non_saturating"}),
+        ("magvit2", {"latent_channels": 18, "channels": 128, "multipliers": [1, 2, 2, 4], "num_blocks": 4}),
+        ("magvit2_continuous", {"latent_channels": 5, "quantizer": "kl", "first_frame": "even"}),
+        ("cmd", {"lr": 1e-5, "betas": [0.5, 0.9], "weight_decay": 0.0, "pixel_weight": 4.0, "perceptual_weight": 4.0}),
+        ("cmd", {"perceptual_frames": 1, "patch_size": 16, "motion_channels": 32, "hidden_size": 384, "depth": 8}),
+        ("cmd_patch4", {"patch_size": 4, "motion_channels": 8}),
+        ("ivideogpt", {"lr": 5e-4, "weight_decay": 0.0, "leading_frames": 2, "perceptual_weight": 1.0}),
+        ("ivideogpt", {"adversarial_weight": 0.8, "adversarial": "hinge", "adaptive_reference": "perceptual"}),
+        ("ivideogpt", {"adversarial_start": 250_000, "inner_resolution": 256, "codebook_size": 8192}),
+        ("ivideogpt_64", {"resolution": 64, "channels": [128, 256, 512], "attention_resolution": 16}),
+    ],
+)
+def test_baselines_follow_the_figures_of_their_papers(name, figures):
+    config = yaml.safe_load((CONFIGS / "baselines" / f"{name}.yaml").read_text())["model"]
+    given = {}
+    for section in ("autoencoder", "loss", "optimizer"):
+        given |= config[section]["init_args"]
+    assert {key: given[key] for key in figures} == figures
+    if name == "magvit2":
+        assert given["regularization_weights"] == {
+            "commitment": 0.25,
+            "entropy": {"start": 0.3, "end": 0.1, "steps": 2000},
+        }
+        assert config["discriminator_optimizer"]["init_args"]["lr"] == 0.8e-4
+        assert (config["ema_decay"], config["use_ema"]) == (0.999, True)

@@ -251,11 +251,16 @@ def autoencoder_weights(checkpoint: dict[str, Any], ema: bool = False) -> dict[s
     return own | checkpoint["ema"]["values"]
 
 
+def _as_stored(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Tuples, which a parser makes by the signature, as the lists that a spec holds."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
+
+
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """Where two specs differ, a line each: `depth: 16 in the config, 2 in the checkpoint`."""
     if first["class_path"] != second["class_path"]:
         return [f"class_path: {first['class_path']} in the config, {second['class_path']} in the checkpoint"]
-    ours, theirs = first.get("init_args", {}), second.get("init_args", {})
+    ours, theirs = (_as_stored(spec.get("init_args", {})) for spec in (first, second))
     return [
         f"{key}: {ours.get(key)} in the config, {theirs.get(key)} in the checkpoint"
         for key in sorted({*ours, *theirs})

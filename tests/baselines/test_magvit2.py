@@ -271,7 +271,7 @@ def test_autocast_to_bf16_trains():
         ({"multipliers": [1, 0]}, "Expected at least two multipliers"),
         ({"quantizer": "vq"}, 'Expected quantizer "lfq", "kl" or "none", got \'vq\''),
         ({"first_frame": "odd"}, 'Expected first_frame "even" or "prepend"'),
-        ({"latent_channels": 31}, "Expected 1 to 30 bits"),
+        ({"latent_channels": 23}, "Expected 1 to 22 bits"),
         ({"temperature": 0.0}, "Expected a temperature above 0"),
     ],
 )

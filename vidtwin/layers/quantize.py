@@ -83,8 +83,8 @@ class LookupFreeQuantizer(nn.Module):
 
     def __init__(self, bits: int, temperature: float = 0.01, group_bits: int = 9) -> None:
         super().__init__()
-        if not 1 <= bits <= 30:
-            raise UserError(f"Expected 1 to 30 bits of a lookup-free quantizer, got {bits}.")
+        if not 1 <= bits <= 22:  # use of the codebook is logged, for which each code has a counter
+            raise UserError(f"Expected 1 to 22 bits of a lookup-free quantizer, got {bits}.")
         if not 1 <= group_bits <= 12:
             raise UserError(f"Expected groups of 1 to 12 bits, got {group_bits}.")
         if not temperature > 0:

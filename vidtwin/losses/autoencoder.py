@@ -231,7 +231,8 @@ class AutoencoderLoss(nn.Module):
         Returns:
             `total`, to be minimised, and detached `pixel`, `perceptual`, `nll`, each regularization term by its name
             (unweighted), and where they are in use `logvar`, `adversarial` (g) and `adaptive_weight` (w). `pixel` and
-            `perceptual` are means in either reduction; `total`, `nll` and `adaptive_weight` follow `reduction`.
+            `perceptual` are means in either reduction (with `leading_frames` sums of two means); `total`, `nll` and
+            `adaptive_weight` follow `reduction`.
         """
         prediction, target = _as_float(reconstruction.clip), _as_float(clip)
         frame_size = target[0, :, 0].numel()

@@ -125,6 +125,9 @@ class BlurPoolDiscriminator3d(nn.Module):
 
         conv ─ 5 × (residual block, half of T, H, W) ─ conv ─ linear ─ linear ─ logit        LeakyReLU 0.2 in between
 
+    Initial values as in cofe-ai/O2-MAGVIT2, which reflects the border in its blur and has a norm behind the last
+    convolution besides.
+
     Args:
         num_frames: T of the clips (or `adversarial_frames` of the loss, where that is less).
         resolution: H = W of the clips.
@@ -141,6 +144,12 @@ class BlurPoolDiscriminator3d(nn.Module):
         left = math.prod(-(-side // 2 ** len(self.blocks)) for side in self.size)
         self.linear1 = nn.Linear(widths[-1] * left, widths[-1])
         self.linear2 = nn.Linear(widths[-1], 1)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv3d | nn.Linear):
+                # At torch's own values a clip would leave no trace in its logit, which starts without a gradient then.
+                nn.init.xavier_uniform_(layer.weight, math.sqrt(2))
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, clip: Tensor) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] → logits (B, 1)."""
