@@ -2,14 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from tiny import trainer
 from torch import nn
 
 from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
 from vidtwin.errors import UserError
+from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.posteriors import Deterministic, DiagonalGaussian, Encoding, Quantized
+from vidtwin.task import AutoencoderTask
 from vidtwin.testing import ContractError, check_autoencoder
+from vidtwin.video import probe, write_video
 
 
 class Patches(VideoAutoencoder):
@@ -106,6 +111,14 @@ class Identity(VideoAutoencoder):
         raise UserError("nothing to train")
 
 
+class PatchesOf(Patches):
+    """Of clips of some lengths."""
+
+    def __init__(self, temporal):
+        super().__init__()
+        self.temporal = TemporalSpec(**temporal)
+
+
 def some_clip(frames=6, side=16, batch=2):
     return torch.rand(batch, 3, frames, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -148,6 +161,58 @@ def test_other_lengths_are_refused_with_what_is_legal(spec, frames, expected):
     with pytest.raises(UserError) as error:
         spec.legal_length(frames)
     assert str(error.value) == f"Expected a clip of {expected}, got {frames}; set data.num_frames accordingly."
+
+
+@pytest.mark.parametrize(
+    ("spec", "length"),
+    [
+        (TemporalSpec(), 16),
+        (TemporalSpec.exactly(4), 4),
+        (TemporalSpec(maximum=8), 8),
+        (TemporalSpec(minimum=17), 17),
+        (TemporalSpec(multiple=8, offset=1, pad="first"), 17),
+        (TemporalSpec(multiple=4, offset=1, maximum=16), 13),
+        (TemporalSpec(multiple=8, minimum=17, maximum=30), 24),
+        (TemporalSpec(multiple=4, offset=5, minimum=5), 17),
+        (TemporalSpec(maximum=64), 16),
+    ],
+    ids=str,
+)
+def test_where_no_length_is_asked_for_it_is_a_legal_one_near_16(spec, length):
+    assert spec.usual_length == length
+    assert spec.is_legal(length)
+
+
+def test_a_spec_that_no_length_keeps_is_refused_where_one_is_wanted():
+    with pytest.raises(UserError, match=r"Expected a temporal that some length keeps, got 8k frames \(at least 17, at"):
+        _ = TemporalSpec(multiple=8, minimum=17, maximum=20).usual_length
+
+
+@pytest.mark.parametrize(
+    ("temporal", "windows"),
+    [
+        ({"minimum": 17}, [17, 17]),
+        ({"maximum": 8}, [8, 8, 8]),
+        ({"multiple": 8, "offset": 1, "pad": "first"}, [17, 17]),
+        ({}, [16, 16]),
+    ],
+    ids=str,
+)
+def test_a_video_is_reconstructed_in_windows_of_a_length_that_the_model_takes(tmp_path, temporal, windows):
+    model = build(PatchesOf, temporal=temporal)
+    seen, encode = [], model._encode
+    model._encode = lambda clip: seen.append(clip) or encode(clip)
+    task = AutoencoderTask(model, AutoencoderLoss(perceptual_weight=0))
+    torch.save({"state_dict": task.state_dict()}, tmp_path / "weights.ckpt")
+    video = np.random.default_rng(0).integers(0, 255, (20, 16, 16, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", video, 8)
+    (written,) = trainer(tmp_path).reconstruct(
+        task, [str(tmp_path / "a.mp4")], str(tmp_path / "out"), tmp_path / "weights.ckpt"
+    )
+    assert [clip.shape[2] for clip in seen] == windows
+    frames = torch.cat(seen, 2)[0]
+    assert not torch.equal(frames[:, 0], frames[:, 1])  # a full window has no copied frame
+    assert probe(written).num_frames == 20
 
 
 @pytest.mark.parametrize("pad", ["first", "last"])

@@ -135,6 +135,14 @@ class OneFrameFewer(Good):
         return clip[:, :, :num_frames] if num_frames != 5 else clip
 
 
+class ShortClips(Good):
+    temporal = TemporalSpec(maximum=8)
+
+
+class LongClips(Good):
+    temporal = TemporalSpec(minimum=17)
+
+
 class Unbuildable(Good):
     def __init__(self, channels: int = 2) -> None:
         super().__init__(channels)
@@ -208,6 +216,13 @@ def test_the_autoencoder_of_a_config_is_checked_and_options_change_it(capsys):
     assert code == 0, printed
     assert "16 frames of 64 x 64 pixels" in printed.out
     assert "structure (2, 4, 8, 8)" in printed.out
+
+
+@pytest.mark.parametrize(("name", "frames"), [("ShortClips", 8), ("LongClips", 17), ("Good", 16)])
+def test_without_num_frames_the_clip_has_a_length_that_the_model_takes(capsys, name, frames):
+    code, printed = check(capsys, f"their_models.{name}", "--resolution=16")
+    assert code == 0, printed
+    assert printed.out.startswith(f"their_models.{name} on a clip of {frames} frames of 16 x 16 pixels\n")
 
 
 def test_of_a_config_only_the_autoencoder_is_built(capsys, folder):

@@ -107,7 +107,7 @@ def _parser(argv: list[str]) -> "LightningArgumentParser":
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="Config as for fit, of which the autoencoder counts.")
-    parser.add_argument("--num_frames", type=int, help="T of the clip (default: the model's own, else 16).")
+    parser.add_argument("--num_frames", type=int, help="T of the clip (default: the model's own, or one near 16).")
     parser.add_argument("--resolution", type=int, help="H = W of the clip (default: the model's own, else about 64).")
     parser.add_argument("--batch_size", type=int, default=2, help="B of the clip, at least 2 (default: 2).")
     parser.add_argument("--device", default="cpu", help="Such as cuda or cuda:1 (default: cpu).")
@@ -165,7 +165,7 @@ def _report(
     temporal, step = model.temporal, model.spatial_multiple
     if resolution is not None and model.resolution not in (None, resolution):
         raise UserError(f"Expected clips of the model's own resolution {model.resolution}, got {resolution}.")
-    frames = num_frames or (temporal.minimum if temporal.minimum == temporal.maximum else 16)
+    frames = num_frames or temporal.usual_length
     side = model.resolution or resolution or 64 + -64 % step
     for name, value in (("num_frames", num_frames), ("resolution", resolution)):
         if value is not None and value < 1:

@@ -41,7 +41,9 @@ class Promise:
     error: Exception | None = None
 
 
-def check_autoencoder(model: VideoAutoencoder, num_frames: int = 16, resolution: int = 64, batch_size: int = 2) -> None:
+def check_autoencoder(
+    model: VideoAutoencoder, num_frames: int | None = None, resolution: int = 64, batch_size: int = 2
+) -> None:
     """Run `model` through every promise of `VideoAutoencoder`; raises `ContractError` at the first broken one.
 
     Use a small configuration: it runs a few dozen forward passes and two backward passes on the model's device. The
@@ -49,7 +51,7 @@ def check_autoencoder(model: VideoAutoencoder, num_frames: int = 16, resolution:
 
     Args:
         model: The autoencoder.
-        num_frames: T of the clip.
+        num_frames: T of the clip; None takes the model's own, or one near 16.
         resolution: H = W of the clip, where the model itself fixes none.
         batch_size: B of the clip; each clip must be treated on its own.
     """
@@ -59,7 +61,7 @@ def check_autoencoder(model: VideoAutoencoder, num_frames: int = 16, resolution:
 
 
 def check_promises(
-    model: VideoAutoencoder, num_frames: int = 16, resolution: int = 64, batch_size: int = 2
+    model: VideoAutoencoder, num_frames: int | None = None, resolution: int = 64, batch_size: int = 2
 ) -> Iterator[Promise]:
     """Hold `model` to each promise in turn and say what became of it; goes on after a broken one.
 
@@ -69,6 +71,7 @@ def check_promises(
         raise UserError(
             f"Expected a batch of at least 2 clips, to see that each is treated on its own; got {batch_size}."
         )
+    num_frames = model.temporal.usual_length if num_frames is None else num_frames
     side = model.resolution or resolution
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
