@@ -2,14 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from tiny import trainer
 from torch import nn
 
 from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
 from vidtwin.errors import UserError
+from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.posteriors import Deterministic, DiagonalGaussian, Encoding, Quantized
-from vidtwin.testing import ContractError, check_autoencoder
+from vidtwin.task import AutoencoderTask
+from vidtwin.testing import ContractError, check_autoencoder, check_promises
+from vidtwin.video import probe, write_video
 
 
 class Patches(VideoAutoencoder):
@@ -106,6 +111,14 @@ class Identity(VideoAutoencoder):
         raise UserError("nothing to train")
 
 
+class PatchesOf(Patches):
+    """Of clips of some lengths."""
+
+    def __init__(self, temporal):
+        super().__init__()
+        self.temporal = TemporalSpec(**temporal)
+
+
 def some_clip(frames=6, side=16, batch=2):
     return torch.rand(batch, 3, frames, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -148,6 +161,58 @@ def test_other_lengths_are_refused_with_what_is_legal(spec, frames, expected):
     with pytest.raises(UserError) as error:
         spec.legal_length(frames)
     assert str(error.value) == f"Expected a clip of {expected}, got {frames}; set data.num_frames accordingly."
+
+
+@pytest.mark.parametrize(
+    ("spec", "length"),
+    [
+        (TemporalSpec(), 16),
+        (TemporalSpec.exactly(4), 4),
+        (TemporalSpec(maximum=8), 8),
+        (TemporalSpec(minimum=17), 17),
+        (TemporalSpec(multiple=8, offset=1, pad="first"), 17),
+        (TemporalSpec(multiple=4, offset=1, maximum=16), 13),
+        (TemporalSpec(multiple=8, minimum=17, maximum=30), 24),
+        (TemporalSpec(multiple=4, offset=5, minimum=5), 17),
+        (TemporalSpec(maximum=64), 16),
+    ],
+    ids=str,
+)
+def test_where_no_length_is_asked_for_it_is_a_legal_one_near_16(spec, length):
+    assert spec.usual_length == length
+    assert spec.is_legal(length)
+
+
+def test_a_spec_that_no_length_keeps_is_refused_where_one_is_wanted():
+    with pytest.raises(UserError, match=r"Expected a temporal that some length keeps, got 8k frames \(at least 17, at"):
+        _ = TemporalSpec(multiple=8, minimum=17, maximum=20).usual_length
+
+
+@pytest.mark.parametrize(
+    ("temporal", "windows"),
+    [
+        ({"minimum": 17}, [17, 17]),
+        ({"maximum": 8}, [8, 8, 8]),
+        ({"multiple": 8, "offset": 1, "pad": "first"}, [17, 17]),
+        ({}, [16, 16]),
+    ],
+    ids=str,
+)
+def test_a_video_is_reconstructed_in_windows_of_a_length_that_the_model_takes(tmp_path, temporal, windows):
+    model = build(PatchesOf, temporal=temporal)
+    seen, encode = [], model._encode
+    model._encode = lambda clip: seen.append(clip) or encode(clip)
+    task = AutoencoderTask(model, AutoencoderLoss(perceptual_weight=0))
+    torch.save({"state_dict": task.state_dict()}, tmp_path / "weights.ckpt")
+    video = np.random.default_rng(0).integers(0, 255, (20, 16, 16, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", video, 8)
+    (written,) = trainer(tmp_path).reconstruct(
+        task, [str(tmp_path / "a.mp4")], str(tmp_path / "out"), tmp_path / "weights.ckpt"
+    )
+    assert [clip.shape[2] for clip in seen] == windows
+    frames = torch.cat(seen, 2)[0]
+    assert not torch.equal(frames[:, 0], frames[:, 1])  # a full window has no copied frame
+    assert probe(written).num_frames == 20
 
 
 @pytest.mark.parametrize("pad", ["first", "last"])
@@ -439,6 +504,87 @@ class OtherLastLayer(Patches):
         return nn.Parameter(torch.zeros(3))
 
 
+class FromTheLastEncode(Codes):
+    """Codes are decoded from what the encoder saw last: right for this clip, useless from a file."""
+
+    def _encode(self, clip):
+        encoding = super()._encode(clip)
+        self.seen = encoding.mode()
+        return encoding
+
+    def dequantize(self, codes):
+        return self.seen
+
+
+class NoStraightThrough(Codes):
+    """The encoder learns from the commitment alone."""
+
+    def _encode(self, clip):
+        encoding = super()._encode(clip)
+        encoding["patches"].value = self.dequantize({"patches": encoding["patches"].codes})["patches"]
+        return encoding
+
+
+class Gaussian(Patches):
+    def __init__(self, channels=2):
+        super().__init__(channels)
+        self.spread = nn.Conv3d(3, channels, (1, 8, 8), stride=(1, 8, 8))
+
+    def _encode(self, clip):
+        return Encoding(patches=DiagonalGaussian(self.down(clip), self.spread(clip)))
+
+
+class CutFromItsDecoder(Gaussian):
+    """The encoder learns from the KL alone, though the decoder uses what it says."""
+
+    def _decode(self, latents):
+        return self.up(latents["patches"].detach())
+
+
+class DeafDecoder(Gaussian):
+    def __init__(self):
+        super().__init__()
+        self.colour = nn.Parameter(torch.randn(2, 1, 1, 1))
+
+    def _decode(self, latents):
+        return self.up(self.colour.expand_as(latents["patches"]))
+
+
+class BlackFrame(Patches):
+    def _decode(self, latents):
+        return super()._decode(latents) * 0
+
+
+class BiasAlone(Patches):
+    def _decode(self, latents):
+        return self.up(latents["patches"] * 0)
+
+
+class NotANumberInTraining(Patches):
+    def _decode(self, latents):
+        decoded = super()._decode(latents)
+        return decoded * math.nan if self.training else decoded
+
+
+class NotANumberInGradients(Patches):
+    def _decode(self, latents):
+        return super()._decode(latents) + 0 * (self.up.weight * 0).sum().sqrt()
+
+
+class WeightNorm(Patches):
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.weight_norm(self.up)
+
+
+class FrozenLastLayer(Patches):
+    """Its decoder trains, but not where the gradients are compared."""
+
+    def __init__(self):
+        super().__init__()
+        self.up.weight.requires_grad_(False)
+
+
 @pytest.mark.parametrize(
     ("cls", "promise"),
     {
@@ -468,6 +614,17 @@ class OtherLastLayer(Patches):
         TakesUnknownLatents: "an unknown latent is refused with a UserError",
         DeadParameter: "every trainable parameter gets a gradient; these do not: ['unused']",
         OtherLastLayer: "last_layer is one of the trainable parameters",
+        FromTheLastEncode: "dequantize() of the codes of patches gives its latent back",
+        NoStraightThrough: "gradients go from patches back to the clip; its encoder learns from commitment alone",
+        CutFromItsDecoder: "gradients go from the decoded clip back to patches",
+        DeafDecoder: "decode() of other latents gives another clip",
+        BlackFrame: "decode() of other latents gives another clip",
+        BiasAlone: "decode() of other latents gives another clip",
+        NotANumberInTraining: "the loss of a training step is finite, got nan",
+        NotANumberInGradients: "gradients are finite; those of up.weight are not",
+        WeightNorm: "last_layer is one of the trainable parameters; return the module's weight itself (under "
+        "weight_norm: module.parametrizations.weight.original1)",
+        FrozenLastLayer: "last_layer is one of the trainable parameters",
     }.items(),
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
@@ -475,6 +632,108 @@ def test_a_broken_promise_is_named(cls, promise):
     with pytest.raises(ContractError) as error:
         check_autoencoder(build(cls), 4, 16)
     assert str(error.value).startswith(promise)
+
+
+# Sound models that look broken.
+
+
+class LargeLatents(Patches):
+    """Sums of about 1e4, which round otherwise in another batch by one part in a million, also where they are 0."""
+
+    def _encode(self, clip):
+        latent = 1e4 * self.down(clip)
+        return Encoding(patches=Deterministic(latent + 1e-2 * (len(clip) > 1)))
+
+    def _decode(self, latents):
+        return self.up(latents["patches"] / 1e4)
+
+
+class FlatNorm(Patches):
+    """Makes much of rounding, as a norm of a constant map does; the rounding is other in another batch."""
+
+    def _encode(self, clip):
+        latent = self.down(clip)
+        flat = 1 + 0 * latent + torch.finfo(latent.dtype).eps * len(clip)
+        return Encoding(patches=Deterministic(latent + (flat - 1) * 1e3))
+
+
+class FrozenDecoder(Patches):
+    def __init__(self):
+        super().__init__()
+        self.up.requires_grad_(False)
+
+
+class FrozenEncoder(Codes):
+    """Without gradients, as a pretrained one; its codebook and decoder train."""
+
+    def __init__(self):
+        super().__init__()
+        self.down.requires_grad_(False)
+
+    def _encode(self, clip):
+        encoding = super()._encode(clip)
+        encoding["patches"].value = self.dequantize({"patches": encoding["patches"].codes})["patches"]
+        return encoding
+
+
+class NormedLastLayer(WeightNorm):
+    @property
+    def last_layer(self):
+        return self.up.parametrizations.weight.original1
+
+
+class LayerDrop(Patches):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv3d(2, 2, 1) for _ in range(4))
+
+    def _decode(self, latents):
+        latent = latents["patches"]
+        for layer in self.layers:
+            if not (self.training and torch.rand(()) < 0.5):
+                latent = latent + layer(latent)
+        return self.up(latent)
+
+
+class ZeroHead(Patches):
+    """Black before it is trained, as a head of zeros makes it."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [LargeLatents, FlatNorm, FrozenDecoder, FrozenEncoder, NormedLastLayer, LayerDrop, ZeroHead, Gaussian],
+)
+def test_a_sound_model_passes_also_where_rounding_or_freezing_makes_it_look_broken(cls):
+    check_autoencoder(build(cls), 4, 16)
+
+
+def test_all_promises_are_asked_of_a_model_in_double_precision():
+    for cls in (Patches, Codes, Gaussian):
+        check_autoencoder(build(cls).double(), 4, 16)
+
+
+def test_a_model_of_squares_alone_is_told_how_to_say_so():
+    class Squares(Patches):
+        def _encode(self, clip):
+            assert clip.shape[3] == clip.shape[4], "squares"
+            return super()._encode(clip)
+
+    with pytest.raises(ContractError, match=r"16 x 24 pixels .* a model of squares alone sets resolution"):
+        check_autoencoder(build(Squares), 4, 16)
+
+
+def test_a_training_step_that_fails_in_full_precision_is_not_asked_for_in_bfloat16():
+    promises = list(check_promises(build(NotANumberInTraining), 4, 16))
+    assert [promise.name for promise in promises if promise.passed is False] == [
+        "every trainable parameter gets a gradient"
+    ]
+    skipped = {promise.name: promise.detail for promise in promises if promise.passed is None}
+    assert skipped["a training step in bfloat16"] == "it needs: every trainable parameter gets a gradient"
 
 
 def test_the_check_leaves_the_model_as_it_was():

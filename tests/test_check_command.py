@@ -135,6 +135,20 @@ class OneFrameFewer(Good):
         return clip[:, :, :num_frames] if num_frames != 5 else clip
 
 
+class ShortClips(Good):
+    temporal = TemporalSpec(maximum=8)
+
+
+class LongClips(Good):
+    temporal = TemporalSpec(minimum=17)
+
+
+class KnowsNoMeta(Good):
+    def _encode(self, clip):
+        assert clip.device.type == "cpu"
+        return super()._encode(clip)
+
+
 class Unbuildable(Good):
     def __init__(self, channels: int = 2) -> None:
         super().__init__(channels)
@@ -208,6 +222,13 @@ def test_the_autoencoder_of_a_config_is_checked_and_options_change_it(capsys):
     assert code == 0, printed
     assert "16 frames of 64 x 64 pixels" in printed.out
     assert "structure (2, 4, 8, 8)" in printed.out
+
+
+@pytest.mark.parametrize(("name", "frames"), [("ShortClips", 8), ("LongClips", 17), ("Good", 16)])
+def test_without_num_frames_the_clip_has_a_length_that_the_model_takes(capsys, name, frames):
+    code, printed = check(capsys, f"their_models.{name}", "--resolution=16")
+    assert code == 0, printed
+    assert printed.out.startswith(f"their_models.{name} on a clip of {frames} frames of 16 x 16 pixels\n")
 
 
 def test_of_a_config_only_the_autoencoder_is_built(capsys, folder):
@@ -301,11 +322,38 @@ def test_a_command_that_is_not_usable_is_one_line_and_2(capsys, words, message):
     assert "ok " not in printed.out
 
 
-def test_a_very_large_model_is_told_of(capsys, monkeypatch):
-    monkeypatch.setattr("vidtwin.check_command._LARGE", 100)
+def test_a_model_of_many_operations_is_told_of(capsys, monkeypatch):
+    # Each number in the 2 latents of 2 x 2 patches is a product with 3 x 8 x 8 numbers, and so is each way back.
+    flops = 2 * 2 * (4 * 2 * 2 * 2) * (3 * 8 * 8)
+    monkeypatch.setattr("vidtwin.check_command._LARGE_FLOPS", flops - 1)
     code, printed = check(capsys, "their_models.Good", *SMALL)
     assert code == 0
+    assert printed.out.splitlines()[1].startswith(f"{flops:,} operations a clip: this takes minutes")
+    monkeypatch.setattr("vidtwin.check_command._LARGE_FLOPS", flops)
+    assert "this takes minutes" not in check(capsys, "their_models.Good", *SMALL)[1].out
+
+
+@pytest.mark.parametrize("name", ["KnowsNoMeta", "Raises"])
+def test_of_a_model_whose_operations_cannot_be_counted_the_parameters_tell(capsys, monkeypatch, name):
+    monkeypatch.setattr("vidtwin.check_command._LARGE_PARAMETERS", 772)
+    _, printed = check(capsys, f"their_models.{name}", *SMALL)
     assert printed.out.splitlines()[1].startswith("773 parameters: this takes minutes")
+    monkeypatch.setattr("vidtwin.check_command._LARGE_PARAMETERS", 773)
+    assert "this takes minutes" not in check(capsys, f"their_models.{name}", *SMALL)[1].out
+
+
+def test_at_full_size_cmd_is_told_of_and_the_example_of_the_help_is_not(capsys, monkeypatch):
+    from vidtwin.baselines.cmd import CMD
+    from vidtwin.check_command import _DESCRIPTION, _cost
+
+    with torch.device("meta"):
+        model = CMD()
+    assert _cost(model, (3, 16, 224, 224)).endswith(" operations a clip")
+    words = next(line.split()[2:] for line in _DESCRIPTION.splitlines() if line.startswith("  vidtwin check"))
+    code, printed = check(capsys, *words)
+    assert code == 0, printed
+    assert words[0] == "cmd"
+    assert "this takes minutes" not in printed.out
 
 
 def test_a_broken_short_name_says_what_is_broken(capsys, monkeypatch):

@@ -53,6 +53,17 @@ class TemporalSpec:
             raise UserError(f"Expected a clip of {self}, got {num_frames}; set data.num_frames accordingly.")
         return length
 
+    @property
+    def usual_length(self) -> int:
+        """The legal length at or next to 16 frames, rather above than below: what is taken where none is asked for."""
+        length = max(self.minimum, 16 if self.maximum is None else min(16, self.maximum))
+        length += -(length - self.offset) % self.multiple
+        if not self.is_legal(length):  # above the maximum
+            length -= self.multiple
+        if not self.is_legal(length):
+            raise UserError(f"Expected a temporal that some length keeps, got {self}; mend minimum and maximum.")
+        return length
+
     def __str__(self) -> str:
         if self.minimum == self.maximum:
             return f"{self.minimum} frames"

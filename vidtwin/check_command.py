@@ -20,17 +20,19 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Hold an autoencoder to each promise of vidtwin.VideoAutoencoder, with random weights on a random clip.
 
-  vidtwin check cmd
+  vidtwin check cmd --autoencoder.resolution 32 --autoencoder.hidden_size 32 --autoencoder.depth 1
   vidtwin check my_package.MyTokenizer --autoencoder.channels 4 --num_frames 8 --resolution 32
   vidtwin check --config configs/demo.yaml
 
+Small arguments show the same mistakes in seconds; at full size a check is some dozen clips and a few training steps.
 NAME is a short name (`vidtwin plugins` lists them) or a class path, also of a file in the current folder. The class's
 own arguments are --autoencoder.ARGUMENT VALUE; --autoencoder.help lists them.
 
 It prints one line a promise (ok, FAILED with what to do, or skipped with why), then parameters, latents and rate. Exit
 code: 0 all kept, 1 one broken, 2 the command is not usable. In tests: vidtwin.testing.check_autoencoder(model).
 """
-_LARGE = 200_000_000
+_LARGE_FLOPS = 100_000_000_000  # of a clip, there and back; a check does about 45 of them: more than a minute on a CPU
+_LARGE_PARAMETERS = 200_000_000
 _GROUP = "vidtwin.autoencoders"
 _KEY = "model.autoencoder"
 
@@ -107,7 +109,7 @@ def _parser(argv: list[str]) -> "LightningArgumentParser":
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="Config as for fit, of which the autoencoder counts.")
-    parser.add_argument("--num_frames", type=int, help="T of the clip (default: the model's own, else 16).")
+    parser.add_argument("--num_frames", type=int, help="T of the clip (default: the model's own, or one near 16).")
     parser.add_argument("--resolution", type=int, help="H = W of the clip (default: the model's own, else about 64).")
     parser.add_argument("--batch_size", type=int, default=2, help="B of the clip, at least 2 (default: 2).")
     parser.add_argument("--device", default="cpu", help="Such as cuda or cuda:1 (default: cpu).")
@@ -165,7 +167,7 @@ def _report(
     temporal, step = model.temporal, model.spatial_multiple
     if resolution is not None and model.resolution not in (None, resolution):
         raise UserError(f"Expected clips of the model's own resolution {model.resolution}, got {resolution}.")
-    frames = num_frames or (temporal.minimum if temporal.minimum == temporal.maximum else 16)
+    frames = num_frames or temporal.usual_length
     side = model.resolution or resolution or 64 + -64 % step
     for name, value in (("num_frames", num_frames), ("resolution", resolution)):
         if value is not None and value < 1:
@@ -175,11 +177,10 @@ def _report(
     except (RuntimeError, AssertionError) as error:
         first = str(error).strip().partition("\n")[0]
         raise UserError(f"Expected a device that this machine has, got {device!r}: {first}") from error
-    parameters = sum(p.numel() for p in model.parameters())
     cls = f"{type(model).__module__}.{type(model).__qualname__}"
     _say(f"{cls} on a clip of {frames} frames of {side} x {side} pixels")
-    if parameters > _LARGE:
-        _say(f"{parameters:,} parameters: this takes minutes and several times the model's memory")
+    if much := _cost(model, (3, frames, side, side)):
+        _say(f"{much}: this takes minutes on a CPU, and several times the model's memory")
     promises = []
     for promise in check_promises(model, frames, side, batch_size):
         word = {True: "ok", False: "FAILED", None: "skipped"}[promise.passed]
@@ -196,6 +197,17 @@ def _report(
     skipped = len(promises) - broken - kept
     _say(f"{kept} promises kept, {broken} broken, {skipped} skipped")
     return 1 if broken else 0
+
+
+def _cost(model: "VideoAutoencoder", shape: tuple[int, int, int, int]) -> str:
+    """What makes the check of a large model long; empty for others."""
+    from vidtwin.benchmark.cost import flops
+
+    try:
+        count, limit, unit = sum(flops(model, shape).values()), _LARGE_FLOPS, "operations a clip"
+    except Exception:  # it does not run on the meta device, or not at all: a promise says where and why
+        count, limit, unit = sum(p.numel() for p in model.parameters()), _LARGE_PARAMETERS, "parameters"
+    return f"{count:,} {unit}" if count > limit else ""
 
 
 def _summary(model: "VideoAutoencoder", shape: tuple[int, int, int, int]) -> list[tuple[str, str]]:

@@ -211,8 +211,8 @@ class VideoTrainer(Trainer):
     ) -> list[Path]:
         """Reconstruct video files: same number of frames and frame rate, at the model's resolution if it has one.
 
-        A video goes through in windows of the model's length; the last window is filled up by repeating the last
-        frame, and cut again.
+        A video goes through in windows of the model's length, or of one near 16 that it takes; the last window is
+        filled up by repeating the last frame, and cut again.
 
         Args:
             model: The task.
@@ -236,7 +236,7 @@ class VideoTrainer(Trainer):
         autoencoder = task.autoencoder.eval()
         checkpoints.load_weights(autoencoder, ckpt_path, task.use_ema)
         autoencoder.to(self.strategy.root_device)
-        frames = autoencoder.temporal.maximum or 16
+        frames = autoencoder.temporal.usual_length
         size = autoencoder.resolution
         written = []
         for source, stem in zip(inputs, stems, strict=True):
