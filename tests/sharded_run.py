@@ -27,6 +27,7 @@ from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.losses.discriminator import PatchDiscriminator2d
 from vidtwin.posteriors import Deterministic, Encoding
+from vidtwin.sharding import gathered, reshard
 from vidtwin.task import AutoencoderTask
 
 STEPS = 3
@@ -191,6 +192,26 @@ def adaptive(folder: Path, ckpt_path: Path | None = None, **devices: Any) -> dic
     return train(folder, task, ckpt_path=ckpt_path, steps=5, data=Clips(count=12), every=2, **devices)
 
 
+def averaged(folder: Path, **devices: Any) -> dict[str, Any]:
+    """Training, test and prediction in one process, each with the average, and whether it went away behind each."""
+    task, data = task_of(use_ema=True), Uneven(devices.get("devices", 1))
+    run = trainer(folder, STEPS, callbacks=[saved(folder, STEPS)], **devices)
+    run.fit(task, datamodule=data)
+    outcome: dict[str, Any] = {"val/psnr": float(run.callback_metrics["val/psnr"])}
+    own = gathered({name: parameter.detach() for name, parameter in task.autoencoder.named_parameters()})
+    own = {name: value.clone() for name, value in own.items()}
+    commands = {
+        "test": partial(run.test, verbose=False, results_dir=str(folder), name="row", references=[]),
+        "predict": partial(run.predict, out=str(folder / "predicted")),
+    }
+    for name, command in commands.items():
+        command(task, datamodule=data)
+        reshard(task.autoencoder)
+        after = gathered({name: parameter.detach() for name, parameter in task.autoencoder.named_parameters()})
+        outcome[name] = all(torch.equal(value, after[name]) for name, value in own.items())
+    return outcome
+
+
 def measured(folder: Path, checkpoint: Path, **devices: Any) -> dict[str, Any]:
     """`vidtwin test`, with the averaged weights."""
     task = task_of(use_ema=True)
@@ -226,7 +247,7 @@ if __name__ == "__main__":
     two = {"devices": 2, "strategy": "fsdp2"}
     outcomes = {
         scenario.__name__: scenario(out / scenario.__name__, **two)
-        for scenario in (whole, parts, one_unit, poisoned, adaptive, low_precision)
+        for scenario in (whole, parts, one_unit, poisoned, adaptive, averaged, low_precision)
     }
     alone = out / "alone" / "whole"
     outcomes["from_one"] = train(out / "from_one", task_of(), ckpt_path=alone / "step-00000001.ckpt", **two)

@@ -131,6 +131,15 @@ def test_two_ranks_measure_what_one_process_does(folder, ranks, tmp_path):
         assert theirs["metrics"][name] == pytest.approx(ours["metrics"][name], rel=1e-4)
 
 
+def test_training_test_and_prediction_in_one_process_use_the_average_and_put_it_away(folder, ranks):
+    row = json.loads((folder / "averaged" / "rows" / "row" / "results.json").read_text())
+    assert row["weights"] == "running average"
+    for rank in ranks:
+        assert (rank["averaged"]["test"], rank["averaged"]["predict"]) == (True, True)
+        assert row["metrics"]["psnr"]["mean"] == pytest.approx(rank["averaged"]["val/psnr"], abs=1e-4)
+    assert len(list((folder / "averaged" / "predicted").glob("*.safetensors"))) == 3
+
+
 def test_a_file_that_can_not_be_read_is_an_error_on_both_ranks(ranks):
     for rank in ranks:
         errors = rank["refused"]
