@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vidtwin.errors import UserError
+from vidtwin.layers.conv3d import norm_groups
 from vidtwin.losses import (
     BlurPoolDiscriminator3d,
     PatchDiscriminator2d,
@@ -51,6 +52,12 @@ def test_group_norm_keeps_the_clips_of_a_batch_apart_in_training() -> None:
     assert any(isinstance(m, nn.GroupNorm) for m in discriminator.modules())
     clip = torch.randn(2, 3, 4, 32, 32)
     torch.testing.assert_close(discriminator(clip)[:1], discriminator(clip[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_discriminator_has_the_groups_of_any_other_network() -> None:
+    for channels in (2, 4, 6, 12, 24, 64):
+        norms = [m for m in PatchDiscriminator2d(channels).modules() if isinstance(m, nn.GroupNorm)]
+        assert [norm.num_groups for norm in norms] == [norm_groups(norm.num_channels) for norm in norms]
 
 
 def test_blur_pooling_is_the_filter_at_every_second_place() -> None:
