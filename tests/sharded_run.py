@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from tiny import Clips, Poisoned, tiny_model, tiny_task, trainer
+from tiny import BASELINES, Clips, Poisoned, tiny_model, tiny_task, trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR
 
+from vidtwin import plugins
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.callbacks.clips import ClipLogger
@@ -115,6 +116,7 @@ def task_of(model: VideoAutoencoder | None = None, **arguments: Any) -> Autoenco
         discriminator=PatchDiscriminator2d(channels=4, num_layers=1),
         lecam_weight=0.1,
         r1_weight=0.1,
+        regularization_weights={"commitment": 0.25, "codebook": 1.0},  # of the baseline
         learn_logvar=True,
     )
     players = {
@@ -177,6 +179,15 @@ def one_unit(folder: Path, **devices: Any) -> dict[str, Any]:
     """The ranks begin with other weights each, as without a seed."""
     torch.manual_seed(int(os.environ.get("LOCAL_RANK", "0")))
     return train(folder, task_of(Convolutions()), **devices)
+
+
+def baseline(folder: Path, **devices: Any) -> dict[str, Any]:
+    """A plug-in with two codebooks, whose levels are units."""
+    model = plugins.load("ivideogpt", "vidtwin.autoencoders")(**BASELINES["ivideogpt"], attention_dropout=0.0)
+    task = task_of(model)
+    outcome = train(folder, task, **devices)
+    outcome["units"] = [type(m).__name__ for m in task.modules() if type(m).__name__.startswith("FSDP")]
+    return outcome
 
 
 def poisoned(folder: Path, **devices: Any) -> dict[str, Any]:
@@ -247,7 +258,7 @@ if __name__ == "__main__":
     two = {"devices": 2, "strategy": "fsdp2"}
     outcomes = {
         scenario.__name__: scenario(out / scenario.__name__, **two)
-        for scenario in (whole, parts, one_unit, poisoned, adaptive, averaged, low_precision)
+        for scenario in (whole, parts, one_unit, baseline, poisoned, adaptive, averaged, low_precision)
     }
     alone = out / "alone" / "whole"
     outcomes["from_one"] = train(out / "from_one", task_of(), ckpt_path=alone / "step-00000001.ckpt", **two)

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(folder):
     """What one process does with the clips of both ranks."""
-    scenarios = ("whole", "parts", "one_unit", "poisoned")
+    scenarios = ("whole", "parts", "one_unit", "baseline", "poisoned")
     return {name: getattr(sharded_run, name)(folder / "alone" / name) for name in scenarios}
 
 
@@ -61,7 +61,7 @@ def assert_same_training(path: Path, other: Path) -> None:
     torch.testing.assert_close(held(path), held(other), rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["whole", "parts", "one_unit"])
+@pytest.mark.parametrize("name", ["whole", "parts", "one_unit", "baseline"])
 def test_two_ranks_take_the_steps_of_one_process(folder, one, ranks, name):
     for rank in ranks:
         for value in ("train/adaptive_weight", "train/gradient_norm", "val/psnr"):
@@ -77,6 +77,12 @@ def test_each_rank_holds_half_of_the_weights_and_of_the_optimizer(one, ranks):
         assert rank["whole"]["share"] == pytest.approx(0.5, abs=0.01)
         blocks = ["FSDPSpatialTemporalBlock"] * 2
         assert rank["whole"]["units"] == ["FSDPVidTwin", *blocks, "FSDPQFormerLayer", *blocks]
+
+
+def test_the_levels_of_a_baseline_are_units(ranks):
+    for rank in ranks:
+        counts = {name: rank["baseline"]["units"].count(name) for name in ("FSDPIVideoGPT", "FSDPDownLevel")}
+        assert counts == {"FSDPIVideoGPT": 1, "FSDPDownLevel": 2 * 2}  # of the two encoders
 
 
 def test_steps_that_are_not_finite_on_one_rank_are_undone_on_both(folder, one, ranks):
