@@ -27,12 +27,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
 from vidtwin.errors import UserError
 from vidtwin.layers.attention import SelfAttention
 from vidtwin.layers.patches import patchify
+from vidtwin.layers.recompute import Recomputing
 from vidtwin.posteriors import Deterministic, Encoding, Latents
 
 
@@ -69,7 +69,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Transformer(nn.Module):
+class Transformer(Recomputing):
     """Position embeddings and `depth` blocks over T frames of S patches; no norm behind the last block."""
 
     def __init__(
@@ -81,8 +81,7 @@ class Transformer(nn.Module):
         num_patches: int,
         activation_checkpointing: bool,
     ) -> None:
-        super().__init__()
-        self.activation_checkpointing = activation_checkpointing
+        super().__init__(activation_checkpointing)
         self.space = nn.Parameter(torch.empty(num_patches, hidden_size))
         self.time = nn.Parameter(torch.empty(num_frames, 1, hidden_size))
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
@@ -93,10 +92,7 @@ class Transformer(nn.Module):
         """(B, T or 1, S, C) → (B, T, S, C)."""
         x = x + (self.space + self.time)
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = self.run(block, x)
         return x
 
 

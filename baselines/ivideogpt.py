@@ -123,6 +123,11 @@ class ConditionalEncoder(EncoderLayers):
         last = len(channels) - 1
         sizes = [resolution // 2 ** min(i + 1, last) for i in range(len(channels))]
         self.attended = [i for i, size in enumerate(sizes) if size <= attention_resolution]
+        if not self.attended:
+            raise UserError(
+                f"Expected attention_resolution of at least {sizes[-1]}, the side of the smallest level, got "
+                f"{attention_resolution}: the encoder of the future frames would not see the context."
+            )
         self.cross_att_blocks = nn.ModuleList(
             ContextAttention(channels[i], sizes[i], context_length, dropout) for i in self.attended
         )
@@ -354,13 +359,7 @@ class IVideoGPT(VideoAutoencoder):
     def _decode(self, latents: Latents) -> Tensor:
         shapes = self._shapes(frames="N")
         for name, latent in latents.items():
-            wanted = shapes[name]
-            if latent.ndim != 5 or any(a != b for a, b in zip(latent.shape[1:], wanted, strict=True) if b != "N"):
-                expected = ", ".join(map(str, wanted))
-                raise UserError(f"Expected latent {name} of shape (B, {expected}), got {tuple(latent.shape)}.")
-        if len({len(latent) for latent in latents.values()}) != 1:
-            lengths = {name: len(latent) for name, latent in latents.items()}
-            raise UserError(f"Expected latents of one batch, got {lengths}.")
+            _check_shape(f"latent {name}", latent, shapes[name])
         context = latents.get("context")
         if context is None:
             context = latents["dynamics"].new_zeros(len(latents["dynamics"]), *shapes["context"])
@@ -384,11 +383,12 @@ class IVideoGPT(VideoAutoencoder):
 
     def dequantize(self, codes: Latents) -> Latents:
         """Integer codes by name, context (B, T0, g, g) and dynamics (B, N, g/p, g/p) → their code vectors."""
+        if not codes or not set(codes) <= set(self.latent_names):
+            raise UserError(f"Expected codes by the names {list(self.latent_names)}, got {sorted(codes)}.")
         quantizers = {"context": self.quantize, "dynamics": self.dynamics_quantize}
-        if not codes or not set(codes) <= set(quantizers):
-            raise UserError(f"Expected codes by the names {list(quantizers)}, got {sorted(codes)}.")
         for name, given in codes.items():
             size = quantizers[name].codebook_size
+            _check_shape(f"codes {name}", given, self._shapes(frames="N")[name][1:])
             if given.is_floating_point() or not bool(((given >= 0) & (given < size)).all()):
                 raise UserError(f"Expected {name} codes that are integers in 0..{size - 1}, got others.")
         return {name: quantizers[name].lookup(given).movedim(-1, 1) for name, given in codes.items()}
@@ -399,6 +399,10 @@ class IVideoGPT(VideoAutoencoder):
         With K and K' the sizes of the codebooks: the codes of each context frame, with K + K' between two frames; then
         for each future frame K + K' + 1 and its codes, counted from K.
         """
+        if set(codes) != set(self.latent_names) or len({len(given) for given in codes.values()}) != 1:
+            got = {name: tuple(given.shape) for name, given in codes.items()}
+            raise UserError(f"Expected codes {list(self.latent_names)} of one batch, got {got}.")
+        self.dequantize(codes)  # says where one is no code
         size, dynamics_size = self.quantize.codebook_size, self.dynamics_quantize.codebook_size
         context = F.pad(codes["context"].flatten(2), (1, 0), value=size + dynamics_size)
         dynamics = F.pad(codes["dynamics"].flatten(2) + size, (1, 0), value=size + dynamics_size + 1)
@@ -408,18 +412,18 @@ class IVideoGPT(VideoAutoencoder):
         """The inverse of `tokens`; `UserError` for what is no whole stream."""
         size, grid, side = self.quantize.codebook_size, self.grid_size, self.grid_size // self.patch_size
         length = self.context_length * (grid**2 + 1) - 1
-        context, dynamics = F.pad(tokens[:, :length], (1, 0)), tokens[:, length:]
-        if tokens.shape[1] < length or dynamics.shape[1] % (side**2 + 1):
+        rest = tokens.shape[1] - length if tokens.ndim == 2 else -1
+        if rest < 0 or rest % (side**2 + 1):
             raise UserError(
                 f"Expected tokens (B, {length} + k·{side**2 + 1}), got {tuple(tokens.shape)}: the stream is cut off "
                 "or of another model."
             )
+        context, dynamics = F.pad(tokens[:, :length], (1, 0)), tokens[:, length:]
         codes = {
             "context": rearrange(context, "b (t s) -> b t s", s=grid**2 + 1)[..., 1:].unflatten(-1, (grid, grid)),
             "dynamics": rearrange(dynamics, "b (n s) -> b n s", s=side**2 + 1)[..., 1:].unflatten(-1, (side, side))
             - size,
         }
-        self.dequantize(codes)  # says where a token is no code
         if not torch.equal(self.tokens(codes), tokens):
             raise UserError("Expected the tokens that begin a frame in their places, got others there.")
         return codes
@@ -441,6 +445,13 @@ class IVideoGPT(VideoAutoencoder):
         frames = frames if frames.dtype == torch.float64 else frames.float()
         frames = F.interpolate(frames, (side, side), mode="bicubic", align_corners=False, antialias=True)
         return rearrange(frames, "(b t) c h w -> b c t h w", b=len(clip))
+
+
+def _check_shape(what: str, given: Tensor, wanted: tuple[Any, ...]) -> None:
+    """`wanted` without the batch; "N" is any number."""
+    fits = given.ndim == 1 + len(wanted)
+    if not fits or any(a != b for a, b in zip(given.shape[1:], wanted, strict=True) if b != "N"):
+        raise UserError(f"Expected {what} of shape (B, {', '.join(map(str, wanted))}), got {tuple(given.shape)}.")
 
 
 def _read_config(path: Path, given: Path) -> dict[str, Any]:

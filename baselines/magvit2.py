@@ -31,12 +31,12 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
 from vidtwin.errors import UserError
 from vidtwin.layers.conv3d import CausalConv3d, DepthToSpace, FrameGroupNorm, ResidualBlock, channels_last
 from vidtwin.layers.quantize import LookupFreeQuantizer
+from vidtwin.layers.recompute import Recomputing
 from vidtwin.posteriors import Deterministic, DiagonalGaussian, Encoding, Latents, Posterior, Quantized
 
 
@@ -70,22 +70,7 @@ class AdaptiveGroupNorm(nn.Module):
         return torch.addcmul(shift, normal, 1 + scale).flatten(5, 6).flatten(3, 4)
 
 
-class _Half(nn.Module):
-    """What encoder and decoder share: a list of layers, each of which can be run again in the backward pass."""
-
-    layers: nn.ModuleList
-
-    def __init__(self, activation_checkpointing: bool) -> None:
-        super().__init__()
-        self.activation_checkpointing = activation_checkpointing
-
-    def run(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
-
-
-class Encoder(_Half):
+class Encoder(Recomputing):
     """Clip → what the quantizer takes.
 
     Args:
@@ -125,7 +110,7 @@ class Encoder(_Half):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class Decoder(_Half):
+class Decoder(Recomputing):
     """Latent → clip: the encoder's arguments, of which `widths` and `strides` are in the encoder's order."""
 
     def __init__(

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from tiny import Clips, Poisoned, tiny_model, tiny_task, trainer
+from tiny import BASELINES, Clips, Poisoned, tiny_model, tiny_task, trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR
 
+from vidtwin import plugins
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.callbacks.clips import ClipLogger
@@ -27,6 +28,7 @@ from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.losses.discriminator import PatchDiscriminator2d
 from vidtwin.posteriors import Deterministic, Encoding
+from vidtwin.sharding import gathered, reshard
 from vidtwin.task import AutoencoderTask
 
 STEPS = 3
@@ -114,6 +116,7 @@ def task_of(model: VideoAutoencoder | None = None, **arguments: Any) -> Autoenco
         discriminator=PatchDiscriminator2d(channels=4, num_layers=1),
         lecam_weight=0.1,
         r1_weight=0.1,
+        regularization_weights={"commitment": 0.25, "codebook": 1.0},  # of the baseline
         learn_logvar=True,
     )
     players = {
@@ -178,6 +181,15 @@ def one_unit(folder: Path, **devices: Any) -> dict[str, Any]:
     return train(folder, task_of(Convolutions()), **devices)
 
 
+def baseline(folder: Path, **devices: Any) -> dict[str, Any]:
+    """A plug-in with two codebooks, whose levels are units."""
+    model = plugins.load("ivideogpt", "vidtwin.autoencoders")(**BASELINES["ivideogpt"], attention_dropout=0.0)
+    task = task_of(model)
+    outcome = train(folder, task, **devices)
+    outcome["units"] = [type(m).__name__ for m in task.modules() if type(m).__name__.startswith("FSDP")]
+    return outcome
+
+
 def poisoned(folder: Path, **devices: Any) -> dict[str, Any]:
     """A clip without finite pixels, then a gradient that is not finite; each time the training goes back."""
     callbacks = [StepGuard(patience=1, rollbacks=9), BrokenGradient(at=5)]
@@ -189,6 +201,26 @@ def adaptive(folder: Path, ckpt_path: Path | None = None, **devices: Any) -> dic
     """With AdamW, a GAN that starts later, dropout, and the schedules as they are."""
     task = tiny_task(gan_start=3, ema_decay=0.9, model={"qformer_dropout": 0.3})
     return train(folder, task, ckpt_path=ckpt_path, steps=5, data=Clips(count=12), every=2, **devices)
+
+
+def averaged(folder: Path, **devices: Any) -> dict[str, Any]:
+    """Training, test and prediction in one process, each with the average, and whether it went away behind each."""
+    task, data = task_of(use_ema=True), Uneven(devices.get("devices", 1))
+    run = trainer(folder, STEPS, callbacks=[saved(folder, STEPS)], **devices)
+    run.fit(task, datamodule=data)
+    outcome: dict[str, Any] = {"val/psnr": float(run.callback_metrics["val/psnr"])}
+    own = gathered({name: parameter.detach() for name, parameter in task.autoencoder.named_parameters()})
+    own = {name: value.clone() for name, value in own.items()}
+    commands = {
+        "test": partial(run.test, verbose=False, results_dir=str(folder), name="row", references=[]),
+        "predict": partial(run.predict, out=str(folder / "predicted")),
+    }
+    for name, command in commands.items():
+        command(task, datamodule=data)
+        reshard(task.autoencoder)
+        after = gathered({name: parameter.detach() for name, parameter in task.autoencoder.named_parameters()})
+        outcome[name] = all(torch.equal(value, after[name]) for name, value in own.items())
+    return outcome
 
 
 def measured(folder: Path, checkpoint: Path, **devices: Any) -> dict[str, Any]:
@@ -226,7 +258,7 @@ if __name__ == "__main__":
     two = {"devices": 2, "strategy": "fsdp2"}
     outcomes = {
         scenario.__name__: scenario(out / scenario.__name__, **two)
-        for scenario in (whole, parts, one_unit, poisoned, adaptive, low_precision)
+        for scenario in (whole, parts, one_unit, baseline, poisoned, adaptive, averaged, low_precision)
     }
     alone = out / "alone" / "whole"
     outcomes["from_one"] = train(out / "from_one", task_of(), ckpt_path=alone / "step-00000001.ckpt", **two)

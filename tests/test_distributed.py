@@ -21,7 +21,7 @@ def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     write_tree(folder / "videos")
     tests = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(tests / "two_ranks.py"), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -62,6 +62,13 @@ def test_two_ranks_train_a_baseline_as_one_does(outcomes, one_ranks_baselines, n
     alone, psnr = one_ranks_baselines
     torch.testing.assert_close(weights_of(folder / "baselines" / name), weights_of(alone / name), rtol=1e-3, atol=1e-4)
     assert ranks[0]["baselines"][name] == ranks[1]["baselines"][name] == pytest.approx(psnr[name], abs=1e-3)
+
+
+def test_results_count_the_codes_of_the_clips_of_all_ranks(outcomes, tmp_path):
+    alone = two_ranks.codebooks(tmp_path)
+    assert alone["latent"]["dead_codes"] < alone["latent"]["size"] == 64
+    for rank in outcomes[1]:
+        assert rank["codebooks"] == alone
 
 
 def test_gradients_travel_with_the_last_part_of_a_batch_only(outcomes):

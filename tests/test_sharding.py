@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(folder):
     """What one process does with the clips of both ranks."""
-    scenarios = ("whole", "parts", "one_unit", "poisoned")
+    scenarios = ("whole", "parts", "one_unit", "baseline", "poisoned")
     return {name: getattr(sharded_run, name)(folder / "alone" / name) for name in scenarios}
 
 
@@ -61,7 +61,7 @@ def assert_same_training(path: Path, other: Path) -> None:
     torch.testing.assert_close(held(path), held(other), rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["whole", "parts", "one_unit"])
+@pytest.mark.parametrize("name", ["whole", "parts", "one_unit", "baseline"])
 def test_two_ranks_take_the_steps_of_one_process(folder, one, ranks, name):
     for rank in ranks:
         for value in ("train/adaptive_weight", "train/gradient_norm", "val/psnr"):
@@ -77,6 +77,12 @@ def test_each_rank_holds_half_of_the_weights_and_of_the_optimizer(one, ranks):
         assert rank["whole"]["share"] == pytest.approx(0.5, abs=0.01)
         blocks = ["FSDPSpatialTemporalBlock"] * 2
         assert rank["whole"]["units"] == ["FSDPVidTwin", *blocks, "FSDPQFormerLayer", *blocks]
+
+
+def test_the_levels_of_a_baseline_are_units(ranks):
+    for rank in ranks:
+        counts = {name: rank["baseline"]["units"].count(name) for name in ("FSDPIVideoGPT", "FSDPDownLevel")}
+        assert counts == {"FSDPIVideoGPT": 1, "FSDPDownLevel": 2 * 2}  # of the two encoders
 
 
 def test_steps_that_are_not_finite_on_one_rank_are_undone_on_both(folder, one, ranks):
@@ -129,6 +135,15 @@ def test_two_ranks_measure_what_one_process_does(folder, ranks, tmp_path):
     assert (ours["model"], ours["parameters"]) == (theirs["model"], theirs["parameters"])
     for name in ("psnr", "ssim"):
         assert theirs["metrics"][name] == pytest.approx(ours["metrics"][name], rel=1e-4)
+
+
+def test_training_test_and_prediction_in_one_process_use_the_average_and_put_it_away(folder, ranks):
+    row = json.loads((folder / "averaged" / "rows" / "row" / "results.json").read_text())
+    assert row["weights"] == "running average"
+    for rank in ranks:
+        assert (rank["averaged"]["test"], rank["averaged"]["predict"]) == (True, True)
+        assert row["metrics"]["psnr"]["mean"] == pytest.approx(rank["averaged"]["val/psnr"], abs=1e-4)
+    assert len(list((folder / "averaged" / "predicted").glob("*.safetensors"))) == 3
 
 
 def test_a_file_that_can_not_be_read_is_an_error_on_both_ranks(ranks):

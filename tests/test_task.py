@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
-from tiny import Clips, Poisoned, tiny_model, tiny_task, trainer
+from tiny import Clips, Poisoned, baseline_task, tiny_model, tiny_task, trainer
 
 from vidtwin.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
 from vidtwin.datamodules.transforms import to_clip
@@ -283,6 +283,23 @@ def test_a_resumed_run_has_the_rates_of_its_config_from_the_first_step_on(traine
     run = trainer(tmp_path, max_steps=9, callbacks=[Rates()])
     run.fit(task, Clips(), ckpt_path=folder / "checkpoints" / "last.ckpt")
     assert rates[0] == pytest.approx(1e-5 * 0.5 * (1 + math.cos(math.pi * 5 / 7)))
+
+
+def test_training_logs_how_much_of_a_codebook_a_batch_uses(tmp_path):
+    class Count(Callback):
+        def on_train_batch_start(self, trainer, task, batch, batch_idx):
+            with torch.no_grad():
+                codes = task.autoencoder.encode(batch["clip"])["latent"].codes
+            shares = torch.bincount(codes.flatten(), minlength=64).double() / codes.numel()
+            entropy = -sum(float(share) * math.log(share) for share in shares if share > 0)
+            self.wanted = (int((shares > 0).sum()) / 64, math.exp(entropy))
+
+    count = Count()
+    run = trainer(tmp_path, max_steps=3, callbacks=[count])
+    run.fit(baseline_task("magvit2"), Clips())
+    found = [float(run.callback_metrics[f"train/{name}/latent"]) for name in ("codebook_usage", "perplexity")]
+    assert found == pytest.approx(count.wanted, rel=1e-5)
+    assert 0 < found[0] < 1 < found[1] < 64
 
 
 def test_a_clip_norm_that_cannot_work_is_refused():

@@ -19,7 +19,6 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from vidtwin.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.callbacks.guard import StepGuard
-from vidtwin.callbacks.results import ResultsWriter
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import Preempted, UserError
 from vidtwin.losses.discriminator import PatchDiscriminator2d
@@ -117,6 +116,11 @@ def baselines(folder: Path, **devices: Any) -> dict[str, Any]:
     return psnr
 
 
+def codebooks(folder: Path, **devices: Any) -> dict[str, Any]:
+    """What the results of a test say of the codes of six clips."""
+    return results(folder, baseline_task("magvit2"), Clips(), **devices)["codebooks"]
+
+
 def odd_tail(folder: Path, **devices: Any) -> dict[str, Any]:
     """Seven training clips, three validation clips."""
 
@@ -204,12 +208,20 @@ def tested(folder: Path, **devices: Any) -> Any:
         str(folder.parent / "videos"), val_fraction=0.0, test_fraction=1.0, num_frames=4, resolution=32, batch_size=1,
         num_workers=1, max_broken=0.7,
     )  # fmt: skip
-    writer = ResultsWriter(folder / "results", "row", None, [])
-    trainer(folder, callbacks=[writer], **devices).test(tiny_task(), datamodule=data, verbose=False)
-    return json.loads((folder / "results/rows/row/results.json").read_text())["skipped"]
+    return results(folder / "results", tiny_task(), data, **devices)["skipped"]
 
 
-SCENARIOS = {f.__name__: f for f in (gradients, baselines, odd_tail, too_few, poisoned, resumed, broken_videos)}
+def results(folder: Path, task: AutoencoderTask, data: Any, **devices: Any) -> dict[str, Any]:
+    """The row of a test, which the first rank writes and both read."""
+    run = trainer(folder, **devices)
+    run.test(task, datamodule=data, results_dir=str(folder), name="row", references=[], verbose=False)
+    run.strategy.barrier()
+    return json.loads((folder / "rows" / "row" / "results.json").read_text())
+
+
+SCENARIOS = {
+    f.__name__: f for f in (gradients, baselines, codebooks, odd_tail, too_few, poisoned, resumed, broken_videos)
+}
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])

@@ -167,7 +167,7 @@ class VideoAutoencoder(nn.Module, ABC):
         """Decode latents alone: no encoder features, no video.
 
         Args:
-            latents: By name, each (B, ...). Where `partial_latents` is set some may be left out.
+            latents: By name, each (B, ...) with the same B. Where `partial_latents` is set some may be left out.
             num_frames: Length of the user's clip, to crop the padding of `encode`; None keeps every frame.
 
         Returns:
@@ -179,6 +179,9 @@ class VideoAutoencoder(nn.Module, ABC):
             raise UserError(
                 f"Expected latents {list(self.latent_names)} for {type(self).__name__}, got {sorted(latents)}."
             )
+        if len({latent.shape[:1] for latent in latents.values()}) > 1:
+            shapes = {name: tuple(latent.shape) for name, latent in latents.items()}
+            raise UserError(f"Expected latents of one batch, got {shapes}.")
         clip = self._map_range(self._decode(latents), self.value_range, (-1.0, 1.0))
         if num_frames is None:
             return clip

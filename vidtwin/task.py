@@ -428,18 +428,20 @@ class AutoencoderTask(LightningModule):
         return reconstruction
 
     def _put_average(self, wanted: bool) -> None:
-        """Have the averaged weights in the autoencoder, or its own; in between the average has the others."""
+        """Have the averaged weights in the autoencoder, or its own; in between the average has the others.
+
+        What `sharding.gather` has put there before goes: the average is sharded as the weights are.
+        """
+        sharding.reshard(self.autoencoder)
         if self.average is not None and self.use_ema and wanted != self._has_average:
             self.average.exchange(self.autoencoder)
             self._has_average = wanted
 
     def on_validation_epoch_start(self) -> None:
-        sharding.reshard(self.autoencoder)
         self._put_average(True)
         sharding.gather(self.autoencoder)
 
     def on_validation_epoch_end(self) -> None:
-        sharding.reshard(self.autoencoder)
         self._put_average(False)
         values = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         shown = dict(values)

@@ -294,3 +294,6 @@ def test_clips_and_latents_of_another_size_are_refused(model, clip):
         model.decode({**latents, "motion": latents["motion"][..., :3]})
     with pytest.raises(UserError, match=r"Expected latent content of shape \(B, 3, 8, 8\)"):
         model.decode({"content": clip})
+    for other in (latents["motion"][:1], latents["motion"].repeat(2, 1, 1, 1)):  # the first would be broadcast
+        with pytest.raises(UserError, match=r"Expected latents of one batch, got .*content"):
+            model.decode({**latents, "motion": other})

@@ -274,7 +274,10 @@ def test_the_rate_against_the_resized_clip_is_that_of_the_paper():
 
 
 @pytest.mark.parametrize("frames", [3, 5])
-@pytest.mark.parametrize("arguments", [{}, {"inner_resolution": 24, "dynamics_patch_size": 3}, {"context_length": 1}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"inner_resolution": 24, "dynamics_patch_size": 3, "attention_resolution": 12}, {"context_length": 1}],
+)
 def test_latents_of_any_longer_clip_have_the_claimed_shapes_and_give_the_clip_back(arguments, frames):
     model, clip = small(**arguments), clip_of(frames)
     with torch.no_grad():
@@ -435,7 +438,7 @@ def test_values_are_not_clamped():
 
 def test_a_clip_in_bf16_autocast_is_encoded_and_decoded():
     torch.manual_seed(0)
-    model = IVideoGPT(**{**SMALL, "inner_resolution": 24}).train()
+    model = IVideoGPT(**{**SMALL, "inner_resolution": 24, "attention_resolution": 12}).train()
     with torch.autocast("cpu", torch.bfloat16):
         result = model(clip_of(4).float())
         loss = result.clip.square().mean() + sum(result.regularization.values())
@@ -452,7 +455,7 @@ def test_a_latent_left_out_is_zeros_in_the_place_of_its_code_vectors():
         latents = model.encode(clip).mode()
         for name, other in (("context", "dynamics"), ("dynamics", "context")):
             zeros = {name: latents[name], other: torch.zeros_like(latents[other])}
-            assert torch.equal(model.decode({name: latents[name]}, 5), model.decode(zeros))
+            torch.testing.assert_close(model.decode({name: latents[name]}, 5), model.decode(zeros))
         assert model.decode({"context": latents["context"]}).shape[2] == 2
 
 
@@ -467,7 +470,7 @@ def test_tokens_are_laid_out_as_in_the_paper_and_go_back():
     assert tokens.tolist() == [wanted]
     back = model.codes_from_tokens(tokens)
     assert all(torch.equal(back[name], codes[name]) for name in codes)
-    for broken in (tokens[:, :-1], tokens[:, :20], tokens.flip(1), tokens.where(tokens != 28, 29)):
+    for broken in (tokens[:, :-1], tokens[:, :20], tokens.flip(1), tokens.where(tokens != 28, 29), tokens[0]):
         with pytest.raises(UserError, match="Expected"):
             model.codes_from_tokens(broken)
 
@@ -480,11 +483,27 @@ def test_tokens_are_laid_out_as_in_the_paper_and_go_back():
         ({"context": torch.zeros(1, 2, 8, 8)}, "integers in 0..15"),
         ({"dynamics": torch.full((1, 2, 2, 2), 12)}, "integers in 0..11"),
         ({"dynamics": torch.full((1, 2, 2, 2), -1)}, "integers in 0..11"),
+        ({"context": torch.zeros(2, 8, 8, dtype=torch.long)}, r"context of shape \(B, 2, 8, 8\), got \(2, 8, 8\)"),
+        ({"dynamics": torch.zeros(1, 2, 8, 8, dtype=torch.long)}, r"dynamics of shape \(B, N, 2, 2\)"),
     ],
 )
 def test_wrong_codes_are_refused(codes, message):
     with pytest.raises(UserError, match=message):
         small().dequantize(codes)
+
+
+def test_a_stream_of_tokens_needs_the_codes_of_both_latents_of_one_batch():
+    model = small()
+    codes = {name: torch.zeros(2, 2, side, side, dtype=torch.long) for name, side in (("context", 8), ("dynamics", 2))}
+    assert model.tokens(codes).shape == (2, 129 + 2 * 5)
+    for broken in (
+        {"context": codes["context"]},
+        {**codes, "dynamics": codes["dynamics"][:1]},
+        {name: given[0] for name, given in codes.items()},
+        {**codes, "context": codes["context"] + 16},
+    ):
+        with pytest.raises(UserError, match="Expected"):
+            model.tokens(broken)
 
 
 @pytest.mark.parametrize(
@@ -517,6 +536,7 @@ def test_a_clip_without_future_frames_is_refused():
         ({"code_size": 0}, "code_size of at least 1, got 0"),
         ({"channels": [128, 144], "norm_groups": 16, "attention_resolution": 128}, "multiples of 32 where"),
         ({"channels": [100, 128]}, "multiples of norm_groups, got 100 and 32"),
+        ({"attention_resolution": 15}, "attention_resolution of at least 16, the side of the smallest level, got 15"),
         ({"attention_dropout": 1.0}, r"attention_dropout in \[0, 1\)"),
     ],
 )

@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vidtwin.errors import UserError
+from vidtwin.layers.conv3d import norm_groups
 from vidtwin.losses import (
     BlurPoolDiscriminator3d,
     PatchDiscriminator2d,
@@ -52,6 +54,12 @@ def test_group_norm_keeps_the_clips_of_a_batch_apart_in_training() -> None:
     torch.testing.assert_close(discriminator(clip)[:1], discriminator(clip[:1]), rtol=1e-4, atol=1e-5)
 
 
+def test_a_discriminator_has_the_groups_of_any_other_network() -> None:
+    for channels in (2, 4, 6, 12, 24, 64):
+        norms = [m for m in PatchDiscriminator2d(channels).modules() if isinstance(m, nn.GroupNorm)]
+        assert [norm.num_groups for norm in norms] == [norm_groups(norm.num_channels) for norm in norms]
+
+
 def test_blur_pooling_is_the_filter_at_every_second_place() -> None:
     x = torch.randn(2, 3, 5, 6, 7, dtype=torch.float64)
     found = BlurPool3d()(x)
@@ -63,6 +71,42 @@ def test_blur_pooling_is_the_filter_at_every_second_place() -> None:
             near = [min(max(2 * p + o, 0), n - 1) for p, o, n in zip(place, offsets, x.shape[2:], strict=True)]
             wanted += math.prod(taps[o] for o in offsets) * x[:, :, near[0], near[1], near[2]]
         torch.testing.assert_close(found[:, :, place[0], place[1], place[2]], wanted)
+
+
+def blurred(x: torch.Tensor) -> torch.Tensor:
+    taps = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype)
+    for axis in (2, 3, 4):
+        shape = [3 if each == axis else 1 for each in range(5)]
+        padding = [0] * 6
+        padding[2 * (4 - axis)] = padding[2 * (4 - axis) + 1] = 1
+        kernel = taps.view(shape[2:]).expand(x.shape[1], 1, *shape[2:])
+        stride = [2 if each == axis else 1 for each in (2, 3, 4)]
+        x = F.conv3d(F.pad(x, padding, mode="replicate"), kernel, stride=stride, groups=x.shape[1])
+    return x
+
+
+def test_magvits_discriminator_is_the_formula() -> None:
+    torch.manual_seed(0)
+    discriminator = BlurPoolDiscriminator3d(num_frames=4, resolution=40, channels=4).double()
+    clip = torch.randn(2, 3, 4, 40, 40, dtype=torch.float64)
+    w = dict(discriminator.named_parameters())
+
+    def conv(x: torch.Tensor, name: str) -> torch.Tensor:
+        weight = w[f"{name}.weight"]
+        return F.conv3d(x, weight, w.get(f"{name}.bias"), padding=weight.shape[-1] // 2)
+
+    def leaky(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x > 0, x, 0.2 * x)
+
+    x = leaky(conv(clip, "conv_in"))
+    for index in range(5):
+        inner = blurred(leaky(conv(x, f"blocks.{index}.conv1")))
+        inner = leaky(conv(inner, f"blocks.{index}.conv2"))
+        x = (conv(blurred(x), f"blocks.{index}.shortcut") + inner) / 2**0.5
+        torch.testing.assert_close(discriminator.blocks[: index + 1](leaky(conv(clip, "conv_in"))), x)
+    x = leaky(conv(x, "conv_out")).flatten(1)
+    x = leaky(x @ w["linear1.weight"].T + w["linear1.bias"])
+    torch.testing.assert_close(discriminator(clip), x @ w["linear2.weight"].T + w["linear2.bias"])
 
 
 @pytest.mark.parametrize(("frames", "side", "left"), [(16, 224, 7 * 7), (17, 128, 4 * 4), (4, 40, 2 * 2)])
@@ -90,6 +134,22 @@ def test_ivideogpts_discriminator_has_its_published_size_and_judges_each_frame_a
     torch.testing.assert_close(logits[4:5], discriminator(clip[1:, :, 1:2]), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="at least 17 px"):
         discriminator(clip[..., :16, :16])
+
+
+def test_ivideogpts_discriminator_is_the_formula() -> None:
+    torch.manual_seed(0)
+    discriminator = SpectralDiscriminator2d(channels=4, num_layers=3).double().eval()
+    clip = torch.randn(2, 3, 3, 32, 24, dtype=torch.float64)
+    convolutions = [layer for layer in discriminator.main if isinstance(layer, nn.Conv2d)]
+    assert len(convolutions) == 4
+    x = clip.transpose(1, 2).flatten(0, 1)
+    for index, layer in enumerate(convolutions[:-1]):
+        x = F.conv2d(x, layer.weight, layer.bias, stride=2, padding=1)
+        if index > 0:
+            mean, variance = x.mean((2, 3), keepdim=True), x.var((2, 3), correction=0, keepdim=True)
+            x = (x - mean) / (variance + 1e-5).sqrt()
+        x = torch.where(x > 0, x, 0.2 * x)
+    torch.testing.assert_close(discriminator(clip), F.conv2d(x, convolutions[-1].weight, convolutions[-1].bias))
 
 
 def test_spectral_norm_keeps_every_layer_at_a_largest_singular_value_of_one() -> None:

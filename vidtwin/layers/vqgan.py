@@ -12,13 +12,12 @@ a model may do something between two levels instead.
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vidtwin.errors import UserError
+from vidtwin.layers.recompute import Recomputing
 
 
 class ResidualBlock(nn.Module):
@@ -128,7 +127,7 @@ class UpLevel(nn.Module):
         return x
 
 
-class EncoderLayers(nn.Module):
+class EncoderLayers(Recomputing):
     """The layers of an encoder: `conv_in`, `down_blocks` to be run by a subclass, `head`.
 
     Args:
@@ -149,8 +148,7 @@ class EncoderLayers(nn.Module):
         attention: bool,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        self.activation_checkpointing = activation_checkpointing
+        super().__init__(activation_checkpointing)
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
         widths = [channels[0], *channels]
         self.down_blocks = nn.ModuleList(
@@ -160,9 +158,6 @@ class EncoderLayers(nn.Module):
         self.mid_block = Middle(channels[-1], norm_groups, attention)
         self.conv_norm_out = group_norm(norm_groups, channels[-1])
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
-
-    def run(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
-        return _run(self.activation_checkpointing, layer, *inputs)
 
     def head(self, x: Tensor) -> Tensor:
         """The last level's output (M, C, h, w) → (M, out_channels, h, w)."""
@@ -183,7 +178,7 @@ class Encoder(EncoderLayers):
         return self.head(x), levels
 
 
-class DecoderLayers(nn.Module):
+class DecoderLayers(Recomputing):
     """The layers of a decoder: `stem`, `up_blocks` to be run by a subclass, `head`.
 
     Args:
@@ -204,8 +199,7 @@ class DecoderLayers(nn.Module):
         attention: bool,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        self.activation_checkpointing = activation_checkpointing
+        super().__init__(activation_checkpointing)
         self.conv_in = nn.Conv2d(in_channels, channels[-1], 3, padding=1)
         self.mid_block = Middle(channels[-1], norm_groups, attention)
         widths = [channels[-1], *reversed(channels)]
@@ -215,9 +209,6 @@ class DecoderLayers(nn.Module):
         )
         self.conv_norm_out = group_norm(norm_groups, channels[0])
         self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
-
-    def run(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
-        return _run(self.activation_checkpointing, layer, *inputs)
 
     def stem(self, z: Tensor) -> Tensor:
         """(M, in_channels, h, w) → the middle's output (M, C, h, w)."""
@@ -252,11 +243,3 @@ def _row(width_in: int, width_out: int, blocks: int, norm_groups: int) -> nn.Mod
     return nn.ModuleList(
         ResidualBlock(width_in if i == 0 else width_out, width_out, norm_groups) for i in range(blocks)
     )
-
-
-def _run(recompute: bool, layer: nn.Module, *inputs: Tensor) -> Tensor:
-    if recompute and torch.is_grad_enabled():
-        output: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
-        return output
-    output = layer(*inputs)
-    return output

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from vidtwin.errors import UserError
+from vidtwin.layers.conv3d import norm_groups
 
 Norm = Literal["group", "batch", "none"]
 
@@ -26,8 +27,7 @@ Norm = Literal["group", "batch", "none"]
 def _norm(norm: Norm, width: int, dims: int) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm2d(width) if dims == 2 else nn.BatchNorm3d(width)
-    # 32 groups at the usual widths; never fewer than four channels in one, or small models would lose their signal.
-    return nn.GroupNorm(math.gcd(32, max(1, width // 4)), width) if norm == "group" else nn.Identity()
+    return nn.GroupNorm(norm_groups(width), width) if norm == "group" else nn.Identity()
 
 
 def _patch_gan(channels: int, num_layers: int, norm: Norm, dims: int) -> nn.Sequential:

@@ -13,11 +13,11 @@ Paper D.1; figures as in the released code. T frames, S = (H/p)·(W/p) patches, 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vidtwin.errors import UserError
 from vidtwin.layers.attention import SelfAttention
 from vidtwin.layers.patches import patchify, sincos_1d, sincos_2d, unpatchify
+from vidtwin.layers.recompute import Recomputing
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class SpatialTemporalBlock(nn.Module):
         return x + gate_mlp * self.mlp(modulated_norm(x, shift_mlp, scale_mlp))
 
 
-class SpatialTemporalTransformer(nn.Module):
+class SpatialTemporalTransformer(Recomputing):
     """Position embeddings and `depth` blocks over a grid of T frames and `grid_size`² patches."""
 
     position: Tensor
@@ -66,10 +66,9 @@ class SpatialTemporalTransformer(nn.Module):
         grid_size: int,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(activation_checkpointing)
         if hidden_size % 4:
             raise UserError(f"Expected hidden_size divisible by 4 (two axes of sine and cosine), got {hidden_size}.")
-        self.activation_checkpointing = activation_checkpointing
         self.blocks = nn.ModuleList(SpatialTemporalBlock(hidden_size, num_heads) for _ in range(depth))
         position = sincos_2d(hidden_size, grid_size, grid_size)
         time = sincos_1d(hidden_size, torch.arange(num_frames))[:, None]
@@ -80,11 +79,7 @@ class SpatialTemporalTransformer(nn.Module):
         """(B, T, S, C) → same: the residual stream after the last block, without a final norm."""
         x = x + self.position
         for index, block in enumerate(self.blocks):
-            time = self.time if index == 0 else None
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, time, use_reentrant=False)
-            else:
-                x = block(x, time)
+            x = self.run(block, x, self.time if index == 0 else None)
         return x
 
 
