@@ -156,7 +156,8 @@ class MAGVIT2(VideoAutoencoder):
 
     The defaults are the paper's tokenizer, 18 bits at each place, on clips of 4k frames: 370,547,477 parameters, 2.34%
     of the clip's numbers, 0.0703 bits a pixel. VidTwin's table compares with "latent dimension 5", 0.651%:
-    `latent_channels=5, quantizer="kl"` (with "lfq" it would be a codebook of 32 entries, which the paper never had).
+    `latent_channels=5` with `quantizer="kl"` (370,323,725 parameters) or "none" (370,321,160). With "lfq" it would be a
+    codebook of 32 entries, which the paper never had.
 
     Args:
         latent_channels: Z, channels of the latent.
@@ -179,7 +180,7 @@ class MAGVIT2(VideoAutoencoder):
         quantizer: Literal["lfq", "kl", "none"] = "lfq",
         first_frame: Literal["even", "prepend"] = "even",
         channels: int = 128,
-        multipliers: tuple[int, ...] | list[int] = (1, 2, 2, 4),
+        multipliers: Sequence[int] = (1, 2, 2, 4),
         num_blocks: int = 4,
         temperature: float = 0.01,
         entropy_group_bits: int = 9,

@@ -60,12 +60,14 @@ def train(wanted: list[tuple[str, float, int]], arguments: argparse.Namespace) -
     """Runs that have not reached their last step, some at a time, the cores divided among them."""
     cores = max(1, (os.cpu_count() or 1) // arguments.jobs)
     env = os.environ | {"OMP_NUM_THREADS": str(cores)}
+    interval = arguments.steps // 6
 
     def one(run: tuple[str, float, int]) -> None:
-        if diverged(*run).exists() or ((points := validation(*run)) and points[-1][0] == arguments.steps):
+        points = validation(*run)
+        if diverged(*run).exists() or (points and points[-1][0] + interval > arguments.steps):
             return
         model, rate, seed = run
-        options = [f"--trainer.max_steps={arguments.steps}", f"--trainer.val_check_interval={arguments.steps // 6}"]
+        options = [f"--trainer.max_steps={arguments.steps}", f"--trainer.val_check_interval={interval}"]
         options += [f"--model.optimizer.init_args.lr={rate}", f"--seed_everything={seed}", *arguments.options]
         try:
             fit(run_name(*run), MODELS[model], *options, env=env, quiet=True)

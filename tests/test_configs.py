@@ -76,7 +76,7 @@ def small_options(name: str, config: dict) -> list[str]:
     if arguments.get("inner_resolution"):
         options.append("--model.autoencoder.inner_resolution=32")
     if name.startswith("ivideogpt"):
-        small = {"codebook_size": 16, "dynamics_codebook_size": 16, "attention_resolution": 8}
+        small = {"codebook_size": 16, "dynamics_codebook_size": 16, "attention_resolution": 16}
         options += [f"--model.autoencoder.{key}={value}" for key, value in small.items()]
     return [*options, "--data.resolution=32"]
 

@@ -155,7 +155,7 @@ class VideoTrainer(Trainer):
             What Lightning's `test` does: a list of one dict of means.
         """
         task = self._task(model)
-        row = name or type(task.autoencoder).__name__
+        row = name or task.autoencoder.class_path.rpartition(".")[2]  # FSDP2 renames the class
         chosen = sorted(registry.available("vidtwin.references")) if references is None else references
         if row != Path(row).name or row.startswith(".") or row in chosen:
             raise UserError(f"Expected a --name that can be a folder's name and is no reference's, got {row!r}.")
