@@ -264,5 +264,8 @@ class MAGVIT2(VideoAutoencoder):
             got = {name: (tuple(code.shape), code.dtype) for name, code in codes.items()}
             raise UserError(f"Expected integer codes latent of shape (B, T', h, w), got {got}.")
         if ((codes["latent"] < 0) | (codes["latent"] >= self.quantizer.codebook_size)).any():
-            raise UserError(f"Expected codes of 0 to {self.quantizer.codebook_size - 1}, got others.")
+            least, most = codes["latent"].aminmax()
+            raise UserError(
+                f"Expected latent codes in 0..{self.quantizer.codebook_size - 1}, got {int(least)} to {int(most)}."
+            )
         return {"latent": self.quantizer.lookup(codes["latent"]).movedim(-1, 1).to(self.last_layer.dtype)}

@@ -27,7 +27,8 @@ MODELS = {"MAGVIT-v2": "magvit2", "CMD": "cmd", "iVideoGPT": "ivideogpt"}
 
 def train(name: str, options: list[str], arguments: argparse.Namespace) -> None:
     cores = max(1, (os.cpu_count() or 1) // arguments.jobs)
-    options = [*options, "--data", "vidtwin.datamodules.folder.VideoFolder", "--data.augment", "false"]
+    # The kind of data comes before its options.
+    options = ["--data", "vidtwin.datamodules.folder.VideoFolder", *options, "--data.augment", "false"]
     options += ["--data.resolution", "64", "--data.batch_size", "4", "--data.num_workers", "0"]
     options += ["--trainer.max_steps", str(arguments.steps), "--trainer.val_check_interval", str(arguments.steps // 10)]
     env = os.environ | {"OMP_NUM_THREADS": str(cores)}
@@ -38,12 +39,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", type=Path)
     parser.add_argument("docs", type=Path)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, the cores divided among them")
     arguments = parser.parse_args()
     folder = by_heart(arguments.clips)
     options = by_heart_options(folder)
-    # The data module comes before its options; what the config says of another kind of data is left behind.
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda name: train(name, options, arguments), MODELS.values()))
 

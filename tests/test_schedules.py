@@ -66,7 +66,8 @@ def test_a_warmup_that_does_not_end_before_the_training_is_refused(total):
         schedule(warmup_steps=5)[1].set_total_steps(total)
     assert str(error.value) == (
         f"Expected a warm-up shorter than the training, got warmup_steps=5 and {total} steps; "
-        "lower it in model.scheduler and model.discriminator_scheduler, or raise trainer.max_steps."
+        "lower --model.scheduler.warmup_steps (with a GAN --model.discriminator_scheduler.warmup_steps too), or raise "
+        "trainer.max_steps."
     )
 
 

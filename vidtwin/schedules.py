@@ -42,8 +42,8 @@ class WarmupCosine(LRScheduler):
         if self.warmup_steps >= self.total_steps:
             raise UserError(
                 f"Expected a warm-up shorter than the training, got warmup_steps={self.warmup_steps} and "
-                f"{self.total_steps} steps; lower it in model.scheduler and model.discriminator_scheduler, or raise "
-                "trainer.max_steps."
+                f"{self.total_steps} steps; lower --model.scheduler.warmup_steps (with a GAN "
+                "--model.discriminator_scheduler.warmup_steps too), or raise trainer.max_steps."
             )
 
     def state_dict(self) -> dict[str, Any]:
