@@ -67,10 +67,11 @@ def codebook_use(encoding: Encoding) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for name, posterior in encoding.items():
         if isinstance(posterior, Quantized):
-            # In a step there are fewer codes than a large codebook has entries, so only those that occur are counted.
-            counts = posterior.codes.unique(return_counts=True)[1].to(torch.float32)
-            shares = counts / posterior.codes.numel()
-            values[f"codebook_usage/{name}"] = shares.new_tensor(len(counts) / posterior.codebook_size)
+            # A counter for each code, where `unique` would make the training step wait for the device.
+            codes = posterior.codes.flatten()
+            counts = codes.new_zeros(posterior.codebook_size).scatter_add_(0, codes, torch.ones_like(codes))
+            shares = counts.to(torch.float32) / codes.numel()
+            values[f"codebook_usage/{name}"] = (counts > 0).to(torch.float32).mean()
             values[f"perplexity/{name}"] = torch.special.entr(shares).sum().exp()
     return values
 
