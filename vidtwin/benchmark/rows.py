@@ -1,0 +1,255 @@
+"""The rows of a results folder: what one model's measurement left, and means over the clips that all models have.
+
+protocol.json                             under which protocol, the same for every row
+rows/<name>/results.json, clips.csv       the model, its rates, costs and means; a line for each clip
+comparison.json                           means over the common clips
+players/players.json                      clips kept for the report's players
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vidtwin.benchmark.protocol import protocol_hash
+from vidtwin.errors import UserError, few
+from vidtwin.files import write_text
+
+SCHEMA_VERSION = 2
+METRICS = ("mse", "psnr", "ssim", "ms_ssim", "lpips", "lpips_alex", "lpips_vgg", "flicker", "vmaf")
+KINDS = ("trained", "untrained", "reference", "failed")
+
+Row = dict[str, Any]
+Clip = dict[str, Any]
+Key = tuple[str, int]
+_IDENTITY = ("model", "name", "start_frame", "num_frames")
+
+
+@dataclass
+class Results:
+    """What a results folder holds.
+
+    Attributes:
+        folder: Where it lies.
+        protocol: Of all rows.
+        protocol_hash: Its hash.
+        rows: Each `results.json`, by name.
+        clips: By a row's name, its clips' numbers.
+        comparison: Means over the clips that all measured rows have; see `compare`.
+        players: What `players.json` holds; empty if there is none.
+    """
+
+    folder: Path
+    protocol: dict[str, Any]
+    protocol_hash: str
+    rows: list[Row]
+    clips: dict[str, list[Clip]]
+    comparison: dict[str, Any] = field(default_factory=dict)
+    players: dict[str, Any] = field(default_factory=dict)
+
+
+def read(folder: str | Path) -> Results:
+    """Read a results folder; `UserError` for one that is absent, empty, cut off somewhere or of several protocols."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"Expected a results folder, got {folder}, which does not exist.")
+    paths = sorted(folder.glob("rows/*/results.json"))
+    if not paths:
+        raise UserError(f"Expected rows/<name>/results.json in {folder}, got none; `vidtwin test` writes them.")
+    protocol = read_json(folder / "protocol.json")
+    digest = protocol_hash(protocol)
+    rows = [read_row(path) for path in paths]
+    if foreign := [row["name"] for row in rows if row.get("protocol_hash") != digest]:
+        raise UserError(
+            f"Expected rows of protocol {digest} in {folder}, got others: {few(foreign)}; they can't be compared. "
+            "Move them to a folder of their own."
+        )
+    clips = {row["name"]: read_clips(folder, row) for row in rows if row["kind"] != "failed"}
+    results = Results(folder, protocol, digest, rows, clips)
+    kept = folder / "comparison.json"
+    results.comparison = compare(results, read_json(kept) if kept.exists() else {})
+    players = folder / "players" / "players.json"
+    results.players = read_json(players) if players.exists() else {}
+    return results
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a results folder; `UserError` for a file that is absent or cut off."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"Expected {path}, got no such file; run the sweep again.") from error
+    except ValueError as error:
+        raise UserError(
+            f"Expected JSON in {path}, got a file that is cut off or damaged ({error}); remove it and run the sweep "
+            "again, which measures that again alone."
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"Expected a JSON object in {path}, got a {type(content).__name__}.")
+    return content
+
+
+def read_row(path: Path) -> Row:
+    """One `results.json` of this version's form."""
+    row = read_json(path)
+    if row.get("schema_version") != SCHEMA_VERSION or row.get("kind") not in KINDS:
+        raise UserError(
+            f"Expected a row of schema_version {SCHEMA_VERSION} in {path}, got {row.get('schema_version')} "
+            f"(kind {row.get('kind')}); it is of another version of vidtwin: measure into another results folder."
+        )
+    return row
+
+
+def read_clips(folder: Path, row: Row) -> list[Clip]:
+    """`clips.csv` of a row, numbers as numbers; `UserError` if it is cut off."""
+    path = folder / "rows" / row["name"] / "clips.csv"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        clips = [
+            {
+                "model": line["model"],
+                "name": line["name"],
+                "start_frame": int(line["start_frame"]),
+                "num_frames": int(line["num_frames"]),
+                **{metric: float(line[metric]) for metric in METRICS if metric in line},
+            }
+            for line in lines
+        ]
+        # The last column: a line that was cut off lacks it, or a part of it.
+        whole = all(line["protocol_hash"] == row["protocol_hash"] for line in lines)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"Expected a line for each clip in {path}, got none that can be read ({error}); run the sweep again."
+        ) from error
+    if len(clips) != row["num_clips"] or not whole:
+        raise UserError(
+            f"Expected {row['num_clips']} whole lines in {path}, got {len(clips)}; remove {path.parent} and run the "
+            "sweep again, which measures that row again alone."
+        )
+    return clips
+
+
+def write_row(folder: Path, row: Row, clips: list[Clip]) -> None:
+    """Write `clips.csv`, then `results.json`, whose presence says that the row is complete."""
+    target = folder / "rows" / row["name"]
+    metrics = [metric for metric in METRICS if clips and metric in clips[0]]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*_IDENTITY, *metrics, "protocol_hash"])
+    writer.writerows([*(clip[key] for key in (*_IDENTITY, *metrics)), row["protocol_hash"]] for clip in clips)
+    write_text(target / "clips.csv", buffer.getvalue())
+    write_text(target / "results.json", json.dumps(row, indent=2) + "\n")
+
+
+def key_of(clip: Clip) -> Key:
+    """Which clip it is, in every model's row."""
+    return clip["name"], clip["start_frame"]
+
+
+def common_clips(clips: dict[str, list[Clip]]) -> set[Key]:
+    """Those that every row has."""
+    sets = [{key_of(clip) for clip in rows} for rows in clips.values()]
+    return set.intersection(*sets) if sets else set()
+
+
+def digest_of(keys: Iterable[Key]) -> str:
+    """SHA-256 of a list of clips in order of their names."""
+    return hashlib.sha256("".join(f"{name}\t{start}\n" for name, start in sorted(keys)).encode()).hexdigest()
+
+
+def compare(results: Results, kept: dict[str, Any]) -> dict[str, Any]:
+    """Means of each row over the clips that all measured rows have.
+
+    Args:
+        results: The rows and their clips.
+        kept: An earlier comparison. Its rFVD, which needs the clips' features, holds while the clips are the same.
+
+    Returns:
+        "num_clips", "clips_sha256", "left_out" (by row, which clips of the others it lacks), "rows" (by row, "mean"
+        and "std" of each metric; "rfvd" as in `results.json`).
+    """
+    common = common_clips(results.clips)
+    every: set[Key] = {key_of(clip) for clips in results.clips.values() for clip in clips}
+    digest = digest_of(common)
+    left_out = {
+        name: sorted(every - {key_of(clip) for clip in clips})
+        for name, clips in results.clips.items()
+        if len(clips) < len(every)
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    earlier = kept.get("rows", {}) if kept.get("clips_sha256") == digest else {}
+    for row in results.rows:
+        name = row["name"]
+        if name not in results.clips:
+            continue
+        chosen = [clip for clip in results.clips[name] if key_of(clip) in common]
+        rows[name] = means(chosen, results.protocol)
+        if "rfvd" in row["metrics"]:
+            rows[name]["rfvd"] = earlier.get(name, {}).get("rfvd", "unavailable")
+            if len(chosen) == row["num_clips"]:  # the row's own clips are the common ones
+                rows[name]["rfvd"] = row["metrics"]["rfvd"]
+    return {"num_clips": len(common), "clips_sha256": digest, "left_out": left_out, "rows": rows}
+
+
+def write_comparison(folder: Path, comparison: dict[str, Any]) -> None:
+    """Write `comparison.json`."""
+    write_text(folder / "comparison.json", json.dumps(comparison, indent=2) + "\n")
+
+
+def means(clips: Sequence[Clip], protocol: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation of each metric over clips, weighted as the protocol says; `{}` without clips.
+
+    "clip": each clip counts once. "frame": by its number of frames. "video": the clips of a video are averaged by
+    their frames, then each video counts once; where PSNR is of one MSE a video, it is of the mean of the clips' MSE.
+    """
+    if not clips:
+        return {}
+    names = [metric for metric in METRICS if metric in clips[0] and metric != "mse"]
+    average = protocol["average"]
+    if average == "video":
+        videos: dict[str, list[Clip]] = {}
+        for clip in clips:
+            videos.setdefault(clip["name"], []).append(clip)
+        units = [_of_video(parts, names, protocol) for parts in videos.values()]
+        weights = [1] * len(units)
+    else:
+        units = [{name: clip[name] for name in names} for clip in clips]
+        weights = [clip["num_frames"] if average == "frame" else 1 for clip in clips]
+    return {name: _mean([unit[name] for unit in units], weights) for name in names}
+
+
+def psnr_of(mse: float, epsilon: float) -> float:
+    """−10 log10(MSE + epsilon); without an epsilon equal pictures have no finite PSNR."""
+    return -10.0 * math.log10(mse + epsilon) if mse + epsilon > 0 else math.inf
+
+
+def _of_video(clips: list[Clip], names: list[str], protocol: dict[str, Any]) -> dict[str, float]:
+    frames = [clip["num_frames"] for clip in clips]
+    values = {name: _mean([clip[name] for clip in clips], frames)["mean"] for name in names}
+    if protocol["psnr"] == "video":
+        values["psnr"] = psnr_of(_mean([clip["mse"] for clip in clips], frames)["mean"], protocol["psnr_epsilon"])
+    return values
+
+
+def _mean(values: list[float], weights: list[int]) -> dict[str, float]:
+    """fsum: the mean is the same to the last bit whatever the order of the clips."""
+    total = sum(weights)
+    mean = math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / total
+    square = math.fsum((value - mean) ** 2 * weight for value, weight in zip(values, weights, strict=True)) / total
+    return {"mean": mean, "std": math.sqrt(square)}
+
+
+def order(results: Results) -> list[Row]:
+    """Trained models by falling PSNR over the common clips, then untrained ones, references and those that failed."""
+
+    def place(row: Row) -> tuple[int, float, str]:
+        found = results.comparison["rows"].get(row["name"], {}).get("psnr")
+        return KINDS.index(row["kind"]), -found["mean"] if found else math.inf, row["name"]
+
+    return sorted(results.rows, key=place)
