@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torchvision.models import alexnet
 from torchvision.models.vgg import cfgs, make_layers
 
 from vidtwin.errors import UserError
@@ -87,6 +88,35 @@ def test_equals_the_lpips_package_with_the_same_weights(weights: dict[str, Tenso
     x, y = (z.transpose(1, 2).flatten(0, 1) for z in clips())
     with torch.no_grad():
         torch.testing.assert_close(distance(x, y), theirs(x, y).flatten(), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:torchvision")
+@pytest.mark.parametrize("spatial", [False, True])
+def test_alexnets_distance_is_the_lpips_packages(spatial: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    features = {f"features.{k}": v * 1.5 for k, v in alexnet().features.state_dict().items()}
+    torch.save(features | {"classifier.1.weight": torch.zeros(1)}, tmp_path / "alexnet.pth")
+    theirs = lpips.LPIPS(net="alex", spatial=spatial, pnet_rand=True, verbose=False)
+    for name, value in theirs.net.state_dict().items():
+        value.copy_(features[f"features.{name.split('.', 1)[1]}"])
+    distance = LPIPS(tmp_path / "alexnet.pth", net="alex", spatial=spatial)
+    x, y = clips()
+    frames = [z.transpose(1, 2).flatten(0, 1) for z in (x, y)]
+    with torch.no_grad():
+        expected = theirs(*frames).flatten(1).mean(1)
+        torch.testing.assert_close(distance(x, y), expected, rtol=1e-6, atol=0)
+    assert expected.min() > 1e-4
+    with pytest.raises(UserError, match=r"at least 31x31 pixels for LPIPS with AlexNet, got \(30, 32\)"):
+        distance(x[..., :30, :], y[..., :30, :])
+
+
+def test_each_network_has_its_own_file(no_backbone: Path, backbone: Path) -> None:
+    with pytest.raises(UserError, match=r"AlexNet backbone of LPIPS at .*alexnet-owt-7be5be79\.pth, got no such file"):
+        LPIPS(net="alex").load(download=False)
+    with pytest.raises(UserError, match="Expected torchvision's AlexNet, but"):
+        LPIPS(backbone, net="alex").load()
+    with pytest.raises(UserError, match="one of vgg, alex, got 'squeeze'"):
+        LPIPS(net="squeeze")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dead", [False, True])
