@@ -1,0 +1,37 @@
+"""Clips as an evaluation compares them: floats, rounded to 8 bits, or read back from a video file."""
+
+from typing import Literal, get_args
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from vidtwin.errors import UserError
+from vidtwin.video.writing import through_file
+
+Compared = Literal["floats", "8-bit", "mp4v", "h264"]
+
+
+def as_compared(clips: Tensor, compared: Compared, fps: float) -> Tensor:
+    """Clips (B, 3, T, H, W), clamped to [-1, 1], in single precision.
+
+    - "floats": as they are.
+    - "8-bit": rounded to the nearest of 256 values. Open-Sora-Plan cuts off instead, half a step darker on both sides.
+    - "mp4v", "h264": the 8-bit clip written as a video and read back, see `vidtwin.video.writing.through_file`.
+
+    Args:
+        clips: (B, 3, T, H, W) in [-1, 1].
+        compared: See above.
+        fps: Frames per second of the files.
+    """
+    if compared not in get_args(Compared):
+        raise UserError(f"Expected compared to be one of {', '.join(get_args(Compared))}, got {compared!r}.")
+    clips = clips.float().clamp(-1.0, 1.0)
+    if compared == "floats":
+        return clips
+    steps = ((clips + 1.0) * 127.5).round()
+    if compared != "8-bit":
+        pictures = rearrange(steps, "b c t h w -> b t h w c").to("cpu", torch.uint8).numpy()
+        read = torch.stack([torch.from_numpy(through_file(clip, compared, fps)) for clip in pictures])
+        steps = rearrange(read, "b t h w c -> b c t h w").to(clips.device, torch.float32)
+    return steps / 127.5 - 1.0
