@@ -1,0 +1,27 @@
+"""Full precision for measurements, whatever the model runs in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Autocast off, and convolutions and products of float32 in float32: TensorFloat-32 has 10 bits of mantissa.
+
+    PyTorch rounds convolutions on CUDA to TensorFloat-32 by default, and products where Lightning is told so
+    (`torch.set_float32_matmul_precision`); a metric must depend on neither.
+    """
+    modules: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
+    modules += [torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in modules]
+    try:
+        for backend in modules:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(modules, before, strict=True):
+            backend.fp32_precision = precision

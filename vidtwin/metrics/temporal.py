@@ -1,0 +1,32 @@
+"""How well the changes from frame to frame are kept."""
+
+from torch import Tensor
+
+from vidtwin.errors import UserError
+from vidtwin.metrics.frames import unit_range
+
+
+def flicker(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error of the differences of neighbouring frames, x[t+1] − x[t], of values in [0, 1].
+
+    VBench's temporal flickering is the mean absolute difference of neighbouring frames in steps of 255 (Huang et al.
+    2024, 4.1), without a target, so that motion counts as flicker. Here the target's differences are taken off, and
+    what is left is what the reconstruction adds or loses; times 255 it is in VBench's steps.
+
+    Args:
+        prediction: (B, 3, T, H, W) in [-1, 1], clamped here.
+        target: Same shape.
+
+    Returns:
+        (B,), 0 for a reconstruction that is off by the same in all frames.
+    """
+    reason = flicker_allowed(prediction.shape[2]) if prediction.ndim == 5 else None
+    if reason:
+        raise UserError(reason)
+    prediction, target = unit_range(prediction, target)
+    return (prediction - target).diff(dim=2).abs().mean(dim=(1, 2, 3, 4))
+
+
+def flicker_allowed(num_frames: int) -> str | None:
+    """Why clips of so many frames have no flicker; None if they have one."""
+    return None if num_frames > 1 else f"Expected clips of at least 2 frames for flicker, got {num_frames}."
