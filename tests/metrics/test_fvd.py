@@ -1,0 +1,243 @@
+"""Fréchet video distance: SciPy's formula, exact sums, and files that are not run unless they are known."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidtwin.errors import UserError
+from vidtwin.metrics.fvd import FeatureNetwork, FrechetVideoDistance, file_sha256, frechet_distance, rfvd
+
+FEATURES = 12
+
+
+class I3D(nn.Module):
+    """Takes what StyleGAN-V's file takes; its features are means of 400 parts of the clip."""
+
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        if rescale:
+            x = x / 127.5 - 1.0
+        if resize:
+            size = (x.shape[2], 224, 224)
+            x = F.interpolate(x, size=size, mode="trilinear", align_corners=False)
+        if not return_features:
+            return x
+        return F.adaptive_avg_pool3d(x, (4, 10, 10)).mean(1).flatten(1)
+
+
+class Logits(nn.Module):
+    """Takes what VideoGPT's network takes: a clip of 224x224."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] == 224
+        assert x.shape[-2] == 224
+        return F.adaptive_avg_pool3d(x, (4, 10, 10)).mean(1).flatten(1)
+
+
+class Few(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3, 4))
+
+
+def script(module: nn.Module, path: Path) -> tuple[Path, str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but it is what FVD's files are
+        torch.jit.script(module).save(str(path))
+    return path, file_sha256(path)
+
+
+@pytest.fixture(scope="module")
+def i3d(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return script(I3D(), tmp_path_factory.mktemp("i3d") / "i3d.pt")
+
+
+def samples(number: int, seed: int, features: int = FEATURES, rank: int | None = None) -> Tensor:
+    """Features (N, F) of unequal size that depend on each other; of a lower rank if it is given."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(rank or features, features, generator=generator)
+    return (torch.randn(number, rank or features, generator=generator) @ mixing) * 3 + torch.arange(features) * 0.7
+
+
+def scipys(real: Tensor, fake: Tensor) -> float:
+    """The formula as StyleGAN-V's evaluation computes it."""
+    x, y = real.double().numpy(), fake.double().numpy()
+    a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    root = scipy.linalg.sqrtm(a @ b)
+    return float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(a + b - 2 * np.real(root)))
+
+
+def distance_of(real: Tensor, fake: Tensor) -> FrechetVideoDistance:
+    metric = FrechetVideoDistance(real.shape[1])
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    return metric
+
+
+def states(metric: FrechetVideoDistance) -> dict[str, Tensor]:
+    return {name: getattr(metric, name) for name in metric._defaults}
+
+
+def assert_equal_to_the_bit(metric: FrechetVideoDistance, whole: FrechetVideoDistance) -> None:
+    for name, state in states(whole).items():
+        assert torch.equal(state, getattr(metric, name)), name
+    assert metric.compute() == whole.compute()
+
+
+@pytest.mark.filterwarnings("ignore:Matrix is singular")
+@pytest.mark.parametrize(("number", "rank"), [(200, None), (200, 5), (6, None), (2, None)])
+def test_the_distance_is_scipys_also_of_singular_covariances(number: int, rank: int | None) -> None:
+    real, fake = samples(number, 0, rank=rank), samples(number, 1, rank=rank)
+    value, counted = distance_of(real, fake).compute()
+    assert value is not None
+    assert counted == number
+    # With a singular product SciPy's root is good to 1e-8 of its size, and is not the better one.
+    assert value.item() == pytest.approx(scipys(real, fake), rel=1e-6)
+
+
+def test_the_distance_of_axis_aligned_normals_is_that_of_their_deviations() -> None:
+    first, second = torch.tensor([4.0, 9.0, 0.0]), torch.tensor([1.0, 0.0, 0.0])
+    value = frechet_distance(torch.zeros(3), first.diag(), torch.tensor([0.0, 1.0, 2.0]), second.diag())
+    assert value.item() == pytest.approx(5.0 + (2 - 1) ** 2 + 3**2)
+
+
+@pytest.mark.parametrize("number", [3, 100])
+def test_equal_clips_have_no_distance(number: int) -> None:
+    features = samples(number, 0)
+    value, _ = distance_of(features, features).compute()
+    assert value is not None
+    assert 0.0 <= value.item() < 1e-9
+
+
+def test_mean_and_covariance_are_numpys_of_features_on_the_grid() -> None:
+    features = samples(50, 0).double()
+    metric = distance_of(features, features)
+    mean, covariance = metric.statistics(real=True)
+    rounded = (features * 2**20).round() / 2**20
+    assert (rounded - features).abs().max() <= 2**-21
+    torch.testing.assert_close(mean, rounded.mean(0), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(covariance, rounded.T.cov(), rtol=1e-11, atol=1e-12)
+
+
+def test_a_large_offset_does_not_cost_the_covariance_its_digits() -> None:
+    steps = torch.randint(-8, 8, (40, FEATURES), generator=torch.Generator().manual_seed(0)).double() / 2**20
+    near, far = (distance_of(steps + offset, steps).statistics(real=True)[1] for offset in (0.0, 2000.0))
+    assert torch.equal(near, far)
+
+
+def test_any_order_and_partition_gives_the_same_bits() -> None:
+    real, fake = samples(61, 0), samples(61, 1)
+    whole = distance_of(real, fake)
+    generator = torch.Generator().manual_seed(2)
+    for sizes in ([1] * 61, [60, 1], [7, 30, 24]):
+        order = torch.randperm(61, generator=generator)
+        metric = FrechetVideoDistance(FEATURES)
+        for part in order.split(sizes):
+            metric.update(fake[part], real=False)
+            metric.update(real[part], real=True)
+        assert_equal_to_the_bit(metric, whole)
+
+
+@pytest.mark.filterwarnings("error")
+def test_merged_and_gathered_ranks_have_the_bits_of_one_process() -> None:
+    real, fake = samples(40, 0), samples(40, 1)
+    whole = distance_of(real, fake)
+    first, second = distance_of(real[:13], fake[:13]), distance_of(real[13:], fake[13:])
+
+    merged = FrechetVideoDistance(FEATURES)
+    merged.merge_state(second)
+    assert merged.compute() != whole.compute()
+    merged.merge_state(states(first))
+    assert_equal_to_the_bit(merged, whole)
+
+    others = list(states(second).items())
+
+    def gather(state: Tensor, group: Any = None) -> list[Tensor]:
+        return [state, others.pop(0)[1]]
+
+    first.sync(dist_sync_fn=gather, distributed_available=lambda: True)
+    for name, state in states(whole).items():
+        assert torch.equal(state, getattr(first, name)), name
+
+
+def test_features_that_the_sums_could_not_hold_are_refused() -> None:
+    metric = FrechetVideoDistance(2)
+    with pytest.raises(UserError, match=r"below 2048 in size.*got one of 2048\.0"):
+        metric.update(torch.tensor([[0.0, 2048.0]]), real=True)
+    with pytest.raises(UserError, match="got one of nan"):
+        metric.update(torch.tensor([[0.0, torch.nan]]), real=True)
+    with pytest.raises(UserError, match=r"shape \(B, 2\), got \(2,\)"):
+        metric.update(torch.zeros(2), real=True)
+    metric.update(torch.tensor([[-2047.9, 2047.9]] * 3), real=True)
+    assert metric.real_num == 3
+
+
+def test_another_number_of_real_clips_is_refused_and_one_clip_has_no_value() -> None:
+    metric = FrechetVideoDistance(FEATURES)
+    metric.update(samples(2, 0), real=True)
+    with pytest.raises(UserError, match="got 2 and 0"):
+        metric.compute()
+    assert distance_of(samples(1, 0), samples(1, 1)).result() == "unavailable"
+
+
+def test_a_result_says_how_many_clips_it_is_of_and_whether_that_ranks() -> None:
+    few, some, many = rfvd(10.0, 400), rfvd(10.0, 401), rfvd(10.0, 2048)
+    assert few["value"] == 10.0
+    assert [result["num_clips"] for result in (few, some, many)] == [400, 401, 2048]
+    assert [result["ranked"] for result in (few, some, many)] == [False, True, True]
+    assert "below 401" in few["note"]
+    assert "below 2,048" in some["note"]
+    assert many["note"] is None
+    result = distance_of(samples(23, 0), samples(23, 1)).result()
+    assert isinstance(result, dict)
+    assert (result["num_clips"], result["ranked"]) == (23, False)
+
+
+def test_clips_reach_the_network_as_each_convention_says(i3d: tuple[Path, str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    clip = torch.rand(2, 3, 10, 32, 48) * 2 - 1
+    pooled = nn.AdaptiveAvgPool3d((4, 10, 10))
+    frames = clip.transpose(1, 2).flatten(0, 1)
+
+    def expected(size: tuple[int, int], columns: slice) -> Tensor:
+        resized = F.interpolate(frames, size, mode="bilinear", align_corners=False)[..., columns]
+        return pooled(resized.unflatten(0, (2, 10)).transpose(1, 2)).mean(1).flatten(1)
+
+    styleganv = FeatureNetwork(*i3d, convention="styleganv")
+    torch.testing.assert_close(styleganv(clip), expected((224, 336), slice(56, 280)))
+    torch.testing.assert_close(styleganv(clip * 3), styleganv((clip * 3).clamp(-1, 1)))
+    internal = FeatureNetwork(*i3d, convention="internal")
+    torch.testing.assert_close(internal(clip), expected((224, 224), slice(None)), atol=1e-5, rtol=0)
+    videogpt = FeatureNetwork(*script(Logits(), tmp_path / "logits.pt"), convention="videogpt")
+    torch.testing.assert_close(videogpt(clip), expected((224, 224), slice(None)))
+    with pytest.raises(UserError, match=r"at least 10 frames.*got \(2, 3, 9, 32, 48\)"):
+        styleganv(clip[:, :, :9])
+
+
+def test_a_file_that_is_not_the_named_one_is_not_run(i3d: tuple[Path, str], tmp_path: Path) -> None:
+    path, digest = i3d
+    with pytest.raises(UserError, match=f"SHA-256 {'0' * 64} at .*got one with {digest}"):
+        FeatureNetwork(path, "0" * 64)
+    with pytest.raises(UserError, match=r"absent\.pt, got none"):
+        FeatureNetwork(tmp_path / "absent.pt", digest)
+    weights = tmp_path / "weights.pt"
+    torch.save({"weight": torch.zeros(1)}, weights)
+    with pytest.raises(UserError, match=r"Expected a TorchScript file.*torch\.jit\.script first"):
+        FeatureNetwork(weights, file_sha256(weights))
+    with pytest.raises(UserError, match="convention to be one of styleganv, videogpt, internal, got vgg"):
+        FeatureNetwork(path, digest, "vgg")  # type: ignore[arg-type]
+
+
+def test_a_network_that_is_no_i3d_is_refused_before_clips_come(tmp_path: Path, i3d: tuple[Path, str]) -> None:
+    few = script(Few(), tmp_path / "few.pt")
+    with pytest.raises(UserError, match=r"features of shape \(1, 400\) from .*, got \(1, 3\)"):
+        FeatureNetwork(*few, convention="videogpt")
+    with pytest.raises(UserError, match=r"called with \(clip, rescale=False, resize=False, return_features=True\)"):
+        FeatureNetwork(*few, convention="styleganv")
+    with pytest.raises(UserError, match=r"shape \(1, 400\)"):
+        FeatureNetwork(*i3d, convention="videogpt")  # without return_features it gives something else
