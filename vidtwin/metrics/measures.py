@@ -1,0 +1,170 @@
+"""What the benchmark measures on a clip: the metrics of a protocol, those that are available here, by name."""
+
+import math
+from collections.abc import Callable, Mapping
+from os import PathLike
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vidtwin.errors import UserError
+from vidtwin.losses.perceptual import LPIPS
+from vidtwin.metrics.files import Compared, as_compared
+from vidtwin.metrics.frames import (
+    SSIMVariant,
+    decibels,
+    ms_ssim,
+    ms_ssim_allowed,
+    mse,
+    psnr,
+    ssim,
+    ssim_allowed,
+)
+from vidtwin.metrics.precision import full_precision
+from vidtwin.metrics.temporal import flicker, flicker_allowed
+from vidtwin.metrics.vmaf import vmaf, vmaf_allowed
+
+PSNROver = Literal["frame", "clip", "video"]
+LPIPSNet = Literal["vgg", "alex", "alex_spatial"]
+
+_Metric = Callable[[Tensor, Tensor], Tensor]  # one clip (1, 3, T, H, W) twice → (1,), or (1, T) to be averaged
+
+
+class Measures:
+    """The metrics of one protocol on clips; what is not available is left out and says why.
+
+    Each clip is measured by itself, in full precision whatever the model runs in, so that its numbers depend on no
+    other clip and memory does not grow with the batch.
+
+        measures = Measures(lpips="vgg")
+        measures.setup(num_frames=16, height=224, width=224)
+        measures(prediction, target)         # {"mse": (B,), "psnr": (B,), …}, in the order of `names`
+        measures.unavailable                 # {"lpips": "Expected the VGG-16 backbone …"}
+
+    Args:
+        compared: What is compared: floats, both sides rounded to 8 bits, or both written as a video and read back.
+        psnr: Over what one MSE is taken. A video's is that of its clips together, which needs their "mse": here
+            "video" is as "clip".
+        psnr_epsilon: Added to the MSE of values in [0, 1].
+        ssim: Variant, see `vidtwin.metrics.frames.ssim`.
+        lpips: The protocol's network, in "lpips"; the others are "lpips_alex" and "lpips_vgg". alex_spatial is the
+            mean of the map at the frame's size.
+        fps: Frames per second of files that are compared.
+        backbones: File with torchvision's weights, by "vgg" and "alex"; None or absent is torch hub's cache. Nothing is
+            downloaded for a measurement.
+        vmaf: Measure VMAF too; needs the extra `vmaf`.
+    """
+
+    all_names = ("mse", "psnr", "ssim", "ms_ssim", "lpips", "lpips_alex", "lpips_vgg", "flicker", "vmaf")
+
+    def __init__(
+        self,
+        compared: Compared = "floats",
+        psnr: PSNROver = "frame",
+        psnr_epsilon: float = 1e-8,
+        ssim: SSIMVariant = "gaussian_pooled",
+        lpips: LPIPSNet = "vgg",
+        fps: float = 8.0,
+        backbones: Mapping[str, str | PathLike[str] | None] | None = None,
+        vmaf: bool = False,
+    ) -> None:
+        backbones = backbones or {}
+        for name, value, kinds in (
+            ("compared", compared, Compared),
+            ("psnr", psnr, PSNROver),
+            ("lpips", lpips, LPIPSNet),
+        ):
+            if value not in get_args(kinds):
+                raise UserError(f"Expected {name} to be one of {', '.join(get_args(kinds))}, got {value!r}.")
+        if ssim not in get_args(SSIMVariant):
+            raise UserError(f"Expected ssim to be one of {', '.join(get_args(SSIMVariant))}, got {ssim!r}.")
+        if not 0 < fps < math.inf:
+            raise UserError(f"Expected fps above 0, got {fps}.")
+        if not backbones.keys() <= {"vgg", "alex"}:
+            raise UserError(f"Expected backbones of vgg and alex, got {', '.join(sorted(backbones))}.")
+        decibels(torch.ones(()), psnr_epsilon)  # a wrong epsilon is refused before a clip is measured
+        self.compared = compared
+        self.psnr = psnr
+        self.psnr_epsilon = psnr_epsilon
+        self.ssim = ssim
+        self.fps = fps
+        self.vmaf = vmaf
+        self.unavailable: dict[str, str] = {}
+        self._metrics: dict[str, _Metric] | None = None
+        net, spatial = ("alex", True) if lpips == "alex_spatial" else (lpips, False)
+        self._lpips = {"lpips": LPIPS(backbones.get(net), "alex" if net == "alex" else "vgg", spatial)}
+        if lpips != "alex":
+            self._lpips["lpips_alex"] = LPIPS(backbones.get("alex"), "alex")
+        if lpips != "vgg":
+            self._lpips["lpips_vgg"] = LPIPS(backbones.get("vgg"), "vgg")
+
+    def setup(self, num_frames: int, height: int, width: int) -> None:
+        """Find out what is available for clips of this shape: the smallest one, where they differ."""
+        if self.compared == "mp4v" and (height % 2 or width % 2):
+            raise UserError(f"Expected frames with an even height and width for mp4v, got {(height, width)}.")
+        reasons = {
+            "ssim": ssim_allowed(height, width, self.ssim),
+            "ms_ssim": ms_ssim_allowed(height, width),
+            **{name: _lpips_allowed(distance, height, width) for name, distance in self._lpips.items()},
+            "flicker": flicker_allowed(num_frames),
+        }
+        metrics = self._all()
+        if self.vmaf:
+            reasons["vmaf"] = vmaf_allowed(height, width)
+        self.unavailable = {name: reason for name, reason in reasons.items() if reason}
+        self._metrics = {
+            name: metrics[name] for name in self.all_names if name in metrics and name not in self.unavailable
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The metrics that are available, in their order."""
+        return tuple(self._ready())
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Clips (B, 3, T, H, W) in [-1, 1] → (B,) by the name of each available metric."""
+        return self.values(*self.prepare(prediction, target))
+
+    def prepare(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Both sides as the protocol compares them, which FVD has to take as well; see `as_compared`."""
+        return as_compared(prediction, self.compared, self.fps), as_compared(target, self.compared, self.fps)
+
+    @torch.no_grad()
+    def values(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """What is measured on clips that are prepared, (B,) by name."""
+        metrics = self._ready()
+        if prediction.shape != target.shape:
+            raise UserError(f"Expected clips of one shape, got {tuple(prediction.shape)} and {tuple(target.shape)}.")
+        with full_precision(prediction.device):
+            pairs = list(zip(prediction.split(1), target.split(1), strict=True))
+            return {
+                name: torch.cat([metric(*pair).reshape(1, -1).mean(1) for pair in pairs])
+                for name, metric in metrics.items()
+            }
+
+    def _ready(self) -> dict[str, _Metric]:
+        if self._metrics is None:
+            raise UserError("Expected setup(num_frames, height, width) before the first measurement.")
+        return self._metrics
+
+    def _all(self) -> dict[str, _Metric]:
+        over: Literal["frame", "clip"] = "frame" if self.psnr == "frame" else "clip"
+        metrics: dict[str, _Metric] = {
+            "mse": mse,
+            "psnr": lambda prediction, target: psnr(prediction, target, over, self.psnr_epsilon),
+            "ssim": lambda prediction, target: ssim(prediction, target, self.ssim),
+            "ms_ssim": ms_ssim,
+            "flicker": flicker,
+        }
+        if self.vmaf:
+            metrics["vmaf"] = vmaf
+        return metrics | dict(self._lpips)
+
+
+def _lpips_allowed(distance: LPIPS, height: int, width: int) -> str | None:
+    try:
+        distance.load(download=False)
+    except UserError as error:
+        return str(error)
+    return distance.allowed(height, width)
