@@ -14,7 +14,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vidtwin import plugins
-from vidtwin.datamodules.clips import ClipDataModule
+from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.metrics.frames import psnr
 
 

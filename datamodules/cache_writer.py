@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -31,11 +31,15 @@ from vidtwin.errors import UserError
 from vidtwin.files import intended_name, replacing, write_text
 from vidtwin.video import VideoError, survey
 
-from .cache import describe, describe_videos, difference
-from .clips import SPLITS, ClipDataModule, ClipDataset, Video
+from .cache import difference
+from .clips import SPLITS, ClipDataset, Video
+from .description import describe, describe_videos
 from .index import Fault
 from .loader import init_worker
 from .shards import FIELDS, MANIFEST, TABLE, Format, Manifest, Shard, is_whole
+
+if TYPE_CHECKING:  # it writes itself by this
+    from .data_module import ClipDataModule
 
 SHARD_BYTES = 64 * 2**20
 _COLUMNS = {
@@ -80,7 +84,7 @@ class Written:
 
 
 def write_cache(
-    data: ClipDataModule,
+    data: "ClipDataModule",
     out: Path | str,
     splits: Sequence[str] = SPLITS,
     epochs: int = 1,
@@ -116,7 +120,7 @@ def write_cache(
 
 
 def _write_split(
-    data: ClipDataModule, folder: Path, split: str, epochs: int, format: Format, verify: bool, shard_bytes: int
+    data: "ClipDataModule", folder: Path, split: str, epochs: int, format: Format, verify: bool, shard_bytes: int
 ) -> Written:
     clip = 0
     if format == "videos":

@@ -13,7 +13,8 @@ from typing import Any
 from vidtwin.errors import UserError, few
 from vidtwin.video import VIDEO_SUFFIXES
 
-from .clips import SPLITS, ClipDataModule, Video
+from .clips import SPLITS, Video
+from .data_module import ClipDataModule
 from .listing import find_videos, is_hidden, is_text
 
 Listed = tuple[list[str], list[str], list[str]]  # paths, labels and splits of a list's videos; "" where it gives none

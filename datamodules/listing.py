@@ -1,4 +1,4 @@
-"""Which files and folders are videos, whether one has changed, and where this machine keeps what it knows of them."""
+"""Which files and folders are videos and which are left out, whether one has changed, where this machine keeps that."""
 
 import os
 import re
@@ -6,6 +6,8 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+from vidtwin.errors import UserError
 
 _NUMBERED = re.compile(r"\d\.\w+$")  # the end of an image's name in a sequence: 00000.jpg, frame_1.png
 
@@ -95,3 +97,12 @@ def cache_home() -> Path:
     """Where what can be found out again is kept: `$VIDTWIN_CACHE`, by default `~/.cache/vidtwin`."""
     home = os.environ.get("VIDTWIN_CACHE") or (os.environ.get("XDG_CACHE_HOME") or "~/.cache") + "/vidtwin"
     return Path(home).expanduser()
+
+
+def excluded_names(file: Path) -> set[str]:
+    """Names of an exclusion list."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"Expected a list of videos to leave out at {file}, there is none; set data.exclude.") from None
+    return {line.partition("\t")[0] for line in lines if line.strip() and not line.startswith("#")}

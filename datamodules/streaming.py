@@ -31,10 +31,12 @@ from numpy.typing import NDArray
 from vidtwin.errors import UserError
 from vidtwin.video import VideoInfo
 
-from .cache import CachedClips, check, describe
-from .clips import ClipDataModule, ClipDataset, Video, VideoClips, excluded_names
+from .cache import CachedClips, check
+from .clips import ClipDataset, Video, VideoClips
+from .data_module import ClipDataModule
+from .description import describe
 from .index import Fault
-from .listing import cache_home
+from .listing import cache_home, excluded_names
 from .shards import MANIFEST, TABLE, Format, Items, Manifest, Shard, expect_shards
 
 _ATTEMPTS = 4

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from vidtwin.errors import UserError
 from vidtwin.video import write_video
 
-from .clips import SPLITS, ClipDataModule, ClipDataset, Video, rates_of
+from .clips import SPLITS, ClipDataset, Video, rates_of
+from .data_module import ClipDataModule
 
 Array = NDArray[np.float32]
 FILE_FPS = 25

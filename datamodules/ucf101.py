@@ -8,7 +8,8 @@ from typing import Any
 
 from vidtwin.errors import UserError, few
 
-from .clips import ClipDataModule, Video
+from .clips import Video
+from .data_module import ClipDataModule
 from .listing import is_hidden
 from .ucf101_lists import VALIDATION_GROUPS, class_root, find_lists
 

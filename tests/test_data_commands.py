@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from vidtwin.data_commands import cache_command
-from vidtwin.datamodules.cache import CachedClips, describe
+from vidtwin.datamodules.cache import CachedClips
 from vidtwin.datamodules.cache_writer import write_cache
-from vidtwin.datamodules.clips import ClipDataModule
+from vidtwin.datamodules.data_module import ClipDataModule
+from vidtwin.datamodules.description import describe
 from vidtwin.datamodules.streaming import Streamed
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.datamodules.ucf101 import UCF101

@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import AdamW
 
 from vidtwin import plugins
-from vidtwin.datamodules.clips import ClipDataModule, ClipDataset, Video
+from vidtwin.datamodules.clips import ClipDataset, Video
+from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.losses.discriminator import PatchDiscriminator2d
 from vidtwin.models.vidtwin import VidTwin

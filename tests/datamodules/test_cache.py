@@ -21,9 +21,11 @@ from broken_tree import BAD, write_tree
 from torch.utils.data import DataLoader
 
 from vidtwin.datamodules import cache_writer
-from vidtwin.datamodules.cache import CachedClips, describe
+from vidtwin.datamodules.cache import CachedClips
 from vidtwin.datamodules.cache_writer import write_cache
-from vidtwin.datamodules.clips import ClipDataModule, ClipDataset
+from vidtwin.datamodules.clips import ClipDataset
+from vidtwin.datamodules.data_module import ClipDataModule
+from vidtwin.datamodules.description import describe
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.datamodules.shards import Manifest
 from vidtwin.datamodules.synthetic import Synthetic

@@ -11,7 +11,8 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from vidtwin.datamodules.clips import ClipDataModule, Video, VideoClips
+from vidtwin.datamodules.clips import Video, VideoClips
+from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.datamodules.sampler import ClipSampler
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.datamodules.transforms import to_clip

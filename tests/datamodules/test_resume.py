@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from tiny import tiny_task
 from tiny import trainer as video_trainer
 
-from vidtwin.datamodules.clips import ClipDataModule
+from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.datamodules.sampler import ClipSampler
 from vidtwin.datamodules.ucf101 import UCF101
 
