@@ -1,0 +1,201 @@
+"""The page in a browser: opened from disk it sorts, shows a clip at a click, plays in step, and asks for nothing."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmark.fixture_results import FAILED, FRAMES, HOSTILE_CLIP, HOSTILE_MODEL, write_results
+
+from vidtwin.benchmark import report
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install -e '.[dev]')")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium or google-chrome on the PATH")
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report.write(write_results(tmp_path_factory.mktemp("page") / "results"))
+
+
+class Opened:
+    """A page with all that it said and asked for."""
+
+    def __init__(self, browser: Any, file: Path, width: int = 1400, **options: Any) -> None:
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.said.append(dialog.message), dialog.dismiss()))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(file.as_uri())
+
+    def names(self, table: str = "quality") -> list[str]:
+        return self.page.locator(f"#{table} tbody th").all_inner_texts()
+
+    def wait(self, condition: str) -> None:
+        """Until a condition holds; the page's policy forbids Playwright's own way, which is `eval`."""
+        for _ in range(200):
+            if self.page.evaluate(condition):
+                return
+            self.page.wait_for_timeout(20)
+        pytest.fail(f"not within four seconds: {condition}")
+
+    def players(self) -> None:
+        self.wait("screens.length === 9 && screens.every((each) => each.ready)")
+
+    def frames(self) -> list[int]:
+        """Which frame each player shows, read from its grey."""
+        greys = self.page.evaluate(
+            """[...document.querySelectorAll("#views canvas")].map((each) => {
+              const pen = new OffscreenCanvas(1, 1).getContext("2d");
+              pen.drawImage(each, 0, 0);
+              return pen.getImageData(0, 0, 1, 1).data[0];
+            })"""
+        )
+        return [round((grey - 20) / 40) for grey in greys]
+
+
+@pytest.fixture
+def opened(browser, file) -> Iterator[Opened]:
+    opened = Opened(browser, file)
+    yield opened
+    assert opened.said == []
+    assert [url for url in opened.asked if not url.startswith("data:")] == [file.as_uri()]
+    opened.page.close()
+
+
+def head(opened: Opened, name: str) -> Any:
+    return opened.page.locator("#quality thead th", has_text=name)
+
+
+def test_a_click_on_a_header_sorts_and_another_one_turns_it_round(opened):
+    trained = [HOSTILE_MODEL, "VidTwin", "MAGVIT-v2"]
+    rest = ["CMD", "temporal_mean", "mean_colour", FAILED]
+    assert opened.names() == [*trained, *rest]
+    assert head(opened, "PSNR").get_attribute("aria-sort") == "descending"
+    head(opened, "Rate").locator("button").click()
+    assert opened.names() == ["VidTwin", "MAGVIT-v2", HOSTILE_MODEL, "CMD", "mean_colour", "temporal_mean", FAILED]
+    assert head(opened, "Rate").get_attribute("aria-sort") == "ascending"
+    assert head(opened, "PSNR").get_attribute("aria-sort") == "none"
+    head(opened, "Rate").locator("button").press("Enter")
+    assert opened.names()[:3] == [HOSTILE_MODEL, "MAGVIT-v2", "VidTwin"]
+    assert head(opened, "Rate").get_attribute("aria-sort") == "descending"
+
+
+def test_what_has_no_number_comes_last_in_both_directions(opened):
+    for first in ("ascending", "descending"):
+        head(opened, "Bits").locator("button").click()
+        assert head(opened, "Bits").get_attribute("aria-sort") == first
+        assert opened.names()[0] == "MAGVIT-v2"  # the only one with codebooks
+        assert opened.names()[-1] == FAILED
+
+
+def test_a_click_on_a_point_shows_its_clip_and_its_numbers(opened, file):
+    page = opened.page
+    at = page.evaluate(
+        "(() => { const i = points.clip.findIndex((clip) => clip === 4); return [points.x[i], points.y[i]] })()"
+    )
+    page.locator("#clips").click(position={"x": at[0], "y": at[1]})
+    assert page.locator("#clip-name").inner_text() == "v_Archery_g00004_c01.avi"
+    numbers = page.locator("#clip-numbers tbody tr").all_inner_texts()
+    clips = (file.parent / "rows" / "VidTwin" / "clips.csv").read_text().splitlines()
+    (psnr,) = [line.split(",")[5] for line in clips if "g00004" in line]
+    (line,) = [line for line in numbers if line.startswith("VidTwin")]
+    assert line.split()[1] == f"{float(psnr):.2f}"
+    assert page.locator("#players").is_hidden()
+    assert "keeps the pictures of the worst and median clips only" in page.locator("#no-players").inner_text()
+
+
+def test_keys_go_from_clip_to_clip_and_a_clip_with_markup_in_its_name_is_text(opened):
+    page = opened.page
+    page.locator("#clips-order").select_option(label="mean_colour")
+    seen = set()
+    page.locator("#clips").press("Home")
+    for _ in range(7):
+        seen.add(page.locator("#clip-name").inner_text())
+        page.locator("#clips").press("ArrowRight")
+    assert len(seen) == 7
+    assert HOSTILE_CLIP in seen
+
+
+def test_players_advance_in_step(opened):
+    page = opened.page
+    opened.players()
+    assert opened.frames() == [0] * 9
+    page.locator("#forth").click()
+    assert opened.frames() == [1] * 9
+    page.locator("#players").locator("#back").click()
+    page.locator("#back").click()
+    assert opened.frames() == [FRAMES - 1] * 9
+    page.locator("#frame").fill("3")
+    assert opened.frames() == [3] * 9
+    page.locator("#forth").press("ArrowLeft")
+    assert opened.frames() == [2] * 9
+    page.locator("#play").click()
+    opened.wait("clock.frame === 4")
+    assert len(set(opened.frames())) == 1
+    page.locator("#play").click()
+    kept = opened.frames()
+    assert len(set(kept)) == 1
+    page.wait_for_timeout(200)  # more than a frame of the clip
+    assert opened.frames() == kept
+    page.locator("#kept button", has_text="median").click()
+    assert page.locator("#clip-name").inner_text() == "v_Archery_g00001_c01.avi"
+    opened.players()
+    assert opened.frames() == [0] * 9
+
+
+def test_the_rate_plot_marks_the_pareto_front_and_follows_the_choices(opened):
+    page = opened.page
+    assert page.locator("#rates g.point").count() == 3
+    labels = [each.get_attribute("aria-label") for each in page.locator("#rates g.point").all()]
+    on_front = {text.partition(":")[0] for text in labels if "Pareto" in text}
+    assert on_front == {"VidTwin", HOSTILE_MODEL}  # MAGVIT-v2 is larger and worse than VidTwin
+    page.locator("#rates-all").check()
+    assert page.locator("#rates g.point").count() == 6
+    page.locator("#rates-y").select_option("ssim")
+    page.locator("#rates-x").select_option("tokens")
+    assert page.locator("#rates svg").get_attribute("aria-label") == "SSIM against tokens of the latents in a DiT"
+    assert "Not drawn" in page.locator("#rates-note").inner_text()  # untrained rows have no downstream cost
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_cut_off_on_a_narrow_screen(browser, file, scheme):
+    opened = Opened(browser, file, width=360, color_scheme=scheme)
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == 360
+    opened.page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true })")
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == 360
+    assert opened.said == []
+    opened.page.close()
+
+
+@pytest.mark.parametrize("models", [{}, {"alone": ("untrained", 0.1, 20.0)}], ids=["failed alone", "one row"])
+def test_a_page_with_little_in_it_says_so_without_errors(browser, tmp_path, models):
+    opened = Opened(browser, report.write(write_results(tmp_path, models, players=False, rfvd=False)))
+    assert opened.names() == [*models, FAILED]
+    assert opened.page.locator("#clip").is_visible() == bool(models)
+    assert opened.page.locator("#rates g.point").count() == len(models)
+    assert opened.said == []
+    opened.page.close()
