@@ -1,6 +1,7 @@
 """The page in a browser: opened from disk it sorts, shows a clip at a click, plays in step, and asks for nothing."""
 
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,4 +199,27 @@ def test_a_page_with_little_in_it_says_so_without_errors(browser, tmp_path, mode
     assert opened.page.locator("#clip").is_visible() == bool(models)
     assert opened.page.locator("#rates g.point").count() == len(models)
     assert opened.said == []
+    opened.page.close()
+
+
+def test_the_policy_stops_scripts_and_requests_that_are_not_the_pages_own(browser, file):
+    opened = Opened(browser, file)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        opened.page.evaluate(
+            """(address) => {
+              const picture = document.createElement("img");
+              picture.src = `${address}/pixel.png`;
+              const script = document.createElement("script");
+              script.textContent = "document.title = 'taken over'";
+              document.body.append(picture, script);
+              fetch(address).catch(() => { document.body.dataset.refused = "yes"; });
+            }""",
+            f"http://127.0.0.1:{server.getsockname()[1]}",
+        )
+        opened.wait("document.images[0].complete && document.body.dataset.refused === 'yes'")
+        with pytest.raises(BlockingIOError):  # no one has come
+            server.accept()
+    assert opened.page.title() == "Video autoencoders on UCF101"
+    assert sum("Content Security Policy" in text for text in opened.said) >= 3
     opened.page.close()
