@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric
 from vidtwin.errors import UserError
 from vidtwin.losses.perceptual import LPIPS
 from vidtwin.metrics.frames import psnr, ssim
+from vidtwin.metrics.precision import full_precision
 
 
 class ClipMetrics(nn.Module):
@@ -52,8 +53,7 @@ class ClipMetrics(nn.Module):
     @torch.no_grad()
     def forward(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Clips (B, 3, T, H, W) in [-1, 1], clamped to it → (B,) by the name of each available metric."""
-        # Autocast is switched off: a metric must not depend on the precision that the model runs in.
-        with torch.autocast(prediction.device.type, enabled=False):
+        with full_precision(prediction.device):
             values = {"psnr": psnr(prediction, target).mean(1), "ssim": ssim(prediction, target).mean(1)}
             if "lpips" in self.names:
                 distances = self.lpips(prediction.float().clamp(-1.0, 1.0), target.float().clamp(-1.0, 1.0))
