@@ -113,8 +113,8 @@ def ssim_allowed(height: int, width: int, variant: SSIMVariant = "gaussian_poole
 def ms_ssim(prediction: Tensor, target: Tensor) -> Tensor:
     """Multi-scale structural similarity (Wang et al. 2003): five scales, their published weights.
 
-    The same numbers as torchmetrics' (its reflected border at the smallest scale included): 16 frames of 224 px take 0.07
-    s on one core, and 0.74 s there.
+    The same numbers as torchmetrics', its reflected border at the smallest scale included. 16 frames of 224 px take
+    0.07 s on one core, and 0.74 s there.
 
     Args:
         prediction: (B, 3, T, H, W) in [-1, 1], clamped here.
