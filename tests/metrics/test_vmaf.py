@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vidtwin.errors import UserError
+from vidtwin.metrics import Measures
 from vidtwin.metrics.vmaf import vmaf, vmaf_allowed
 
 
@@ -37,6 +38,14 @@ def test_equal_clips_score_high_and_the_smallest_frames_have_a_value() -> None:
     assert (vmaf(target, target) > 85).all()
     with pytest.raises(UserError, match="at least 32x32 pixels for VMAF"):
         vmaf(target[..., :31], target[..., :31])
+
+
+def test_measures_have_it_where_it_is_asked_for() -> None:
+    pytest.importorskip("vmaf_torch")
+    measures = Measures(vmaf=True, psnr="clip")
+    measures.setup(3, 48, 48)
+    assert measures.names[-1] == "vmaf"
+    torch.testing.assert_close(measures(*clips())["vmaf"], vmaf(*clips()))
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from vidtwin.errors import UserError
 from vidtwin.metrics.frames import unit_range
 
-_SMALLEST = 32
+_SMALLEST = 32  # its coarsest scale is an eighth, 4 pixels; below 17 the window of its VIF does not fit
 
 
 def vmaf(prediction: Tensor, target: Tensor) -> Tensor:
