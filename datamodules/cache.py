@@ -18,6 +18,8 @@ from .shards import MANIFEST, TABLE, Format, Items, Manifest, Shard, expect_shar
 
 def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
     """The first key in which two descriptions differ, with both values; None if they say the same."""
+    default = {"eval_clips": "middle"}  # not written down, so that older caches stay known
+    expected, found = default | dict(expected), default | dict(found)
     for key in [*expected, *(key for key in found if key not in expected)]:
         if key == "videos" and (key not in expected or key not in found):
             continue  # the videos themselves are not here
@@ -48,6 +50,13 @@ class CachedClips(ClipDataset):
         self.split_name = self.manifest.split_name
         self.items = Items(self.manifest, self._locate)
         self._identities: dict[int, tuple[str, int]] | None = None
+
+    @property
+    def num_videos(self) -> int:
+        """How many videos the clips of an epoch are of."""
+        if self.manifest.description.get("eval_clips") != "all":
+            return len(self)
+        return len({self.identity(index)[0] for index in range(len(self))})
 
     def __len__(self) -> int:
         return self.manifest.clips

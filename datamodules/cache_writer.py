@@ -32,11 +32,11 @@ from vidtwin.files import intended_name, replacing, write_text
 from vidtwin.video import VideoError, survey
 
 from .cache import difference
-from .clips import SPLITS, ClipDataset, Video
+from .clips import SPLITS, ClipDataset, Skip, Video
 from .description import describe, describe_videos
 from .index import Fault
 from .loader import init_worker
-from .shards import FIELDS, MANIFEST, TABLE, Format, Manifest, Shard, is_whole
+from .shards import FIELDS, MANIFEST, TABLE, Format, Manifest, Shard, as_skip, is_whole
 
 if TYPE_CHECKING:  # it writes itself by this
     from .data_module import ClipDataModule
@@ -71,11 +71,11 @@ class Written:
     def __str__(self) -> str:
         what, shards = self.manifest.format, len(self.manifest.shards)
         epochs = f" of {self.manifest.epochs} epochs" if self.manifest.epochs > 1 else ""
-        without = [f"skipped {name}: {reason}" for name, reason in self.manifest.skipped.values()]
+        without = [f"skipped {name}: {reason}" for name, reason, *_ in self.manifest.skipped.values()]
         without += [f"left out {name}: {reason}" for name, reason in self.manifest.left_out.items()]
-        replaced = dict(entry for entries in self.manifest.replaced.values() for entry in entries)
+        replaced = dict(entry[:2] for entries in self.manifest.replaced.values() for entry in entries)
         without += [f"replaced {name} by other clips: {reason}" for name, reason in replaced.items()]
-        more = f"; {len(without)} videos could not be used" if without else ""
+        more = f"; {len(without)} could not be used" if without else ""
         total = f"{self.split}: {self.items} {what}{epochs}, {self.bytes / 1e9:.3g} GB, shards: {shards}, "
         lines = [f"{total}new: {self.made}{more}", *(f"  {line}" for line in without[:_TOLD])]
         if len(without) > _TOLD:
@@ -242,8 +242,9 @@ def _finish(folder: Path, wanted: Manifest, records: list[dict[str, Any]]) -> Ma
     manifest = replace(
         wanted,
         shards=shards,
-        skipped={place: (name, reason) for record in records for place, name, reason in record["skipped"]},
-        replaced={place: [(n, r) for n, r in what] for record in records for place, what in record["replaced"]},
+        skipped={place: as_skip(entry) for record in records for place, *entry in record["skipped"]},
+        replaced={place: list(map(as_skip, what)) for record in records for place, what in record["replaced"]},
+        padded={place: frames for record in records for place, frames in record.get("padded", ())},
         complete=True,
     )
     write_text(folder / MANIFEST, manifest.to_json())
@@ -349,7 +350,8 @@ def _by_size(sizes: list[int], limit: int) -> Iterator[tuple[int, int]]:
 class _Item:
     pieces: list[Any]  # bytes and arrays of bytes, in order
     row: list[Any]
-    replaced: list[tuple[str, str]] = field(default_factory=list)
+    replaced: list[Skip] = field(default_factory=list)
+    padded: int = 0
 
 
 class _ClipSource:
@@ -359,13 +361,9 @@ class _ClipSource:
         self.dataset = dataset
         self.may_skip = may_skip  # training has put another clip in the place of one, or there is none to be had
 
-    def skipped(self, place: int, error: VideoError) -> tuple[str, str]:
+    def skipped(self, place: int, error: VideoError) -> Skip:
         """What to call a clip that can't be read, and why."""
-        videos: list[Video] | None = getattr(self.dataset, "videos", None)
-        index = place % len(self.dataset)
-        if not videos:
-            return str(index), str(error)
-        return videos[index].name, Fault.of(error, videos[index].path).reason
+        return self.dataset.skip(place % len(self.dataset), error)
 
     def row_without_item(self, place: int) -> list[list[Any]]:
         """What identifies an evaluation clip that is not there: a protocol names those that were to be measured."""
@@ -381,7 +379,8 @@ class _ClipSource:
         text = name.encode()
         sizes = np.array([len(header) + clip.nbytes, 8, len(text), 8], np.uint32).tobytes()
         tail = np.int64(label).tobytes() + text + np.int64(start).tobytes()
-        return _Item([sizes, header, clip, tail], [epoch, index, name, label, start], list(item.get("skipped", ())))
+        row = [epoch, index, name, label, start]
+        return _Item([sizes, header, clip, tail], row, list(item.get("skipped", ())), item.get("padded", 0))
 
 
 class _VideoSource:
@@ -392,7 +391,7 @@ class _VideoSource:
     def __init__(self, videos: list[Video]) -> None:
         self.videos = videos
 
-    def skipped(self, place: int, error: VideoError) -> tuple[str, str]:
+    def skipped(self, place: int, error: VideoError) -> Skip:
         return self.videos[place].name, Fault.of(error, self.videos[place].path).reason
 
     def row_without_item(self, place: int) -> list[list[Any]]:
@@ -449,8 +448,9 @@ class _ShardWriter(Dataset[dict[str, Any]]):
     def _write(self, number: int, first: int, count: int) -> dict[str, Any]:
         pieces: list[list[Any]] = []
         rows: list[list[Any]] = []
-        skipped: list[tuple[int, str, str]] = []
-        replaced: list[tuple[int, list[tuple[str, str]]]] = []
+        skipped: list[tuple[Any, ...]] = []
+        replaced: list[tuple[int, list[Skip]]] = []
+        padded: list[tuple[int, int]] = []
         for place in range(first, first + count):
             try:
                 item = self.source.item(place)
@@ -464,6 +464,8 @@ class _ShardWriter(Dataset[dict[str, Any]]):
             rows.append(item.row)
             if item.replaced:
                 replaced.append((place, item.replaced))
+            if item.padded:
+                padded.append((place, item.padded))
         lengths = [sum(memoryview(piece).nbytes for piece in parts) for parts in pieces]
         offsets = 4 * (len(pieces) + 2) + np.cumsum([0, *lengths])
         if offsets[-1] >= 2**32:
@@ -480,5 +482,6 @@ class _ShardWriter(Dataset[dict[str, Any]]):
                 digest.update(piece)
         shard = Shard(file, first, count, len(pieces), int(offsets[-1]), digest.hexdigest())
         record = {"number": number, "shard": shard, "rows": rows, "skipped": skipped, "replaced": replaced}
+        record["padded"] = padded
         write_text(self.folder / _record_name(number), json.dumps(record | {"shard": vars(shard)}))
         return record

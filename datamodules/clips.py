@@ -1,4 +1,4 @@
-"""Clips of videos for training and evaluation: which frames, in which order, on which rank.
+"""Clips of videos for training and evaluation: which frames of which video.
 
 All that is random depends on (seed, epoch, index) alone: the sampler hands out (epoch, index) pairs, so workers (also
 persistent ones) need no state, and their number and that of the ranks changes no clip. What training has seen is
@@ -7,22 +7,25 @@ therefore a place in one endless order of clips, (epoch, clips of it), which a c
 A video that can't be used is named once, with its reason, and never replaced under its name. What `survey` finds (a
 file that does not open, is truncated, too short) is left out before an epoch is made, so that its length and the ranks'
 shares are right. What only decoding finds is skipped when it is met: training takes another clip instead, drawn by
-(seed, epoch, index) too; evaluation has a clip less.
+(seed, epoch, index) too; evaluation has a clip less. A video that is cut into clips all along may turn out to end in
+its last clip, a little before what its container promises: that clip is padded or left out, and nothing is wrong.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from vidtwin.video import Source, VideoError, VideoInfo, read_clip, survey
+from vidtwin.video import Frames, Source, VideoError, VideoInfo, read_clip, survey
+from vidtwin.video.reading import CENTRE
 from vidtwin.video.source import HEADER_EXCESS
 
 from .index import Fault
@@ -30,8 +33,13 @@ from .sampler import shuffled
 
 Key = int | tuple[int, int]
 Rates = float | Sequence[float] | None
+EvalClips = Literal["middle", "all"]
+Tail = Literal["drop", "pad"]
+Skip = tuple[str, str] | tuple[str, str, bool]  # name, reason; False where the video is whole and ends before the clip
 SPLITS = ("train", "val", "test")
 
+# Such a rate is asked of a video whose own one is a little lower: 30 of NTSC's 29.97.
+_NEAR = Fraction(1002, 1000)
 _ATTEMPTS = 100  # clips that are drawn one after the other before training gives up
 
 
@@ -45,12 +53,16 @@ class Video:
     info: VideoInfo | None = None
 
 
+class EndedError(VideoError):
+    """A video that ends before the clip that its container promised, and is whole for all that."""
+
+
 class ClipDataset(Dataset[dict[str, Any]], ABC):
     """One clip for each index, in training another one in each epoch.
 
     `dataset[epoch, index]` (or `dataset[index]`, epoch 0) is `{"clip": uint8 (T, H, W, 3), "label": int, "name": str,
-    "start_frame": int}`, and if files were met that can't be read, `"skipped": [(name, reason), …]`; in evaluation that
-    alone.
+    "start_frame": int, "padded": int}`, the last of them how many frames at the clip's end repeat the one before; and
+    if files were met that can't be read, `"skipped": [(name, reason), …]`; in evaluation that alone.
 
     Attributes:
         split_name: Name of the split in the protocol, where the clips know it themselves.
@@ -63,11 +75,18 @@ class ClipDataset(Dataset[dict[str, Any]], ABC):
 
     @abstractmethod
     def clip(self, epoch: int, index: int) -> dict[str, Any]:
-        """One clip, as numpy array, with its label, name and start frame; `VideoError` if there is none to be had."""
+        """One clip, as numpy array, with its label, name and start frame; `VideoError` if there is none to be had.
+
+        Without "padded" no frame repeats the end.
+        """
 
     @abstractmethod
     def identity(self, index: int) -> tuple[str, int]:
         """Name and start frame of an evaluation clip, without decoding it."""
+
+    def skip(self, index: int, error: VideoError) -> Skip:
+        """What to tell of an evaluation clip that can't be read."""
+        return self.identity(index)[0], str(error)
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """All indices in the order in which an epoch of training takes them, all ranks together."""
@@ -76,14 +95,18 @@ class ClipDataset(Dataset[dict[str, Any]], ABC):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         item = self.clip(epoch, index)
-        return {**item, "clip": torch.from_numpy(np.ascontiguousarray(item["clip"]))}
+        return {"padded": 0, **item, "clip": torch.from_numpy(np.ascontiguousarray(item["clip"]))}
 
 
 class VideoClips(ClipDataset):
     """Clips of video files.
 
     Training takes a random start, a random square crop, one of the rates and, with `horizontal_flip`, the mirror image
-    of every second clip. Evaluation takes the clip in the middle of the video, centre-cropped, at the first rate.
+    of every second clip. Evaluation takes the clip in the middle of the video, or all clips one behind the other,
+    centre-cropped, at the first rate.
+
+    Clip k of "all" has the frames that are shown from k·T / fps on: joined, they are the video at that rate from its
+    first frame on. `start_frame` is the frame of the file that is shown first, so no two clips share one.
 
     Args:
         videos: The videos; those without `info` are surveyed when they are first needed.
@@ -95,6 +118,10 @@ class VideoClips(ClipDataset):
         horizontal_flip: Mirror half of the clips that are drawn.
         loop: Begin a video again that ends before the clip does.
         replace: Take another clip for one that can't be read.
+        eval_clips: "middle" takes one clip of each video where nothing is drawn, "all" as many as there are.
+        tail: What becomes of the frames that are left at the end of "all": "drop" leaves them out, "pad" fills their
+            clip up by repeating the last frame. A video shorter than a clip then is a padded one too, and `loop` says
+            nothing.
 
     Raises:
         VideoError: From `clip`, for a file that can't be read, is too short for a clip, or (in evaluation) has fewer
@@ -112,6 +139,8 @@ class VideoClips(ClipDataset):
         horizontal_flip: bool = False,
         loop: bool = False,
         replace: bool = False,
+        eval_clips: EvalClips = "middle",
+        tail: Tail = "drop",
     ) -> None:
         self.videos = videos
         self.num_frames = num_frames
@@ -122,13 +151,24 @@ class VideoClips(ClipDataset):
         self.horizontal_flip = horizontal_flip
         self.loop = loop
         self.replace = replace
+        self.consecutive = eval_clips == "all" and not training
+        self.pad = self.consecutive and tail == "pad"
+        self._ends: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
-        return len(self.videos)
+        return int(self._clip_ends()[-1]) if self.consecutive and self.videos else len(self.videos)
 
     def identity(self, index: int) -> tuple[str, int]:
-        info = self._info(index)
-        return self.videos[index].name, self._last_start(info, self._usable_rates(info)[0]) // 2
+        place, number = self._place(index)
+        info = self._info(place)
+        fps = self._usable_rates(info)[0]
+        start = self._start(info, fps, number)[0] if self.consecutive else self._last_start(info, fps) // 2
+        return self.videos[place].name, start
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Take no clip of these videos."""
+        self.videos = [video for video in self.videos if video.name not in names]
+        self._ends = None
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         try:
@@ -136,12 +176,12 @@ class VideoClips(ClipDataset):
         except VideoError as error:
             if self.replace:
                 raise
-            return {"skipped": [self._skipped(key[1] if isinstance(key, tuple) else key, error)]}
+            return {"skipped": [self.skip(key[1] if isinstance(key, tuple) else key, error)]}
 
     def clip(self, epoch: int, index: int) -> dict[str, Any]:
         if not self.replace:
             return self._draw(index, np.random.default_rng((self.seed, epoch, index)))
-        skipped: list[tuple[str, str]] = []
+        skipped: list[Skip] = []
         for attempt in range(_ATTEMPTS):
             # The first one draws as if there were no others.
             random = np.random.default_rng((self.seed, epoch, index, attempt) if attempt else (self.seed, epoch, index))
@@ -149,55 +189,133 @@ class VideoClips(ClipDataset):
             try:
                 item = self._draw(chosen, random)
             except VideoError as error:
-                skipped.append(self._skipped(chosen, error))
+                skipped.append(self.skip(chosen, error))
                 continue
             return {**item, "skipped": skipped} if skipped else item
-        name, reason = skipped[0]
+        name, reason = skipped[0][:2]
         raise VideoError(f"{name}: {reason}; {_ATTEMPTS - 1} clips drawn in its place could not be read either.")
 
-    def _skipped(self, index: int, error: VideoError) -> tuple[str, str]:
-        video = self.videos[index]
-        return video.name, Fault.of(error, video.info.path if video.info else video.path).reason
+    def skip(self, index: int, error: VideoError) -> Skip:
+        video = self.videos[self._place(index)[0]]
+        reason = Fault.of(error, video.info.path if video.info else video.path).reason
+        return (video.name, reason, False) if isinstance(error, EndedError) else (video.name, reason)
 
-    def fault(self, index: int) -> Fault | None:
+    def fault(self, place: int) -> Fault | None:
         """Why no clip of this video can be taken, as far as that can be told without decoding it."""
-        info = self._info(index)
+        info = self._info(place)
+        fps = self._usable_rates(info)[0]
         try:
-            self._last_start(info, self._usable_rates(info)[0])
+            self._check_rate(info, fps)
+            if not self.pad:
+                self._last_start(info, fps)
         except VideoError as error:
             return Fault.of(error, info.path)
         return None
 
-    def _info(self, index: int) -> VideoInfo:
-        video = self.videos[index]
+    def _info(self, place: int) -> VideoInfo:
+        video = self.videos[place]
         if video.info is None:
-            video = self.videos[index] = replace(video, info=survey(video.path))
+            video = self.videos[place] = replace(video, info=survey(video.path))
         assert video.info is not None
         return video.info
 
+    def _place(self, index: int) -> tuple[int, int]:
+        """The place of a clip's video, and which one of its clips it is."""
+        if not self.consecutive:
+            return index, 0
+        if not 0 <= index < len(self):
+            raise IndexError(f"Expected an index below {len(self)}, got {index}.")
+        ends = self._clip_ends()
+        place = int(np.searchsorted(ends, index, side="right"))
+        return place, index - (int(ends[place - 1]) if place else 0)
+
+    def _clip_ends(self) -> NDArray[np.int64]:
+        """How many clips the videos have up to each of them, itself included."""
+        if self._ends is None:
+            counts = [self._num_clips(self._info(place)) for place in range(len(self.videos))]
+            self._ends = np.cumsum(counts, dtype=np.int64)
+        return self._ends
+
+    def _num_clips(self, info: VideoInfo) -> int:
+        """Consecutive clips of a video."""
+        shown = self._num_shown(info, self._usable_rates(info)[0])
+        if self.pad:
+            return math.ceil(shown / self.num_frames)
+        return max(shown // self.num_frames, int(self.loop))
+
+    def _num_shown(self, info: VideoInfo, fps: float | None) -> int:
+        """Frames of a whole video at the clip's rate: the last one stays until its end."""
+        return math.ceil(info.num_frames * self._rate(info, fps) / info.fps)
+
+    def _start(self, info: VideoInfo, fps: float | None, number: int) -> tuple[int, Fraction]:
+        """The frame that the `number`-th consecutive clip begins with, and its time in seconds."""
+        time = number * self.num_frames / self._rate(info, fps)
+        return math.floor(time * info.fps), time
+
     def _draw(self, index: int, random: np.random.Generator) -> dict[str, Any]:
         position, x, y, mirror, rate = random.random(5) if self.training else (0.5, 0.5, 0.5, 1.0, 0.0)
-        video, info = self.videos[index], self._info(index)
+        place, number = self._place(index)
+        video, info = self.videos[place], self._info(place)
         rates = self._usable_rates(info)
         fps = rates[int(rate * len(rates))]
-        try:
-            start, frames = self._read(info, fps, position, (x, y))
-        except VideoError as error:
-            if error.decodable is None or not 0 < info.num_frames - error.decodable <= HEADER_EXCESS:
-                raise
-            # The container promised a little more than there is: choose again from what was decoded.
-            info = replace(info, num_frames=error.decodable)
-            start, frames = self._read(info, fps, position, (x, y))
+        padded = 0
+        if self.consecutive:
+            start, frames, padded = self._consecutive(info, fps, number)
+        else:
+            try:
+                start, frames = self._chosen(info, fps, position, (x, y))
+            except VideoError as error:
+                if error.decodable is None or not 0 < info.num_frames - error.decodable <= HEADER_EXCESS:
+                    raise
+                # The container promised a little more than there is: choose again from what was decoded.
+                info = replace(info, num_frames=error.decodable)
+                start, frames = self._chosen(info, fps, position, (x, y))
         if self.horizontal_flip and mirror < 0.5:
             frames = frames[:, :, ::-1]
-        return {"clip": frames, "label": video.label, "name": video.name, "start_frame": start}
+        item = {"clip": frames, "label": video.label, "name": video.name, "start_frame": start}
+        return {**item, "padded": padded} if padded else item
 
-    def _read(self, info: VideoInfo, fps: float | None, position: float, crop: tuple[float, float]) -> tuple[int, Any]:
+    def _chosen(
+        self, info: VideoInfo, fps: float | None, position: float, crop: tuple[float, float]
+    ) -> tuple[int, Frames]:
         last = self._last_start(info, fps)
         start = min(int(position * (last + 1)), last) if self.training else last // 2
-        source, time, size = self.content(info), start / info.fps, self.resolution
+        return start, self._read(info, start / info.fps, self.num_frames, fps, crop, self.loop)
+
+    def _consecutive(self, info: VideoInfo, fps: float | None, number: int) -> tuple[int, Frames, int]:
+        """A clip of those that a video is cut into → first frame, pictures, how many of them repeat the last one."""
+        self._check_rate(info, fps)
+        start, time = self._start(info, fps, number)
+        promised = least = self.num_frames
+        if self.pad:
+            promised = min(promised, self._num_shown(info, fps) - number * self.num_frames)
+            # A container may promise a little more than there is, which is then padded too.
+            least = max(1, promised - HEADER_EXCESS - 1)
+        loop = self.loop and not self.pad and number == 0
+        for length in range(promised, least - 1, -1):
+            try:
+                frames = self._read(info, time, length, fps, CENTRE, loop)
+            except VideoError as error:
+                if error.decodable is None or info.num_frames - error.decodable > HEADER_EXCESS:
+                    raise
+                ended = error
+                continue
+            padded = self.num_frames - length
+            return start, np.concatenate([frames, np.repeat(frames[-1:], padded, axis=0)]) if padded else frames, padded
+        raise EndedError(str(ended), ended.decodable, ended.kind) from None
+
+    def _read(
+        self,
+        info: VideoInfo,
+        time: Fraction,
+        num_frames: int,
+        fps: float | None,
+        crop: tuple[float, float],
+        loop: bool,
+    ) -> Frames:
+        source, rate = self.content(info), None if fps is None else self._rate(info, fps)
         try:
-            return start, read_clip(source, time, self.num_frames, fps, size, crop, self.loop, info.fps)
+            return read_clip(source, time, num_frames, rate, self.resolution, crop, loop, info.fps)
         except VideoError as error:
             if isinstance(source, bytes):  # which don't know the name
                 reason = str(error).partition(": ")[2]
@@ -212,25 +330,33 @@ class VideoClips(ClipDataset):
         """The rates to draw from for a video: those that it can give; in evaluation the first."""
         if not self.training or len(self.rates) == 1:
             return self.rates[:1]
-        given = [rate for rate in self.rates if rate is not None and rate <= info.fps * 1.001]
+        given = [rate for rate in self.rates if rate is not None and rate <= info.fps * _NEAR]
         if not given:
             return [min(rate or 0 for rate in self.rates)]  # frames repeat
         return [rate for rate in given if self._span(info, rate) < info.num_frames] or [max(given)]
 
+    def _rate(self, info: VideoInfo, fps: float | None) -> Fraction:
+        """Frames per second of a clip; in evaluation at most the video's, since 30 of 29.97 would repeat some."""
+        if fps is None:
+            return info.fps
+        rate = Fraction(fps).limit_denominator(10**7)
+        return rate if self.training else min(rate, info.fps)
+
     def _span(self, info: VideoInfo, fps: float | None) -> int:
         """Frames of the video from the first to the last of a clip."""
-        if fps is None:
-            return self.num_frames - 1
-        return int((self.num_frames - 1) * info.fps / Fraction(fps).limit_denominator(10**7))
+        return int((self.num_frames - 1) * info.fps / self._rate(info, fps))
 
-    def _last_start(self, info: VideoInfo, fps: float | None) -> int:
-        """The last frame of the video at which a clip can begin."""
-        if fps is not None and not self.training and fps > info.fps * 1.001:
+    def _check_rate(self, info: VideoInfo, fps: float | None) -> None:
+        if fps is not None and not self.training and fps > info.fps * _NEAR:
             raise VideoError(
                 f"{info.path}: expected at least data.fps={fps:g} frames per second, the video has "
                 f"{float(info.fps):.4g}; lower data.fps (null: every frame).",
                 kind="slow",
             )
+
+    def _last_start(self, info: VideoInfo, fps: float | None) -> int:
+        """The last frame of the video at which a clip can begin."""
+        self._check_rate(info, fps)
         span = self._span(info, fps)
         if info.num_frames <= span and not self.loop:
             rate = "all frames" if fps is None else f"{fps:g} frames per second"

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +18,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vidtwin.errors import UserError
-from vidtwin.video import RESIZE_FILTER, VideoInfo
+from vidtwin.video import COLOUR, RESIZE_FILTER, VideoInfo
 
 from .cache import CachedClips
 from .cache_writer import write_cache
-from .clips import SPLITS, ClipDataset, Video, VideoClips, rates_of
+from .clips import SPLITS, ClipDataset, EvalClips, Tail, Video, VideoClips, rates_of
 from .description import describe
 from .index import Fault, survey_all
 from .listing import excluded_names
@@ -36,7 +37,8 @@ _ADVICE = "; for short ones lower data.num_frames, raise data.fps or set data.sh
 class ClipDataModule(LightningDataModule, ABC):
     """Base of the data modules. Batches are on the device
 
-        {"clip": float32 (B, 3, T, H, W) in [-1, 1], "label": int64 (B,), "name": list[str], "start_frame": int64 (B,)}
+        {"clip": float32 (B, 3, T, H, W) in [-1, 1], "label": int64 (B,), "name": list[str], "start_frame": int64 (B,),
+         "padded": int64 (B,), frames at a clip's end that repeat the one before}
 
     and leave the workers with the clip as uint8 (B, T, H, W, 3). A subclass says which videos there are (`videos`), or
     makes the data set itself (`make_dataset`). Splits are called "train", "val" and "test"; prediction takes "test".
@@ -53,8 +55,12 @@ class ClipDataModule(LightningDataModule, ABC):
         seed: Of everything random: order, start, crop, mirroring.
         horizontal_flip: Mirror half of the training clips, if `augment`.
         augment: Draw start, crop and mirroring of the training clips at random, others in each epoch; false takes the
-            clip that evaluation would take: to overfit on purpose.
+            clip in the middle of each video: to overfit on purpose.
         short_videos: What becomes of a video that ends before the clip does: "skip", or "loop", which begins it again.
+        eval_clips: What evaluation takes of a video: the clip in its "middle", or "all" of them, one behind the other
+            from its first frame on; two clips of a video differ in `start_frame`.
+        tail: What "all" does with the frames that are left at a video's end: "drop" leaves them out, "pad" repeats the
+            last one until their clip is full, also for a video shorter than a clip, whatever `short_videos` says.
         max_broken: Share of a split's videos that may be unreadable, truncated or corrupt; more stop the run. One may
             be, unless the share is 0.
         exclude: Text file of videos to leave out, as `vidtwin doctor` writes it: a name on each line, after a tab
@@ -74,6 +80,8 @@ class ClipDataModule(LightningDataModule, ABC):
         horizontal_flip: bool = True,
         augment: bool = True,
         short_videos: Literal["skip", "loop"] = "skip",
+        eval_clips: EvalClips = "middle",
+        tail: Tail = "drop",
         max_broken: float = 0.05,
         exclude: str | None = None,
         cache: str | None = None,
@@ -89,6 +97,12 @@ class ClipDataModule(LightningDataModule, ABC):
             raise UserError(f"Expected data.fps above 0, a list of such rates, or null for every frame, got {fps}.")
         if short_videos not in ("skip", "loop"):
             raise UserError(f"Expected data.short_videos to be skip or loop, got {short_videos!r}.")
+        if eval_clips not in ("middle", "all"):
+            raise UserError(f"Expected data.eval_clips to be middle or all, got {eval_clips!r}.")
+        if tail not in ("drop", "pad"):
+            raise UserError(f"Expected data.tail to be drop or pad, got {tail!r}.")
+        if tail == "pad" and eval_clips == "middle":
+            raise UserError("Expected data.eval_clips: all with data.tail: pad, got middle, which has no tail.")
         if not 0 <= max_broken <= 1:
             raise UserError(f"Expected data.max_broken, a share, between 0 and 1, got {max_broken}.")
         self.num_frames = num_frames
@@ -101,6 +115,8 @@ class ClipDataModule(LightningDataModule, ABC):
         self.horizontal_flip = horizontal_flip
         self.augment = augment
         self.short_videos = short_videos
+        self.eval_clips = eval_clips
+        self.tail = tail
         self.max_broken = max_broken
         self.exclude = exclude
         self.cache = cache
@@ -132,16 +148,26 @@ class ClipDataModule(LightningDataModule, ABC):
             horizontal_flip=self.horizontal_flip and drawn,
             loop=self.short_videos == "loop",
             replace=split == "train",
+            eval_clips="all" if self.takes_all(split) else "middle",
+            tail=self.tail,
         )
         faults |= {video.name: fault for i, video in enumerate(clips.videos) if (fault := clips.fault(i))}
         self._sift(split, len(listed), faults, tell=shown)
-        clips.videos = [video for video in clips.videos if video.name not in faults]
+        clips.leave_out(faults)
         return clips
 
     @property
     def eval_fps(self) -> float | None:
         """Frames per second of evaluation clips; None: those of each video."""
         return rates_of(self.fps)[0]
+
+    def takes_all(self, split: str) -> bool:
+        """Whether a split has all clips of each video."""
+        return split != "train" and self.eval_clips == "all"
+
+    def short_rule(self, split: str) -> str:
+        """What becomes of a video of a split that is shorter than a clip: "skip", "loop" or "pad"."""
+        return "pad" if self.takes_all(split) and self.tail == "pad" else self.short_videos
 
     def dataset(self, split: str) -> ClipDataset:
         """The clips of a split, made when first asked for."""
@@ -153,7 +179,7 @@ class ClipDataModule(LightningDataModule, ABC):
         clips = CachedClips(Path(str(self.cache)) / split, describe(self, split))
         self.skipped[split] = dict(clips.manifest.left_out)
         self._broken[split] = set()
-        self._totals[split] = len(clips) + len(clips.manifest.left_out)
+        self._totals[split] = clips.num_videos + len(clips.manifest.left_out)
         return clips
 
     def cache_key(self, split: str) -> dict[str, Any]:
@@ -225,10 +251,12 @@ class ClipDataModule(LightningDataModule, ABC):
             "num_frames": self.num_frames,
             "resolution": self.resolution,
             "fps": self.eval_fps,
-            "short_videos": self.short_videos,
+            "short_videos": self.short_rule("test"),
             "crop": "largest centre square",
             "resize": RESIZE_FILTER,
-            "clip": "one per video, from its middle",
+            "colour": COLOUR,
+            "clip": "all clips of a video" if self.eval_clips == "all" else "one per video, from its middle",
+            "tail": self.tail if self.eval_clips == "all" else "none",
             "clips_sha256": hashlib.sha256(listing.encode()).hexdigest(),
         }
 
@@ -257,7 +285,7 @@ class ClipDataModule(LightningDataModule, ABC):
         workers = self._workers()
         return ClipLoader(
             dataset,
-            told=lambda name, reason: self._skip(split, name, reason),
+            told=partial(self._skip, split),
             batch_size=batch_size,
             sampler=sampler,
             drop_last=training and len(sampler) >= batch_size,
@@ -339,12 +367,13 @@ class ClipDataModule(LightningDataModule, ABC):
         for split in self._totals:
             self._check_broken(split)
 
-    def _skip(self, split: str, name: str, reason: str) -> None:
-        """A clip that a worker could not read."""
-        if name in self.skipped[split]:
+    def _skip(self, split: str, name: str, reason: str, broken: bool = True) -> None:
+        """A clip that a worker could not read; not `broken`, that its video ends before."""
+        if name in (self._broken if broken else self.skipped)[split]:
             return
         self.skipped[split][name] = reason
-        self._broken[split].add(name)
+        if broken:
+            self._broken[split].add(name)
         _tell(f"skipped {name}: {reason} ({len(self.skipped[split])} of {self._totals[split]} videos of {split})")
         if self.trainer is None or self.trainer.world_size == 1:  # others are to be stopped with this one
             self._check_broken(split)

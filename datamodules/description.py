@@ -26,12 +26,14 @@ def describe(data: "ClipDataModule", split: str) -> dict[str, Any]:
         "num_frames": data.num_frames,
         "resolution": data.resolution,
         "fps": data.fps if drawn else data.eval_fps,
-        "short_videos": data.short_videos,
+        "short_videos": data.short_rule(split),
         "resize": RESIZE_FILTER,
         "augment": drawn,
     }
     if drawn:
         description |= {"seed": data.seed, "horizontal_flip": data.horizontal_flip}
+    if data.takes_all(split):
+        description |= {"eval_clips": "all", "tail": data.tail}
     return _as_json(description | _source(data, split))
 
 

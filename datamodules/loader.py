@@ -17,11 +17,11 @@ class ClipLoader(DataLoader[Any]):
 
     Args:
         dataset: The clips.
-        told: Called with name and reason of each.
+        told: Called with each entry of "skipped": name, reason, and False if the video merely ends before the clip.
         **kwargs: Those of `DataLoader`.
     """
 
-    def __init__(self, dataset: Dataset[Any], told: Callable[[str, str], None], **kwargs: Any) -> None:
+    def __init__(self, dataset: Dataset[Any], told: Callable[..., None], **kwargs: Any) -> None:
         super().__init__(dataset, collate_fn=collate, **kwargs)
         self.told = told
 
@@ -32,8 +32,8 @@ class ClipLoader(DataLoader[Any]):
         some, skipped = False, []
         for batch in batches:
             skipped = batch.pop("skipped", [])
-            for name, reason in skipped:
-                self.told(name, reason)
+            for entry in skipped:
+                self.told(*entry)
             if "clip" in batch:
                 some = True
                 yield batch

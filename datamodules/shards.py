@@ -13,7 +13,7 @@ header of a few bytes. So the same files are mapped into memory (cache.py) and s
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 
 from vidtwin.errors import UserError
 from vidtwin.video import VideoError
+
+from .clips import Skip
 
 Format = Literal["clips", "videos"]
 SCHEMA_VERSION = 1
@@ -66,8 +68,10 @@ class Manifest:
         epochs: How many epochs were stored, each with other random clips.
         clips: Indices of an epoch, with those that were skipped.
         left_out: Name → reason of videos that were known to be of no use before, and have no place.
-        skipped: Place → (name, reason) of what could not be read and is not in the shards.
+        skipped: Place → (name, reason) of what could not be read and is not in the shards; with False where the video
+            is whole and merely ends before the clip.
         replaced: Place → the same for what another clip stands in for, under its own name.
+        padded: Place → how many frames of the clip repeat its last one, where there are any.
     """
 
     format: Format
@@ -78,8 +82,9 @@ class Manifest:
     clips: int
     left_out: dict[str, str] = field(default_factory=dict)
     shards: list[Shard] = field(default_factory=list)
-    skipped: dict[int, tuple[str, str]] = field(default_factory=dict)
-    replaced: dict[int, list[tuple[str, str]]] = field(default_factory=dict)
+    skipped: dict[int, Skip] = field(default_factory=dict)
+    replaced: dict[int, list[Skip]] = field(default_factory=dict)
+    padded: dict[int, int] = field(default_factory=dict)
     complete: bool = False
 
     def to_json(self) -> str:
@@ -96,6 +101,7 @@ class Manifest:
             "left_out": self.left_out,
             "skipped": {str(place): what for place, what in self.skipped.items()},
             "replaced": {str(place): what for place, what in self.replaced.items()},
+            "padded": {str(place): frames for place, frames in self.padded.items()},
         }
         return json.dumps(content, indent=1) + "\n"
 
@@ -135,10 +141,17 @@ class Manifest:
             content["clips"],
             content["left_out"],
             [Shard(**shard) for shard in content["shards"]],
-            {int(place): (name, reason) for place, (name, reason) in content["skipped"].items()},
-            {int(place): [(n, r) for n, r in what] for place, what in content["replaced"].items()},
+            {int(place): as_skip(entry) for place, entry in content["skipped"].items()},
+            {int(place): list(map(as_skip, what)) for place, what in content["replaced"].items()},
+            {int(place): frames for place, frames in content.get("padded", {}).items()},
             content["complete"],
         )
+
+
+def as_skip(entry: Sequence[Any]) -> Skip:
+    """A skipped video, from JSON."""
+    name, reason, *rest = entry
+    return (name, reason, False) if rest else (name, reason)
 
 
 class Items:
@@ -206,6 +219,8 @@ class Items:
             "name": bytes(name).decode(),
             "start_frame": int(start.view(np.int64)[0]),
         }
+        if place in self.manifest.padded:
+            item["padded"] = self.manifest.padded[place]
         if place in self.manifest.replaced:
             item["skipped"] = self.manifest.replaced[place]
         return item

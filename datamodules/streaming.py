@@ -313,7 +313,7 @@ class StreamedVideoClips(VideoClips):
 
     def clip(self, epoch: int, index: int) -> dict[str, Any]:
         item = super().clip(epoch, index)
-        self._ahead(epoch, self.items.shard_of(self.places[self.videos[index].name]))
+        self._ahead(epoch, self.items.shard_of(self.places[self.videos[self._place(index)[0]].name]))
         return item
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -384,9 +384,10 @@ class Streamed(ClipDataModule):
         manifest = shelf.manifest
         if manifest.format == "clips":
             self._check(shelf, "clips", split)
-            self._totals[split] = manifest.clips + len(manifest.left_out)
+            clips = StreamedClips(shelf, self.lanes, self.seed)
+            self._totals[split] = clips.num_videos + len(manifest.left_out)
             self.skipped[split] = dict(manifest.left_out)
-            return StreamedClips(shelf, self.lanes, self.seed)
+            return clips
         listed = self._wanted(split)
         drawn = self._is_drawn(split)
         places = {row["name"]: int(row["index"]) for row in shelf.table()}
@@ -405,13 +406,15 @@ class Streamed(ClipDataModule):
                 horizontal_flip=self.horizontal_flip and drawn,
                 loop=self.short_videos == "loop",
                 replace=split == "train",
+                eval_clips="all" if self.takes_all(split) else "middle",
+                tail=self.tail,
             )
 
-        clips = clips_of(listed)
+        every = clips_of(listed)
         excluded = excluded_names(Path(self.exclude)) if self.exclude else set()
-        faults = {n: Fault("unreadable", reason) for n, reason in manifest.skipped.values() if n not in excluded}
+        faults = {n: Fault("unreadable", reason) for n, reason, *_ in manifest.skipped.values() if n not in excluded}
         total = len(listed) + len(faults)
-        faults |= {video.name: fault for i, video in enumerate(listed) if (fault := clips.fault(i))}
+        faults |= {video.name: fault for i, video in enumerate(listed) if (fault := every.fault(i))}
         shown = self.trainer is None or self.trainer.global_rank == 0
         self._sift(split, total, faults, tell=shown)
         return clips_of([video for video in listed if video.name not in faults])
@@ -427,7 +430,8 @@ class Streamed(ClipDataModule):
         if split is not None:
             known = shelf.manifest.description
             own = {key: value for key, value in describe(self, split).items() if key != "data"}
-            expected = {key: own.get(key, value) for key, value in known.items()} | own
+            # What the arguments of the written data module say stands in the cache alone.
+            expected = {key: value for key, value in known.items() if key not in ("eval_clips", "tail")} | own
         check(shelf.manifest, shelf.url, format, expected)
 
     def _check_room(self, shelf: Shelf) -> None:

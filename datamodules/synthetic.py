@@ -233,6 +233,10 @@ class Synthetic(ClipDataModule):
         self, num_train: int = 256, num_val: int = 32, num_test: int = 32, num_classes: int = 4, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
+        if self.eval_clips != "middle":
+            raise UserError(
+                f"Expected data.eval_clips: middle for rendered clips, which have no end, got {self.eval_clips}."
+            )
         self.lengths = {"train": num_train, "val": num_val, "test": num_test}
         self.classes = _motions(num_classes)
 
@@ -256,7 +260,14 @@ class Synthetic(ClipDataModule):
         return {"generator": _GENERATOR, "seed": self.seed, "lengths": self.lengths, "classes": self.classes}
 
     def protocol(self) -> dict[str, Any]:
-        return {**super().protocol(), "crop": "none", "resize": "none", "clip": "rendered", "seed": self.seed}
+        return {
+            **super().protocol(),
+            "crop": "none",
+            "resize": "none",
+            "colour": "rendered",
+            "clip": "rendered",
+            "seed": self.seed,
+        }
 
 
 def _motions(num_classes: int) -> list[str]:

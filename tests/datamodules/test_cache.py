@@ -423,15 +423,15 @@ class Faulty(Synthetic):
 def test_what_can_not_be_read_is_listed_with_its_reason_and_never_another_clip(tmp_path):
     data = Faulty(num_train=5, num_val=5, num_test=1, **SMALL)
     train, val = write_cache(data, tmp_path, ["train", "val"], epochs=2, shard_bytes=SHARD)
-    assert val.manifest.skipped == {1: ("1", "broken.avi: decoding stops")}
+    assert val.manifest.skipped == {1: ("Drift/val_00001", "broken.avi: decoding stops")}
     assert "val: 4 clips" in str(val)
-    assert "skipped 1: broken.avi: decoding stops" in str(val)
+    assert "skipped Drift/val_00001: broken.avi: decoding stops" in str(val)
     assert "replaced broken.avi by other clips: decoding stops" in str(train)
     cached, online = CachedClips(tmp_path / "val"), data.dataset("val")
     assert len(cached) == 5
     with pytest.raises(VideoError, match="decoding stops"):
         cached.clip(0, 1)
-    assert cached[0, 1] == {"skipped": [("1", "broken.avi: decoding stops")]}
+    assert cached[0, 1] == {"skipped": [("Drift/val_00001", "broken.avi: decoding stops")]}
     for index in (0, 2, 3, 4):
         assert_equal(cached.clip(0, index), online.clip(0, index))
     cached, online = CachedClips(tmp_path / "train"), data.dataset("train")

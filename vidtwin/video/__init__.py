@@ -4,12 +4,13 @@ source.py opens whatever holds a video and says what is in it; picture.py makes 
 reading.py finds the frames that are shown at given times; writing.py encodes. No torch in here.
 """
 
-from .picture import RESIZE_FILTER, Frames
+from .picture import COLOUR, RESIZE_FILTER, Frames
 from .reading import decode, iter_frames, read_clip
 from .source import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Source, VideoError, VideoInfo, probe, survey
 from .writing import write_video
 
 __all__ = [
+    "COLOUR",
     "IMAGE_SUFFIXES",
     "RESIZE_FILTER",
     "VIDEO_SUFFIXES",

@@ -15,7 +15,9 @@ from av.sidedata.sidedata import SideDataContainer
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
+# As a protocol tells them.
 RESIZE_FILTER = "area (swscale): antialiased shrinking, bilinear enlarging"
+COLOUR = "8-bit RGB by each stream's matrix and range; untagged: BT.601, limited (swscale)"
 
 Frames = NDArray[np.uint8]
 

@@ -1,0 +1,287 @@
+"""Evaluation over whole videos: which clips there are, what becomes of their ends, and chunks of them by number."""
+
+import json
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from broken_tree import damage, pictures
+
+from vidtwin.datamodules.cache_writer import write_cache
+from vidtwin.datamodules.clips import Video, VideoClips
+from vidtwin.datamodules.description import describe
+from vidtwin.datamodules.folder import VideoFolder
+from vidtwin.datamodules.streaming import Streamed
+from vidtwin.datamodules.synthetic import Synthetic
+from vidtwin.errors import UserError
+from vidtwin.video import COLOUR, VideoInfo, iter_frames, survey, write_video
+
+SMALL: dict[str, Any] = {"num_frames": 4, "resolution": 16, "fps": None, "batch_size": 3, "num_workers": 0}
+TEST: dict[str, Any] = {**SMALL, "val_fraction": 0.0, "test_fraction": 1.0, "eval_clips": "all"}
+LENGTHS = {"a.avi": 11, "b.mp4": 8, "short.avi": 3, "c.avi": 5}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for level, (name, frames) in enumerate(LENGTHS.items()):
+        write_video(folder / name, pictures(frames, level), 25, "mpeg4" if name.endswith("avi") else "libx264")
+    return folder
+
+
+def folder(root: Path, **kwargs: Any) -> VideoFolder:
+    return VideoFolder(str(root), **(TEST | kwargs))
+
+
+def identities(data: Any, split: str = "test") -> list[tuple[str, int]]:
+    clips = data.dataset(split)
+    return [clips.identity(index) for index in range(len(clips))]
+
+
+def shown(frames: int, rate: Fraction, fps: Fraction) -> list[int]:
+    """The frame that is on the screen at 0, 1 / fps, 2 / fps, … s, until the last one's end."""
+    found, moment = [], Fraction(0)
+    while moment < frames / rate:
+        found.append(max(k for k in range(frames) if k / rate <= moment))
+        moment += 1 / fps
+    return found
+
+
+@pytest.mark.parametrize(
+    ("frames", "rate", "fps", "length"),
+    [(50, 25, 8, 4), (100, 25, 8, 17), (49, 25, 8, 16), (50, 25, 25, 7), (47, 30, 12.5, 5), (61, 24, 23.976, 6)],
+)
+@pytest.mark.parametrize("tail", ["drop", "pad"])
+def test_clips_follow_each_other_by_time_without_overlap(frames, rate, fps, length, tail):
+    info = VideoInfo(Path("a.avi"), frames, Fraction(rate), frames / rate, 48, 32)
+    clips = VideoClips([Video(Path("a.avi"), "a", info=info)], length, 16, fps, eval_clips="all", tail=tail)
+    screen = shown(frames, Fraction(rate), Fraction(str(fps)))
+    starts = screen[::length] if tail == "pad" else screen[: len(screen) // length * length : length]
+    assert [clips.identity(index) for index in range(len(clips))] == [("a", start) for start in starts]
+    assert len(set(starts)) == len(starts)
+
+
+@pytest.mark.parametrize("suffix", [".avi", ".mp4", ".mkv"])
+@pytest.mark.parametrize("fps", [None, 8.0, 25.0])
+def test_the_clips_of_a_video_joined_are_the_video_at_that_rate(tmp_path, suffix, fps):
+    path = write_video(tmp_path / f"a{suffix}", pictures(53), 25, "mpeg4" if suffix == ".avi" else "libx264")
+    every = np.stack(list(iter_frames(path, 16)))
+    wanted = every[shown(53, Fraction(25), Fraction(fps or 25))]
+    clips = VideoClips([Video(path, "a")], 5, 16, fps, eval_clips="all", tail="pad")
+    items = [clips[index] for index in range(len(clips))]
+    padded = [item["padded"] for item in items]
+    assert padded == [0] * (len(items) - 1) + [-len(wanted) % 5]
+    joined = np.concatenate([item["clip"].numpy() for item in items])
+    np.testing.assert_array_equal(joined[: len(wanted)], wanted)
+    assert all(np.array_equal(frame, wanted[-1]) for frame in joined[len(wanted) :])
+    dropped = VideoClips([Video(path, "a")], 5, 16, fps, eval_clips="all")
+    assert len(dropped) == len(wanted) // 5
+    for index in range(len(dropped)):
+        assert torch.equal(dropped[index]["clip"], items[index]["clip"])
+        assert dropped.identity(index) == ("a", dropped[index]["start_frame"]) == ("a", items[index]["start_frame"])
+
+
+def test_a_rate_a_little_above_the_videos_repeats_no_frame(tmp_path):
+    path = write_video(tmp_path / "a.mp4", pictures(40), Fraction(30000, 1001))
+    clips = VideoClips([Video(path, "a")], 1, 16, 30.0, eval_clips="all")
+    every = np.stack(list(iter_frames(path, 16)))
+    assert [clips.identity(index)[1] for index in range(len(clips))] == list(range(40))
+    np.testing.assert_array_equal(np.concatenate([clips[index]["clip"].numpy() for index in range(40)]), every)
+    middle = VideoClips([Video(path, "a")], 8, 16, 30.0)[0]
+    np.testing.assert_array_equal(middle["clip"].numpy(), every[middle["start_frame"] :][:8])
+
+
+def test_frames_that_are_left_at_the_end_are_dropped_or_padded(root, capsys):
+    dropped, padded = folder(root), folder(root, tail="pad")
+    assert identities(dropped) == [("a.avi", 0), ("a.avi", 4), ("b.mp4", 0), ("b.mp4", 4), ("c.avi", 0)]
+    assert set(dropped.skipped["test"]) == {"short.avi"}
+    assert "short.avi: too short" in capsys.readouterr().err
+    counts = {("a.avi", 8): 1, ("c.avi", 4): 3, ("short.avi", 0): 1}
+    assert sorted(identities(padded)) == sorted([*identities(dropped), *counts])
+    assert padded.skipped["test"] == {}
+    batches = list(padded.test_dataloader())
+    assert all(batch["padded"].dtype == torch.int64 for batch in batches)
+    seen = [
+        (name, start, frames)
+        for batch in batches
+        for name, start, frames in zip(
+            batch["name"], *(batch[k].tolist() for k in ("start_frame", "padded")), strict=True
+        )
+    ]
+    assert seen == [(name, start, counts.get((name, start), 0)) for name, start in identities(padded)]
+
+
+def test_short_videos_are_looped_where_their_tail_is_not_padded(root):
+    looped, padded = folder(root, short_videos="loop"), folder(root, short_videos="loop", tail="pad")
+    every = np.stack(list(iter_frames(root / "short.avi", 16)))
+    for data, order in ((looped, [0, 1, 2, 0]), (padded, [0, 1, 2, 2])):
+        item = data.dataset("test")[identities(data).index(("short.avi", 0))]
+        np.testing.assert_array_equal(item["clip"].numpy(), every[order])
+        assert item["padded"] == (data is padded)
+    assert ("a.avi", 8) not in identities(looped)
+    assert padded.protocol() == folder(root, tail="pad").protocol()
+
+
+def test_training_and_the_middle_clip_repeat_nothing(root):
+    data = folder(root, eval_clips="middle")
+    (batch, *_) = data.test_dataloader()
+    assert batch["padded"].tolist() == [0, 0, 0]
+    trained = folder(root, tail="pad", test_fraction=0.0, augment=False)
+    assert len(trained.dataset("train")) == 3
+    assert trained.dataset("train")[0]["padded"] == 0
+
+
+@pytest.mark.parametrize("excess", [1, 3])
+@pytest.mark.parametrize("suffix", [".avi", ".mp4"])
+def test_a_container_that_promises_a_little_too_much_loses_only_what_is_not_there(tmp_path, suffix, excess):
+    path = write_video(tmp_path / f"a{suffix}", pictures(10), 25, "mpeg4" if suffix == ".avi" else "libx264")
+    every = np.stack(list(iter_frames(path, 16)))
+    info = replace(survey(path), num_frames=10 + excess)
+    video = Video(path, "a", info=info)
+    padded = VideoClips([video], 4, 16, None, eval_clips="all", tail="pad")
+    last = padded[2]
+    np.testing.assert_array_equal(last["clip"].numpy(), every[[8, 9, 9, 9]])
+    assert last["padded"] == 2
+    assert len(padded) == (3 if excess < 3 else 4)
+    if excess == 3:  # a clip of which nothing is there
+        ((name, reason, broken),) = padded[3]["skipped"]
+        assert (name, broken) == ("a", False)
+        assert reason.startswith("ends after 10 frames")
+    dropped = VideoClips([video], 4, 16, None, eval_clips="all")
+    items = [dropped[index] for index in range(len(dropped))]
+    assert ["clip" in item for item in items] == [True, True, False][: len(items)]
+    assert len(items) == (10 + excess) // 4
+    looped = VideoClips([replace(video, info=replace(info, num_frames=12))], 12, 16, None, loop=True, eval_clips="all")
+    np.testing.assert_array_equal(looped[0]["clip"].numpy(), every[[*range(10), 0, 1]])
+
+
+def test_a_video_that_merely_ends_early_is_told_and_does_not_count_as_broken(root, capsys):
+    data = folder(root, max_broken=0.0)
+    clips = data.dataset("test")
+    assert isinstance(clips, VideoClips)
+    place = next(place for place, video in enumerate(clips.videos) if video.name == "a.avi")
+    info = survey(root / "a.avi")
+    clips.videos[place] = replace(clips.videos[place], info=replace(info, num_frames=12))  # one more than there are
+    clips.leave_out([])
+    assert len(clips) == 6
+    names = [name for batch in data.test_dataloader() for name in batch["name"]]
+    assert names.count("a.avi") == 2
+    assert "a.avi: ends after 11 frames" in capsys.readouterr().err
+    assert "a.avi" in data.skipped["test"]
+
+
+@pytest.mark.parametrize("tail", ["drop", "pad"])
+def test_damage_costs_the_clips_behind_it_and_counts_once(tmp_path, capsys, tail):
+    for level in range(3):
+        write_video(tmp_path / f"{level}.avi", pictures(40, level), 25, "mpeg4", g="1")
+    damage(tmp_path / "1.avi", 0.5, 0.55)
+    data = folder(tmp_path, tail=tail, eval_batch_size=1)
+    seen = [(batch["name"][0], int(batch["start_frame"])) for batch in data.test_dataloader()]
+    good = identities(data)
+    assert [entry for entry in good if entry[0] != "1.avi"] == [entry for entry in seen if entry[0] != "1.avi"]
+    kept = [start for name, start in seen if name == "1.avi"]
+    assert kept == list(range(0, 4 * len(kept), 4))
+    assert 0 < len(kept) < 10
+    assert capsys.readouterr().err.count("vidtwin: skipped 1.avi") == 1
+    with pytest.raises(UserError, match=r"max_broken=0 broken videos in split test, got 1 of 3"):
+        list(folder(tmp_path, tail=tail, max_broken=0.0).test_dataloader())
+
+
+def test_the_protocol_says_which_clips_and_what_becomes_of_the_tail(root):
+    middle, dropped, padded = folder(root, eval_clips="middle"), folder(root), folder(root, tail="pad")
+    keys = ("clip", "tail", "short_videos", "num_clips")
+    told = [tuple(data.protocol()[key] for key in keys) for data in (middle, dropped, padded)]
+    assert told == [
+        ("one per video, from its middle", "none", "skip", 3),
+        ("all clips of a video", "drop", "skip", 5),
+        ("all clips of a video", "pad", "pad", 8),
+    ]
+    assert middle.protocol()["colour"] == COLOUR
+    assert len({data.protocol()["clips_sha256"] for data in (middle, dropped, padded)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"eval_clips": "some"}, r"data\.eval_clips to be middle or all, got 'some'"),
+        ({"tail": "repeat"}, r"data\.tail to be drop or pad, got 'repeat'"),
+        ({"eval_clips": "middle", "tail": "pad"}, r"data\.eval_clips: all with data\.tail: pad, got middle"),
+    ],
+)
+def test_wrong_arguments_are_named(root, arguments, message):
+    with pytest.raises(UserError, match=message):
+        folder(root, **arguments)
+
+
+def test_rendered_clips_have_no_end():
+    with pytest.raises(UserError, match=r"data\.eval_clips: middle for rendered clips"):
+        Synthetic(eval_clips="all")
+
+
+def test_a_video_of_a_lower_rate_than_asked_for_is_refused(root):
+    with pytest.raises(UserError, match=r"at least data\.fps=30 frames per second, the video has 25"):
+        folder(root, fps=30.0, tail="pad").dataset("test")
+
+
+def assert_same_clips(one: Any, other: Any) -> None:
+    assert identities(one) == identities(other)
+    for index in range(len(one.dataset("test"))):
+        a, b = dict(one.dataset("test")[index]), dict(other.dataset("test")[index])
+        if "clip" in a:
+            assert torch.equal(a.pop("clip"), b.pop("clip"))
+        assert a == b
+    assert one.protocol() == other.protocol()
+
+
+@pytest.mark.parametrize("tail", ["drop", "pad"])
+def test_cached_and_streamed_clips_of_whole_videos_are_the_online_ones(root, tmp_path, tail):
+    online = folder(root, tail=tail)
+    write_cache(online, tmp_path / "clips", ["test"], shard_bytes=2000)
+    write_cache(online, tmp_path / "videos", ["test"], format="videos")
+    cached = folder(root, tail=tail, cache=str(tmp_path / "clips"))
+    assert_same_clips(cached, online)
+    for what in ("clips", "videos"):
+        streamed = Streamed(str(tmp_path / what), **SMALL, eval_clips="all", tail=tail)
+        assert_same_clips(streamed, online)
+    assert cached._totals == online._totals
+    assert [batch["padded"].tolist() for batch in cached.test_dataloader()] == [
+        batch["padded"].tolist() for batch in online.test_dataloader()
+    ]
+
+
+def test_a_cached_clip_before_which_the_video_ends_is_no_broken_one(root, tmp_path):
+    data = folder(root)
+    clips = data.make_dataset("test")
+    assert isinstance(clips, VideoClips)
+    clips.videos = [replace(v, info=replace(v.info, num_frames=12)) if v.name == "a.avi" else v for v in clips.videos]
+    clips.leave_out([])
+    data.make_dataset = lambda split: clips  # type: ignore[method-assign]
+    write_cache(data, tmp_path / "cache", ["test"])
+    cached = folder(root, cache=str(tmp_path / "cache"), max_broken=0.0)
+    assert cached.dataset("test")[2] == clips[2]
+    assert cached.dataset("test")[2]["skipped"][0][2] is False
+    assert sum(len(batch["name"]) for batch in cached.test_dataloader()) == 5
+
+
+def test_a_cache_of_other_clips_is_refused_and_an_old_one_goes_on(root, tmp_path):
+    middle = folder(root, eval_clips="middle")
+    write_cache(middle, tmp_path / "middle", ["test"])
+    write_cache(folder(root), tmp_path / "all", ["test"])
+    assert "eval_clips" not in describe(middle, "test")
+    path = tmp_path / "middle" / "test" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["padded"]  # as written before there was such a thing
+    path.write_text(json.dumps(manifest))
+    assert_same_clips(folder(root, eval_clips="middle", cache=str(tmp_path / "middle")), middle)
+    with pytest.raises(UserError, match='expected a cache of eval_clips="all", it holds eval_clips="middle"'):
+        folder(root, cache=str(tmp_path / "middle")).dataset("test")
+    for tail, message in (("pad", 'short_videos="pad"'), (None, 'eval_clips="middle", it holds eval_clips="all"')):
+        arguments = {"tail": tail} if tail else {"eval_clips": "middle"}
+        with pytest.raises(UserError, match=message):
+            folder(root, cache=str(tmp_path / "all"), **arguments).dataset("test")
+        with pytest.raises(UserError, match=message):
+            Streamed(str(tmp_path / "all"), **(SMALL | {"eval_clips": "all"} | arguments)).dataset("test")
