@@ -26,7 +26,7 @@ from .clips import SPLITS, ClipDataset, EvalClips, Tail, Video, VideoClips, rate
 from .description import describe
 from .index import Fault, survey_all
 from .listing import excluded_names
-from .loader import ClipLoader, init_worker
+from .loader import ChunkLoader, ClipLoader, init_worker
 from .sampler import ClipSampler, Place
 from .transforms import to_batch
 
@@ -220,6 +220,40 @@ class ClipDataModule(LightningDataModule, ABC):
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("test")
 
+    def chunk_loader(
+        self, split: str, chunks: Sequence[Sequence[int]], device_type: str = "cpu", processes: int = 1
+    ) -> DataLoader[Any]:
+        """A loader of given evaluation clips, without a trainer: one batch for each list of indices, in their order.
+
+        A batch is as in evaluation, before `on_after_batch_transfer`, with `"indices": list[int]`, the clips that it
+        holds, and `"skipped": [(index, name, reason), …]`, those that could not be read; a list of which none can be
+        read gives these two keys alone. What is skipped is told, kept and counted as in evaluation.
+
+        Args:
+            split: "val" or "test".
+            chunks: Indices into `dataset(split)`.
+            device_type: Where the batches go: "cuda" pins their memory.
+            processes: How many on this machine share its cores, each with a loader of its own.
+        """
+        if split not in ("val", "test"):
+            raise UserError(
+                f"Expected chunks of the split val or test, whose clips are always the same, got {split!r}."
+            )
+        if processes < 1:
+            raise UserError(f"Expected at least one process, got {processes}.")
+        dataset = self.dataset(split)
+        if wrong := [index for chunk in chunks for index in chunk if not 0 <= index < len(dataset)]:
+            raise UserError(f"Expected indices below {len(dataset)} of clips of the split {split}, got {wrong[0]}.")
+        return ChunkLoader(
+            dataset,
+            chunks,
+            told=partial(self._skip, split),
+            num_workers=min(self._workers(processes), len(chunks)),
+            worker_init_fn=init_worker,
+            pin_memory=device_type == "cuda",
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         return to_batch(batch)
 
@@ -412,11 +446,11 @@ class ClipDataModule(LightningDataModule, ABC):
         assert self.trainer is not None
         return getattr(self.trainer.fit_loop.epoch_loop.batch_progress.total, "processed", 0)
 
-    def _workers(self) -> int:
+    def _workers(self, processes: int | None = None) -> int:
         if self.num_workers is not None:
             return self.num_workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        devices = self.trainer.num_devices if self.trainer else 1
+        devices = processes or (self.trainer.num_devices if self.trainer else 1)
         return max(1, min(8, cores // devices))
 
     def _device_type(self) -> str:

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,51 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     whole = [{key: value for key, value in item.items() if key != "skipped"} for item in items if "clip" in item]
     batch: dict[str, Any] = default_collate(whole) if whole else {}
     return {**batch, "skipped": skipped} if skipped else batch
+
+
+class ChunkLoader(DataLoader[Any]):
+    """Batches of given evaluation clips, one for each list of indices, in the order of the lists.
+
+    A batch has `"indices": list[int]`, the clips that it holds, in the list's order, and `"skipped": [(index, name,
+    reason), …]` of those that could not be read. One of which none can be read has these two keys alone.
+
+    Args:
+        dataset: The clips.
+        chunks: Indices of the clips of each batch.
+        told: As of `ClipLoader`.
+        **kwargs: Those of `DataLoader`.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], chunks: Sequence[Sequence[int]], told: Callable[..., None], **kwargs: Any
+    ) -> None:
+        super().__init__(
+            _Numbered(dataset), batch_sampler=[list(chunk) for chunk in chunks], collate_fn=_collate_chunk, **kwargs
+        )
+        self.told = told
+
+    def __iter__(self) -> Any:
+        return self._chunks(super().__iter__())
+
+    def _chunks(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            for _, *entry in batch["skipped"]:
+                self.told(*entry)
+            yield {**batch, "skipped": [(index, name, reason) for index, name, reason, *_ in batch["skipped"]]}
+
+
+class _Numbered(Dataset[tuple[int, dict[str, Any]]]):
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
+        return index, self.dataset[index]
+
+
+def _collate_chunk(items: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
+    batch = collate([{key: value for key, value in item.items() if key != "skipped"} for _, item in items])
+    skipped = [(index, *entry) for index, item in items for entry in item.get("skipped", [])]
+    return {**batch, "indices": [index for index, item in items if "clip" in item], "skipped": skipped}
 
 
 def init_worker(worker: int) -> None:
