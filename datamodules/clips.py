@@ -178,6 +178,46 @@ class VideoClips(ClipDataset):
                 raise
             return {"skipped": [self.skip(key[1] if isinstance(key, tuple) else key, error)]}
 
+    def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any]]:
+        """The items of a batch, as a `DataLoader` asks for them.
+
+        Clips that follow each other in a video are read at once: where a file is decoded from its beginning, doing so
+        for each clip anew would take time that grows as the square of the video's length.
+        """
+        if not self.consecutive:
+            return [self[key] for key in keys]
+        runs: list[list[int]] = []
+        for key in keys:
+            index = key[1] if isinstance(key, tuple) else key
+            if runs and index == runs[-1][-1] + 1 and self._place(index)[1] > 0:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        items: list[dict[str, Any]] = []
+        for run in runs:
+            items += (self._together(run) if len(run) > 1 else None) or [self[index] for index in run]
+        return items
+
+    def _together(self, run: list[int]) -> list[dict[str, Any]] | None:
+        """The items of neighbouring clips of a video; None if they are not all there."""
+        place, number = self._place(run[0])
+        info, length = self._info(place), len(run) * self.num_frames
+        fps = self._usable_rates(info)[0]
+        promised = self._num_shown(info, fps) - number * self.num_frames
+        try:
+            self._check_rate(info, fps)
+            frames = self._read(info, self._start(info, fps, number)[1], min(length, promised), fps, CENTRE, False)
+        except VideoError:
+            return None
+        padded = max(0, length - promised)
+        clips = np.split(_extended(frames, padded), len(run))
+        items = []
+        for index, clip in zip(run, clips, strict=True):
+            name, start = self.identity(index)
+            item = {"clip": torch.from_numpy(clip), "label": self.videos[place].label, "name": name}
+            items.append({**item, "start_frame": start, "padded": padded if index == run[-1] else 0})
+        return items
+
     def clip(self, epoch: int, index: int) -> dict[str, Any]:
         if not self.replace:
             return self._draw(index, np.random.default_rng((self.seed, epoch, index)))
@@ -301,7 +341,7 @@ class VideoClips(ClipDataset):
                 ended = error
                 continue
             padded = self.num_frames - length
-            return start, np.concatenate([frames, np.repeat(frames[-1:], padded, axis=0)]) if padded else frames, padded
+            return start, _extended(frames, padded), padded
         raise EndedError(str(ended), ended.decodable, ended.kind) from None
 
     def _read(
@@ -366,6 +406,11 @@ class VideoClips(ClipDataset):
                 kind="short",
             )
         return max(0, info.num_frames - 1 - span)
+
+
+def _extended(frames: Frames, padded: int) -> Frames:
+    """Frames (T, H, W, 3) with so many copies of the last one behind them."""
+    return np.concatenate([frames, np.repeat(frames[-1:], padded, axis=0)]) if padded else frames
 
 
 def rates_of(fps: Rates) -> list[float | None]:

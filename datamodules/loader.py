@@ -87,6 +87,11 @@ class _Numbered(Dataset[tuple[int, dict[str, Any]]]):
     def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
         return index, self.dataset[index]
 
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, dict[str, Any]]]:
+        together = getattr(self.dataset, "__getitems__", None)
+        items = together(indices) if together else [self.dataset[index] for index in indices]
+        return list(zip(indices, items, strict=True))
+
 
 def _collate_chunk(items: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
     batch = collate([{key: value for key, value in item.items() if key != "skipped"} for _, item in items])

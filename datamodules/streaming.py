@@ -316,6 +316,11 @@ class StreamedVideoClips(VideoClips):
         self._ahead(epoch, self.items.shard_of(self.places[self.videos[self._place(index)[0]].name]))
         return item
 
+    def _together(self, run: list[int]) -> list[dict[str, Any]] | None:
+        items = super()._together(run)
+        self._ahead(0, self.items.shard_of(self.places[self.videos[self._place(run[-1])[0]].name]))
+        return items
+
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         return self.lanes.order(epoch)
 

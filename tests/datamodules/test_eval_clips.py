@@ -18,7 +18,7 @@ from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.datamodules.streaming import Streamed
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.errors import UserError
-from vidtwin.video import COLOUR, VideoInfo, iter_frames, survey, write_video
+from vidtwin.video import COLOUR, VideoInfo, iter_frames, read_clip, survey, write_video
 
 SMALL: dict[str, Any] = {"num_frames": 4, "resolution": 16, "fps": None, "batch_size": 3, "num_workers": 0}
 TEST: dict[str, Any] = {**SMALL, "val_fraction": 0.0, "test_fraction": 1.0, "eval_clips": "all"}
@@ -83,6 +83,40 @@ def test_the_clips_of_a_video_joined_are_the_video_at_that_rate(tmp_path, suffix
     for index in range(len(dropped)):
         assert torch.equal(dropped[index]["clip"], items[index]["clip"])
         assert dropped.identity(index) == ("a", dropped[index]["start_frame"]) == ("a", items[index]["start_frame"])
+
+
+@pytest.mark.parametrize("suffix", [".avi", ".mp4", ".mkv"])
+@pytest.mark.parametrize("fps", [None, 8.0])
+@pytest.mark.parametrize("tail", ["drop", "pad"])
+def test_neighbours_are_decoded_once_to_what_each_alone_would_be(tmp_path, monkeypatch, suffix, fps, tail):
+    codec = "mpeg4" if suffix == ".avi" else "libx264"
+    paths = [write_video(tmp_path / f"{level}{suffix}", pictures(53, level), 25, codec) for level in range(2)]
+    clips = VideoClips([Video(path, path.name) for path in paths], 5, 16, fps, eval_clips="all", tail=tail)
+    alone = [clips[index] for index in range(len(clips))]
+    reads: list[int] = []
+
+    def counted(source: Any, start: Any, num_frames: int, *rest: Any) -> Any:
+        reads.append(num_frames)
+        return read_clip(source, start, num_frames, *rest)
+
+    monkeypatch.setattr("vidtwin.datamodules.clips.read_clip", counted)
+    for keys in ([*range(len(clips))], [(0, index) for index in range(1, len(clips))], [1, 0, 1, 2]):
+        reads.clear()
+        for key, item in zip(keys, clips.__getitems__(keys), strict=True):
+            other = dict(alone[key[1] if isinstance(key, tuple) else key])
+            assert torch.equal(item.pop("clip"), other.pop("clip"))
+            assert item == other
+        assert len(reads) == 2
+
+
+def test_neighbours_of_a_damaged_clip_are_read_one_by_one(tmp_path):
+    path = write_video(tmp_path / "a.avi", pictures(40), 25, "mpeg4", g="1")
+    damage(path, 0.5, 0.55)
+    clips = VideoClips([Video(path, "a")], 4, 16, None, eval_clips="all")
+    items = clips.__getitems__(range(len(clips)))
+    assert 0 < sum("clip" in item for item in items) < len(items)
+    for index, item in enumerate(items):
+        assert item["skipped"] == clips[index]["skipped"] if "skipped" in item else item["start_frame"] == 4 * index
 
 
 def test_a_rate_a_little_above_the_videos_repeats_no_frame(tmp_path):
