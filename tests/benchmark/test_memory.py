@@ -1,8 +1,13 @@
-"""The count of tensors' memory against sizes known by hand."""
+"""The count of tensors' memory against sizes known by hand and against torch's profiler."""
+
+import itertools
+import json
 
 import pytest
 import torch
+from tiny import tiny_model
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from vidtwin.benchmark.memory import TensorMemory, counter_name, peak_memory, within_memory
 from vidtwin.errors import UserError
@@ -68,6 +73,26 @@ def test_tensors_made_inside_of_a_composite_operation_are_seen(mode):
     with mode():
         peak = peak_memory(lambda: torch.tensordot(x, weight, dims=([2], [0])), CPU, [x, weight])
     assert peak == 4 * (2 * 4 * 50 * 60 + 50 * 3 + 4 * 60 * 3)
+
+
+def profiled(run, file):
+    """Peak of what `run()` asks the CPU's allocator for, as torch's profiler saw it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    profiler.export_chrome_trace(str(file))
+    changes = [event for event in json.loads(file.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    changes.sort(key=lambda event: event["ts"])
+    return max(itertools.accumulate(event["args"]["Bytes"] for event in changes))
+
+
+def test_where_kernels_need_nothing_for_themselves_the_profiler_sees_the_same_peak(tmp_path):
+    model, clip = tiny_model().eval(), torch.zeros(2, 3, 4, 32, 32)
+    weights = [*model.parameters(), *model.buffers()]
+    held = sum(tensor.nbytes for tensor in [*weights, clip])
+    with torch.inference_mode():
+        model.encode(clip)  # what is made in the first pass and kept
+        expected = held + profiled(lambda: model.encode(clip).mode(), tmp_path / "trace.json")
+        assert peak_memory(lambda: model.encode(clip).mode(), CPU, [weights, clip]) == expected
 
 
 def test_a_gradient_that_stands_before_is_held_too():
