@@ -1,95 +1,346 @@
-"""The table of a results folder: its order, its cells and its files."""
+"""The table of a results folder: its numbers, its ranks, and what it says to people and to LaTeX."""
 
 import csv
+import io
 import json
+import re
 
 import pytest
 
-from vidtwin.benchmark import table
+from vidtwin.benchmark import protocol, rows, table
+from vidtwin.errors import UserError
+
+CLIPS = ("a.avi", "b.avi", "c.avi")
+NAME = r"a_b & 50% #1 {x} ~^\$"
 
 
-def add_row(folder, name, kind, psnr, **more):
-    row = {
-        "name": name,
-        "kind": kind,
-        "parameters": 1234567,
-        "compression_rate": 0.0020461,
-        "bits_per_pixel": None,
-        "metrics": {"psnr": {"mean": psnr}, "ssim": {"mean": 0.81236}, "lpips": "unavailable"},
-        "num_clips": 23,
-        "protocol_hash": "0123456789abcdef",
-    }
-    path = folder / "rows" / name / "results.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(row | more))
+class Folder:
+    """A results folder that is made row by row."""
+
+    def __init__(self, path, dataset=None, **data):
+        self.path = path
+        of_data = {"data": "UCF101", "num_frames": 4, "resolution": 32, "fps": 8.0, "split": "test"} | data
+        self.protocol = protocol.ProtocolSettings().resolve(of_data, "32-true", dataset=dataset)
+        self.hash = protocol.write(self.protocol, path)
+
+    def add(self, name, psnr=30.0, kind="trained", clips=CLIPS, rfvd=None, ssim=0.8, **more):
+        measured = []
+        for index, clip in enumerate(clips):
+            numbers = {"mse": 10 ** (-psnr / 10), "psnr": psnr + (index - 1) / 3, "ssim": ssim + index / 100}
+            measured.append({"model": name, "name": clip, "start_frame": 0, "num_frames": 4, **numbers})
+        row = {
+            "schema_version": rows.SCHEMA_VERSION,
+            "name": name,
+            "kind": kind,
+            "error": None,
+            "model": {"class_path": "their.Model", "init_args": {}},
+            "checkpoint": "runs/last.ckpt",
+            "fingerprint": "0f",
+            "weights": "of the last step",
+            "windows": None,
+            "parameters": 1234567,
+            "latents": {"latent": {"shape": [4, 2, 2], "numbers": 16, "rate": 0.00130208, "bits": None}},
+            "compression_rate": 0.00130208,
+            "bits_per_pixel": None,
+            "claimed": None,
+            "metrics": rows.means(measured, self.protocol)
+            | {"lpips": "unavailable"}
+            | ({"rfvd": rfvd} if rfvd else {}),
+            "unavailable": {"lpips": "no weights of VGG-16"},
+            "num_clips": len(measured),
+            "failed_clips": [],
+            "cost": None,
+            "downstream": None,
+            "protocol_hash": self.hash,
+            "device": "cpu (a test)",
+        }
+        rows.write_row(self.path, row | more, measured)
+        return row | more
+
+    def fail(self, name, error):
+        row = {"schema_version": 2, "name": name, "kind": "failed", "error": error, "protocol_hash": self.hash}
+        path = self.path / "rows" / name / "results.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(row))
+
+    def results(self):
+        return rows.read(self.path)
+
+    def csv(self):
+        return {line["model"]: line for line in csv.DictReader(io.StringIO(table.as_csv(self.results())))}
+
+    def markdown(self):
+        """Head and rows of the first table, by the first cell."""
+        lines = [line for line in table.markdown(self.results()).split("\n\n")[0].splitlines() if "|" in line]
+        cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+        return cells[0], {line[0]: dict(zip(cells[0], line, strict=True)) for line in cells[2:]}
+
+
+def rfvd(value, ranked, num_clips=3):
+    return {"value": value, "num_clips": num_clips, "ranked": ranked, "note": "" if ranked else "not ranked below 401"}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    add_row(tmp_path, "temporal_mean", "reference", 35.0)
-    add_row(tmp_path, "weak", "trained", 20.0)
-    add_row(tmp_path, "lucky", "untrained", 40.0)
-    add_row(tmp_path, "strong", "trained", 30.126)
-    add_row(tmp_path, "mean_colour", "reference", 13.0)
-    add_row(tmp_path, "fresh", "untrained", 11.0)
-    return tmp_path
+    return Folder(tmp_path)
 
 
-def test_trained_models_come_by_falling_psnr_then_untrained_ones_then_references(folder):
-    names = [row["name"] for row in table.read_rows(folder)]
-    assert names == ["strong", "weak", "lucky", "fresh", "temporal_mean", "mean_colour"]
+@pytest.fixture
+def full(folder):
+    """Rows of every kind."""
+    folder.add("weak", 20.0)
+    folder.add("strong", 30.126)
+    folder.add("middle", 25.0)
+    folder.add("lucky", 40.0, "untrained", checkpoint=None)
+    folder.add("mean_colour", 35.0, "reference", checkpoint=None)
+    folder.fail("broken", "Expected a checkpoint,\ngot none")
+    return folder
 
 
-def test_an_untrained_row_says_that_it_is_not_ranked(folder):
-    notes = {row["name"]: table.cells(row)[-1] for row in table.read_rows(folder)}
-    assert notes["lucky"] == notes["fresh"] == "untrained weights: not ranked"
-    assert notes["strong"] == notes["weak"] == ""
-    assert notes["mean_colour"] == "reference"
+def tex_rows(text):
+    """Cells of each line of the tabular, without its rules."""
+    body = text.split(r"\toprule")[1].split(r"\bottomrule")[0]
+    lines = [line.strip().removesuffix(r"\\").strip() for line in body.splitlines()]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)&", line)] for line in lines if line and line != r"\midrule"]
 
 
-def test_cells_are_the_measured_values_with_their_units(folder):
-    row = table.read_rows(folder)[0]
-    assert dict(zip(table.COLUMNS, table.cells(row), strict=True)) == {
-        "model": "strong",
+def test_rows_come_trained_by_falling_psnr_then_untrained_then_references_then_failed(full):
+    order = ["strong", "middle", "weak", "lucky", "mean_colour", "broken"]
+    assert list(full.markdown()[1]) == list(full.csv()) == order
+
+
+def test_people_see_values_units_and_notes(full):
+    head, lines = full.markdown()
+    assert head[:4] == ["model", "parameters", "rate (%)", "PSNR (dB)"]
+    assert lines["middle"] == {
+        "model": "middle",
         "parameters": "1,234,567",
-        "rate (%)": "0.2046",
-        "bits/pixel": "",
-        "PSNR (dB)": "30.13",
-        "SSIM": "0.8124",
-        "LPIPS": "unavailable",
-        "clips": "23",
+        "rate (%)": "0.1302",
+        "PSNR (dB)": "25.00",
+        "SSIM": "**0.8100**",
+        "LPIPS (vgg)": "unavailable",
+        "clips": "3",
         "note": "",
     }
+    assert lines["lucky"]["note"] == "untrained weights: not ranked"
+    assert lines["mean_colour"]["note"] == "reference: not ranked"
+    assert lines["broken"]["note"] == "failed: Expected a checkpoint, got none"
 
 
-def test_a_measured_lpips_is_shown_with_four_digits(tmp_path):
-    metrics = {"psnr": {"mean": 30.0}, "ssim": {"mean": 0.8}, "lpips": {"mean": 0.12344}}
-    add_row(tmp_path, "a", "trained", 30.0, metrics=metrics)
-    assert table.cells(table.read_rows(tmp_path)[0])[6] == "0.1234"
+def test_columns_that_no_row_has_are_left_out(folder):
+    folder.add("a")
+    assert not {"bits/pixel", "MS-SSIM", "rFVD (N)"} & set(folder.markdown()[0])
+    folder.add("b", bits_per_pixel=0.0119176, rfvd=rfvd(12.34, True))
+    head, lines = folder.markdown()
+    assert {"bits/pixel", "rFVD (N)"} <= set(head)
+    assert (lines["b"]["bits/pixel"], lines["b"]["rFVD (N)"]) == ("0.01192", "12.3 (3)")
+    assert (lines["a"]["bits/pixel"], lines["a"]["rFVD (N)"]) == ("", "")
 
 
-def test_a_model_with_codebooks_shows_its_bits(tmp_path):
-    add_row(tmp_path, "codes", "trained", 30.0, bits_per_pixel=0.0119176)
-    assert table.cells(table.read_rows(tmp_path)[0])[3] == "0.01192"
-
-
-def test_markdown_has_one_aligned_line_for_each_row(folder):
-    lines = table.markdown(table.read_rows(folder)).splitlines()
-    assert len(lines) == 2 + 6
+def test_markdown_is_aligned(full):
+    lines = table.markdown(full.results()).split("\n\n")[0].splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert {line.count("|") for line in lines} == {len(table.COLUMNS) + 1}
-    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert tuple(cells) == table.cells(table.read_rows(folder)[0])
 
 
-def test_table_files_hold_the_same_rows_and_csv_the_protocol_of_each(folder):
-    text = table.write(folder)
-    assert (folder / "table.md").read_text() == text
-    with (folder / "table.csv").open(newline="") as file:
-        found = list(csv.reader(file))
-    assert found[0] == [*table.COLUMNS, "protocol_hash"]
-    assert found[1:] == [[*table.cells(row), "0123456789abcdef"] for row in table.read_rows(folder)]
+def test_a_name_cannot_break_the_markdown_table(folder):
+    folder.add("a|b <script>")
+    line = table.markdown(folder.results()).splitlines()[2]
+    assert line.startswith(r"| a\|b \<script> |")
 
 
-def test_a_folder_without_rows_gives_an_empty_table(tmp_path):
-    assert len(table.write(tmp_path).splitlines()) == 2
+def test_notes_name_protocol_missing_clips_weights_claims_and_rfvd(folder):
+    folder.add("a", clips=CLIPS[:2], claimed={"rate": 0.001, "agrees": False}, rfvd=rfvd(3.0, False, 2))
+    folder.add("b", windows={"num_frames": 2, "windows": 2}, failed_clips=[{"name": "x", "start_frame": 0}])
+    text = table.markdown(folder.results())
+    assert f"Protocol vidtwin ({folder.hash})." in text
+    assert "Means over the 2 clips that all measured rows have" in text
+    assert "a lacks 1 clip that others have: c.avi." in text
+    assert "LPIPS (vgg) is unavailable: no weights of VGG-16." in text
+    assert "a claims a rate of 0.1 %; its latents have 0.13 %." in text
+    assert "rFVD: not ranked below 401." in text
+    assert folder.markdown()[1]["b"]["note"] == "in 2 windows of 2 frames; 1 clip failed"
+
+
+def test_numbers_of_the_csv_are_those_of_the_json_to_the_last_digit(folder):
+    cost = {
+        "flops": {"encode": 123456789012345678, "decode": 3},
+        "encode": {"clips_per_second": {"median": 1 / 3, "min": 0.1, "max": 0.7}, "peak_memory_bytes": 123},
+        "decode": {"clips_per_second": {"median": 2 / 3, "min": 0.2, "max": 0.9}, "peak_memory_bytes": 456},
+        "batch_size": 1,
+        "warmup": 2,
+        "repeats": 5,
+        "memory_counter": "tensors",
+        "device": "cpu",
+    }
+    downstream = {
+        "tokens": 184,
+        "parameters": 18914304,
+        "parameters_ffn_norm_only": 12610560,
+        "embedding_parameters": 7,
+        "flops_forward": 11,
+        "flops_training_step": 33,
+        "seconds_per_step": {"median": 1 / 7, "min": 0.1, "max": 0.2},
+        "peak_memory_bytes": 99,
+        "memory_counter": "tensors",
+        "device": "cpu",
+    }
+    latents = {
+        "structure": {"shape": [2], "numbers": 2, "rate": 2 / 3e5, "bits": None},
+        "dynamics": {"shape": [1], "numbers": 1, "rate": 1 / 3e5, "bits": 8.5},
+    }
+    sizes = {"compression_rate": 1 / 1e5 + 1e-17, "bits_per_pixel": 1 / 81, "latents": latents}
+    claimed = {"rate": 1e-5, "agrees": True}
+    row = folder.add(
+        "m", 100 / 3, cost=cost, downstream=downstream, claimed=claimed, rfvd=rfvd(1e2 / 3, False), **sizes
+    )
+    line = folder.csv()["m"]
+    compared = folder.results().comparison["rows"]["m"]
+    expected = {
+        "parameters": 1234567,
+        "compression_rate": row["compression_rate"],
+        "bits_per_pixel": 1 / 81,
+        "claimed_rate": 1e-5,
+        "num_common_clips": 3,
+        "psnr_mean": compared["psnr"]["mean"],
+        "psnr_std": compared["psnr"]["std"],
+        "ssim_mean": compared["ssim"]["mean"],
+        "rfvd": 1e2 / 3,
+        "rfvd_num_clips": 3,
+        "encode_flops": 123456789012345678,
+        "decode_flops": 3,
+        "encode_clips_per_second_median": 1 / 3,
+        "decode_clips_per_second_max": 0.9,
+        "decode_peak_memory_bytes": 456,
+        "cost_repeats": 5,
+        "dit_tokens": 184,
+        "dit_parameters": 18914304,
+        "dit_parameters_ffn_norm_only": 12610560,
+        "dit_flops_training_step": 33,
+        "dit_seconds_per_step_median": 1 / 7,
+        "dit_peak_memory_bytes": 99,
+        "latent.structure.rate": 2 / 3e5,
+        "latent.dynamics.rate": 1 / 3e5,
+        "latent.dynamics.bits": 8.5,
+    }
+    assert {key: type(value)(line[key]) for key, value in expected.items()} == expected
+    assert (line["claimed_rate_agrees"], line["rfvd_ranked"], line["lpips_mean"]) == ("true", "false", "unavailable")
+    assert (line["latent.structure.bits"], line["vmaf_mean"], line["protocol_hash"]) == ("", "", folder.hash)
+
+
+def test_the_csv_has_the_same_header_whatever_was_measured(full, tmp_path):
+    other = Folder(tmp_path / "other")
+    other.add("a", rfvd=rfvd(1.0, True), cost={"error": "out of memory"})
+    assert list(other.csv()["a"]) == list(full.csv()["strong"])
+    assert other.csv()["a"]["cost_error"] == "out of memory"
+
+
+def test_means_are_over_the_clips_that_all_rows_have(folder):
+    folder.add("a", 30.0)
+    folder.add("b", 20.0, clips=CLIPS[:2])
+    assert float(folder.csv()["a"]["psnr_mean"]) == pytest.approx(30.0 - 1 / 6, abs=1e-12)  # of a.avi and b.avi
+    assert folder.csv()["a"]["num_clips"] == "3"
+    assert folder.csv()["a"]["num_common_clips"] == "2"
+
+
+def test_best_and_second_are_of_trained_rows_alone(full):
+    found = table.marks(full.results())
+    assert {name: mark for (name, metric), mark in found.items() if metric == "psnr"} == {
+        "strong": "best",
+        "middle": "second",
+    }
+    lines = {cells[0]: cells for cells in tex_rows(table.latex(full.results()))}
+    place = next(i for i, head in enumerate(lines["Model"]) if head.startswith("PSNR"))
+    psnr = {name: cells[place] for name, cells in lines.items() if len(cells) > place}
+    assert psnr["strong"] == r"\textbf{30.13}"
+    assert psnr["middle"] == r"\underline{25.00}"
+    assert (psnr["weak"], psnr["lucky (untrained)"], psnr[r"mean\_colour"]) == ("20.00", "40.00", "35.00")
+
+
+def test_smaller_is_better_for_rfvd_and_an_unranked_one_is_not_marked(folder):
+    folder.add("a", rfvd=rfvd(5.0, True))
+    folder.add("b", rfvd=rfvd(9.0, True))
+    folder.add("c", rfvd=rfvd(1.0, False))
+    found = table.marks(folder.results())
+    assert {name: mark for (name, metric), mark in found.items() if metric == "rfvd"} == {"a": "best", "b": "second"}
+
+
+def test_one_trained_row_is_not_called_the_best(folder):
+    folder.add("a")
+    folder.add("b", 50.0, "reference")
+    assert table.marks(folder.results()) == {}
+    assert "bold" not in table.latex(folder.results())
+
+
+def test_latex_is_whole(full):
+    full.add("two", latents={name: {"rate": 0.001, "numbers": 1, "bits": None} for name in ("structure", "dynamics")})
+    text = table.latex(full.results())
+    lines = tex_rows(text)
+    columns = re.search(r"\\begin\{tabular\}\{([lr]+)\}", text)[1]
+    for cells in lines:
+        spans = [int(n) for cell in cells for n in re.findall(r"\\multicolumn\{(\d+)\}", cell)]
+        assert len(cells) + sum(spans) - len(spans) == len(columns)
+    unescaped = re.sub(r"\\[{}&%$#_]", "", text)
+    assert unescaped.count("{") == unescaped.count("}")
+    assert unescaped.count("$") % 2 == 0
+    begun, ended = (re.findall(rf"\\{word}\{{(\w+)\}}", text) for word in ("begin", "end"))
+    assert begun == ended[::-1] == ["table", "tabular"]
+    assert re.findall(r"\\(?:top|mid|bottom)rule", text) == [
+        r"\toprule",
+        *[r"\midrule"] * 4,
+        r"\bottomrule",
+    ]
+    assert rf"\label{{tab:vidtwin-{full.hash}}}" in text
+    assert "N = 3" in text
+    assert "structure 0.1, dynamics 0.1" in text
+    assert all(line.endswith(r"\\") for line in text.splitlines() if " & " in line and "caption" not in line)
+
+
+def test_latex_escapes_what_a_name_may_hold(folder):
+    folder.add(NAME.replace("\\", "!"))
+    assert r"a\_b \& 50\% \#1 \{x\} \textasciitilde{}\textasciicircum{}!\$ & 1,234,567" in table.latex(folder.results())
+    assert table.escape(NAME).endswith(r"\textasciicircum{}\textbackslash{}\$")
+    assert table.escape("[t]\n*") == "{[}t] {*}"
+
+
+def test_published_numbers_stand_below_only_where_the_data_set_has_a_name(tmp_path):
+    plain, named = Folder(tmp_path / "plain"), Folder(tmp_path / "named", "MCL-JCV")
+    for each in (plain, named):
+        each.add("VidTwin")
+    assert "Published" not in table.markdown(plain.results()) + table.latex(plain.results())
+    text = table.markdown(named.results())
+    assert "Published numbers, of other protocols: not comparable:" in text
+    assert re.search(
+        r"\| VidTwin +\| VidTwin main table +\| +0.205 \| +28.14 \| 0.8044 \| 0.2414 \| vgg +\| +389.0 \|", text
+    )
+    assert re.search(r"- VidTwin main table: frames 16 for 4, .*; not stated: ", text)
+    lines = tex_rows(table.latex(named.results()))
+    place = lines.index([r"\multicolumn{7}{l}{\emph{Published, of other protocols}}"])
+    assert lines[place + 1][0] == "VidTwin (VidTwin main table)"
+    assert lines[place + 1][3] == "28.14"
+    assert {len(cells) for cells in lines[place + 1 :]} == {7}
+
+
+def test_published_lpips_of_another_network_is_not_put_into_the_latex_column(tmp_path):
+    folder = Folder(tmp_path, "WebVid-10M")
+    folder.add("CogVideoX")
+    text = table.latex(folder.results())
+    assert "35.76" in text
+    assert "0.0277" not in text
+
+
+def test_files_hold_what_write_returns(full):
+    text = table.write(full.path)
+    assert (full.path / "table.md").read_text() == text
+    assert (full.path / "table.csv").read_text() == table.as_csv(full.results())
+    assert (full.path / "table.tex").read_text() == table.latex(full.results())
+
+
+def test_a_folder_of_failures_alone_is_a_table_too(folder):
+    folder.fail("a", "Expected weights & got none")
+    assert "failed: Expected weights & got none" in table.write(folder.path)
+    assert r"Expected weights \& got none" in (folder.path / "table.tex").read_text()
+
+
+def test_a_folder_without_rows_says_what_writes_them(folder):
+    with pytest.raises(UserError, match="`vidtwin test` writes them"):
+        table.write(folder.path)
