@@ -1,0 +1,391 @@
+"""Plots of a results folder, made from its files alone: rate and quality, Pareto fronts, the spread over clips.
+
+matplotlib without pyplot: no window, no state that outlives a call. It is imported when a plot is drawn.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidtwin.benchmark import report_tables, rows
+from vidtwin.benchmark.report_tables import Metric
+from vidtwin.benchmark.rows import Results, Row
+from vidtwin.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
+# Told apart with every common colour blindness and on white paper; the report's pages have the same, in this order.
+COLOURS = ("#0072b2", "#c84f00", "#00805d", "#a23f8c", "#86690a", "#4b3fae", "#303740")
+MARKERS = ("o", "s", "^", "D", "v", "P", "*")
+REFERENCE = "#79828c"
+DPI = 150
+
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.grid": True,
+    "grid.color": "#e3e6e9",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "vidtwin",  # the same file from the same numbers
+    "text.parse_math": False,  # a dollar in a name is a dollar
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model in a panel.
+
+    Attributes:
+        name: Of the row.
+        x: Cost: rate in %, or FLOPs.
+        y: Quality.
+        style: Arguments of `Axes.plot`.
+        ranked: Whether it may stand on a Pareto front.
+    """
+
+    name: str
+    x: float
+    y: float
+    style: dict[str, Any]
+    ranked: bool
+
+
+def write(folder: str | Path) -> list[Path]:
+    """Write `plots/{rate_quality,pareto,per_clip}.{png,svg}` of a results folder → their paths.
+
+    A plot for which there are no numbers is not written, and an older one is removed.
+    """
+    import matplotlib
+
+    results = rows.read(folder)
+    written = []
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # nobody's matplotlibrc changes a plot
+        matplotlib.rcParams.update(_STYLE)
+        for name, draw in _PLOTS.items():
+            paths = [results.folder / "plots" / f"{name}.{kind}" for kind in ("png", "svg")]
+            drawn = draw(results)
+            if drawn is None:
+                for path in paths:
+                    path.unlink(missing_ok=True)
+                continue
+            for path in paths:
+                _save(*drawn, path)
+            written += paths
+    return written
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of (cost, quality) no other beats: one of no higher cost and no lower quality, better in one of them.
+
+    Returns:
+        Their places in `points`, by rising cost; equal points are there together.
+    """
+    front: list[int] = []
+    best: tuple[float, float] | None = None
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if best is None or points[index][1] > best[1] or points[index] == best:
+            front.append(index)
+            best = points[index]
+    return front
+
+
+def styles(results: Results) -> dict[str, dict[str, Any]]:
+    """By row its colour and marker: filled if trained, hollow if untrained, a grey cross for a reference."""
+    found: dict[str, dict[str, Any]] = {}
+    for index, row in enumerate(row for row in rows.order(results) if row["kind"] != "failed"):
+        if row["kind"] == "reference":
+            found[row["name"]] = {"color": REFERENCE, "marker": "X", "markerfacecolor": REFERENCE}
+            continue
+        colour = COLOURS[index % len(COLOURS)]
+        # Both change from one model to the next, so that 49 have one of their own.
+        marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
+        filled = colour if row["kind"] == "trained" else "white"
+        found[row["name"]] = {"color": colour, "marker": marker, "markerfacecolor": filled}
+    return found
+
+
+# --- the three plots: a figure, and in words what it shows ---
+
+
+def _rate_quality(results: Results) -> tuple["Figure", str] | None:
+    metrics = [metric for metric in report_tables.metrics(results) if metric.key in ("psnr", "ssim", "lpips", "rfvd")]
+    panels = [(metric, points) for metric in metrics if (points := _points(results, metric, _rate))]
+    if not panels:
+        return None
+    figure = _figure(len(panels), columns=2)
+    for axes, (metric, points) in zip(figure.axes, panels, strict=True):
+        _scatter(axes, points, _metric_title(results, metric), "compression rate (%), ← better")
+    _finish(figure, results, [(points, []) for _, points in panels])
+    shown = ", ".join(metric.label for metric, _ in panels)
+    return figure, f"{shown} of each model against its compression rate"
+
+
+def _pareto(results: Results) -> tuple["Figure", str] | None:
+    metric = next((metric for metric in report_tables.metrics(results) if metric.key == "psnr"), None)
+    if metric is None:
+        return None
+    sides = [(_rate, "compression rate (%), ← better"), (_flops, "FLOPs to encode and decode a clip, ← better")]
+    panels = [(label, points) for cost, label in sides if (points := _points(results, metric, cost))]
+    if not panels:
+        return None
+    figure = _figure(len(panels), columns=2)
+    drawn = []
+    for axes, (label, points) in zip(figure.axes, panels, strict=True):
+        _scatter(axes, points, _metric_title(results, metric), label)
+        drawn.append((points, _front(axes, [point for point in points if point.ranked])))
+    _finish(figure, results, drawn)
+    return figure, "PSNR of each model against its cost; the line joins trained models that no other one beats in both"
+
+
+def _per_clip(results: Results) -> tuple["Figure", str] | None:
+    common = rows.common_clips(results.clips)
+    values = {
+        row["name"]: [
+            clip["psnr"]
+            for clip in results.clips[row["name"]]
+            if rows.key_of(clip) in common and math.isfinite(clip.get("psnr", math.nan))
+        ]
+        for row in reversed(rows.order(results))
+        if row["kind"] != "failed"
+    }
+    values = {name: found for name, found in values.items() if found}
+    if not values:
+        return None
+    figure = _figure(1, columns=1, height=1.1 + 0.36 * len(values))
+    axes = figure.axes[0]
+    style = styles(results)
+    drawn = axes.boxplot(
+        list(values.values()),
+        orientation="horizontal",
+        whis=(0, 100),
+        widths=0.55,
+        patch_artist=True,
+        showmeans=True,
+        meanprops={"marker": "D", "markersize": 3.5, "markerfacecolor": "white", "markeredgecolor": "black"},
+        medianprops={"color": "black", "linewidth": 1.2},
+    )
+    for name, box in zip(values, drawn["boxes"], strict=True):
+        box.set(facecolor=style[name]["markerfacecolor"], edgecolor=style[name]["color"], alpha=0.75)
+    axes.set_yticks(range(1, len(values) + 1), [_short(name) for name in values])
+    axes.grid(False, axis="y")
+    axes.set_title("PSNR (dB) of the clips, → better", loc="left")
+    _finish(figure, results, [], "box: middle half; line: median; diamond: mean; whiskers: worst and best clip")
+    return figure, "The distribution of PSNR over the clips for each model"
+
+
+_PLOTS: dict[str, Callable[[Results], "tuple[Figure, str] | None"]] = {
+    "rate_quality": _rate_quality,
+    "pareto": _pareto,
+    "per_clip": _per_clip,
+}
+
+
+# --- what they are made of ---
+
+
+def _rate(row: Row) -> float | None:
+    return 100 * float(row["compression_rate"])
+
+
+def _flops(row: Row) -> float | None:
+    flops = (row.get("cost") or {}).get("flops")
+    return float(flops["encode"] + flops["decode"]) if flops else None
+
+
+def _points(results: Results, metric: Metric, cost: Callable[[Row], float | None]) -> list[Point]:
+    """Rows that have both numbers; without a cost above 0 there is no place on a logarithmic axis."""
+    style = styles(results)
+    found = []
+    for row in rows.order(results):
+        if row["kind"] == "failed":
+            continue
+        x, y = cost(row), report_tables.mean(results, row["name"], metric.key)
+        if x and y is not None and math.isfinite(y):
+            ranked = report_tables.ranked(results, row, metric.key)
+            found.append(Point(row["name"], x, y, style[row["name"]], ranked))
+    return found
+
+
+def _metric_title(results: Results, metric: Metric) -> str:
+    title = metric.label + (f" ({metric.unit})" if metric.unit else "")
+    if metric.key == "rfvd":
+        found = [row["rfvd"] for row in results.comparison["rows"].values() if isinstance(row.get("rfvd"), dict)]
+        title += f" of {max(each['num_clips'] for each in found):,} clips"
+        title += "" if any(each["ranked"] for each in found) else ", too few to rank"
+    return f"{title}, {'↑' if metric.higher else '↓'} better"
+
+
+def _figure(panels: int, columns: int, height: float = 3.4) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(panels, columns)
+    lines = math.ceil(panels / columns)
+    figure = Figure(figsize=(4.8 * columns if panels > 1 else 6.4, height * lines + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index in range(panels):
+        figure.add_subplot(lines, columns, index + 1)
+    return figure
+
+
+def _scatter(axes: "Axes", points: list[Point], title: str, label: str) -> None:
+    for point in points:
+        axes.plot(point.x, point.y, linestyle="none", markersize=7, markeredgewidth=1.4, zorder=3, **point.style)
+    axes.set_title(title, loc="left")
+    axes.set_xlabel(label)
+    _log_axis(axes, [point.x for point in points])
+    axes.margins(y=0.15)
+
+
+def _log_axis(axes: "Axes", values: list[float]) -> None:
+    """Numbers at 1, 2 and 5 where a decade is wide, at decades alone where it is narrow."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    low, high = min(values), max(values)
+    decades = math.log10(high / low)
+    space = 10 ** max(0.15, 0.1 * decades)
+    axes.set_xlim(low / space, high * space)
+    axes.set_xscale("log")
+    subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _tick(value: float) -> str:
+    for power, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= power:
+            return f"{value / power:g} {prefix}"
+    return f"{value:g}"
+
+
+def _front(axes: "Axes", ranked: list[Point]) -> list[tuple[float, float]]:
+    """Draw the Pareto front → the corners of its line."""
+    front = [ranked[index] for index in pareto([(point.x, point.y) for point in ranked])]
+    if not front:
+        return []
+    corners = [(front[0].x, front[0].y)]
+    for point in front[1:]:  # up to a point's cost the ones before it are the best
+        corners += [(point.x, corners[-1][1]), (point.x, point.y)]
+    corners.append((axes.get_xlim()[1], front[-1].y))  # a higher cost can't lose what a lower one reaches
+    x, y = zip(*corners, strict=True)
+    axes.plot(x, y, color="#5b646d", linewidth=1.2, linestyle=(0, (4, 2)), zorder=2)
+    return corners
+
+
+def _finish(
+    figure: "Figure",
+    results: Results,
+    panels: list[tuple[list[Point], list[tuple[float, float]]]],
+    key: str | None = None,
+) -> None:
+    """Add the footer, settle the layout and then label each panel's points where there is room beside its line."""
+    data = results.protocol.get("dataset") or results.protocol["data"].get("data", "video clips")
+    clips = f"{results.comparison['num_clips']:,} clips of {data} that all models have"
+    protocol = f"protocol {results.protocol['name']} ({results.protocol_hash})"
+    longest = int(figure.get_size_inches()[0] * 17)
+    lines = [_short(line, longest) for line in (key, clips, protocol) if line]
+    figure.supxlabel("\n".join(lines), fontsize=7, color="#5b646d", x=0.01, ha="left")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes, (points, corners) in zip(figure.axes, panels, strict=False):
+        _label(axes, points, corners)
+
+
+# Where a label may stand, in points from its marker: near first, the right side first.
+_PLACES = [
+    (x * distance, y * distance)
+    for distance in (7, 14, 24, 36)
+    for x, y in ((1, 0), (0.8, 0.8), (0.8, -0.8), (-1, 0), (-0.8, 0.8), (-0.8, -0.8), (0, 1.2), (0, -1.2))
+]
+
+
+def _label(axes: "Axes", points: list[Point], corners: list[tuple[float, float]]) -> None:
+    """Write each model's name beside its point, where it covers the least of what is there already."""
+    from matplotlib.transforms import Bbox
+
+    renderer: Any = axes.get_figure(root=True).canvas.get_renderer()  # type: ignore[union-attr]
+    inside = axes.get_window_extent(renderer)
+    size = 5 * axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
+    places = [axes.transData.transform((point.x, point.y)) for point in points]
+    taken = [Bbox.from_extents(x - size, y - size, x + size, y + size) for x, y in places]
+    line = [axes.transData.transform(corner) for corner in corners]
+    for (x0, y0), (x1, y1) in itertools.pairwise(line):
+        taken.append(Bbox.from_extents(min(x0, x1) - 1, min(y0, y1) - 1, max(x0, x1) + 1, max(y0, y1) + 1))
+    for point in points:
+        best: tuple[float, Annotation, Bbox] | None = None
+        for place in _PLACES:
+            label = _annotate(axes, point, place)
+            box = label.get_window_extent(renderer)
+            covered = sum(_overlap(box, other) for other in taken) + 4 * (_area(box) - _overlap(box, inside))
+            if best is None or covered < best[0] - 1e-6:
+                if best:
+                    best[1].remove()
+                best = covered, label, box
+            else:
+                label.remove()
+            if covered <= 1e-6:
+                break
+        if best:
+            taken.append(best[2])
+
+
+def _annotate(axes: "Axes", point: Point, place: tuple[float, float]) -> "Annotation":
+    x, y = place
+    far = math.hypot(x, y) > 20
+    return axes.annotate(
+        _short(point.name),
+        (point.x, point.y),
+        xytext=place,
+        textcoords="offset points",
+        fontsize=8,
+        color=point.style["color"],
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.3},
+        ha="left" if x > 0 else "right" if x < 0 else "center",
+        va="center" if abs(y) < 1 else "bottom" if y > 0 else "top",
+        arrowprops={"arrowstyle": "-", "color": point.style["color"], "linewidth": 0.6} if far else None,
+        zorder=4,
+    )
+
+
+def _overlap(one: "Bbox", other: "Bbox") -> float:
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return max(width, 0.0) * max(height, 0.0)
+
+
+def _area(box: "Bbox") -> float:
+    return float(box.width * box.height)
+
+
+def _short(text: str, longest: int = 28) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _save(figure: "Figure", description: str, path: Path) -> None:
+    """As PNG or SVG, the same bytes each time, with a description for those who can't see it."""
+    told = {"Title": f"vidtwin: {path.stem.replace('_', ' ')}", "Description": description}
+    with replacing(path) as temporary:
+        if path.suffix == ".png":
+            figure.savefig(temporary, dpi=DPI, metadata=told)
+            return
+        figure.savefig(temporary, metadata={"Date": None, **told})
+        text = temporary.read_text(encoding="utf-8")
+        # matplotlib writes the title; browsers and screen readers look for the description beside it.
+        text = text.replace("</title>", f"</title>\n <desc>{escape(description)}</desc>", 1)
+        temporary.write_text(text.replace("<svg ", '<svg role="img" ', 1), encoding="utf-8")
