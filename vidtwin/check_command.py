@@ -48,12 +48,15 @@ def check_command(argv: list[str]) -> int:
         argv = [f"--{_KEY}={name}", *(f"{word}={name}" if word == f"--{_KEY}.help" else word for word in argv[1:])]
         if any(word.partition("=")[0] == "--config" for word in argv):
             raise UserError("Expected NAME or --config FILE, got both; a config names its autoencoder.")
+    from vidtwin import model_config
+
     parser = _parser(argv)
     config = parser.parse_args(argv)
     given = (config.get("model") or {}).get("autoencoder")
     if not (given and given.get("class_path")):
         raise UserError("Expected an autoencoder to check; give its name, vidtwin check NAME, or a --config FILE.")
-    return _report(_build(parser, config), config.num_frames, config.resolution, config.batch_size, config.device)
+    model = model_config.build(parser, config)
+    return _report(model, config.num_frames, config.resolution, config.batch_size, config.device)
 
 
 def _inner_name(word: str) -> str:
@@ -95,10 +98,7 @@ def _kind(thing: Any) -> str:
 
 
 def _parser(argv: list[str]) -> "LightningArgumentParser":
-    import yaml
-    from jsonargparse import ActionConfigFile
-
-    from vidtwin.autoencoder import VideoAutoencoder
+    from vidtwin import model_config
     from vidtwin.lightning_cli import Parser, option_value
 
     parser = Parser(
@@ -108,52 +108,22 @@ def _parser(argv: list[str]) -> "LightningArgumentParser":
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="Config as for fit, of which the autoencoder counts.")
     parser.add_argument("--num_frames", type=int, help="T of the clip (default: the model's own, or one near 16).")
     parser.add_argument("--resolution", type=int, help="H = W of the clip (default: the model's own, else about 64).")
     parser.add_argument("--batch_size", type=int, default=2, help="B of the clip, at least 2 (default: 2).")
     parser.add_argument("--device", default="cpu", help="Such as cuda or cuda:1 (default: cpu).")
-    parser.add_subclass_arguments(VideoAutoencoder, _KEY, as_group=False, required=False, help=argparse.SUPPRESS)
-    ignored: set[str] = set()  # what stands in configs beside the autoencoder: other commands read it
-    for index, word in enumerate(argv):
-        path = option_value(argv[index : index + 2], "config") if word.partition("=")[0] == "--config" else None
-        if path and Path(path).is_file():
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            content = content if isinstance(content, dict) else {}
-            inner = content.get("model")
-            ignored |= {key for key in content if key != "model"}
-            ignored |= {f"model.{key}" for key in (inner if isinstance(inner, dict) else {})}
-    for key in sorted(ignored - {_KEY, "num_frames", "resolution", "batch_size", "device", "config"}):
-        parser.add_argument(f"--{key}", type=Any, help=argparse.SUPPRESS)
+    paths = [
+        option_value(argv[index : index + 2], "config")
+        for index, word in enumerate(argv)
+        if word.partition("=")[0] == "--config"
+    ]
+    model_config.add_arguments(
+        parser,
+        [path for path in paths if path],
+        own=("num_frames", "resolution", "batch_size", "device"),
+        shown="Config as for fit, of which the autoencoder counts.",
+    )
     return parser
-
-
-def _build(parser: "LightningArgumentParser", config: Any) -> "VideoAutoencoder":
-    import torch
-    from jsonargparse import Namespace
-
-    from vidtwin.testing import describe
-
-    path = config.model.autoencoder.class_path
-    alone = Namespace(model=Namespace(autoencoder=config.model.autoencoder))  # no loss, no data
-    try:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(0)  # the same weights, and the same findings, each time
-            model: VideoAutoencoder = parser.instantiate(alone).model.autoencoder
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):  # jsonargparse wraps it
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None:
-            raise UserError(str(cause)) from error
-        raise UserError(f"{path} can't be built: {describe(_root(error))}.") from error
-    return model
-
-
-def _root(error: Exception) -> Exception:
-    while isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return error
 
 
 def _report(

@@ -16,7 +16,7 @@ from vidtwin.errors import REQUEUE_EXIT_CODE, Preempted, UserError, suggestion
 TRAINER_COMMANDS = {
     "fit": "Train an autoencoder: vidtwin fit --config configs/vidtwin_base.yaml --data.root PATH",
     "validate": "Measure an autoencoder on the validation clips.",
-    "test": "Measure an autoencoder on the test clips and write its row of results.",
+    "test": "Measure an autoencoder, or a list of them, on the test clips: table, plots, report.",
     "predict": "Write latents and reconstruction of each test clip.",
     "reconstruct": "Reconstruct video files: vidtwin reconstruct a.mp4 b.mp4 --ckpt_path last.ckpt",
     "replay": "Run a step again that training skipped, and say where it breaks: vidtwin replay DUMP",
@@ -50,7 +50,7 @@ FILE_COMMANDS: dict[str, Callable[[list[str]], int]] = {"plugins": plugins_comma
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `vidtwin ARGV` → exit code: 0 done, 2 the user can mend it (one line says what), 75 to be run again."""
+    """Run `vidtwin ARGV` → exit code: 0 done, 1 something in it failed, 2 the user can mend it (one line says what), 75 to be run again."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"Expected a command, got {command!r}{suggestion(command, names)}")
         from vidtwin.lightning_cli import run
 
-        run(command, rest)
+        return run(command, rest)
     except UserError as error:
         sys.stderr.write(f"vidtwin: error: {_one_line(error)}\n")
         return 2

@@ -40,10 +40,16 @@ from vidtwin.task import AutoencoderTask
 from vidtwin.trainer import VideoTrainer
 
 
-def run(command: str, argv: list[str]) -> None:
-    """Run one of the trainer's commands; raises `UserError` for what the user can mend."""
+def run(command: str, argv: list[str]) -> int:
+    """Run one of the trainer's commands → exit code; raises `UserError` for what the user can mend."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # class paths of files in the current folder, as with `python -m`
+    if command == "test":
+        from vidtwin import sweep_command  # which imports this module
+
+        if sweep_command.is_sweep(argv):
+            _quieten(command)
+            return sweep_command.run(argv)
     if command == "reconstruct":
         argv = _inputs(argv)
     elif command == "replay":
@@ -70,6 +76,7 @@ def run(command: str, argv: list[str]) -> None:
             raise KeyboardInterrupt from end
         if end.code:
             raise
+    return 0
 
 
 @contextmanager

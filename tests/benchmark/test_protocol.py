@@ -7,7 +7,9 @@ import pytest
 from vidtwin.benchmark import protocol
 from vidtwin.errors import UserError
 
-FULL = {**protocol.VIDTWIN, "precision": "32-true", "data": {"num_frames": 16, "fps": 8.0, "clips": ["a", "b"]}}
+FULL = protocol.ProtocolSettings(posterior="mode").resolve(
+    {"num_frames": 16, "fps": 8.0, "clips": ["a", "b"]}, "32-true", "a" * 64, "MCL-JCV", {"v.avi": "too short"}
+)
 
 
 def changed(path):

@@ -164,19 +164,26 @@ def measure(
             f"Expected at most {max_tokens:,} tokens for a DiT to be timed, got {tokens:,}; attention's time grows "
             "with their square: raise max_tokens if it may take that long."
         )
-    with torch.device("meta"):
-        counted = LatentDiT(latent_shapes)
     tried = f"a training step of a DiT on {tokens:,} tokens"
     return {
-        "tokens": tokens,
-        "tokens_by_latent": tokens_by_latent,
-        "parameters": counted.num_parameters(),
-        "parameters_ffn_norm_only": counted.num_parameters("ffn_norm_only"),
-        "embedding_parameters": counted.num_parameters("embeddings"),
-        **flops(counted),
+        **counts(latent_shapes),
         **within_memory(lambda: _trained(latent_shapes, device, warmup, repeats), device, tried),
         "memory_counter": counter_name(device),
         "device": device_name(device),
+    }
+
+
+def counts(latent_shapes: LatentShapes) -> dict[str, Any]:
+    """What of `measure` needs no run: tokens, parameters and FLOPs."""
+    with torch.device("meta"):
+        model = LatentDiT(latent_shapes)
+    return {
+        "tokens": sum(model.tokens_by_latent.values()),
+        "tokens_by_latent": model.tokens_by_latent,
+        "parameters": model.num_parameters(),
+        "parameters_ffn_norm_only": model.num_parameters("ffn_norm_only"),
+        "embedding_parameters": model.num_parameters("embeddings"),
+        **flops(model),
     }
 
 

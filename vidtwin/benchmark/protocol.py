@@ -1,24 +1,155 @@
-"""Under which protocol a row of results was measured, and its hash."""
+"""Under which protocol a row of results was measured, and its hash.
+
+Two papers' PSNR of one model differ by how it was computed. All that decides a number stands in one object, whose hash
+stands in every row; rows of different hashes are never put side by side.
+"""
 
 import hashlib
 import json
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vidtwin.errors import UserError
 from vidtwin.files import write_text
 
-# What the metrics compute; the frames, the size and the clips come from the data module.
-VIDTWIN: dict[str, Any] = {
-    "name": "vidtwin",
-    "value_range": [0.0, 1.0],
-    "rounding": "none",
-    "aggregation": "mean over frames, then over clips",
-    "psnr": "-10 log10(MSE + 1e-8) per frame",
-    "ssim": "Gaussian window 11x11, sigma 1.5, valid positions, mean over RGB",
-    "lpips": "vgg, version 0.1, per frame",
-    "posterior": "mode",
+# What each peer's evaluation computes. `data` is what it wants of the data module: told where the data differ.
+PRESETS: dict[str, dict[str, Any]] = {
+    # VidTok's evaluation, which VidTwin's authors use with a mean over clips.
+    "vidtwin": {
+        "compared": "floats",
+        "psnr": "frame",
+        "psnr_epsilon": 1e-8,
+        "ssim": "gaussian_pooled",
+        "lpips": "vgg",
+        "average": "clip",
+        "fvd": "styleganv",
+        "posterior": "sample",
+        "data": {"num_frames": 16, "resolution": 224, "clip": "all clips of a video", "tail": "pad"},
+    },
+    "vidtok": {
+        "compared": "floats",
+        "psnr": "frame",
+        "psnr_epsilon": 1e-8,
+        "ssim": "gaussian_pooled",
+        "lpips": "vgg",
+        "average": "frame",
+        "fvd": "styleganv",
+        "posterior": "sample",
+        "data": {"num_frames": 17, "resolution": 256, "fps": 30.0, "clip": "all clips of a video", "tail": "pad"},
+    },
+    # Cosmos' TokenBench: both sides as video files, one MSE a video.
+    "tokenbench": {
+        "compared": "h264",
+        "psnr": "video",
+        "psnr_epsilon": 0.0,
+        "ssim": "uniform7",
+        "lpips": "vgg",
+        "average": "video",
+        "fvd": "styleganv",
+        "posterior": "mode",
+        "data": {"fps": None, "crop": "none", "clip": "all clips of a video"},
+    },
+    # Open-Sora-Plan's evaluation of WF-VAE, which decodes a sample. Its mean over batches of equal size is that over
+    # clips.
+    "wfvae": {
+        "compared": "mp4v",
+        "psnr": "frame",
+        "psnr_epsilon": 0.0,
+        "ssim": "gaussian",
+        "lpips": "alex_spatial",
+        "average": "clip",
+        "fvd": "styleganv",
+        "posterior": "sample",
+        "data": {"num_frames": 33, "resolution": 256, "fps": None},
+    },
 }
+
+
+@dataclass(frozen=True)
+class ProtocolSettings:
+    """How reconstructions are compared. What is null is as in the preset; another value stands in the protocol's name.
+
+    Args:
+        preset: Whose evaluation: vidtwin, vidtok, tokenbench (Cosmos) or wfvae (Open-Sora-Plan).
+        compared: What is compared: clamped floats, both sides rounded to 8 bits, or both sides written as a video
+            (mp4v, h264) and read back.
+        psnr: Over what one MSE is taken: a frame, a clip or a video (which needs average: video).
+        psnr_epsilon: Added to the MSE of values in [0, 1]: 1e-8 caps PSNR at 80 dB; without one it ends at 100 dB.
+        ssim: Gaussian 11x11 window after pooling large frames, Gaussian without pooling, or uniform 7x7.
+        lpips: Network of LPIPS; alex_spatial is the mean of its map.
+        average: How clips are weighted in a mean: each once, by its frames, or the videos once each.
+        fvd: Convention of the I3D network and its preprocessing.
+        posterior: What is decoded: the posterior's mode or a sample (seeded by the clips, the same in each run).
+        weights: The running average of a checkpoint that has one (auto), the weights of its last step (last), or the
+            average alone (average), which a checkpoint without one then fails.
+    """
+
+    preset: Literal["vidtwin", "vidtok", "tokenbench", "wfvae"] = "vidtwin"
+    compared: Literal["floats", "8-bit", "mp4v", "h264"] | None = None
+    psnr: Literal["frame", "clip", "video"] | None = None
+    psnr_epsilon: float | None = None
+    ssim: Literal["gaussian_pooled", "gaussian", "uniform7"] | None = None
+    lpips: Literal["vgg", "alex", "alex_spatial"] | None = None
+    average: Literal["clip", "frame", "video"] | None = None
+    fvd: Literal["styleganv", "videogpt", "internal"] | None = None
+    posterior: Literal["mode", "sample"] | None = None
+    weights: Literal["auto", "last", "average"] = "auto"
+
+    def resolve(
+        self,
+        data: dict[str, Any],
+        precision: str,
+        fvd_sha256: str | None = None,
+        dataset: str | None = None,
+        skipped: dict[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """The whole protocol, as `protocol.json` has it.
+
+        Args:
+            data: What the data module says of its test clips.
+            precision: Of the models.
+            fvd_sha256: Of the I3D network; None where there is none.
+            dataset: Name of the data set as papers call it (MCL-JCV), by which published numbers are found.
+            skipped: Videos without a usable clip, with the reason.
+        """
+        if self.preset not in PRESETS:
+            raise UserError(f"Expected protocol.preset to be one of {', '.join(PRESETS)}, got {self.preset!r}.")
+        preset = PRESETS[self.preset]
+        changed = {
+            field.name: value
+            for field in fields(self)
+            if field.name in preset and (value := getattr(self, field.name)) not in (None, preset[field.name])
+        }
+        chosen = {key: value for key, value in preset.items() if key != "data"} | changed
+        if chosen["psnr"] == "video" and chosen["average"] != "video":
+            raise UserError(
+                f"Expected protocol.average: video where protocol.psnr is of one MSE a video, got {chosen['average']}."
+            )
+        if chosen["psnr_epsilon"] < 0:
+            raise UserError(f"Expected protocol.psnr_epsilon of at least 0, got {chosen['psnr_epsilon']}.")
+        return {
+            "name": ", ".join([self.preset, *(f"{key} {value}" for key, value in changed.items())]),
+            "dataset": dataset,
+            "value_range": [0.0, 1.0],
+            "compared": chosen["compared"],
+            "psnr": chosen["psnr"],
+            "psnr_epsilon": float(chosen["psnr_epsilon"]),
+            "ssim": chosen["ssim"],
+            "lpips": {"net": chosen["lpips"], "version": "0.1"},
+            "average": chosen["average"],
+            "fvd": {"convention": chosen["fvd"], "sha256": fvd_sha256},
+            "posterior": chosen["posterior"],
+            "weights": self.weights,
+            "precision": precision,
+            "data": data,
+            "skipped": dict(sorted((skipped or {}).items())),
+            "departs": [
+                f"{key} {data.get(key)} for {value}"
+                for key, value in preset["data"].items()
+                if data and data.get(key) != value
+            ],
+        }
 
 
 def protocol_hash(protocol: dict[str, Any]) -> str:
@@ -27,15 +158,25 @@ def protocol_hash(protocol: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _flat(protocol: dict[str, Any]) -> dict[str, Any]:
+def flat(protocol: dict[str, Any]) -> dict[str, Any]:
     """Nested keys with dots."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in protocol.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": deeper for inner, deeper in _flat(value).items()}
+        if isinstance(value, dict) and value:
+            found |= {f"{key}.{inner}": deeper for inner, deeper in flat(value).items()}
         else:
-            flat[key] = value
-    return flat
+            found[key] = value
+    return found
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Where two protocols differ: `data.fps 8.0 for 25.0`."""
+    first, second = flat(ours), flat(theirs)
+    return [
+        f"{key} {first.get(key)} for {second.get(key)}"
+        for key in sorted({*first, *second})
+        if first.get(key) != second.get(key)
+    ]
 
 
 def write(protocol: dict[str, Any], folder: Path) -> str:
@@ -43,17 +184,16 @@ def write(protocol: dict[str, Any], folder: Path) -> str:
     path = folder / "protocol.json"
     digest = protocol_hash(protocol)
     if path.exists():
-        found = json.loads(path.read_text())
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(
+                f"Expected JSON in {path}, got a file that is cut off or damaged ({error}); remove it and run again."
+            ) from error
         if protocol_hash(found) != digest:
-            ours, theirs = _flat(protocol), _flat(found)
-            differing = [
-                f"{key} {ours.get(key)} for {theirs.get(key)}"
-                for key in sorted({*ours, *theirs})
-                if ours.get(key) != theirs.get(key)
-            ]
             raise UserError(
                 f"Expected results of protocol {digest} in {folder}, got those of {protocol_hash(found)} "
-                f"(they differ in {', '.join(differing)}); choose another --results_dir."
+                f"(they differ in {', '.join(differences(protocol, found))}); choose another --results_dir."
             )
         return digest
     write_text(path, json.dumps(protocol, indent=2, sort_keys=True) + "\n")

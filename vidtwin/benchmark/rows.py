@@ -225,8 +225,8 @@ def means(clips: Sequence[Clip], protocol: dict[str, Any]) -> dict[str, dict[str
 
 
 def psnr_of(mse: float, epsilon: float) -> float:
-    """−10 log10(MSE + epsilon); without an epsilon equal pictures have no finite PSNR."""
-    return -10.0 * math.log10(mse + epsilon) if mse + epsilon > 0 else math.inf
+    """−10 log10(MSE + epsilon), at most 100 dB, as `vidtwin.metrics.frames.decibels`."""
+    return -10.0 * math.log10(max(mse + epsilon, 1e-10))
 
 
 def _of_video(clips: list[Clip], names: list[str], protocol: dict[str, Any]) -> dict[str, float]:

@@ -1,29 +1,26 @@
 """What `vidtwin test` leaves on disk: a row for the model and one for each reference, measured on the same clips."""
 
-import csv
-import io
 import json
-import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-import vidtwin
 from vidtwin import panels, plugins
 from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
-from vidtwin.benchmark import protocol, table
+from vidtwin.benchmark import protocol, rows, table
+from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, describe, fingerprint
 from vidtwin.errors import UserError
-from vidtwin.files import replacing, write_text
+from vidtwin.files import replacing
+from vidtwin.metrics import mse
 from vidtwin.metrics.latents import LatentStatistics
 from vidtwin.posteriors import Encoding, Quantized
 from vidtwin.task import AutoencoderTask
 from vidtwin.video import write_video
 
-SCHEMA_VERSION = 1
-LAST, AVERAGE = "of the last step", "running average"
+PROTOCOL = protocol.ProtocolSettings(preset="vidtwin", posterior="mode")
 
 
 class ResultsWriter(Callback):
@@ -60,7 +57,8 @@ class ResultsWriter(Callback):
             pl_module.autoencoder.check_clip(torch.empty(shape, device="meta"))
         described = data.protocol() if hasattr(data, "protocol") else {}
         self.skipped = data.skipped["test"] if hasattr(data, "skipped") else {}  # grows while clips are read
-        self.protocol = {**protocol.VIDTWIN, "precision": str(trainer.precision), "data": described}
+        known = dict(self.skipped)  # from the headers; what decoding finds stands in the rows
+        self.protocol = PROTOCOL.resolve(described, str(trainer.precision), skipped=known)
         self.hash = protocol.protocol_hash(self.protocol)
         if trainer.is_global_zero:
             self._check_row(pl_module)
@@ -68,8 +66,11 @@ class ResultsWriter(Callback):
         self.fps = described.get("fps") or 25.0
         self.references: dict[str, VideoAutoencoder] | None = None
         self.clips: dict[str, list[dict[str, Any]]] = {}
-        self.sizes: dict[str, dict[str, Any]] = {}
+        self.latents: dict[str, dict[str, Any]] = {}
+        found = trainer.ckpt_path if self.checkpoint else None  # which word it was asked for by, such as best
+        self.fingerprint = fingerprint(found) if found and Path(found).is_file() else None
         self.codes = LatentStatistics()
+        self.shape: tuple[int, ...] = ()
         self.panel_paths = []
 
     def on_test_batch_end(  # type: ignore[override]
@@ -86,14 +87,7 @@ class ResultsWriter(Callback):
         if outputs.encoding is not None:
             quantized = {name: each for name, each in outputs.encoding.items() if isinstance(each, Quantized)}
             self.codes.update(Encoding(quantized))
-        if self.references is None:
-            # Built from the first clip's size; every other class path in the project comes from a config.
-            size = {"num_frames": clip.shape[2], "resolution": clip.shape[3]}
-            self.references = {
-                short: plugins.load(short, "vidtwin.autoencoders")(**size).eval().to(clip.device)
-                for short in self.reference_names
-            }
-        for short, reference in self.references.items():
+        for short, reference in self._references(tuple(clip.shape[1:]), clip.device).items():
             self._measure(short, pl_module, reference, reference(clip), batch)
         wanted = self.num_panels - len(self.panel_paths) // 2
         if wanted > 0 and trainer.is_global_zero:
@@ -110,8 +104,8 @@ class ResultsWriter(Callback):
             for name in self.clips:
                 self._write_row(name, pl_module)
             self.table = table.write(self.folder)
-        means = {metric: self._mean(self.name, metric) for metric in pl_module.metrics.names}
-        pl_module.log_dict({f"test/{metric}": value for metric, value in means.items()})
+        means = rows.means(self.clips[self.name], self.protocol)
+        pl_module.log_dict({f"test/{metric}": found["mean"] for metric, found in means.items()})
 
     def _measure(
         self,
@@ -122,22 +116,35 @@ class ResultsWriter(Callback):
         batch: dict[str, Any],
     ) -> None:
         clip: Tensor = batch["clip"]
-        values = task.metrics(reconstruction.clip, clip)
+        values, errors = task.metrics(reconstruction.clip, clip), mse(reconstruction.clip, clip)
         for index in range(len(clip)):
             row = {"model": name, "name": batch["name"][index]}
             row |= {"start_frame": int(batch["start_frame"][index]), "num_frames": clip.shape[2]}
-            row |= {metric: float(value[index]) for metric, value in values.items()}
+            row |= {"mse": float(errors[index])} | {metric: float(value[index]) for metric, value in values.items()}
             self.clips.setdefault(name, []).append(row)
-        numbers = {latent: z[0].numel() for latent, z in reconstruction.latents.items()}
-        size = {
-            "model": model.spec(),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "latents": numbers,
-            "compression_rate": sum(numbers.values()) / clip[0].numel(),
-            "bits_per_pixel": model.bits_per_pixel(clip.shape[1:]),
-        }
-        if self.sizes.setdefault(name, size) != size:
-            raise RuntimeError(f"{name} gives latents of other sizes from clip to clip: {self.sizes[name]}, {size}.")
+        subject = self._subject(name, task, model)
+        latents = subject.latents(reconstruction.latents, tuple(clip.shape[1:]))
+        if self.latents.setdefault(name, latents) != latents:
+            raise RuntimeError(
+                f"{name} gives latents of other sizes from clip to clip: {self.latents[name]}, {latents}."
+            )
+        self.shape = tuple(clip.shape[1:])
+
+    def _references(self, shape: tuple[int, ...], device: torch.device) -> dict[str, VideoAutoencoder]:
+        """Built from the first clip's size; every other class path in the project comes from a config."""
+        if self.references is None:
+            size = {"num_frames": shape[1], "resolution": shape[2]}
+            self.references = {
+                short: plugins.load(short, "vidtwin.autoencoders")(**size).eval().to(device)
+                for short in self.reference_names
+            }
+        return self.references
+
+    def _subject(self, name: str, task: AutoencoderTask, model: VideoAutoencoder) -> Subject:
+        if name != self.name:
+            return Subject(name, "reference", model)
+        kind: Literal["trained", "untrained"] = "trained" if self.checkpoint else "untrained"
+        return Subject(name, kind, model, self.checkpoint, self.fingerprint, self._weights(task))
 
     def _check_row(self, task: AutoencoderTask) -> None:
         """A row may be measured again, but not be replaced by that of another model or checkpoint."""
@@ -158,63 +165,36 @@ class ResultsWriter(Callback):
         """Every rank gets the clips of all, in the order of their names, so that means do not depend on the ranks."""
         if trainer.world_size > 1:
             gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, (self.clips, self.sizes, self.codes))
-            self.clips, self.sizes, self.codes = {}, {}, LatentStatistics()
-            for clips, sizes, codes in gathered:
-                self.sizes |= sizes
+            torch.distributed.all_gather_object(gathered, (self.clips, self.latents, self.codes, self.shape))
+            self.clips, self.latents, self.codes = {}, {}, LatentStatistics()
+            for clips, latents, codes, shape in gathered:
+                self.shape = self.shape or shape
+                self.latents |= latents
                 self.codes.merge(codes)
                 for name, rows in clips.items():
                     self.clips.setdefault(name, []).extend(rows)
         for rows in self.clips.values():
             rows.sort(key=lambda row: (row["name"], row["start_frame"]))
 
-    def _mean(self, name: str, metric: str) -> float:
-        return math.fsum(row[metric] for row in self.clips[name]) / len(self.clips[name])
-
     def _write_row(self, name: str, task: AutoencoderTask) -> None:
-        rows = self.clips[name]
-        metrics: dict[str, Any] = {}
-        for metric in task.metrics.names:
-            values = torch.tensor([row[metric] for row in rows], dtype=torch.float64)
-            metrics[metric] = {"mean": self._mean(name, metric), "std": float(values.std(correction=0))}
-        metrics |= dict.fromkeys(task.metrics.unavailable, "unavailable")
         reference = name != self.name
-        results = {
-            "schema_version": SCHEMA_VERSION,
-            "name": name,
-            "kind": "reference" if reference else "trained" if self.checkpoint else "untrained",
-            "checkpoint": None if reference else self.checkpoint,
-            "weights": LAST if reference else self._weights(task),
-            **self.sizes[name],
-            "codebooks": {} if reference else self._codebooks(),
-            "metrics": metrics,
+        model = self._references(self.shape, task.device)[name] if reference else task.autoencoder
+        codes = LatentStatistics() if reference else self.codes
+        clips = self.clips[name]
+        metrics: dict[str, Any] = rows.means(clips, self.protocol)
+        row = describe(self._subject(name, task, model), self.latents[name], self.shape, codes, task.device)
+        row |= {
+            "metrics": metrics | dict.fromkeys(task.metrics.unavailable, "unavailable"),
             "unavailable": task.metrics.unavailable,
-            "num_clips": len(rows),
+            "num_clips": len(clips),
+            "failed_clips": [],
             "skipped": self.skipped,
+            "cost": None,
+            "downstream": None,
             "protocol": self.protocol,
             "protocol_hash": self.hash,
-            "device": str(task.device),
-            "versions": {"vidtwin": vidtwin.__version__, "torch": torch.__version__},
         }
-        folder = self.folder / "rows" / name
-        columns = ["model", "name", "start_frame", "num_frames", *task.metrics.all_names]
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow([*columns, "protocol_hash"])
-        writer.writerows([*(row.get(column) for column in columns), self.hash] for row in rows)
-        write_text(folder / "clips.csv", buffer.getvalue())
-        write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
-
-    def _codebooks(self) -> dict[str, dict[str, float]]:
-        """By quantized latent: how much of its codebook the test clips use."""
-        return {
-            name: {
-                "size": int(found["codebook_size"]),
-                "dead_codes": int(found["dead_codes"]),
-                "perplexity": float(found["perplexity"]),
-            }
-            for name, found in self.codes.compute().items()
-        }
+        rows.write_row(self.folder, row, clips)
 
     def _write_panel(self, shown: dict[str, panels.Frames]) -> None:
         folder = self.folder / "rows" / self.name

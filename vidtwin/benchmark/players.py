@@ -1,0 +1,114 @@
+"""Clips that the report plays: the worst and the median ones, as the input and by every model.
+
+A view of a clip is one WebP picture with its frames from top to bottom, which a page shows frame by frame: all players
+of a page then run by one clock, which videos do not.
+"""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from vidtwin import panels
+from vidtwin.benchmark import rows
+from vidtwin.files import replacing, write_text
+
+MAX_SIDE = 160  # pixels of a frame: a page with ten models stays below 20 MB
+MAX_HEIGHT = 16_383  # of a WebP picture
+ERROR_GAIN = 4
+QUALITY = 85
+
+
+def choose(results: rows.Results, number: int) -> list[dict[str, Any]]:
+    """The `number` worst and the `number` median clips by the mean PSNR over models, of the clips that all have.
+
+    Over trained models, or where there are none over all.
+    """
+    measured = [row for row in results.rows if row["kind"] != "failed"]
+    counted = [row for row in measured if row["kind"] == "trained"] or measured
+    common = rows.common_clips(results.clips)
+    sums: dict[rows.Key, float] = dict.fromkeys(sorted(common), 0.0)
+    for row in counted:
+        for clip in results.clips[row["name"]]:
+            if rows.key_of(clip) in sums:
+                sums[rows.key_of(clip)] += clip["psnr"]
+    ranked = sorted(sums, key=lambda key: (sums[key], key))
+    worst = ranked[:number]
+    left = [key for key in ranked if key not in worst]
+    # Next to the middle of all clips, of those that are not among the worst already.
+    middle = (len(ranked) - 1) / 2
+    left.sort(key=lambda key: (abs(ranked.index(key) - middle), ranked.index(key)))
+    chosen = [(key, "worst") for key in worst] + [(key, "median") for key in left[:number]]
+    return [{"name": name, "start_frame": start, "why": why} for (name, start), why in chosen]
+
+
+class Writer:
+    """Writes the views beside the earlier ones, whose place they take in the end.
+
+    Args:
+        folder: Of the results.
+        chosen: The clips, by `choose`.
+        clips: Each (1, 3, T, H, W) in [-1, 1].
+        fps: Frames per second.
+    """
+
+    def __init__(self, folder: Path, chosen: list[dict[str, Any]], clips: list[Tensor], fps: float) -> None:
+        self.folder = folder
+        self.fps = fps
+        self.num_frames = clips[0].shape[2]
+        side = min(MAX_SIDE, MAX_HEIGHT // self.num_frames, max(64, clips[0].shape[3]))
+        self.size = side
+        self.inputs = [panels.to_uint8(clip[0]) for clip in clips]
+        self.clips: list[dict[str, Any]] = [{"id": str(i), **clip, "views": []} for i, clip in enumerate(chosen)]
+        self.temporary = folder / ".players"
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        for place, frames in enumerate(self.inputs):
+            self._add(place, "input", None, "input", frames)
+
+    def add(self, place: int, model: str, views: dict[str, Tensor]) -> None:
+        """A model's views of clip number `place`: its reconstruction under "", others by their titles."""
+        frames = panels.to_uint8(views[""])
+        self._add(place, model, model, "reconstruction", frames)
+        error = np.abs(frames.astype(np.int16) - self.inputs[place]) * ERROR_GAIN
+        self._add(place, f"{model} error x{ERROR_GAIN}", model, "error", error.clip(0, 255).astype(np.uint8))
+        for title, view in views.items():
+            if title:
+                self._add(place, f"{model} {title}", model, "partial", panels.to_uint8(view))
+
+    def finish(self, digest: str) -> None:
+        """Put the new pictures in the place of those before, and write `players.json`, which is the last."""
+        target = self.folder / "players"
+        content = {
+            "digest": digest,
+            "fps": self.fps,
+            "num_frames": self.num_frames,
+            "size": self.size,
+            "clips": self.clips,
+        }
+        shutil.rmtree(target, ignore_errors=True)
+        self.temporary.rename(target)
+        write_text(target / "players.json", json.dumps(content, indent=2) + "\n")
+
+    def _add(self, place: int, title: str, model: str | None, kind: str, frames: panels.Frames) -> None:
+        views = self.clips[place]["views"]
+        name = f"{place}/{len(views)}.webp"
+        with replacing(self.temporary / name) as temporary:
+            temporary.write_bytes(_strip(frames, self.size))
+        views.append({"title": title, "model": model, "kind": kind, "file": f"players/{name}"})
+
+
+def _strip(frames: panels.Frames, size: int) -> bytes:
+    """(T, H, W, 3) → WebP of T frames of size × size, from top to bottom."""
+    small = frames.shape[1] < size
+    images = [
+        Image.fromarray(frame).resize((size, size), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+        for frame in frames
+    ]
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate([np.asarray(image) for image in images])).save(buffer, "webp", quality=QUALITY)
+    return buffer.getvalue()

@@ -1,0 +1,817 @@
+"""Many autoencoders on the same clips under one protocol: `vidtwin test` with a list of `autoencoders`.
+
+    test clips ── chunks of eval_batch_size ── every model: encode, decode, measure ──> rows/<name>/parts/<chunk>.json
+    all parts of a model ──> rows/<name>/clips.csv, results.json
+    all rows ──> comparison.json, players, table, plots, report
+
+A chunk's numbers are written when it is measured, so that a sweep goes on where it was ended. Which clips a chunk holds
+does not depend on the number of processes, which share the chunks: their numbers are those of one process.
+"""
+
+import base64
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
+from torch import Tensor
+from tqdm import tqdm
+
+from vidtwin import checkpoints, model_config, plugins
+from vidtwin.autoencoder import VideoAutoencoder
+from vidtwin.benchmark import cost, downstream, players, protocol, report, rows, table
+from vidtwin.benchmark import plots as plot_files
+from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, describe, fingerprint, seeded
+from vidtwin.errors import UserError
+from vidtwin.files import replacing, write_text
+from vidtwin.metrics.fvd import FeatureNetwork, FrechetVideoDistance
+from vidtwin.metrics.latents import LatentStatistics
+from vidtwin.metrics.measures import Measures
+from vidtwin.posteriors import Encoding, Quantized
+
+PARTS = "parts"
+MAX_TOKENS, MAX_TOKENS_ON_CPU = 20_000, 4_000  # of which a DiT's training step is timed
+_WAIT = timedelta(hours=12)  # the other processes wait while one measures what a model costs
+
+
+@dataclass
+class Entry:
+    """One autoencoder of a sweep.
+
+    Args:
+        name: Of its row, and of the row's folder.
+        config: A config of `fit`, or several, each over those before it, of which the autoencoder counts. By default
+            the model that the checkpoint holds. A path is looked for beside the sweep's own config first.
+        checkpoint: Trained weights; without them the row is marked as untrained.
+        claimed_rate: Compression rate that the model's authors state; 0.002 is 0.2%.
+        windows: Let a model that takes shorter clips have them in windows of its length, and say so in its row.
+    """
+
+    name: str
+    config: str | list[str] | None = None
+    checkpoint: str | None = None
+    claimed_rate: float | None = None
+    windows: bool = False
+
+
+@dataclass
+class FVD:
+    """The network of rFVD. Without one rFVD is unavailable.
+
+    Args:
+        path: TorchScript file of I3D.
+        sha256: Its SHA-256: the file is a program, and only a known one is run.
+    """
+
+    path: str | None = None
+    sha256: str | None = None
+
+
+@dataclass
+class _Plan:
+    """What is measured, and who of the processes this is."""
+
+    chunks: list[list[int]]
+    keys: list[rows.Key]  # by index
+    shape: tuple[int, int, int, int]
+    protocol: dict[str, Any]
+    digest: str
+
+    def clips(self, chunk: int) -> list[list[Any]]:
+        return [list(self.keys[index]) for index in self.chunks[chunk]]
+
+
+@dataclass
+class _Job:
+    """One row to be measured: `identity` is known before the model is built, and what it is built from."""
+
+    name: str
+    identity: dict[str, Any]
+    build: Callable[[], Subject]
+    error: str | None = None
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        text = json.dumps(self.identity, sort_keys=True, default=str)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _ModelError(Exception):
+    """A model that can't be measured, in a line."""
+
+
+class Sweep:
+    """Measure every autoencoder on the same test clips and write rows, table, plots, players and report.
+
+    Args:
+        autoencoders: The models: {name, config, checkpoint, claimed_rate, windows}.
+        data: The data module, whose test clips are taken.
+        protocol: How reconstructions are compared; `preset` is vidtwin, vidtok, tokenbench or wfvae.
+        results_dir: Folder of the results. What is complete there is not measured again.
+        dataset: The data set's name as papers call it (MCL-JCV), by which published numbers stand beside.
+        references: Autoencoders without weights that are measured too, by their short names; by default all that are
+            registered as `vidtwin.references`: the clip's mean colour and its temporal mean frame.
+        accelerator: Where to run, as in Lightning: auto, cpu, cuda, ….
+        devices: How many devices, or which; each is a process that takes its share of the chunks.
+        num_nodes: Machines, each with so many devices.
+        precision: Of the models; the metrics are always in full precision.
+        perceptual_backbones: Files with torchvision's weights for LPIPS, by "vgg" and "alex"; by default torch hub's
+            cache.
+        fvd: The network of rFVD.
+        vmaf: Measure VMAF too; needs the extra `vmaf`.
+        cost: Measure FLOPs, clips a second and peak memory.
+        downstream: Measure what the paper's DiT costs on each model's latents.
+        repeats: Timed passes of both.
+        players: Clips of each kind, worst and median, that are kept for the report's players.
+        seed: Of the samples of posteriors.
+        progress: Show a progress bar.
+    """
+
+    def __init__(
+        self,
+        autoencoders: list[Entry],
+        data: LightningDataModule,
+        protocol: protocol.ProtocolSettings = protocol.ProtocolSettings(),  # noqa: B008 - it is frozen
+        results_dir: str = "results",
+        dataset: str | None = None,
+        references: list[str] | None = None,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = 1,
+        num_nodes: int = 1,
+        precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true",
+        perceptual_backbones: dict[str, str | None] | None = None,
+        fvd: FVD | None = None,
+        vmaf: bool = False,
+        cost: bool = True,
+        downstream: bool = True,
+        repeats: int = 5,
+        players: int = 2,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        self.entries = autoencoders
+        self.data: Any = data
+        self.settings = protocol
+        self.folder = Path(results_dir)
+        self.dataset = dataset
+        known = sorted(plugins.available("vidtwin.references"))
+        self.references = known if references is None else references
+        self.accelerator, self.devices, self.num_nodes, self.precision = accelerator, devices, num_nodes, precision
+        self.backbones = perceptual_backbones or {}
+        self.fvd = fvd or FVD()
+        self.vmaf = vmaf
+        self.cost, self.downstream, self.repeats = cost, downstream, repeats
+        self.players = players
+        self.seed = seed
+        self.progress = progress
+        self.config_folders: list[Path] = []  # of the sweep's own configs
+        self._check_names()
+        if (self.fvd.path is None) != (self.fvd.sha256 is None):
+            raise UserError("Expected fvd.path and fvd.sha256 together: only a file that is known is run.")
+        for name, value, least in (("repeats", repeats, 1), ("players", players, 0)):
+            if value < least:
+                raise UserError(f"Expected {name} of at least {least}, got {value}.")
+        if not hasattr(data, "chunk_loader"):
+            raise UserError(f"Expected a data module with test clips of its own, got {type(data).__name__}.")
+
+    def _check_names(self) -> None:
+        if not self.entries and not self.references:
+            raise UserError("Expected autoencoders to measure, got none.")
+        names = [entry.name for entry in self.entries] + self.references
+        for name in names:
+            if name != Path(name).name or name.startswith(".") or not name.strip():
+                raise UserError(f"Expected an autoencoder's name that can be a folder's, got {name!r}.")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"Expected a name of its own for each row, got several called {', '.join(twice)}.")
+
+    def run(self) -> int:
+        """Measure what is missing and write everything → 0, or 1 where a model could not be measured."""
+        fabric = self._launch()
+        plan = self._plan(fabric)
+        jobs = [self._job(entry) for entry in self.entries]
+        jobs += [self._reference(name, plan.shape) for name in self.references]
+        self._show(fabric, f"{len(plan.keys)} clips, protocol {plan.protocol['name']} ({plan.digest})")
+        for line in plan.protocol["departs"]:
+            self._show(fabric, f"protocol {self.settings.preset} is of other data: {line}")
+        runner = _Runner(self, fabric, plan)
+        waiting = [job for job in jobs if not runner.is_complete(job)]
+        fabric.barrier()  # before a process changes what another still looks at
+        runner.measure_all(waiting, len(jobs))
+        failed = []
+        if fabric.is_global_zero:
+            names = {job.name for job in jobs}
+            failed = [row["name"] for row in rows.read(self.folder).rows if row["kind"] == "failed"]
+            failed = [name for name in failed if name in names]
+            self._write_all(fabric, runner, jobs)
+        fabric.barrier()
+        return int(fabric.broadcast(bool(failed)))
+
+    def _launch(self) -> Fabric:
+        several = self.num_nodes > 1 or (
+            len(self.devices) > 1 if isinstance(self.devices, list) else self.devices not in (1, "1")
+        )
+        try:
+            fabric = Fabric(
+                accelerator=self.accelerator,
+                devices=self.devices,
+                num_nodes=self.num_nodes,
+                strategy=DDPStrategy(timeout=_WAIT) if several else "auto",
+                precision=self.precision,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise UserError(str(error)) from error
+        fabric.launch()
+        return fabric
+
+    def _plan(self, fabric: Fabric) -> _Plan:
+        dataset = self.data.dataset("test")
+        keys = [dataset.identity(index) for index in range(len(dataset))]
+        described = self.data.protocol()
+        size = self.data.eval_batch_size
+        resolved = self.settings.resolve(
+            described,
+            self.precision,
+            self.fvd.sha256.lower() if self.fvd.sha256 else None,
+            self.dataset,
+            self.data.skipped["test"],
+        )
+        # What reading finds later stands in the rows: the protocol is known before.
+        digest = protocol.protocol_hash(resolved)
+        if fabric.is_global_zero:
+            protocol.write(resolved, self.folder)
+        fabric.barrier()
+        order = list(range(len(keys)))
+        side = self.data.resolution
+        chunks = [order[start : start + size] for start in range(0, len(order), size)]
+        return _Plan(chunks, keys, (3, self.data.num_frames, side, side), resolved, digest)
+
+    def _job(self, entry: Entry) -> _Job:
+        """What the row's identity is, without building the model; a mistake in it becomes the row's error."""
+        base = {"name": entry.name, "claimed_rate": entry.claimed_rate, "windows": entry.windows}
+        try:
+            parser = parsed = None
+            configs = [entry.config] if isinstance(entry.config, str) else entry.config or []
+            if configs:
+                parser, parsed = model_config.parse([self._found(path) for path in configs])
+                spec = model_config.spec(parsed)
+            elif entry.checkpoint:
+                spec = checkpoints.model_spec(checkpoints.read(entry.checkpoint, lazily=True), entry.checkpoint)
+            else:
+                raise UserError(f"Expected a config or a checkpoint for {entry.name}, got neither.")
+            mark = fingerprint(entry.checkpoint) if entry.checkpoint else None
+        except UserError as error:
+            return _Job(entry.name, base, _unusable, str(error))
+
+        def build() -> Subject:
+            if parser is not None and parsed is not None:
+                model = model_config.build(parser, parsed)
+            else:
+                model = checkpoints.build(spec)
+            weights = LAST
+            if entry.checkpoint:
+                checkpoints.check(entry.checkpoint)
+                held = checkpoints.read(entry.checkpoint)
+                average = self.settings.weights == "average" or (self.settings.weights == "auto" and "ema" in held)
+                checkpoints.load_weights(model, entry.checkpoint, average)
+                weights = AVERAGE if average else LAST
+            window = model.temporal.usual_length if entry.windows else None
+            kind: Literal["trained", "untrained"] = "trained" if entry.checkpoint else "untrained"
+            return Subject(entry.name, kind, model, entry.checkpoint, mark, weights, entry.claimed_rate, window)
+
+        return _Job(entry.name, base | {"model": spec, "fingerprint": mark}, build)
+
+    def _reference(self, name: str, shape: tuple[int, int, int, int]) -> _Job:
+        def build() -> Subject:
+            model = plugins.load(name, "vidtwin.references")(num_frames=shape[1], resolution=shape[2])
+            return Subject(name, "reference", model)
+
+        return _Job(name, {"name": name, "reference": plugins.resolve(name, "vidtwin.references")}, build)
+
+    def _found(self, path: str) -> Path:
+        """A config's path: beside the sweep's config, or from the current folder."""
+        return next((folder / path for folder in self.config_folders if (folder / path).is_file()), Path(path))
+
+    def _write_all(self, fabric: Fabric, runner: "_Runner", jobs: list[_Job]) -> None:
+        results = rows.read(self.folder)
+        results.comparison = rows.compare(results, runner.frechet_of_common_clips(results))
+        rows.write_comparison(self.folder, results.comparison)
+        if self.players and results.comparison["num_clips"]:
+            runner.write_players(results, jobs)
+        text = table.write(self.folder)
+        paths = [self.folder / "table.md", *plot_files.write(self.folder), report.write(self.folder)]
+        sys.stdout.write(f"\n{text}\n")
+        for path in paths:
+            if path.suffix != ".svg":
+                sys.stdout.write(f"{path}\n")
+        sys.stdout.flush()
+
+    def _show(self, fabric: Fabric, line: str) -> None:
+        if fabric.is_global_zero:
+            tqdm.write(f"vidtwin: {line}", file=sys.stderr)
+
+
+def _unusable() -> Subject:
+    raise AssertionError("a job with an error is not built")
+
+
+class _Runner:
+    """Measures jobs chunk by chunk. Each process takes every world-size-th chunk; the first one joins them."""
+
+    def __init__(self, sweep: Sweep, fabric: Fabric, plan: _Plan) -> None:
+        self.sweep, self.fabric, self.plan = sweep, fabric, plan
+        described = plan.protocol
+        self.measures = Measures(
+            described["compared"],
+            described["psnr"],
+            described["psnr_epsilon"],
+            described["ssim"],
+            described["lpips"]["net"],
+            self.fps,
+            sweep.backbones,
+            sweep.vmaf,
+        )
+        self.measures.setup(*plan.shape[1:])
+        self.unavailable = dict(self.measures.unavailable)
+        self.features: FeatureNetwork | None = None
+        if sweep.fvd.path and sweep.fvd.sha256:
+            self.features = FeatureNetwork(sweep.fvd.path, sweep.fvd.sha256, described["fvd"]["convention"])
+        else:
+            self.unavailable["rfvd"] = "Expected an I3D network for rFVD, got none; give --fvd.path and --fvd.sha256."
+        # What a row is measured by beside the protocol: with more of it the row is measured again.
+        self.extent = {
+            "metrics": [*self.measures.names, *(["rfvd"] if self.features else [])],
+            "protocol": plan.digest,
+            "batch": len(plan.chunks[0]),
+            "seed": sweep.seed,
+            "cost": sweep.cost,
+            "downstream": sweep.downstream,
+        }
+
+    @property
+    def fps(self) -> float:
+        return self.sweep.data.eval_fps or 25.0
+
+    def identity(self, job: _Job) -> str:
+        return hashlib.sha256(json.dumps([job.digest, self.extent], sort_keys=True).encode()).hexdigest()[:16]
+
+    def is_complete(self, job: _Job) -> bool:
+        """Whether the row is there as it would be measured now; what is not, is said why."""
+        folder = self.sweep.folder / "rows" / job.name
+        if not (folder / "results.json").exists():
+            return False
+        try:
+            row = rows.read_row(folder / "results.json")
+            if row["kind"] != "failed":
+                rows.read_clips(self.sweep.folder, row)
+        except UserError as error:
+            self._tell(f"{job.name} is measured again: {error}")
+            return False
+        if row["kind"] == "failed":
+            self._tell(f"{job.name} failed before and is tried again")
+            return False
+        if row.get("identity") != self.identity(job):
+            self._tell(f"{job.name} is measured again: the row there is of another checkpoint, model or set of metrics")
+            return False
+        return True
+
+    def measure_all(self, jobs: list[_Job], total: int) -> None:
+        """Every row that is missing. A model that fails is a row with its error; the others go on."""
+        mine = self._mine(range(len(self.plan.chunks)))
+        if total > len(jobs):
+            self._tell(f"{total - len(jobs)} of {total} rows are complete")
+        clips = sum(len(self.plan.chunks[chunk]) for chunk in mine)
+        bar = tqdm(
+            total=clips * len(jobs),
+            unit="clip",
+            disable=not (self.sweep.progress and self.fabric.is_global_zero and jobs),
+            dynamic_ncols=True,
+        )
+        with bar:
+            for job in jobs:
+                bar.set_description(job.name)
+                before = bar.n
+                error = self._measured(job, mine, bar)
+                self.fabric.barrier()
+                if self.fabric.is_global_zero:
+                    self._finish(job, error)
+                self.fabric.barrier()
+                bar.update(before + clips - bar.n)
+
+    def _measured(self, job: _Job, mine: list[int], bar: tqdm) -> str | None:
+        """Measure this process's chunks of a model → why it can't be, if it can't."""
+        if job.error:
+            self._tell(f"{job.name} failed: {job.error}")
+            return job.error
+        parts = self._parts(job)
+        missing = [chunk for chunk in mine if self._part(parts, job, chunk) is None]
+        ready = sum(len(self.plan.chunks[chunk]) for chunk in mine) - sum(len(self.plan.chunks[c]) for c in missing)
+        stale = len(list(parts.glob("[0-9]*.json"))) - len(mine) + len(missing)
+        if self.fabric.world_size == 1 and stale > 0:
+            self._tell(f"{job.name}: {stale} chunks there are of another checkpoint, model or batch size")
+        if ready:
+            self._tell(f"{job.name}: {ready} clips were measured before")
+            bar.initial += ready  # the rate, and with it the ETA, is of what is measured now
+            bar.update(ready)
+        costs = self.fabric.is_global_zero and self._costs_missing(job)
+        error = None
+        if missing or costs:
+            try:
+                subject = self._built(job)
+                self._measure_chunks(job, subject, missing, bar)
+                if costs:
+                    self._measure_costs(job, subject)
+            except _ModelError as caught:
+                error = str(caught)
+                write_text(parts / f"error-{self.fabric.global_rank}.json", json.dumps({"error": error}) + "\n")
+                self._tell(f"{job.name} failed: {error}", everywhere=True)
+            finally:
+                subject = None  # type: ignore[assignment]
+                if self.fabric.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        return error
+
+    def _built(self, job: _Job) -> Subject:
+        try:
+            subject = job.build()
+            subject.check(self.plan.shape[1], self.plan.shape[2])
+            subject.model.eval().requires_grad_(False).to(self.fabric.device)
+        except UserError as error:
+            raise _ModelError(_one_line(error)) from error
+        except Exception as error:
+            raise _ModelError(f"{type(error).__name__}: {_one_line(error)}") from error
+        return subject
+
+    def _parts(self, job: _Job) -> Path:
+        return self.sweep.folder / "rows" / job.name / PARTS
+
+    def _part(self, folder: Path, job: _Job, chunk: int) -> dict[str, Any] | None:
+        """A part that was written before; None where there is none for these clips of this model."""
+        return self._kept(folder / f"{chunk:06d}.json", self.identity(job), self.plan.clips(chunk))
+
+    def _kept(self, path: Path, identity: str, clips: list[list[Any]] | None) -> dict[str, Any] | None:
+        try:
+            part = json.loads(path.read_text(encoding="utf-8"))
+            found = part["identity"], part["chunk"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            self._tell(f"{path} is cut off or damaged, and is measured again", everywhere=True)
+            return None
+        return part if found == (identity, clips) else None
+
+    def _measure_chunks(self, job: _Job, subject: Subject, missing: list[int], bar: tqdm) -> None:
+        folder = self._parts(job)
+        processes = max(1, self.fabric.world_size // max(1, self.sweep.num_nodes))
+        chunks = [self.plan.chunks[chunk] for chunk in missing]
+        if not chunks:
+            return
+        loader = self.sweep.data.chunk_loader("test", chunks, self.fabric.device.type, processes)
+        succeeded = False
+        for chunk, batch in zip(missing, loader, strict=True):
+            part = self._measure_chunk(subject, chunk, batch)
+            succeeded |= bool(part["clips"])
+            if part["failed"] and not succeeded:  # not one clip: it is the model, not the clips
+                raise _ModelError(part["failed"][0]["reason"])
+            part |= {"identity": self.identity(job), "chunk": self.plan.clips(chunk)}
+            write_text(folder / f"{chunk:06d}.json", json.dumps(part) + "\n")
+            bar.update(len(self.plan.chunks[chunk]))
+
+    def _measure_chunk(self, subject: Subject, chunk: int, batch: dict[str, Any]) -> dict[str, Any]:
+        """All clips of a batch at once; if that fails, one by one, so that a bad clip costs itself alone."""
+        part: dict[str, Any] = {"clips": [], "failed": [], "features": [], "latents": None, "codes": {}}
+        part["skipped"] = [[name, reason] for _, name, reason in batch["skipped"]]
+        if not batch["indices"]:
+            return part
+        data = self.sweep.data
+        clip: Tensor = data.on_after_batch_transfer({**batch, "clip": batch["clip"].to(self.fabric.device)}, 0)["clip"]
+        indices = batch["indices"]
+        try:
+            self._reconstruct(subject, clip, indices, part)
+        except Exception as error:
+            self._free(error)
+            part |= {"clips": [], "failed": [], "features": [], "latents": None, "codes": {}}
+            for place, index in enumerate(indices):
+                try:
+                    self._reconstruct(subject, clip[place : place + 1], [index], part)
+                except Exception as alone:
+                    self._free(alone)
+                    self._fail(part, index, f"{type(alone).__name__}: {_one_line(alone)}", subject)
+        return part
+
+    def _free(self, error: Exception) -> None:
+        error.__traceback__ = None  # which holds the tensors
+        if self.fabric.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _reconstruct(self, subject: Subject, clip: Tensor, indices: list[int], part: dict[str, Any]) -> None:
+        seed = self.sweep.seed * 1_000_003 + indices[0]
+        encoding, prediction = self._forward(subject, clip, seed)
+        prediction, target = self.measures.prepare(prediction.float(), clip)
+        values = {name: value.tolist() for name, value in self.measures.values(prediction, target).items()}
+        features = self._features(prediction, target, indices)
+        latents = subject.latents(encoding.mode(), tuple(clip.shape[1:]))
+        if part["latents"] not in (None, latents):
+            raise RuntimeError(f"latents of other sizes from clip to clip: {part['latents']}, {latents}")
+        part["latents"] = latents
+        windows = subject.windows(clip.shape[2])
+        for place, index in enumerate(indices):
+            name, start = self.plan.keys[index]
+            numbers = {metric: value[place] for metric, value in values.items()}
+            bad = [metric for metric, value in numbers.items() if not np.isfinite(value)]
+            if bad:
+                self._fail(part, index, f"{', '.join(bad)} of its reconstruction are not finite", subject)
+                continue
+            part["clips"].append({"name": name, "start_frame": start, "num_frames": clip.shape[2], **numbers})
+            if features is not None:
+                part["features"].append(features[place])
+            _count_codes(part["codes"], encoding, slice(place * windows, (place + 1) * windows))
+
+    def _forward(self, subject: Subject, clip: Tensor, seed: int) -> tuple[Encoding, Tensor]:
+        sampled = self.plan.protocol["posterior"] == "sample"
+
+        def run() -> tuple[Encoding, Tensor]:
+            with self._context():
+                encoding = subject.encode(clip)
+                latents = encoding.sample() if sampled else encoding.mode()
+                return encoding, subject.decode(latents, clip.shape[2])
+
+        return seeded(seed, self.fabric.device, run)
+
+    def _context(self) -> AbstractContextManager[Any]:
+        return self.fabric.autocast()
+
+    def _fail(self, part: dict[str, Any], index: int, reason: str, subject: Subject) -> None:
+        name, start = self.plan.keys[index]
+        part["failed"].append({"name": name, "start_frame": start, "reason": reason})
+        self._tell(f"{subject.name} fails on {name} at frame {start}: {reason}", everywhere=True)
+
+    def _features(self, prediction: Tensor, target: Tensor, indices: list[int]) -> list[str] | None:
+        """The reconstructions' features; the clips' own are measured once for all models."""
+        if self.features is None:
+            return None
+        paths = [self._real(index) for index in indices]
+        missing = [place for place, path in enumerate(paths) if not path.exists()]
+        if missing:
+            for place, found in zip(missing, self.features(target[missing]), strict=True):
+                with replacing(paths[place]) as temporary, temporary.open("wb") as file:
+                    np.save(file, found.cpu().numpy())
+        return [_text(found) for found in self.features(prediction)]
+
+    def _real(self, index: int) -> Path:
+        """Where the features of a clip itself lie."""
+        name, start = self.plan.keys[index]
+        mark = hashlib.sha256(f"{name}\t{start}".encode()).hexdigest()[:32]
+        return self.sweep.folder / "inputs" / mark[:2] / f"{mark}.npy"
+
+    def _costs_missing(self, job: _Job) -> bool:
+        wanted = self.sweep.cost or self.sweep.downstream
+        return wanted and self._kept(self._parts(job) / "costs.json", self.identity(job), None) is None
+
+    def _measure_costs(self, job: _Job, subject: Subject) -> None:
+        found: dict[str, Any] = {"cost": None, "downstream": None}
+        shape, device, repeats = self.plan.shape, self.fabric.device, self.sweep.repeats
+        if self.sweep.cost:
+
+            def encode(model: VideoAutoencoder, clip: Tensor) -> Any:
+                return _with(subject, model).encode(clip).mode()
+
+            def decode(model: VideoAutoencoder, latents: Any, num_frames: int) -> Tensor:
+                return _with(subject, model).decode(latents, num_frames)
+
+            found["cost"] = _or_error(
+                lambda: cost.measure(
+                    subject.model, shape, device, self._context, repeats=repeats, encode=encode, decode=decode
+                )
+            )
+        if self.sweep.downstream:
+            inner = (shape[0], shape[1] // subject.windows(shape[1]), *shape[2:])
+            windows = subject.windows(shape[1])
+            sizes = {
+                name: size if windows == 1 else (size[0], windows, *size[1:])
+                for name, size in subject.model.latent_shapes(inner).items()
+            }
+            limit = MAX_TOKENS if device.type == "cuda" else MAX_TOKENS_ON_CPU
+            found["downstream"] = _downstream(sizes, device, repeats, limit)
+        found |= {"identity": self.identity(job), "chunk": None}
+        write_text(self._parts(job) / "costs.json", json.dumps(found) + "\n")
+
+    def _finish(self, job: _Job, error: str | None) -> None:
+        """Join the parts of all processes to a row, and take them away."""
+        parts = self._parts(job)
+        told = [json.loads(path.read_text())["error"] for path in sorted(parts.glob("error-*.json"))]
+        if error or told:
+            self._write_failed(job, error or told[0])
+            for path in parts.glob("error-*.json"):
+                path.unlink()
+            return
+        clips: list[rows.Clip] = []
+        failed: list[dict[str, Any]] = []
+        skipped: dict[str, str] = dict(self.plan.protocol["skipped"])
+        codes = LatentStatistics()
+        latents: dict[str, Any] | None = None
+        fakes: list[np.ndarray] = []
+        for chunk in range(len(self.plan.chunks)):
+            part = self._part(parts, job, chunk)
+            if part is None:
+                raise RuntimeError(f"Part {chunk} of {job.name} is not there; run the sweep again.")
+            clips += [{"model": job.name, **clip} for clip in part["clips"]]
+            failed += part["failed"]
+            skipped |= dict(part["skipped"])
+            fakes += [_array(text) for text in part["features"]]
+            latents = part["latents"] or latents
+            _add_codes(codes, part["codes"])
+        if not clips or latents is None:
+            self._write_failed(job, "none of the clips could be measured")
+            return
+        try:
+            subject = self._built_without_weights(job)
+        except _ModelError as caught:
+            self._write_failed(job, str(caught))
+            return
+        costs = self._kept(parts / "costs.json", self.identity(job), None) or {}
+        row = describe(subject, latents, self.plan.shape, codes, self.fabric.device)
+        metrics: dict[str, Any] = rows.means(clips, self.plan.protocol)
+        metrics |= dict.fromkeys(self.unavailable, "unavailable")
+        if self.features:
+            metrics["rfvd"] = self._frechet([(rows.key_of(clip), f) for clip, f in zip(clips, fakes, strict=True)])
+        row |= {
+            "metrics": metrics,
+            "unavailable": self.unavailable,
+            "num_clips": len(clips),
+            "failed_clips": failed,
+            "skipped": skipped,
+            "cost": costs.get("cost"),
+            "downstream": costs.get("downstream"),
+            "identity": self.identity(job),
+            "protocol": self.plan.protocol,
+            "protocol_hash": self.plan.digest,
+        }
+        self._keep_earlier(job)
+        folder = self.sweep.folder / "rows" / job.name
+        if fakes:
+            with replacing(folder / "features.npy") as temporary, temporary.open("wb") as file:
+                np.save(file, np.stack(fakes))
+        rows.write_row(self.sweep.folder, row, clips)
+        shutil.rmtree(parts)
+
+    def _built_without_weights(self, job: _Job) -> Subject:
+        try:
+            return job.build()
+        except UserError as error:
+            raise _ModelError(_one_line(error)) from error
+
+    def _write_failed(self, job: _Job, error: str) -> None:
+        row = {
+            "schema_version": rows.SCHEMA_VERSION,
+            "name": job.name,
+            "kind": "failed",
+            "error": error,
+            "model": job.identity.get("model"),
+            "protocol": self.plan.protocol,
+            "protocol_hash": self.plan.digest,
+        }
+        self._keep_earlier(job)
+        folder = self.sweep.folder / "rows" / job.name
+        write_text(folder / "results.json", json.dumps(row, indent=2) + "\n")
+
+    def _keep_earlier(self, job: _Job) -> None:
+        """Put a complete row of another checkpoint, model or set of metrics aside before another takes its place."""
+        folder = self.sweep.folder / "rows" / job.name
+        try:
+            row = rows.read_row(folder / "results.json")
+        except UserError:
+            return
+        if row["kind"] == "failed" or row.get("identity") == self.identity(job):
+            return
+        target = folder / "earlier" / str(row.get("identity") or row["fingerprint"] or "row")
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("features.npy", "clips.csv", "results.json"):
+            if (folder / name).exists():
+                (folder / name).replace(target / name)
+        self._tell(f"{job.name}: the earlier row is kept in {target}")
+
+    def _frechet(self, clips: Iterable[tuple[rows.Key, np.ndarray]]) -> Any:
+        places = {key: index for index, key in enumerate(self.plan.keys)}
+        metric = FrechetVideoDistance()
+        for key, fake in clips:
+            metric.update(torch.from_numpy(np.load(self._real(places[key])))[None], real=True)
+            metric.update(torch.from_numpy(fake)[None], real=False)
+        return metric.result()
+
+    def frechet_of_common_clips(self, results: rows.Results) -> dict[str, Any]:
+        """rFVD of each row over the clips that all have, in the form of a comparison."""
+        common = rows.common_clips(results.clips)
+        found: dict[str, Any] = {"clips_sha256": rows.digest_of(common), "rows": {}}
+        for name, clips in results.clips.items():
+            path = self.sweep.folder / "rows" / name / "features.npy"
+            if self.features and path.exists() and len(common) < len(clips):
+                fakes = np.load(path, mmap_mode="r")
+                chosen = [(rows.key_of(c), np.array(f)) for c, f in zip(clips, fakes, strict=True)]
+                found["rows"][name] = {"rfvd": self._frechet(pair for pair in chosen if pair[0] in common)}
+        return found
+
+    def write_players(self, results: rows.Results, jobs: list[_Job]) -> None:
+        """Pictures of the worst and the median clips by every model."""
+        chosen = players.choose(results, self.sweep.players)
+        measured = [job for job in jobs if job.name in results.clips]
+        mark = hashlib.sha256(json.dumps([[c["name"], c["start_frame"]] for c in chosen]).encode())
+        mark.update(json.dumps([self.identity(job) for job in measured]).encode())
+        if results.players.get("digest") == mark.hexdigest():
+            return
+        places = {key: index for index, key in enumerate(self.plan.keys)}
+        indices = [places[(clip["name"], clip["start_frame"])] for clip in chosen]
+        batches = list(self.sweep.data.chunk_loader("test", [[i] for i in indices], self.fabric.device.type))
+        clips = [self.sweep.data.on_after_batch_transfer(batch, 0)["clip"] for batch in batches]
+        writer = players.Writer(self.sweep.folder, chosen, clips, self.fps)
+        bar = tqdm(measured, "players", disable=not self.sweep.progress, dynamic_ncols=True, leave=False)
+        for job in bar:
+            try:
+                subject = self._built(job)
+            except _ModelError as error:
+                self._tell(f"no players of {job.name}: {error}")
+                continue
+            for place, (index, clip) in enumerate(zip(indices, clips, strict=True)):
+                writer.add(place, job.name, self._views(subject, clip.to(self.fabric.device), index))
+        writer.finish(mark.hexdigest())
+
+    @torch.inference_mode()
+    def _views(self, subject: Subject, clip: Tensor, index: int) -> dict[str, Tensor]:
+        """The reconstruction of a clip (1, 3, T, H, W), and what each latent gives alone where the model can."""
+        encoding, prediction = self._forward(subject, clip, self.sweep.seed * 1_000_003 + index)
+        shown = {"": prediction}
+        if subject.model.partial_latents:
+            with self._context():
+                for name, latent in encoding.mode().items():
+                    shown[f"{name} only"] = subject.decode({name: latent}, clip.shape[2])
+        return {title: view[0].float().cpu() for title, view in shown.items()}
+
+    def _mine(self, chunks: Iterable[int]) -> list[int]:
+        return [chunk for chunk in chunks if chunk % self.fabric.world_size == self.fabric.global_rank]
+
+    def _tell(self, line: str, everywhere: bool = False) -> None:
+        if everywhere or self.fabric.is_global_zero:
+            tqdm.write(f"vidtwin: {line}", file=sys.stderr)
+
+
+def _with(subject: Subject, model: VideoAutoencoder) -> Subject:
+    """The same with another copy of the model, as one on the meta device."""
+    return Subject(subject.name, subject.kind, model, window=subject.window)
+
+
+def _downstream(sizes: dict[str, tuple[int, ...]], device: torch.device, repeats: int, limit: int) -> dict[str, Any]:
+    """Tokens and FLOPs in any case; time and memory where a step does not take minutes."""
+    found = _or_error(lambda: downstream.measure(sizes, device, repeats=repeats, max_tokens=limit))
+    return found if "error" not in found else _or_error(lambda: downstream.counts(sizes)) | found
+
+
+def _or_error(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return run()
+    except UserError as error:
+        return {"error": _one_line(error)}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {_one_line(error)}"}
+
+
+def _count_codes(counts: dict[str, Any], encoding: Encoding, clips: slice) -> None:
+    """Add the codes that occur in some clips of a batch: {"size", "counts": {code: times}} by latent."""
+    for name, posterior in encoding.items():
+        if not isinstance(posterior, Quantized):
+            continue
+        codes, times = posterior.codes[clips].flatten().cpu().unique(return_counts=True)
+        known = counts.setdefault(name, {"size": posterior.codebook_size, "counts": {}})["counts"]
+        for code, number in zip(codes.tolist(), times.tolist(), strict=True):
+            known[str(code)] = known.get(str(code), 0) + number
+
+
+def _add_codes(statistics: LatentStatistics, counts: dict[str, Any]) -> None:
+    other = LatentStatistics()
+    for name, found in counts.items():
+        codes = torch.zeros(found["size"], dtype=torch.int64)
+        codes[torch.tensor([int(code) for code in found["counts"]])] = torch.tensor(list(found["counts"].values()))
+        other.sums[name] = {"codes": codes}
+    statistics.merge(other)
+
+
+def _text(features: Tensor) -> str:
+    return base64.b64encode(features.float().cpu().numpy().tobytes()).decode("ascii")
+
+
+def _array(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype=np.float32)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
