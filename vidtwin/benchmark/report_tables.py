@@ -123,6 +123,11 @@ def metrics(results: Results) -> list[Metric]:
     return [metric for metric in known if metric.key in there]
 
 
+def columns(results: Results) -> list[Metric]:
+    """Those that a table has a column for: at least one row has a value. Why others are missing stands in the notes."""
+    return [m for m in metrics(results) if any(mean(results, row["name"], m.key) is not None for row in results.rows)]
+
+
 def mean(results: Results, name: str, key: str) -> float | None:
     """Of a row over the common clips; None where it is not measured."""
     found = results.comparison["rows"].get(name, {}).get(key)
@@ -141,10 +146,10 @@ def ranked(results: Results, row: Row, key: str) -> bool:
 
 def quality(results: Results) -> Table:
     """Rates and quality: the table that the page opens with."""
-    shown = metrics(results)
+    shown = columns(results)
     bits = any(row.get("bits_per_pixel") is not None for row in results.rows)
     best = {metric.key: _best(results, metric) for metric in shown}
-    columns = [
+    heads = [
         Column("Rate", "% ↓ smaller"),
         *(
             Column(
@@ -173,7 +178,7 @@ def quality(results: Results) -> Table:
         )
         for row in rows.order(results)
     ]
-    return Table("quality", "Compression rate and quality", columns, lines, list(_notes(results, shown)))
+    return Table("quality", "Compression rate and quality", heads, lines, list(_notes(results, metrics(results))))
 
 
 def cost(results: Results) -> Table | None:
@@ -421,7 +426,7 @@ def _notes(results: Results, shown: list[Metric]) -> Iterator[str]:
                 reasons.setdefault(reason, []).append(row["name"])
         for reason, names in reasons.items():
             of = "" if len(names) == len(measured) else f" for {few(names)}"
-            yield f"{metric.label} is unavailable{of}: {reason}."
+            yield f"{metric.label} is unavailable{of}: {reason.rstrip('.')}."
     for row in measured:
         claimed = row.get("claimed")
         if claimed and not claimed["agrees"]:

@@ -57,7 +57,7 @@ def columns(results: Results) -> list[Column]:
         Column("parameters", "Parameters", lambda row: f"{row['parameters']:,}"),
         Column("rate (%)", r"Rate (\%) $\downarrow$", lambda row: _percent(row["compression_rate"])),
         Column("bits/pixel", r"Bits/pixel $\downarrow$", lambda row: _bits(row["bits_per_pixel"])),
-        *(_metric_column(results, metric) for metric in report_tables.metrics(results)),
+        *(_metric_column(results, metric) for metric in report_tables.columns(results)),
         Column("clips", "Clips", lambda row: f"{row['num_clips']:,}"),
     ]
     measured = [row for row in results.rows if row["kind"] != "failed"]
@@ -435,7 +435,7 @@ def _caption(results: Results) -> str:
 
 
 def _caveats(results: Results) -> Iterator[str]:
-    metrics = report_tables.metrics(results)
+    metrics = report_tables.columns(results)
     measured = [row for row in results.rows if row["kind"] != "failed"]
     if any(_metric_column(results, metric).text(row) == UNAVAILABLE for metric in metrics for row in measured):
         yield "--: unavailable."
