@@ -6,13 +6,20 @@ BIN := $(VENV)/bin
 DEMO_DATA := data/demo
 DEMO_RUN := runs/demo
 CLIPS ?= $(or $(VIDTWIN_SHARED),../shared)/data/clips
+BENCHMARK_DATA ?= $(DEMO_DATA)/UCF-101
+BENCHMARK_RUNS ?= runs/benchmark
+BENCHMARK_MODELS := vidtwin=demo magvit2=baselines/magvit2_tiny cmd=baselines/cmd_tiny \
+  ivideogpt=baselines/ivideogpt_tiny
+BENCHMARK_FIT := --trainer.max_steps 200 --trainer.num_sanity_val_steps 0 --resume auto $(BENCHMARK_OPTIONS)
 DATA ?= $(or $(VIDTWIN_SHARED),../shared)/data/ucf_like/UCF-101
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all proof compare soak lint types format constraints clean
+.PHONY: help install demo benchmark-demo test test-all proof compare soak lint types format constraints clean
 
 help:
 	@echo "make demo       train a small VidTwin on made-up videos and measure it (under 6 minutes on two cores)"
+	@echo "make benchmark-demo  train the four tiny models, measure them side by side: table, plots, report"
+	@echo "                (about 15 minutes on two cores; BENCHMARK_DATA=a UCF-101 folder for real clips)"
 	@echo "make test       linters, types, tests, README commands (under 10 minutes on two cores)"
 	@echo "make test-all   the slow tests too"
 	@echo "make proof      learn four real clips by heart with every model, run all in full size (two hours; CLIPS=folder)"
@@ -38,6 +45,16 @@ demo: install
 	$(BIN)/vidtwin fit --config configs/demo.yaml
 	$(BIN)/vidtwin test --config configs/demo.yaml --ckpt_path $(DEMO_RUN)/checkpoints/last.ckpt \
 	  --results_dir $(DEMO_RUN)/results
+
+# Trainings go on where they were interrupted, and the sweep measures what is missing. Its own data are made once.
+benchmark-demo: install
+	[ -d "$(BENCHMARK_DATA)" ] || $(BIN)/python -m vidtwin.datamodules.synthetic $(DEMO_DATA)
+	for model in $(BENCHMARK_MODELS); do \
+	  $(BIN)/vidtwin fit --config configs/$${model#*=}.yaml $(BENCHMARK_FIT) --data.root "$(BENCHMARK_DATA)" \
+	    --trainer.logger.init_args.save_dir $(BENCHMARK_RUNS) --trainer.logger.init_args.name $${model%%=*} || exit; \
+	done
+	$(BIN)/vidtwin test --config configs/benchmark/demo.yaml --data.root "$(BENCHMARK_DATA)" \
+	  --checkpoints_dir $(BENCHMARK_RUNS) --results_dir $(BENCHMARK_RUNS)/results
 
 test: lint types
 	$(BIN)/pytest -m "not slow"

@@ -189,7 +189,8 @@ class VideoTrainer(Trainer):
             dataloaders: Loaders of clips, instead of `datamodule`.
             datamodule: The data.
             ckpt_path: Weights to use.
-            out: Folder for `<name>.safetensors` and `<name>.mp4`, where the name is the video's with its suffix.
+            out: Folder for `<name>.safetensors` and `<name>.mp4`, where the name is the video's with its suffix, and with
+                `data.eval_clips: all` the clip's first frame.
         """
         writer = _PredictionWriter(Path(out))
         callbacks: list[Callback] = cast(Any, self).callbacks
@@ -303,10 +304,13 @@ class _PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         fps = getattr(getattr(trainer, "datamodule", None), "eval_fps", None) or 25.0
-        for index, name in enumerate(batch["name"]):
+        several = getattr(getattr(trainer, "datamodule", None), "eval_clips", "middle") == "all"
+        for index, (name, start) in enumerate(zip(batch["name"], batch["start_frame"].tolist(), strict=True)):
             # The whole name, so that neither two videos nor a video and its own reconstruction share a file; a data
             # set's names may be absolute or point upwards, and must not lead out of the folder.
             inside = Path(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
+            if several:
+                inside = inside.with_name(f"{inside.name}.{start:06d}")
             with replacing(self.out / f"{inside}.safetensors") as temporary:
                 tensors = {key: z[index].contiguous().cpu() for key, z in outputs.latents.items()}
                 for key, posterior in (outputs.encoding or {}).items():

@@ -118,6 +118,7 @@ class Sweep:
         autoencoders: The models: {name, config, checkpoint, claimed_rate, windows}.
         data: The data module, whose test clips are taken.
         protocol: How reconstructions are compared; `preset` is vidtwin, vidtok, tokenbench or wfvae.
+        checkpoints_dir: Folder that relative paths of checkpoints start from.
         results_dir: Folder of the results. What is complete there is not measured again.
         dataset: The data set's name as papers call it (MCL-JCV), by which published numbers stand beside.
         references: Autoencoders without weights that are measured too, by their short names; by default all that are
@@ -143,6 +144,7 @@ class Sweep:
         autoencoders: list[Entry],
         data: LightningDataModule,
         protocol: protocol.ProtocolSettings = protocol.ProtocolSettings(),  # noqa: B008 - it is frozen
+        checkpoints_dir: str = ".",
         results_dir: str = "results",
         dataset: str | None = None,
         references: list[str] | None = None,
@@ -163,6 +165,7 @@ class Sweep:
         self.entries = autoencoders
         self.data: Any = data
         self.settings = protocol
+        self.checkpoints = Path(checkpoints_dir)
         self.folder = Path(results_dir)
         self.dataset = dataset
         known = sorted(plugins.available("vidtwin.references"))
@@ -259,17 +262,18 @@ class Sweep:
     def _job(self, entry: Entry) -> _Job:
         """What the row's identity is, without building the model; a mistake in it becomes the row's error."""
         base = {"name": entry.name, "claimed_rate": entry.claimed_rate, "windows": entry.windows}
+        checkpoint = str(self.checkpoints / entry.checkpoint) if entry.checkpoint else None
         try:
             parser = parsed = None
             configs = [entry.config] if isinstance(entry.config, str) else entry.config or []
             if configs:
                 parser, parsed = model_config.parse([self._found(path) for path in configs])
                 spec = model_config.spec(parsed)
-            elif entry.checkpoint:
-                spec = checkpoints.model_spec(checkpoints.read(entry.checkpoint, lazily=True), entry.checkpoint)
+            elif checkpoint:
+                spec = checkpoints.model_spec(checkpoints.read(checkpoint, lazily=True), checkpoint)
             else:
                 raise UserError(f"Expected a config or a checkpoint for {entry.name}, got neither.")
-            mark = fingerprint(entry.checkpoint) if entry.checkpoint else None
+            mark = fingerprint(checkpoint) if checkpoint else None
         except UserError as error:
             return _Job(entry.name, base, _unusable, str(error))
 
@@ -279,15 +283,15 @@ class Sweep:
             else:
                 model = checkpoints.build(spec)
             weights = LAST
-            if entry.checkpoint:
-                checkpoints.check(entry.checkpoint)
-                held = checkpoints.read(entry.checkpoint)
+            if checkpoint:
+                checkpoints.check(checkpoint)
+                held = checkpoints.read(checkpoint)
                 average = self.settings.weights == "average" or (self.settings.weights == "auto" and "ema" in held)
-                checkpoints.load_weights(model, entry.checkpoint, average)
+                checkpoints.load_weights(model, checkpoint, average)
                 weights = AVERAGE if average else LAST
             window = model.temporal.usual_length if entry.windows else None
-            kind: Literal["trained", "untrained"] = "trained" if entry.checkpoint else "untrained"
-            return Subject(entry.name, kind, model, entry.checkpoint, mark, weights, entry.claimed_rate, window)
+            kind: Literal["trained", "untrained"] = "trained" if checkpoint else "untrained"
+            return Subject(entry.name, kind, model, checkpoint, mark, weights, entry.claimed_rate, window)
 
         return _Job(entry.name, base | {"model": spec, "fingerprint": mark}, build)
 
