@@ -216,6 +216,17 @@ def test_predict_writes_latents_that_decode_to_the_clip(here, run):
     assert {name: tuple(z.shape) for name, z in latents.items()} == {"structure": (4, 2, 2, 2), "dynamics": (8, 4, 4)}
 
 
+def test_predict_keeps_all_clips_of_a_video_apart(here, run):
+    argv = ["predict", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--out", "every"]
+    argv += ["--data.eval_clips=all", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    assert main(argv) == 0
+    names = sorted(path.name for path in Path("every").rglob("*.safetensors"))
+    # 10 frames at 25 fps are two clips of 4.
+    assert len(names) == 8
+    assert names[0].endswith(".avi.000000.safetensors")
+    assert names[1].endswith(".avi.000004.safetensors")
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
