@@ -36,7 +36,10 @@ def add_arguments(
     ignored: set[str] = set()
     for path in configs:
         if Path(path).is_file():
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            try:
+                content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise UserError(f"Expected YAML in {path}, got {' '.join(str(error).split())}.") from error
             content = content if isinstance(content, dict) else {}
             inner = content.get("model")
             ignored |= {key for key in content if key != "model"}

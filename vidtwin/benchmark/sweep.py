@@ -11,6 +11,7 @@ does not depend on the number of processes, which share the chunks: their number
 import base64
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -35,13 +36,14 @@ from vidtwin.benchmark import plots as plot_files
 from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, describe, fingerprint, seeded
 from vidtwin.errors import UserError
 from vidtwin.files import replacing, write_text
-from vidtwin.metrics.fvd import FeatureNetwork, FrechetVideoDistance
+from vidtwin.metrics.fvd import MIN_FRAMES, FeatureNetwork, FrechetVideoDistance
 from vidtwin.metrics.latents import LatentStatistics
 from vidtwin.metrics.measures import Measures
 from vidtwin.posteriors import Encoding, Quantized
 
 PARTS = "parts"
 MAX_TOKENS, MAX_TOKENS_ON_CPU = 20_000, 4_000  # of which a DiT's training step is timed
+HEAD = 16  # clips: a model that fails on all of the first ones fails, one that fails on others lacks those
 _WAIT = timedelta(hours=12)  # the other processes wait while one measures what a model costs
 
 
@@ -185,6 +187,13 @@ class Sweep:
         for name, value, least in (("repeats", repeats, 1), ("players", players, 0)):
             if value < least:
                 raise UserError(f"Expected {name} of at least {least}, got {value}.")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"Expected seed of at least 0 and below 2^32, got {seed}.")
+        for entry in autoencoders:
+            if entry.claimed_rate is not None and not 0 < entry.claimed_rate < math.inf:
+                raise UserError(
+                    f"Expected claimed_rate of {entry.name} above 0, as 0.002 for 0.2%, got {entry.claimed_rate}."
+                )
         if not hasattr(data, "chunk_loader"):
             raise UserError(f"Expected a data module with test clips of its own, got {type(data).__name__}.")
 
@@ -210,13 +219,14 @@ class Sweep:
         runner = _Runner(self, fabric, plan)
         waiting = [job for job in jobs if not runner.is_complete(job)]
         fabric.barrier()  # before a process changes what another still looks at
+        if fabric.is_global_zero:
+            runner.remove_left_parts([job for job in jobs if job not in waiting])
         runner.measure_all(waiting, len(jobs))
         failed = []
         if fabric.is_global_zero:
             names = {job.name for job in jobs}
-            failed = [row["name"] for row in rows.read(self.folder).rows if row["kind"] == "failed"]
-            failed = [name for name in failed if name in names]
-            self._write_all(fabric, runner, jobs)
+            results = self._write_all(fabric, runner, jobs)
+            failed = [row["name"] for row in results.rows if row["kind"] == "failed" and row["name"] in names]
         fabric.barrier()
         return int(fabric.broadcast(bool(failed)))
 
@@ -241,6 +251,8 @@ class Sweep:
         dataset = self.data.dataset("test")
         keys = [dataset.identity(index) for index in range(len(dataset))]
         described = self.data.protocol()
+        if not keys:
+            raise UserError(f"Expected test clips of {type(self.data).__name__}, got none.")
         size = self.data.eval_batch_size
         resolved = self.settings.resolve(
             described,
@@ -251,6 +263,8 @@ class Sweep:
         )
         # What reading finds later stands in the rows: the protocol is known before.
         digest = protocol.protocol_hash(resolved)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"Expected a folder for results, got {self.folder}, which is a file; set --results_dir.")
         if fabric.is_global_zero:
             protocol.write(resolved, self.folder)
         fabric.barrier()
@@ -285,7 +299,7 @@ class Sweep:
             weights = LAST
             if checkpoint:
                 checkpoints.check(checkpoint)
-                held = checkpoints.read(checkpoint)
+                held = checkpoints.read(checkpoint, lazily=True)
                 average = self.settings.weights == "average" or (self.settings.weights == "auto" and "ema" in held)
                 checkpoints.load_weights(model, checkpoint, average)
                 weights = AVERAGE if average else LAST
@@ -306,7 +320,18 @@ class Sweep:
         """A config's path: beside the sweep's config, or from the current folder."""
         return next((folder / path for folder in self.config_folders if (folder / path).is_file()), Path(path))
 
-    def _write_all(self, fabric: Fabric, runner: "_Runner", jobs: list[_Job]) -> None:
+    def _remove_damaged(self) -> None:
+        """Files that are made of the rows, cut off by a disk or a hand, are made again."""
+        for path in (self.folder / "comparison.json", self.folder / "players" / "players.json"):
+            if path.exists():
+                try:
+                    rows.read_json(path)
+                except UserError:
+                    tqdm.write(f"vidtwin: {path} is cut off or damaged, and is made again", file=sys.stderr)
+                    path.unlink()
+
+    def _write_all(self, fabric: Fabric, runner: "_Runner", jobs: list[_Job]) -> rows.Results:
+        self._remove_damaged()
         results = rows.read(self.folder)
         results.comparison = rows.compare(results, runner.frechet_of_common_clips(results))
         rows.write_comparison(self.folder, results.comparison)
@@ -319,6 +344,7 @@ class Sweep:
             if path.suffix != ".svg":
                 sys.stdout.write(f"{path}\n")
         sys.stdout.flush()
+        return results
 
     def _show(self, fabric: Fabric, line: str) -> None:
         if fabric.is_global_zero:
@@ -348,15 +374,19 @@ class _Runner:
         self.measures.setup(*plan.shape[1:])
         self.unavailable = dict(self.measures.unavailable)
         self.features: FeatureNetwork | None = None
-        if sweep.fvd.path and sweep.fvd.sha256:
+        if sweep.fvd.path and sweep.fvd.sha256 and plan.shape[1] < MIN_FRAMES:
+            self.unavailable["rfvd"] = f"Expected clips of at least {MIN_FRAMES} frames for rFVD, got {plan.shape[1]}."
+        elif sweep.fvd.path and sweep.fvd.sha256:
             self.features = FeatureNetwork(sweep.fvd.path, sweep.fvd.sha256, described["fvd"]["convention"])
         else:
             self.unavailable["rfvd"] = "Expected an I3D network for rFVD, got none; give --fvd.path and --fvd.sha256."
+        size = len(plan.chunks[0])
+        self.head = range(-(-HEAD // size))
         # What a row is measured by beside the protocol: with more of it the row is measured again.
         self.extent = {
             "metrics": [*self.measures.names, *(["rfvd"] if self.features else [])],
             "protocol": plan.digest,
-            "batch": len(plan.chunks[0]),
+            "batch": size,
             "seed": sweep.seed,
             "cost": sweep.cost,
             "downstream": sweep.downstream,
@@ -389,12 +419,21 @@ class _Runner:
             return False
         return True
 
+    def remove_left_parts(self, complete: list[_Job]) -> None:
+        """Parts of rows that are complete: the sweep was killed before it took them away."""
+        for job in complete:
+            shutil.rmtree(self._parts(job), ignore_errors=True)
+
     def measure_all(self, jobs: list[_Job], total: int) -> None:
         """Every row that is missing. A model that fails is a row with its error; the others go on."""
         mine = self._mine(range(len(self.plan.chunks)))
         if total > len(jobs):
             self._tell(f"{total - len(jobs)} of {total} rows are complete")
         clips = sum(len(self.plan.chunks[chunk]) for chunk in mine)
+        if self.fabric.is_global_zero:
+            for path in (path for job in jobs for path in self._parts(job).glob("error-*.json")):
+                path.unlink()  # of a sweep that was killed
+        self.fabric.barrier()
         bar = tqdm(
             total=clips * len(jobs),
             unit="clip",
@@ -414,36 +453,56 @@ class _Runner:
 
     def _measured(self, job: _Job, mine: list[int], bar: tqdm) -> str | None:
         """Measure this process's chunks of a model → why it can't be, if it can't."""
-        if job.error:
-            self._tell(f"{job.name} failed: {job.error}")
-            return job.error
         parts = self._parts(job)
-        missing = [chunk for chunk in mine if self._part(parts, job, chunk) is None]
-        ready = sum(len(self.plan.chunks[chunk]) for chunk in mine) - sum(len(self.plan.chunks[c]) for c in missing)
-        stale = len(list(parts.glob("[0-9]*.json"))) - len(mine) + len(missing)
+        error, subject = job.error, None
+        missing = [] if error else [chunk for chunk in mine if self._part(parts, job, chunk) is None]
+        costs = not error and self.fabric.is_global_zero and self._costs_missing(job)
+        if not error:
+            self._tell_what_is_there(job, mine, missing, bar)
+        if missing or costs:
+            try:
+                subject = self._built(job)
+            except _ModelError as caught:
+                error = str(caught)
+                write_text(parts / f"error-{self.fabric.global_rank}.json", json.dumps({"error": error}) + "\n")
+        failed = []
+        if subject:
+            failed = self._measure_chunks(job, subject, [chunk for chunk in missing if chunk in self.head], bar)
+        self.fabric.barrier()  # the first clips' parts are there, and all processes decide alike
+        own = error is not None and job.error is None
+        error = error or self._hopeless(job)
+        if error:
+            self._tell(f"{job.name} failed: {error}", everywhere=own)
+        elif subject:
+            self._tell_failed(job, failed)
+            self._measure_chunks(job, subject, [chunk for chunk in missing if chunk not in self.head], bar, tell=True)
+            if costs:
+                self._measure_costs(job, subject)
+        subject = None
+        if self.fabric.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return error
+
+    def _tell_what_is_there(self, job: _Job, mine: list[int], missing: list[int], bar: tqdm) -> None:
+        ready = sum(len(self.plan.chunks[chunk]) for chunk in mine if chunk not in missing)
+        stale = len(list(self._parts(job).glob("[0-9]*.json"))) - len(mine) + len(missing)
         if self.fabric.world_size == 1 and stale > 0:
             self._tell(f"{job.name}: {stale} chunks there are of another checkpoint, model or batch size")
         if ready:
             self._tell(f"{job.name}: {ready} clips were measured before")
-            bar.initial += ready  # the rate, and with it the ETA, is of what is measured now
+            if not bar.disable:  # a bar that is not shown has no such attribute
+                bar.initial += ready  # the rate, and with it the ETA, is of what is measured now
             bar.update(ready)
-        costs = self.fabric.is_global_zero and self._costs_missing(job)
-        error = None
-        if missing or costs:
-            try:
-                subject = self._built(job)
-                self._measure_chunks(job, subject, missing, bar)
-                if costs:
-                    self._measure_costs(job, subject)
-            except _ModelError as caught:
-                error = str(caught)
-                write_text(parts / f"error-{self.fabric.global_rank}.json", json.dumps({"error": error}) + "\n")
-                self._tell(f"{job.name} failed: {error}", everywhere=True)
-            finally:
-                subject = None  # type: ignore[assignment]
-                if self.fabric.device.type == "cuda":
-                    torch.cuda.empty_cache()
-        return error
+
+    def _hopeless(self, job: _Job) -> str | None:
+        """Why a model failed on every one of the first clips: it is the model then, not the clips.
+
+        Decided by the parts of all processes, so that their number changes nothing.
+        """
+        head = [self._part(self._parts(job), job, chunk) for chunk in self.head if chunk < len(self.plan.chunks)]
+        if None in head or any(part["clips"] for part in head if part):
+            return None
+        return next((clip["reason"] for part in head if part for clip in part["failed"]), None)
 
     def _built(self, job: _Job) -> Subject:
         try:
@@ -471,25 +530,35 @@ class _Runner:
             return None
         except (ValueError, KeyError, TypeError):
             self._tell(f"{path} is cut off or damaged, and is measured again", everywhere=True)
+            path.unlink(missing_ok=True)
             return None
         return part if found == (identity, clips) else None
 
-    def _measure_chunks(self, job: _Job, subject: Subject, missing: list[int], bar: tqdm) -> None:
+    def _measure_chunks(
+        self, job: _Job, subject: Subject, missing: list[int], bar: tqdm, tell: bool = False
+    ) -> list[dict[str, Any]]:
+        """Measure chunks and write their parts → the clips on which the model failed; with `tell` each is told."""
+        if not missing:
+            return []
         folder = self._parts(job)
         processes = max(1, self.fabric.world_size // max(1, self.sweep.num_nodes))
         chunks = [self.plan.chunks[chunk] for chunk in missing]
-        if not chunks:
-            return
         loader = self.sweep.data.chunk_loader("test", chunks, self.fabric.device.type, processes)
-        succeeded = False
+        failed: list[dict[str, Any]] = []
         for chunk, batch in zip(missing, loader, strict=True):
             part = self._measure_chunk(subject, chunk, batch)
-            succeeded |= bool(part["clips"])
-            if part["failed"] and not succeeded:  # not one clip: it is the model, not the clips
-                raise _ModelError(part["failed"][0]["reason"])
             part |= {"identity": self.identity(job), "chunk": self.plan.clips(chunk)}
             write_text(folder / f"{chunk:06d}.json", json.dumps(part) + "\n")
+            failed += part["failed"]
+            if tell:
+                self._tell_failed(job, part["failed"])
             bar.update(len(self.plan.chunks[chunk]))
+        return failed
+
+    def _tell_failed(self, job: _Job, failed: list[dict[str, Any]]) -> None:
+        for clip in failed:
+            line = f"{job.name} fails on {clip['name']} at frame {clip['start_frame']}: {clip['reason']}"
+            self._tell(line, everywhere=True)
 
     def _measure_chunk(self, subject: Subject, chunk: int, batch: dict[str, Any]) -> dict[str, Any]:
         """All clips of a batch at once; if that fails, one by one, so that a bad clip costs itself alone."""
@@ -510,7 +579,7 @@ class _Runner:
                     self._reconstruct(subject, clip[place : place + 1], [index], part)
                 except Exception as alone:
                     self._free(alone)
-                    self._fail(part, index, f"{type(alone).__name__}: {_one_line(alone)}", subject)
+                    self._fail(part, index, f"{type(alone).__name__}: {_one_line(alone)}")
         return part
 
     def _free(self, error: Exception) -> None:
@@ -535,7 +604,7 @@ class _Runner:
             numbers = {metric: value[place] for metric, value in values.items()}
             bad = [metric for metric, value in numbers.items() if not np.isfinite(value)]
             if bad:
-                self._fail(part, index, f"{', '.join(bad)} of its reconstruction are not finite", subject)
+                self._fail(part, index, f"{', '.join(bad)} of its reconstruction are not finite")
                 continue
             part["clips"].append({"name": name, "start_frame": start, "num_frames": clip.shape[2], **numbers})
             if features is not None:
@@ -556,20 +625,19 @@ class _Runner:
     def _context(self) -> AbstractContextManager[Any]:
         return self.fabric.autocast()
 
-    def _fail(self, part: dict[str, Any], index: int, reason: str, subject: Subject) -> None:
+    def _fail(self, part: dict[str, Any], index: int, reason: str) -> None:
         name, start = self.plan.keys[index]
         part["failed"].append({"name": name, "start_frame": start, "reason": reason})
-        self._tell(f"{subject.name} fails on {name} at frame {start}: {reason}", everywhere=True)
 
     def _features(self, prediction: Tensor, target: Tensor, indices: list[int]) -> list[str] | None:
         """The reconstructions' features; the clips' own are measured once for all models."""
         if self.features is None:
             return None
         paths = [self._real(index) for index in indices]
-        missing = [place for place, path in enumerate(paths) if not path.exists()]
-        if missing:
-            for place, found in zip(missing, self.features(target[missing]), strict=True):
-                with replacing(paths[place]) as temporary, temporary.open("wb") as file:
+        for place, path in enumerate(paths):
+            if not path.exists():  # one by one: what is found does not depend on which others are missing
+                found = self.features(target[place : place + 1])[0]
+                with replacing(path) as temporary, temporary.open("wb") as file:
                     np.save(file, found.cpu().numpy())
         return [_text(found) for found in self.features(prediction)]
 
@@ -616,6 +684,8 @@ class _Runner:
         parts = self._parts(job)
         told = [json.loads(path.read_text())["error"] for path in sorted(parts.glob("error-*.json"))]
         if error or told:
+            if self._hopeless(job):
+                shutil.rmtree(parts)  # so that they are tried again in the next run
             self._write_failed(job, error or told[0])
             for path in parts.glob("error-*.json"):
                 path.unlink()
@@ -637,7 +707,9 @@ class _Runner:
             latents = part["latents"] or latents
             _add_codes(codes, part["codes"])
         if not clips or latents is None:
-            self._write_failed(job, "none of the clips could be measured")
+            reason = failed[0]["reason"] if failed else "no clip could be read"
+            self._write_failed(job, f"none of the clips could be measured; {reason}")
+            shutil.rmtree(parts)  # so that they are tried again
             return
         try:
             subject = self._built_without_weights(job)
@@ -647,12 +719,16 @@ class _Runner:
         costs = self._kept(parts / "costs.json", self.identity(job), None) or {}
         row = describe(subject, latents, self.plan.shape, codes, self.fabric.device)
         metrics: dict[str, Any] = rows.means(clips, self.plan.protocol)
-        metrics |= dict.fromkeys(self.unavailable, "unavailable")
+        unavailable = dict(self.unavailable)
         if self.features:
-            metrics["rfvd"] = self._frechet([(rows.key_of(clip), f) for clip, f in zip(clips, fakes, strict=True)])
+            try:
+                metrics["rfvd"] = self._frechet((rows.key_of(clip), f) for clip, f in zip(clips, fakes, strict=True))
+            except UserError as caught:  # features that are no numbers
+                unavailable["rfvd"] = _one_line(caught)
+        metrics |= dict.fromkeys(unavailable, "unavailable")
         row |= {
             "metrics": metrics,
-            "unavailable": self.unavailable,
+            "unavailable": unavailable,
             "num_clips": len(clips),
             "failed_clips": failed,
             "skipped": skipped,
@@ -720,7 +796,8 @@ class _Runner:
         found: dict[str, Any] = {"clips_sha256": rows.digest_of(common), "rows": {}}
         for name, clips in results.clips.items():
             path = self.sweep.folder / "rows" / name / "features.npy"
-            if self.features and path.exists() and len(common) < len(clips):
+            known = next(row for row in results.rows if row["name"] == name)["metrics"].get("rfvd") != "unavailable"
+            if self.features and known and path.exists() and len(common) < len(clips):
                 fakes = np.load(path, mmap_mode="r")
                 chosen = [(rows.key_of(c), np.array(f)) for c, f in zip(clips, fakes, strict=True)]
                 found["rows"][name] = {"rfvd": self._frechet(pair for pair in chosen if pair[0] in common)}
@@ -743,11 +820,12 @@ class _Runner:
         for job in bar:
             try:
                 subject = self._built(job)
-            except _ModelError as error:
-                self._tell(f"no players of {job.name}: {error}")
+                views = [self._views(subject, c.to(self.fabric.device), i) for i, c in zip(indices, clips, strict=True)]
+            except Exception as error:  # the numbers are there, and are to be written
+                self._tell(f"no players of {job.name}: {_one_line(error)}")
                 continue
-            for place, (index, clip) in enumerate(zip(indices, clips, strict=True)):
-                writer.add(place, job.name, self._views(subject, clip.to(self.fabric.device), index))
+            for place, shown in enumerate(views):
+                writer.add(place, job.name, shown)
         writer.finish(mark.hexdigest())
 
     @torch.inference_mode()
@@ -814,7 +892,7 @@ def _text(features: Tensor) -> str:
 
 
 def _array(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype=np.float32)
+    return np.frombuffer(base64.b64decode(text), dtype=np.float32).copy()  # writable, as torch wants it
 
 
 def _one_line(error: BaseException) -> str:
