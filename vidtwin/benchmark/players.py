@@ -27,7 +27,7 @@ QUALITY = 85
 def choose(results: rows.Results, number: int) -> list[dict[str, Any]]:
     """The `number` worst and the `number` median clips by the mean PSNR over models, of the clips that all have.
 
-    Over trained models, or where there are none over all.
+    Clips of different videos, as far as there are. Over trained models, or where there are none over all.
     """
     measured = [row for row in results.rows if row["kind"] != "failed"]
     counted = [row for row in measured if row["kind"] == "trained"] or measured
@@ -38,13 +38,24 @@ def choose(results: rows.Results, number: int) -> list[dict[str, Any]]:
             if rows.key_of(clip) in sums:
                 sums[rows.key_of(clip)] += clip["psnr"]
     ranked = sorted(sums, key=lambda key: (sums[key], key))
-    worst = ranked[:number]
-    left = [key for key in ranked if key not in worst]
-    # Next to the middle of all clips, of those that are not among the worst already.
+    worst = _of_other_videos(ranked, number, [])
+    # Next to the middle of all clips.
     middle = (len(ranked) - 1) / 2
-    left.sort(key=lambda key: (abs(ranked.index(key) - middle), ranked.index(key)))
-    chosen = [(key, "worst") for key in worst] + [(key, "median") for key in left[:number]]
+    places = {key: place for place, key in enumerate(ranked)}
+    median = _of_other_videos(sorted(ranked, key=lambda key: (abs(places[key] - middle), places[key])), number, worst)
+    chosen = [(key, "worst") for key in worst] + [(key, "median") for key in median]
     return [{"name": name, "start_frame": start, "why": why} for (name, start), why in chosen]
+
+
+def _of_other_videos(ranked: list[rows.Key], number: int, taken: list[rows.Key]) -> list[rows.Key]:
+    """The first ones, no two of one video; where there are too few videos, other clips of them after all."""
+    chosen: list[rows.Key] = []
+    for again in (False, True):
+        for key in ranked:
+            seen = {name for name, _ in [*taken, *chosen]}
+            if len(chosen) < number and key not in [*taken, *chosen] and (again or key[0] not in seen):
+                chosen.append(key)
+    return chosen
 
 
 class Writer:

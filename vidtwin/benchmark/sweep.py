@@ -372,7 +372,8 @@ class _Runner:
             sweep.vmaf,
         )
         self.measures.setup(*plan.shape[1:])
-        self.unavailable = dict(self.measures.unavailable)
+        home = str(Path.home())  # a report is passed on
+        self.unavailable = {name: text.replace(home, "~") for name, text in self.measures.unavailable.items()}
         self.features: FeatureNetwork | None = None
         if sweep.fvd.path and sweep.fvd.sha256 and plan.shape[1] < MIN_FRAMES:
             self.unavailable["rfvd"] = f"Expected clips of at least {MIN_FRAMES} frames for rFVD, got {plan.shape[1]}."
