@@ -1,9 +1,12 @@
 """Every config of a sweep is one that `vidtwin test` runs, and its models have the rates that it says."""
 
+import ast
+import inspect
 import json
 import math
 import re
 import shlex
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,28 +18,30 @@ import yaml
 
 from vidtwin import model_config
 from vidtwin.benchmark.measure import CLAIM_TOLERANCE
-from vidtwin.benchmark.protocol import PRESETS
+from vidtwin.benchmark.protocol import PRESETS, ProtocolSettings
+from vidtwin.benchmark.sweep import FVD, Entry, Sweep
 from vidtwin.cli import main
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.video import write_video
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "configs" / "benchmark"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmark.md"
 SWEEPS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 PAPER_SWEEPS = [name for name in SWEEPS if name != "demo"]  # demo's models are tiny as they are
 
 # What makes each model small; how it is made of these sizes, and its latents' sizes, stay the config's own.
 SMALL: dict[str, dict[str, Any]] = {
-    "VidTwin": {"resolution": 64, "patch_size": 8, "hidden_size": 48, "depth": 1, "num_heads": 4},
+    "VidTwin": {"resolution": 32, "patch_size": 4, "hidden_size": 48, "depth": 1, "num_heads": 4},
     "MAGVIT2": {"channels": 8, "num_blocks": 1},
-    "CMD": {"resolution": 64, "hidden_size": 48, "depth": 1, "num_heads": 4},
-    "IVideoGPT": {"resolution": 64, "inner_resolution": 64, "channels": [32, 32], "layers_per_block": 1}
+    "CMD": {"resolution": 32, "hidden_size": 48, "depth": 1, "num_heads": 4},
+    "IVideoGPT": {"resolution": 32, "inner_resolution": 32, "channels": [32, 32], "layers_per_block": 1}
     | {"latent_channels": 8, "codebook_size": 16, "dynamics_codebook_size": 16, "norm_groups": 8}
-    | {"attention_resolution": 32},
+    | {"attention_resolution": 16},
 }
 # Claimed and counted rates that differ by more than a rounding, all else agrees.
 DIFFER = {("paper", "iVideoGPT")}
-OPTIONS = ["--data.resolution=64", "--data.eval_batch_size=2", "--data.num_workers=0", "--accelerator=cpu"]
+OPTIONS = ["--data.eval_batch_size=2", "--data.num_workers=0", "--accelerator=cpu"]
 OPTIONS += ["--cost=false", "--downstream=false", "--players=0", "--progress=false"]
 
 
@@ -97,7 +102,7 @@ def write_videos(folder: Path, fps: int) -> None:
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monkeypatch):
+def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # what a config names is found beside it, from any folder
     content = sweep(name)
     entries = [made_small(entry, tmp_path, name not in PAPER_SWEEPS) for entry in content["autoencoders"]]
@@ -105,8 +110,10 @@ def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monke
     data = content["data"]
     videos = ucf if data["class_path"].endswith("UCF101") else root
     argv = ["--config", str(FOLDER / f"{name}.yaml"), "--config", "small.yaml", f"--data.root={videos}", *OPTIONS]
-    assert main(["test", *argv, "--checkpoints_dir=.", "--results_dir=out"]) == 0
-    rows = {path.parent.name: json.loads(path.read_text()) for path in Path("out").glob("rows/*/results.json")}
+    argv.append(f"--data.resolution={64 if name == 'demo' else 32}")
+    assert main(["test", *argv, "--checkpoints_dir=."]) == 0
+    out = Path(content["results_dir"])
+    rows = {path.parent.name: json.loads(path.read_text()) for path in out.glob("rows/*/results.json")}
     references = {key for key, row in rows.items() if row["kind"] == "reference"}
     assert references == {"mean_colour", "temporal_mean"}
     assert set(rows) - references == {entry["name"] for entry in content["autoencoders"]}
@@ -123,11 +130,16 @@ def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monke
         in_windows = {"num_frames": 16, "windows": num_frames // 16}
         assert row["windows"] == (in_windows if entry["windows"] else None)
         assert row["num_clips"] == 2 * math.ceil(shown / num_frames)
-    protocol = json.loads(Path("out/protocol.json").read_text())
+    protocol = json.loads((out / "protocol.json").read_text())
     assert protocol["dataset"] == content.get("dataset")
     assert (protocol["data"]["num_frames"], protocol["data"]["tail"]) == (num_frames, "pad")
-    written = {path.name for path in Path("out").iterdir()}
+    written = {path.name for path in out.iterdir()}
     assert {"table.csv", "table.md", "table.tex", "plots", "report.html", "comparison.json"} <= written
+    if name == "demo":  # the page's Python, which reads its results
+        (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+        exec(compile(code, "benchmark.md", "exec"), {"__name__": "__main__"})
+        shown = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
+        assert shown == {key: row["metrics"]["psnr"]["mean"] for key, row in rows.items()}
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -221,3 +233,43 @@ def test_forty_frames_a_second_of_videos_with_25_are_refused(tmp_path, monkeypat
     told = capsys.readouterr().err
     assert "expected at least data.fps=40 frames per second, the video has 25" in told
     assert not (tmp_path / "runs").exists()
+
+
+def commands(path: Path) -> list[str]:
+    """The commands on sweeps that a page or a config's header shows."""
+    text = re.sub(r"\\\n#?", " ", path.read_text())
+    return re.findall(r"^(?:#  )? *(vidtwin (?:test|report) .*(?:configs|runs)/benchmark/.*)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", [README, PAGE, *FOLDER.glob("*.yaml")], ids=lambda path: path.stem)
+def test_commands_that_are_shown_are_taken(path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert commands(path)
+    for command in commands(path):
+        _, name, *argv = shlex.split(command.partition("    ")[0])
+        if name == "report":
+            assert len(argv) == 1
+        else:
+            assert main(["test", *argv, "--print_config"]) == 0
+            assert "autoencoders:" in capsys.readouterr().out
+
+
+def test_the_page_names_every_option_every_preset_and_every_config():
+    text = PAGE.read_text()
+    options = set(inspect.signature(Sweep).parameters) - {"autoencoders"}
+    options |= {each.name for each in fields(Entry)} | {f"fvd.{each.name}" for each in fields(FVD)}
+    options |= {each.name for each in fields(ProtocolSettings)} - {"preset", "fvd", "weights"}
+    missing = {name for name in options - {"fvd"} if f"`{name}`" not in text}
+    assert missing == set()
+    assert [name for name in [*PRESETS, *SWEEPS] if f"`{name}`" not in text] == []
+    assert [link for link in re.findall(r"\]\((\w[^)#:]*\.md)", text) if not (PAGE.parent / link).exists()] == []
+
+
+def test_the_pages_configs_are_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    blocks = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)]
+    sweeps = [block for block in blocks if "autoencoders" in block]
+    assert len(sweeps) == 2
+    for block in sweeps:
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(block))
+        assert main(["test", "--config", str(tmp_path / "sweep.yaml"), "--print_config"]) == 0
