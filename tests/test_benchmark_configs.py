@@ -47,6 +47,8 @@ OPTIONS += ["--cost=false", "--downstream=false", "--players=0", "--progress=fal
 
 def sweep(name: str) -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    if isinstance(content["data"], str):
+        content["data"] = yaml.safe_load((FOLDER / content["data"]).read_text())
     return content
 
 

@@ -77,5 +77,5 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="Config of the sweep; several are joined.")
-    parser.add_class_arguments(Sweep, fail_untyped=False)
+    parser.add_class_arguments(Sweep, fail_untyped=False, sub_configs=True)
     return parser

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -234,6 +235,12 @@ class Sweep:
         several = self.num_nodes > 1 or (
             len(self.devices) > 1 if isinstance(self.devices, list) else self.devices not in (1, "1")
         )
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if not several and started > 1:
+            raise UserError(
+                f"Expected devices (and num_nodes) for the {started} processes that this one was started with, got one "
+                f"device; give --devices {os.environ.get('LOCAL_WORLD_SIZE', started)}."
+            )
         try:
             fabric = Fabric(
                 accelerator=self.accelerator,
@@ -265,9 +272,14 @@ class Sweep:
         digest = protocol.protocol_hash(resolved)
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"Expected a folder for results, got {self.folder}, which is a file; set --results_dir.")
+        refused = ""
         if fabric.is_global_zero:
-            protocol.write(resolved, self.folder)
-        fabric.barrier()
+            try:
+                protocol.write(resolved, self.folder)
+            except UserError as error:
+                refused = str(error)
+        if refused := fabric.broadcast(refused):  # all processes end, and none waits for another
+            raise UserError(refused)
         order = list(range(len(keys)))
         side = self.data.resolution
         chunks = [order[start : start + size] for start in range(0, len(order), size)]
