@@ -1,0 +1,149 @@
+"""Rows of a results folder: means as the protocol weights them, common clips, and files that are not whole."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from benchmark.fixture_results import settings, write_results
+
+from vidtwin.benchmark import rows
+from vidtwin.errors import UserError
+
+# Two clips of one video, one shorter of another: name, start_frame, num_frames, mse.
+CLIPS = [("v.avi", 0, 16, 0.01), ("v.avi", 16, 4, 0.001), ("w.avi", 0, 16, 0.1)]
+
+
+def clip(name: str, start: int, frames: int, mse: float, **more: float) -> rows.Clip:
+    found = {"model": "a", "name": name, "start_frame": start, "num_frames": frames, "mse": mse}
+    return found | {"psnr": -10 * math.log10(mse), "ssim": 1 - mse} | more
+
+
+def results(clips: dict[str, list[rows.Clip]], **more: dict[str, Any]) -> rows.Results:
+    listed = [
+        {"name": name, "kind": "trained", "num_clips": len(found), "metrics": more.get(name, {})}
+        for name, found in clips.items()
+    ]
+    return rows.Results(Path(), settings() | {"average": "clip"}, "", listed, clips)
+
+
+@pytest.mark.parametrize(
+    ("average", "weights"),
+    # A video counts once, its clips in it by their frames: 16 and 4 of 20.
+    [("clip", [1 / 3, 1 / 3, 1 / 3]), ("frame", [16 / 36, 4 / 36, 16 / 36]), ("video", [0.4, 0.1, 0.5])],
+)
+def test_means_weight_clips_as_the_protocol_says(average, weights):
+    clips = [clip(*entry) for entry in CLIPS]
+    found = rows.means(clips, settings() | {"average": average})
+    for name in ("psnr", "ssim"):
+        values = np.array([entry[name] for entry in clips])
+        assert found[name]["mean"] == pytest.approx((values * weights).sum())
+    assert "mse" not in found
+
+
+def test_standard_deviations_are_those_over_clips_frames_or_videos():
+    clips = [clip(*entry) for entry in CLIPS]
+    values = np.array([entry["psnr"] for entry in clips])
+    deviations = {
+        "clip": values.std(),
+        "frame": np.repeat(values, [16, 4, 16]).std(),
+        "video": np.std([(16 * values[0] + 4 * values[1]) / 20, values[2]]),
+    }
+    for average, wanted in deviations.items():
+        assert rows.means(clips, settings() | {"average": average})["psnr"]["std"] == pytest.approx(wanted)
+
+
+def test_psnr_of_one_mse_a_video_is_of_the_mean_squared_error_of_all_its_frames():
+    described = settings() | {"average": "video", "psnr": "video", "psnr_epsilon": 0.0}
+    found = rows.means([clip(*entry) for entry in CLIPS], described)
+    of_videos = [-10 * math.log10((16 * 0.01 + 4 * 0.001) / 20), -10 * math.log10(0.1)]
+    assert found["psnr"]["mean"] == pytest.approx(np.mean(of_videos))
+    assert found["ssim"]["mean"] == pytest.approx(1 - np.mean([(16 * 0.01 + 4 * 0.001) / 20, 0.1]))
+
+
+def test_equal_pictures_end_at_100_decibels_or_where_epsilon_says():
+    assert rows.psnr_of(0.0, 0.0) == 100
+    assert rows.psnr_of(0.0, 1e-8) == pytest.approx(80)
+
+
+def test_means_are_the_same_to_the_last_bit_in_any_order():
+    draw = np.random.default_rng(0)
+    clips = [clip(f"{i}.avi", 0, 16, float(mse)) for i, mse in enumerate(draw.lognormal(-4, 3, 100))]
+    shuffled = [clips[i] for i in draw.permutation(100)]
+    for average in ("clip", "frame"):
+        described = settings() | {"average": average}
+        assert rows.means(clips, described) == rows.means(shuffled, described)
+
+
+def test_a_comparison_is_over_the_clips_that_all_have_and_says_which_each_lacks():
+    every = [clip(*entry) for entry in CLIPS]
+    compared = rows.compare(results({"a": every, "b": every[1:], "c": [every[1]]}), {})
+    assert compared["num_clips"] == 1
+    assert compared["left_out"] == {"b": [("v.avi", 0)], "c": [("v.avi", 0), ("w.avi", 0)]}
+    for name in "abc":
+        assert compared["rows"][name]["psnr"] == {"mean": pytest.approx(30), "std": 0}
+    assert compared["clips_sha256"] == rows.digest_of([("v.avi", 16)])
+
+
+def test_a_failed_row_takes_no_clip_from_the_others():
+    every = [clip(*entry) for entry in CLIPS]
+    found = results({"a": every})
+    found.rows.append({"name": "broken", "kind": "failed"})
+    assert rows.compare(found, {})["num_clips"] == 3
+
+
+def test_an_earlier_rfvd_holds_while_the_clips_are_the_same():
+    every = [clip(*entry) for entry in CLIPS]
+    value = {"value": 3.0, "num_clips": 3}
+    found = results({"a": every, "b": every[:2]}, a={"rfvd": value}, b={"rfvd": {"value": 9.0, "num_clips": 2}})
+    compared = rows.compare(found, {})
+    assert compared["rows"]["a"]["rfvd"] == "unavailable"  # it is of three clips
+    assert compared["rows"]["b"]["rfvd"]["value"] == 9.0  # its own clips are the common ones
+    kept = {"clips_sha256": compared["clips_sha256"], "rows": {"a": {"rfvd": {"value": 4.0, "num_clips": 2}}}}
+    assert rows.compare(found, kept)["rows"]["a"]["rfvd"]["value"] == 4.0
+    assert rows.compare(found, kept | {"clips_sha256": "of others"})["rows"]["a"]["rfvd"] == "unavailable"
+
+
+def test_numbers_come_back_from_a_file_as_they_went_in(tmp_path):
+    clips = [clip('a "b", c.avi', 0, 16, 0.1, lpips=1 / 3), clip("é\n.avi", 3, 16, 1e-17, lpips=5e-324)]
+    row = {"schema_version": rows.SCHEMA_VERSION, "name": "a", "kind": "trained", "num_clips": 2, "protocol_hash": "x"}
+    rows.write_row(tmp_path, row, clips)
+    assert rows.read_clips(tmp_path, row) == clips
+    assert rows.read_row(tmp_path / "rows" / "a" / "results.json") == row
+
+
+def test_a_clips_file_that_ends_anywhere_is_refused(tmp_path):
+    folder = write_results(tmp_path / "r", num_clips=3, players=False)
+    row = rows.read_row(folder / "rows" / "CMD" / "results.json")
+    path = folder / "rows" / "CMD" / "clips.csv"
+    content = path.read_bytes()
+    for end in range(len(content) - 1):  # without its last line break it is whole
+        path.write_bytes(content[:end])
+        with pytest.raises(UserError):
+            rows.read_clips(folder, row)
+
+
+@pytest.mark.parametrize("name", ["protocol.json", "comparison.json", "players/players.json", "rows/CMD/results.json"])
+def test_reading_a_folder_tells_which_file_is_cut_off(tmp_path, name):
+    folder = write_results(tmp_path / "r", num_clips=3)
+    rows.write_comparison(folder, rows.read(folder).comparison)
+    path = folder / name
+    path.write_text(path.read_text()[:20])
+    with pytest.raises(UserError, match=f"Expected JSON in .*{path.name}, got a file that is cut off"):
+        rows.read(folder)
+
+
+def test_rows_of_another_protocol_or_version_are_refused(tmp_path):
+    folder = write_results(tmp_path / "r", num_clips=3)
+    path = folder / "rows" / "CMD" / "results.json"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps(row | {"protocol_hash": "0" * 16}))
+    with pytest.raises(UserError, match="got others: CMD; they can't be compared"):
+        rows.read(folder)
+    path.write_text(json.dumps(row | {"schema_version": 1}))
+    with pytest.raises(UserError, match="Expected a row of schema_version 2"):
+        rows.read(folder)
+    with pytest.raises(UserError, match="which does not exist"):
+        rows.read(tmp_path / "nothing")
