@@ -1,0 +1,50 @@
+"""Run by test_sweep_on_two_ranks.py: sweeps on two processes of which Lightning starts the second.
+
+python two_rank_sweep.py FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from sweeping import Coded, NumberedData, checkpoint, feature_network, sweep
+
+from vidtwin.benchmark.protocol import ProtocolSettings
+from vidtwin.benchmark.sweep import FVD, Entry
+from vidtwin.errors import UserError
+from vidtwin.metrics.fvd import file_sha256
+
+
+def prepare(folder: Path) -> None:
+    """Checkpoints of models of which some fail, and the network of rFVD."""
+    checkpoint(folder / "good.ckpt")
+    checkpoint(folder / "picky.ckpt", raise_on=[0, 1, 2])
+    checkpoint(folder / "codes.ckpt", model=Coded(raise_on=[7]))
+    checkpoint(folder / "broken.ckpt", raise_on=[-1])
+    feature_network(folder / "i3d.pt")
+
+
+def run(folder: Path, name: str, **arguments: Any) -> int:
+    """A sweep over the prepared models on eleven clips of which one can't be read → exit code."""
+    names = ["good", "picky", "codes", "broken", "absent"]
+    entries = [Entry(each, checkpoint=str(folder / f"{each}.ckpt")) for each in names]
+    fvd = FVD(str(folder / "i3d.pt"), file_sha256(folder / "i3d.pt"))
+    data = NumberedData(11, num_frames=10, unreadable=[4])
+    return sweep(folder / name, entries, data, fvd=fvd, players=1, **{"references": [], **arguments}).run()
+
+
+def main(folder: Path) -> None:
+    found: dict[str, Any] = {"two": run(folder, "two", devices=2)}
+    found["resumed"] = run(folder, "resumed", devices=2)
+    try:
+        run(folder, "two", devices=2, protocol=ProtocolSettings(posterior="sample", ssim="uniform7"))
+    except UserError as error:
+        found["refused"] = str(error)
+    rank = torch.distributed.get_rank()
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
