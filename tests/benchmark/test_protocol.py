@@ -50,6 +50,7 @@ def test_the_protocol_is_written_once_and_rows_of_the_same_one_are_welcome(tmp_p
 
 def test_rows_of_another_protocol_are_refused_and_nothing_is_overwritten(tmp_path):
     protocol.write(FULL, tmp_path)
+    (tmp_path / "rows" / "VidTwin" / "parts").mkdir(parents=True)
     before = (tmp_path / "protocol.json").read_bytes()
     other = {**changed(("data", "fps")), "posterior": "sample"}
     with pytest.raises(UserError) as error:
@@ -59,4 +60,11 @@ def test_rows_of_another_protocol_are_refused_and_nothing_is_overwritten(tmp_pat
         f"{protocol.protocol_hash(FULL)} "
         "(they differ in data.fps another for 8.0, posterior sample for mode); choose another --results_dir."
     )
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"protocol.json": before}
+    assert (tmp_path / "protocol.json").read_bytes() == before
+
+
+def test_a_protocol_under_which_nothing_was_measured_may_be_put_right(tmp_path):
+    protocol.write(FULL, tmp_path)
+    other = changed(("data", "fps"))
+    assert protocol.write(other, tmp_path) == protocol.protocol_hash(other)
+    assert json.loads((tmp_path / "protocol.json").read_text()) == other

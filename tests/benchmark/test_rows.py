@@ -101,8 +101,10 @@ def test_an_earlier_rfvd_holds_while_the_clips_are_the_same():
     compared = rows.compare(found, {})
     assert compared["rows"]["a"]["rfvd"] == "unavailable"  # it is of three clips
     assert compared["rows"]["b"]["rfvd"]["value"] == 9.0  # its own clips are the common ones
-    kept = {"clips_sha256": compared["clips_sha256"], "rows": {"a": {"rfvd": {"value": 4.0, "num_clips": 2}}}}
+    kept = compared | {"rows": {"a": {"rfvd": {"value": 4.0, "num_clips": 2}}}}
     assert rows.compare(found, kept)["rows"]["a"]["rfvd"]["value"] == 4.0
+    of_another = kept | {"identities": {"a": "another checkpoint's"}}
+    assert rows.compare(found, of_another)["rows"]["a"]["rfvd"] == "unavailable"
     assert rows.compare(found, kept | {"clips_sha256": "of others"})["rows"]["a"]["rfvd"] == "unavailable"
 
 
@@ -110,7 +112,7 @@ def test_numbers_come_back_from_a_file_as_they_went_in(tmp_path):
     clips = [clip('a "b", c.avi', 0, 16, 0.1, lpips=1 / 3), clip("é\n.avi", 3, 16, 1e-17, lpips=5e-324)]
     row = {"schema_version": rows.SCHEMA_VERSION, "name": "a", "kind": "trained", "num_clips": 2, "protocol_hash": "x"}
     rows.write_row(tmp_path, row, clips)
-    assert rows.read_clips(tmp_path, row) == clips
+    assert rows.read_clips(tmp_path / "rows" / "a", row) == clips
     assert rows.read_row(tmp_path / "rows" / "a" / "results.json") == row
 
 
@@ -122,7 +124,7 @@ def test_a_clips_file_that_ends_anywhere_is_refused(tmp_path):
     for end in range(len(content) - 1):  # without its last line break it is whole
         path.write_bytes(content[:end])
         with pytest.raises(UserError):
-            rows.read_clips(folder, row)
+            rows.read_clips(path.parent, row)
 
 
 @pytest.mark.parametrize("name", ["protocol.json", "comparison.json", "players/players.json", "rows/CMD/results.json"])

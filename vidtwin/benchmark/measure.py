@@ -4,7 +4,7 @@ import hashlib
 import math
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ class Subject:
     Attributes:
         model: In evaluation mode.
         window: Frames that it takes at a time, where a clip goes through in windows.
+        differs: Where the model that the checkpoint was trained as differs from this one, a line each.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Subject:
     weights: str = LAST
     claimed_rate: float | None = None
     window: int | None = None
+    differs: list[str] = field(default_factory=list)
 
     def windows(self, num_frames: int) -> int:
         """How many a clip goes through in; 1: whole."""
@@ -110,8 +112,6 @@ def describe(
     rate = sum(latent["numbers"] for latent in latents.values()) / math.prod(clip_shape)
     bits = [latent["bits"] for latent in latents.values()]
     windows = subject.windows(clip_shape[1])
-    claimed = subject.claimed_rate
-    agrees = claimed is not None and abs(rate - claimed) <= CLAIM_TOLERANCE * claimed
     return {
         "schema_version": SCHEMA_VERSION,
         "name": subject.name,
@@ -121,12 +121,13 @@ def describe(
         "checkpoint": subject.checkpoint,
         "fingerprint": subject.fingerprint,
         "weights": subject.weights,
+        "differs_from_checkpoint": subject.differs,
         "windows": {"num_frames": clip_shape[1] // windows, "windows": windows} if windows > 1 else None,
         "parameters": sum(p.numel() for p in subject.model.parameters()),
         "latents": latents,
         "compression_rate": rate,
         "bits_per_pixel": None if None in bits else sum(bits) / math.prod(clip_shape[1:]),
-        "claimed": None if claimed is None else {"rate": claimed, "agrees": agrees},
+        "claimed": claim(rate, subject.claimed_rate),
         "codebooks": {
             name: {
                 "size": int(found["codebook_size"]),
@@ -138,6 +139,13 @@ def describe(
         "device": device_name(device),
         "versions": {"vidtwin": vidtwin.__version__, "torch": torch.__version__},
     }
+
+
+def claim(rate: float, claimed: float | None) -> dict[str, Any] | None:
+    """What a row says of the rate that its authors state."""
+    if claimed is None:
+        return None
+    return {"rate": claimed, "agrees": abs(rate - claimed) <= CLAIM_TOLERANCE * claimed}
 
 
 def fingerprint(path: str | Path) -> str:

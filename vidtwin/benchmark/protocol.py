@@ -190,11 +190,12 @@ def write(protocol: dict[str, Any], folder: Path) -> str:
             raise UserError(
                 f"Expected JSON in {path}, got a file that is cut off or damaged ({error}); remove it and run again."
             ) from error
-        if protocol_hash(found) != digest:
+        if protocol_hash(found) == digest:
+            return digest
+        if any(folder.glob("rows/*/*")):  # before anything is measured it may be put right
             raise UserError(
                 f"Expected results of protocol {digest} in {folder}, got those of {protocol_hash(found)} "
                 f"(they differ in {', '.join(differences(protocol, found))}); choose another --results_dir."
             )
-        return digest
     write_text(path, json.dumps(protocol, indent=2, sort_keys=True) + "\n")
     return digest

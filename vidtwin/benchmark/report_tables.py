@@ -428,6 +428,8 @@ def _notes(results: Results, shown: list[Metric]) -> Iterator[str]:
             of = "" if len(names) == len(measured) else f" for {few(names)}"
             yield f"{metric.label} is unavailable{of}: {reason.rstrip('.')}."
     for row in measured:
+        if differs := row.get("differs_from_checkpoint"):
+            yield f"The config of {row['name']} is not that of its checkpoint: {'; '.join(differs)}."
         claimed = row.get("claimed")
         if claimed and not claimed["agrees"]:
             yield (

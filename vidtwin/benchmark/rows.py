@@ -69,7 +69,7 @@ def read(folder: str | Path) -> Results:
             f"Expected rows of protocol {digest} in {folder}, got others: {few(foreign)}; they can't be compared. "
             "Move them to a folder of their own."
         )
-    clips = {row["name"]: read_clips(folder, row) for row in rows if row["kind"] != "failed"}
+    clips = {row["name"]: read_clips(folder / "rows" / row["name"], row) for row in rows if row["kind"] != "failed"}
     results = Results(folder, protocol, digest, rows, clips)
     kept = folder / "comparison.json"
     results.comparison = compare(results, read_json(kept) if kept.exists() else {})
@@ -106,8 +106,8 @@ def read_row(path: Path) -> Row:
 
 
 def read_clips(folder: Path, row: Row) -> list[Clip]:
-    """`clips.csv` of a row, numbers as numbers; `UserError` if it is cut off."""
-    path = folder / "rows" / row["name"] / "clips.csv"
+    """`clips.csv` in a row's own folder, numbers as numbers; `UserError` if it is cut off."""
+    path = folder / "clips.csv"
     try:
         with path.open(newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
@@ -184,6 +184,8 @@ def compare(results: Results, kept: dict[str, Any]) -> dict[str, Any]:
     }
     rows: dict[str, dict[str, Any]] = {}
     earlier = kept.get("rows", {}) if kept.get("clips_sha256") == digest else {}
+    identities = {row["name"]: row.get("identity") for row in results.rows}
+    earlier = {n: row for n, row in earlier.items() if kept.get("identities", {}).get(n) == identities.get(n)}
     for row in results.rows:
         name = row["name"]
         if name not in results.clips:
@@ -194,7 +196,13 @@ def compare(results: Results, kept: dict[str, Any]) -> dict[str, Any]:
             rows[name]["rfvd"] = earlier.get(name, {}).get("rfvd", "unavailable")
             if len(chosen) == row["num_clips"]:  # the row's own clips are the common ones
                 rows[name]["rfvd"] = row["metrics"]["rfvd"]
-    return {"num_clips": len(common), "clips_sha256": digest, "left_out": left_out, "rows": rows}
+    return {
+        "num_clips": len(common),
+        "clips_sha256": digest,
+        "left_out": left_out,
+        "rows": rows,
+        "identities": identities,
+    }
 
 
 def write_comparison(folder: Path, comparison: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -34,15 +34,21 @@ from vidtwin import checkpoints, model_config, plugins
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import cost, downstream, players, protocol, report, rows, table
 from vidtwin.benchmark import plots as plot_files
-from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, describe, fingerprint, seeded
+from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, claim, describe, fingerprint, seeded
 from vidtwin.errors import UserError
 from vidtwin.files import replacing, write_text
-from vidtwin.metrics.fvd import MIN_FRAMES, FeatureNetwork, FrechetVideoDistance
+from vidtwin.metrics.fvd import MIN_FRAMES, NUM_FEATURES, FeatureNetwork, FrechetVideoDistance
 from vidtwin.metrics.latents import LatentStatistics
 from vidtwin.metrics.measures import Measures
+from vidtwin.metrics.precision import full_precision
 from vidtwin.posteriors import Encoding, Quantized
 
-PARTS = "parts"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PARTS, EARLIER, COSTS = "parts", "earlier", "costs.json"
 MAX_TOKENS, MAX_TOKENS_ON_CPU = 20_000, 4_000  # of which a DiT's training step is timed
 HEAD = 16  # clips: a model that fails on all of the first ones fails, one that fails on others lacks those
 _WAIT = timedelta(hours=12)  # the other processes wait while one measures what a model costs
@@ -103,11 +109,16 @@ class _Job:
     identity: dict[str, Any]
     build: Callable[[], Subject]
     error: str | None = None
+    claimed_rate: float | None = None
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
         text = json.dumps(self.identity, sort_keys=True, default=str)
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _DeviceError(Exception):
+    """The process can't use its device any more, as after an assertion in a kernel."""
 
 
 class _ModelError(Exception):
@@ -211,23 +222,29 @@ class Sweep:
     def run(self) -> int:
         """Measure what is missing and write everything → 0, or 1 where a model could not be measured."""
         fabric = self._launch()
+        with _locked(self.folder, fabric):
+            return self._run(fabric)
+
+    def _run(self, fabric: Fabric) -> int:
         plan = self._plan(fabric)
         jobs = [self._job(entry) for entry in self.entries]
         jobs += [self._reference(name, plan.shape) for name in self.references]
         self._show(fabric, f"{len(plan.keys)} clips, protocol {plan.protocol['name']} ({plan.digest})")
         for line in plan.protocol["departs"]:
             self._show(fabric, f"protocol {self.settings.preset} is of other data: {line}")
+        self._check_other_rows(fabric, {job.name for job in jobs}, plan.digest)
         runner = _Runner(self, fabric, plan)
         waiting = [job for job in jobs if not runner.is_complete(job)]
+        waiting.sort(key=runner.has_failed)
         fabric.barrier()  # before a process changes what another still looks at
         if fabric.is_global_zero:
             runner.remove_left_parts([job for job in jobs if job not in waiting])
         runner.measure_all(waiting, len(jobs))
         failed = []
         if fabric.is_global_zero:
-            names = {job.name for job in jobs}
-            results = self._write_all(fabric, runner, jobs)
-            failed = [row["name"] for row in results.rows if row["kind"] == "failed" and row["name"] in names]
+            runner.refresh(jobs)
+            self._write_all(fabric, runner, jobs)
+            failed = runner.failed
         fabric.barrier()
         return int(fabric.broadcast(bool(failed)))
 
@@ -287,7 +304,7 @@ class Sweep:
 
     def _job(self, entry: Entry) -> _Job:
         """What the row's identity is, without building the model; a mistake in it becomes the row's error."""
-        base = {"name": entry.name, "claimed_rate": entry.claimed_rate, "windows": entry.windows}
+        base = {"windows": entry.windows}
         checkpoint = str(self.checkpoints / entry.checkpoint) if entry.checkpoint else None
         try:
             parser = parsed = None
@@ -308,18 +325,20 @@ class Sweep:
                 model = model_config.build(parser, parsed)
             else:
                 model = checkpoints.build(spec)
-            weights = LAST
+            weights, differs = LAST, []
             if checkpoint:
                 checkpoints.check(checkpoint)
                 held = checkpoints.read(checkpoint, lazily=True)
                 average = self.settings.weights == "average" or (self.settings.weights == "auto" and "ema" in held)
                 checkpoints.load_weights(model, checkpoint, average)
                 weights = AVERAGE if average else LAST
+                stored = held.get("model_spec") or model.spec()
+                differs = checkpoints.differences(json.loads(json.dumps(model.spec())), stored)
             window = model.temporal.usual_length if entry.windows else None
             kind: Literal["trained", "untrained"] = "trained" if checkpoint else "untrained"
-            return Subject(entry.name, kind, model, checkpoint, mark, weights, entry.claimed_rate, window)
+            return Subject(entry.name, kind, model, checkpoint, mark, weights, entry.claimed_rate, window, differs)
 
-        return _Job(entry.name, base | {"model": spec, "fingerprint": mark}, build)
+        return _Job(entry.name, base | {"model": spec, "fingerprint": mark}, build, claimed_rate=entry.claimed_rate)
 
     def _reference(self, name: str, shape: tuple[int, int, int, int]) -> _Job:
         def build() -> Subject:
@@ -331,6 +350,22 @@ class Sweep:
     def _found(self, path: str) -> Path:
         """A config's path: beside the sweep's config, or from the current folder."""
         return next((folder / path for folder in self.config_folders if (folder / path).is_file()), Path(path))
+
+    def _check_other_rows(self, fabric: Fabric, own: set[str], digest: str) -> None:
+        """Rows of no entry stay in the table; one that can't be read would end the sweep after all was measured."""
+        others = [path for path in sorted(self.folder.glob("rows/*/results.json")) if path.parent.name not in own]
+        for path in others:
+            row = rows.read_row(path)
+            if row["protocol_hash"] != digest:
+                raise UserError(
+                    f"Expected rows of protocol {digest} in {self.folder}, got others: {row['name']}; they can't be "
+                    "compared. Move them to a folder of their own."
+                )
+            if row["kind"] != "failed":
+                rows.read_clips(path.parent, row)
+        if others:
+            names = ", ".join(path.parent.name for path in others)
+            self._show(fabric, f"rows there of no autoencoder in the config, which are compared too: {names}")
 
     def _remove_damaged(self) -> None:
         """Files that are made of the rows, cut off by a disk or a hand, are made again."""
@@ -363,6 +398,29 @@ class Sweep:
             tqdm.write(f"vidtwin: {line}", file=sys.stderr)
 
 
+@contextmanager
+def _locked(folder: Path, fabric: Fabric) -> Iterator[None]:
+    """Only one sweep writes to a folder at a time; the lock ends with the process."""
+    file, refused = None, ""
+    if fabric.is_global_zero and (not folder.exists() or folder.is_dir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refused = f"Expected {folder} for this sweep alone, got another one writing to it; wait for its end."
+        except OSError:  # a file system without locks
+            pass
+    try:
+        if refused := fabric.broadcast(refused):
+            raise UserError(refused)
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
 def _unusable() -> Subject:
     raise AssertionError("a job with an error is not built")
 
@@ -383,6 +441,7 @@ class _Runner:
             sweep.backbones,
             sweep.vmaf,
         )
+        self.failed: list[str] = []
         self.measures.setup(*plan.shape[1:])
         home = str(Path.home())  # a report is passed on
         self.unavailable = {name: text.replace(home, "~") for name, text in self.measures.unavailable.items()}
@@ -400,9 +459,8 @@ class _Runner:
             "metrics": [*self.measures.names, *(["rfvd"] if self.features else [])],
             "protocol": plan.digest,
             "batch": size,
-            "seed": sweep.seed,
-            "cost": sweep.cost,
-            "downstream": sweep.downstream,
+            "device": fabric.device.type,
+            **({"seed": sweep.seed} if described["posterior"] == "sample" else {}),
         }
 
     @property
@@ -415,12 +473,13 @@ class _Runner:
     def is_complete(self, job: _Job) -> bool:
         """Whether the row is there as it would be measured now; what is not, is said why."""
         folder = self.sweep.folder / "rows" / job.name
+        if self.fabric.is_global_zero and not job.error:
+            self._restore(job)
+        self.fabric.barrier()
         if not (folder / "results.json").exists():
             return False
         try:
-            row = rows.read_row(folder / "results.json")
-            if row["kind"] != "failed":
-                rows.read_clips(self.sweep.folder, row)
+            row = self._whole_row(folder)
         except UserError as error:
             self._tell(f"{job.name} is measured again: {error}")
             return False
@@ -428,9 +487,54 @@ class _Runner:
             self._tell(f"{job.name} failed before and is tried again")
             return False
         if row.get("identity") != self.identity(job):
-            self._tell(f"{job.name} is measured again: the row there is of another checkpoint, model or set of metrics")
+            if not job.error:
+                self._tell(
+                    f"{job.name} is measured again: the row there is of another checkpoint, model or set of metrics"
+                )
+            return False
+        if row["failed_clips"]:
+            self._tell(f"{job.name} failed on {len(row['failed_clips'])} clips, which are tried again")
             return False
         return True
+
+    def has_failed(self, job: _Job) -> bool:
+        """Whether its row says so; such models are taken last, since some end the process."""
+        try:
+            return bool(rows.read_row(self.sweep.folder / "rows" / job.name / "results.json")["kind"] == "failed")
+        except UserError:
+            return False
+
+    def _whole_row(self, folder: Path) -> rows.Row:
+        """A row whose files are all there; `UserError` says which is not."""
+        row = rows.read_row(folder / "results.json")
+        if row["kind"] == "failed":
+            return row
+        clips = rows.read_clips(folder, row)
+        if isinstance(row["metrics"].get("rfvd"), dict):
+            try:
+                shape = np.load(folder / "features.npy", mmap_mode="r").shape
+            except (OSError, ValueError) as error:
+                raise UserError(f"Expected the features of its clips, got none that can be read ({error}).") from error
+            if shape != (len(clips), NUM_FEATURES):
+                raise UserError(f"Expected features of {len(clips)} clips, got {shape}.")
+        return row
+
+    def _restore(self, job: _Job) -> None:
+        """Take a row back that was put aside, if it is the one that is wanted now."""
+        folder = self.sweep.folder / "rows" / job.name
+        earlier = folder / EARLIER / self.identity(job)
+        try:
+            self._whole_row(earlier)
+        except UserError:
+            return
+        try:
+            if rows.read_row(folder / "results.json").get("identity") == self.identity(job):
+                return
+        except UserError:
+            pass
+        self._keep_earlier(job)
+        _move_row(earlier, folder)
+        self._tell(f"{job.name}: the row that was put aside is taken back")
 
     def remove_left_parts(self, complete: list[_Job]) -> None:
         """Parts of rows that are complete: the sweep was killed before it took them away."""
@@ -487,10 +591,13 @@ class _Runner:
         if error:
             self._tell(f"{job.name} failed: {error}", everywhere=own)
         elif subject:
+            for line in subject.differs:
+                self._tell(f"{job.name}: the checkpoint differs from the config, which wins: {line}")
             self._tell_failed(job, failed)
             self._measure_chunks(job, subject, [chunk for chunk in missing if chunk not in self.head], bar, tell=True)
-            if costs:
-                self._measure_costs(job, subject)
+        self.fabric.barrier()  # what a model costs is measured while the others wait
+        if costs and subject and not error:
+            self._measure_costs(job, subject)
         subject = None
         if self.fabric.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -559,7 +666,14 @@ class _Runner:
         loader = self.sweep.data.chunk_loader("test", chunks, self.fabric.device.type, processes)
         failed: list[dict[str, Any]] = []
         for chunk, batch in zip(missing, loader, strict=True):
-            part = self._measure_chunk(subject, chunk, batch)
+            try:
+                part = self._measure_chunk(subject, chunk, batch)
+            except _DeviceError as error:
+                self._write_failed(job, str(error))  # and the next run takes the other models first
+                raise UserError(
+                    f"{job.name} has left {self.fabric.device} unusable: {error}; run the same command again, which "
+                    "measures the other models first."
+                ) from error
             part |= {"identity": self.identity(job), "chunk": self.plan.clips(chunk)}
             write_text(folder / f"{chunk:06d}.json", json.dumps(part) + "\n")
             failed += part["failed"]
@@ -579,8 +693,7 @@ class _Runner:
         part["skipped"] = [[name, reason] for _, name, reason in batch["skipped"]]
         if not batch["indices"]:
             return part
-        data = self.sweep.data
-        clip: Tensor = data.on_after_batch_transfer({**batch, "clip": batch["clip"].to(self.fabric.device)}, 0)["clip"]
+        clip = self._clip(batch)
         indices = batch["indices"]
         try:
             self._reconstruct(subject, clip, indices, part)
@@ -597,13 +710,16 @@ class _Runner:
 
     def _free(self, error: Exception) -> None:
         error.__traceback__ = None  # which holds the tensors
+        if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+            raise _DeviceError(_one_line(error)) from error
         if self.fabric.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _reconstruct(self, subject: Subject, clip: Tensor, indices: list[int], part: dict[str, Any]) -> None:
-        seed = self.sweep.seed * 1_000_003 + indices[0]
-        encoding, prediction = self._forward(subject, clip, seed)
+        encoding, prediction = self._forward(subject, clip, self._seed(indices))
+        broken = [not bool(each.isfinite().all()) for each in prediction]
+        prediction = prediction.nan_to_num()  # a file has no NaN: the clip fails, but its neighbours are measured
         prediction, target = self.measures.prepare(prediction.float(), clip)
         values = {name: value.tolist() for name, value in self.measures.values(prediction, target).items()}
         features = self._features(prediction, target, indices)
@@ -616,8 +732,11 @@ class _Runner:
             name, start = self.plan.keys[index]
             numbers = {metric: value[place] for metric, value in values.items()}
             bad = [metric for metric, value in numbers.items() if not np.isfinite(value)]
-            if bad:
-                self._fail(part, index, f"{', '.join(bad)} of its reconstruction are not finite")
+            if broken[place] or bad:
+                what = (
+                    f"{', '.join(bad)} of its reconstruction" if not broken[place] else "pixels of its reconstruction"
+                )
+                self._fail(part, index, f"{what} are not finite")
                 continue
             part["clips"].append({"name": name, "start_frame": start, "num_frames": clip.shape[2], **numbers})
             if features is not None:
@@ -636,7 +755,8 @@ class _Runner:
         return seeded(seed, self.fabric.device, run)
 
     def _context(self) -> AbstractContextManager[Any]:
-        return self.fabric.autocast()
+        # 32-true means it: without TensorFloat-32, which PyTorch's convolutions have on CUDA by default.
+        return full_precision(self.fabric.device) if self.sweep.precision == "32-true" else self.fabric.autocast()
 
     def _fail(self, part: dict[str, Any], index: int, reason: str) -> None:
         name, start = self.plan.keys[index]
@@ -654,15 +774,63 @@ class _Runner:
                     np.save(file, found.cpu().numpy())
         return [_text(found) for found in self.features(prediction)]
 
+    def _real_features(self, index: int) -> Tensor:
+        """Of a clip itself (1, 400): from its file, or where that is gone or damaged, from the clip again."""
+        try:
+            return torch.from_numpy(np.load(self._real(index)))[None]
+        except (OSError, ValueError):
+            assert self.features is not None
+            self._real(index).unlink(missing_ok=True)
+            (batch,) = self.sweep.data.chunk_loader("test", [[index]], self.fabric.device.type)
+            target = self.measures.prepare(self._clip(batch), self._clip(batch))[1]
+            self._features(target, target, [index])
+            return torch.from_numpy(np.load(self._real(index)))[None]
+
+    def _clip(self, batch: dict[str, Any]) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1] on the device, from what the loader gives."""
+        moved = {**batch, "clip": batch["clip"].to(self.fabric.device)}
+        clip: Tensor = self.sweep.data.on_after_batch_transfer(moved, 0)["clip"]
+        return clip
+
     def _real(self, index: int) -> Path:
         """Where the features of a clip itself lie."""
         name, start = self.plan.keys[index]
         mark = hashlib.sha256(f"{name}\t{start}".encode()).hexdigest()[:32]
         return self.sweep.folder / "inputs" / mark[:2] / f"{mark}.npy"
 
+    def _costs_identity(self, job: _Job) -> str:
+        sweep = self.sweep
+        extent = [sweep.repeats, sweep.cost, sweep.downstream, cost.device_name(self.fabric.device)]
+        return hashlib.sha256(json.dumps([self.identity(job), extent]).encode()).hexdigest()[:16]
+
+    def _costs(self, job: _Job) -> dict[str, Any] | None:
+        return self._kept(self.sweep.folder / "rows" / job.name / COSTS, self._costs_identity(job), None)
+
     def _costs_missing(self, job: _Job) -> bool:
-        wanted = self.sweep.cost or self.sweep.downstream
-        return wanted and self._kept(self._parts(job) / "costs.json", self.identity(job), None) is None
+        if not (self.sweep.cost or self.sweep.downstream):
+            return False
+        costs = self._costs(job)
+        # Out of memory may have been a neighbour's doing.
+        return costs is None or bool(costs["cost"] and "error" in costs["cost"])
+
+    def refresh(self, jobs: list[_Job]) -> None:
+        """What complete rows say beside their clips' numbers, as it is asked for now: claims and costs."""
+        for job in jobs:
+            path = self.sweep.folder / "rows" / job.name / "results.json"
+            row = rows.read_row(path)
+            if row["kind"] == "failed" or row.get("identity") != self.identity(job):
+                continue
+            if self._costs_missing(job):
+                self._tell(f"{job.name}: its costs are measured")
+                try:
+                    self._measure_costs(job, self._built(job))
+                except _ModelError as error:
+                    self._tell(f"{job.name}: no costs: {error}")
+            costs = self._costs(job) or {}
+            new = row | {"claimed": claim(row["compression_rate"], job.claimed_rate)}
+            new |= {key: costs[key] for key in ("cost", "downstream") if costs.get(key)}
+            if new != row:
+                write_text(path, json.dumps(new, indent=2) + "\n")
 
     def _measure_costs(self, job: _Job, subject: Subject) -> None:
         found: dict[str, Any] = {"cost": None, "downstream": None}
@@ -689,8 +857,8 @@ class _Runner:
             }
             limit = MAX_TOKENS if device.type == "cuda" else MAX_TOKENS_ON_CPU
             found["downstream"] = _downstream(sizes, device, repeats, limit)
-        found |= {"identity": self.identity(job), "chunk": None}
-        write_text(self._parts(job) / "costs.json", json.dumps(found) + "\n")
+        found |= {"identity": self._costs_identity(job), "chunk": None}
+        write_text(self.sweep.folder / "rows" / job.name / COSTS, json.dumps(found) + "\n")
 
     def _finish(self, job: _Job, error: str | None) -> None:
         """Join the parts of all processes to a row, and take them away."""
@@ -712,7 +880,8 @@ class _Runner:
         for chunk in range(len(self.plan.chunks)):
             part = self._part(parts, job, chunk)
             if part is None:
-                raise RuntimeError(f"Part {chunk} of {job.name} is not there; run the sweep again.")
+                self._write_failed(job, f"part {chunk} of it, which was measured, is not there; run the sweep again")
+                return
             clips += [{"model": job.name, **clip} for clip in part["clips"]]
             failed += part["failed"]
             skipped |= dict(part["skipped"])
@@ -729,7 +898,7 @@ class _Runner:
         except _ModelError as caught:
             self._write_failed(job, str(caught))
             return
-        costs = self._kept(parts / "costs.json", self.identity(job), None) or {}
+        costs = self._costs(job) or {}
         row = describe(subject, latents, self.plan.shape, codes, self.fabric.device)
         metrics: dict[str, Any] = rows.means(clips, self.plan.protocol)
         unavailable = dict(self.unavailable)
@@ -757,15 +926,29 @@ class _Runner:
             with replacing(folder / "features.npy") as temporary, temporary.open("wb") as file:
                 np.save(file, np.stack(fakes))
         rows.write_row(self.sweep.folder, row, clips)
-        shutil.rmtree(parts)
+        if failed:  # tried again in the next run, which needs the other parts
+            for chunk in _chunks_of(failed, self.plan):
+                (parts / f"{chunk:06d}.json").unlink()
+        else:
+            shutil.rmtree(parts)
 
     def _built_without_weights(self, job: _Job) -> Subject:
         try:
             return job.build()
-        except UserError as error:
+        except Exception as error:
             raise _ModelError(_one_line(error)) from error
 
     def _write_failed(self, job: _Job, error: str) -> None:
+        self.failed.append(job.name)
+        folder = self.sweep.folder / "rows" / job.name
+        if job.error and (folder / "results.json").exists():
+            try:
+                kept = rows.read_row(folder / "results.json")["kind"] != "failed"
+            except UserError:
+                kept = False
+            if kept:
+                self._tell(f"{job.name}: the row that is there stays, of its own checkpoint")
+                return
         row = {
             "schema_version": rows.SCHEMA_VERSION,
             "name": job.name,
@@ -776,7 +959,6 @@ class _Runner:
             "protocol_hash": self.plan.digest,
         }
         self._keep_earlier(job)
-        folder = self.sweep.folder / "rows" / job.name
         write_text(folder / "results.json", json.dumps(row, indent=2) + "\n")
 
     def _keep_earlier(self, job: _Job) -> None:
@@ -788,25 +970,23 @@ class _Runner:
             return
         if row["kind"] == "failed" or row.get("identity") == self.identity(job):
             return
-        target = folder / "earlier" / str(row.get("identity") or row["fingerprint"] or "row")
-        target.mkdir(parents=True, exist_ok=True)
-        for name in ("features.npy", "clips.csv", "results.json"):
-            if (folder / name).exists():
-                (folder / name).replace(target / name)
+        target = folder / EARLIER / str(row.get("identity") or row["fingerprint"] or "row")
+        _move_row(folder, target)
         self._tell(f"{job.name}: the earlier row is kept in {target}")
 
     def _frechet(self, clips: Iterable[tuple[rows.Key, np.ndarray]]) -> Any:
         places = {key: index for index, key in enumerate(self.plan.keys)}
         metric = FrechetVideoDistance(sync_on_compute=False)  # the first process alone has all clips, and computes
         for key, fake in clips:
-            metric.update(torch.from_numpy(np.load(self._real(places[key])))[None], real=True)
+            metric.update(self._real_features(places[key]), real=True)
             metric.update(torch.from_numpy(fake)[None], real=False)
         return metric.result()
 
     def frechet_of_common_clips(self, results: rows.Results) -> dict[str, Any]:
         """rFVD of each row over the clips that all have, in the form of a comparison."""
         common = rows.common_clips(results.clips)
-        found: dict[str, Any] = {"clips_sha256": rows.digest_of(common), "rows": {}}
+        identities = {row["name"]: row.get("identity") for row in results.rows}
+        found: dict[str, Any] = {"clips_sha256": rows.digest_of(common), "rows": {}, "identities": identities}
         for name, clips in results.clips.items():
             path = self.sweep.folder / "rows" / name / "features.npy"
             known = next(row for row in results.rows if row["name"] == name)["metrics"].get("rfvd") != "unavailable"
@@ -821,19 +1001,23 @@ class _Runner:
         chosen = players.choose(results, self.sweep.players)
         measured = [job for job in jobs if job.name in results.clips]
         mark = hashlib.sha256(json.dumps([[c["name"], c["start_frame"]] for c in chosen]).encode())
-        mark.update(json.dumps([self.identity(job) for job in measured]).encode())
+        identities = {row["name"]: row.get("identity") for row in results.rows}
+        mark.update(json.dumps([identities[job.name] for job in measured]).encode())
         if results.players.get("digest") == mark.hexdigest():
             return
         places = {key: index for index, key in enumerate(self.plan.keys)}
         indices = [places[(clip["name"], clip["start_frame"])] for clip in chosen]
-        batches = list(self.sweep.data.chunk_loader("test", [[i] for i in indices], self.fabric.device.type))
-        clips = [self.sweep.data.on_after_batch_transfer(batch, 0)["clip"] for batch in batches]
+        # The whole chunk of each, so that samples of posteriors are those that were measured.
+        chunks = [next(chunk for chunk in self.plan.chunks if index in chunk) for index in indices]
+        batches = list(self.sweep.data.chunk_loader("test", chunks, self.fabric.device.type))
+        at = [batch["indices"].index(index) for batch, index in zip(batches, indices, strict=True)]
+        clips = [self._clip(batch)[[place]].cpu() for batch, place in zip(batches, at, strict=True)]
         writer = players.Writer(self.sweep.folder, chosen, clips, self.fps)
         bar = tqdm(measured, "players", disable=not self.sweep.progress, dynamic_ncols=True, leave=False)
         for job in bar:
             try:
                 subject = self._built(job)
-                views = [self._views(subject, c.to(self.fabric.device), i) for i, c in zip(indices, clips, strict=True)]
+                views = [self._views(subject, batch, place) for batch, place in zip(batches, at, strict=True)]
             except Exception as error:  # the numbers are there, and are to be written
                 self._tell(f"no players of {job.name}: {_one_line(error)}")
                 continue
@@ -842,15 +1026,19 @@ class _Runner:
         writer.finish(mark.hexdigest())
 
     @torch.inference_mode()
-    def _views(self, subject: Subject, clip: Tensor, index: int) -> dict[str, Tensor]:
-        """The reconstruction of a clip (1, 3, T, H, W), and what each latent gives alone where the model can."""
-        encoding, prediction = self._forward(subject, clip, self.sweep.seed * 1_000_003 + index)
+    def _views(self, subject: Subject, batch: dict[str, Any], place: int) -> dict[str, Tensor]:
+        """The reconstruction of a batch's clip, and what each latent gives alone where the model can."""
+        clip = self._clip(batch)
+        encoding, prediction = self._forward(subject, clip, self._seed(batch["indices"]))
         shown = {"": prediction}
         if subject.model.partial_latents:
             with self._context():
                 for name, latent in encoding.mode().items():
                     shown[f"{name} only"] = subject.decode({name: latent}, clip.shape[2])
-        return {title: view[0].float().cpu() for title, view in shown.items()}
+        return {title: view[place].float().cpu() for title, view in shown.items()}
+
+    def _seed(self, indices: list[int]) -> int:
+        return self.sweep.seed * 1_000_003 + indices[0]
 
     def _mine(self, chunks: Iterable[int]) -> list[int]:
         return [chunk for chunk in chunks if chunk % self.fabric.world_size == self.fabric.global_rank]
@@ -858,6 +1046,25 @@ class _Runner:
     def _tell(self, line: str, everywhere: bool = False) -> None:
         if everywhere or self.fabric.is_global_zero:
             tqdm.write(f"vidtwin: {line}", file=sys.stderr)
+
+
+def _chunks_of(failed: list[dict[str, Any]], plan: _Plan) -> list[int]:
+    """The chunks that some clips are in."""
+    keys = {rows.key_of(clip) for clip in failed}
+    return [number for number, chunk in enumerate(plan.chunks) if keys & {plan.keys[index] for index in chunk}]
+
+
+def _move_row(source: Path, target: Path) -> None:
+    """`results.json`, which says that a row is complete, leaves first and arrives last."""
+    target.mkdir(parents=True, exist_ok=True)
+    content = (source / "results.json").read_bytes()
+    (source / "results.json").unlink()
+    for name in ("features.npy", "clips.csv"):
+        (target / name).unlink(missing_ok=True)
+        if (source / name).exists():
+            (source / name).replace(target / name)
+    with replacing(target / "results.json") as temporary:
+        temporary.write_bytes(content)
 
 
 def _with(subject: Subject, model: VideoAutoencoder) -> Subject:
