@@ -241,7 +241,7 @@ def _strip(folder: Path, file: str) -> str:
     if content[:4] != b"RIFF" or content[8:12] != b"WEBP":
         raise UserError(
             f"Expected a WebP picture in {path}, got {'another file' if content else 'none'}; remove {path.parents[1]} "
-            "and run the sweep again, or make the report without players."
+            "and run the sweep again, or remove the folder players."
         )
     return base64.b64encode(content).decode()
 

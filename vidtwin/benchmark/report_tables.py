@@ -208,7 +208,7 @@ def cost(results: Results) -> Table | None:
         lambda row: (
             f"Batches of {row['cost']['batch_size']}, median of {row['cost']['repeats']} runs after "
             f"{row['cost']['warmup']} to warm up, on {row['cost']['device']}; memory counter: "
-            f"{row['cost']['memory_counter']}."
+            f"{_counter(row['cost']['memory_counter'])}."
         ),
     )
     return Table("cost", "Cost of encoding and decoding", columns, lines, ways)
@@ -247,7 +247,9 @@ def downstream(results: Results) -> Table | None:
     notes.append("The paper's count leaves attention's projections out; it is here to be compared with the paper.")
     notes += _said(
         [row for row in chosen if "error" not in row["downstream"]],
-        lambda row: f"On {row['downstream']['device']}; memory counter: {row['downstream']['memory_counter']}.",
+        lambda row: (
+            f"On {row['downstream']['device']}; memory counter: {_counter(row['downstream']['memory_counter'])}."
+        ),
     )
     return Table("downstream", "Cost of a diffusion transformer on the latents", columns, lines, notes)
 
@@ -334,15 +336,21 @@ def models(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
 def lost(results: Results) -> list[tuple[str, str, str]]:
     """Clips and videos without numbers: (model or "all", clip or video, reason)."""
     skipped = dict(results.protocol.get("skipped", {}))
-    for row in results.rows:
-        skipped |= row.get("skipped") or {}
     found = [("all", name, reason) for name, reason in sorted(skipped.items())]
+    for row in rows.order(results):
+        unread = row.get("skipped") or {}
+        found += [(row["name"], name, unread[name]) for name in sorted(unread) if name not in skipped]
     for row in rows.order(results):
         failed = {(clip["name"], clip["start_frame"]): clip["reason"] for clip in row.get("failed_clips") or []}
         lacks = {(name, start) for name, start in results.comparison["left_out"].get(row["name"], [])}
         reasons = {key: failed.get(key, "no numbers of this model") for key in sorted({*failed, *lacks})}
         found += [(row["name"], f"{name}, frame {start}", reason) for (name, start), reason in reasons.items()]
     return found
+
+
+def _counter(name: str) -> str:
+    """What counted the memory, and what it does not see."""
+    return f"{name} alone, not what kernels take for themselves" if name == "tensors" else name
 
 
 def _best(results: Results, metric: Metric) -> float | None:
