@@ -4,8 +4,8 @@
     python benchmarks/sweep_overhead.py --seeded_backbones runs/backbones --config … --results_dir …
 
 Takes the arguments of `vidtwin test`. Costs, players, table and report are left out: they do not grow with the clips.
-With --seeded_backbones LPIPS runs with random weights from files made in that folder: its numbers mean nothing, its time
-is that of the real networks.
+With --seeded_backbones LPIPS runs with random weights from files made in that folder: its numbers mean nothing, its
+time is that of the real networks.
 """
 
 import resource
