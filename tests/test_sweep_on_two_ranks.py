@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import sweeping
 import torch
 import two_rank_sweep
 from sweeping import Interruption, contents
@@ -77,6 +76,13 @@ def test_both_processes_have_the_exit_code_and_the_refusal(folder):
         assert "they differ in" in rank["refused"]
 
 
-def test_each_process_measures_a_part_of_the_chunks_and_leaves_no_parts(folder):
-    assert not list((folder / "two").glob("rows/*/parts/*.json"))
-    assert sweeping.calls  # of the sweep of one process, in this one
+def test_parts_are_kept_only_of_chunks_on_which_a_model_did_not_fail_and_of_rows_that_lack_clips(folder):
+    """The next run tries the clips that failed again, and joins them with the others."""
+    kept = {
+        name: sorted(int(path.stem) for path in (folder / "two" / "rows" / name / "parts").glob("[0-9]*.json"))
+        for name in ("good", "picky", "codes", "broken")
+    }
+    # Chunk 2 holds the clip that can't be read; picky fails on clips 0 to 2, codes on clip 7.
+    assert kept["good"] == kept["broken"] == []
+    assert set(kept["picky"]) == {2, 3, 4, 5}
+    assert set(kept["codes"]) == {0, 1, 2, 4, 5}
