@@ -50,7 +50,10 @@ FILE_COMMANDS: dict[str, Callable[[list[str]], int]] = {"plugins": plugins_comma
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `vidtwin ARGV` → exit code: 0 done, 1 something in it failed, 2 the user can mend it (one line says what), 75 to be run again."""
+    """Run `vidtwin ARGV` → exit code.
+
+    0 done, 1 a part of it failed, 2 the user can mend it (one line says what), 75 to be run again.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if not argv or argv[0] in ("-h", "--help"):

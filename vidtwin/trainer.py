@@ -189,8 +189,8 @@ class VideoTrainer(Trainer):
             dataloaders: Loaders of clips, instead of `datamodule`.
             datamodule: The data.
             ckpt_path: Weights to use.
-            out: Folder for `<name>.safetensors` and `<name>.mp4`, where the name is the video's with its suffix, and with
-                `data.eval_clips: all` the clip's first frame.
+            out: Folder for `<name>.safetensors` and `<name>.mp4`, where the name is the video's with its suffix; with
+                `data.eval_clips: all` followed by the clip's first frame.
         """
         writer = _PredictionWriter(Path(out))
         callbacks: list[Callback] = cast(Any, self).callbacks

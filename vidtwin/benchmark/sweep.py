@@ -35,7 +35,7 @@ from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import cost, downstream, players, protocol, report, rows, table
 from vidtwin.benchmark import plots as plot_files
 from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, claim, describe, fingerprint, seeded
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, suggestion
 from vidtwin.files import replacing, write_text
 from vidtwin.metrics.fvd import MIN_FRAMES, NUM_FEATURES, FeatureNetwork, FrechetVideoDistance
 from vidtwin.metrics.latents import LatentStatistics
@@ -212,6 +212,10 @@ class Sweep:
     def _check_names(self) -> None:
         if not self.entries and not self.references:
             raise UserError("Expected autoencoders to measure, got none.")
+        known = sorted(plugins.available("vidtwin.references"))
+        for name in self.references:
+            if name not in known:
+                raise UserError(f"Expected references of {', '.join(known)}, got {name!r}{suggestion(name, known)}")
         names = [entry.name for entry in self.entries] + self.references
         for name in names:
             if name != Path(name).name or name.startswith(".") or not name.strip():
@@ -222,8 +226,12 @@ class Sweep:
     def run(self) -> int:
         """Measure what is missing and write everything → 0, or 1 where a model could not be measured."""
         fabric = self._launch()
-        with _locked(self.folder, fabric):
-            return self._run(fabric)
+        try:
+            with _locked(self.folder, fabric):
+                return self._run(fabric)
+        except KeyboardInterrupt:
+            self._show(fabric, f"what was measured is in {self.folder}; the same command goes on")
+            raise
 
     def _run(self, fabric: Fabric) -> int:
         plan = self._plan(fabric)
@@ -232,6 +240,9 @@ class Sweep:
         self._show(fabric, f"{len(plan.keys)} clips, protocol {plan.protocol['name']} ({plan.digest})")
         for line in plan.protocol["departs"]:
             self._show(fabric, f"protocol {self.settings.preset} is of other data: {line}")
+        for job in jobs:
+            if job.error:
+                self._show(fabric, f"{job.name} failed: {job.error}")
         self._check_other_rows(fabric, {job.name for job in jobs}, plan.digest)
         runner = _Runner(self, fabric, plan)
         waiting = [job for job in jobs if not runner.is_complete(job)]
@@ -444,6 +455,10 @@ class _Runner:
         self.failed: list[str] = []
         self.measures.setup(*plan.shape[1:])
         home = str(Path.home())  # a report is passed on
+        for name, reason in self.measures.unavailable.items():  # what was asked for has to be there
+            given = [path for path in sweep.backbones.values() if path and str(path) in reason]
+            if given or name == "vmaf":
+                raise UserError(reason)
         self.unavailable = {name: text.replace(home, "~") for name, text in self.measures.unavailable.items()}
         self.features: FeatureNetwork | None = None
         if sweep.fvd.path and sweep.fvd.sha256 and plan.shape[1] < MIN_FRAMES:
@@ -589,7 +604,8 @@ class _Runner:
         own = error is not None and job.error is None
         error = error or self._hopeless(job)
         if error:
-            self._tell(f"{job.name} failed: {error}", everywhere=own)
+            if not job.error:  # which was told at the start
+                self._tell(f"{job.name} failed: {error}", everywhere=own)
         elif subject:
             for line in subject.differs:
                 self._tell(f"{job.name}: the checkpoint differs from the config, which wins: {line}")
@@ -827,7 +843,8 @@ class _Runner:
                 except _ModelError as error:
                     self._tell(f"{job.name}: no costs: {error}")
             costs = self._costs(job) or {}
-            new = row | {"claimed": claim(row["compression_rate"], job.claimed_rate)}
+            new = row | ({"unavailable": self.unavailable} if set(row["unavailable"]) == set(self.unavailable) else {})
+            new |= {"claimed": claim(row["compression_rate"], job.claimed_rate)}
             new |= {key: costs[key] for key in ("cost", "downstream") if costs.get(key)}
             if new != row:
                 write_text(path, json.dumps(new, indent=2) + "\n")
