@@ -162,7 +162,7 @@ def test_a_cell_is_the_mean_over_the_common_clips_and_not_the_rows_own(folder, p
         "no frame decodes",
         "decode gave NaN",
         "data.clips_sha256",
-        "vidtwin report results",
+        "vidtwin report RESULTS",
         "6 frames of 8 x 8 at 8 fps",
     ],
 )

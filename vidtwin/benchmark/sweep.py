@@ -226,6 +226,7 @@ class Sweep:
     def run(self) -> int:
         """Measure what is missing and write everything → 0, or 1 where a model could not be measured."""
         fabric = self._launch()
+        self.data.dataset("test")  # data that are refused leave no folder behind
         try:
             with _locked(self.folder, fabric):
                 return self._run(fabric)
