@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from vidtwin import plugins
 from vidtwin.cli import main
@@ -62,6 +63,8 @@ def installed(tmp_path, monkeypatch):
     )
     assert done.returncode == 0, done.stderr
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))  # no LPIPS, as where the page was written
+    monkeypatch.setenv("VIDTWIN_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)  # which holds the package's folder too: it must not hide what was installed
     monkeypatch.syspath_prepend(site)
     yield site

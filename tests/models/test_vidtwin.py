@@ -1,6 +1,7 @@
 """VidTwin's sizes, latents, decoding from a file, official checkpoints and error lines."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from vidtwin import weights
 from vidtwin.errors import UserError
 from vidtwin.models import official
+from vidtwin.models.branches import DynamicsBranch
 from vidtwin.models.vidtwin import VidTwin
 from vidtwin.testing import check_autoencoder
 
@@ -413,3 +415,21 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     with pytest.raises(UserError, match="it holds pickled objects, whose code is never run"):
         VidTwin.from_official(path)
     assert not marker.exists()
+
+
+def test_a_single_cell_is_halved_with_gradients_that_are_computed_not_found_in_memory():
+    branch = DynamicsBranch(hidden_size=24, grid_size=1, channels=2, downsamples=1)
+    features = torch.randn(2, 24, 1, 1, 1)
+    for _ in range(20):
+        # What the convolution's backward pass then finds in memory that is handed out again.
+        junk = [torch.full((size,), math.nan, dtype=torch.bfloat16) for size in (5184, 10368, 4096)]
+        del junk
+        branch.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, _ = branch.encode(features)
+        mean.float().square().sum().backward()
+        gradient = branch.downsample[0].weight.grad
+        assert gradient.isfinite().all()
+        unseen = torch.ones(3, 3, dtype=torch.bool)
+        unseen[1, 1] = False
+        assert (gradient[..., unseen] == 0).all()

@@ -62,6 +62,21 @@ def _initialize_head(head: nn.Conv2d) -> None:
     nn.init.constant_(head.bias[channels:], INITIAL_LOGVAR)
 
 
+class _Halving(nn.Conv2d):
+    """Halves height and width, rounded up."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(width_in, width_out, 3, stride=2, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[-2:] != (1, 1):
+            return super().forward(input)
+        # The border is laid around it here: with its own, oneDNN (torch 2.15, bfloat16) leaves the gradients of the
+        # taps that never meet a pixel as they lay in memory.
+        bordered = nn.functional.pad(input, (1, 1, 1, 1))
+        return nn.functional.conv2d(bordered, self.weight, self.bias, stride=2)
+
+
 class StructureBranch(nn.Module):
     """Slow content: `num_queries` maps that summarize all frames, down-sampled.
 
@@ -93,7 +108,7 @@ class StructureBranch(nn.Module):
         self.conv_in = nn.Conv2d(query_size, width, 3, padding=1)
         self.downsample = nn.Sequential()
         for before, after in itertools.pairwise(widths):
-            self.downsample.extend([nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()])
+            self.downsample.extend([_Halving(before, after), nn.ReLU()])
         self.head = nn.Conv2d(widths[-1], 2 * channels, 3, padding=1)
 
         self.embed = nn.Sequential(nn.Conv2d(channels, widths[-1], 3, padding=1), nn.ReLU())
@@ -159,7 +174,7 @@ class DynamicsBranch(nn.Module):
         self.grid_size = grid_size
         self.downsample = nn.Sequential()
         for _ in range(downsamples):
-            self.downsample.extend([nn.Conv2d(hidden_size, hidden_size, 3, stride=2, padding=1), nn.ReLU()])
+            self.downsample.extend([_Halving(hidden_size, hidden_size), nn.ReLU()])
         self.head = nn.Conv2d(hidden_size, 2 * channels, 3, padding=1)  # over (T, space), shared by both profiles
 
         self.embed = nn.Sequential(
