@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vidtwin.errors import UserError
+from vidtwin.listing import excluded_names
 from vidtwin.video import COLOUR, RESIZE_FILTER, VideoInfo
 
 from .cache import CachedClips
@@ -25,7 +26,6 @@ from .cache_writer import write_cache
 from .clips import SPLITS, ClipDataset, EvalClips, Tail, Video, VideoClips, rates_of
 from .description import describe
 from .index import Fault, survey_all
-from .listing import excluded_names
 from .loader import ChunkLoader, ClipLoader, init_worker
 from .sampler import ClipSampler, Place
 from .transforms import to_batch

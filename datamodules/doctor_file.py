@@ -16,11 +16,10 @@ import numpy as np
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
+from vidtwin.listing import identity, images_of
 from vidtwin.video import VideoError, decode, survey
 from vidtwin.video.picture import orientation
 from vidtwin.video.source import COUNTED_FORMATS, open_video
-
-from .listing import identity, images_of
 
 VERSION = 1  # to be raised when the same file would be measured otherwise, by the reader too
 FINGERPRINT_FRAMES = 8

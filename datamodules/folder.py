@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from vidtwin.errors import UserError, few
+from vidtwin.listing import find_videos, is_hidden, is_text
 from vidtwin.video import VIDEO_SUFFIXES
 
 from .clips import SPLITS, Video
 from .data_module import ClipDataModule
-from .listing import find_videos, is_hidden, is_text
 
 Listed = tuple[list[str], list[str], list[str]]  # paths, labels and splits of a list's videos; "" where it gives none
 

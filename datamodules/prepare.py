@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from vidtwin.errors import UserError, few
 from vidtwin.files import write_text
+from vidtwin.listing import walk
 
-from .listing import walk
 from .ucf101_lists import OFFICIAL, VALIDATION_GROUPS
 
 MANIFEST = "ucf101_manifest.csv"

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidtwin.errors import UserError
+from vidtwin.listing import cache_home, excluded_names
 from vidtwin.video import VideoInfo
 
 from .cache import CachedClips, check
@@ -36,7 +37,6 @@ from .clips import ClipDataset, Video, VideoClips
 from .data_module import ClipDataModule
 from .description import describe
 from .index import Fault
-from .listing import cache_home, excluded_names
 from .shards import MANIFEST, TABLE, Format, Items, Manifest, Shard, expect_shards
 
 _ATTEMPTS = 4

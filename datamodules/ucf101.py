@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from vidtwin.errors import UserError, few
+from vidtwin.listing import is_hidden
 
 from .clips import Video
 from .data_module import ClipDataModule
-from .listing import is_hidden
 from .ucf101_lists import VALIDATION_GROUPS, class_root, find_lists
 
 log = logging.getLogger(__name__)
