@@ -1,6 +1,7 @@
 """Pictures: the right pixels in the right places, and files that decode back."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -82,11 +83,96 @@ def test_small_views_are_shown_enlarged_pixel_by_pixel():
 
 
 def test_each_view_carries_its_own_name():
-    view = frames(width=66)
+    view = frames(width=76)
     titles = [panels.side_by_side({name: view})[0, :14] for name in ("input", "reconstruction", "input")]
     np.testing.assert_array_equal(titles[0], titles[2])
     assert (titles[0] != titles[1]).any()
     assert (titles[0] < 128).any()
+
+
+def test_a_column_grows_as_wide_as_its_name_and_a_title_as_high_as_its_lines():
+    view = frames(height=70, width=66)
+    name = "a name that is wider than its frames"
+    wide = panels.side_by_side({name: view, "b": view})
+    column = panels._length(name) + 2 * panels.MARGIN
+    assert column > 66
+    np.testing.assert_array_equal(wide[:, 14:, :66], view)
+    assert (wide[:, 14:, 66:column] == 255).all()
+    np.testing.assert_array_equal(wide[:, 14:, column : column + 66], view)
+    assert (wide[0, :14, column - 2 : column] == 255).all(), "the end of the name is margin: nothing is cut off"
+    high = panels.side_by_side({"two\nlines": view, "b": view})
+    assert high.shape == (5, 2 * 14 + 70, 2 * 66, 3)
+    np.testing.assert_array_equal(high[:, 28:, 66:], view)
+
+
+def test_rows_of_views_are_a_grid_with_a_caption_below():
+    first, second, third = (frames(seed, height=70, width=96) for seed in range(3))
+    shown = panels.grid([{"a": first, "b": second}, {"c": third}], caption="what it is")
+    assert shown.shape == (5, 14 + 70 + 14 + 70 + 14, 192, 3)
+    np.testing.assert_array_equal(shown[:, 14:84, :96], first)
+    np.testing.assert_array_equal(shown[:, 14:84, 96:], second)
+    np.testing.assert_array_equal(shown[:, 98:168, :96], third)
+    assert (shown[:, 84:168, 96:] == 255).all()
+    assert (shown[:, 168:] < 128).any()
+    long = panels.grid([{"a": first}], caption="a caption of more words than one line has room for")
+    assert long.shape[2] == 96
+    assert (long.shape[1] - 84) % 14 == 0
+    assert long.shape[1] > 84 + 14
+
+
+@pytest.mark.parametrize(("length", "width"), [(17, 40), (3, 1), (9, 500)])
+def test_text_is_wrapped_between_words_and_keeps_them_all(length, width):
+    text = " ".join("word" * (1 + k % 3) for k in range(length))
+    wrapped = panels.wrapped(text, width)
+    assert wrapped.replace("\n", " ") == text
+    lines = wrapped.split("\n")
+    assert all(panels._length(line) <= width or " " not in line for line in lines)
+    for line, following in itertools.pairwise(lines):
+        assert panels._length(f"{line} {following.split()[0]}") > width, "a line holds as many words as it can"
+
+
+def test_names_of_a_filmstrip_are_never_cut():
+    view = frames(height=20)
+    name = "a name of many words that is wider than the column of the others"
+    strip = panels.filmstrip({"input": view, name: view})
+    label = strip.shape[1] - 5 * 95
+    assert label > panels.LABEL_WIDTH
+    assert (strip[:, label - 2 : label] == 255).all()
+    lines = panels.filmstrip({"one\ntwo\nthree": view})
+    assert lines.shape[0] == 3 * 14, "the row grows as high as its name"
+
+
+def test_frames_are_shrunk_to_their_longer_side():
+    same = frames()
+    assert panels.shrunk(same, 95) is same
+    grey = np.full((2, 100, 300, 3), 77, np.uint8)
+    small = panels.shrunk(grey, 60)
+    assert small.shape == (2, 20, 60, 3)
+    assert (small == 77).all()
+    assert panels.shrunk(np.zeros((1, 2, 400, 3), np.uint8), 20).shape == (1, 1, 20, 3)
+
+
+@pytest.mark.parametrize("length", [1, 5, 64, 65, 1000])
+@pytest.mark.parametrize("window", [1, 16])
+def test_moments_are_evenly_over_a_video_of_any_length(length, window):
+    moments = panels.Moments(6)
+    video = np.broadcast_to(np.arange(length)[:, None, None, None], (length, 1, 1, 3))
+    numbered = np.concatenate([video % 256, video // 256], axis=2).astype(np.uint8)
+    for start in range(0, length, window):
+        moments.add({"input": numbered[start : start + window]})
+    stills = moments.stills()["input"].astype(int)
+    shown = stills[:, 0, 0, 0] + 256 * stills[:, 0, 1, 0]
+    wanted = np.linspace(0, length - 1, min(6, length))
+    assert len(shown) == len(wanted)
+    assert shown[0] == 0
+    assert shown[-1] == length - 1
+    slack = length / 64 if length > 64 else 0  # up to 64 frames it is exact
+    assert abs(shown - wanted).max() <= 0.5 + slack
+    assert len(moments.kept) <= moments.room + 1
+
+
+def test_no_frames_have_no_moments():
+    assert panels.Moments().stills() == {}
 
 
 @pytest.mark.parametrize(("length", "chosen"), [(16, [0, 3, 6, 9, 12, 15]), (6, [0, 1, 2, 3, 4, 5]), (2, [0, 1])])
