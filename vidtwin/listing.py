@@ -72,6 +72,11 @@ def find_videos(root: Path, image_folders: bool) -> tuple[list[Path], Counter[st
     return sorted(paths), others
 
 
+def has_numbered_images(folder: Path) -> bool:
+    """Whether a folder may be a video itself."""
+    return any(_NUMBERED.search(image.name) for image in images_of(folder))
+
+
 def images_of(folder: Path) -> list[Path]:
     """The images of a folder that is a video, by their names."""
     from vidtwin.video import IMAGE_SUFFIXES

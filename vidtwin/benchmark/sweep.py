@@ -12,13 +12,11 @@ import base64
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +24,6 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,18 +37,12 @@ from vidtwin.files import replacing, write_text
 from vidtwin.metrics.fvd import MIN_FRAMES, NUM_FEATURES, FeatureNetwork, FrechetVideoDistance
 from vidtwin.metrics.latents import LatentStatistics
 from vidtwin.metrics.measures import Measures
-from vidtwin.metrics.precision import full_precision
 from vidtwin.posteriors import Encoding, Quantized
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from vidtwin.processes import Precision, forward_context, launch, locked
 
 PARTS, EARLIER, COSTS = "parts", "earlier", "costs.json"
 MAX_TOKENS, MAX_TOKENS_ON_CPU = 20_000, 4_000  # of which a DiT's training step is timed
 HEAD = 16  # clips: a model that fails on all of the first ones fails, one that fails on others lacks those
-_WAIT = timedelta(hours=12)  # the other processes wait while one measures what a model costs
 
 
 @dataclass
@@ -165,7 +156,7 @@ class Sweep:
         accelerator: str = "auto",
         devices: int | list[int] | str = 1,
         num_nodes: int = 1,
-        precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true",
+        precision: Precision = "32-true",
         perceptual_backbones: dict[str, str | None] | None = None,
         fvd: FVD | None = None,
         vmaf: bool = False,
@@ -225,10 +216,10 @@ class Sweep:
 
     def run(self) -> int:
         """Measure what is missing and write everything → 0, or 1 where a model could not be measured."""
-        fabric = self._launch()
+        fabric = launch(self.accelerator, self.devices, self.num_nodes, self.precision)
         self.data.dataset("test")  # data that are refused leave no folder behind
         try:
-            with _locked(self.folder, fabric):
+            with locked(self.folder, fabric, "sweep"):
                 return self._run(fabric)
         except KeyboardInterrupt:
             self._show(fabric, f"what was measured is in {self.folder}; the same command goes on")
@@ -259,29 +250,6 @@ class Sweep:
             failed = runner.failed
         fabric.barrier()
         return int(fabric.broadcast(bool(failed)))
-
-    def _launch(self) -> Fabric:
-        several = self.num_nodes > 1 or (
-            len(self.devices) > 1 if isinstance(self.devices, list) else self.devices not in (1, "1")
-        )
-        started = int(os.environ.get("WORLD_SIZE", 1))
-        if not several and started > 1:
-            raise UserError(
-                f"Expected devices (and num_nodes) for the {started} processes that this one was started with, got one "
-                f"device; give --devices {os.environ.get('LOCAL_WORLD_SIZE', started)}."
-            )
-        try:
-            fabric = Fabric(
-                accelerator=self.accelerator,
-                devices=self.devices,
-                num_nodes=self.num_nodes,
-                strategy=DDPStrategy(timeout=_WAIT) if several else "auto",
-                precision=self.precision,
-            )
-        except (ValueError, RuntimeError) as error:
-            raise UserError(str(error)) from error
-        fabric.launch()
-        return fabric
 
     def _plan(self, fabric: Fabric) -> _Plan:
         dataset = self.data.dataset("test")
@@ -408,29 +376,6 @@ class Sweep:
     def _show(self, fabric: Fabric, line: str) -> None:
         if fabric.is_global_zero:
             tqdm.write(f"vidtwin: {line}", file=sys.stderr)
-
-
-@contextmanager
-def _locked(folder: Path, fabric: Fabric) -> Iterator[None]:
-    """Only one sweep writes to a folder at a time; the lock ends with the process."""
-    file, refused = None, ""
-    if fabric.is_global_zero and (not folder.exists() or folder.is_dir()):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            refused = f"Expected {folder} for this sweep alone, got another one writing to it; wait for its end."
-        except OSError:  # a file system without locks
-            pass
-    try:
-        if refused := fabric.broadcast(refused):
-            raise UserError(refused)
-        yield
-    finally:
-        if file is not None:
-            file.close()
 
 
 def _unusable() -> Subject:
@@ -773,7 +718,7 @@ class _Runner:
 
     def _context(self) -> AbstractContextManager[Any]:
         # 32-true means it: without TensorFloat-32, which PyTorch's convolutions have on CUDA by default.
-        return full_precision(self.fabric.device) if self.sweep.precision == "32-true" else self.fabric.autocast()
+        return forward_context(self.fabric, self.sweep.precision)
 
     def _fail(self, part: dict[str, Any], index: int, reason: str) -> None:
         name, start = self.plan.keys[index]

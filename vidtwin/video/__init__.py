@@ -1,13 +1,14 @@
 """Read and write video with PyAV. The only place with frames as uint8 (T, H, W, C).
 
 source.py opens whatever holds a video and says what is in it; picture.py makes upright RGB of a decoded frame;
-reading.py finds the frames that are shown at given times; writing.py encodes. No torch in here.
+reading.py finds the frames that are shown at given times; writing.py encodes, sound.py carries sound over. No torch in
+here.
 """
 
 from .picture import COLOUR, RESIZE_FILTER, Frames
-from .reading import decode, iter_frames, read_clip
+from .reading import decode, iter_frames, read_clip, timed_frames
 from .source import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Source, VideoError, VideoInfo, probe, survey
-from .writing import write_video
+from .writing import VideoWriter, write_video
 
 __all__ = [
     "COLOUR",
@@ -18,10 +19,12 @@ __all__ = [
     "Source",
     "VideoError",
     "VideoInfo",
+    "VideoWriter",
     "decode",
     "iter_frames",
     "probe",
     "read_clip",
     "survey",
+    "timed_frames",
     "write_video",
 ]

@@ -94,17 +94,21 @@ def decode(source: Source) -> Iterator[tuple[Fraction, VideoFrame]]:
         VideoError: At the first damage; `decodable` frames came before it.
     """
     with open_video(source) as (container, stream):
-        rate = rate_of(stream, source)
-        by_count = container.format.name in COUNTED_FORMATS
-        first: int | None = None
-        last = Fraction(-1)
-        for place, frame in _decode(container, stream, source):
-            time = place / rate
-            if not by_count and frame.pts is not None and stream.time_base is not None:
-                first = frame.pts if first is None else first
-                time = max((frame.pts - first) * stream.time_base, last)
-            last = time
-            yield time, frame
+        yield from _timed(container, stream, source)
+
+
+def _timed(container: InputContainer, stream: VideoStream, source: Source) -> Iterator[tuple[Fraction, VideoFrame]]:
+    rate = rate_of(stream, source)
+    by_count = container.format.name in COUNTED_FORMATS
+    first: int | None = None
+    last = Fraction(-1)
+    for place, frame in _decode(container, stream, source):
+        time = place / rate
+        if not by_count and frame.pts is not None and stream.time_base is not None:
+            first = frame.pts if first is None else first
+            time = max((frame.pts - first) * stream.time_base, last)
+        last = time
+        yield time, frame
 
 
 def iter_frames(source: Source, size: int | None = None, crop: tuple[float, float] = CENTRE) -> Iterator[Frames]:
@@ -113,6 +117,16 @@ def iter_frames(source: Source, size: int | None = None, crop: tuple[float, floa
         converter = Converter(size, crop, stream.sample_aspect_ratio)
         for _, frame in _decode(container, stream, source):
             yield converter(frame)
+
+
+def timed_frames(
+    source: Source, size: int | None = None, crop: tuple[float, float] = CENTRE
+) -> Iterator[tuple[Fraction, Frames]]:
+    """As `iter_frames`, each with its time in seconds from the first one; no time is before the one before it."""
+    with open_video(source) as (container, stream):
+        converter = Converter(size, crop, stream.sample_aspect_ratio)
+        for time, frame in _timed(container, stream, source):
+            yield time, converter(frame)
 
 
 def _decode(container: InputContainer, stream: VideoStream, source: Source) -> Iterator[tuple[int, VideoFrame]]:

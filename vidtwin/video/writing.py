@@ -2,10 +2,12 @@
 
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import av
 import numpy as np
@@ -15,7 +17,8 @@ from vidtwin.files import replacing
 
 from .picture import Frames
 from .reading import iter_frames
-from .source import VideoError
+from .sound import Sound, SoundError
+from .source import Source, VideoError
 
 # Hard to tell from the input: what is seen in a reconstruction should be the work of the model.
 _QUALITY = {
@@ -24,42 +27,136 @@ _QUALITY = {
 }
 
 
-def write_video(
-    path: Path | str, frames: Iterable[Frames], fps: float | Fraction, codec: str = "libx264", **options: str
-) -> Path:
-    """Write a video, nearly without loss, as yuv420p that browsers play. An odd side grows by one repeated pixel.
+class VideoWriter:
+    """Writes a video frame by frame, nearly without loss, as yuv420p that browsers play.
 
-    The file appears under its name only when it is complete; its folder is made.
+    An odd side grows by one repeated pixel. The file appears under its name only when the `with` block ends without an
+    error; its folder is made.
 
     Args:
         path: Where to; the suffix names the container.
-        frames: uint8 (H, W, 3) each, RGB.
-        fps: Frames per second.
+        fps: Frames per second, where frames come without a time.
         codec: FFmpeg's name of the encoder; "libx264" and "mpeg4" have their quality set here.
+        timed: Whether frames come with their times. They are kept to a thousandth of a frame.
+        sound: Video whose sound goes along, copied if the container takes its codec and encoded as AAC if not. It is
+            shifted so that the first frame of that video is at time 0 here.
         options: Options of the encoder, over those set here.
+
+    Attributes:
+        lost_sound: Why the sound, or its end, is missing, in a line; None where it is not.
     """
-    path = Path(path)
-    rate = Fraction(fps).limit_denominator(10**7)
-    try:
-        with replacing(path) as partial, av.open(os.fspath(partial), "w") as container:
-            stream: Any = None
-            shape: tuple[int, ...] = ()
-            for picture in frames:
-                if stream is None:
-                    shape = picture.shape
-                    height, width = shape[0] + shape[0] % 2, shape[1] + shape[1] % 2
-                    stream = container.add_stream(codec, rate=rate, options=_QUALITY.get(codec, {}) | options)
-                    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-                if picture.shape != shape or picture.dtype != np.uint8:
-                    raise VideoError(f"{path}: expected frames of uint8 {shape}, got {picture.dtype} {picture.shape}.")
-                padded = np.pad(picture, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
-                container.mux(stream.encode(VideoFrame.from_ndarray(padded, format="rgb24")))
-            if stream is None:
-                raise VideoError(f"{path}: expected at least one frame to write, got none.")
-            container.mux(stream.encode(None))
-    except av.error.FFmpegError as error:
-        raise VideoError(f"{path}: can't be written with codec={codec}: {error.strerror}.") from error
-    return path
+
+    def __init__(
+        self,
+        path: Path | str,
+        fps: float | Fraction,
+        codec: str = "libx264",
+        timed: bool = False,
+        sound: Source | None = None,
+        options: dict[str, str] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.rate = Fraction(fps).limit_denominator(10**7)
+        self.codec = codec
+        self.options = _QUALITY.get(codec, {}) | (options or {})
+        self.timed = timed
+        self.lost_sound: str | None = None
+        self._source = sound
+        self._sound: Sound | None = None
+        self._stream: Any = None
+        self._shape: tuple[int, ...] = ()
+        self._place = -1
+        # A thousandth of a frame, so that constant rates are exact; FFmpeg counts in 31 bits.
+        self._ticks = min(1000, (2**31 - 1) // self.rate.numerator) if timed else 1
+        self._tick = 1 / (self.rate * self._ticks)
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            partial = stack.enter_context(replacing(self.path))
+            with self._explained():
+                self._container = stack.enter_context(av.open(os.fspath(partial), "w"))
+            self._closing = stack.pop_all()
+        return self
+
+    def write(self, picture: Frames, time: Fraction | None = None) -> None:
+        """Add a frame, uint8 (H, W, 3); with `timed` it is shown from `time` on, in seconds."""
+        if self.timed != (time is not None):
+            raise VideoError(f"{self.path}: expected frames {'with' if self.timed else 'without'} times.")
+        if self._stream is None:
+            self._open(picture)
+        if picture.shape != self._shape or picture.dtype != np.uint8:
+            raise VideoError(
+                f"{self.path}: expected frames of uint8 {self._shape}, got {picture.dtype} {picture.shape}."
+            )
+        padded = np.pad(picture, ((0, self._shape[0] % 2), (0, self._shape[1] % 2), (0, 0)), mode="edge")
+        frame = VideoFrame.from_ndarray(padded, format="rgb24")
+        place = self._place + 1 if time is None else max(round(time / self._tick), self._place + 1)
+        frame.pts, frame.time_base, frame.duration = place, self._tick, self._ticks
+        self._place = place
+        with self._explained():
+            self._add_sound(place * self._tick)
+            self._container.mux(self._stream.encode(frame))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                if self._stream is None:
+                    raise VideoError(f"{self.path}: expected at least one frame to write, got none.")
+                with self._explained():
+                    self._container.mux(self._stream.encode(None))
+                    self._add_sound(None)
+        except BaseException as failed:
+            self._closing.__exit__(type(failed), failed, failed.__traceback__)
+            raise
+        finally:
+            if self._sound is not None:
+                self._sound.close()
+        with self._explained():
+            self._closing.__exit__(kind, error, traceback)
+
+    def _open(self, picture: Frames) -> None:
+        self._shape = picture.shape
+        height, width = (side + side % 2 for side in self._shape[:2])
+        with self._explained():
+            self._stream = self._container.add_stream(self.codec, rate=self.rate, options=self.options)
+            self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+            if self.timed:
+                self._stream.codec_context.time_base = self._tick
+            if self._source is not None:
+                try:
+                    self._sound = Sound.of(self._source, self._container)
+                except (VideoError, av.error.FFmpegError) as error:
+                    self.lost_sound = f"its sound can't be read: {error}"
+
+    def _add_sound(self, until: Fraction | None) -> None:
+        if self._sound is None:
+            return
+        try:
+            self._sound.add(until)
+        except SoundError as error:  # the pictures are whole without it
+            self.lost_sound = str(error)
+            self._sound.close()
+            self._sound = None
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except av.error.FFmpegError as error:
+            reason = f"can't be written with codec={self.codec}: {error.strerror}"
+            raise VideoError(f"{self.path}: {reason}.", lasting=not isinstance(error, OSError)) from error
+
+
+def write_video(
+    path: Path | str, frames: Iterable[Frames], fps: float | Fraction, codec: str = "libx264", **options: str
+) -> Path:
+    """Write frames, uint8 (H, W, 3) each, RGB, at a constant rate; `VideoWriter` says how."""
+    with VideoWriter(path, fps, codec, options=options) as writer:
+        for picture in frames:
+            writer.write(picture)
+    return Path(path)
 
 
 def through_file(frames: Frames, codec: str, fps: float | Fraction) -> Frames:

@@ -1,0 +1,53 @@
+"""Long videos as clips of one length."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from vidtwin.apply.windows import windows
+from vidtwin.video import VideoError, VideoWriter, iter_frames, write_video
+
+
+def numbered(count: int) -> np.ndarray:
+    """Frame k has the brightness 6 k."""
+    return np.repeat(np.arange(count, dtype=np.uint8) * 6, 32 * 48 * 3).reshape(count, 32, 48, 3)
+
+
+@pytest.mark.parametrize(("count", "real"), [(1, [1]), (7, [7]), (8, [8]), (9, [8, 1]), (21, [8, 8, 5])])
+def test_every_frame_is_in_one_window_and_the_last_window_repeats_the_last_frame(tmp_path, count, real):
+    path = write_video(tmp_path / "a.mp4", numbered(count), 25)
+    found = list(windows(path, 8))
+    assert [window.num_frames for window in found] == real
+    assert [window.start_frame for window in found] == list(range(0, count, 8))
+    assert all(window.frames.shape == (8, 32, 48, 3) for window in found)
+    frames = np.concatenate([window.frames[: window.num_frames] for window in found])
+    assert np.array_equal(frames, np.stack(list(iter_frames(path))))
+    for window in found:
+        assert (window.frames[window.num_frames :] == window.frames[window.num_frames - 1]).all()
+    assert [time for window in found for time in window.times] == [Fraction(k, 25) for k in range(count)]
+
+
+def test_times_are_those_of_a_variable_rate(tmp_path):
+    times = [Fraction(k, 25) for k in (0, 1, 2, 5, 9, 10)]
+    with VideoWriter(tmp_path / "a.mp4", 25, timed=True) as writer:
+        for picture, time in zip(numbered(6), times, strict=True):
+            writer.write(picture, time)
+    found = [time for window in windows(tmp_path / "a.mp4", 4) for time in window.times]
+    assert found == times
+
+
+def test_of_a_damaged_video_all_before_the_damage_is_given_then_the_error(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), np.uint8)
+    path = write_video(tmp_path / "a.mp4", noise, 25, g="1")
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 2000] = bytes(2000)
+    path.write_bytes(data)
+    found = []
+    reader = windows(path, 4)
+    with pytest.raises(VideoError) as caught:
+        while True:
+            found.append(next(reader))
+    assert sum(window.num_frames for window in found) == caught.value.decodable == 9
+    assert [window.num_frames for window in found] == [4, 4, 1]

@@ -1,0 +1,105 @@
+"""The videos that a command's arguments mean, and the files that it makes of them. No torch in here."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vidtwin.errors import UserError
+from vidtwin.listing import find_videos
+
+
+@dataclass(frozen=True)
+class Input:
+    """A video.
+
+    Attributes:
+        path: File, or folder of numbered images.
+        name: Where what is made of it lies below the folder of outputs, without a suffix: "a", or "class/a" of a folder
+            that was given; no other input has it.
+    """
+
+    path: Path
+    name: str
+
+
+def find(given: Sequence[str | Path]) -> list[Input]:
+    """Files, folders (all videos below them) and globs → videos, sorted within each, each file once.
+
+    Raises `UserError` where one means nothing: a file that is absent, a folder or glob without a video.
+    """
+    found: dict[Path, Path] = {}  # what they really are → as they were given, with the folder that names start from
+    below: dict[Path, Path] = {}
+    for word in given:
+        for path, root in _meant(Path(word)):
+            real = path.resolve()
+            if real not in found:
+                found[real], below[real] = path, root
+    if not found:
+        raise UserError("Expected videos: files, folders or globs, got none.")
+    whole = {real: path.relative_to(below[real]).as_posix() for real, path in found.items()}
+    stems = {real: os.path.splitext(name)[0] if found[real].is_file() else name for real, name in whole.items()}
+    counts = Counter(stems.values())
+    names = {real: stem if counts[stem] == 1 else whole[real] for real, stem in stems.items()}
+    counts = Counter(names.values())
+    for name, count in counts.items():
+        if count > 1:
+            same = [str(found[real]) for real in names if names[real] == name]
+            raise UserError(
+                f"Expected inputs of different names, got {', '.join(same[:3])}; give a folder that holds them all."
+            )
+    return [Input(found[real], name) for real, name in names.items()]
+
+
+def target(out: str | Path, name: str, suffix: str) -> Path:
+    """`OUT/class/a.mp4`. Not `with_suffix`, for which "a.b" has one."""
+    return Path(out) / f"{name}{suffix}"
+
+
+def check_targets(targets: Iterable[Path], inputs: Iterable[Input] = (), overwrite: bool = False) -> None:
+    """Raise `UserError` where a file to be written is an input, or is there and may not be replaced."""
+    sources = {entry.path.resolve(): entry.path for entry in inputs}
+    there = []
+    for path in targets:
+        if (source := sources.get(path.resolve())) is not None:
+            raise UserError(f"Expected --out to be another folder than that of {source}, which would be replaced.")
+        if path.exists():
+            there.append(path)
+    if there and not overwrite:
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise UserError(f"Expected outputs that do not exist yet, got {there[0]}{more}; --overwrite replaces them.")
+
+
+def _meant(path: Path) -> list[tuple[Path, Path]]:
+    """Videos, each with the folder that its name starts from."""
+    if path.is_dir():
+        return _in_folder(path)
+    if path.is_file():
+        return [(path, path.parent)]
+    if glob.has_magic(str(path)):
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        if matches:
+            return [entry for match in matches for entry in _meant(match)]
+        raise UserError(f"Expected files that {path} matches, got none.")
+    if path.parent.is_dir():
+        near = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix == path.suffix)[:5]
+        among = f"; in its folder are {', '.join(near)}" if near else ""
+    else:
+        among = f"; there is no folder {path.parent}"
+    raise UserError(f"Expected a video at {path}, got no such file{among}.")
+
+
+def _in_folder(folder: Path) -> list[tuple[Path, Path]]:
+    videos, others = find_videos(folder, image_folders=True)
+    if videos:
+        return [(video, folder) for video in videos]
+    # The folder itself may be a video: numbered images and nothing below it.
+    inside, _ = (
+        find_videos(folder.parent, image_folders=True) if folder.resolve() != folder.resolve().parent else ([], 0)
+    )
+    if folder in inside:
+        return [(folder, folder.parent)]
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(4)) or "nothing"
+    raise UserError(f"Expected videos in {folder}, got {kinds}.")

@@ -1,0 +1,156 @@
+"""A trained autoencoder on the devices of a command, between uint8 frames and latents.
+
+Imported only when a command needs it, since it imports torch and lightning.
+"""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vidtwin import checkpoints, model_config
+from vidtwin.autoencoder import VideoAutoencoder
+from vidtwin.errors import UserError
+from vidtwin.panels import to_uint8
+from vidtwin.posteriors import Encoding, Latents
+from vidtwin.processes import Precision, forward_context, launch
+from vidtwin.video import Frames
+
+
+@dataclass
+class SessionOptions:
+    """Which weights, and where they run.
+
+    Args:
+        ckpt_path: Trained weights: a checkpoint of `vidtwin fit`, a folder that `save_pretrained` or `vidtwin convert`
+            wrote, or hf://OWNER/NAME.
+        config: Config of `fit` whose autoencoder takes the weights; by default the one that they were saved with.
+        use_ema: Take the averaged weights of a checkpoint.
+        accelerator: Where to run, as in Lightning: auto, cpu, cuda, ….
+        devices: How many devices, or which; each is a process that takes its share of the work.
+        num_nodes: Machines, each with so many devices.
+        precision: Of the model.
+    """
+
+    ckpt_path: str | None = None
+    config: str | None = None
+    use_ema: bool = False
+    accelerator: str = "auto"
+    devices: int | list[int] | str = 1
+    num_nodes: int = 1
+    precision: Precision = "32-true"
+
+
+class Session:
+    """An autoencoder in evaluation mode on the device of this process.
+
+    Attributes:
+        model: The autoencoder.
+        fabric: Of the processes.
+        checkpoint: Where its weights come from.
+        num_frames: T of the windows that a video is cut into.
+    """
+
+    def __init__(self, options: SessionOptions) -> None:
+        if not options.ckpt_path:
+            raise UserError("Expected trained weights, got none; give --ckpt_path PATH.")
+        self.checkpoint = options.ckpt_path
+        self.precision = options.precision
+        self.fabric = launch(options.accelerator, options.devices, options.num_nodes, options.precision)
+        self.model = _load(options).to(self.fabric.device).requires_grad_(False)
+        self.num_frames = self.model.temporal.usual_length
+
+    @property
+    def rank(self) -> int:
+        return self.fabric.global_rank
+
+    @property
+    def world_size(self) -> int:
+        return self.fabric.world_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.fabric.is_global_zero
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of names, types, shapes and bytes of all tensors: the same in any kind of file, for the same model."""
+        return weights_sha256(self.model)
+
+    def size(self, asked: int | None) -> int | None:
+        """Side of the square that pictures are cropped and resized to: the model's own, or what is asked for."""
+        own = self.model.resolution
+        if asked is None or asked == own:
+            return own
+        if own is not None:
+            raise UserError(f"Expected --size {own}, which {self._name} was built for, got {asked}; leave it out.")
+        if asked < 1:
+            raise UserError(f"Expected --size of at least 1, got {asked}.")
+        return asked
+
+    @torch.inference_mode()
+    def encode(self, windows: Sequence[Frames]) -> Encoding:
+        """Clips of one size, uint8 (T, H, W, 3) each → posteriors. Other sizes than the model takes are extended."""
+        clip = as_clip(windows, self.model.spatial_multiple).to(self.fabric.device)
+        with forward_context(self.fabric, self.precision):
+            return self.model.encode(clip)
+
+    @torch.inference_mode()
+    def decode(self, latents: Latents, height: int, width: int) -> list[Frames]:
+        """Latents (B, ...) → clips, uint8 (T, height, width, 3) each, without what `encode` extended."""
+        latents = {name: latent.to(self.fabric.device) for name, latent in latents.items()}
+        with forward_context(self.fabric, self.precision):
+            decoded = self.model.decode(latents, self.num_frames)
+        return [to_uint8(clip)[:, :height, :width] for clip in decoded]
+
+    def say(self, line: str) -> None:
+        """A result, on stdout, once."""
+        if self.is_main:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def tell(self, line: str) -> None:
+        """What went wrong, on stderr, by the process that met it."""
+        tqdm.write(f"vidtwin: {line}", file=sys.stderr)
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+
+def weights_sha256(model: VideoAutoencoder) -> str:
+    """SHA-256 of names, types, shapes and bytes of the state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def as_clip(windows: Sequence[Frames], multiple: int = 1) -> Tensor:
+    """uint8 (T, H, W, 3) each → (B, 3, T, H, W) in [-1, 1], H and W raised to multiples by repeating the border."""
+    clip = torch.from_numpy(np.stack(windows)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    below, right = (-side % multiple for side in clip.shape[3:])
+    if not (below or right):
+        return clip
+    return torch.nn.functional.pad(clip, (0, right, 0, below, 0, 0), mode="replicate")
+
+
+def _load(options: SessionOptions) -> VideoAutoencoder:
+    path = str(options.ckpt_path)
+    if options.config is None:
+        return checkpoints.load_autoencoder(path, options.use_ema)
+    parser, parsed = model_config.parse([options.config])
+    stored = checkpoints.read(path, lazily=True).get("model_spec")
+    for line in checkpoints.differences(model_config.spec(parsed), stored) if stored else []:
+        sys.stderr.write(f"vidtwin: {path} differs from the config, which wins: {line}\n")
+    model = model_config.build(parser, parsed)
+    checkpoints.load_weights(model, path, options.use_ema)
+    return model.eval()

@@ -1,0 +1,101 @@
+"""The sound of a video, carried over into another one beside new pictures."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from fractions import Fraction
+from typing import Any, Self
+
+import av
+from av.audio.stream import AudioStream
+from av.container import OutputContainer
+from av.packet import Packet
+
+from .source import Source, name_of, open_video
+
+# What MP4 files hold and players of them play; all else is encoded anew.
+_COPIED = frozenset({"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"})
+_BEFORE = Fraction(1, 10)  # of a second: packets before time 0 by which a decoder gets going
+
+
+class SoundError(Exception):
+    """Sound that breaks off, in a line."""
+
+
+class Sound:
+    """The sound of `source`, added to a container as the pictures are: in constant memory.
+
+    Time 0 is the source's first picture.
+    """
+
+    def __init__(self, source: Source, stream: AudioStream, packets: Iterator[Packet], start: Fraction) -> None:
+        self._name = name_of(source)
+        self._stream = stream
+        self._packets = packets
+        self._start = start
+        self._waiting: Packet | None = None
+        self._container: Any = None
+        self._output: Any = None
+        self._copied = stream.codec_context.codec.canonical_name in _COPIED
+        self._closing = ExitStack()
+
+    @classmethod
+    def of(cls, source: Source, container: OutputContainer) -> Self | None:
+        """None where the source has no sound. To be called before anything is written to `container`."""
+        with ExitStack() as stack:
+            given, pictures = stack.enter_context(open_video(source))
+            stream = given.streams.best("audio")
+            if not isinstance(stream, AudioStream) or stream.codec_context is None:
+                return None
+            start = (pictures.start_time or 0) * (pictures.time_base or Fraction(0))
+            sound = cls(source, stream, given.demux(stream), start)
+            sound._container = container
+            if sound._copied:
+                sound._output = container.add_stream_from_template(stream)
+            else:
+                sound._output = container.add_stream("aac", rate=stream.rate)
+                sound._output.layout = "mono" if stream.channels == 1 else "stereo"
+            sound._closing = stack.pop_all()
+            return sound
+
+    def add(self, until: Fraction | None) -> None:
+        """Write what is heard before a time in seconds; None: all that is left, and no more after that."""
+        try:
+            while (packet := self._next()) is not None:
+                if until is not None and self._time(packet) > until:
+                    return
+                self._waiting = None
+                self._write(packet)
+            if until is None and not self._copied:
+                self._container.mux(self._output.encode(None))
+        except av.error.FFmpegError as error:
+            raise SoundError(f"{self._name}: the sound breaks off: {error.strerror}.") from error
+
+    def close(self) -> None:
+        self._closing.close()
+
+    def _next(self) -> Packet | None:
+        while self._waiting is None:
+            packet = next(self._packets, None)
+            if packet is None:
+                return None
+            if packet.size and packet.pts is not None and packet.dts is not None:
+                self._waiting = packet
+        return self._waiting
+
+    def _time(self, packet: Packet) -> Fraction:
+        return (packet.pts or 0) * packet.time_base - self._start
+
+    def _write(self, packet: Packet) -> None:
+        if self._time(packet) < -_BEFORE:
+            return
+        if self._copied:
+            shift = round(self._start / packet.time_base)
+            packet.pts = (packet.pts or 0) - shift
+            packet.dts = (packet.dts or 0) - shift
+            packet.stream = self._output
+            self._container.mux(packet)
+            return
+        for frame in packet.decode():
+            if frame.pts is not None and frame.time_base is not None:
+                frame.pts -= round(self._start / frame.time_base)
+            self._container.mux(self._output.encode(frame))
