@@ -11,12 +11,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from vidtwin.errors import UserError
+from vidtwin.hub import Pretrained
 from vidtwin.posteriors import Encoding, Latents
 
 
@@ -86,8 +88,10 @@ class Reconstruction:
     encoding: Encoding | None = None
 
 
-class VideoAutoencoder(nn.Module, ABC):
+class VideoAutoencoder(Pretrained, nn.Module, ABC):
     """A model that turns a clip into named latents, and latents alone back into a clip.
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are those of `vidtwin.hub.Pretrained`.
 
     Attributes:
         latent_names: The latents that `encode` gives and `decode` takes.
@@ -243,3 +247,24 @@ class VideoAutoencoder(nn.Module, ABC):
             return clip
         scale = (target[1] - target[0]) / (source[1] - source[0])
         return (clip - source[0]) * scale + target[0]
+
+
+def class_of(class_path: str) -> type[VideoAutoencoder]:
+    """The class of an autoencoder by its path; `UserError` where it is not installed or is none."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        cls = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"Expected the class {class_path} to be installed: {error}.") from error
+    if not (isinstance(cls, type) and issubclass(cls, VideoAutoencoder)):
+        raise UserError(f"Expected a VideoAutoencoder, got {class_path}.")
+    return cls
+
+
+def build(spec: dict[str, Any]) -> VideoAutoencoder:
+    """The autoencoder of a `spec()`, with new weights."""
+    cls = class_of(spec["class_path"])
+    try:
+        return cls(**spec.get("init_args", {}))
+    except TypeError as error:
+        raise UserError(f"Expected arguments of {spec['class_path']}, got others: {error}.") from error

@@ -1,6 +1,8 @@
 """Reading files of weights without running code from them, and saying how they fail to fit."""
 
+import hashlib
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,16 @@ def check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) 
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise UserError(f"{source} is of another model or size: {'; '.join(problems[:6])}{more}.")
+
+
+def sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes: the same for one model whatever file or device it lies on."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _among(names: list[str]) -> str:

@@ -1,0 +1,347 @@
+"""Weights that travel: a folder of config.json, model.safetensors and README.md, local or on the Hugging Face Hub.
+
+    save_pretrained ──> folder ── push_to_hub ──> owner/name ── from_pretrained ──> model
+
+config.json says all that is needed to use the weights: the class and its arguments, how a video becomes a clip of the
+model, what it was trained on as far as that is known, and the SHA-256 of the weights, which is compared when they are
+read. It is written last and removed first, so that a folder that has it is whole. No code is read from the files.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vidtwin import weights
+from vidtwin.errors import UserError
+from vidtwin.files import replacing, write_text
+
+if TYPE_CHECKING:
+    from vidtwin.autoencoder import VideoAutoencoder
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+FORMAT_VERSION = 1
+HUB_PREFIX = "hf://"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ADDRESS = re.compile(r"hf:/{1,2}([^@]+)(?:@(.+))?")  # with one slash where a Path has been made of it
+_CARD = """\
+---
+{{ card_data }}
+---
+
+# {{ class_name }}
+{% if description %}
+{{ description }}
+{% endif %}
+A video autoencoder of `vidtwin` ({{ class_path }}): {{ parameters }} parameters. It takes {{ frames }}\
+{% if resolution %} of {{ resolution }} x {{ resolution }} pixels{% endif %}, RGB in [-1, 1], as
+(batch, 3, frames, height, width), and gives the latents {{ latents }}{% if rate %}: {{ rate }} of the clip's \
+numbers{% endif %}.
+
+```python
+from vidtwin import VideoAutoencoder
+
+model = VideoAutoencoder.from_pretrained("{{ address }}")  # in evaluation mode
+latents = model.encode(clip).mode()
+clip = model.decode(latents)
+```
+
+`vidtwin reconstruct VIDEO --ckpt_path {{ ckpt_path }}` does it with files. `config.json` holds the arguments, how a
+video becomes a clip (`preprocessing`), what is known of the training (`training`), and the SHA-256 of the weights.
+"""
+
+
+class Pretrained(
+    PyTorchModelHubMixin, library_name="vidtwin", tags=["video", "video-autoencoder"], model_card_template=_CARD
+):
+    """huggingface_hub's mixin with the form above: `save_pretrained`, `from_pretrained`, `push_to_hub`.
+
+    Attributes:
+        training_record: What is known of the training, plain values. `save_pretrained` keeps it under `training`,
+            `from_pretrained` gives it back, `vidtwin convert` takes it from a checkpoint.
+    """
+
+    training_record: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        model = super().__new__(cls)
+        # In place of the arguments that the mixin records, which lack those of **kwargs; config.json has `init_args`.
+        object.__setattr__(model, "_hub_mixin_config", None)
+        object.__setattr__(model, "training_record", {})
+        return model
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        *,
+        config: None = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write config.json, model.safetensors and, where there is none yet, README.md.
+
+        Args:
+            save_directory: The folder.
+            config: Not taken: what config.json says is the model's own; `training_record` adds to it.
+            repo_id: With `push_to_hub`: where to; by default the folder's name.
+            push_to_hub: Upload the folder too.
+            model_card_kwargs: Values of the card's template, of which `description` is free text.
+            push_to_hub_kwargs: Further arguments of `push_to_hub`.
+
+        Returns:
+            The commit's address with `push_to_hub`, else None.
+        """
+        if config is not None:
+            raise UserError("Expected no config: config.json is the model's own; set its training_record instead.")
+        folder = Path(save_directory)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"Expected a folder to save in, got the file {folder}.")
+        card = {"address": folder.name, "ckpt_path": folder.name} | (model_card_kwargs or {})
+        try:
+            super().save_pretrained(folder, model_card_kwargs=card)
+        except OSError as error:  # no room, no permission
+            raise UserError(f"Expected to write {folder}, got: {error}.") from error
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
+
+    def push_to_hub(
+        self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **push_to_hub_kwargs: Any
+    ) -> str:
+        """Upload the model to owner/name of the Hub → the commit's address.
+
+        Args:
+            repo_id: owner/name; it is made where there is none.
+            model_card_kwargs: As for `save_pretrained`.
+            push_to_hub_kwargs: `private`, `branch`, `commit_message`, `create_pr`, `token` and what else the mixin has.
+        """
+        card = (model_card_kwargs or {}) | {"address": repo_id, "ckpt_path": f"{HUB_PREFIX}{repo_id}"}
+        return str(super().push_to_hub(repo_id, model_card_kwargs=card, **push_to_hub_kwargs))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        model = cast("VideoAutoencoder", self)
+        state = _whole(model)
+        text = json.dumps(describe(model, weights.sha256(state)), indent=2, default=_refused) + "\n"
+        with replacing(save_directory / WEIGHTS) as temporary:
+            save_file(state, temporary, metadata={"format": "pt"})
+        write_text(save_directory / CONFIG, text)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        map_location: str = "cpu",
+        **model_kwargs: Any,
+    ) -> Self:
+        """Load a model of this class, in evaluation mode; `VideoAutoencoder.from_pretrained` takes every class.
+
+        Args:
+            pretrained_model_name_or_path: A folder of `save_pretrained`, or an id of the Hub (owner/name).
+            force_download: Download again what is in the cache.
+            token: For a private model; by default that of `hf auth login`.
+            cache_dir: Where downloads are kept.
+            local_files_only: Take it from the cache, without the network.
+            revision: Branch, tag or commit of the Hub.
+            map_location: The device.
+            model_kwargs: Arguments of the class that are to differ from the saved ones, such as
+                `activation_checkpointing=True`.
+        """
+        name = str(pretrained_model_name_or_path)
+        folder = fetch(
+            name,
+            revision,
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        return cast(Self, _load(cast("type[VideoAutoencoder]", cls), folder, name, model_kwargs).to(map_location))
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The README: what it is and how to load it."""
+        model = cast("VideoAutoencoder", self)
+        length, side = model.temporal.usual_length, model.resolution
+        values = {
+            "class_name": model.class_path.rpartition(".")[2],
+            "class_path": model.class_path,
+            "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+            "frames": model.temporal,
+            "resolution": side,
+            "latents": " and ".join(f"`{name}`" for name in model.latent_names),
+            "rate": f"{model.compression_rate((3, length, side, side)):.4%}" if side else None,
+            "address": "owner/name",
+            "ckpt_path": f"{HUB_PREFIX}owner/name",
+        }
+        return super().generate_model_card(*args, **values | kwargs)
+
+
+def describe(model: "VideoAutoencoder", sha256: str) -> dict[str, Any]:
+    """What config.json says of a model whose weights have that SHA-256 (`weights.sha256`)."""
+    from vidtwin import __version__
+    from vidtwin.video import COLOUR, RESIZE_FILTER  # which needs PyAV
+
+    settings = model.training_record.get("data")
+    return {
+        "format_version": FORMAT_VERSION,
+        "vidtwin_version": __version__,
+        **model.spec(),
+        "latents": list(model.latent_names),
+        "preprocessing": {
+            "layout": "(batch, 3, frames, height, width)",
+            "channels": "RGB",
+            "value_range": [-1.0, 1.0],
+            "num_frames": model.temporal.usual_length,
+            "legal_lengths": asdict(model.temporal),
+            "resolution": model.resolution,
+            "spatial_multiple": model.spatial_multiple,
+            "resize": RESIZE_FILTER,
+            "crop": "the largest square in the middle, before the resizing",
+            "colour": COLOUR,
+            "fps": settings.get("fps") if isinstance(settings, dict) else None,
+        },
+        "training": model.training_record,
+        "weights_sha256": sha256,
+    }
+
+
+def is_pretrained(path: str | Path) -> bool:
+    """Whether it is a folder, or an address of the Hub (hf://owner/name), rather than a file of weights."""
+    return _HUB_ADDRESS.fullmatch(str(path)) is not None or Path(path).is_dir()
+
+
+def below(folder: str | Path, path: str) -> str:
+    """A path relative to `folder`; an address of the Hub as it is."""
+    return path if _HUB_ADDRESS.fullmatch(path) else str(Path(folder) / path)
+
+
+def fetch(name: str | Path, revision: str | None = None, **options: Any) -> Path:
+    """The local folder of weights: `name` itself, or what is downloaded of owner/name, with hf:// in front or not.
+
+    Args:
+        name: A folder or an id of the Hub.
+        revision: Branch, tag or commit; also after the name, as `hf://owner/name@revision`.
+        options: Of `huggingface_hub.hf_hub_download`.
+    """
+    text = str(name)
+    address = _HUB_ADDRESS.fullmatch(text)
+    if not address and Path(text).is_dir():
+        if revision is not None:
+            raise UserError(f"Expected no revision of the folder {text}, got {revision!r}; it is one of the Hub's ids.")
+        return Path(text)
+    repo, inner = (address[1], address[2]) if address else (text, None)
+    if revision and inner and revision != inner:
+        raise UserError(f"Expected one revision of {repo}, got {inner!r} and {revision!r}.")
+    revision = revision or inner
+    if Path(text).is_file():
+        raise UserError(f"Expected a folder of weights, got the file {text}; `vidtwin convert {text} OUT` makes one.")
+    if not _HUB_NAME.fullmatch(repo):
+        raise UserError(f"Expected a folder of weights or an id of the Hub (owner/name), got {text}.")
+    try:
+        config = Path(hf_hub_download(repo, CONFIG, revision=revision, **options))
+        # The commit that config.json came from, so that a push between the two can't mix them.
+        hf_hub_download(repo, WEIGHTS, revision=config.parent.name, **options)
+    except Exception as error:  # the network's, the server's and the file system's have no common class
+        missing = isinstance(error, LocalEntryNotFoundError)
+        cause = error.__cause__ if missing and error.__cause__ else error  # such as that there is no network
+        reason = " ".join(str(cause).split()).partition(". ")[0].rstrip(".") or type(cause).__name__
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"Expected a folder or an id of the Hugging Face Hub, got {repo}{at}"
+            f"{', which is not in its cache' if missing else ''}: {reason}."
+        ) from error
+    return config.parent
+
+
+def read_config(folder: Path, name: str | Path) -> dict[str, Any]:
+    """config.json of a folder; `name` is what the user calls it."""
+    path = folder / CONFIG
+    if not path.is_file():
+        there = sorted(each.name for each in folder.iterdir())[:5]
+        has = f"it holds {', '.join(there)}" if there else "it is empty"
+        raise UserError(f"Expected a folder of save_pretrained, got {name} without {CONFIG}: {has}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"Expected JSON in {path}, got: {error}.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("class_path"), str):
+        raise UserError(
+            f"Expected {path} as save_pretrained writes it, got one without class_path; `vidtwin convert` turns "
+            "released weights into that form."
+        )
+    if config.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"Expected format_version {FORMAT_VERSION} in {path}, got {config.get('format_version')}; it is of another "
+            "version of vidtwin."
+        )
+    if not isinstance(config.get("init_args"), dict) or not isinstance(config.get("weights_sha256"), str):
+        raise UserError(f"Expected init_args and weights_sha256 in {path}, got a config without.")
+    return config
+
+
+def read_state(folder: Path, config: Mapping[str, Any], check: bool = True) -> dict[str, Tensor]:
+    """The tensors of a folder by name; with `check` those whose SHA-256 config.json has."""
+    state: dict[str, Tensor] = weights.read(folder / WEIGHTS)
+    if check and (found := weights.sha256(state)) != config["weights_sha256"]:
+        raise UserError(
+            f"Expected weights of SHA-256 {config['weights_sha256'][:12]}… in {folder / WEIGHTS}, as {CONFIG} says, "
+            f"got {found[:12]}…: one of the two was changed or is damaged."
+        )
+    return state
+
+
+def _load(cls: "type[VideoAutoencoder]", folder: Path, name: str, changed: Mapping[str, Any]) -> "VideoAutoencoder":
+    from vidtwin.autoencoder import build, class_of
+
+    config = read_config(folder, name)
+    found = class_of(config["class_path"])
+    if not issubclass(found, cls):
+        raise UserError(f"Expected {cls.__name__} in {name}, got {found.__name__}.")
+    model = build({"class_path": config["class_path"], "init_args": config["init_args"] | dict(changed)})
+    state = read_state(folder, config)
+    weights.check_fit(state, model.state_dict(), str(folder / WEIGHTS))
+    model.load_state_dict(state)
+    object.__setattr__(model, "training_record", config.get("training") or {})
+    return model.eval()
+
+
+def _whole(model: "VideoAutoencoder") -> dict[str, Tensor]:
+    """The state dict on the CPU, each tensor in memory of its own, as safetensors wants it."""
+    state: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, value in model.state_dict().items():
+        if hasattr(value, "full_tensor"):
+            raise UserError(
+                "Expected a whole model, got one sharded over processes; `vidtwin convert` takes its checkpoint."
+            )
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage()
+        if storage.data_ptr() in taken or storage.nbytes() != value.nbytes:  # tied weights, or a part of another
+            value = value.clone()
+        taken.add(value.untyped_storage().data_ptr())
+        state[name] = value
+    return state
+
+
+def _refused(value: object) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise UserError(
+        f"Expected arguments that JSON can hold, got {value!r}; let the model take numbers, strings, lists and "
+        "dictionaries."
+    )
