@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there, and that run no code when they are read.
 
 A checkpoint of ours holds, beside what Lightning stores, `model_spec`: the autoencoder's class path and arguments, from
-which a command without a config rebuilds it.
+which a command without a config rebuilds it. A folder of `save_pretrained` and `hf://owner/name` (vidtwin/hub.py) are
+read as checkpoints of the weights alone.
 """
 
 import errno
@@ -10,16 +11,16 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
-from vidtwin import weights
-from vidtwin.autoencoder import VideoAutoencoder
+from vidtwin import hub, weights
+from vidtwin.autoencoder import VideoAutoencoder, build
 from vidtwin.errors import UserError
 from vidtwin.files import replacing
 
@@ -145,6 +146,9 @@ def _global_step(path: Path) -> int:
 
 def check(path: str | Path) -> None:
     """Raise `UserError` unless all bytes have the checksum that was written with them; torch does not look at it."""
+    if hub.is_pretrained(path):
+        _read_pretrained(path, check=True)
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -155,7 +159,13 @@ def check(path: str | Path) -> None:
 
 
 def read(path: str | Path, lazily: bool = False) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; raises `UserError` for one that is absent, cut off or holds pickled objects."""
+    """Read a checkpoint onto the CPU; raises `UserError` for one that is absent, cut off or holds pickled objects.
+
+    Of a folder of `save_pretrained`, or of `hf://owner/name[@revision]`, it makes what a checkpoint holds of the
+    autoencoder.
+    """
+    if hub.is_pretrained(path):
+        return _read_pretrained(path, check=not lazily)
     checkpoint = weights.read(path, lazily)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"Expected a checkpoint written by `vidtwin fit`, got {path} without a state_dict.")
@@ -172,19 +182,15 @@ def model_spec(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
     return spec
 
 
-def build(spec: dict[str, Any]) -> VideoAutoencoder:
-    """Build the autoencoder of a spec. Only a subclass of `VideoAutoencoder` is called."""
-    module, _, name = spec["class_path"].rpartition(".")
-    try:
-        cls = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"Expected the class {spec['class_path']} to be installed: {error}.") from error
-    if not (isinstance(cls, type) and issubclass(cls, VideoAutoencoder)):
-        raise UserError(f"Expected a VideoAutoencoder, got {spec['class_path']}.")
-    try:
-        return cls(**spec.get("init_args", {}))
-    except TypeError as error:
-        raise UserError(f"Expected arguments of {spec['class_path']}, got others: {error}.") from error
+def _read_pretrained(path: str | Path, check: bool) -> dict[str, Any]:
+    folder = hub.fetch(path)
+    config = hub.read_config(folder, path)
+    state = hub.read_state(folder, config, check)
+    return {
+        "state_dict": {f"{PREFIX}{name}": value for name, value in state.items()},
+        "model_spec": {key: config[key] for key in ("class_path", "init_args")},
+        "pytorch-lightning_version": lightning.__version__,  # by which Lightning tells what it has to adapt
+    }
 
 
 def load_autoencoder(path: str | Path, ema: bool = False) -> VideoAutoencoder:
@@ -203,13 +209,13 @@ def load_weights(model: VideoAutoencoder, path: str | Path, ema: bool = False) -
 def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
     """Start from what fits of another training's autoencoder: its averaged weights where it has them.
 
-    Takes a checkpoint of `vidtwin fit` or a file of an autoencoder's weights alone. Discriminator, optimizers and
-    steps stay behind.
+    Takes a checkpoint of `vidtwin fit`, a file of an autoencoder's weights alone, a folder of `save_pretrained` or
+    `hf://owner/name`. Discriminator, optimizers and steps stay behind.
 
     Returns:
         A line for each tensor of the model that keeps its initial values, and for each of the file that has no place.
     """
-    held = weights.read(path)
+    held = read(path) if hub.is_pretrained(path) else weights.read(path)
     if not isinstance(held, dict):
         raise UserError(f"Expected weights by their names in {path}, got a {type(held).__name__}.")
     if "state_dict" in held:

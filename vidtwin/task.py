@@ -507,6 +507,10 @@ class AutoencoderTask(LightningModule):
             self.average = None  # of an earlier training; where it is wanted, the weights are the average now
             checkpoint["state_dict"] = rest | {f"{checkpoints.PREFIX}{name}": value for name, value in kept.items()}
             return
+        if "optimizer_states" not in checkpoint:
+            raise UserError(
+                "Expected a checkpoint of a training to go on from, got weights alone; --init_from begins a new training."
+            )
         try:
             weights.check_fit(checkpoint["state_dict"], own, "The checkpoint")
         except UserError as error:

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 import vidtwin
+from vidtwin import hub
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark.cost import device_name
 from vidtwin.benchmark.rows import SCHEMA_VERSION
@@ -149,7 +150,12 @@ def claim(rate: float, claimed: float | None) -> dict[str, Any] | None:
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 that tells one checkpoint from another: of the names, sizes and checksums of what the file holds."""
+    """SHA-256 that tells one checkpoint from another: of the names, sizes and checksums of what the file holds.
+
+    Of a folder of `save_pretrained` it is that of the weights.
+    """
+    if hub.is_pretrained(path):
+        return str(hub.read_config(hub.fetch(path), path)["weights_sha256"])
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(path) as archive:

@@ -27,7 +27,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
-from vidtwin import checkpoints, model_config, plugins
+from vidtwin import checkpoints, hub, model_config, plugins
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import cost, downstream, players, protocol, report, rows, table
 from vidtwin.benchmark import plots as plot_files
@@ -285,7 +285,7 @@ class Sweep:
     def _job(self, entry: Entry) -> _Job:
         """What the row's identity is, without building the model; a mistake in it becomes the row's error."""
         base = {"windows": entry.windows}
-        checkpoint = str(self.checkpoints / entry.checkpoint) if entry.checkpoint else None
+        checkpoint = hub.below(self.checkpoints, entry.checkpoint) if entry.checkpoint else None
         try:
             parser = parsed = None
             configs = [entry.config] if isinstance(entry.config, str) else entry.config or []

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from vidtwin import panels, plugins
+from vidtwin import hub, panels, plugins
 from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
 from vidtwin.benchmark import protocol, rows, table
 from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, describe, fingerprint
@@ -68,7 +68,7 @@ class ResultsWriter(Callback):
         self.clips: dict[str, list[dict[str, Any]]] = {}
         self.latents: dict[str, dict[str, Any]] = {}
         found = trainer.ckpt_path if self.checkpoint else None  # which word it was asked for by, such as best
-        self.fingerprint = fingerprint(found) if found and Path(found).is_file() else None
+        self.fingerprint = fingerprint(found) if found and (Path(found).is_file() or hub.is_pretrained(found)) else None
         self.codes = LatentStatistics()
         self.shape: tuple[int, ...] = ()
         self.panel_paths = []
