@@ -1,0 +1,47 @@
+"""`vidtwin decode`: latents on disk back to videos. Nothing heavy is imported at the top."""
+
+from dataclasses import dataclass
+
+_USAGE = "LATENTS --out DIR [--ckpt_path CHECKPOINT] [options]"
+_DESCRIPTION = """\
+Decode a folder of latents, as `vidtwin encode` writes it: each video becomes OUT/NAME.mp4.
+
+  vidtwin decode latents --out decoded
+  vidtwin decode latents --out decoded --ckpt_path elsewhere/last.ckpt --devices 4
+
+A video has the frames, the times and the picture's size that were encoded, and no sound. The weights have to be those
+that encoded; without --ckpt_path they are taken from where the manifest says that they were.
+"""
+
+
+@dataclass
+class DecodeOptions:
+    """What is written.
+
+    Args:
+        out: Folder of the videos.
+        batch_size: Windows that are decoded at once.
+        overwrite: Replace videos that are there.
+    """
+
+    out: str
+    batch_size: int = 8
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        from vidtwin.errors import UserError
+
+        if self.batch_size < 1:
+            raise UserError(f"Expected --batch_size of at least 1, got {self.batch_size}.")
+
+
+def decode_command(argv: list[str]) -> int:
+    """Decode latents on disk to videos: vidtwin decode LATENTS --out DIR"""
+    from vidtwin.apply.command import build, make_parser
+    from vidtwin.apply.latent_reader import LatentReader
+    from vidtwin.apply.session import SessionOptions
+
+    parser = make_parser("decode", _USAGE, _DESCRIPTION, DecodeOptions, SessionOptions)
+    parser.add_argument("latents", help="Folder that `vidtwin encode` has written.")
+    config = parser.parse_args(argv)
+    return LatentReader(config.latents, build(DecodeOptions, config), build(SessionOptions, config)).run()

@@ -1,0 +1,61 @@
+"""`vidtwin encode`: videos to latents on disk. Nothing heavy is imported at the top."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+_USAGE = "IN ... --out LATENTS --ckpt_path CHECKPOINT [options]"
+_DESCRIPTION = """\
+Encode videos (files, folders, globs) to a folder of latents: a manifest and safetensors shards.
+
+  vidtwin encode videos/ --out latents --ckpt_path runs/vidtwin/checkpoints/last.ckpt
+  vidtwin encode UCF-101 --out latents --ckpt_path last.ckpt --posterior moments --labels folders --devices 4
+
+A video is cut into windows of the model's length; the last frame fills the last one up. A shard appears when it is
+whole: after a kill the same command makes those that are missing, to the same bytes, on any number of devices.
+`vidtwin decode LATENTS --out DIR` gives the videos back; `--data latents --data.root LATENTS` trains on them.
+"""
+
+
+@dataclass
+class EncodeOptions:
+    """What is written.
+
+    Args:
+        out: Folder of the latents.
+        size: Side of the square that pictures are cropped and resized to; by default the model's own, or else the whole
+            picture.
+        posterior: Of Gaussian latents the mean, or moments: mean and log-variance.
+        dtype: Of latents that are no codes; codes have the smallest type that holds them.
+        clips_per_shard: Windows of a shard, which are held in memory until it is written.
+        batch_size: Windows that are encoded at once.
+        labels: Take the folder that a video lies in as its class.
+        overwrite: Begin anew where the folder holds latents, these or others.
+    """
+
+    out: str
+    size: int | None = None
+    posterior: Literal["mean", "moments"] = "mean"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    clips_per_shard: int = 256
+    batch_size: int = 8
+    labels: Literal["folders", "none"] = "none"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        from vidtwin.errors import UserError
+
+        for name in ("clips_per_shard", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"Expected --{name} of at least 1, got {getattr(self, name)}.")
+
+
+def encode_command(argv: list[str]) -> int:
+    """Encode videos to latents on disk: vidtwin encode IN... --out LATENTS --ckpt_path last.ckpt"""
+    from vidtwin.apply.command import build, make_parser
+    from vidtwin.apply.latent_writer import LatentWriter
+    from vidtwin.apply.session import SessionOptions
+
+    parser = make_parser("encode", _USAGE, _DESCRIPTION, EncodeOptions, SessionOptions)
+    parser.add_argument("inputs", nargs="+", help="Video files, folders that hold some, or globs.")
+    config = parser.parse_args(argv)
+    return LatentWriter(config.inputs, build(EncodeOptions, config), build(SessionOptions, config)).run()

@@ -1,0 +1,172 @@
+"""What a folder of latents is to hold, and what it holds in the end. No model in here."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vidtwin.apply.inputs import Input
+from vidtwin.errors import UserError
+from vidtwin.latent_files import LOGVAR, Manifest, Piece, Shard, StoredPiece, VideoEntry, channel_statistics, shard_path
+from vidtwin.listing import identity
+from vidtwin.video import VideoError, probe, survey
+
+
+def survey_inputs(
+    inputs: Sequence[Input], labelled: bool, known: Mapping[str, VideoEntry]
+) -> tuple[list[VideoEntry], list[str], dict[str, str]]:
+    """Look into the videos, without decoding them.
+
+    Args:
+        inputs: The videos.
+        labelled: Take the folders that they lie in as their classes.
+        known: Videos that were surveyed before, by name; taken as they are where the file has not changed.
+
+    Returns:
+        The videos, the names of the classes, and by the name of each video that can't be used the reason.
+    """
+    folders = [entry.name.rpartition("/")[0] for entry in inputs]
+    if labelled and "" in folders:
+        raise UserError(
+            f"Expected each video in a folder of its class for --labels folders, got {inputs[folders.index('')].path}; "
+            "give the folder that holds the classes."
+        )
+    classes = sorted(set(folders)) if labelled else []
+    videos, skipped = [], {}
+    bar = tqdm(inputs, desc="surveying videos", unit="video", disable=None, delay=1, dynamic_ncols=True)
+    for entry, folder in zip(bar, folders, strict=True):
+        label = classes.index(folder) if labelled else -1
+        try:
+            video = _surveyed(entry, known.get(entry.name))
+        except VideoError as error:
+            if not error.lasting:
+                raise UserError(f"Expected to read {entry.path}, the system failed: {error} Try again.") from error
+            skipped[entry.name] = _reason(error, entry.path)
+        else:
+            videos.append(replace(video, label=label))
+    return videos, classes, skipped
+
+
+def _surveyed(entry: Input, known: VideoEntry | None) -> VideoEntry:
+    try:
+        size, changed = identity(entry.path)
+    except OSError as error:
+        raise VideoError(f"{entry.path}: {error.strerror}.") from error
+    if known is not None and (known.bytes, known.changed, known.source) == (size, changed, str(entry.path)):
+        return replace(known, num_frames=None, height=None, width=None)
+    damage = None
+    try:
+        info = survey(entry.path)
+        frames, fps = info.num_frames, info.fps
+    except VideoError as error:  # of a truncated one it knows how many frames are left
+        if not error.decodable:
+            raise
+        frames, fps = error.decodable, probe(entry.path).fps
+        damage = _reason(error, entry.path)
+    return VideoEntry(entry.name, str(entry.path), -1, str(Fraction(fps)), frames, size, changed, damage=damage)
+
+
+def _reason(error: VideoError, path: Path) -> str:
+    return str(error).removeprefix(f"{path}: ").rstrip(".")
+
+
+def cut(counts: Sequence[int], clips_per_shard: int) -> list[list[Piece]]:
+    """The windows of all videos, one behind the other, cut into shards; `counts` are those of each video."""
+    shards: list[list[Piece]] = []
+    room = 0
+    for video, count in enumerate(counts):
+        first = 0
+        while first < count:
+            if not room:
+                shards.append([])
+                room = clips_per_shard
+            windows = min(room, count - first)
+            shards[-1].append(Piece(video, first, windows))
+            first, room = first + windows, room - windows
+    return shards
+
+
+def difference(ours: Manifest, theirs: Manifest) -> str | None:
+    """The first thing by which two manifests are of other latents: what the second has and what the first has."""
+    for key in ("class_path", "init_args", "weights_sha256"):
+        mine, other = ours.model[key], theirs.model.get(key)
+        if mine != other:
+            named = [
+                f"{m.model['class_path'].rpartition('.')[2]} {m.model['weights_sha256'][:8]}" for m in (theirs, ours)
+            ]
+            return f"those of {named[0]}, not of {named[1]}" + (" with these arguments" if key == "init_args" else "")
+    for key in sorted({*ours.settings, *theirs.settings}):
+        if ours.settings.get(key) != theirs.settings.get(key):
+            return f"{key}={theirs.settings.get(key)}, not {key}={ours.settings.get(key)}"
+    if ours.classes != theirs.classes:
+        return f"{len(theirs.classes)} classes, not {len(ours.classes)} or others"
+    held = {video.name: video for video in theirs.videos}
+    for video in ours.videos:
+        other = held.pop(video.name, None)
+        if other is None:
+            return f"no video {video.name}"
+        if (video.bytes, video.changed) != (other.bytes, other.changed):
+            return f"latents of {video.name} as it was before it changed"
+    if held:
+        return f"a video {next(iter(held))}, which is not among the inputs"
+    return None if ours.digest == theirs.digest else "another plan of its shards"
+
+
+def finish(manifest: Manifest, folder: Path) -> Manifest:
+    """The complete manifest, from the shards: what was found out of each video, statistics and totals."""
+    shards = []
+    videos = list(manifest.videos)
+    sums: list[dict[str, Any]] = []
+    shapes: dict[str, set[tuple[int, ...]]] = {name: set() for name in manifest.latents}
+    numbers, bits, pixels, size = 0, 0.0, 0, 0
+    for number, planned in enumerate(manifest.shards):
+        shard = Shard(shard_path(folder, number), manifest.digest)
+        size += shard.path.stat().st_size
+        sums.append(shard.sums)
+        shards.append([replace(p, stored=len(s.num_frames)) for p, s in zip(planned, shard.pieces, strict=True)])
+        for piece, stored in zip(planned, shard.pieces, strict=True):
+            videos[piece.video] = _joined(videos[piece.video], stored)
+            pixels += sum(stored.num_frames) * (stored.height or 0) * (stored.width or 0)
+        for name, shape in shard.sizes():
+            _, latent, *part = name.split(".")
+            if part == [LOGVAR]:
+                continue
+            shapes[latent].add(tuple(shape[1:]))
+            numbers += math.prod(shape)
+            bits += math.prod(shape) * math.log2(manifest.latents[latent].codebook_size or 1)
+    coded = all(latent.kind == "codes" for latent in manifest.latents.values())
+    latents = {
+        name: replace(latent, shape=next(iter(shapes[name])) if len(shapes[name]) == 1 else None)
+        for name, latent in manifest.latents.items()
+    }
+    totals = {
+        "clips": sum(piece.stored or 0 for pieces in shards for piece in pieces),
+        "videos": sum(bool(video.num_frames) for video in videos),
+        "frames": sum(video.num_frames or 0 for video in videos),
+        "bytes": size,
+        "compression_rate": numbers / (3 * pixels) if pixels else None,
+        "bits_per_pixel": bits / pixels if coded and pixels else None,
+    }
+    return replace(
+        manifest,
+        latents=latents,
+        videos=[replace(video, num_frames=video.num_frames or 0) for video in videos],
+        shards=shards,
+        complete=True,
+        statistics=channel_statistics(sums),
+        totals=totals,
+    )
+
+
+def _joined(video: VideoEntry, piece: StoredPiece) -> VideoEntry:
+    return replace(
+        video,
+        num_frames=(video.num_frames or 0) + sum(piece.num_frames),
+        height=video.height or piece.height,
+        width=video.width or piece.width,
+        damage=video.damage or piece.damage,
+    )

@@ -1,0 +1,173 @@
+"""Decode a folder of latents (vidtwin/latent_files.py) into videos."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vidtwin.apply.command import exit_code
+from vidtwin.apply.decode import DecodeOptions
+from vidtwin.apply.inputs import Input, check_targets, target
+from vidtwin.apply.session import Session, SessionOptions
+from vidtwin.errors import UserError
+from vidtwin.latent_files import Manifest, Shard, StoredPiece, VideoEntry, shard_path, unpack_times
+from vidtwin.posteriors import Latents
+from vidtwin.video import Frames, VideoWriter
+
+
+class LatentReader:
+    """Decodes latents; see `DecodeOptions`.
+
+    Args:
+        folder: Of the latents.
+        options: What is written.
+        session_options: By which weights, and where; without a checkpoint, by those that the manifest names.
+    """
+
+    def __init__(self, folder: str, options: DecodeOptions, session_options: SessionOptions) -> None:
+        self.folder = Path(folder)
+        self.options = options
+        self.manifest = Manifest.read(folder)
+        self.videos = [video for video in self.manifest.videos if video.num_frames != 0]
+        sources = [Input(Path(video.source), video.name) for video in self.videos]
+        check_targets([self._target(video) for video in self.videos], sources, options.overwrite)
+        self.session = Session(self._weights(session_options))
+        self._check_model()
+        self._shard: Shard | None = None  # the last one that was opened
+
+    def run(self) -> int:
+        """Write every video → 0, 1 where a part is lacking, 2 where there is none."""
+        session, manifest = self.session, self.manifest
+        if not manifest.complete and session.is_main:
+            session.tell(f"{self.folder} is not complete: `vidtwin encode` goes on with it; what is there is decoded")
+        places = manifest.places()
+        shares = self._shares()
+        done = failed = frames = 0
+        total = sum(len(places[number]) for number, share in enumerate(shares) if share == session.rank)
+        with tqdm(
+            total=total, desc="decoding", unit="piece", disable=None if session.is_main else True, dynamic_ncols=True
+        ) as bar:
+            for number, video in enumerate(manifest.videos):
+                if shares[number] != session.rank or video.num_frames == 0:
+                    continue
+                written, problem = self._decode(video, places[number], bar)
+                done, frames = done + bool(written), frames + written
+                failed += problem is not None
+                if problem is not None:
+                    session.tell(f"{video.name}: {problem}")
+        counts = torch.tensor([done, failed, frames], device=session.fabric.device)
+        summed: Any = session.fabric.all_reduce(counts, reduce_op="sum")
+        done, failed, frames = summed.tolist()
+        if done:
+            session.say(f"{done:,} videos, {frames:,} frames -> {self.options.out}")
+        return exit_code(done, failed + (not manifest.complete))
+
+    def _weights(self, options: SessionOptions) -> SessionOptions:
+        if options.ckpt_path:
+            return options
+        model = self.manifest.model
+        path = str(model["checkpoint"])
+        if not path.startswith("hf://") and not Path(path).exists():
+            raise UserError(f"Expected the weights that {self.folder} names at {path}, got none; give --ckpt_path.")
+        return replace(options, ckpt_path=path, config=options.config or model["config"], use_ema=model["use_ema"])
+
+    def _check_model(self) -> None:
+        model, stored = self.session.model, self.manifest.model
+        ours, theirs = self.session.weights_sha256, stored["weights_sha256"]
+        if (model.class_path, ours) != (stored["class_path"], theirs):
+            averaged = " with --use_ema true" if stored["use_ema"] else ""
+            raise UserError(
+                f"Expected the latents of {type(model).__name__} {ours[:8]}, {self.folder} holds those of "
+                f"{stored['class_path'].rpartition('.')[2]} {theirs[:8]}; give the weights that encoded, "
+                f"{stored['checkpoint']}{averaged}."
+            )
+        if self.session.num_frames != self.manifest.settings["num_frames"]:
+            raise UserError(
+                f"Expected latents of {self.session.num_frames} frames a window, {self.folder} holds those of "
+                f"{self.manifest.settings['num_frames']}; give the --config that encoded."
+            )
+
+    def _shares(self) -> list[int]:
+        """Which process decodes each video: neighbours together, since they share shards."""
+        windows = [0] * len(self.manifest.videos)
+        for pieces in self.manifest.shards:
+            for piece in pieces:
+                windows[piece.video] += piece.windows
+        shares, before = [], 0
+        for count in windows:
+            shares.append(before * self.session.world_size // sum(windows))
+            before += count
+        return shares
+
+    def _target(self, video: VideoEntry) -> Path:
+        return target(self.options.out, video.name, ".mp4")
+
+    def _decode(self, video: VideoEntry, places: list[tuple[int, int]], bar: "tqdm[Any]") -> tuple[int, str | None]:
+        """Write a video, as far as its shards are whole → frames written, and what is wrong."""
+        problem: list[str] = []
+        frames = self._frames(video, places, problem, bar)
+        first = next(frames, None)
+        if first is None:
+            return 0, (problem[0] if problem else "it has no frame") + "; skipped"
+        count = 0
+        try:
+            with VideoWriter(self._target(video), Fraction(video.fps), timed=True) as writer:
+                for picture, time in chain([first], frames):
+                    writer.write(picture, time)
+                    count += 1
+        except UserError as error:  # of the writer
+            return 0, str(error)
+        except OSError as error:
+            return 0, f"expected to write {self._target(video)}, got {error.strerror or error}"
+        return count, f"{problem[0]}; the {count} frames before are decoded" if problem else None
+
+    def _frames(
+        self, video: VideoEntry, places: list[tuple[int, int]], problem: list[str], bar: "tqdm[Any]"
+    ) -> Iterator[tuple[Frames, Fraction]]:
+        """Frames (H, W, 3) with their times; ends at a shard that is not whole, with the reason in `problem`."""
+        start = 0
+        for number, place in places:
+            try:
+                shard = self._opened(number)
+            except UserError as error:
+                problem.append(str(error).rstrip("."))
+                return
+            piece = shard.pieces[place]
+            times = unpack_times(piece.times, Fraction(video.fps), start, sum(piece.num_frames))
+            start += len(times)
+            yield from zip(self._pictures(shard, place, piece), times, strict=True)
+            bar.update()
+
+    def _pictures(self, shard: Shard, place: int, piece: StoredPiece) -> Iterator[Frames]:
+        size = self.options.batch_size
+        for first in range(0, len(piece.num_frames), size):
+            real = piece.num_frames[first : first + size]
+            latents = self._latents(shard, place, first, first + len(real))
+            clips = self.session.decode(latents, piece.height or 0, piece.width or 0)
+            for clip, count in zip(clips, real, strict=True):
+                yield from clip[:count]
+
+    def _latents(self, shard: Shard, place: int, first: int, last: int) -> Latents:
+        held = {name: shard.rows(place, name, first, last) for name in self.manifest.latents}
+        codes = {name: rows.long() for name, rows in held.items() if self.manifest.latents[name].kind == "codes"}
+        latents: dict[str, Tensor] = {name: rows.float() for name, rows in held.items() if name not in codes}
+        if codes:
+            on_device = {name: code.to(self.session.fabric.device) for name, code in codes.items()}
+            with torch.inference_mode():
+                latents |= self.session.model.dequantize(on_device)
+        return latents
+
+    def _opened(self, number: int) -> Shard:
+        path = shard_path(self.folder, number)
+        if self._shard is None or self._shard.path != path:
+            self._shard = None
+            shard = Shard(path, self.manifest.digest)
+            shard.check()
+            self._shard = shard
+        return self._shard

@@ -1,0 +1,363 @@
+"""Latents of many videos on disk (docs/latents.md).
+
+    manifest.json              which model and settings, which videos, what each shard is to hold; at the end the totals
+    shard-00000.safetensors    tensors "<piece>.<latent>" (n, ...), a piece being some windows of one video in a row
+
+A shard's header tells of its pieces, so that each can be read by itself. What a shard holds follows from videos
+and settings alone, and its bytes from that and the model.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vidtwin.errors import UserError
+from vidtwin.files import replacing, write_text
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LOGVAR = "logvar"  # "<piece>.<latent>.logvar"
+_KEY = "vidtwin"  # one key of safetensors' metadata, since the order of several is not fixed
+
+
+@dataclass(frozen=True)
+class Latent:
+    """How a latent is stored.
+
+    Attributes:
+        kind: Of its posterior: the mean of a Gaussian (with its log-variance, if moments are kept), the value of a
+            deterministic one, or a quantizer's codes.
+        shape: Of one clip, without a batch axis; None where it depends on the picture's size.
+        codebook_size: Of codes.
+    """
+
+    kind: Literal["gaussian", "deterministic", "codes"]
+    shape: tuple[int, ...] | None = None
+    codebook_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Windows in a row of one video, in one shard.
+
+    Attributes:
+        video: Its place in `Manifest.videos`.
+        first_window: Number of the first in the video.
+        windows: How many are planned. A video's last piece has all that are left, be they more or fewer.
+        stored: How many there are; None before that is known.
+    """
+
+    video: int
+    first_window: int
+    windows: int
+    stored: int | None = None
+
+
+@dataclass(frozen=True)
+class VideoEntry:
+    """A video; what is only known when it is decoded is None before.
+
+    Attributes:
+        name: Where it lies below a folder of outputs, without a suffix.
+        source: Its path, as it was given.
+        label: Its class; -1: none.
+        fps: Average frames per second, a fraction as text.
+        planned_frames: By its container.
+        bytes: Of the file.
+        changed: Time of the file's last change in ns.
+        num_frames: How many were encoded.
+        damage: Why it ends before its time.
+    """
+
+    name: str
+    source: str
+    label: int
+    fps: str
+    planned_frames: int
+    bytes: int
+    changed: int
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    damage: str | None = None
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """A piece as it was encoded.
+
+    Attributes:
+        num_frames: Real frames of each window; the others repeat the last one.
+        times: When each real frame is shown, where that is not at the video's rate (`pack_times`).
+        damage: What ended it before its time.
+    """
+
+    video: str
+    first_window: int
+    num_frames: list[int] = field(default_factory=list)
+    height: int | None = None
+    width: int | None = None
+    times: dict[str, Any] | None = None
+    damage: str | None = None
+
+
+@dataclass
+class Manifest:
+    """What a folder of latents holds.
+
+    Attributes:
+        model: class_path, init_args and weights_sha256; checkpoint, config and use_ema as they were given.
+        settings: How was encoded: num_frames of a window, size, posterior, dtype, ….
+        classes: Names of the labels.
+        skipped: Name → reason of videos that gave no frame.
+        statistics: By latent that is no code, of each channel (axis 1): "mean" and "std"; with moments "sample_std",
+            that of samples. None where the channels differ between videos.
+        totals: clips, videos, frames, bytes, compression_rate, bits_per_pixel.
+    """
+
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    latents: dict[str, Latent]
+    videos: list[VideoEntry]
+    shards: list[list[Piece]]
+    classes: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    complete: bool = False
+    statistics: dict[str, dict[str, list[float]] | None] = field(default_factory=dict)
+    totals: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """That of a folder; `UserError` where there is none that this version can read."""
+        path = Path(folder) / MANIFEST
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content.pop("schema_version")
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"Expected a folder of latents with {path}, got none; write it by `vidtwin encode`."
+            ) from None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"Expected a manifest written by `vidtwin encode` in {path}, got something else.") from None
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"Expected latents of schema version {SCHEMA_VERSION}, got {version} in {path}; use the version of "
+                "vidtwin that wrote them, or encode again."
+            )
+        try:
+            content["latents"] = {
+                name: Latent(**{**held, "shape": None if held["shape"] is None else tuple(held["shape"])})
+                for name, held in content["latents"].items()
+            }
+            content["videos"] = [VideoEntry(**video) for video in content["videos"]]
+            content["shards"] = [[Piece(**piece) for piece in pieces] for pieces in content["shards"]]
+            return cls(**content)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"Expected a manifest written by `vidtwin encode`, {path} is damaged: {error}.") from None
+
+    def write(self, folder: str | Path) -> None:
+        content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        write_text(Path(folder) / MANIFEST, json.dumps(content, indent=1) + "\n")
+
+    @property
+    def digest(self) -> str:
+        """Of all on which the shards depend: theirs is the same."""
+        plan = {
+            "model": {key: self.model[key] for key in ("class_path", "weights_sha256")},
+            "settings": self.settings,
+            "latents": {name: [latent.kind, latent.codebook_size] for name, latent in self.latents.items()},
+            "videos": [[video.name, video.fps, video.planned_frames] for video in self.videos],
+            "shards": [[[piece.video, piece.first_window, piece.windows] for piece in shard] for shard in self.shards],
+        }
+        return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+    def places(self) -> list[list[tuple[int, int]]]:
+        """Where the pieces of each video are, from its first window on: shard and place in it."""
+        found: list[list[tuple[int, int]]] = [[] for _ in self.videos]
+        for number, pieces in enumerate(self.shards):
+            for place, piece in enumerate(pieces):
+                found[piece.video].append((number, place))
+        return found
+
+
+def shard_path(folder: str | Path, number: int) -> Path:
+    return Path(folder) / f"shard-{number:05d}.safetensors"
+
+
+def own_files(folder: Path) -> Iterator[Path]:
+    """The manifest and the shards of a folder."""
+    if (folder / MANIFEST).exists():
+        yield folder / MANIFEST
+    yield from sorted(folder.glob("shard-" + "[0-9]" * 5 + ".safetensors"))
+
+
+def code_dtype(codebook_size: int) -> torch.dtype:
+    """The smallest in which that many codes can be counted."""
+    for bits, dtype in ((8, torch.uint8), (16, torch.uint16), (31, torch.int32)):
+        if codebook_size <= 2**bits:
+            return dtype
+    return torch.int64
+
+
+def pack_times(times: Sequence[Fraction], fps: Fraction, start_frame: int) -> dict[str, Any] | None:
+    """Times in seconds as whole numbers of a unit; None if frame k of the video is shown at k / fps."""
+    if all(time == (start_frame + index) / fps for index, time in enumerate(times)):
+        return None
+    unit = Fraction(1, math.lcm(*(time.denominator for time in times)))
+    return {"unit": str(unit), "at": [int(time / unit) for time in times]}
+
+
+def unpack_times(packed: dict[str, Any] | None, fps: Fraction, start_frame: int, num_frames: int) -> list[Fraction]:
+    """What `pack_times` was given."""
+    if packed is None:
+        return [(start_frame + index) / fps for index in range(num_frames)]
+    unit = Fraction(packed["unit"])
+    return [at * unit for at in packed["at"]]
+
+
+def write_shard(path: Path, digest: str, pieces: Sequence[StoredPiece], tensors: Mapping[str, Tensor]) -> None:
+    """Write a shard, whole or not at all.
+
+    Args:
+        path: Of the file.
+        digest: Of the manifest.
+        pieces: In their order.
+        tensors: "<piece>.<latent>" and "<piece>.<latent>.logvar" (n, ...), on the CPU; see `tensor_name`.
+    """
+    held = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    header = {
+        "schema_version": SCHEMA_VERSION,
+        "plan": digest,
+        "pieces": [asdict(piece) for piece in pieces],
+        "sums": _sums(held),
+        "sha256": _sha256(held.items()),
+    }
+    content = safetensors.torch.save(held, {_KEY: json.dumps(header, separators=(",", ":"))})
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def tensor_name(piece: int, latent: str, part: str | None = None) -> str:
+    return f"{piece:04d}.{latent}" + (f".{part}" if part else "")
+
+
+class Shard:
+    """A shard, mapped into memory: only what is asked for is read.
+
+    Raises:
+        UserError: It is absent, cut off, damaged or of other latents; the message begins with the path.
+    """
+
+    def __init__(self, path: Path, digest: str) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(path, "pt")
+            header = json.loads((self._file.metadata() or {})[_KEY])
+            version, plan = header["schema_version"], header["plan"]
+        except FileNotFoundError:
+            raise UserError(f"{path}: expected a shard, there is no such file.") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: expected a whole shard, it is cut off or damaged ({error}).") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: expected a shard written by `vidtwin encode`, got something else.") from None
+        if version != SCHEMA_VERSION or plan != digest:
+            raise UserError(f"{path}: expected a shard of these latents, it is one of others.")
+        self.names = set(self._file.keys())
+        self.pieces = [StoredPiece(**piece) for piece in header["pieces"]]
+        self.sums: dict[str, dict[str, Any]] = header["sums"]
+        self._digest: str = header["sha256"]
+
+    def rows(self, piece: int, latent: str, first: int, last: int, part: str | None = None) -> Tensor:
+        """Windows `first` to `last` (exclusive) of a piece, as they are stored: (n, ...)."""
+        held: Tensor = self._file.get_slice(tensor_name(piece, latent, part))[first:last]
+        return held
+
+    def sizes(self) -> Iterator[tuple[str, list[int]]]:
+        """The shape of each tensor."""
+        for name in sorted(self.names):
+            yield name, self._file.get_slice(name).get_shape()
+
+    def check(self) -> None:
+        """Raise `UserError` if a byte is not what was written; reads all of it."""
+        if _sha256((name, self._file.get_tensor(name)) for name in sorted(self.names)) != self._digest:
+            raise UserError(f"{self.path}: expected a whole shard, its content is damaged (checksum).")
+
+
+def channel_statistics(shards: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, list[float]] | None]:
+    """Mean and standard deviation of each channel over all shards, from their `Shard.sums`.
+
+    A piece's sums are made by numpy alone and in one thread, those of pieces and of shards by `math.fsum`, which rounds
+    once: nothing depends on who encoded which shard, nor in which order.
+    """
+    found: dict[str, dict[str, list[float]] | None] = {}
+    for latent in sorted({name for sums in shards for name in sums}):
+        held = [sums[latent] for sums in shards if latent in sums]
+        if any(sums["count"] is None for sums in held) or len({len(sums["sum"]) for sums in held}) > 1:
+            found[latent] = None
+            continue
+        count = sum(sums["count"] for sums in held)
+        means = [total / count for total in _fsums([sums["sum"] for sums in held])]
+        squares = [total / count for total in _fsums([sums["squares"] for sums in held])]
+        variances = [max(0.0, square - mean * mean) for mean, square in zip(means, squares, strict=True)]
+        found[latent] = result = {"mean": means, "std": [math.sqrt(value) for value in variances]}
+        if "noise" in held[0]:  # the law of total variance
+            noise = [total / count for total in _fsums([sums["noise"] for sums in held])]
+            result["sample_std"] = [math.sqrt(a + b) for a, b in zip(variances, noise, strict=True)]
+    return found
+
+
+def _sums(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """By latent that is no code: count of numbers in a channel; of each channel their sum, that of their squares, and
+    with moments that of the variances. `count` is None where pieces differ in their channels."""
+    parts: dict[str, dict[str, list[list[float]]]] = {}
+    counts: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        _, latent, *part = name.split(".")
+        if not tensor.is_floating_point():
+            continue
+        values = by_channel(tensor)
+        held = parts.setdefault(latent, {})
+        if part:
+            held.setdefault("noise", []).append(np.exp(values).sum((0, 2)).tolist())
+            continue
+        counts[latent] = counts.get(latent, 0) + values.shape[0] * values.shape[2]
+        held.setdefault("sum", []).append(values.sum((0, 2)).tolist())
+        held.setdefault("squares", []).append(np.square(values).sum((0, 2)).tolist())
+    return {
+        latent: {"count": counts[latent]} | {key: _fsums(rows) for key, rows in held.items()}
+        if len({len(row) for row in held["sum"]}) == 1
+        else {"count": None}
+        for latent, held in parts.items()
+    }
+
+
+def by_channel(tensor: Tensor) -> NDArray[np.float64]:
+    """(n, C, ...) → (n, C, numbers of a channel)."""
+    values = tensor.double().numpy()
+    channels = values.shape[1] if values.ndim > 1 else 1
+    return np.ascontiguousarray(values).reshape(len(values), channels, -1)
+
+
+def _fsums(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [math.fsum(column) for column in zip(*rows, strict=True)]
+
+
+def _sha256(tensors: Any) -> str:
+    total = hashlib.sha256()
+    for name, tensor in tensors:
+        total.update(name.encode())
+        total.update(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
+    return total.hexdigest()
