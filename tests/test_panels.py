@@ -69,7 +69,7 @@ def test_views_stand_side_by_side_on_even_sides(height, width):
     joined = panels.side_by_side({"input": first, "reconstruction": second, "structure only": third})
     assert joined.shape[1] % 2 == joined.shape[2] % 2 == 0
     assert joined.shape[0] == 5
-    title = 14
+    title = panels.LINE_HEIGHT
     for index, view in enumerate((first, second, third)):
         inside = joined[:, title : title + height, index * width : (index + 1) * width]
         np.testing.assert_array_equal(inside, view)
@@ -77,14 +77,16 @@ def test_views_stand_side_by_side_on_even_sides(height, width):
 
 def test_small_views_are_shown_enlarged_pixel_by_pixel():
     view = frames(height=32, width=32)
-    shown = panels.side_by_side({"input": view})[:, 14:]
+    shown = panels.side_by_side({"input": view})[:, panels.LINE_HEIGHT :]
     np.testing.assert_array_equal(shown[:, ::4, ::4], view)
     np.testing.assert_array_equal(shown[:, 3::4, 3::4], view)
 
 
 def test_each_view_carries_its_own_name():
-    view = frames(width=76)
-    titles = [panels.side_by_side({name: view})[0, :14] for name in ("input", "reconstruction", "input")]
+    view = frames(width=96)
+    titles = [
+        panels.side_by_side({name: view})[0, : panels.LINE_HEIGHT] for name in ("input", "reconstruction", "input")
+    ]
     np.testing.assert_array_equal(titles[0], titles[2])
     assert (titles[0] != titles[1]).any()
     assert (titles[0] < 128).any()
@@ -95,29 +97,32 @@ def test_a_column_grows_as_wide_as_its_name_and_a_title_as_high_as_its_lines():
     name = "a name that is wider than its frames"
     wide = panels.side_by_side({name: view, "b": view})
     column = panels._length(name) + 2 * panels.MARGIN
+    title = panels.LINE_HEIGHT
     assert column > 66
-    np.testing.assert_array_equal(wide[:, 14:, :66], view)
-    assert (wide[:, 14:, 66:column] == 255).all()
-    np.testing.assert_array_equal(wide[:, 14:, column : column + 66], view)
-    assert (wide[0, :14, column - 2 : column] == 255).all(), "the end of the name is margin: nothing is cut off"
+    np.testing.assert_array_equal(wide[:, title:, :66], view)
+    assert (wide[:, title:, 66:column] == 255).all()
+    np.testing.assert_array_equal(wide[:, title:, column : column + 66], view)
+    assert (wide[0, :title, column - 2 : column] == 255).all(), "the end of the name is margin: nothing is cut off"
     high = panels.side_by_side({"two\nlines": view, "b": view})
-    assert high.shape == (5, 2 * 14 + 70, 2 * 66, 3)
-    np.testing.assert_array_equal(high[:, 28:, 66:], view)
+    assert high.shape == (5, 2 * title + 70, 2 * 66, 3)
+    np.testing.assert_array_equal(high[:, 2 * title :, 66:], view)
 
 
 def test_rows_of_views_are_a_grid_with_a_caption_below():
     first, second, third = (frames(seed, height=70, width=96) for seed in range(3))
+    title = panels.LINE_HEIGHT
     shown = panels.grid([{"a": first, "b": second}, {"c": third}], caption="what it is")
-    assert shown.shape == (5, 14 + 70 + 14 + 70 + 14, 192, 3)
-    np.testing.assert_array_equal(shown[:, 14:84, :96], first)
-    np.testing.assert_array_equal(shown[:, 14:84, 96:], second)
-    np.testing.assert_array_equal(shown[:, 98:168, :96], third)
-    assert (shown[:, 84:168, 96:] == 255).all()
-    assert (shown[:, 168:] < 128).any()
+    row = title + 70
+    assert shown.shape == (5, 2 * row + title, 192, 3)
+    np.testing.assert_array_equal(shown[:, title:row, :96], first)
+    np.testing.assert_array_equal(shown[:, title:row, 96:], second)
+    np.testing.assert_array_equal(shown[:, row + title : 2 * row, :96], third)
+    assert (shown[:, row : 2 * row, 96:] == 255).all()
+    assert (shown[:, 2 * row :] < 128).any()
     long = panels.grid([{"a": first}], caption="a caption of more words than one line has room for")
     assert long.shape[2] == 96
-    assert (long.shape[1] - 84) % 14 == 0
-    assert long.shape[1] > 84 + 14
+    assert (long.shape[1] - row) % title == 0
+    assert long.shape[1] > row + title
 
 
 @pytest.mark.parametrize(("length", "width"), [(17, 40), (3, 1), (9, 500)])
@@ -139,7 +144,7 @@ def test_names_of_a_filmstrip_are_never_cut():
     assert label > panels.LABEL_WIDTH
     assert (strip[:, label - 2 : label] == 255).all()
     lines = panels.filmstrip({"one\ntwo\nthree": view})
-    assert lines.shape[0] == 3 * 14, "the row grows as high as its name"
+    assert lines.shape[0] == 3 * panels.LINE_HEIGHT, "the row grows as high as its name"
 
 
 def test_frames_are_shrunk_to_their_longer_side():

@@ -16,8 +16,9 @@ from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
 
 Frames = NDArray[np.uint8]  # (T, H, W, 3)
 
-LINE_HEIGHT = 14  # of a name, in pixels
-LABEL_WIDTH = 110  # of the names at the left of a filmstrip
+ERROR_GAIN = 4  # of error maps
+LINE_HEIGHT = 16  # of a name, in pixels
+LABEL_WIDTH = 120  # of the names at the left of a filmstrip
 MARGIN = 2
 
 
@@ -35,6 +36,12 @@ def views(model: VideoAutoencoder, clip: Tensor, reconstruction: Reconstruction)
         for name, latent in reconstruction.latents.items():
             stacked[f"{name} only"] = model.decode({name: latent}, clip.shape[2])
     return [{name: to_uint8(clips[index]) for name, clips in stacked.items()} for index in range(len(clip))]
+
+
+def error_map(frames: Frames, target: Frames) -> Frames:
+    """Absolute error of each number, `ERROR_GAIN` times, cut at 255."""
+    error = np.abs(frames.astype(np.int16) - target) * ERROR_GAIN
+    return error.clip(0, 255).astype(np.uint8)
 
 
 def side_by_side(shown: dict[str, Frames]) -> Frames:
@@ -174,7 +181,7 @@ def _heightened(image: Frames, height: int) -> Frames:
 
 @cache
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(10)
+    return ImageFont.load_default(12)
 
 
 def _length(text: str) -> int:
