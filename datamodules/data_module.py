@@ -1,9 +1,7 @@
 """What all data modules share: their arguments, datasets and loaders, what they skip, and where training is."""
 
 import hashlib
-import os
 import sys
-import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -27,14 +24,15 @@ from .clips import SPLITS, ClipDataset, EvalClips, Tail, Video, VideoClips, rate
 from .description import describe
 from .index import Fault, survey_all
 from .loader import ChunkLoader, ClipLoader, init_worker
-from .sampler import ClipSampler, Place
+from .resumable import ResumableDataModule
+from .sampler import ClipSampler
 from .transforms import to_batch
 
 _NAMED = 1000  # unusable videos that are told one by one
 _ADVICE = "; for short ones lower data.num_frames, raise data.fps or set data.short_videos to loop."
 
 
-class ClipDataModule(LightningDataModule, ABC):
+class ClipDataModule(ResumableDataModule, ABC):
     """Base of the data modules. Batches are on the device
 
         {"clip": float32 (B, 3, T, H, W) in [-1, 1], "label": int64 (B,), "name": list[str], "start_frame": int64 (B,),
@@ -124,8 +122,6 @@ class ClipDataModule(LightningDataModule, ABC):
         self._broken: dict[str, set[str]] = {split: set() for split in SPLITS}
         self._totals: dict[str, int] = {}  # videos of a split, unusable ones included
         self._datasets: dict[str, ClipDataset] = {}
-        self._sampler: ClipSampler | None = None  # of the training clips, in `fit`
-        self._start: tuple[Place, int] | None = None  # a place in the data, and Lightning's count of batches there
 
     @abstractmethod
     def videos(self, split: str) -> list[Video]:
@@ -203,8 +199,7 @@ class ClipDataModule(LightningDataModule, ABC):
             self.setup(self.trainer.state.fn.value)
 
     def setup(self, stage: str) -> None:
-        if stage == "fit":
-            self._sampler = self._start = None  # of an earlier run, or of a checkpoint that was tested
+        super().setup(stage)
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",)):
             self.dataset(split)
 
@@ -257,22 +252,6 @@ class ClipDataModule(LightningDataModule, ABC):
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         return to_batch(batch)
 
-    def state_dict(self) -> dict[str, int]:
-        """Where training is in its data: `epoch`, `clips` of it that all ranks consumed, Lightning's count `batches`.
-
-        Lightning saves it in each checkpoint, and a resumed run goes on with the very next batch; with another batch
-        size or number of ranks, with the next clips.
-        """
-        if self._sampler is None:
-            return {}
-        epoch, clips = self._place()
-        return {"epoch": epoch, "clips": clips, "batches": self._trained_batches()}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._start = (state_dict["epoch"], state_dict["clips"]), state_dict["batches"]
-        # Lightning looks for the state in the loader, and says so.
-        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
-
     def protocol(self) -> dict[str, Any]:
         """What was evaluated: equal protocols mean equal clips. Reads the headers of the test videos."""
         dataset = self.dataset("test")
@@ -301,7 +280,7 @@ class ClipDataModule(LightningDataModule, ABC):
     def _loader(self, split: str) -> DataLoader[Any]:
         training = split == "train"
         dataset = self.dataset(split)
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world_size = self._ranks()
         if not training and len(dataset) < world_size:
             # A rank without a clip would leave the others waiting for it where means are taken over all ranks.
             raise UserError(
@@ -311,11 +290,7 @@ class ClipDataModule(LightningDataModule, ABC):
         batch_size = self.batch_size if training else self.eval_batch_size
         sampler = ClipSampler(len(dataset), training, self.seed, rank, world_size, batch_size, dataset.order)
         if training and self.trainer:
-            if self._start is None:  # a new run, or a checkpoint that only says which epoch it was
-                epoch = getattr(self.trainer.fit_loop.epoch_progress.current, "processed", 0)
-                self._start = (epoch, 0), self._trained_batches()
-            self._sampler = sampler
-            sampler.start = self._place
+            self._go_on(sampler)
         workers = self._workers()
         return ClipLoader(
             dataset,
@@ -427,36 +402,6 @@ class ClipDataModule(LightningDataModule, ABC):
     def _is_drawn(self, split: str) -> bool:
         """Whether each epoch draws other clips."""
         return split == "train" and self.augment
-
-    def _place(self) -> Place:
-        """Where training is in its data.
-
-        Counted in batches that went through the training step: not in those that workers have ready or that are on
-        the device, and not in Lightning's epochs. These don't keep step with the data: a run that `max_steps` ends
-        counts its last epoch as a whole one, and one that goes on from the end of an epoch may begin with an epoch of
-        no batch or of one.
-        """
-        assert self._sampler is not None
-        assert self._start is not None
-        place, batches = self._start
-        # Lightning's count is restored after the first call here if configure_optimizers asks for the number of steps.
-        return self._sampler.after(place, max(0, self._trained_batches() - batches))
-
-    def _trained_batches(self) -> int:
-        assert self.trainer is not None
-        return getattr(self.trainer.fit_loop.epoch_loop.batch_progress.total, "processed", 0)
-
-    def _workers(self, processes: int | None = None) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        devices = processes or (self.trainer.num_devices if self.trainer else 1)
-        return max(1, min(8, cores // devices))
-
-    def _device_type(self) -> str:
-        if self.trainer:
-            return self.trainer.strategy.root_device.type
-        return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _tell(line: str) -> None:

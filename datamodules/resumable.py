@@ -1,0 +1,87 @@
+"""What any data module with clips of its own order needs: where training is in it, how many workers, which device."""
+
+import os
+import warnings
+
+import torch
+from lightning import LightningDataModule
+
+from .sampler import ClipSampler, Place
+
+
+class ResumableDataModule(LightningDataModule):
+    """A data module whose training goes on with the very next batch.
+
+    Attributes:
+        num_workers: Processes that read, for each device; None: the cores shared by the devices, at most 8.
+    """
+
+    num_workers: int | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sampler: ClipSampler | None = None  # of the training clips, in `fit`
+        self._start: tuple[Place, int] | None = None  # a place in the data, and Lightning's count of batches there
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self._sampler = self._start = None  # of an earlier run, or of a checkpoint that was tested
+
+    def state_dict(self) -> dict[str, int]:
+        """Where training is in its data: `epoch`, `clips` of it that all ranks consumed, Lightning's count `batches`.
+
+        Lightning saves it in each checkpoint, and a resumed run goes on with the very next batch; with another batch
+        size or number of ranks, with the next clips.
+        """
+        if self._sampler is None:
+            return {}
+        epoch, clips = self._place()
+        return {"epoch": epoch, "clips": clips, "batches": self._trained_batches()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._start = (state_dict["epoch"], state_dict["clips"]), state_dict["batches"]
+        # Lightning looks for the state in the loader, and says so.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+
+    def _go_on(self, sampler: ClipSampler) -> None:
+        """Begin the training clips where training is in them."""
+        assert self.trainer is not None
+        if self._start is None:  # a new run, or a checkpoint that only says which epoch it was
+            epoch = getattr(self.trainer.fit_loop.epoch_progress.current, "processed", 0)
+            self._start = (epoch, 0), self._trained_batches()
+        self._sampler = sampler
+        sampler.start = self._place
+
+    def _place(self) -> Place:
+        """Where training is in its data.
+
+        Counted in batches that went through the training step: not in those that workers have ready or that are on
+        the device, and not in Lightning's epochs. These don't keep step with the data: a run that `max_steps` ends
+        counts its last epoch as a whole one, and one that goes on from the end of an epoch may begin with an epoch of
+        no batch or of one.
+        """
+        assert self._sampler is not None
+        assert self._start is not None
+        place, batches = self._start
+        # Lightning's count is restored after the first call here if configure_optimizers asks for the number of steps.
+        return self._sampler.after(place, max(0, self._trained_batches() - batches))
+
+    def _trained_batches(self) -> int:
+        assert self.trainer is not None
+        return getattr(self.trainer.fit_loop.epoch_loop.batch_progress.total, "processed", 0)
+
+    def _ranks(self) -> tuple[int, int]:
+        """This process's rank, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _workers(self, processes: int | None = None) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        devices = processes or (self.trainer.num_devices if self.trainer else 1)
+        return max(1, min(8, cores // devices))
+
+    def _device_type(self) -> str:
+        if self.trainer:
+            return self.trainer.strategy.root_device.type
+        return "cuda" if torch.cuda.is_available() else "cpu"
