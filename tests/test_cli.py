@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from vidtwin import panels
 from vidtwin.cli import main
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.video import iter_frames, probe, write_video
@@ -201,10 +202,11 @@ def test_reconstruct_keeps_frames_and_rate_and_uses_the_checkpoints_weights(here
     written = torch.stack([torch.from_numpy(f) for f in iter_frames(f"plain/{source.stem}.mp4")][:4])
     difference = torch.nn.functional.avg_pool2d(written.permute(3, 0, 1, 2) - expected, 8)
     assert difference.abs().mean() < 4
+    torch.manual_seed(1)  # not the training's
     untrained = type(model)(**model.init_args).eval()
     with torch.no_grad():
         other = (untrained(clip).clip[0].clamp(-1, 1) + 1) * 127.5
-    assert torch.nn.functional.avg_pool2d(other - expected, 8).abs().mean() > 8
+    assert torch.nn.functional.avg_pool2d(other - expected, 8).abs().mean() > 2 * difference.abs().mean()
 
 
 def test_predict_writes_latents_that_decode_to_the_clip(here, run):
@@ -241,7 +243,8 @@ def test_predict_keeps_all_clips_of_a_video_apart(here, run):
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         (["fit", "--config", "tiny.yaml", "--data.root", "nowhere"], "nowhere"),
         (["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--ckpt_path", "no.ckpt"], "no.ckpt"),
-        (["reconstruct", "nothing.mp4", "--ckpt_path", "no.ckpt"], "no.ckpt"),
+        (["reconstruct", "data/UCF-101", "--ckpt_path", "no.ckpt"], "no.ckpt"),
+        (["reconstruct", "nothing.mp4", "--ckpt_path", "no.ckpt"], "Expected a video at nothing.mp4"),
         (["fit", "--model.autoencoder", "vidtwin"], "--data ucf101"),
         (["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--name", "../up"], "folder's name"),
         (["plugins", "extra"], "Expected no arguments"),
@@ -266,7 +269,7 @@ def test_predict_keeps_all_clips_of_a_video_apart(here, run):
             ["test", "--config=tiny.yaml", "--data.root=data/UCF-101", "--references=[mean_color]", "--results_dir=r"],
             "got 'mean_color'; did you mean 'mean_colour'?",
         ),
-        (["reconstruct", "a.mp4"], "give --ckpt_path FILE"),
+        (["reconstruct", "a.mp4"], "give --ckpt_path PATH"),
         (["reconstruct", "a.mp4", "--ckpt_path"], "expected one argument"),
         (["validate", "--config", "tiny.yaml", "--data.root", "data/UCF-101"], "give --ckpt_path FILE"),
         (["fit"], "give --config FILE or --model.autoencoder NAME"),
@@ -401,5 +404,5 @@ def test_the_still_is_a_png_of_four_rows(here, run):
     data = Path("results/rows/VidTwin/clip0.png").read_bytes()
     width, height = struct.unpack(">II", data[16:24])
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert (width, height) == (110 + 4 * 128, 4 * 128)
+    assert (width, height) == (panels.LABEL_WIDTH + 4 * 128, 4 * 128)
     assert zlib.crc32(data[12:29]) == struct.unpack(">I", data[29:33])[0]

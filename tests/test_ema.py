@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -10,11 +9,11 @@ from tiny import Clips, tiny_model, tiny_task, trainer
 from torch import nn
 
 from vidtwin import checkpoints
+from vidtwin.apply.session import Session, SessionOptions
 from vidtwin.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.ema import WeightAverage
 from vidtwin.errors import UserError
 from vidtwin.metrics.frames import psnr
-from vidtwin.video import write_video
 
 
 def test_the_average_is_the_formula() -> None:
@@ -122,13 +121,11 @@ def test_evaluation_takes_the_average_by_option(trained, tmp_path):
     torch.testing.assert_close(dict(model.named_parameters()), expected_average(history))
 
 
-def test_reconstructing_takes_the_average_by_option(trained, tmp_path):
+def test_a_session_takes_the_average_by_option(trained):
     history, _, path = trained
-    frames = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), dtype=np.uint8)
-    write_video(tmp_path / "a.mp4", frames, 8)
-    task = tiny_task(use_ema=True)
-    trainer(tmp_path).reconstruct(task, [str(tmp_path / "a.mp4")], str(tmp_path / "out"), path)
-    torch.testing.assert_close(dict(task.autoencoder.named_parameters()), expected_average(history))
+    for use_ema, wanted in ((True, expected_average(history)), (False, history[-1])):
+        session = Session(SessionOptions(str(path), use_ema=use_ema, accelerator="cpu"))
+        torch.testing.assert_close(dict(session.model.named_parameters()), wanted)
 
 
 def test_what_is_tested_after_training_in_one_process_is_the_average_too(tmp_path):

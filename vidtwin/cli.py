@@ -1,4 +1,4 @@
-"""The command line: `vidtwin fit | validate | test | predict | reconstruct` by LightningCLI, and commands on files.
+"""The command line: `vidtwin fit | validate | test | predict | replay` by LightningCLI, and commands on files.
 
 Nothing heavy is imported at the top: `vidtwin --help` answers without torch.
 """
@@ -18,7 +18,6 @@ TRAINER_COMMANDS = {
     "validate": "Measure an autoencoder on the validation clips.",
     "test": "Measure an autoencoder, or a list of them, on the test clips: table, plots, report.",
     "predict": "Write latents and reconstruction of each test clip.",
-    "reconstruct": "Reconstruct video files: vidtwin reconstruct a.mp4 b.mp4 --ckpt_path last.ckpt",
     "replay": "Run a step again that training skipped, and say where it breaks: vidtwin replay DUMP",
 }
 

@@ -50,9 +50,7 @@ def run(command: str, argv: list[str]) -> int:
         if sweep_command.is_sweep(argv):
             _quieten(command)
             return sweep_command.run(argv)
-    if command == "reconstruct":
-        argv = _inputs(argv)
-    elif command == "replay":
+    if command == "replay":
         argv = _dump(argv)
     argv = [command, *argv]
     argv = resolve_short_names(argv)
@@ -157,7 +155,6 @@ class VidTwinCLI(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule"},
             "test": {"model", "dataloaders", "datamodule", "verbose"},
             "predict": {"model", "dataloaders", "datamodule"},
-            "reconstruct": {"model"},
             "replay": {"model"},
         }
 
@@ -194,7 +191,7 @@ class VidTwinCLI(LightningCLI):
         config = self._own_config()
         if self.subcommand not in ("fit", "test", "replay") and not config.get("ckpt_path"):
             raise UserError(f"Expected trained weights to {self.subcommand} with; give --ckpt_path FILE.")
-        if self.subcommand in ("reconstruct", "replay"):
+        if self.subcommand == "replay":
             config.data = None
         elif config.get("data") is None:
             raise UserError(
@@ -264,27 +261,8 @@ def _keep_metrics(runs: Path, version: int | str) -> None:
 
 def _usage(command: str) -> str:
     """In place of argparse's list of every option, which is sixty lines long."""
-    before = {"reconstruct": " VIDEO [VIDEO ...] --ckpt_path FILE", "replay": " DUMP"}.get(command, "")
+    before = " DUMP" if command == "replay" else ""
     return f"vidtwin {command}{before} [--config FILE ...] [--OPTION VALUE ...]"
-
-
-def _inputs(argv: list[str]) -> list[str]:
-    """Bare arguments (`reconstruct a.mp4 b.mp4 --out DIR`) → `--inputs=[...]`."""
-    bare: list[str] = []
-    options: list[str] = []
-    takes_value = False
-    for word in argv:
-        if word == "--inputs":
-            takes_value = False
-        elif word.startswith("-"):
-            takes_value = "=" not in word and word not in ("-h", "--help", "--side_by_side")
-            options.append(word if word != "--side_by_side" else "--side_by_side=true")
-        elif takes_value:
-            takes_value = False
-            options.append(word)
-        else:
-            bare.append(word)
-    return [*options, f"--inputs={json.dumps(bare)}"] if bare else options
 
 
 def _dump(argv: list[str]) -> list[str]:

@@ -1,22 +1,18 @@
 """Lightning's Trainer with the commands of this project: each method below is a subcommand of `vidtwin`."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
-from torch import Tensor
 
 from vidtwin import checkpoints, panels
 from vidtwin import plugins as registry
-from vidtwin.autoencoder import Reconstruction
 from vidtwin.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
 from vidtwin.callbacks.guard import StepGuard
 from vidtwin.callbacks.preemption import Preemption
@@ -30,7 +26,7 @@ from vidtwin.replay import read as read_dump
 from vidtwin.replay import replay as run_again
 from vidtwin.sharding import FSDP2Strategy
 from vidtwin.task import AutoencoderTask
-from vidtwin.video import iter_frames, probe, write_video
+from vidtwin.video import write_video
 
 
 class VideoTrainer(Trainer):
@@ -201,67 +197,6 @@ class VideoTrainer(Trainer):
             callbacks.remove(writer)
         _say(f"latents and reconstructions -> {out}")
 
-    @torch.inference_mode()
-    def reconstruct(
-        self,
-        model: LightningModule,
-        inputs: list[str],
-        out: str = "reconstructions",
-        ckpt_path: str | Path | None = None,
-        side_by_side: bool = False,
-    ) -> list[Path]:
-        """Reconstruct video files: same number of frames and frame rate, at the model's resolution if it has one.
-
-        A video goes through in windows of the model's length, or of one near 16 that it takes; the last window is
-        filled up by repeating the last frame, and cut again.
-
-        Args:
-            model: The task.
-            inputs: Video files.
-            out: Folder for `<name>.mp4`.
-            ckpt_path: Weights to use.
-            side_by_side: Show the input, the reconstruction and what each latent gives alone next to each other.
-
-        Returns:
-            The files written.
-        """
-        task = self._task(model)
-        if ckpt_path is None:
-            raise UserError("Expected trained weights to reconstruct with; give --ckpt_path PATH.")
-        stems = [Path(source).stem for source in inputs]
-        if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-            raise UserError(f"Expected inputs of different names, got several called {', '.join(twice)}.")
-        for source, stem in zip(inputs, stems, strict=True):
-            if any((Path(out) / f"{stem}.mp4").resolve() == Path(other).resolve() for other in inputs):
-                raise UserError(f"Expected --out to be another folder than that of {source}, which would be replaced.")
-        autoencoder = task.autoencoder.eval()
-        checkpoints.load_weights(autoencoder, ckpt_path, task.use_ema)
-        autoencoder.to(self.strategy.root_device)
-        frames = autoencoder.temporal.usual_length
-        size = autoencoder.resolution
-        written = []
-        for source, stem in zip(inputs, stems, strict=True):
-            target = Path(out) / f"{stem}.mp4"
-            fps = probe(source).fps
-
-            def reconstructed(source: str = source) -> Iterator[panels.Frames]:
-                for window, length in _windows(iter_frames(source, size), frames):
-                    height, width = window.shape[3:]
-                    clip = _extended(window, autoencoder.spatial_multiple).to(self.strategy.root_device)
-                    with self.precision_plugin.forward_context():
-                        result: Reconstruction = autoencoder(clip)
-                    shown = {"reconstruction": panels.to_uint8(result.clip[0])}
-                    if side_by_side:
-                        shown = panels.views(autoencoder, clip, result)[0]
-                    shown = {name: frames[:length, :height, :width] for name, frames in shown.items()}
-                    yield from panels.side_by_side(shown) if side_by_side else shown["reconstruction"]
-
-            write_video(target, reconstructed(), fps)
-            written.append(target)
-            if self.is_global_zero:
-                _say(f"{source} -> {target}")
-        return written
-
     def replay(self, model: LightningModule, dump: str) -> list[str]:
         """Run a step again that training skipped, and say where it breaks.
 
@@ -318,28 +253,6 @@ class _PredictionWriter(Callback):
                         tensors[f"{key}.codes"] = posterior.codes[index].to(torch.int32).cpu()
                 save_file(tensors, temporary)
             write_video(self.out / f"{inside}.mp4", panels.to_uint8(outputs.clip[index]), fps)
-
-
-def _windows(frames: Iterator[panels.Frames], length: int) -> Iterator[tuple[Tensor, int]]:
-    """Frames (H, W, 3) → clips (1, 3, length, H, W) in [-1, 1] with the number of their frames that are real."""
-    window: list[panels.Frames] = []
-    for frame in frames:
-        window.append(frame)
-        if len(window) == length:
-            yield _as_clip(window), length
-            window = []
-    if window:
-        yield _as_clip(window + [window[-1]] * (length - len(window))), len(window)
-
-
-def _extended(clip: Tensor, multiple: int) -> Tensor:
-    """(1, 3, T, H, W) with H and W raised to multiples, by repeating the last row and column."""
-    below, right = (-side % multiple for side in clip.shape[3:])
-    return torch.nn.functional.pad(clip, (0, right, 0, below, 0, 0), mode="replicate") if below or right else clip
-
-
-def _as_clip(frames: list[panels.Frames]) -> Tensor:
-    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
 def _show(writer: ResultsWriter) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +18,8 @@ T = TypeVar("T")
 def make_parser(name: str, usage: str, description: str, *classes: type) -> "Parser":
     """A parser whose options are the arguments of `classes`; `build` makes them of what it has read.
 
+    An argument called `inputs` is what stands without an option, wherever it stands. `--flag` is `--flag=true`.
+
     Args:
         name: Of the command.
         usage: What follows `vidtwin NAME`.
@@ -25,9 +28,13 @@ def make_parser(name: str, usage: str, description: str, *classes: type) -> "Par
     """
     from vidtwin.lightning_cli import Parser
 
+    class CommandParser(Parser):
+        def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **keywords: Any) -> "Namespace":  # type: ignore[override]
+            return super().parse_args(_arranged(list(args or []), self), *rest, **keywords)
+
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # class paths of files in the current folder
-    parser = Parser(
+    parser = CommandParser(
         prog=f"vidtwin {name}",
         usage=f"vidtwin {name} {usage}",
         description=description,
@@ -35,7 +42,10 @@ def make_parser(name: str, usage: str, description: str, *classes: type) -> "Par
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for cls in classes:
-        parser.add_class_arguments(cls, fail_untyped=False)
+        bare = {"inputs"} & set(inspect.signature(cls).parameters)
+        if bare:
+            parser.add_argument("inputs", nargs="+", metavar="IN", help="Videos: files, folders of them, globs.")
+        parser.add_class_arguments(cls, fail_untyped=False, skip=bare)
     return parser
 
 
@@ -53,3 +63,35 @@ def exit_code(done: int, failed: int) -> int:
     if not failed:
         return 0
     return 1 if done else 2
+
+
+def _arranged(argv: list[str], parser: "Parser") -> list[str]:
+    """Words without an option first, since argparse wants them together, and `true` behind bare flags."""
+    bare: list[str] = []
+    options: list[str] = []
+    words = iter(range(len(argv)))
+    for place in words:
+        word = argv[place]
+        action = parser._option_string_actions.get(word.partition("=")[0])
+        following = argv[place + 1] if place + 1 < len(argv) else None
+        if word == "--":
+            bare += argv[place + 1 :]
+            break
+        if not word.startswith("-"):
+            bare.append(word)
+        elif "=" in word or action is None or action.nargs == 0:
+            options.append(word)
+        elif _is_flag(action):
+            given = following if following in ("true", "false") else "true"
+            options.append(f"{word}={given}")
+            if given == following:
+                next(words)
+        else:
+            options.append(word)
+            if following is not None:
+                options.append(argv[next(words)])
+    return [*options, *(["--", *bare] if bare else [])]
+
+
+def _is_flag(action: argparse.Action) -> bool:
+    return getattr(action, "_typehint", None) is bool

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from vidtwin.panels import to_uint8
 from vidtwin.posteriors import Encoding, Latents
 from vidtwin.processes import Precision, forward_context, launch
 from vidtwin.video import Frames
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -46,6 +49,11 @@ class SessionOptions:
     num_nodes: int = 1
     precision: Precision = "32-true"
 
+    def check(self) -> None:
+        """Raise `UserError` where no weights are named: before anything else is looked at."""
+        if not self.ckpt_path:
+            raise UserError("Expected trained weights, got none; give --ckpt_path PATH.")
+
 
 class Session:
     """An autoencoder in evaluation mode on the device of this process.
@@ -58,9 +66,8 @@ class Session:
     """
 
     def __init__(self, options: SessionOptions) -> None:
-        if not options.ckpt_path:
-            raise UserError("Expected trained weights, got none; give --ckpt_path PATH.")
-        self.checkpoint = options.ckpt_path
+        options.check()
+        self.checkpoint = str(options.ckpt_path)
         self.precision = options.precision
         self.fabric = launch(options.accelerator, options.devices, options.num_nodes, options.precision)
         self.model = _load(options).to(self.fabric.device).requires_grad_(False)
@@ -109,11 +116,54 @@ class Session:
             decoded = self.model.decode(latents, self.num_frames)
         return [to_uint8(clip)[:, :height, :width] for clip in decoded]
 
+    def views(
+        self, windows: Sequence[Frames], only: str | None = None, partial: bool = True
+    ) -> dict[str, list[Frames]]:
+        """Clips of one size → "reconstruction" and, with `partial`, "<latent> only" of each latent, where models can.
+
+        With `only` that latent's view alone.
+        """
+        height, width = windows[0].shape[1:3]
+        latents = self.encode(windows).mode()
+        if only is not None:
+            return {f"{only} only": self.decode({only: latents[only]}, height, width)}
+        made = {"reconstruction": self.decode(latents, height, width)}
+        if partial and self.model.partial_latents:
+            for name, latent in latents.items():
+                made[f"{name} only"] = self.decode({name: latent}, height, width)
+        return made
+
+    def check_partial(self, latent: str) -> None:
+        """Raise `UserError` unless the model has such a latent and decodes it alone."""
+        names = self.model.latent_names
+        if latent not in names:
+            raise UserError(f"Expected one of {', '.join(names)}, the latents of {self._name}, got {latent!r}.")
+        if len(names) < 2 or not self.model.partial_latents:
+            raise UserError(f"Expected a model that decodes one of several latents alone, got {self._name}.")
+
+    @property
+    def usual_tile(self) -> int:
+        """Side of tiles for a model of any size: 256 pixels, or next to it what the model takes."""
+        multiple = self.model.spatial_multiple
+        return -(-256 // multiple) * multiple
+
+    def gather(self, thing: T) -> list[T]:
+        """What each process gives, by rank, for all of them."""
+        if self.world_size == 1:
+            return [thing]
+        gathered: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, thing)
+        return gathered
+
     def say(self, line: str) -> None:
         """A result, on stdout, once."""
         if self.is_main:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            self.report(line)
+
+    def report(self, line: str) -> None:
+        """What this process has done, on stdout."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
 
     def tell(self, line: str) -> None:
         """What went wrong, on stderr, by the process that met it."""

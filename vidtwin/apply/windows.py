@@ -1,12 +1,12 @@
 """A video of any length as clips of a model's length, one after the other, in constant memory."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
 
-from vidtwin.video import Frames, Source, VideoError, timed_frames
+from vidtwin.video import Frames, Source, VideoError, VideoInfo, probe, survey, timed_frames
 
 
 @dataclass
@@ -62,3 +62,17 @@ def windows(source: Source, length: int, size: int | None = None) -> Iterator[Wi
         yield Window(np.stack(filled), len(frames), start, times)
     if failure is not None:
         raise failure
+
+
+def examine(source: Source) -> tuple[VideoInfo, VideoError | None]:
+    """What a video holds, without decoding it, and what is known to be wrong with it: it may end before its header says.
+
+    Raises:
+        VideoError: It can't be read at all.
+    """
+    try:
+        return survey(source), None
+    except VideoError as error:
+        if error.kind != "truncated":
+            raise
+        return replace(probe(source), num_frames=error.decodable or 0), error

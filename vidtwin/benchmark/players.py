@@ -20,7 +20,6 @@ from vidtwin.files import replacing, write_text
 
 MAX_SIDE = 160  # pixels of a frame: a page with ten models stays below 20 MB
 MAX_HEIGHT = 16_383  # of a WebP picture
-ERROR_GAIN = 4
 QUALITY = 85
 
 
@@ -85,8 +84,8 @@ class Writer:
         """A model's views of clip number `place`: its reconstruction under "", others by their titles."""
         frames = panels.to_uint8(views[""])
         self._add(place, model, model, "reconstruction", frames)
-        error = np.abs(frames.astype(np.int16) - self.inputs[place]) * ERROR_GAIN
-        self._add(place, f"{model} error x{ERROR_GAIN}", model, "error", error.clip(0, 255).astype(np.uint8))
+        error = panels.error_map(frames, self.inputs[place])
+        self._add(place, f"{model} error x{panels.ERROR_GAIN}", model, "error", error)
         for title, view in views.items():
             if title:
                 self._add(place, f"{model} {title}", model, "partial", panels.to_uint8(view))

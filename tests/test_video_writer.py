@@ -1,0 +1,161 @@
+"""Videos with times of their own and the sound of another one."""
+
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from vidtwin.video import VideoError, VideoWriter, decode, probe, survey
+
+RATE = 16_000
+
+
+def pictures(count: int) -> np.ndarray:
+    """Smooth ones, so that the encoder has nothing to leave out."""
+    ramp = np.linspace(0, 200, 48, dtype=np.uint8)
+    return np.stack([np.broadcast_to((ramp + 2 * k)[None, :, None], (32, 48, 3)) for k in range(count)])
+
+
+def with_tone(path: Path, codec: str, count: int = 30, late: Fraction = Fraction(0)) -> Path:
+    """A video of 25 fps whose sound is silent for its first half and a tone in its second; `late` shifts all of it."""
+    options = {"strict": "-2"} if codec == "vorbis" else {}
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=25)
+        video.width, video.height, video.pix_fmt = 48, 32, "yuv420p"
+        audio = container.add_stream(codec, rate=48_000 if codec == "libopus" else RATE, options=options)
+        audio.layout = "mono"
+        for number, picture in enumerate(pictures(count)):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts, frame.time_base = number + round(late * 25), Fraction(1, 25)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        samples = audio.rate * count // 25
+        wave = np.sin(np.arange(samples) * 2 * np.pi * 440 / audio.rate)
+        wave[: samples // 2] = 0
+        block = np.ascontiguousarray((wave * 20_000).astype(np.int16)[None])
+        resampler = av.AudioResampler(audio.format, "mono", audio.rate)
+        whole = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
+        whole.sample_rate, whole.time_base, whole.pts = audio.rate, Fraction(1, audio.rate), None
+        fifo = av.AudioFifo()
+        for frame in resampler.resample(whole):
+            frame.pts = None
+            fifo.write(frame)
+        place = round(late * audio.rate)
+        while (frame := fifo.read(audio.codec_context.frame_size or 1024, True)) is not None:
+            frame.pts, frame.time_base = place, Fraction(1, audio.rate)
+            place += frame.samples
+            container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))
+    return path
+
+
+def heard(path: Path) -> tuple[str, np.ndarray, Fraction]:
+    """Codec, loudness in steps of 10 ms from time 0, and length in seconds of a file's sound."""
+    with av.open(str(path)) as container:
+        (audio,) = container.streams.audio
+        loud: dict[int, float] = {}
+        end = Fraction(0)
+        for frame in container.decode(audio):
+            data = frame.to_ndarray().astype(np.float64)
+            data = data if frame.format.is_planar else data.reshape(1, -1)
+            for place in range(0, data.shape[1], frame.sample_rate // 100):
+                step = int((frame.time + place / frame.sample_rate) * 100)
+                loud[step] = max(loud.get(step, 0.0), float(np.abs(data[:, place : place + 50]).max()))
+            end = Fraction(frame.pts * frame.time_base) + Fraction(frame.samples, frame.sample_rate)
+        steps = np.array([loud.get(step, 0.0) for step in range(max(loud) + 1)])
+        return audio.codec_context.codec.canonical_name, steps / steps.max(), end
+
+
+def first_loud(path: Path) -> float:
+    _, steps, _ = heard(path)
+    return float(np.argmax(steps > 0.3)) / 100
+
+
+@pytest.mark.parametrize(
+    "rate", [Fraction(25), Fraction(30_000, 1001), Fraction(24_000, 1001), Fraction(1962, 100), Fraction(1)]
+)
+def test_a_constant_rate_stays_exact_through_times(tmp_path, rate):
+    with VideoWriter(tmp_path / "a.mp4", rate, timed=True) as writer:
+        for number, picture in enumerate(pictures(12)):
+            writer.write(picture, number / rate)
+    info = survey(tmp_path / "a.mp4")
+    assert (info.num_frames, info.fps) == (12, rate)
+    assert [time for time, _ in decode(tmp_path / "a.mp4")] == [number / rate for number in range(12)]
+
+
+def test_times_that_do_not_rise_become_the_next_possible_ones(tmp_path):
+    times = [Fraction(0), Fraction(0), Fraction(1, 25), Fraction(1, 25)]
+    with VideoWriter(tmp_path / "a.mp4", 25, timed=True) as writer:
+        for picture, time in zip(pictures(4), times, strict=True):
+            writer.write(picture, time)
+    found = [time for time, _ in decode(tmp_path / "a.mp4")]
+    assert len(found) == 4
+    assert all(abs(a - b) < Fraction(1, 1000) for a, b in zip(found, times, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "kept"),
+    [("aac", ".mp4", "aac"), ("libmp3lame", ".mp4", "mp3"), ("libopus", ".mkv", "opus"), ("pcm_s16le", ".avi", "aac")],
+)
+def test_the_sound_goes_along_at_its_place_copied_where_mp4_takes_it(tmp_path, codec, suffix, kept):
+    source = with_tone(tmp_path / f"in{suffix}", codec)
+    with VideoWriter(tmp_path / "out.mp4", 25, timed=True, sound=source) as writer:
+        for number, picture in enumerate(pictures(30)):
+            writer.write(picture, Fraction(number, 25))
+    assert writer.lost_sound is None
+    name, _, end = heard(tmp_path / "out.mp4")
+    assert name == kept
+    assert abs(end - heard(source)[2]) < Fraction(1, 10)
+    assert abs(first_loud(tmp_path / "out.mp4") - first_loud(source)) < 0.06
+    assert probe(tmp_path / "out.mp4").num_frames == 30
+    with av.open(str(tmp_path / "out.mp4")) as container:  # heard beside what is seen, as a player reads it
+        times = [packet.dts * packet.time_base for packet in container.demux() if packet.dts is not None]
+    assert all(after > before - 1 for before, after in pairwise(times))
+
+
+def test_sound_is_counted_from_the_first_picture(tmp_path):
+    source = with_tone(tmp_path / "in.mkv", "aac", late=Fraction(2))
+    with VideoWriter(tmp_path / "out.mp4", 25, timed=True, sound=source) as writer:
+        for number, picture in enumerate(pictures(30)):
+            writer.write(picture, Fraction(number, 25))
+    assert abs(first_loud(tmp_path / "out.mp4") - 0.6) < 0.1
+    assert abs(first_loud(source) - 2.6) < 0.1
+
+
+def test_a_source_without_sound_gives_none(tmp_path):
+    with VideoWriter(tmp_path / "in.mp4", 25) as writer:
+        writer.write(pictures(1)[0])
+    with VideoWriter(tmp_path / "out.mp4", 25, sound=tmp_path / "in.mp4") as writer:
+        writer.write(pictures(1)[0])
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert not container.streams.audio
+
+
+def write(path: Path, *shown: np.ndarray, error: Exception | None = None, **arguments) -> None:
+    with VideoWriter(path, 25, **arguments) as writer:
+        for picture in shown:
+            writer.write(picture)
+        if error is not None:
+            raise error
+
+
+def test_an_error_leaves_no_file_and_the_earlier_one_as_it_was(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"before")
+    with pytest.raises(ZeroDivisionError):
+        write(tmp_path / "a.mp4", pictures(1)[0], error=ZeroDivisionError())
+    assert (tmp_path / "a.mp4").read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_what_can_not_be_written_is_told(tmp_path):
+    (picture,) = pictures(1)
+    with pytest.raises(VideoError, match="expected at least one frame"):
+        write(tmp_path / "a.mp4")
+    with pytest.raises(VideoError, match="expected frames with times"):
+        write(tmp_path / "a.mp4", picture, timed=True)
+    with pytest.raises(VideoError, match=r"expected frames of uint8 \(32, 48, 3\)"):
+        write(tmp_path / "a.mp4", picture, picture[:16])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,232 @@
+"""`vidtwin reconstruct`: videos of any length through an autoencoder and back, frame by frame those of the input.
+
+Imported only when the command needs it, since it imports torch and lightning.
+"""
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from vidtwin import panels
+from vidtwin.apply.command import exit_code
+from vidtwin.apply.inputs import Input, check_targets, find, target
+from vidtwin.apply.meters import Likeness
+from vidtwin.apply.session import Session
+from vidtwin.apply.tiling import in_tiles
+from vidtwin.apply.windows import Window, examine, windows
+from vidtwin.errors import UserError
+from vidtwin.files import write_text
+from vidtwin.video import Frames, VideoError, VideoWriter
+
+TABLE = "reconstructions.csv"
+_COLUMNS = ("input", "output", "frames", "psnr", "ssim", "note")
+
+
+@dataclass
+class Done:
+    """A video that was reconstructed, or not: `frames` is 0."""
+
+    input: str
+    output: str
+    frames: int
+    psnr: float | None
+    ssim: float | None
+    note: str = ""
+
+    def line(self) -> str:
+        likeness = [f"PSNR {self.psnr:.2f} dB"] if self.psnr is not None else []
+        likeness += [f"SSIM {self.ssim:.4f}"] if self.ssim is not None else []
+        return f"{self.input} -> {self.output}  {self.frames} frames  {'  '.join(likeness)}"
+
+
+class Reconstruct:
+    """Reconstruct videos.
+
+    Args:
+        inputs: Video files, folders of them, globs.
+        out: Folder for NAME.mp4 of each, and for reconstructions.csv.
+        only: Decode this latent alone (VidTwin: structure or dynamics).
+        size: Side of the square that pictures are cropped and resized to, for models that take any size; by default
+            those take the whole picture.
+        tile: Keep the whole picture at its size, in tiles of the model's resolution that overlap.
+        tile_size: Side of the tiles in pixels, for models that take any size.
+        overlap: Share of a tile that its neighbours have too.
+        side_by_side: Show the input, the reconstruction and what each latent gives alone next to each other.
+        error_map: Show the absolute error, four times enlarged, next to it.
+        batch_size: Windows, or tiles, that the model is given at once.
+        overwrite: Replace outputs that are there.
+        skip_existing: Leave out inputs whose outputs are there.
+        progress: Show a progress bar.
+    """
+
+    def __init__(
+        self,
+        inputs: list[str],
+        out: str = "reconstructions",
+        only: str | None = None,
+        size: int | None = None,
+        tile: bool = False,
+        tile_size: int | None = None,
+        overlap: float = 0.25,
+        side_by_side: bool = False,
+        error_map: bool = False,
+        batch_size: int = 1,
+        overwrite: bool = False,
+        skip_existing: bool = False,
+        progress: bool = True,
+    ) -> None:
+        self.out = Path(out)
+        self.only, self.side_by_side, self.error_map = only, side_by_side, error_map
+        self.size, self.tile, self.tile_size, self.overlap = size, tile, tile_size, overlap
+        self.batch_size, self.progress = batch_size, progress
+        if batch_size < 1:
+            raise UserError(f"Expected --batch_size of at least 1, got {batch_size}.")
+        if tile and size is not None:
+            raise UserError("Expected --size or --tile, got both: tiles keep the picture's own size.")
+        if tile_size is not None and not tile:
+            raise UserError("Expected --tile with --tile_size, got --tile_size alone.")
+        if not 0 <= overlap <= 0.5:
+            raise UserError(f"Expected --overlap from 0 to 0.5 of a tile, got {overlap}.")
+        if only is not None and side_by_side:
+            raise UserError("Expected --only or --side_by_side, got both; the latter shows each latent alone.")
+        if overwrite and skip_existing:
+            raise UserError("Expected --overwrite or --skip_existing, got both.")
+        self.inputs = find(inputs)
+        if skip_existing:
+            self.inputs = [entry for entry in self.inputs if not self._target(entry).exists()]
+        check_targets(map(self._target, self.inputs), self.inputs, overwrite)
+
+    def run(self, session: Session) -> int:
+        """Reconstruct this process's share → exit code, the same for all processes."""
+        self._check(session)
+        mine = self.inputs[session.rank :: session.world_size]
+        with tqdm(total=_frames_of(mine), unit="frame", disable=not (self.progress and session.is_main)) as bar:
+            done = []
+            for entry in mine:
+                done.append(self._one(session, entry, bar))
+        everything = [row for rows in session.gather(done) for row in rows]
+        order = {str(entry.path): place for place, entry in enumerate(self.inputs)}
+        everything.sort(key=lambda row: order[row.input])
+        if session.is_main and everything:
+            self._write_table(everything)
+        whole = sum(row.frames > 0 for row in everything)
+        return exit_code(whole, sum(bool(row.note) for row in everything))
+
+    def _check(self, session: Session) -> None:
+        model = session.model
+        if self.only is not None:
+            session.check_partial(self.only)
+        session.size(self.size)
+        if self.tile_size is not None and model.resolution not in (None, self.tile_size):
+            raise UserError(
+                f"Expected --tile_size {model.resolution} of this model, got {self.tile_size}; leave it out."
+            )
+        if self.tile_size is not None and (self.tile_size < 1 or self.tile_size % model.spatial_multiple):
+            raise UserError(f"Expected --tile_size a multiple of {model.spatial_multiple}, got {self.tile_size}.")
+
+    def _one(self, session: Session, entry: Input, bar: "tqdm[None]") -> Done:
+        path = self._target(entry)
+        done = Done(str(entry.path), str(path), 0, None, None)
+        likeness = Likeness()
+        try:
+            info, wrong = examine(entry.path)
+            with VideoWriter(path, info.fps, timed=True, sound=entry.path) as writer:
+                try:
+                    for window in self._shown(session, entry.path):
+                        real, shown = window
+                        likeness.add(shown[self._title], real.frames[: real.num_frames])
+                        for picture, time in zip(self._joined(real, shown), real.times, strict=True):
+                            writer.write(picture, time)
+                        done.frames += real.num_frames
+                        bar.update(real.num_frames)
+                except VideoError as error:
+                    if not done.frames:
+                        raise
+                    wrong = error
+            if writer.lost_sound:
+                done.note = writer.lost_sound
+        except VideoError as error:
+            wrong = error
+            done.frames = 0
+        if wrong is not None:
+            done.note = str(wrong)
+            kept = f" The {done.frames} frames before are in {path}." if done.frames else ""
+            session.tell(f"{done.note}{kept}")
+        elif done.note:
+            session.tell(done.note)
+        if done.frames:
+            done.psnr, done.ssim = likeness.psnr.value, likeness.ssim.value
+            session.report(done.line())
+        return done
+
+    @property
+    def _title(self) -> str:
+        return f"{self.only} only" if self.only else "reconstruction"
+
+    def _shown(self, session: Session, path: Path) -> Iterator[tuple[Window, dict[str, Frames]]]:
+        """Windows with their views, real frames alone."""
+        size = None if self.tile else session.size(self.size)
+        waiting: list[Window] = []
+        failure = None
+        reader = windows(path, session.num_frames, size)
+        while failure is None:
+            try:
+                waiting.append(next(reader))
+            except StopIteration:
+                break
+            except VideoError as error:  # after what came before it
+                failure = error
+            if len(waiting) == self.batch_size and failure is None:
+                yield from self._batch(session, waiting)
+                waiting = []
+        if waiting:
+            yield from self._batch(session, waiting)
+        if failure is not None:
+            raise failure
+
+    def _batch(self, session: Session, some: list[Window]) -> Iterator[tuple[Window, dict[str, Frames]]]:
+        def run(clips: list[Frames]) -> dict[str, list[Frames]]:
+            return session.views(clips, self.only, partial=self.side_by_side)
+
+        if self.tile:
+            side = session.model.resolution or self.tile_size or session.usual_tile
+            overlap = round(side * self.overlap)
+            made = [in_tiles(window.frames, side, overlap, run, self.batch_size) for window in some]
+        else:
+            by_name = run([window.frames for window in some])
+            made = [{name: clips[place] for name, clips in by_name.items()} for place in range(len(some))]
+        for window, shown in zip(some, made, strict=True):
+            yield window, {name: clip[: window.num_frames] for name, clip in shown.items()}
+
+    def _joined(self, window: Window, shown: dict[str, Frames]) -> Frames:
+        real = window.frames[: window.num_frames]
+        if self.side_by_side:
+            shown = {"input": real, **shown}
+        if self.error_map:
+            shown = {**shown, f"error x{panels.ERROR_GAIN}": panels.error_map(shown[self._title], real)}
+        return panels.side_by_side(shown) if len(shown) > 1 else shown[self._title]
+
+    def _target(self, entry: Input) -> Path:
+        return target(self.out, entry.name, ".mp4")
+
+    def _write_table(self, rows: list[Done]) -> None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for row in rows:
+            writer.writerow([getattr(row, column) for column in _COLUMNS])
+        write_text(self.out / TABLE, text.getvalue())
+
+
+def _frames_of(inputs: list[Input]) -> int:
+    total = 0
+    for entry in inputs:
+        try:
+            total += examine(entry.path)[0].num_frames
+        except VideoError:  # told when it is its turn
+            continue
+    return total
