@@ -39,10 +39,10 @@ class Likeness:
         has_ssim = metrics.ssim_allowed(*view.shape[1:3]) is None
         step = max(1, _NUMBERS_AT_ONCE // view[0].size)
         for start in range(0, len(view), step):
-            pair = [_as_clip(frames[start : start + step]) for frames in (view, target)]
-            self.psnr.add(metrics.psnr(*pair).double().numpy())
+            shown, wanted = (_as_clip(frames[start : start + step]) for frames in (view, target))
+            self.psnr.add(metrics.psnr(shown, wanted).double().numpy())
             if has_ssim:
-                self.ssim.add(metrics.ssim(*pair).double().numpy())
+                self.ssim.add(metrics.ssim(shown, wanted).double().numpy())
 
 
 class Change:
