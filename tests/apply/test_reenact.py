@@ -1,7 +1,11 @@
 """`vidtwin reenact`: crossings are decoded from two videos' latents, files have the motion's times, refusals."""
 
 import json
+import re
+import shlex
+import shutil
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,3 +256,27 @@ def test_outputs_are_replaced_only_when_asked(place, tmp_path, capsys):
     assert crossed(place, tmp_path, "--max_windows", 1) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert crossed(place, tmp_path, "--max_windows", 1, "--overwrite") == 0
+
+
+def test_the_pages_commands_run(place, model, tmp_path, monkeypatch):
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "docs" / "latents_apart.md").read_text()
+    commands = re.findall(r"^    vidtwin (.+)$", page, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["decouple", "reenact", "reenact"]
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        shutil.copy(place / f"{name}.mp4", tmp_path)
+    checkpoint(tmp_path / "runs/vidtwin/checkpoints/last.ckpt", model=model)
+    cmd = plugins.load("cmd", "vidtwin.autoencoders")(**BASELINES["cmd"])
+    checkpoint(tmp_path / "runs/cmd/checkpoints/last.ckpt", model=cmd)
+    for command in commands:
+        assert main([*shlex.split(command), "--accelerator", "cpu", "--max_windows", "1"]) == 0
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*.*")}
+    crossed = [
+        name for name in re.findall(r"`([\w.]+\.(?:mp4|png|json))`", page) if not name.startswith(("foreman", "v_"))
+    ]
+    assert written >= {f"crossed/{name}" for name in crossed}
+    assert written >= {"decoupled/a.mp4", "decoupled/a.png", "decoupled/decouple.csv", "decoupled/decouple.json"}
+    assert "crossed_cmd/a_content__b_motion.mp4" in written
+    for picture in re.findall(r"\(images/([\w.]+)\)", page):
+        assert (root / "docs" / "images" / picture).is_file()

@@ -240,11 +240,11 @@ class _Crossing:
         for name, blends in self.rows.items():
             titles = [f"{name}: {100 * max(blend):.4g}% B" for blend in blends]
             rows.append({title: decoded[blend] for title, blend in zip(titles, blends, strict=True)})
-        return panels.grid(rows, f"{self._caption()}. Latents that a row does not name are A's.")
+        return panels.grid(rows, f"{self._caption()}\nLatents that a row does not name are A's.")
 
     def _caption(self) -> str:
         first, second = (_short(video.name) for video in self.pair.videos)
-        return f"A = {first}, B = {second}"
+        return f"A = {first}\nB = {second}"
 
     def table(self) -> str:
         rows = [("view", "PSNR to A", "SSIM to A", "PSNR to B", "SSIM to B", "change")]
