@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -32,21 +31,26 @@ _MEASURES = ("psnr", "ssim", "change")
 
 
 class BeforeDamage:
-    """The windows of a video up to where it is damaged.
+    """The first windows of a video, up to where it is damaged.
 
     One that gives no window at all raises its `VideoError`.
 
+    Args:
+        stream: Windows of a video.
+        limit: How many are taken; None: all.
+
     Attributes:
-        reason: Why it ends early; None where it does not.
+        reason: Why they end early; None where they do not.
     """
 
-    def __init__(self, stream: Iterator[Window]) -> None:
-        self.stream = stream
+    def __init__(self, stream: Iterator[Window], limit: int | None = None) -> None:
+        self.stream, self.limit = stream, limit
         self.reason: str | None = None
 
     def __iter__(self) -> Iterator[Window]:
         given = 0
-        while True:
+        short = False
+        while given != self.limit or short:  # behind a window that is not full comes the reason why
             try:
                 window = next(self.stream)
             except StopIteration:
@@ -57,6 +61,7 @@ class BeforeDamage:
                 self.reason = str(error)
                 return
             given += 1
+            short = window.num_frames < len(window.frames)
             yield window
 
 
@@ -147,9 +152,9 @@ class Decouple:
         path = target(self.out, entry.name, ".mp4")
         try:
             info, wrong = examine(entry.path)
-            parts = BeforeDamage(windows(entry.path, session.num_frames, size))
+            parts = BeforeDamage(windows(entry.path, session.num_frames, size), self.max_windows)
             with VideoWriter(path, info.fps, timed=True, sound=entry.path) as writer:
-                for window in islice(parts, self.max_windows):
+                for window in parts:
                     shown = self._views(session, window, result)
                     for name, frames in shown.items():
                         likeness, change = meters.setdefault(name, (Likeness(), Change()))

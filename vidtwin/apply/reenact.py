@@ -157,7 +157,7 @@ class _Crossing:
         paths = [video.path for video in self.pair.videos]
         found = [examine(path) for path in paths]
         self.rates = [info.fps for info, _ in found]
-        streams = [BeforeDamage(windows(path, session.num_frames, size)) for path in paths]
+        streams = [BeforeDamage(windows(path, session.num_frames, size), options.max_windows) for path in paths]
         moments = panels.Moments(options.num_frames)
         middle: list[Frames] = []
         with ExitStack() as stack:
@@ -165,9 +165,7 @@ class _Crossing:
                        for blend in self.crossings]  # fmt: skip
             grid, blends = (stack.enter_context(self._writer(self.crossings[0], name, sound=False))
                             for name in ("grid", "interpolation"))  # fmt: skip
-            for place, pair in enumerate(zip(*streams, strict=False)):
-                if place == options.max_windows:
-                    break
+            for pair in zip(*streams, strict=False):
                 decoded, inputs = self._window(pair)
                 self._measure(decoded, inputs)
                 self.num_frames += len(inputs[0])
