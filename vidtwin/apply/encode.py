@@ -18,9 +18,10 @@ whole: after a kill the same command makes those that are missing, to the same b
 
 @dataclass
 class EncodeOptions:
-    """What is written.
+    """What is encoded, and how it is written.
 
     Args:
+        inputs: Video files, folders, globs.
         out: Folder of the latents.
         size: Side of the square that pictures are cropped and resized to; by default the model's own, or else the whole
             picture.
@@ -32,6 +33,7 @@ class EncodeOptions:
         overwrite: Begin anew where the folder holds latents, these or others.
     """
 
+    inputs: list[str]
     out: str
     size: int | None = None
     posterior: Literal["mean", "moments"] = "mean"
@@ -56,6 +58,5 @@ def encode_command(argv: list[str]) -> int:
     from vidtwin.apply.session import SessionOptions
 
     parser = make_parser("encode", _USAGE, _DESCRIPTION, EncodeOptions, SessionOptions)
-    parser.add_argument("inputs", nargs="+", help="Video files, folders that hold some, or globs.")
     config = parser.parse_args(argv)
-    return LatentWriter(config.inputs, build(EncodeOptions, config), build(SessionOptions, config)).run()
+    return LatentWriter(build(EncodeOptions, config), build(SessionOptions, config)).run()

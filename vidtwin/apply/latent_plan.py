@@ -3,17 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from vidtwin.apply.inputs import Input
+from vidtwin.apply.windows import examine
 from vidtwin.errors import UserError
 from vidtwin.latent_files import LOGVAR, Manifest, Piece, Shard, StoredPiece, VideoEntry, channel_statistics, shard_path
 from vidtwin.listing import identity
-from vidtwin.video import VideoError, probe, survey
+from vidtwin.video import VideoError
 
 
 def survey_inputs(
@@ -58,16 +58,11 @@ def _surveyed(entry: Input, known: VideoEntry | None) -> VideoEntry:
         raise VideoError(f"{entry.path}: {error.strerror}.") from error
     if known is not None and (known.bytes, known.changed, known.source) == (size, changed, str(entry.path)):
         return replace(known, num_frames=None, height=None, width=None)
-    damage = None
-    try:
-        info = survey(entry.path)
-        frames, fps = info.num_frames, info.fps
-    except VideoError as error:  # of a truncated one it knows how many frames are left
-        if not error.decodable:
-            raise
-        frames, fps = error.decodable, probe(entry.path).fps
-        damage = _reason(error, entry.path)
-    return VideoEntry(entry.name, str(entry.path), -1, str(Fraction(fps)), frames, size, changed, damage=damage)
+    info, fault = examine(entry.path)
+    if fault is not None and not info.num_frames:
+        raise fault
+    damage = _reason(fault, entry.path) if fault else None
+    return VideoEntry(entry.name, str(entry.path), -1, str(info.fps), info.num_frames, size, changed, damage=damage)
 
 
 def _reason(error: VideoError, path: Path) -> str:

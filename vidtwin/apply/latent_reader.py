@@ -61,9 +61,7 @@ class LatentReader:
                 failed += problem is not None
                 if problem is not None:
                     session.tell(f"{video.name}: {problem}")
-        counts = torch.tensor([done, failed, frames], device=session.fabric.device)
-        summed: Any = session.fabric.all_reduce(counts, reduce_op="sum")
-        done, failed, frames = summed.tolist()
+        done, failed, frames = map(sum, zip(*session.gather((done, failed, frames)), strict=True))
         if done:
             session.say(f"{done:,} videos, {frames:,} frames -> {self.options.out}")
         return exit_code(done, failed + (not manifest.complete))

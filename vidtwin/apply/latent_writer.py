@@ -8,9 +8,7 @@ number of processes changes a shard.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vidtwin.apply.encode import EncodeOptions
-from vidtwin.apply.inputs import Input, find
+from vidtwin.apply.inputs import find
 from vidtwin.apply.latent_plan import cut, difference, finish, survey_inputs
+from vidtwin.apply.pieces import PieceReader
 from vidtwin.apply.session import Session, SessionOptions
-from vidtwin.apply.windows import Window, windows
+from vidtwin.apply.windows import Window
 from vidtwin.errors import UserError
 from vidtwin.files import intended_name
 from vidtwin.latent_files import (
@@ -45,25 +44,25 @@ from vidtwin.latent_files import (
 )
 from vidtwin.posteriors import DiagonalGaussian, Posterior, Quantized
 from vidtwin.processes import locked
-from vidtwin.video import COLOUR, RESIZE_FILTER, VideoError
+from vidtwin.video import COLOUR, RESIZE_FILTER
 
 
 class LatentWriter:
     """Encodes videos; see `EncodeOptions`.
 
     Args:
-        inputs: Video files, folders, globs.
-        options: What is written.
+        options: What is encoded, and how it is written.
         session_options: By which weights, and where.
     """
 
-    def __init__(self, inputs: Sequence[str], options: EncodeOptions, session_options: SessionOptions) -> None:
+    def __init__(self, options: EncodeOptions, session_options: SessionOptions) -> None:
         self.options = options
         self.session_options = session_options
         self.folder = Path(options.out)
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"Expected a folder for latents, got {self.folder}, which is a file; set --out.")
-        self.inputs = find(inputs)
+        session_options.check()
+        self.inputs = find(options.inputs)
         self.session = Session(session_options)
         self.side = self.session.size(options.size)
 
@@ -189,7 +188,7 @@ class LatentWriter:
     # The share of a process.
 
     def _encode(self, manifest: Manifest, numbers: list[int]) -> None:
-        reader = _Reader(manifest, self.inputs, self.side)
+        reader = PieceReader(manifest, self.inputs, self.side)
         total = sum(piece.windows for number in numbers for piece in manifest.shards[number])
         shared = f" ({self.session.world_size} processes, each)" if self.session.world_size > 1 else ""
         with tqdm(
@@ -202,7 +201,7 @@ class LatentWriter:
                 self._writing(path, lambda: write_shard(path, manifest.digest, pieces, tensors))  # noqa: B023
 
     def _shard(
-        self, reader: "_Reader", planned: list[Piece], bar: "tqdm[Any]"
+        self, reader: PieceReader, planned: list[Piece], bar: "tqdm[Any]"
     ) -> tuple[list[StoredPiece], dict[str, Tensor]]:
         pieces: list[StoredPiece] = []
         rows: dict[str, list[Tensor]] = {}
@@ -305,59 +304,6 @@ class LatentWriter:
             f"-> {folder}"
         )
         return 1 if damaged or empty or manifest.skipped else 0
-
-
-class _Reader:
-    """Windows of pieces in turn; where one goes on after the last one, the video goes on being decoded.
-
-    Attributes:
-        fps: Of the video of the piece that was begun.
-        damage: Why its video ended before its time, if it has by now.
-    """
-
-    def __init__(self, manifest: Manifest, inputs: Sequence[Input], side: int | None) -> None:
-        self.manifest = manifest
-        self.side = side
-        self.length = int(manifest.settings["num_frames"])
-        self.paths = {entry.name: entry.path for entry in inputs}
-        self.fps = Fraction(1)
-        self.damage: str | None = None
-        self._at = (-1, 0)  # the video and the window that come next
-        self._windows: Iterator[Window] = iter(())
-
-    def start(self, piece: Piece) -> StoredPiece:
-        """Go to the first window of a piece."""
-        video = self.manifest.videos[piece.video]
-        self.fps = Fraction(video.fps)
-        if self._at != (piece.video, piece.first_window):
-            self.damage = None
-            self._windows = windows(self.paths[video.name], self.length, self.side)
-            self._at = (piece.video, 0)
-            for _ in self._take(piece.first_window):
-                pass
-            self._at = (piece.video, piece.first_window)
-        return StoredPiece(video.name, piece.first_window)
-
-    def windows(self, piece: Piece) -> Iterator[Window]:
-        """Those of the piece that was started; a video's last piece has all that are left."""
-        planned = math.ceil(self.manifest.videos[piece.video].planned_frames / self.length)
-        end = piece.first_window + piece.windows
-        yield from self._take(None if end == planned else piece.windows)
-        self._at = (piece.video, end)
-
-    def _take(self, count: int | None) -> Iterator[Window]:
-        while count is None or count > 0:
-            try:
-                yield next(self._windows)
-            except StopIteration:
-                return
-            except VideoError as error:
-                path = self.paths[self.manifest.videos[self._at[0]].name]
-                if not error.lasting:
-                    raise UserError(f"Expected to read {path}, the system failed: {error} Try again.") from error
-                self.damage = str(error).removeprefix(f"{path}: ").rstrip(".")
-                return
-            count = None if count is None else count - 1
 
 
 def _kind(posterior: Posterior) -> Latent:

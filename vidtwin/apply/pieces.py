@@ -1,0 +1,64 @@
+"""The windows of the pieces that a shard of latents is to hold, in constant memory."""
+
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+from vidtwin.apply.inputs import Input
+from vidtwin.apply.windows import Window, windows
+from vidtwin.errors import UserError
+from vidtwin.latent_files import Manifest, Piece, StoredPiece
+from vidtwin.video import VideoError
+
+
+class PieceReader:
+    """Windows of pieces in turn; where one goes on after the last one, the video goes on being decoded.
+
+    Attributes:
+        fps: Of the video of the piece that was begun.
+        damage: Why its video ended before its time, if it has by now.
+    """
+
+    def __init__(self, manifest: Manifest, inputs: Sequence[Input], side: int | None) -> None:
+        self.manifest = manifest
+        self.side = side
+        self.length = int(manifest.settings["num_frames"])
+        self.paths = {entry.name: entry.path for entry in inputs}
+        self.fps = Fraction(1)
+        self.damage: str | None = None
+        self._at = (-1, 0)  # the video and the window that come next
+        self._windows: Iterator[Window] = iter(())
+
+    def start(self, piece: Piece) -> StoredPiece:
+        """Go to the first window of a piece."""
+        video = self.manifest.videos[piece.video]
+        self.fps = Fraction(video.fps)
+        if self._at != (piece.video, piece.first_window):
+            self.damage = None
+            self._windows = windows(self.paths[video.name], self.length, self.side)
+            self._at = (piece.video, 0)
+            for _ in self._take(piece.first_window):
+                pass
+            self._at = (piece.video, piece.first_window)
+        return StoredPiece(video.name, piece.first_window)
+
+    def windows(self, piece: Piece) -> Iterator[Window]:
+        """Those of the piece that was started; a video's last piece has all that are left."""
+        planned = math.ceil(self.manifest.videos[piece.video].planned_frames / self.length)
+        end = piece.first_window + piece.windows
+        yield from self._take(None if end == planned else piece.windows)
+        self._at = (piece.video, end)
+
+    def _take(self, count: int | None) -> Iterator[Window]:
+        while count is None or count > 0:
+            try:
+                yield next(self._windows)
+            except StopIteration:
+                return
+            except VideoError as error:
+                path = self.paths[self.manifest.videos[self._at[0]].name]
+                if not error.lasting:
+                    raise UserError(f"Expected to read {path}, the system failed: {error} Try again.") from error
+                self.damage = str(error).removeprefix(f"{path}: ").rstrip(".")
+                return
+            count = None if count is None else count - 1
