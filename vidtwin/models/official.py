@@ -69,6 +69,10 @@ def load(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        raise UserError(
+            f"Expected an official VidTwin checkpoint (a .ckpt or .safetensors file), got the folder {path}."
+        )
     state = weights.read(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
