@@ -214,6 +214,7 @@ def test_a_mistake_is_one_line_before_anything_is_written(here, capsys, words, l
 # Frames that can be decoded, in files that promise more or none at all.
 DAMAGED = {"corrupted.mp4": 28, "truncated_half.avi": 78}
 NO_VIDEO = (
+    "h264_raw_error_I_P.264",  # its first frame is damaged already
     "audio_only.mp3",
     "header_only_300B.avi",
     "text_renamed.avi",
