@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from vidtwin.apply.session import as_clip
 from vidtwin.apply.windows import windows as cut
 from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
+from vidtwin.clips import as_clip
 from vidtwin.errors import UserError
 from vidtwin.posteriors import Deterministic, DiagonalGaussian, Encoding, Quantized
 from vidtwin.testing import ContractError, check_autoencoder, check_promises

@@ -15,6 +15,8 @@ _EXPORTS = {
     "VidTwin": "vidtwin.models.vidtwin",
     "VideoAutoencoder": "vidtwin.autoencoder",
     "VideoTrainer": "vidtwin.trainer",
+    "load_clip": "vidtwin.clips",
+    "save_clip": "vidtwin.clips",
 }
 __all__ = sorted(_EXPORTS)
 

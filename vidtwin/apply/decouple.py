@@ -8,7 +8,7 @@ window ── encode ──> latents ─┬─ all ─────────�
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from vidtwin import panels
 from vidtwin.apply.command import exit_code
-from vidtwin.apply.inputs import Input, check_targets, find, target
+from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
 from vidtwin.apply.meters import Change, Likeness
 from vidtwin.apply.session import Session
-from vidtwin.apply.windows import Window, examine, windows
+from vidtwin.apply.windows import BeforeDamage, Window, examine, windows
 from vidtwin.errors import UserError
 from vidtwin.files import replacing, write_text
 from vidtwin.video import Frames, VideoError, VideoWriter
@@ -28,41 +28,6 @@ from vidtwin.video import Frames, VideoError, VideoWriter
 INPUT, RECONSTRUCTION = "input", "reconstruction"
 FILES = ("decouple.csv", "decouple.json")
 _MEASURES = ("psnr", "ssim", "change")
-
-
-class BeforeDamage:
-    """The first windows of a video, up to where it is damaged.
-
-    One that gives no window at all raises its `VideoError`.
-
-    Args:
-        stream: Windows of a video.
-        limit: How many are taken; None: all.
-
-    Attributes:
-        reason: Why they end early; None where they do not.
-    """
-
-    def __init__(self, stream: Iterator[Window], limit: int | None = None) -> None:
-        self.stream, self.limit = stream, limit
-        self.reason: str | None = None
-
-    def __iter__(self) -> Iterator[Window]:
-        given = 0
-        short = False
-        while given != self.limit or short:  # behind a window that is not full comes the reason why
-            try:
-                window = next(self.stream)
-            except StopIteration:
-                return
-            except VideoError as error:
-                if not given:
-                    raise
-                self.reason = str(error)
-                return
-            given += 1
-            short = window.num_frames < len(window.frames)
-            yield window
 
 
 @dataclass
@@ -225,12 +190,6 @@ def check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise UserError(f"Expected --{name} of at least 1, got {count}.")
-
-
-def check_folder(path: str | Path) -> None:
-    """Raise `UserError` where a file is in the place of a folder of outputs."""
-    if Path(path).exists() and not Path(path).is_dir():
-        raise UserError(f"Expected --out to be a folder, got the file {path}.")
 
 
 def write(writer: VideoWriter, frames: Frames, times: list[Fraction]) -> None:

@@ -58,6 +58,12 @@ def target(out: str | Path, name: str, suffix: str) -> Path:
     return Path(out) / f"{name}{suffix}"
 
 
+def check_folder(path: str | Path) -> None:
+    """Raise `UserError` where a file is in the place of a folder of outputs."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise UserError(f"Expected --out to be a folder, got the file {path}.")
+
+
 def check_targets(targets: Iterable[Path], inputs: Iterable[Input] = (), overwrite: bool = False) -> None:
     """Raise `UserError` where a file to be written is an input, or is there and may not be replaced."""
     sources = {entry.path.resolve(): entry.path for entry in inputs}

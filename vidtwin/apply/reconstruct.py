@@ -5,7 +5,7 @@ Imported only when the command needs it, since it imports torch and lightning.
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from vidtwin import panels
 from vidtwin.apply.command import exit_code
-from vidtwin.apply.inputs import Input, check_targets, find, target
+from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
 from vidtwin.apply.meters import Likeness
 from vidtwin.apply.session import Session
 from vidtwin.apply.tiling import in_tiles
-from vidtwin.apply.windows import Window, examine, windows
+from vidtwin.apply.windows import BeforeDamage, Window, examine, windows
 from vidtwin.errors import UserError
 from vidtwin.files import write_text
 from vidtwin.video import Frames, VideoError, VideoWriter
@@ -95,6 +95,7 @@ class Reconstruct:
             raise UserError("Expected --only or --side_by_side, got both; the latter shows each latent alone.")
         if overwrite and skip_existing:
             raise UserError("Expected --overwrite or --skip_existing, got both.")
+        check_folder(out)
         self.inputs = find(inputs)
         if skip_existing:
             self.inputs = [entry for entry in self.inputs if not self._target(entry).exists()]
@@ -132,61 +133,45 @@ class Reconstruct:
         path = self._target(entry)
         done = Done(str(entry.path), str(path), 0, None, None)
         likeness = Likeness()
+        size = None if self.tile else session.size(self.size)
         try:
             info, wrong = examine(entry.path)
+            parts = BeforeDamage(windows(entry.path, session.num_frames, size))
             with VideoWriter(path, info.fps, timed=True, sound=entry.path) as writer:
-                try:
-                    for window in self._shown(session, entry.path):
-                        real, shown = window
-                        likeness.add(shown[self._title], real.frames[: real.num_frames])
-                        for picture, time in zip(self._joined(real, shown), real.times, strict=True):
-                            writer.write(picture, time)
-                        done.frames += real.num_frames
-                        bar.update(real.num_frames)
-                except VideoError as error:
-                    if not done.frames:
-                        raise
-                    wrong = error
-            if writer.lost_sound:
-                done.note = writer.lost_sound
+                for window, shown in self._shown(session, parts):
+                    real = window.frames[: window.num_frames]
+                    likeness.add(shown[self._title], real)
+                    for picture, time in zip(self._joined(real, shown), window.times, strict=True):
+                        writer.write(picture, time)
+                    done.frames += window.num_frames
+                    bar.update(window.num_frames)
         except VideoError as error:
-            wrong = error
-            done.frames = 0
-        if wrong is not None:
-            done.note = str(wrong)
-            kept = f" The {done.frames} frames before are in {path}." if done.frames else ""
-            session.tell(f"{done.note}{kept}")
-        elif done.note:
-            session.tell(done.note)
-        if done.frames:
-            done.psnr, done.ssim = likeness.psnr.value, likeness.ssim.value
-            session.report(done.line())
+            session.tell(str(error))
+            return Done(str(entry.path), str(path), 0, None, None, str(error))
+        if wrong or parts.reason:
+            done.note = parts.reason or str(wrong)
+            session.tell(f"{done.note} The {done.frames} frames before are in {path}.")
+        elif writer.lost_sound:
+            done.note = writer.lost_sound
+            session.tell(f"{path}: {done.note}")
+        done.psnr, done.ssim = likeness.psnr.value, likeness.ssim.value
+        session.report(done.line())
         return done
 
     @property
     def _title(self) -> str:
         return f"{self.only} only" if self.only else "reconstruction"
 
-    def _shown(self, session: Session, path: Path) -> Iterator[tuple[Window, dict[str, Frames]]]:
-        """Windows with their views, real frames alone."""
-        size = None if self.tile else session.size(self.size)
+    def _shown(self, session: Session, parts: Iterable[Window]) -> Iterator[tuple[Window, dict[str, Frames]]]:
+        """Windows with the real frames of their views."""
         waiting: list[Window] = []
-        failure = None
-        reader = windows(path, session.num_frames, size)
-        while failure is None:
-            try:
-                waiting.append(next(reader))
-            except StopIteration:
-                break
-            except VideoError as error:  # after what came before it
-                failure = error
-            if len(waiting) == self.batch_size and failure is None:
+        for window in parts:
+            waiting.append(window)
+            if len(waiting) == self.batch_size:
                 yield from self._batch(session, waiting)
                 waiting = []
         if waiting:
             yield from self._batch(session, waiting)
-        if failure is not None:
-            raise failure
 
     def _batch(self, session: Session, some: list[Window]) -> Iterator[tuple[Window, dict[str, Frames]]]:
         def run(clips: list[Frames]) -> dict[str, list[Frames]]:
@@ -202,8 +187,7 @@ class Reconstruct:
         for window, shown in zip(some, made, strict=True):
             yield window, {name: clip[: window.num_frames] for name, clip in shown.items()}
 
-    def _joined(self, window: Window, shown: dict[str, Frames]) -> Frames:
-        real = window.frames[: window.num_frames]
+    def _joined(self, real: Frames, shown: dict[str, Frames]) -> Frames:
         if self.side_by_side:
             shown = {"input": real, **shown}
         if self.error_map:

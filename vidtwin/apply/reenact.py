@@ -14,11 +14,11 @@ from typing import Any, Self
 
 from vidtwin import panels
 from vidtwin.apply.command import exit_code
-from vidtwin.apply.decouple import BeforeDamage, aligned, check_counts, check_folder, number, write, write_png
-from vidtwin.apply.inputs import Input, check_targets, find, target
+from vidtwin.apply.decouple import aligned, check_counts, number, write, write_png
+from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
 from vidtwin.apply.meters import Change, Likeness
 from vidtwin.apply.session import Session
-from vidtwin.apply.windows import Window, examine, windows
+from vidtwin.apply.windows import BeforeDamage, Window, examine, windows
 from vidtwin.errors import UserError
 from vidtwin.files import write_text
 from vidtwin.posteriors import Encoding, Latents, Quantized

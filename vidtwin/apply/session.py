@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from vidtwin import checkpoints, model_config
 from vidtwin.autoencoder import VideoAutoencoder
+from vidtwin.clips import as_clip
 from vidtwin.errors import UserError
 from vidtwin.panels import to_uint8
 from vidtwin.posteriors import Encoding, Latents
@@ -182,15 +181,6 @@ def weights_sha256(model: VideoAutoencoder) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def as_clip(windows: Sequence[Frames], multiple: int = 1) -> Tensor:
-    """uint8 (T, H, W, 3) each → (B, 3, T, H, W) in [-1, 1], H and W raised to multiples by repeating the border."""
-    clip = torch.from_numpy(np.stack(windows)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    below, right = (-side % multiple for side in clip.shape[3:])
-    if not (below or right):
-        return clip
-    return torch.nn.functional.pad(clip, (0, right, 0, below, 0, 0), mode="replicate")
 
 
 def _load(options: SessionOptions) -> VideoAutoencoder:

@@ -65,7 +65,7 @@ def windows(source: Source, length: int, size: int | None = None) -> Iterator[Wi
 
 
 def examine(source: Source) -> tuple[VideoInfo, VideoError | None]:
-    """What a video holds, without decoding it, and what is known to be wrong with it: it may end before its header says.
+    """What a video holds, without decoding it, and what is wrong with it: it may end before its header says.
 
     Raises:
         VideoError: It can't be read at all.
@@ -76,3 +76,38 @@ def examine(source: Source) -> tuple[VideoInfo, VideoError | None]:
         if error.kind != "truncated":
             raise
         return replace(probe(source), num_frames=error.decodable or 0), error
+
+
+class BeforeDamage:
+    """The first windows of a video, up to where it is damaged.
+
+    One that gives no window at all raises its `VideoError`.
+
+    Args:
+        stream: Windows of a video.
+        limit: How many are taken; None: all.
+
+    Attributes:
+        reason: Why they end early; None where they do not.
+    """
+
+    def __init__(self, stream: Iterator[Window], limit: int | None = None) -> None:
+        self.stream, self.limit = stream, limit
+        self.reason: str | None = None
+
+    def __iter__(self) -> Iterator[Window]:
+        given = 0
+        short = False
+        while given != self.limit or short:  # behind a window that is not full comes the reason why
+            try:
+                window = next(self.stream)
+            except StopIteration:
+                return
+            except VideoError as error:
+                if not given:
+                    raise
+                self.reason = str(error)
+                return
+            given += 1
+            short = window.num_frames < len(window.frames)
+            yield window
