@@ -91,7 +91,7 @@ class ContextAttention(nn.Module):
         kv = rearrange(self.kv_norm(context), "b c h w -> b (h w) c") + self.kv_pos_emb
         q = rearrange(self.q_norm(x), "m c h w -> m (h w) c") + self.q_pos_emb
         # A query sees the context alone, so that those of all future frames of a clip can stand in one row.
-        q = rearrange(q, "(b n) s c -> b (n s) c", b=len(context))
+        q = rearrange(q, "(b n) s c -> b (n s) c", b=context.shape[0])
         y = self.dropout(self.att(q, kv, kv, need_weights=False)[0])
         return F.silu(x + rearrange(y, "b (n h w) c -> (b n) c h w", h=height, w=x.shape[3]))
 
@@ -340,7 +340,7 @@ class IVideoGPT(VideoAutoencoder):
         return super().decode(latents, num_frames)
 
     def _encode(self, clip: Tensor) -> Encoding:
-        batch, length = len(clip), self.context_length
+        batch, length = clip.shape[0], self.context_length
         clip = self._resized(clip, self.inner_resolution)
         context_map, levels = self.encoder(rearrange(clip[:, :, :length], "b c t h w -> (b t) c h w"))
         future_map = self.cond_encoder(rearrange(clip[:, :, length:], "b c n h w -> (b n) c h w"), levels)
@@ -362,16 +362,16 @@ class IVideoGPT(VideoAutoencoder):
             _check_shape(f"latent {name}", latent, shapes[name])
         context = latents.get("context")
         if context is None:
-            context = latents["dynamics"].new_zeros(len(latents["dynamics"]), *shapes["context"])
+            context = latents["dynamics"].new_zeros(latents["dynamics"].shape[0], *shapes["context"])
         context_map = self.post_quant_conv(rearrange(context, "b d t h w -> (b t) d h w"))
         frames, levels = self.decoder(context_map)
-        frames = rearrange(frames, "(b t) c h w -> b c t h w", b=len(context))
+        frames = rearrange(frames, "(b t) c h w -> b c t h w", b=context.shape[0])
         if "dynamics" in latents:
             vectors = rearrange(latents["dynamics"], "b d n h w -> (b n) h w d")
             p = self.patch_size
             future_map = rearrange(self.post_quant_linear(vectors), "m h w (p q c) -> m c (h p) (w q)", p=p, q=p)
             future = self.cond_decoder(future_map, levels)
-            frames = torch.cat([frames, rearrange(future, "(b n) c h w -> b c n h w", b=len(context))], 2)
+            frames = torch.cat([frames, rearrange(future, "(b n) c h w -> b c n h w", b=context.shape[0])], 2)
         return self._resized(frames, self.resolution)
 
     def _latent_shapes(self, clip_shape: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
@@ -444,7 +444,7 @@ class IVideoGPT(VideoAutoencoder):
         frames = rearrange(clip, "b c t h w -> (b t) c h w")
         frames = frames if frames.dtype == torch.float64 else frames.float()
         frames = F.interpolate(frames, (side, side), mode="bicubic", align_corners=False, antialias=True)
-        return rearrange(frames, "(b t) c h w -> b c t h w", b=len(clip))
+        return rearrange(frames, "(b t) c h w -> b c t h w", b=clip.shape[0])
 
 
 def _check_shape(what: str, given: Tensor, wanted: tuple[Any, ...]) -> None:

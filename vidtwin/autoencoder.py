@@ -183,7 +183,8 @@ class VideoAutoencoder(Pretrained, nn.Module, ABC):
             raise UserError(
                 f"Expected latents {list(self.latent_names)} for {type(self).__name__}, got {sorted(latents)}."
             )
-        if len({latent.shape[:1] for latent in latents.values()}) > 1:
+        batches = [latent.shape[:1] for latent in latents.values()]
+        if any(batch != batches[0] for batch in batches):
             shapes = {name: tuple(latent.shape) for name, latent in latents.items()}
             raise UserError(f"Expected latents of one batch, got {shapes}.")
         clip = self._map_range(self._decode(latents), self.value_range, (-1.0, 1.0))

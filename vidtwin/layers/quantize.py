@@ -116,7 +116,7 @@ class LookupFreeQuantizer(nn.Module):
         each = -(p * F.logsigmoid(logits) + q * F.logsigmoid(-logits)).sum(1).mean()
         together = z.new_zeros(())
         for p_group, q_group in zip(p.split(self.group_bits, 1), q.split(self.group_bits, 1), strict=True):
-            joint = p.new_ones(len(p), 1)
+            joint = p.new_ones(p.shape[0], 1)
             for index in range(p_group.shape[1]):
                 bit = torch.stack([q_group[:, index], p_group[:, index]], 1)
                 joint = (bit[:, :, None] * joint[:, None]).flatten(1)

@@ -152,7 +152,7 @@ class StructureBranch(nn.Module):
         maps = self.conv_out(maps)
         border = (maps.shape[-1] - self.grid_size) // 2  # halving an odd grid rounds up, so it comes back larger
         inside = slice(border, border + self.grid_size)
-        features = self.to_features(rearrange(maps[..., inside, inside], "(b q) c h w -> b h w q c", b=len(latent)))
+        features = self.to_features(rearrange(maps[..., inside, inside], "(b q) c h w -> b h w q c", b=latent.shape[0]))
         return self.to_frames(features.movedim(3, -1)).relu().movedim((-2, -1), (1, 2))
 
 
@@ -204,7 +204,7 @@ class DynamicsBranch(nn.Module):
         maps = self.downsample(rearrange(features, "b c t h w -> (b t) c h w"))
         maps = rearrange(maps, "(b t) c h w -> b c t h w", b=batch, t=frames)
         profiles = torch.cat([maps.mean(3), maps.mean(4)])  # one batch: the head must not see across the two
-        moments = torch.cat(self.head(profiles).chunk(2), dim=3)
+        moments = torch.cat(self.head(profiles).unflatten(0, (2, -1)).unbind(), dim=3)
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar
 
@@ -212,5 +212,5 @@ class DynamicsBranch(nn.Module):
         """(B, d_D, T, w + h) → (B, C, T, H, W)."""
         profiles = torch.cat(latent.split(self.size, dim=3))
         embedded = self.upsample(self.embed(profiles.movedim(1, -1)).movedim(-1, 1))
-        along_width, along_height = embedded.chunk(2)
+        along_width, along_height = embedded.unflatten(0, (2, -1)).unbind()
         return along_width[:, :, :, None, :] + along_height[:, :, :, :, None]

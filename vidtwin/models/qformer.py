@@ -33,7 +33,7 @@ class QFormerLayer(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = self.self_norm(x + self.dropout(self.self_attention(x)))
         if self.cross_attention is not None:
-            x = x.expand(len(context), -1, -1)
+            x = x.expand(context.shape[0], -1, -1)
             x = self.cross_norm(x + self.dropout(self.cross_attention(x, context)))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
@@ -91,7 +91,7 @@ class QFormer(nn.Module):
         x = self.norm(self.queries)[None]
         # Until the first cross-attention all N rows are the same, so without dropout they are computed once.
         if self.training and self.dropout.p > 0:
-            x = self.dropout(x.expand(len(context), -1, -1))
+            x = self.dropout(x.expand(context.shape[0], -1, -1))
         for layer in self.layers:
             x = layer(x, context)
         return x
