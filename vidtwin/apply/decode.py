@@ -22,11 +22,13 @@ class DecodeOptions:
         out: Folder of the videos.
         batch_size: Windows that are decoded at once.
         overwrite: Replace videos that are there.
+        progress: Show a progress bar.
     """
 
     out: str
     batch_size: int = 8
     overwrite: bool = False
+    progress: bool = True
 
     def __post_init__(self) -> None:
         from vidtwin.errors import UserError

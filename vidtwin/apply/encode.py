@@ -31,6 +31,7 @@ class EncodeOptions:
         batch_size: Windows that are encoded at once.
         labels: Take the folder that a video lies in as its class.
         overwrite: Begin anew where the folder holds latents, these or others.
+        progress: Show a progress bar.
     """
 
     inputs: list[str]
@@ -42,6 +43,7 @@ class EncodeOptions:
     batch_size: int = 8
     labels: Literal["folders", "none"] = "none"
     overwrite: bool = False
+    progress: bool = True
 
     def __post_init__(self) -> None:
         from vidtwin.errors import UserError

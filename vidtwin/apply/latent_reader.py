@@ -51,7 +51,11 @@ class LatentReader:
         done = failed = frames = 0
         total = sum(len(places[number]) for number, share in enumerate(shares) if share == session.rank)
         with tqdm(
-            total=total, desc="decoding", unit="piece", disable=None if session.is_main else True, dynamic_ncols=True
+            total=total,
+            desc="decoding",
+            unit="piece",
+            disable=None if session.is_main and self.options.progress else True,
+            dynamic_ncols=True,
         ) as bar:
             for number, video in enumerate(manifest.videos):
                 if shares[number] != session.rank or video.num_frames == 0:

@@ -10,7 +10,7 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +45,14 @@ from vidtwin.latent_files import (
 from vidtwin.posteriors import DiagonalGaussian, Posterior, Quantized
 from vidtwin.processes import locked
 from vidtwin.video import COLOUR, RESIZE_FILTER
+
+
+class _Waiting(NamedTuple):
+    """A window that is to be encoded, of a piece of a shard."""
+
+    place: int
+    video: str
+    window: Window
 
 
 class LatentWriter:
@@ -191,13 +199,16 @@ class LatentWriter:
         reader = PieceReader(manifest, self.inputs, self.side)
         total = sum(piece.windows for number in numbers for piece in manifest.shards[number])
         shared = f" ({self.session.world_size} processes, each)" if self.session.world_size > 1 else ""
-        with tqdm(
-            total=total, desc=f"encoding{shared}", unit="clip", disable=None if self.session.is_main else True,
-            dynamic_ncols=True,
-        ) as bar:  # fmt: skip
+        hidden = None if self.session.is_main and self.options.progress else True
+        with tqdm(total=total, desc=f"encoding{shared}", unit="clip", disable=hidden, dynamic_ncols=True) as bar:
             for number in numbers:
-                pieces, tensors = self._shard(reader, manifest.shards[number], bar)
                 path = shard_path(self.folder, number)
+                try:
+                    pieces, tensors = self._shard(reader, manifest.shards[number], bar)
+                except UserError as error:  # the other shards can be made for all that
+                    self.session.tell(f"{path.name} is not made: {error}")
+                    reader.reset()
+                    continue
                 self._writing(path, lambda: write_shard(path, manifest.digest, pieces, tensors))  # noqa: B023
 
     def _shard(
@@ -205,7 +216,7 @@ class LatentWriter:
     ) -> tuple[list[StoredPiece], dict[str, Tensor]]:
         pieces: list[StoredPiece] = []
         rows: dict[str, list[Tensor]] = {}
-        waiting: list[tuple[int, Window]] = []
+        waiting: list[_Waiting] = []
 
         def flush() -> None:
             for name, tensors in self._rows(waiting).items():
@@ -217,42 +228,41 @@ class LatentWriter:
             stored, packed = reader.start(piece), []
             for window in reader.windows(piece):
                 full = len(waiting) == self.options.batch_size
-                if waiting and (full or waiting[0][1].frames.shape != window.frames.shape):
+                if waiting and (full or waiting[0].window.frames.shape != window.frames.shape):
                     flush()
-                waiting.append((place, window))
+                waiting.append(_Waiting(place, stored.video, window))
                 stored.num_frames.append(window.num_frames)
                 packed += window.times
             if stored.num_frames:
-                height, width = waiting[-1][1].frames.shape[1:3]
+                height, width = waiting[-1].window.frames.shape[1:3]
                 start = piece.first_window * self.session.num_frames
                 stored = replace(stored, height=height, width=width, times=pack_times(packed, reader.fps, start))
             pieces.append(replace(stored, damage=reader.damage))
         flush()
         return pieces, {name: torch.stack(tensors) for name, tensors in rows.items()}
 
-    def _rows(self, batch: list[tuple[int, Window]]) -> dict[str, list[Tensor]]:
+    def _rows(self, batch: list[_Waiting]) -> dict[str, list[Tensor]]:
         """What is stored of each window, by the name of its tensor."""
         if not batch:
             return {}
         try:
-            encoding = self.session.encode([window.frames for _, window in batch])
+            encoding = self.session.encode([each.window.frames for each in batch])
         except torch.OutOfMemoryError as error:
-            shape = (len(batch), *batch[0][1].frames.shape)
+            shape = (len(batch), *batch[0].window.frames.shape)
             raise UserError(
                 f"Expected windows of {shape} to fit the device's memory, they do not; lower --batch_size or --size."
             ) from error
         rows: dict[str, list[Tensor]] = {}
         for latent, posterior in encoding.items():
             for part, value in self._parts(posterior).items():
-                value = value.cpu()
-                if value.is_floating_point() and not torch.isfinite(value).all():
-                    raise UserError(
-                        f"Expected finite numbers of {self.options.dtype} for {latent}, got others around window "
-                        f"{batch[0][1].start_frame // self.session.num_frames} of a video in this shard; take --dtype "
-                        "float32 and --precision 32-true, or another checkpoint."
-                    )
-                for (place, _), row in zip(batch, value, strict=True):
-                    rows.setdefault(tensor_name(place, latent, part or None), []).append(row)
+                for each, row in zip(batch, value.cpu(), strict=True):
+                    if row.is_floating_point() and not torch.isfinite(row).all():
+                        raise UserError(
+                            f"{each.video}: expected {latent} of finite numbers in {self.options.dtype}, got others in "
+                            f"the window from frame {each.window.start_frame} on; take --dtype float32 and --precision "
+                            "32-true, or other weights."
+                        )
+                    rows.setdefault(tensor_name(each.place, latent, part or None), []).append(row)
         return rows
 
     def _parts(self, posterior: Posterior) -> dict[str, Tensor]:

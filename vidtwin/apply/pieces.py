@@ -29,6 +29,10 @@ class PieceReader:
         self._at = (-1, 0)  # the video and the window that come next
         self._windows: Iterator[Window] = iter(())
 
+    def reset(self) -> None:
+        """Forget the place, after a piece that was not read to its end."""
+        self._at = (-1, 0)
+
     def start(self, piece: Piece) -> StoredPiece:
         """Go to the first window of a piece."""
         video = self.manifest.videos[piece.video]
