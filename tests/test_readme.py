@@ -15,6 +15,11 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.spl
 COMMANDS += re.findall(r"^    (vidtwin .*)$", README, re.MULTILINE)
 
 
+ON_VIDEOS = [
+    c
+    for c in COMMANDS
+    if c.split()[1] in ("reconstruct", "decouple", "reenact", "encode", "decode", "convert", "export")
+]
 ON_DATA = [
     c for c in COMMANDS if c.split()[1] in ("prepare", "doctor", "cache", "check")
 ]  # these parse their own options
@@ -32,7 +37,7 @@ def test_a_command_on_data_has_options_that_exist(command, capsys):
 
 @pytest.mark.parametrize(
     "command",
-    [c for c in COMMANDS if "my_tokenizer" not in c and c not in ON_DATA],
+    [c for c in COMMANDS if "my_tokenizer" not in c and c not in [*ON_DATA, *ON_VIDEOS]],
     ids=lambda c: " ".join(shlex.split(c)[1:4]),
 )
 def test_a_command_has_options_that_exist(command, monkeypatch, capsys, tmp_path):
@@ -48,9 +53,36 @@ def test_a_command_has_options_that_exist(command, monkeypatch, capsys, tmp_path
     assert "autoencoder:" in capsys.readouterr().out
 
 
-def test_the_python_runs(capsys):
+def test_the_commands_on_videos_and_the_python_after_them_run(tmp_path, monkeypatch, capsys):
+    """As they stand, one after the other, with a small model on made-up videos."""
+    import numpy as np
+    import torch
+    from sweeping import checkpoint
+    from tiny import tiny_model
+
+    from vidtwin.cli import main
+    from vidtwin.video import probe, write_video
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    checkpoint(tmp_path / "runs/demo/checkpoints/last.ckpt", model=tiny_model())
+    noise = np.random.default_rng(0).integers(0, 256, (9, 5, 6, 3), np.uint8)
+    for name in ("a.mp4", "b.mp4", "videos/c.mp4"):
+        write_video(name, np.roll(noise.repeat(8, 1).repeat(8, 2), len(name), 1), 25)
+    assert len(ON_VIDEOS) == 7
+    for command in ON_VIDEOS:
+        assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
+    assert probe("reconstructions/a.mp4").num_frames == probe("decoded/c.mp4").num_frames == 9
+    for file in ("decoupled/a.png", "crossed/grid.png", "pretrained/config.json", "exported/manifest.json"):
+        assert Path(file).is_file(), file
     exec(compile(PYTHON[0], "README.md", "exec"), {"__name__": "__main__"})
-    assert re.fullmatch(r"1\.\d{3}%\n", capsys.readouterr().out)
+    assert probe("again.mp4").num_frames == tiny_model().num_frames
+    page = (ROOT / "docs/own_videos.md").read_text()
+    namespace = {"__name__": "__main__"}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "own_videos.md", "exec"), namespace)
+    assert probe("both.mp4").num_frames == tiny_model().num_frames
+    assert probe("long.mp4").num_frames == 9
 
 
 def test_ones_own_autoencoder_keeps_the_contract_and_trains_by_its_class_path(tmp_path, monkeypatch):

@@ -3,9 +3,9 @@
 from itertools import pairwise
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from vidtwin.clips import as_clip
 from vidtwin.metrics import frames as metrics
 from vidtwin.panels import Frames
 
@@ -39,7 +39,7 @@ class Likeness:
         has_ssim = metrics.ssim_allowed(*view.shape[1:3]) is None
         step = max(1, _NUMBERS_AT_ONCE // view[0].size)
         for start in range(0, len(view), step):
-            shown, wanted = (_as_clip(frames[start : start + step]) for frames in (view, target))
+            shown, wanted = (as_clip([frames[start : start + step]]) for frames in (view, target))
             self.psnr.add(metrics.psnr(shown, wanted).double().numpy())
             if has_ssim:
                 self.ssim.add(metrics.ssim(shown, wanted).double().numpy())
@@ -63,8 +63,3 @@ class Change:
     def value(self) -> float | None:
         """None of windows of one frame."""
         return self.mean.value
-
-
-def _as_clip(frames: Frames) -> torch.Tensor:
-    """(T, H, W, 3) → (1, 3, T, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
