@@ -1,6 +1,7 @@
 """Latents that `vidtwin encode` has written, to train on (docs/latents.md)."""
 
 import hashlib
+import warnings
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -182,7 +183,11 @@ class LatentDataModule(ResumableDataModule):
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        return self._loader("val") if len(self.dataset("val")) else []
+        if len(self.dataset("val")):
+            return self._loader("val")
+        # Nothing was asked for by data.val_root or data.val_share.
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        return []
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         if "latents" in batch and self.normalize:
