@@ -2,7 +2,9 @@
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import lightning
 import numpy as np
 import pytest
 import torch
@@ -197,3 +199,41 @@ def test_latents_of_another_version_are_refused(here, capsys):
     manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 7'))
     assert decode() == 2
     assert "Expected latents of schema version 1, got 7" in capsys.readouterr().err
+
+
+def test_the_page_on_latents_can_be_followed(tmp_path, monkeypatch):
+    """Each command of docs/latents.md, and its program on a model of one number."""
+    page = (Path(__file__).parents[2] / "docs" / "latents.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    checkpoint(tmp_path / "last.ckpt", scale=1.0, frames=LENGTH)
+    for number in range(12):
+        write_video(f"videos/class{number % 2}/v{number}.mp4", smooth(9), 25)
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    vidtwin ")]
+    assert [command[0] for command in commands] == ["encode", "decode"]
+    for command in commands:
+        assert main([*command, *QUIET]) == 0
+    assert len(list(Path("decoded").rglob("*.mp4"))) == 12
+
+    class Model(lightning.LightningModule):
+        labels: set[int] = set()  # noqa: RUF012
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
+            assert batch["latents"]["grid"].shape == (4, 3, LENGTH, 8, 12)
+            self.labels.update(batch["label"].tolist())
+            return (self.scale * batch["latents"]["grid"]).square().mean()
+
+        def validation_step(self, batch: dict[str, Any], index: int) -> None:
+            pass
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    program = page.partition("```python\n")[2].partition("```")[0]
+    quiet = "accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=10"
+    program = program.replace("max_steps=100", quiet).replace("batch_size=4", "batch_size=4, num_workers=0")
+    exec(program, {"model": Model()})
+    assert Model.labels == {0, 1}

@@ -12,7 +12,7 @@ Encode videos (files, folders, globs) to a folder of latents: a manifest and saf
 
 A video is cut into windows of the model's length; the last frame fills the last one up. A shard appears when it is
 whole: after a kill the same command makes those that are missing, to the same bytes, on any number of devices.
-`vidtwin decode LATENTS --out DIR` gives the videos back; `--data latents --data.root LATENTS` trains on them.
+`vidtwin decode LATENTS --out DIR` gives the videos back; docs/latents.md says how to train on the latents.
 """
 
 
