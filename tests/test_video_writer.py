@@ -150,6 +150,33 @@ def test_an_error_leaves_no_file_and_the_earlier_one_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
+@pytest.mark.parametrize("room", [10, 3_000])
+def test_a_full_disk_is_told_with_and_without_sound_and_leaves_no_file(tmp_path, room):
+    """With sound the header was written a second time after it had failed, and FFmpeg crashed the process."""
+    resource = pytest.importorskip("resource")
+    source = with_tone(tmp_path / "in.mp4", "aac")
+    noise = np.random.default_rng(0).integers(0, 256, (40, 32, 48, 3), np.uint8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for sound in (None, source):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            with pytest.raises(VideoError, match="File too large"):
+                write(tmp_path / "out.mp4", *noise, sound=sound)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
+
+
+def test_sound_that_the_container_refuses_is_left_out_and_told(tmp_path, monkeypatch):
+    source = with_tone(tmp_path / "in.mkv", "wmav2")
+    monkeypatch.setattr("vidtwin.video.sound._COPIED", {"wmav2"})
+    with VideoWriter(tmp_path / "out.mp4", 25, sound=source) as writer:
+        for picture in pictures(5):
+            writer.write(picture)
+    assert "can't be carried over" in writer.lost_sound
+    assert probe(tmp_path / "out.mp4").num_frames == 5
+
+
 def test_what_can_not_be_written_is_told(tmp_path):
     (picture,) = pictures(1)
     with pytest.raises(VideoError, match="expected at least one frame"):

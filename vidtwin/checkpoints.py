@@ -5,7 +5,6 @@ which a command without a config rebuilds it. A folder of `save_pretrained` and 
 read as checkpoints of the weights alone.
 """
 
-import errno
 import re
 import warnings
 import zipfile
@@ -22,11 +21,10 @@ from torch import Tensor
 from vidtwin import hub, weights
 from vidtwin.autoencoder import VideoAutoencoder, build
 from vidtwin.errors import UserError
-from vidtwin.files import replacing
+from vidtwin.files import NO_ROOM, replacing
 
 PREFIX = "autoencoder."
 _STEP_FILE = re.compile(r"step-(\d{8,})\.ckpt")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -67,7 +65,7 @@ def explaining_a_full_disk(path: str | Path) -> Iterator[None]:
 def _no_room(error: BaseException | None) -> str | None:
     """torch may raise a RuntimeError of its own over the OSError."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
             return error.strerror
         error = error.__cause__ or error.__context__
     return None

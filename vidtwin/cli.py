@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vidtwin import __version__, plugins
 from vidtwin.errors import REQUEUE_EXIT_CODE, Preempted, UserError, suggestion
+from vidtwin.files import NO_ROOM
 
 TRAINER_COMMANDS = {
     "fit": "Train an autoencoder: vidtwin fit --config configs/vidtwin_base.yaml --data.root PATH",
@@ -78,6 +79,13 @@ def main(argv: list[str] | None = None) -> int:
         return run(command, rest)
     except UserError as error:
         sys.stderr.write(f"vidtwin: error: {_one_line(error)}\n")
+        return 2
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        sys.stderr.write(
+            f"vidtwin: error: Expected room to write {error.filename or 'a file'}, got {error.strerror!r}.\n"
+        )
         return 2
     except Preempted as end:
         sys.stderr.write(f"vidtwin: {end}\n")

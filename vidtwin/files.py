@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, a quota or a limit says
 _TEMPORARY = re.compile(r"\.(.+)-[a-z0-9_]{8}(\.\w+)")  # mkstemp's alphabet
 
 

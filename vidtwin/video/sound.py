@@ -68,6 +68,8 @@ class Sound:
             if until is None and not self._copied:
                 self._container.mux(self._output.encode(None))
         except av.error.FFmpegError as error:
+            if isinstance(error, OSError):  # a full disk, say: no fault of the sound
+                raise
             raise SoundError(f"{self._name}: the sound breaks off: {error.strerror}.") from error
 
     def close(self) -> None:

@@ -72,9 +72,9 @@ class VideoWriter:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            partial = stack.enter_context(replacing(self.path))
+            self._partial = stack.enter_context(replacing(self.path))
             with self._explained():
-                self._container = stack.enter_context(av.open(os.fspath(partial), "w"))
+                self._container = stack.enter_context(av.open(os.fspath(self._partial), "w"))
             self._closing = stack.pop_all()
         return self
 
@@ -118,25 +118,42 @@ class VideoWriter:
 
     def _open(self, picture: Frames) -> None:
         self._shape = picture.shape
-        height, width = (side + side % 2 for side in self._shape[:2])
         with self._explained():
-            self._stream = self._container.add_stream(self.codec, rate=self.rate, options=self.options)
-            self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
-            if self.timed:
-                self._stream.codec_context.time_base = self._tick
             if self._source is not None:
                 try:
                     self._sound = Sound.of(self._source, self._container)
-                except (VideoError, av.error.FFmpegError) as error:
-                    self.lost_sound = f"its sound can't be read: {error}"
+                except (VideoError, av.error.FFmpegError, ValueError) as error:  # PyAV's for codecs that do not fit
+                    self.lost_sound = f"its sound can't be carried over: {error}."
+            try:
+                self._add_pictures()
+                # Writes the header. After one that failed FFmpeg crashes at the next attempt to write.
+                self._container.start_encoding()
+            except av.error.FFmpegError as error:
+                if self._sound is None or isinstance(error, OSError):
+                    raise
+                self._lose_sound(f"its sound can't be written to {self.path.suffix}: {error.strerror}.")
+                self._container.close()
+                self._container = self._closing.enter_context(av.open(os.fspath(self._partial), "w"))
+                self._add_pictures()
+                self._container.start_encoding()
+
+    def _add_pictures(self) -> None:
+        height, width = (side + side % 2 for side in self._shape[:2])
+        self._stream = self._container.add_stream(self.codec, rate=self.rate, options=self.options)
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        if self.timed:
+            self._stream.codec_context.time_base = self._tick
 
     def _add_sound(self, until: Fraction | None) -> None:
-        if self._sound is None:
-            return
-        try:
-            self._sound.add(until)
-        except SoundError as error:  # the pictures are whole without it
-            self.lost_sound = str(error)
+        if self._sound is not None:
+            try:
+                self._sound.add(until)
+            except SoundError as error:  # the pictures are whole without it
+                self._lose_sound(str(error))
+
+    def _lose_sound(self, reason: str) -> None:
+        self.lost_sound = reason
+        if self._sound is not None:
             self._sound.close()
             self._sound = None
 
