@@ -168,7 +168,7 @@ def test_a_full_disk_is_told_with_and_without_sound_and_leaves_no_file(tmp_path,
 
 
 def test_sound_that_the_container_refuses_is_left_out_and_told(tmp_path, monkeypatch):
-    source = with_tone(tmp_path / "in.mkv", "wmav2")
+    source = with_tone(tmp_path / "in.asf", "wmav2")
     monkeypatch.setattr("vidtwin.video.sound._COPIED", {"wmav2"})
     with VideoWriter(tmp_path / "out.mp4", 25, sound=source) as writer:
         for picture in pictures(5):
