@@ -332,3 +332,8 @@ def test_several_devices_look_for_parameters_without_a_gradient(tmp_path):
     assert trainer(tmp_path, devices=2, strategy="ddp").strategy._ddp_kwargs["find_unused_parameters"] is True
     chosen = DDPStrategy(find_unused_parameters=False)  # a strategy object is the user's own
     assert trainer(tmp_path, devices=2, strategy=chosen).strategy._ddp_kwargs["find_unused_parameters"] is False
+
+
+def test_batches_without_a_clip_are_refused_by_what_they_hold():
+    with pytest.raises(UserError, match="Expected batches with a clip, got latents, label; set --data"):
+        tiny_task().predict_step({"latents": {}, "label": torch.zeros(1)}, 0)

@@ -1,5 +1,6 @@
 """Videos with times of their own and the sound of another one."""
 
+import re
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -167,14 +168,13 @@ def test_a_full_disk_is_told_with_and_without_sound_and_leaves_no_file(tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
 
 
-def test_sound_that_the_container_refuses_is_left_out_and_told(tmp_path, monkeypatch):
-    source = with_tone(tmp_path / "in.asf", "wmav2")
-    monkeypatch.setattr("vidtwin.video.sound._COPIED", {"wmav2"})
-    with VideoWriter(tmp_path / "out.mp4", 25, sound=source) as writer:
+def test_sound_that_the_container_refuses_is_left_out_and_told(tmp_path):
+    source = with_tone(tmp_path / "in.mkv", "libopus")
+    with VideoWriter(tmp_path / "out.avi", 25, codec="mpeg4", sound=source) as writer:
         for picture in pictures(5):
             writer.write(picture)
-    assert "can't be carried over" in writer.lost_sound
-    assert probe(tmp_path / "out.mp4").num_frames == 5
+    assert re.search("sound can't be (carried over|written to .avi)", writer.lost_sound)
+    assert probe(tmp_path / "out.avi").num_frames == 5
 
 
 def test_what_can_not_be_written_is_told(tmp_path):

@@ -243,7 +243,7 @@ class AutoencoderTask(LightningModule):
         Returns:
             None, or on all ranks `{"rejected": reason}`; the reason is empty where the own part of the batch is sound.
         """
-        clip, step = batch["clip"], self.global_step
+        clip, step = _clip(batch), self.global_step
         if len(clip) < self.accumulation:
             raise UserError(
                 f"Expected at least model.accumulation={self.accumulation} clips in a batch, got {len(clip)}; raise "
@@ -418,7 +418,7 @@ class AutoencoderTask(LightningModule):
     # Evaluate.
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
-        clip = batch["clip"]
+        clip = _clip(batch)
         reconstruction = self.autoencoder(clip)
         terms = self.loss.generator_loss(reconstruction, clip, None, step=-1) if self._loss_is_ready() else {}
         for name, value in terms.items():
@@ -467,7 +467,7 @@ class AutoencoderTask(LightningModule):
         self._put_average(False)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
-        return self.autoencoder(batch["clip"])
+        return self.autoencoder(_clip(batch))
 
     def on_predict_epoch_start(self) -> None:
         self._put_average(True)
@@ -477,7 +477,7 @@ class AutoencoderTask(LightningModule):
         self._put_average(False)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Reconstruction:
-        return self.autoencoder(batch["clip"])
+        return self.autoencoder(_clip(batch))
 
     def _loss_is_ready(self) -> bool:
         """`vidtwin validate` on a machine without LPIPS' backbone measures what it can; `fit` has checked before."""
@@ -509,7 +509,8 @@ class AutoencoderTask(LightningModule):
             return
         if "optimizer_states" not in checkpoint:
             raise UserError(
-                "Expected a checkpoint of a training to go on from, got weights alone; --init_from begins a new training."
+                "Expected a checkpoint of a training to go on from, got weights alone; --init_from begins a new "
+                "training."
             )
         try:
             weights.check_fit(checkpoint["state_dict"], own, "The checkpoint")
@@ -533,3 +534,12 @@ def bad_terms(terms: dict[str, Tensor]) -> tuple[str, str]:
     shared = [text for text in bad if text.startswith(("total", "adaptive_weight", "lecam"))]
     own = [text for text in bad if text not in shared]
     return f"loss: {', '.join(own)}" if own else "", f"loss: {', '.join(shared)}"
+
+
+def _clip(batch: dict[str, Any]) -> Tensor:
+    if "clip" not in batch:
+        raise UserError(
+            f"Expected batches with a clip for an autoencoder, got {', '.join(batch)}; set --data to videos."
+        )
+    clip: Tensor = batch["clip"]
+    return clip
