@@ -538,8 +538,6 @@ def bad_terms(terms: dict[str, Tensor]) -> tuple[str, str]:
 
 def _clip(batch: dict[str, Any]) -> Tensor:
     if "clip" not in batch:
-        raise UserError(
-            f"Expected batches with a clip for an autoencoder, got {', '.join(batch)}; set --data to videos."
-        )
+        raise UserError(f"Expected batches with a clip, got {', '.join(batch)}; set --data to one of videos.")
     clip: Tensor = batch["clip"]
     return clip
