@@ -147,7 +147,7 @@ class Reconstruct:
                     bar.update(window.num_frames)
         except VideoError as error:
             session.tell(str(error))
-            return Done(str(entry.path), str(path), 0, None, None, str(error))
+            return Done(str(entry.path), "", 0, None, None, str(error))
         if wrong or parts.reason:
             done.note = parts.reason or str(wrong)
             session.tell(f"{done.note} The {done.frames} frames before are in {path}.")
