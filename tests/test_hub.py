@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from sweeping import Coded, NumberedData, Pool, checkpoint, sweep
 from tiny import BASELINES, Clips, tiny_model, tiny_task, trainer, write_config
@@ -17,8 +21,9 @@ from vidtwin import VideoAutoencoder, VidTwin, checkpoints, hub, plugins, weight
 from vidtwin.autoencoder import TemporalSpec
 from vidtwin.benchmark.sweep import Entry
 from vidtwin.cli import main
+from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.errors import UserError
-from vidtwin.video import RESIZE_FILTER
+from vidtwin.video import RESIZE_FILTER, write_video
 
 
 def saved(folder, model=None):
@@ -383,3 +388,47 @@ def test_a_class_defined_elsewhere_is_found_in_the_current_folder(tmp_path, monk
     saved(tmp_path / "out", mine_here.Mine())
     del sys.modules["mine_here"]
     assert type(VideoAutoencoder.from_pretrained(tmp_path / "out")).__name__ == "Mine"
+
+
+def test_what_the_page_on_weights_shows_runs(shared, tmp_path, monkeypatch):
+    """docs/weights.md from its first command to its last, with small models."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "weights.md").read_text()
+    model = tiny_model(num_frames=16, resolution=64, patch_size=16)
+    checkpoint(tmp_path / "runs" / "vidtwin" / "checkpoints" / "last.ckpt", model=model)
+    with_version(tmp_path / "runs" / "vidtwin" / "checkpoints" / "last.ckpt")
+    golden = load_file(shared / "golden" / "golden_a.safetensors")
+    state = {k.removeprefix("state_dict."): v for k, v in golden.items() if k.startswith("state_dict.")}
+    torch.save({"state_dict": state}, tmp_path / "released_vidtwin.ckpt")
+    golden = load_file(shared / "golden" / "golden_ivideogpt.safetensors")
+    source = tmp_path / "ivideogpt-oxe-64-act-free"
+    source.mkdir()
+    state = {k.removeprefix("sd."): v.float() for k, v in golden.items() if k.startswith("sd.")}
+    save_file(state, source / "diffusion_pytorch_model.safetensors")
+    described = json.loads((shared / "golden" / "golden_ivideogpt.json").read_text())
+    (source / "config.json").write_text(json.dumps(described["config"]))
+    write_ucf_like(tmp_path / "data", classes=2, groups=8, clips=1, size=(80, 64), frames=60)
+    write_video(tmp_path / "a.mp4", np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3), np.uint8), 8)
+    config = yaml.safe_load(write_config(tmp_path, "ucf101").read_text())
+    config["model"]["autoencoder"]["init_args"] = model.init_args
+    config["data"] = {
+        "class_path": "vidtwin.datamodules.ucf101.UCF101",
+        "init_args": {"resolution": 64, "num_frames": 16, "num_workers": 0},
+    }
+    config["trainer"]["max_steps"] = 2
+    (tmp_path / "my_config.yaml").write_text(yaml.safe_dump(config))
+    blocks = re.findall(r"(<!-- not run.*?-->\n)?```(bash|python)\n(.*?)```", page, re.DOTALL)
+    assert [kind for skipped, kind, _ in blocks if not skipped] == ["bash", "python", "bash", "bash", "python"]
+    for skipped, kind, text in blocks:
+        if skipped:
+            continue
+        if kind == "python":
+            exec(compile(text, "docs/weights.md", "exec"), {})
+            continue
+        for line in text.splitlines():
+            words = shlex.split(line.replace("--num_heads 12", "--num_heads 4"))[1:]
+            if words[0] in ("test", "fit"):
+                words += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+            if words[0] == "test":
+                words += ["--data.num_workers=0", "--data.resolution=64", "--references=[]"]
+            assert main(words) == 0, line
