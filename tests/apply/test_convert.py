@@ -153,7 +153,8 @@ def test_an_empty_folder_is_filled(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["{pool}"], "Expected `vidtwin convert IN OUT`, got 1 name"),
+        (["{pool}"], "Expected `vidtwin convert IN OUT`, got 1 of the two"),
+        ([], "Expected `vidtwin convert IN OUT`, got 0 of the two"),
         (["absent.ckpt", "{out}"], "got none at absent.ckpt"),
         (["{pool}", "{out}", "--num_heads", "2"], "Expected no --num_heads with"),
         (["{pool}", "{out}", "--model", "vidtwin"], "Expected no --model with"),

@@ -40,7 +40,7 @@ def run(argv: list[str], description: str) -> int:
     given = {name: value for name in own if (value := option_value(argv, name)) is not None}
     config = parser.parse_args(argv)
     if len(config.places) != 2:
-        raise UserError(f"Expected `vidtwin convert IN OUT`, got {len(config.places)} names without an option.")
+        raise UserError(f"Expected `vidtwin convert IN OUT`, got {len(config.places)} of the two.")
     source, out = map(Path, config.places)
     _check_target(out, config.overwrite)
     model = _converted(cls, source, config, {name: config[name] for name in own}, given)
