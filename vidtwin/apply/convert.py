@@ -29,7 +29,7 @@ def run(argv: list[str], description: str) -> int:
     """`vidtwin convert ARGV` → exit code."""
     parser = make_parser("convert", "IN OUT [--model NAME] [options]", description)
     parser.add_argument(
-        "places", nargs="+", metavar="IN OUT", help="Weights (a file or a folder), the folder to write."
+        "places", nargs="*", metavar="IN OUT", help="Weights (a file or a folder), the folder to write."
     )
     parser.add_argument("--model", type=str | None, default=None, help=f"Class of released weights ({_DEFAULT}).")
     parser.add_argument("--use_ema", type=bool, default=False, help="Take the averaged weights of a checkpoint.")
