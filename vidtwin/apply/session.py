@@ -3,7 +3,6 @@
 Imported only when a command needs it, since it imports torch and lightning.
 """
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from vidtwin import checkpoints, model_config
+from vidtwin import checkpoints, model_config, weights
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.clips import as_clip
 from vidtwin.errors import UserError
@@ -87,7 +86,7 @@ class Session:
     @cached_property
     def weights_sha256(self) -> str:
         """Of names, types, shapes and bytes of all tensors: the same in any kind of file, for the same model."""
-        return weights_sha256(self.model)
+        return weights.sha256(self.model.state_dict())
 
     def size(self, asked: int | None) -> int | None:
         """Side of the square that pictures are cropped and resized to: the model's own, or what is asked for."""
@@ -171,16 +170,6 @@ class Session:
     @property
     def _name(self) -> str:
         return type(self.model).__name__
-
-
-def weights_sha256(model: VideoAutoencoder) -> str:
-    """SHA-256 of names, types, shapes and bytes of the state dict."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _load(options: SessionOptions) -> VideoAutoencoder:
