@@ -432,3 +432,26 @@ def test_what_the_page_on_weights_shows_runs(shared, tmp_path, monkeypatch):
             if words[0] == "test":
                 words += ["--data.num_workers=0", "--data.resolution=64", "--references=[]"]
             assert main(words) == 0, line
+
+
+def test_weights_of_the_hub_do_not_choose_what_is_imported(tmp_path, monkeypatch):
+    """A local folder may name a class of the current folder; what comes over the network may not run a file there."""
+    saved(tmp_path / "folder")
+    config = config_of(tmp_path / "folder") | {"class_path": "not_asked_for.X"}
+    (tmp_path / "folder/config.json").write_text(json.dumps(config))
+    (tmp_path / "not_asked_for.py").write_text("raise AssertionError('this was run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda repo, file, **options: str(tmp_path / "folder" / file))
+    with pytest.raises(UserError, match="a class of vidtwin or of an installed plug-in in owner/name, got not_asked"):
+        VideoAutoencoder.from_pretrained("owner/name")
+    with pytest.raises(UserError, match="import not_asked_for first"):
+        checkpoints.load_autoencoder("hf://owner/name")
+
+
+def test_a_disk_that_fills_up_is_one_line(tmp_path, monkeypatch):
+    def full(*given, **named):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(hub, "save_file", full)
+    with pytest.raises(UserError, match=r"Expected to write .*folder, got: .*No space left"):
+        saved(tmp_path / "folder")

@@ -21,7 +21,7 @@ from torch import Tensor
 from vidtwin import hub, weights
 from vidtwin.autoencoder import VideoAutoencoder, build
 from vidtwin.errors import UserError
-from vidtwin.files import NO_ROOM, replacing
+from vidtwin.files import no_room, replacing
 
 PREFIX = "autoencoder."
 _STEP_FILE = re.compile(r"step-(\d{8,})\.ckpt")
@@ -52,7 +52,7 @@ def explaining_a_full_disk(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        reason = _no_room(error)
+        reason = no_room(error)
         if reason is None:
             raise
         before = newest(Path(path).parent, report=lambda _: None)
@@ -60,15 +60,6 @@ def explaining_a_full_disk(path: str | Path) -> Iterator[None]:
         raise UserError(
             f"Expected room to write {path}, got {reason!r}{whole}. Free space and go on with --resume auto."
         ) from error
-
-
-def _no_room(error: BaseException | None) -> str | None:
-    """torch may raise a RuntimeError of its own over the OSError."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            return error.strerror
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def step_path(folder: str | Path, step: int) -> Path:

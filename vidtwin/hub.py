@@ -10,6 +10,7 @@ read. It is written last and removed first, so that a folder that has it is whol
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidtwin import weights
+from vidtwin import plugins, weights
 from vidtwin.errors import UserError
 from vidtwin.files import replacing, write_text
 
@@ -109,7 +111,7 @@ class Pretrained(
         card = {"address": folder.name, "ckpt_path": folder.name} | (model_card_kwargs or {})
         try:
             super().save_pretrained(folder, model_card_kwargs=card)
-        except OSError as error:  # no room, no permission
+        except (OSError, SafetensorError) as error:  # no room, no permission
             raise UserError(f"Expected to write {folder}, got: {error}.") from error
         if not push_to_hub:
             return None
@@ -291,7 +293,22 @@ def read_config(folder: Path, name: str | Path) -> dict[str, Any]:
         )
     if not isinstance(config.get("init_args"), dict) or not isinstance(config.get("weights_sha256"), str):
         raise UserError(f"Expected init_args and weights_sha256 in {path}, got a config without.")
+    if not isinstance(config.get("training", {}), dict):
+        raise UserError(f"Expected training in {path} to be an object, got {config['training']!r}.")
+    if not Path(name).is_dir():
+        _check_class(config["class_path"], name)
     return config
+
+
+def _check_class(class_path: str, name: str | Path) -> None:
+    """Raise `UserError` where weights of the Hub name a module that would only be imported because they do."""
+    module = class_path.rpartition(".")[0]
+    registered = {entry.value.partition(":")[0] for entry in plugins.available("vidtwin.autoencoders").values()}
+    if module not in {*registered, *sys.modules} and module.partition(".")[0] != "vidtwin":
+        raise UserError(
+            f"Expected a class of vidtwin or of an installed plug-in in {name}, got {class_path}; import {module} "
+            "first if you trust it."
+        )
 
 
 def read_state(folder: Path, config: Mapping[str, Any], check: bool = True) -> dict[str, Tensor]:

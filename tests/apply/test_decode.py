@@ -13,6 +13,7 @@ from sweeping import Coded, checkpoint
 from vidtwin.apply.session import as_clip
 from vidtwin.checkpoints import load_autoencoder
 from vidtwin.cli import main
+from vidtwin.errors import UserError
 from vidtwin.panels import to_uint8
 from vidtwin.video import VideoWriter, iter_frames, survey, timed_frames, write_video
 
@@ -237,3 +238,25 @@ def test_the_page_on_latents_can_be_followed(tmp_path, monkeypatch):
     program = program.replace("max_steps=100", quiet).replace("batch_size=4", "batch_size=4, num_workers=0")
     exec(program, {"model": Model()})
     assert Model.labels == {0, 1}
+
+
+def test_a_full_disk_ends_the_command_which_goes_on_by_skip_existing(here, capsys, monkeypatch):
+    write = VideoWriter.write
+
+    def full(self, *given):
+        if self.path.name == "long.mp4":
+            raise UserError("can't be written") from OSError(28, "No space left on device")
+        write(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoWriter, "write", full)
+        assert decode() == 2
+    assert "what is whole stays; --skip_existing goes on" in capsys.readouterr().err
+    assert not list(Path("decoded").rglob("*.mp4"))
+    assert decode() == 0
+    Path("decoded/run/long.mp4").unlink()
+    before = Path("decoded/short.mp4").stat().st_mtime_ns
+    assert decode("--skip_existing") == 0
+    assert len(read("decoded/run/long.mp4")) == 20
+    assert Path("decoded/short.mp4").stat().st_mtime_ns == before
+    assert decode("--skip_existing", "--overwrite") == 2

@@ -15,7 +15,7 @@ from vidtwin.checkpoints import load_autoencoder
 from vidtwin.cli import main
 from vidtwin.clips import as_clip
 from vidtwin.panels import to_uint8
-from vidtwin.video import VideoWriter, iter_frames, probe, survey, timed_frames, write_video
+from vidtwin.video import VideoError, VideoWriter, iter_frames, probe, survey, timed_frames, write_video
 
 
 def moving(count: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -249,3 +249,58 @@ def test_all_hard_clips_come_back_with_their_frames_and_upright(here, shared, ca
         errors = [np.abs(np.rot90(again, turns) - first).mean() for turns in range(4)]
         assert np.argmin(errors) == 0, f"{clip.name} is turned"
         assert errors[0] < 12, clip.name
+
+
+def test_the_table_keeps_what_earlier_runs_measured(here):
+    for name in ("a", "b", "c"):
+        write_video(f"in/{name}.mp4", moving(3), 25)
+    assert run("in/a.mp4", "in/b.mp4") == 0
+    before = table("reconstructions")
+    Path("reconstructions/b.mp4").unlink()
+    assert run("in", "--skip_existing") == 0
+    assert [row["input"] for row in table("reconstructions")] == ["in/a.mp4", "in/b.mp4", "in/c.mp4"]
+    assert table("reconstructions")[0] == before[0]
+
+
+def test_measures_are_written_video_by_video(here, monkeypatch):
+    for name in ("a", "b"):
+        write_video(f"in/{name}.mp4", moving(3), 25)
+    from vidtwin.apply import reconstruct
+
+    examine = reconstruct.examine
+
+    def interrupted(path):
+        if Path(path).name == "b.mp4" and Path("reconstructions/a.mp4").exists():
+            raise KeyboardInterrupt
+        return examine(path)
+
+    monkeypatch.setattr(reconstruct, "examine", interrupted)
+    assert run("in") == 130
+    assert [row["input"] for row in table("reconstructions")] == ["in/a.mp4"]
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "encode", "decouple"])
+def test_a_folder_that_can_not_be_is_refused_before_any_work(here, capsys, command):
+    write_video("in.mp4", moving(3), 25)
+    Path("file").write_text("")
+    words = [command, "in.mp4", "--out", "file/sub", "--ckpt_path", "pool.ckpt", "--accelerator", "cpu"]
+    assert main(words) == 2
+    assert "Expected --out to be a folder, got the file" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_the_command_with_what_is_whole(here, capsys, monkeypatch):
+    for name in ("a", "b", "c"):
+        write_video(f"in/{name}.mp4", moving(3), 25)
+    write = VideoWriter.write
+
+    def full(self, *given):
+        if self.path.name == "b.mp4":
+            raise VideoError(f"{self.path}: can't be written.") from OSError(28, "No space left on device")
+        write(self, *given)
+
+    monkeypatch.setattr(VideoWriter, "write", full)
+    assert run("in") == 1
+    told = capsys.readouterr().err
+    assert "reconstructions/b.mp4: can't be written" in told
+    assert "what is whole stays; --skip_existing goes on" in told
+    assert sorted(path.name for path in Path("reconstructions").glob("*.mp4")) == ["a.mp4"]

@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 
 from vidtwin import checkpoints, hub, plugins, weights
 from vidtwin.apply.command import make_parser
+from vidtwin.apply.inputs import check_folder
 from vidtwin.autoencoder import VideoAutoencoder, class_of
 from vidtwin.errors import UserError, suggestion
 from vidtwin.lightning_cli import option_value
@@ -176,6 +177,7 @@ def _without_paths(value: Any) -> Any:
 
 def _check_target(out: Path, overwrite: bool) -> None:
     if not out.exists():
+        check_folder(out)
         return
     if not out.is_dir():
         raise UserError(f"Expected OUT to be a folder, got the file {out}.")

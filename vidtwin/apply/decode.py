@@ -22,12 +22,14 @@ class DecodeOptions:
         out: Folder of the videos.
         batch_size: Windows that are decoded at once.
         overwrite: Replace videos that are there.
+        skip_existing: Leave out videos that are there.
         progress: Show a progress bar.
     """
 
     out: str
     batch_size: int = 8
     overwrite: bool = False
+    skip_existing: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -35,6 +37,8 @@ class DecodeOptions:
 
         if self.batch_size < 1:
             raise UserError(f"Expected --batch_size of at least 1, got {self.batch_size}.")
+        if self.overwrite and self.skip_existing:
+            raise UserError("Expected --overwrite or --skip_existing, got both.")
 
 
 def decode_command(argv: list[str]) -> int:

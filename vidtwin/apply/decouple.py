@@ -74,6 +74,7 @@ class Decouple:
         num_frames: Frames of a video in its still.
         max_windows: Windows that are taken of each video; by default all.
         overwrite: Replace outputs that are there.
+        progress: Show a progress bar.
     """
 
     inputs: list[str]
@@ -82,6 +83,7 @@ class Decouple:
     num_frames: int = 6
     max_windows: int | None = None
     overwrite: bool = False
+    progress: bool = True
 
     def __post_init__(self) -> None:
         check_counts(num_frames=self.num_frames, max_windows=self.max_windows)
@@ -96,7 +98,7 @@ class Decouple:
             session.check_partial(latent)
         size = session.size(self.size)
         mine = []
-        with tqdm(unit="frame", disable=None if session.is_main else True) as bar:
+        with tqdm(unit="frame", disable=None if session.is_main and self.progress else True) as bar:
             for entry in self.entries[session.rank :: session.world_size]:
                 mine.append(self._video(session, entry, size, bar))
         videos = [video for part in session.gather(mine) for video in part]

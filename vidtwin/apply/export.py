@@ -4,6 +4,7 @@ Imported only when the command needs it, since it imports torch and lightning.
 """
 
 import importlib.util
+import io
 import json
 import math
 import shutil
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from vidtwin import checkpoints, hub, weights
+from vidtwin.apply.inputs import check_folder
 from vidtwin.apply.programs import CODES, DecoderProgram, EncoderProgram, Part, pruned, quiet, reason_of, traced
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.errors import UserError
@@ -94,8 +96,7 @@ class Export:
         return 0 if all(entry["agrees"] for entry in files.values()) else 1
 
     def _check_folder(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"Expected --out to be a folder, got the file {self.folder}.")
+        check_folder(self.folder)
         there = [name for name in self._names() if (self.folder / name).exists()]
         if there and not self.overwrite:
             raise UserError(f"Expected no {there[0]} in {self.folder}; give --overwrite to replace what is there.")
@@ -142,7 +143,9 @@ class Export:
 
     def _torch(self, part: Part, program: ExportedProgram, path: Path) -> Callable[[Latents], Latents]:
         with quiet():
-            torch.export.save(pruned(program), path)
+            written = io.BytesIO()  # torch aborts the process where its own writing finds no room
+            torch.export.save(pruned(program), written)
+            path.write_bytes(written.getvalue())
             loaded = torch.export.load(path).module()
 
         def run(given: Latents) -> Latents:

@@ -59,9 +59,16 @@ def target(out: str | Path, name: str, suffix: str) -> Path:
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise `UserError` where a file is in the place of a folder of outputs."""
-    if Path(path).exists() and not Path(path).is_dir():
-        raise UserError(f"Expected --out to be a folder, got the file {path}.")
+    """Raise `UserError` where no folder of outputs can be: a file in its place or above it, no right to write."""
+    folder = Path(path)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        inside = "" if there == folder else f" for {folder}"
+        raise UserError(f"Expected --out to be a folder, got the file {there}{inside}.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"Expected --out to be a folder that may be written, got {folder}: no right to write in {there}."
+        )
 
 
 def check_targets(targets: Iterable[Path], inputs: Iterable[Input] = (), overwrite: bool = False) -> None:

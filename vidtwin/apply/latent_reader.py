@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from vidtwin.apply.command import exit_code
 from vidtwin.apply.decode import DecodeOptions
-from vidtwin.apply.inputs import Input, check_targets, target
+from vidtwin.apply.inputs import Input, check_folder, check_targets, target
 from vidtwin.apply.session import Session, SessionOptions
 from vidtwin.errors import UserError
+from vidtwin.files import no_room
 from vidtwin.latent_files import Manifest, Shard, StoredPiece, VideoEntry, shard_path, unpack_times
 from vidtwin.posteriors import Latents
 from vidtwin.video import Frames, VideoWriter
@@ -34,12 +35,17 @@ class LatentReader:
         self.folder = Path(folder)
         self.options = options
         self.manifest = Manifest.read(folder)
+        check_folder(options.out)
         self.videos = [video for video in self.manifest.videos if video.num_frames != 0]
+        if options.skip_existing:
+            self.videos = [video for video in self.videos if not self._target(video).exists()]
+        self._wanted = {video.name for video in self.videos}
         sources = [Input(Path(video.source), video.name) for video in self.videos]
         check_targets([self._target(video) for video in self.videos], sources, options.overwrite)
         self.session = Session(self._weights(session_options))
         self._check_model()
         self._shard: Shard | None = None  # the last one that was opened
+        self._full = False  # whether the disk is
 
     def run(self) -> int:
         """Write every video → 0, 1 where a part is lacking, 2 where there is none."""
@@ -58,13 +64,16 @@ class LatentReader:
             dynamic_ncols=True,
         ) as bar:
             for number, video in enumerate(manifest.videos):
-                if shares[number] != session.rank or video.num_frames == 0:
+                if shares[number] != session.rank or video.name not in self._wanted:
                     continue
                 written, problem = self._decode(video, places[number], bar)
                 done, frames = done + bool(written), frames + written
                 failed += problem is not None
                 if problem is not None:
                     session.tell(f"{video.name}: {problem}")
+                if self._full:
+                    session.tell("what is whole stays; --skip_existing goes on when there is room")
+                    break
         done, failed, frames = map(sum, zip(*session.gather((done, failed, frames)), strict=True))
         if done:
             session.say(f"{done:,} videos, {frames:,} frames -> {self.options.out}")
@@ -124,8 +133,10 @@ class LatentReader:
                     writer.write(picture, time)
                     count += 1
         except UserError as error:  # of the writer
+            self._full = no_room(error) is not None
             return 0, str(error)
         except OSError as error:
+            self._full = no_room(error) is not None
             return 0, f"expected to write {self._target(video)}, got {error.strerror or error}"
         return count, f"{problem[0]}; the {count} frames before are decoded" if problem else None
 

@@ -8,6 +8,7 @@ number of processes changes a shard.
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vidtwin.apply.encode import EncodeOptions
-from vidtwin.apply.inputs import find
+from vidtwin.apply.inputs import check_folder, find
 from vidtwin.apply.latent_plan import cut, difference, finish, survey_inputs
 from vidtwin.apply.pieces import PieceReader
 from vidtwin.apply.session import Session, SessionOptions
@@ -67,9 +68,8 @@ class LatentWriter:
         self.options = options
         self.session_options = session_options
         self.folder = Path(options.out)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"Expected a folder for latents, got {self.folder}, which is a file; set --out.")
         session_options.check()
+        check_folder(self.folder)
         self.inputs = find(options.inputs)
         self.session = Session(session_options)
         self.side = self.session.size(options.size)
@@ -173,25 +173,39 @@ class LatentWriter:
             raise UserError(f"Expected an empty folder or one of latents, got {folder} with other files; set --out.")
         earlier = None
         if held is not None:
-            earlier = Manifest.read(folder)
-            if found := difference(planned, earlier):
-                raise UserError(
-                    f"Expected {folder} to hold the latents of this command, it has {found}; set another --out, or "
-                    "--overwrite to begin anew."
-                )
+            earlier = self._earlier(planned)
+        if earlier is not None and (found := difference(planned, earlier)):
+            raise UserError(
+                f"Expected {folder} to hold the latents of this command, it has {found}; set another --out, or "
+                "--overwrite to begin anew."
+            )
         missing = []
         for number in range(len(planned.shards)):
             path = shard_path(folder, number)
             try:
-                Shard(path, planned.digest)
+                Shard(path, planned.digest).check()
             except UserError as error:
                 if path.exists():
                     self.session.tell(f"{error} It is made again.")
+                    path.unlink()
                 missing.append(number)
         if earlier and earlier.complete and earlier.skipped == planned.skipped and not missing:
             return earlier, []
         self._writing(folder / MANIFEST, lambda: planned.write(folder))
         return planned, missing
+
+    def _earlier(self, planned: Manifest) -> Manifest | None:
+        """The manifest that is there; None for one that is damaged or lost among shards of this very plan."""
+        try:
+            return Manifest.read(self.folder)
+        except UserError as error:
+            for number in range(len(planned.shards)):
+                with suppress(UserError):
+                    Shard(shard_path(self.folder, number), planned.digest)
+                    self.session.tell(f"{error} The shards are of this command: it is written anew.")
+                    return None
+            advice = "Set another --out, or --overwrite to begin anew."
+            raise UserError(f"{error} {advice}") from error
 
     # The share of a process.
 

@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -19,7 +20,7 @@ from vidtwin.apply.session import Session
 from vidtwin.apply.tiling import in_tiles
 from vidtwin.apply.windows import BeforeDamage, Window, examine, windows
 from vidtwin.errors import UserError
-from vidtwin.files import write_text
+from vidtwin.files import exclusive, no_room, write_text
 from vidtwin.video import Frames, VideoError, VideoWriter
 
 TABLE = "reconstructions.csv"
@@ -97,6 +98,7 @@ class Reconstruct:
             raise UserError("Expected --overwrite or --skip_existing, got both.")
         check_folder(out)
         self.inputs = find(inputs)
+        self._full = False  # whether the disk is
         if skip_existing:
             self.inputs = [entry for entry in self.inputs if not self._target(entry).exists()]
         check_targets(map(self._target, self.inputs), self.inputs, overwrite)
@@ -109,11 +111,12 @@ class Reconstruct:
             done = []
             for entry in mine:
                 done.append(self._one(session, entry, bar))
+                if any(row.frames for row in done):
+                    self._record(done)
+                if self._full:
+                    session.tell("what is whole stays; --skip_existing goes on when there is room")
+                    break
         everything = [row for rows in session.gather(done) for row in rows]
-        order = {str(entry.path): place for place, entry in enumerate(self.inputs)}
-        everything.sort(key=lambda row: order[row.input])
-        if session.is_main and everything:
-            self._write_table(everything)
         whole = sum(row.frames > 0 for row in everything)
         return exit_code(whole, sum(bool(row.note) for row in everything))
 
@@ -146,6 +149,7 @@ class Reconstruct:
                     done.frames += window.num_frames
                     bar.update(window.num_frames)
         except VideoError as error:
+            self._full = no_room(error) is not None
             session.tell(str(error))
             return Done(str(entry.path), "", 0, None, None, str(error))
         if wrong or parts.reason:
@@ -197,13 +201,20 @@ class Reconstruct:
     def _target(self, entry: Input) -> Path:
         return target(self.out, entry.name, ".mp4")
 
-    def _write_table(self, rows: list[Done]) -> None:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        for row in rows:
-            writer.writerow([getattr(row, column) for column in _COLUMNS])
-        write_text(self.out / TABLE, text.getvalue())
+    def _record(self, done: list[Done]) -> None:
+        """Put the rows of this process among those that are there, of others and of earlier runs."""
+        rows = {row.input: {column: getattr(row, column) for column in _COLUMNS} for row in done}
+        path = self.out / TABLE
+        with exclusive(self.out / f".{TABLE}.lock"):
+            earlier: dict[str, dict[str, Any]] = {}
+            if path.exists():
+                with path.open(encoding="utf-8", newline="") as file:
+                    earlier = {row["input"]: row for row in csv.DictReader(file) if row.get("input")}
+            text = io.StringIO()
+            writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows((earlier | rows).values())
+            write_text(path, text.getvalue())
 
 
 def _frames_of(inputs: list[Input]) -> int:
