@@ -186,3 +186,12 @@ def test_what_can_not_be_written_is_told(tmp_path):
     with pytest.raises(VideoError, match=r"expected frames of uint8 \(32, 48, 3\)"):
         write(tmp_path / "a.mp4", picture, picture[:16])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_same_frames_give_the_same_file(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 40, (24, 32, 48, 3), np.uint8)
+    files = set()
+    for _ in range(6):
+        write(tmp_path / "a.mp4", *(noise + pictures(24)))
+        files.add((tmp_path / "a.mp4").read_bytes())
+    assert len(files) == 1

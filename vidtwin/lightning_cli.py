@@ -361,8 +361,8 @@ def _meant(text: str, parser: argparse.ArgumentParser) -> str:
         return suggestion(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
     if match := re.search(r"Expected a class path, got '(\w+)'", text):
         return suggestion(match[1], [cls.__name__ for cls in _classes()])
-    if match := re.search(r"got --([\w.]+)", text):
-        return suggestion(match[1], [name.lstrip("-") for name in _options(parser)])
+    if match := re.search(r"got --([\w.-]+)", text):
+        return suggestion(match[1].replace("-", "_"), [name.lstrip("-") for name in _options(parser)])
     if match := re.search(r"[Oo]ption '([\w.]+)'", text):
         names = [name.rpartition(".")[2] for name in _options(parser)]
         return suggestion(match[1].rpartition(".")[2], sorted({*names, *_arguments()}))

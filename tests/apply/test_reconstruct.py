@@ -201,6 +201,7 @@ def test_what_is_there_is_kept_unless_one_asks(here, capsys):
         (["--batch_size", "0"], "Expected --batch_size of at least 1, got 0."),
         (["--overwrite", "--skip_existing"], "Expected --overwrite or --skip_existing, got both."),
         (["--siez", "3"], "did you mean 'size'?"),
+        (["--side-by-side"], "did you mean 'side_by_side'?"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_written(here, capsys, words, line):

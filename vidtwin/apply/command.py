@@ -2,10 +2,13 @@
 
 import argparse
 import inspect
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from vidtwin.errors import UserError
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -26,9 +29,21 @@ def make_parser(name: str, usage: str, description: str, *classes: type) -> "Par
         description: Shown by --help, as it stands.
         classes: With arguments of different names.
     """
+    from jsonargparse import DefaultHelpFormatter
+
     from vidtwin.lightning_cli import Parser
 
+    class Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """The description as it stands, and the default of each option."""
+
     class CommandParser(Parser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            if match := re.search(r"arguments are required: (.+?)\.?$", message):
+                bare = [action.dest for action in self._actions if not action.option_strings]
+                words = [word if word in ("IN", *bare) else f"--{word.lstrip('-')}" for word in match[1].split(", ")]
+                raise UserError(f"Expected {' and '.join(words)}, got none; vidtwin {name} --help says what it is.")
+            super().error(message, ex)
+
         def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **keywords: Any) -> "Namespace":  # type: ignore[override]
             return super().parse_args(_arranged(list(args or []), self), *rest, **keywords)
 
@@ -39,7 +54,7 @@ def make_parser(name: str, usage: str, description: str, *classes: type) -> "Par
         usage=f"vidtwin {name} {usage}",
         description=description,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     for cls in classes:
         bare = {"inputs"} & set(inspect.signature(cls).parameters)

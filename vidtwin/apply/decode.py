@@ -11,6 +11,8 @@ Decode a folder of latents, as `vidtwin encode` writes it: each video becomes OU
 
 A video has the frames, the times and the picture's size that were encoded, and no sound. The weights have to be those
 that encoded; without --ckpt_path they are taken from where the manifest says that they were.
+
+Exit code: 0 all done, 1 a part is lacking or damaged (a line on stderr says which and why), 2 nothing was decoded.
 """
 
 

@@ -12,7 +12,10 @@ Encode videos (files, folders, globs) to a folder of latents: a manifest and saf
 
 A video is cut into windows of the model's length; the last frame fills the last one up. A shard appears when it is
 whole: after a kill the same command makes those that are missing, to the same bytes, on any number of devices.
-`vidtwin decode LATENTS --out DIR` gives the videos back; docs/latents.md says how to train on the latents.
+`vidtwin decode LATENTS --out DIR` gives the videos back; LatentDataModule streams the latents to a training.
+
+Exit code: 0 all done, 1 a video or a shard is lacking or damaged (a line on stderr says which and why), 2 nothing was
+encoded.
 """
 
 

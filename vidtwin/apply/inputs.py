@@ -97,7 +97,7 @@ def _meant(path: Path) -> list[tuple[Path, Path]]:
             return [entry for match in matches for entry in _meant(match)]
         raise UserError(f"Expected files that {path} matches, got none.")
     if path.parent.is_dir():
-        near = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix == path.suffix)[:5]
+        near = sorted(entry.name for entry in path.parent.iterdir() if path.suffix and entry.suffix == path.suffix)[:5]
         among = f"; in its folder are {', '.join(near)}" if near else ""
     else:
         among = f"; there is no folder {path.parent}"
