@@ -322,7 +322,7 @@ def test_a_folder_of_other_latents_is_refused_and_begun_anew_when_asked(here, ca
         (("--size", "0"), "Expected --size of at least 1, got 0."),
         (("--dtype", "float8"), "dtype"),
         (("--labels", "folders", "videos/run/long.mp4"), "Expected each video in a folder of its class"),
-        (("--out", "pool.ckpt"), "Expected a folder for latents, got pool.ckpt, which is a file"),
+        (("--out", "pool.ckpt"), "Expected --out to be a folder, got the file pool.ckpt"),
         (("--out", "videos"), "Expected an empty folder or one of latents, got videos with other files"),
         (("--ckpt_path", "absent.ckpt"), "absent.ckpt"),
         (("absent.mp4",), "Expected a video at absent.mp4, got no such file"),
