@@ -139,12 +139,8 @@ class Decouple:
             view = result.views[name]
             view.psnr, view.ssim, view.change = likeness.psnr.value, likeness.ssim.value, change.value
         write_png(target(self.out, entry.name, ".png"), _still(moments, result))
-        if wrong or parts.reason:
-            result.note = parts.reason or str(wrong)
-            session.tell(f"{result.note} The {result.num_frames} frames before are in {path}.")
-        elif writer.lost_sound:
-            result.note = writer.lost_sound
-            session.tell(f"{path}: {result.note}")
+        damage = parts.reason or (str(wrong) if wrong else None)
+        result.note = session.tell_lack(path, result.num_frames, damage, writer.lost_sound)
         session.report(f"{entry.path} -> {path}")
         return result
 

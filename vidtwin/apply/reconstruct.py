@@ -107,7 +107,8 @@ class Reconstruct:
         """Reconstruct this process's share → exit code, the same for all processes."""
         self._check(session)
         mine = self.inputs[session.rank :: session.world_size]
-        with tqdm(total=_frames_of(mine), unit="frame", disable=not (self.progress and session.is_main)) as bar:
+        shown = self.progress and session.is_main
+        with tqdm(total=_frames_of(mine) if shown else None, unit="frame", disable=not shown) as bar:
             done = []
             for entry in mine:
                 done.append(self._one(session, entry, bar))
@@ -152,12 +153,8 @@ class Reconstruct:
             self._full = no_room(error) is not None
             session.tell(str(error))
             return Done(str(entry.path), "", 0, None, None, str(error))
-        if wrong or parts.reason:
-            done.note = parts.reason or str(wrong)
-            session.tell(f"{done.note} The {done.frames} frames before are in {path}.")
-        elif writer.lost_sound:
-            done.note = writer.lost_sound
-            session.tell(f"{path}: {done.note}")
+        damage = parts.reason or (str(wrong) if wrong else None)
+        done.note = session.tell_lack(path, done.frames, damage, writer.lost_sound) or ""
         done.psnr, done.ssim = likeness.psnr.value, likeness.ssim.value
         session.report(done.line())
         return done

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -166,6 +167,14 @@ class Session:
     def tell(self, line: str) -> None:
         """What went wrong, on stderr, by the process that met it."""
         tqdm.write(f"vidtwin: {line}", file=sys.stderr)
+
+    def tell_lack(self, path: Path, num_frames: int, damage: str | None, lost_sound: str | None) -> str | None:
+        """Tell what a video that was written to `path` lacks → the reason; None where it lacks nothing."""
+        if damage:
+            self.tell(f"{damage} The {num_frames} frames before are in {path}.")
+        elif lost_sound:
+            self.tell(f"{path}: {lost_sound}")
+        return damage or lost_sound
 
     @property
     def _name(self) -> str:
