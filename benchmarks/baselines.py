@@ -23,8 +23,8 @@ import matplotlib.pyplot as plt
 import torch
 from experiments import as_markdown, curves, fit
 
-from vidtwin import checkpoints
 from vidtwin.benchmark.cost import flops
+from vidtwin.storage import checkpoints
 
 MODELS = {
     "VidTwin": "configs/demo.yaml",

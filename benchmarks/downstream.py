@@ -13,8 +13,8 @@ import torch
 from experiments import as_markdown
 from full_size import CLIP, MODELS, spec
 
-from vidtwin import checkpoints
 from vidtwin.benchmark import cost, downstream
+from vidtwin.storage import checkpoints
 
 HEADER = ["Model", "Latents", "Tokens", "Embedding parameters", "Forward", "Training step"]
 MEASURED = ["Peak memory", "Seconds a step"]

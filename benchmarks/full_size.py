@@ -32,8 +32,8 @@ from experiments import as_markdown
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vidtwin import checkpoints
 from vidtwin.benchmark.cost import flops
+from vidtwin.storage import checkpoints
 
 CONFIGS = Path("configs")
 MODELS = {

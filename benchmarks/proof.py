@@ -17,8 +17,9 @@ import torch
 import yaml
 from experiments import by_heart, by_heart_options, curves, fit, plot
 
-from vidtwin import checkpoints, panels
 from vidtwin.datamodules.folder import VideoFolder
+from vidtwin.storage import checkpoints
+from vidtwin.video import panels
 
 WANTED = 27.0  # dB
 GAN = ["--model.loss.adversarial_weight", "0.05", "--model.loss.adversarial_start", "0"]

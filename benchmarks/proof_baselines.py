@@ -18,9 +18,11 @@ import matplotlib.pyplot as plt
 import torch
 from experiments import by_heart, by_heart_options, curves, fit
 
-from vidtwin import checkpoints, panels, plugins
+from vidtwin import plugins
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.metrics.frames import psnr
+from vidtwin.storage import checkpoints
+from vidtwin.video import panels
 
 MODELS = {"MAGVIT-v2": "magvit2", "CMD": "cmd", "iVideoGPT": "ivideogpt"}
 

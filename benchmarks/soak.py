@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 
-from vidtwin import checkpoints
+from vidtwin.storage import checkpoints
 
 KEPT = ("state_dict", "optimizer_states", "lr_schedulers", "ema", "training", "global_step", "epoch")
 MODEL = {

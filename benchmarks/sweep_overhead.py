@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torchvision
 
-from vidtwin import sweep_command
 from vidtwin.benchmark import rows
 from vidtwin.benchmark import sweep as engine
+from vidtwin.cli import benchmark as sweep_command
 
 
 def seeded_backbones(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from vidtwin.errors import UserError
-from vidtwin.listing import is_text
+from vidtwin.video.listing import is_text
 
 from .ucf101_lists import class_root
 
@@ -109,8 +109,7 @@ def find_videos(folder: Path, image_folders: bool) -> tuple[dict[str, Path], Pat
 
     A folder that holds `UCF-101` stands for that, as it does for the data module.
     """
-    from vidtwin import listing
-    from vidtwin.video import VIDEO_SUFFIXES
+    from vidtwin.video import VIDEO_SUFFIXES, listing
 
     if not folder.is_dir():
         raise UserError(f"Expected a folder of videos, got {folder}, which is none.")
@@ -140,7 +139,7 @@ def _measure_all(paths: dict[str, Path], out: Path, workers: int, time_limit: fl
     """Measure every video that no earlier run has measured as it now is."""
     from tqdm import tqdm
 
-    from vidtwin.listing import identity
+    from vidtwin.video.listing import identity
 
     from .doctor_file import Measurement, measure
     from .doctor_pool import Lost, run

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vidtwin.errors import UserError
-from vidtwin.latent_files import LOGVAR, Manifest, Shard, VideoEntry, shard_path
+from vidtwin.storage.latent_files import LOGVAR, Manifest, Shard, VideoEntry, shard_path
 
 from .loader import init_worker
 from .resumable import ResumableDataModule

@@ -20,16 +20,16 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from vidtwin import plugins
 from vidtwin.autoencoder import VideoAutoencoder
-from vidtwin.callbacks.checkpoint import LatestCheckpoint
-from vidtwin.callbacks.clips import ClipLogger
-from vidtwin.callbacks.guard import StepGuard
-from vidtwin.callbacks.health import Health
 from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.losses.discriminator import PatchDiscriminator2d
 from vidtwin.posteriors import Deterministic, Encoding
-from vidtwin.sharding import gathered, reshard
-from vidtwin.task import AutoencoderTask
+from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
+from vidtwin.training.callbacks.clips import ClipLogger
+from vidtwin.training.callbacks.guard import StepGuard
+from vidtwin.training.callbacks.health import Health
+from vidtwin.training.sharding import gathered, reshard
+from vidtwin.training.task import AutoencoderTask
 
 STEPS = 3
 

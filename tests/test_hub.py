@@ -17,12 +17,13 @@ from sweeping import Coded, NumberedData, Pool, checkpoint, sweep
 from tiny import BASELINES, Clips, tiny_model, tiny_task, trainer, write_config
 from torch import nn
 
-from vidtwin import VideoAutoencoder, VidTwin, checkpoints, hub, plugins, weights
+from vidtwin import VideoAutoencoder, VidTwin, hub, plugins, weights
 from vidtwin.autoencoder import TemporalSpec
 from vidtwin.benchmark.sweep import Entry
 from vidtwin.cli import main
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.errors import UserError
+from vidtwin.storage import checkpoints
 from vidtwin.video import RESIZE_FILTER, write_video
 
 

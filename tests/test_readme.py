@@ -42,8 +42,8 @@ def test_a_command_on_data_has_options_that_exist(command, capsys):
 )
 def test_a_command_has_options_that_exist(command, monkeypatch, capsys, tmp_path):
     """Everything up to the run itself: each option is parsed, with its class and its config."""
-    from vidtwin import checkpoints
     from vidtwin.cli import main
+    from vidtwin.storage import checkpoints
 
     monkeypatch.chdir(ROOT)
     spec = {"class_path": "vidtwin.models.vidtwin.VidTwin", "init_args": {}}

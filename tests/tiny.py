@@ -18,8 +18,8 @@ from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.losses.discriminator import PatchDiscriminator2d
 from vidtwin.models.vidtwin import VidTwin
 from vidtwin.schedules import WarmupCosine
-from vidtwin.task import AutoencoderTask
-from vidtwin.trainer import VideoTrainer
+from vidtwin.training.task import AutoencoderTask
+from vidtwin.training.trainer import VideoTrainer
 
 
 class SmoothClips(ClipDataset):

@@ -17,13 +17,13 @@ from tiny import BASELINES, Clips, Poisoned, baseline_task, tiny_task, trainer
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR
 
-from vidtwin.callbacks.checkpoint import LatestCheckpoint
-from vidtwin.callbacks.guard import StepGuard
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import Preempted, UserError
 from vidtwin.losses.discriminator import PatchDiscriminator2d
 from vidtwin.posteriors import Encoding
-from vidtwin.task import AutoencoderTask
+from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
+from vidtwin.training.callbacks.guard import StepGuard
+from vidtwin.training.task import AutoencoderTask
 
 
 class Diary(Callback):

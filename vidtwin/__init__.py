@@ -7,14 +7,14 @@ __version__ = "0.1.0"
 
 # Imported on first use: `vidtwin --help` must not wait for torch and lightning.
 _EXPORTS = {
-    "AutoencoderTask": "vidtwin.task",
+    "AutoencoderTask": "vidtwin.training.task",
     "Encoding": "vidtwin.posteriors",
     "Reconstruction": "vidtwin.autoencoder",
     "TemporalSpec": "vidtwin.autoencoder",
     "UserError": "vidtwin.errors",
     "VidTwin": "vidtwin.models.vidtwin",
     "VideoAutoencoder": "vidtwin.autoencoder",
-    "VideoTrainer": "vidtwin.trainer",
+    "VideoTrainer": "vidtwin.training.trainer",
     "load_clip": "vidtwin.clips",
     "save_clip": "vidtwin.clips",
 }

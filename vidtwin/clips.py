@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vidtwin.errors import UserError
-from vidtwin.panels import to_uint8
 from vidtwin.video import Frames, Source, read_clip, write_video
+from vidtwin.video.panels import to_uint8
 
 if TYPE_CHECKING:
     from vidtwin.autoencoder import VideoAutoencoder

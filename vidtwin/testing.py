@@ -198,7 +198,7 @@ def describe(error: Exception) -> str:
         (file, line)
         for module, file, line in frames
         if module.partition(".")[0] not in ("torch", "einops", "importlib", "jsonargparse")
-        and module not in ("vidtwin.testing", "vidtwin.autoencoder", "vidtwin.check_command", "vidtwin.plugins")
+        and module not in ("vidtwin.testing", "vidtwin.autoencoder", "vidtwin.cli.check", "vidtwin.plugins")
         and not file.startswith("<")
     ]
     if not own:

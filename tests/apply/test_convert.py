@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from sweeping import Pool, checkpoint
 from tiny import tiny_model
 
-from vidtwin import VideoAutoencoder, VidTwin, checkpoints, weights
+from vidtwin import VideoAutoencoder, VidTwin, weights
 from vidtwin.baselines.ivideogpt import IVideoGPT
 from vidtwin.cli import main
+from vidtwin.storage import checkpoints
 
 
 def convert(*argv):

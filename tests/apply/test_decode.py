@@ -11,11 +11,11 @@ import torch
 from sweeping import Coded, checkpoint
 
 from vidtwin.apply.session import as_clip
-from vidtwin.checkpoints import load_autoencoder
 from vidtwin.cli import main
 from vidtwin.errors import UserError
-from vidtwin.panels import to_uint8
+from vidtwin.storage.checkpoints import load_autoencoder
 from vidtwin.video import VideoWriter, iter_frames, survey, timed_frames, write_video
+from vidtwin.video.panels import to_uint8
 
 LENGTH = 8
 QUIET = ("--accelerator", "cpu", "--progress", "false")

@@ -16,8 +16,8 @@ from tiny import tiny_model
 from vidtwin.apply import decouple
 from vidtwin.apply.windows import Window
 from vidtwin.cli import main
-from vidtwin.panels import to_uint8
 from vidtwin.video import VideoError, iter_frames, probe, write_video
+from vidtwin.video.panels import to_uint8
 
 VIEWS = ["input", "reconstruction", "structure only", "dynamics only"]
 FRAMES, SIDE, SCALE = 16, 32, 4  # SCALE: small views are shown enlarged to 128 pixels

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from sweeping import Coded, Interruption, Two, checkpoint
 
 from vidtwin.apply.session import as_clip
-from vidtwin.checkpoints import load_autoencoder
 from vidtwin.cli import main
-from vidtwin.latent_files import Manifest, Shard, shard_path, unpack_times
+from vidtwin.storage.checkpoints import load_autoencoder
+from vidtwin.storage.latent_files import Manifest, Shard, shard_path, unpack_times
 from vidtwin.video import VideoWriter, iter_frames, timed_frames, write_video
 
 LENGTH = 8

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from skimage.metrics import structural_similarity
+from sound import with_tone
 from sweeping import Two, checkpoint
-from test_video_writer import with_tone
 
-from vidtwin.checkpoints import load_autoencoder
 from vidtwin.cli import main
 from vidtwin.clips import as_clip
-from vidtwin.panels import to_uint8
+from vidtwin.storage.checkpoints import load_autoencoder
 from vidtwin.video import VideoError, VideoWriter, iter_frames, probe, survey, timed_frames, write_video
+from vidtwin.video.panels import to_uint8
 
 
 def moving(count: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -104,7 +104,7 @@ def test_a_variable_rate_and_the_sound_stay(here):
     found = [time for time, _ in timed_frames("reconstructions/in.mp4")]
     assert len(found) == 10
     assert all(abs(a - b) < Fraction(1, 500) for a, b in zip(found, times, strict=True))
-    from test_video_writer import first_loud, heard
+    from sound import first_loud, heard
 
     assert heard(Path("reconstructions/in.mp4"))[0] == "aac"
     assert abs(first_loud(Path("reconstructions/in.mp4")) - first_loud(Path("in.mkv"))) < 0.06

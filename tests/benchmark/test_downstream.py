@@ -12,11 +12,11 @@ import yaml
 from torch import nn
 
 import vidtwin
-from vidtwin import checkpoints
 from vidtwin.benchmark import downstream
 from vidtwin.benchmark.downstream import LatentDiT, count_tokens, fold, unfold
 from vidtwin.benchmark.memory import peak_memory
 from vidtwin.errors import UserError
+from vidtwin.storage import checkpoints
 
 CONFIGS = Path(vidtwin.__file__).parent / "configs"
 VECTOR = {"colour": (3,)}  # one token: a step takes a moment

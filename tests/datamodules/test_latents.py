@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 
 from vidtwin.datamodules.latents import LatentClips, LatentDataModule
 from vidtwin.errors import UserError
-from vidtwin.latent_files import (
+from vidtwin.storage.latent_files import (
     Latent,
     Manifest,
     Piece,

@@ -189,7 +189,8 @@ model = VidTwin(**arguments).eval()
 model.load_state_dict(load_file(f"{folder}/weights.safetensors"))
 clip = model.decode(load_file(f"{folder}/latents.safetensors"))
 save_file({"clip": clip.detach().contiguous()}, f"{folder}/clip.safetensors")
-print(sorted({"lightning", "av", "lpips", "vidtwin.task", "vidtwin.losses", "vidtwin.video"} & set(sys.modules)))
+heavy = {"lightning", "av", "lpips", "vidtwin.training.task", "vidtwin.losses", "vidtwin.video"}
+print(sorted(heavy & set(sys.modules)))
 """
 
 

@@ -13,7 +13,7 @@ from vidtwin.errors import UserError
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-    from vidtwin.lightning_cli import Parser
+    from vidtwin.cli.training import Parser
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ def make_parser(name: str, usage: str, description: str, *classes: type) -> "Par
     """
     from jsonargparse import DefaultHelpFormatter
 
-    from vidtwin.lightning_cli import Parser
+    from vidtwin.cli.training import Parser
 
     class Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """The description as it stands, and the default of each option."""
@@ -66,7 +66,7 @@ def make_parser(name: str, usage: str, description: str, *classes: type) -> "Par
 
 def build(cls: type[T], config: "Namespace", **others: Any) -> T:
     """An object of the arguments in `config` that are its own; its `UserError` is told as such."""
-    from vidtwin.lightning_cli import user_errors
+    from vidtwin.cli.training import user_errors
 
     own = {name: config[name] for name in inspect.signature(cls).parameters if name in config}
     with user_errors():

@@ -14,12 +14,13 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from vidtwin import checkpoints, hub, plugins, weights
+from vidtwin import hub, plugins, weights
 from vidtwin.apply.command import make_parser
 from vidtwin.apply.inputs import check_folder
 from vidtwin.autoencoder import VideoAutoencoder, class_of
+from vidtwin.cli.training import option_value
 from vidtwin.errors import UserError, suggestion
-from vidtwin.lightning_cli import option_value
+from vidtwin.storage import checkpoints
 
 _GROUP = "vidtwin.autoencoders"
 _DEFAULT = "vidtwin"

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vidtwin import panels
 from vidtwin.apply.command import exit_code
 from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
 from vidtwin.apply.meters import Change, Likeness
@@ -23,7 +22,7 @@ from vidtwin.apply.session import Session
 from vidtwin.apply.windows import BeforeDamage, Window, examine, windows
 from vidtwin.errors import UserError
 from vidtwin.files import replacing, write_text
-from vidtwin.video import Frames, VideoError, VideoWriter
+from vidtwin.video import Frames, VideoError, VideoWriter, panels
 
 INPUT, RECONSTRUCTION = "input", "reconstruction"
 FILES = ("decouple.csv", "decouple.json")

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from vidtwin import checkpoints, hub, weights
+from vidtwin import hub, weights
 from vidtwin.apply.inputs import check_folder
 from vidtwin.apply.programs import CODES, DecoderProgram, EncoderProgram, Part, pruned, quiet, reason_of, traced
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.errors import UserError
 from vidtwin.files import write_text
 from vidtwin.posteriors import Latents
+from vidtwin.storage import checkpoints
 
 MANIFEST, FAILED = "manifest.json", "failed"
 FORMAT_VERSION = 1

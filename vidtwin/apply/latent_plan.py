@@ -11,9 +11,18 @@ from tqdm import tqdm
 from vidtwin.apply.inputs import Input
 from vidtwin.apply.windows import examine
 from vidtwin.errors import UserError
-from vidtwin.latent_files import LOGVAR, Manifest, Piece, Shard, StoredPiece, VideoEntry, channel_statistics, shard_path
-from vidtwin.listing import identity
+from vidtwin.storage.latent_files import (
+    LOGVAR,
+    Manifest,
+    Piece,
+    Shard,
+    StoredPiece,
+    VideoEntry,
+    channel_statistics,
+    shard_path,
+)
 from vidtwin.video import VideoError
+from vidtwin.video.listing import identity
 
 
 def survey_inputs(

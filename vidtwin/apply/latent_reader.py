@@ -17,8 +17,8 @@ from vidtwin.apply.inputs import Input, check_folder, check_targets, target
 from vidtwin.apply.session import Session, SessionOptions
 from vidtwin.errors import UserError
 from vidtwin.files import no_room
-from vidtwin.latent_files import Manifest, Shard, StoredPiece, VideoEntry, shard_path, unpack_times
 from vidtwin.posteriors import Latents
+from vidtwin.storage.latent_files import Manifest, Shard, StoredPiece, VideoEntry, shard_path, unpack_times
 from vidtwin.video import Frames, VideoWriter
 
 

@@ -24,9 +24,11 @@ from vidtwin.apply.latent_plan import cut, difference, finish, survey_inputs
 from vidtwin.apply.pieces import PieceReader
 from vidtwin.apply.session import Session, SessionOptions
 from vidtwin.apply.windows import Window
+from vidtwin.distributed import locked
 from vidtwin.errors import UserError
 from vidtwin.files import intended_name
-from vidtwin.latent_files import (
+from vidtwin.posteriors import DiagonalGaussian, Posterior, Quantized
+from vidtwin.storage.latent_files import (
     DTYPES,
     LOGVAR,
     MANIFEST,
@@ -43,8 +45,6 @@ from vidtwin.latent_files import (
     tensor_name,
     write_shard,
 )
-from vidtwin.posteriors import DiagonalGaussian, Posterior, Quantized
-from vidtwin.processes import locked
 from vidtwin.video import COLOUR, RESIZE_FILTER
 
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 from vidtwin.apply.inputs import Input
 from vidtwin.apply.windows import Window, windows
 from vidtwin.errors import UserError
-from vidtwin.latent_files import Manifest, Piece, StoredPiece
+from vidtwin.storage.latent_files import Manifest, Piece, StoredPiece
 from vidtwin.video import VideoError
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vidtwin import panels
 from vidtwin.apply.command import exit_code
 from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
 from vidtwin.apply.meters import Likeness
@@ -21,7 +20,7 @@ from vidtwin.apply.tiling import in_tiles
 from vidtwin.apply.windows import BeforeDamage, Window, examine, windows
 from vidtwin.errors import UserError
 from vidtwin.files import exclusive, no_room, write_text
-from vidtwin.video import Frames, VideoError, VideoWriter
+from vidtwin.video import Frames, VideoError, VideoWriter, panels
 
 TABLE = "reconstructions.csv"
 _COLUMNS = ("input", "output", "frames", "psnr", "ssim", "note")

@@ -12,7 +12,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
-from vidtwin import panels
 from vidtwin.apply.command import exit_code
 from vidtwin.apply.decouple import aligned, check_counts, number, write, write_png
 from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
@@ -22,7 +21,7 @@ from vidtwin.apply.windows import BeforeDamage, Window, examine, windows
 from vidtwin.errors import UserError
 from vidtwin.files import write_text
 from vidtwin.posteriors import Encoding, Latents, Quantized
-from vidtwin.video import Frames, VideoWriter
+from vidtwin.video import Frames, VideoWriter, panels
 
 Blend = tuple[float, ...]  # one number for each of the model's latents
 

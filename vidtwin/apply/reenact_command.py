@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from vidtwin.errors import UserError, suggestion
 
 if TYPE_CHECKING:
-    from vidtwin.lightning_cli import Parser
+    from vidtwin.cli.training import Parser
 
 _DESCRIPTION = """\
 Decode one video's latent with another video's: re-enactment (VidTwin, appendix A.3).

@@ -13,14 +13,16 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from vidtwin import checkpoints, model_config, weights
+from vidtwin import weights
 from vidtwin.autoencoder import VideoAutoencoder
+from vidtwin.cli import model_config
 from vidtwin.clips import as_clip
+from vidtwin.distributed import Precision, forward_context, launch
 from vidtwin.errors import UserError
-from vidtwin.panels import to_uint8
 from vidtwin.posteriors import Encoding, Latents
-from vidtwin.processes import Precision, forward_context, launch
+from vidtwin.storage import checkpoints
 from vidtwin.video import Frames
+from vidtwin.video.panels import to_uint8
 
 T = TypeVar("T")
 

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from vidtwin import panels
 from vidtwin.benchmark import rows
 from vidtwin.files import replacing, write_text
+from vidtwin.video import panels
 
 MAX_SIDE = 160  # pixels of a frame: a page with ten models stays below 20 MB
 MAX_HEIGHT = 16_383  # of a WebP picture

@@ -27,18 +27,20 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
-from vidtwin import checkpoints, hub, model_config, plugins
+from vidtwin import hub, plugins
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import cost, downstream, players, protocol, report, rows, table
 from vidtwin.benchmark import plots as plot_files
 from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, claim, describe, fingerprint, seeded
+from vidtwin.cli import model_config
+from vidtwin.distributed import Precision, forward_context, launch, locked
 from vidtwin.errors import UserError, suggestion
 from vidtwin.files import replacing, write_text
 from vidtwin.metrics.fvd import MIN_FRAMES, NUM_FEATURES, FeatureNetwork, FrechetVideoDistance
 from vidtwin.metrics.latents import LatentStatistics
 from vidtwin.metrics.measures import Measures
 from vidtwin.posteriors import Encoding, Quantized
-from vidtwin.processes import Precision, forward_context, launch, locked
+from vidtwin.storage import checkpoints
 
 PARTS, EARLIER, COSTS = "parts", "earlier", "costs.json"
 MAX_TOKENS, MAX_TOKENS_ON_CPU = 20_000, 4_000  # of which a DiT's training step is timed

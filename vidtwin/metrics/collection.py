@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric
 from vidtwin.errors import UserError
 from vidtwin.losses.perceptual import LPIPS
 from vidtwin.metrics.frames import psnr, ssim
-from vidtwin.metrics.precision import full_precision
+from vidtwin.precision import full_precision
 
 
 class ClipMetrics(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from vidtwin.errors import UserError
-from vidtwin.metrics.precision import full_precision
+from vidtwin.precision import full_precision
 
 Convention = Literal["styleganv", "videogpt", "internal"]
 

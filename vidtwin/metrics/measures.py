@@ -21,9 +21,9 @@ from vidtwin.metrics.frames import (
     ssim,
     ssim_allowed,
 )
-from vidtwin.metrics.precision import full_precision
 from vidtwin.metrics.temporal import flicker, flicker_allowed
 from vidtwin.metrics.vmaf import vmaf, vmaf_allowed
+from vidtwin.precision import full_precision
 
 PSNROver = Literal["frame", "clip", "video"]
 LPIPSNet = Literal["vgg", "alex", "alex_spatial"]

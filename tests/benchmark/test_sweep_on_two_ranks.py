@@ -1,0 +1,88 @@
+"""Two processes share a sweep, and their numbers are those of one to the last bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_rank_sweep
+from sweeping import Interruption, contents
+
+from vidtwin.benchmark import plots, report
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """`one`: a sweep of one process; `two` of two; `resumed`: begun by one and ended by two."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    two_rank_sweep.prepare(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "write", lambda folder: [])
+        patch.setattr(report, "write", lambda folder: Path(folder) / "report.html")
+        patch.setattr(Interruption, "after", 9)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in the two processes: other numbers of threads round otherwise
+        with pytest.raises(KeyboardInterrupt):
+            two_rank_sweep.run(folder, "resumed")
+        patch.setattr(Interruption, "after", None)
+        assert two_rank_sweep.run(folder, "one") == 1
+        torch.set_num_threads(threads)
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tests / "two_rank_sweep.py"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "stderr").write_text(done.stderr)
+    return folder
+
+
+def test_two_processes_give_the_files_of_one(folder):
+    one, two = contents(folder / "one"), contents(folder / "two")
+    assert len(one) > 10
+    assert two == one
+
+
+def test_two_processes_go_on_where_one_was_ended(folder):
+    assert contents(folder / "resumed") == contents(folder / "one")
+
+
+def test_a_model_that_fails_on_all_clips_of_one_process_is_not_failed(folder):
+    """Clips 0, 1 are the first process's only chunk at first; 2 is of the second."""
+    row = json.loads((folder / "two" / "rows" / "picky" / "results.json").read_text())
+    assert row["kind"] == "trained"
+    assert [(clip["name"], clip["start_frame"]) for clip in row["failed_clips"]] == [
+        ("v0.avi", 0),
+        ("v0.avi", 10),
+        ("v1.avi", 0),
+    ]
+    assert row["metrics"]["rfvd"]["num_clips"] == row["num_clips"] == 7
+
+
+def test_a_clip_that_can_not_be_read_and_models_that_fail_are_told_by_either_process(folder):
+    told = (folder / "stderr").read_text()
+    assert "picky fails on v0.avi at frame 0: RuntimeError: this clip breaks the encoder" in told
+    assert "codes fails on v3.avi at frame 10: " in told
+    assert "broken failed: RuntimeError: this clip breaks the encoder" in told
+    assert "skipped v2.avi: cut off" in told
+
+
+def test_both_processes_have_the_exit_code_and_the_refusal(folder):
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    for rank in ranks:
+        assert rank["two"] == rank["resumed"] == 1
+        assert "they differ in" in rank["refused"]
+
+
+def test_parts_are_kept_only_of_chunks_on_which_a_model_did_not_fail_and_of_rows_that_lack_clips(folder):
+    """The next run tries the clips that failed again, and joins them with the others."""
+    kept = {
+        name: sorted(int(path.stem) for path in (folder / "two" / "rows" / name / "parts").glob("[0-9]*.json"))
+        for name in ("good", "picky", "codes", "broken")
+    }
+    # Chunk 2 holds the clip that can't be read; picky fails on clips 0 to 2, codes on clip 7.
+    assert kept["good"] == kept["broken"] == []
+    assert set(kept["picky"]) == {2, 3, 4, 5}
+    assert set(kept["codes"]) == {0, 1, 2, 4, 5}

@@ -1,0 +1,215 @@
+"""Every config is one that `vidtwin fit` takes, and trains: at its own options, with the sizes made small."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from vidtwin.cli import main
+from vidtwin.losses import AutoencoderLoss
+from vidtwin.storage import checkpoints
+from vidtwin.video import probe, write_video
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+MODELS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+BASELINES = sorted(path.stem for path in (CONFIGS / "baselines").glob("*.yaml"))
+LATENTS = sorted(path.name for path in (CONFIGS / "latents").glob("*.yaml"))
+
+# Sizes only: losses, optimizers, schedules, discriminators and what else a config says stay its own.
+SMALL = [
+    "--model.autoencoder.resolution=64",
+    "--model.autoencoder.patch_size=8",
+    "--model.autoencoder.hidden_size=48",
+    "--model.autoencoder.depth=1",
+    "--model.autoencoder.num_heads=4",
+    "--data=synthetic",
+    "--data.resolution=64",
+    "--data.batch_size=1",
+    "--data.num_workers=0",
+    "--data.num_train=1",
+    "--data.num_val=1",
+    "--model.loss.perceptual_weight=0",
+    "--trainer.fast_dev_run=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+# What all baselines' configs are run with, and the sizes that those in full size get.
+ONE_STEP = [
+    "--data=synthetic",
+    "--data.batch_size=1",
+    "--data.num_workers=0",
+    "--data.num_train=1",
+    "--data.num_val=1",
+    "--data.num_test=2",
+    "--trainer.max_steps=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--model.scheduler.init_args.warmup_steps=0",
+    "--model.loss.perceptual_weight=0",
+]
+FAMILIES = {
+    "magvit2": ["channels=8", "num_blocks=1"],
+    "cmd": ["resolution=32", "hidden_size=48", "depth=1", "num_heads=4"],
+    "ivideogpt": ["resolution=32", "channels=[32,32]", "layers_per_block=1", "latent_channels=8", "norm_groups=8"],
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_models_config_trains_a_step(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the parts that a config names are found beside it, from any folder
+    assert main(["fit", "--config", str(CONFIGS / name), *SMALL]) == 0
+
+
+def small_options(name: str, config: dict) -> list[str]:
+    """Of a baseline's config at full size: the model, the clips and the discriminator made small."""
+    options = [f"--model.autoencoder.{each}" for each in FAMILIES[name.partition("_")[0]]]
+    arguments = config["model"]["autoencoder"].get("init_args", {})
+    if arguments.get("inner_resolution"):
+        options.append("--model.autoencoder.inner_resolution=32")
+    if name.startswith("ivideogpt"):
+        small = {"codebook_size": 16, "dynamics_codebook_size": 16, "attention_resolution": 16}
+        options += [f"--model.autoencoder.{key}={value}" for key, value in small.items()]
+    return [*options, "--data.resolution=32"]
+
+
+def gan_options(config: dict, resolution: int) -> list[str]:
+    discriminator = config["model"]["loss"]["init_args"].get("discriminator")
+    if not discriminator:
+        return []
+    options = ["--model.loss.adversarial_start=0", "--model.discriminator_scheduler.init_args.warmup_steps=0"]
+    options += ["--model.loss.discriminator.channels=4", "--model.loss.adaptive_reference=nll"]
+    if discriminator["class_path"].endswith("BlurPoolDiscriminator3d"):
+        options.append(f"--model.loss.discriminator.resolution={resolution}")
+    return options
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monkeypatch, capsys):
+    """With its own losses, optimizers and options; the tiny ones in their own size too."""
+    monkeypatch.chdir(tmp_path)
+    path = CONFIGS / "baselines" / f"{name}.yaml"
+    config = yaml.safe_load(path.read_text())
+    if isinstance(config["model"]["loss"], str):
+        config["model"]["loss"] = yaml.safe_load((path.parent / config["model"]["loss"]).read_text())
+    tiny = name.endswith("_tiny")
+    options = ["--config", str(path), *ONE_STEP]
+    options += ["--data.resolution=64"] if tiny else small_options(name, config)
+    assert main(["fit", *options, *gan_options(config, 64 if tiny else 32)]) == 0
+    (last,) = tmp_path.rglob("last.ckpt")
+    data = [option for option in options if option.startswith("--data")]
+    capsys.readouterr()
+    assert main(["test", "--ckpt_path", str(last), *data, "--trainer.accelerator=cpu", "--name=row"]) == 0
+    assert "differs from the config" not in capsys.readouterr().err
+    row = json.loads(Path("results/rows/row/results.json").read_text())
+    assert row["kind"] == "trained"
+    assert row["num_clips"] == 2
+    discrete = "ivideogpt" in name or ("magvit2" in name and "continuous" not in name)
+    assert (row["bits_per_pixel"] is not None) == discrete
+    assert set(row["codebooks"]) == (set(row["latents"]) if discrete else set())
+    frames = np.random.default_rng(0).integers(0, 255, (18, 44, 60, 3), dtype=np.uint8)
+    write_video("in.mp4", frames, 8)
+    assert main(["reconstruct", "in.mp4", "--ckpt_path", str(last), "--side_by_side", "--accelerator=cpu"]) == 0
+    assert probe("reconstructions/in.mp4").num_frames == 18
+    if discrete and tiny:
+        assert main(["predict", "--ckpt_path", str(last), *data, "--trainer.accelerator=cpu"]) == 0
+        for file in Path("predictions").rglob("*.safetensors"):
+            written = load_file(file)
+            codes = {key.removesuffix(".codes"): z[None].long() for key, z in written.items() if key.endswith(".codes")}
+            for key, latent in checkpoints.load_autoencoder(last).dequantize(codes).items():
+                assert torch.equal(latent[0], written[key])
+
+
+@pytest.mark.parametrize("name", LATENTS)
+def test_latent_sizes_compose_with_a_model(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = str(CONFIGS / "vidtwin_base.yaml")
+    assert main(["fit", "--config", base, "--config", str(CONFIGS / "latents" / name), "--print_config"]) == 0
+    arguments = yaml.safe_load(capsys.readouterr().out)["model"]["autoencoder"]["init_args"]
+    wanted = yaml.safe_load((CONFIGS / "latents" / name).read_text())["model"]["autoencoder"]["init_args"]
+    assert wanted.items() <= arguments.items()
+    assert arguments["hidden_size"] == 768
+
+
+def test_base_follows_the_papers_table_6(capsys):
+    assert main(["fit", "--config", str(CONFIGS / "vidtwin_base.yaml"), "--print_config"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    optimizer, loss = config["model"]["optimizer"]["init_args"], config["model"]["loss"]["init_args"]
+    data = config["data"]["init_args"]
+    assert (optimizer["lr"], optimizer["betas"], optimizer["weight_decay"]) == (1.6e-4, [0.9, 0.99], 1e-4)
+    assert config["model"]["scheduler"]["init_args"]["warmup_steps"] == 5000
+    weights = [loss[f"{name}_weight"] for name in ("perceptual", "adversarial", "kl")]
+    assert weights == [0.05, 0.05, 0.001]
+    assert (data["num_frames"], data["resolution"], data["fps"], data["batch_size"]) == (16, 224, 8.0, 6)
+    assert config["trainer"]["max_steps"] == 100_000
+
+
+@pytest.mark.parametrize("path", [*CONFIGS.glob("trainer/gpu.yaml")], ids=str)
+def test_the_overlay_for_gpus_composes(path, capsys):
+    base = str(CONFIGS / "vidtwin_base.yaml")
+    assert main(["fit", "--config", base, "--config", str(path), "--print_config"]) == 0
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert (trainer["precision"], trainer["accelerator"], trainer["max_steps"]) == ("bf16-mixed", "gpu", 100_000)
+
+
+def test_every_yaml_is_used_by_a_test_or_a_config():
+    text = "".join(path.read_text() for path in CONFIGS.rglob("*.yaml"))
+    parts = [p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.yaml") if p.parent.name in ("loss", "optimizer")]
+    assert parts
+    assert [str(part) for part in parts if str(part) not in text] == []
+
+
+def test_magvit2s_discriminator_is_trained_on_half_of_the_released_loss():
+    """There: softplus(-real) + softplus(fake) + 10 |gradient|² + 0.001 LeCAM; every 20th step 20 times the penalty."""
+    arguments = yaml.safe_load((CONFIGS / "baselines/magvit2.yaml").read_text())["model"]["loss"]["init_args"]
+    discriminator = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 2 * 8 * 8, 1))
+    given = {"discriminator": discriminator, "perceptual_weight": 0, "regularization_weights": {}}
+    loss = AutoencoderLoss(**arguments | given)
+    clip, fake = torch.rand(2, 4, 3, 2, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    terms = loss.discriminator_loss(fake, clip, step=20)
+    real, made = discriminator(clip), discriminator(fake)
+    weight = discriminator[1].weight
+    means = (0.001 * real.mean(), 0.001 * made.mean())
+    lecam = (real - means[1]).relu().square().mean() + (means[0] - made).relu().square().mean()
+    softplus = torch.nn.functional.softplus
+    released = softplus(-real).mean() + softplus(made).mean() + 20 * 10 * weight.square().sum() + 0.001 * lecam
+    torch.testing.assert_close(terms["total"], released / 2, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [
+        ("magvit2", {"lr": 1e-4, "betas": [0.0, 0.99], "pixel": "l2", "pixel_weight": 5.0, "perceptual_weight": 0.1}),
+        ("magvit2", {"adversarial_weight": 0.1, "adaptive_weight": False, "adversarial": "non_saturating"}),
+        ("magvit2", {"latent_channels": 18, "channels": 128, "multipliers": [1, 2, 2, 4], "num_blocks": 4}),
+        ("magvit2_continuous", {"latent_channels": 5, "quantizer": "kl", "first_frame": "even"}),
+        ("cmd", {"lr": 1e-5, "betas": [0.5, 0.9], "weight_decay": 0.0, "pixel_weight": 4.0, "perceptual_weight": 4.0}),
+        ("cmd", {"perceptual_frames": 1, "patch_size": 16, "motion_channels": 32, "hidden_size": 384, "depth": 8}),
+        ("cmd_patch4", {"patch_size": 4, "motion_channels": 8}),
+        ("ivideogpt", {"lr": 5e-4, "weight_decay": 0.0, "leading_frames": 2, "perceptual_weight": 1.0}),
+        ("ivideogpt", {"adversarial_weight": 0.8, "adversarial": "hinge", "adaptive_reference": "perceptual"}),
+        ("ivideogpt", {"adversarial_start": 250_000, "inner_resolution": 256, "codebook_size": 8192}),
+        ("ivideogpt_64", {"resolution": 64, "channels": [128, 256, 512], "attention_resolution": 16}),
+    ],
+)
+def test_baselines_follow_the_figures_of_their_papers(name, figures):
+    config = yaml.safe_load((CONFIGS / "baselines" / f"{name}.yaml").read_text())["model"]
+    given = {}
+    for section in ("autoencoder", "loss", "optimizer"):
+        given |= config[section]["init_args"]
+    assert {key: given[key] for key in figures} == figures
+    if name == "magvit2":
+        assert given["regularization_weights"] == {
+            "commitment": 0.25,
+            "entropy": {"start": 0.3, "end": 0.1, "steps": 2000},
+        }
+        assert config["discriminator_optimizer"]["init_args"]["lr"] == 0.8e-4
+        assert (config["ema_decay"], config["use_ema"]) == (0.999, True)

@@ -1,0 +1,137 @@
+"""Two ranks train as one does with the same clips, skip together, end together and never wait for ever."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_ranks
+from broken_tree import BAD, write_tree
+from tiny import BASELINES
+
+from vidtwin.storage import checkpoints
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What each of two ranks wrote; a hang would be a failure after four minutes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    write_tree(folder / "videos")
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tests / "two_ranks.py"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    (folder / "stderr").write_text(done.stderr)
+    return folder, ranks
+
+
+@pytest.fixture(scope="module")
+def one_ranks_baselines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return folder, two_ranks.baselines(folder)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = checkpoints.read(folder / "checkpoints" / "last.ckpt")
+    return checkpoint["state_dict"] | {f"ema.{name}": value for name, value in checkpoint["ema"]["values"].items()}
+
+
+@pytest.mark.parametrize("parts", ["whole", "parts"])
+def test_two_ranks_take_the_steps_of_one_with_the_same_clips(outcomes, tmp_path, parts):
+    folder, ranks = outcomes
+    one = two_ranks.gradients(tmp_path)
+    for ours, first, second in zip(one["clips"], *(rank["gradients"]["clips"] for rank in ranks), strict=True):
+        assert sorted(ours) == sorted(first + second)
+    # SGD at rate 1: what the weights have moved by is the gradient, clipped, of generator and discriminator.
+    torch.testing.assert_close(
+        weights_of(folder / "gradients" / parts), weights_of(tmp_path / parts), rtol=1e-3, atol=5e-5
+    )
+    if parts == "parts":  # the last that was run
+        assert ranks[0]["gradients"]["adaptive_weight"] == pytest.approx(ranks[1]["gradients"]["adaptive_weight"])
+        assert ranks[0]["gradients"]["psnr"] == pytest.approx(one["psnr"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_two_ranks_train_a_baseline_as_one_does(outcomes, one_ranks_baselines, name):
+    folder, ranks = outcomes
+    alone, psnr = one_ranks_baselines
+    torch.testing.assert_close(weights_of(folder / "baselines" / name), weights_of(alone / name), rtol=1e-3, atol=1e-4)
+    assert ranks[0]["baselines"][name] == ranks[1]["baselines"][name] == pytest.approx(psnr[name], abs=1e-3)
+
+
+def test_results_count_the_codes_of_the_clips_of_all_ranks(outcomes, tmp_path):
+    alone = two_ranks.codebooks(tmp_path)
+    assert alone["latent"]["dead_codes"] < alone["latent"]["size"] == 64
+    for rank in outcomes[1]:
+        assert rank["codebooks"] == alone
+
+
+def test_gradients_travel_with_the_last_part_of_a_batch_only(outcomes):
+    for rank in outcomes[1]:
+        assert rank["gradients"]["without_sync"] == [1, 2, 3]  # the first of two parts in each batch
+
+
+def test_an_odd_tail_gives_every_rank_as_many_batches_and_every_clip_one_validation(outcomes):
+    _, ranks = outcomes
+    first, second = (rank["odd_tail"] for rank in ranks)
+    assert [len(clips) for clips in first["clips"]] == [len(clips) for clips in second["clips"]]
+    validated = first["validated"] + second["validated"]  # in every validation
+    counts = {name: validated.count(name) for name in validated}
+    assert set(counts) == {"clip0.avi", "clip1.avi", "clip2.avi"}
+    assert len(set(counts.values())) == 1
+
+
+def test_the_ranks_have_the_same_running_statistics(outcomes):
+    first, second = (rank["odd_tail"]["statistics"] for rank in outcomes[1])
+    assert first == second
+    assert any(any(values) for values in first if isinstance(values, list))
+
+
+def test_fewer_clips_than_ranks_is_an_error_on_all(outcomes):
+    for rank in outcomes[1]:
+        assert "at least one clip of the val split for each of 2 ranks, got 1" in rank["too_few"]["error"]
+
+
+def test_a_step_that_breaks_on_one_rank_is_skipped_and_undone_on_both(outcomes):
+    first, second = (rank["poisoned"] for rank in outcomes[1])
+    poisoned = [["clip3.avi" in names for names in rank["poisoned"]["clips"]] for rank in outcomes[1]]
+    assert any(a != b for a, b in zip(*poisoned, strict=True))
+    for rank, own in zip((first, second), poisoned, strict=True):
+        for reason, here, a, b in zip(rank["rejected"], own, *poisoned, strict=True):
+            if a or b:
+                assert bool(reason) == here  # told where it broke
+                assert reason is not None  # skipped on both
+            else:
+                assert reason is None
+    assert first["step"] == second["step"] == 6
+    assert first["weights"] == second["weights"]
+
+
+def test_sigterm_to_one_rank_ends_both_and_the_rest_follows_bit_for_bit(outcomes):
+    folder, ranks = outcomes
+    for rank in ranks:
+        assert "after step 3, saved in" in rank["resumed"]["ended"]
+        assert rank["resumed"]["parts"] == rank["resumed"]["whole"]
+    whole, parts = (weights_of(folder / "resumed" / name) for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_ranks_skip_the_same_videos_and_have_equally_many_batches(outcomes):
+    folder, ranks = outcomes
+    first, second = (rank["broken_videos"] for rank in ranks)
+    assert first["usable"] == second["usable"]
+    assert [len(names) for names in first["clips"]] == [len(names) for names in second["clips"]] == [1] * 8
+    seen = {name for rank in (first, second) for names in rank["clips"] for name in names}
+    validated = first["validated"] + second["validated"]
+    assert (seen | set(validated)).isdisjoint(BAD)
+    assert len(set(map(validated.count, validated))) == 1
+    told = [line.split()[2] for line in (folder / "stderr").read_text().splitlines() if "vidtwin: skipped " in line]
+    for name in BAD:
+        assert told.count(f"{name}:") == 1 + 1  # in the training and in the test, by one of the ranks
+    assert first["skipped"] == second["skipped"]
+    assert set(first["tested"]) == set(second["tested"]) == BAD

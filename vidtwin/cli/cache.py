@@ -1,0 +1,109 @@
+"""`vidtwin cache`: the clips or the video files of a data module as shards.
+
+Nothing heavy is imported at the top: `vidtwin --help` reads the docstring of the command.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidtwin.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningArgumentParser
+
+_DESCRIPTION = """\
+Write the clips of a data module as shards, so that trainings read them instead of decoding videos.
+
+  vidtwin cache OUT --config configs/vidtwin_base.yaml --data.root PATH --epochs 10
+  vidtwin cache OUT --data ucf101 --data.root PATH --splits val test
+  vidtwin cache OUT --data ucf101 --data.root PATH --format videos
+
+A shard appears when it is whole. After a kill the same command makes those that are missing, to the same bytes.
+--format clips: decoded clips, uint8, for --data.cache OUT or, from object storage, --data streamed --data.url URL.
+--format videos: the files as they are, for --data streamed, which decodes them.
+"""
+_SPLITS = ["train", "val", "test"]
+
+
+def cache_command(argv: list[str]) -> int:
+    """Write decoded clips, or video files, as shards: vidtwin cache OUT --config FILE"""
+    from vidtwin.cli.training import resolve_short_names, user_errors
+
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # class paths of files in the current folder
+    argv = resolve_short_names(argv)
+    parser = _parser(_other_keys(argv))
+    config = parser.parse_args(argv)
+    if config.get("data") is None:
+        raise UserError("Expected data to cache; give --data ucf101 --data.root PATH or a --config.")
+    with user_errors():
+        data = parser.instantiate(config).data
+    if not hasattr(data, "write_cache"):
+        raise UserError(f"Expected a data module whose clips can be cached, got {type(data).__name__}.")
+    for written in data.write_cache(config.out, config.splits, config.epochs, config.format, config.verify):
+        sys.stdout.write(f"{written}\n")
+    use = f"--data.cache {config.out}" if config.format == "clips" else f"--data streamed --data.url {config.out}"
+    sys.stdout.write(f"{'whole and verified' if config.verify else 'written'}; use it by {use}\n")
+    return 0
+
+
+def _parser(ignored: list[str]) -> "LightningArgumentParser":
+    from jsonargparse import ActionConfigFile
+    from lightning.pytorch import LightningDataModule
+
+    from vidtwin.cli.training import Parser
+
+    parser = Parser(
+        prog="vidtwin cache",
+        usage="vidtwin cache OUT (--config FILE | --data NAME --data.OPTION VALUE ...) [options]",
+        description=_DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", help="Folder; each split gets a folder in it.")
+    parser.add_argument("--config", action=ActionConfigFile, help="Config as for fit, of which only `data` counts.")
+    parser.add_subclass_arguments(
+        LightningDataModule,
+        "data",
+        as_group=False,
+        fail_untyped=False,
+        required=False,
+        help="The data module, by its short name or class path; its arguments are --data.NAME VALUE.",
+    )
+    parser.add_argument(
+        "--splits", nargs="+", choices=_SPLITS, default=_SPLITS, help="Some of train, val, test (default: all)."
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=1,
+        help="Epochs of training clips, each with other random clips; a training takes them in turn (default: 1).",
+    )
+    parser.add_argument(
+        "--format", choices=["clips", "videos"], default="clips", help="Decoded clips or video files (default: clips)."
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="Compare the checksums of shards that are there, not only their sizes (default: no).",
+    )
+    for key in ignored:
+        parser.add_argument(f"--{key}", type=Any, help=argparse.SUPPRESS)
+    return parser
+
+
+def _other_keys(argv: list[str]) -> list[str]:
+    """What stands in the configs beside `data`: other commands read it."""
+    import yaml
+
+    from vidtwin.cli.training import option_value
+
+    keys: set[str] = set()
+    for index, word in enumerate(argv):
+        path = option_value(argv[index : index + 2], "config") if word.partition("=")[0] == "--config" else None
+        if path and Path(path).is_file():
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            keys |= set(content) if isinstance(content, dict) else set()
+    return sorted(keys - {"data", "out", "config", "splits", "epochs", "format", "verify"})

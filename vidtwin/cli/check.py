@@ -1,0 +1,203 @@
+"""`vidtwin check`: hold an autoencoder, ours or anyone's, to the promises of the interface.
+
+Nothing heavy is imported at the top: `vidtwin --help` reads the docstring of the command.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidtwin import plugins
+from vidtwin.errors import UserError, suggestion
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    from vidtwin.autoencoder import VideoAutoencoder
+
+_DESCRIPTION = """\
+Hold an autoencoder to each promise of vidtwin.VideoAutoencoder, with random weights on a random clip.
+
+  vidtwin check cmd --autoencoder.resolution 32 --autoencoder.hidden_size 32 --autoencoder.depth 1
+  vidtwin check my_package.MyTokenizer --autoencoder.channels 4 --num_frames 8 --resolution 32
+  vidtwin check --config configs/demo.yaml
+
+Small arguments show the same mistakes in seconds; at full size a check is some dozen clips and a few training steps.
+NAME is a short name (`vidtwin plugins` lists them) or a class path, also of a file in the current folder. The class's
+own arguments are --autoencoder.ARGUMENT VALUE; --autoencoder.help lists them.
+
+It prints one line a promise (ok, FAILED with what to do, or skipped with why), then parameters, latents and rate. Exit
+code: 0 all kept, 1 one broken, 2 the command is not usable. In tests: vidtwin.testing.check_autoencoder(model).
+"""
+_LARGE_FLOPS = 100_000_000_000  # of a clip, there and back; a check does about 45 of them: more than a minute on a CPU
+_LARGE_PARAMETERS = 200_000_000
+_GROUP = "vidtwin.autoencoders"
+_KEY = "model.autoencoder"
+
+
+def check_command(argv: list[str]) -> int:
+    """Hold an autoencoder to the promises of the interface: vidtwin check NAME"""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # class paths of files in the current folder
+    argv = [_inner_name(word) for word in argv]
+    if argv and not argv[0].startswith("-"):
+        name = _class_path(argv[0])
+        # --autoencoder.help is of the class that is checked, whose name jsonargparse wants again.
+        argv = [f"--{_KEY}={name}", *(f"{word}={name}" if word == f"--{_KEY}.help" else word for word in argv[1:])]
+        if any(word.partition("=")[0] == "--config" for word in argv):
+            raise UserError("Expected NAME or --config FILE, got both; a config names its autoencoder.")
+    from vidtwin.cli import model_config
+
+    parser = _parser(argv)
+    config = parser.parse_args(argv)
+    given = (config.get("model") or {}).get("autoencoder")
+    if not (given and given.get("class_path")):
+        raise UserError("Expected an autoencoder to check; give its name, vidtwin check NAME, or a --config FILE.")
+    model = model_config.build(parser, config)
+    return _report(model, config.num_frames, config.resolution, config.batch_size, config.device)
+
+
+def _inner_name(word: str) -> str:
+    """`--autoencoder.channels` → `--model.autoencoder.channels`, where a config has it."""
+    return f"--model.{word[2:]}" if word.startswith("--autoencoder.") else word
+
+
+def _class_path(name: str) -> str:
+    """A short name or a class path → the path of a class that is an autoencoder; `UserError` where it is none."""
+    from vidtwin.autoencoder import VideoAutoencoder
+    from vidtwin.testing import describe
+
+    path = plugins.resolve(name, _GROUP)
+    module, _, attribute = path.rpartition(".")
+    if not module:
+        known = sorted(plugins.available(_GROUP))
+        raise UserError(
+            f"Expected one of {', '.join(known)} or a class path (module.Class), got {name!r}{suggestion(name, known)}"
+        )
+    try:
+        imported = importlib.import_module(module)
+    except Exception as error:
+        raise UserError(f"{module} does not import: {describe(error)}.") from error
+    if not hasattr(imported, attribute):
+        raise UserError(f"Expected a class {attribute} in {module}, got none{suggestion(attribute, dir(imported))}")
+    cls = getattr(imported, attribute)
+    if not (isinstance(cls, type) and issubclass(cls, VideoAutoencoder)):
+        raise UserError(f"Expected a subclass of vidtwin.VideoAutoencoder, got {path}, which is {_kind(cls)}.")
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise UserError(f"{path} lacks {', '.join(missing)}; docs/your_own_baseline.md shows each.")
+    return path
+
+
+def _kind(thing: Any) -> str:
+    if isinstance(thing, type):
+        bases = [base.__name__ for base in thing.__bases__]
+        return f"a class of {', '.join(bases)}"
+    return f"a {type(thing).__name__}"
+
+
+def _parser(argv: list[str]) -> "LightningArgumentParser":
+    from vidtwin.cli import model_config
+    from vidtwin.cli.training import Parser, option_value
+
+    parser = Parser(
+        prog="vidtwin check",
+        usage="vidtwin check (NAME | --config FILE) [--autoencoder.ARGUMENT VALUE ...] [options]",
+        description=_DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--num_frames", type=int, help="T of the clip (default: the model's own, or one near 16).")
+    parser.add_argument("--resolution", type=int, help="H = W of the clip (default: the model's own, else about 64).")
+    parser.add_argument("--batch_size", type=int, default=2, help="B of the clip, at least 2 (default: 2).")
+    parser.add_argument("--device", default="cpu", help="Such as cuda or cuda:1 (default: cpu).")
+    paths = [
+        option_value(argv[index : index + 2], "config")
+        for index, word in enumerate(argv)
+        if word.partition("=")[0] == "--config"
+    ]
+    model_config.add_arguments(
+        parser,
+        [path for path in paths if path],
+        own=("num_frames", "resolution", "batch_size", "device"),
+        shown="Config as for fit, of which the autoencoder counts.",
+    )
+    return parser
+
+
+def _report(
+    model: "VideoAutoencoder", num_frames: int | None, resolution: int | None, batch_size: int, device: str
+) -> int:
+    """Lines of the promises, then what the model is → exit code."""
+    import torch
+
+    from vidtwin.testing import check_promises
+
+    temporal, step = model.temporal, model.spatial_multiple
+    if resolution is not None and model.resolution not in (None, resolution):
+        raise UserError(f"Expected clips of the model's own resolution {model.resolution}, got {resolution}.")
+    frames = num_frames or temporal.usual_length
+    side = model.resolution or resolution or 64 + -64 % step
+    for name, value in (("num_frames", num_frames), ("resolution", resolution)):
+        if value is not None and value < 1:
+            raise UserError(f"Expected {name} of at least 1, got {value}.")
+    try:
+        model = model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(f"Expected a device that this machine has, got {device!r}: {first}") from error
+    cls = f"{type(model).__module__}.{type(model).__qualname__}"
+    _say(f"{cls} on a clip of {frames} frames of {side} x {side} pixels")
+    if much := _cost(model, (3, frames, side, side)):
+        _say(f"{much}: this takes minutes on a CPU, and several times the model's memory")
+    promises = []
+    for promise in check_promises(model, frames, side, batch_size):
+        word = {True: "ok", False: "FAILED", None: "skipped"}[promise.passed]
+        _say(f"{word:<8} {promise.name}{f': {_one_line(promise.detail)}' if promise.detail else ''}")
+        promises.append(promise)
+    _say("")
+    try:
+        for label, text in _summary(model, (3, frames, side, side)):
+            _say(f"{label:<18} {text}")
+    except Exception as error:  # the promise about it says where and why
+        _say(f"no summary: {error!r}")
+    broken = sum(promise.passed is False for promise in promises)
+    kept = sum(promise.passed is True for promise in promises)
+    skipped = len(promises) - broken - kept
+    _say(f"{kept} promises kept, {broken} broken, {skipped} skipped")
+    return 1 if broken else 0
+
+
+def _cost(model: "VideoAutoencoder", shape: tuple[int, int, int, int]) -> str:
+    """What makes the check of a large model long; empty for others."""
+    from vidtwin.benchmark.cost import flops
+
+    try:
+        count, limit, unit = sum(flops(model, shape).values()), _LARGE_FLOPS, "operations a clip"
+    except Exception:  # it does not run on the meta device, or not at all: a promise says where and why
+        count, limit, unit = sum(p.numel() for p in model.parameters()), _LARGE_PARAMETERS, "parameters"
+    return f"{count:,} {unit}" if count > limit else ""
+
+
+def _summary(model: "VideoAutoencoder", shape: tuple[int, int, int, int]) -> list[tuple[str, str]]:
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    frozen = f", {total - trainable:,} of them frozen" if total > trainable else ""
+    lines = [("parameters", f"{total:,}{frozen}"), ("clips", str(model.temporal))]
+    latents = [f"{name} {tuple(size)}" for name, size in model.latent_shapes(shape).items()]
+    lines += [("latents", ", ".join(latents)), ("compression rate", f"{model.compression_rate(shape):.4%}")]
+    if codes := model.code_shapes(shape):
+        lines.append(("codebooks", ", ".join(f"{name} {size:,} entries" for name, (_, size) in codes.items())))
+    if (bits := model.bits_per_pixel(shape)) is not None:
+        lines.append(("bits per pixel", f"{bits:.4g}"))
+    return lines
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()

@@ -1,0 +1,95 @@
+"""The autoencoder that configs of `fit` name: what else stands in them is left aside.
+
+Imported only when a command needs it, since it imports torch and lightning.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ActionConfigFile, Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from vidtwin.autoencoder import VideoAutoencoder
+from vidtwin.cli.training import Parser
+from vidtwin.errors import UserError
+
+KEY = "model.autoencoder"
+
+
+def add_arguments(
+    parser: LightningArgumentParser, configs: Iterable[str | Path], own: Iterable[str] = (), shown: str = ""
+) -> None:
+    """Give a parser `--config` and `--model.autoencoder`; other keys that the configs hold are taken and ignored.
+
+    Args:
+        parser: Of the command.
+        configs: The files that will be parsed.
+        own: Options of the command that a config may set.
+        shown: Help of --config.
+    """
+    parser.add_argument("--config", action=ActionConfigFile, help=shown or argparse.SUPPRESS)
+    parser.add_subclass_arguments(VideoAutoencoder, KEY, as_group=False, required=False, help=argparse.SUPPRESS)
+    ignored: set[str] = set()
+    for path in configs:
+        if Path(path).is_file():
+            try:
+                content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise UserError(f"Expected YAML in {path}, got {' '.join(str(error).split())}.") from error
+            content = content if isinstance(content, dict) else {}
+            inner = content.get("model")
+            ignored |= {key for key in content if key != "model"}
+            ignored |= {f"model.{key}" for key in (inner if isinstance(inner, dict) else {})}
+    for key in sorted(ignored - {KEY, "config", *own}):
+        parser.add_argument(f"--{key}", type=Any, help=argparse.SUPPRESS)
+
+
+def parse(configs: Sequence[str | Path]) -> tuple[LightningArgumentParser, Namespace]:
+    """Configs, each over those before it → a parser and what it read; `UserError` where no autoencoder is named."""
+    for path in configs:
+        if not Path(path).is_file():
+            raise UserError(f"Expected a config at {path}, got no such file.")
+    parser = Parser(prog="vidtwin", allow_abbrev=False)
+    add_arguments(parser, configs)
+    parsed = parser.parse_args([f"--config={path}" for path in configs])
+    given = (parsed.get("model") or {}).get("autoencoder")
+    if not (given and given.get("class_path")):
+        raise UserError(f"Expected model.autoencoder in {', '.join(map(str, configs))}, got none.")
+    return parser, parsed
+
+
+def spec(parsed: Namespace) -> dict[str, Any]:
+    """`class_path` and `init_args` as a config gives them, without building anything."""
+    given = parsed.model.autoencoder
+    arguments = given.get("init_args") or Namespace()
+    return {"class_path": given.class_path, "init_args": arguments.as_dict()}
+
+
+def build(parser: LightningArgumentParser, parsed: Namespace) -> VideoAutoencoder:
+    """The autoencoder of a parsed config, with the same random weights each time; errors are `UserError`."""
+    from vidtwin.testing import describe
+
+    path = parsed.model.autoencoder.class_path
+    alone = Namespace(model=Namespace(autoencoder=parsed.model.autoencoder))  # no loss, no data
+    try:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            model: VideoAutoencoder = parser.instantiate(alone).model.autoencoder
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):  # jsonargparse wraps it
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise UserError(str(cause)) from error
+        raise UserError(f"{path} can't be built: {describe(_root(error))}.") from error
+    return model
+
+
+def _root(error: Exception) -> Exception:
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error

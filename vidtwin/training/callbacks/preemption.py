@@ -1,0 +1,55 @@
+"""SIGTERM, as a scheduler sends it before it takes the machine away: save, and end with a code that asks to go on."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from vidtwin.errors import Preempted
+from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
+from vidtwin.training.task import AutoencoderTask
+
+
+class Preemption(Callback):
+    """After SIGTERM on any rank: finish the step (or the validation) on all of them, save, raise `Preempted`.
+
+    The handler only sets a flag. Lightning's own talks to the other ranks from inside the handler, in the middle of
+    whatever they are exchanging, and saves nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+        self._install()
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+        if trainer.strategy.reduce_boolean_decision(self.received, all=False):
+            raise Preempted
+
+    def on_train_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+        self._install()
+
+    def _install(self) -> None:
+        # After Lightning's, which puts back at the end what was there before both.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: AutoencoderTask, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.strategy.reduce_boolean_decision(self.received, all=False):
+            return
+        if trainer.global_step == 0:
+            raise Preempted  # all batches so far were skipped
+        saved = None
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, LatestCheckpoint):
+                callback.save(trainer)
+                saved = callback.dirpath
+        raise Preempted(trainer.global_step, saved)

@@ -1,0 +1,87 @@
+"""Run a dumped step again (`StepGuard` writes them) and say where it breaks."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from vidtwin import weights
+from vidtwin.errors import UserError
+from vidtwin.training.task import AutoencoderTask, bad_terms
+
+
+def read(path: str) -> dict[str, Any]:
+    """Read a dump; `UserError` for another file."""
+    content = weights.read(path)
+    if not isinstance(content, dict) or not {"reason", "batch", "state_dict"} <= set(content):
+        raise UserError(f"Expected the dump of a skipped step, got {path}; they are in a run's folder `nonfinite`.")
+    return content
+
+
+def replay(task: AutoencoderTask, dump: dict[str, Any]) -> list[str]:
+    """Run the step of a dump: the same batch, weights and random draws.
+
+    Args:
+        task: Built from the dump's config, on the device to run on.
+        dump: What `StepGuard` wrote.
+
+    Returns:
+        Lines of a report: clips, weights, the first module whose output is not finite, terms of the loss, gradients.
+    """
+    task.load_state_dict(dump["state_dict"])
+    task.batches, task.seed = dump["training"]["batches"], dump["training"]["seed"]
+    clip = dump["batch"]["clip"].to(next(task.parameters()).device)
+    lines = [f"skipped at step {dump['step']}: {dump['reason']}"]
+    lines += [
+        f"clip {name}: {_range(clip[index])}" for index, name in enumerate(dump["batch"].get("name", range(len(clip))))
+    ]
+    bad = [name for name, p in task.named_parameters() if not p.isfinite().all()]
+    sizes = {name: float(p.detach().abs().nan_to_num(math.inf, math.inf).max()) for name, p in task.named_parameters()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    lines.append(f"weights: {_some(bad)}; the largest is {sizes[largest]:.3g} in {largest}")
+
+    broken: list[str] = []
+    hooks = [module.register_forward_hook(_watcher(name, broken)) for name, module in task.named_modules() if name]
+    task.train().zero_grad()
+    task.seed_draws(dump["rank"])
+    reason = None
+    try:
+        for index, part in enumerate(clip.tensor_split(task.accumulation)):
+            share = len(part) / len(clip)
+            of = f" (part {index + 1})" if task.accumulation > 1 else ""
+            for player, terms in task.losses(part, dump["step"], share):
+                lines += [f"{player}/{name} = {float(value.detach()):.6g}{of}" for name, value in terms.items()]
+                if not terms["total"].isfinite():
+                    own, shared = bad_terms(terms)
+                    reason = reason or own or shared
+                (share * terms["total"]).backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    lines.append(f"first module whose output is not finite: {broken[0] if broken else 'none'}")
+    wrong = [name for name, p in task.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    lines.append(f"gradients: {_some(wrong)}")
+    if reason or wrong:
+        return [*lines, f"it breaks here too: {reason or task.bad_gradients()}"]
+    return [*lines, "here it is finite: another device, precision or number of ranks may differ"]
+
+
+def _watcher(name: str, broken: list[str]) -> Callable[[nn.Module, Any, Any], None]:
+    def watch(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
+            broken.append(name)  # modules end from the inside out: the first is the one where it begins
+
+    return watch
+
+
+def _range(clip: Tensor) -> str:
+    bad = int((~clip.isfinite()).sum())
+    if bad:
+        return f"{bad} of {clip.numel()} numbers are not finite"
+    low, high = float(clip.min()), float(clip.max())
+    return f"constant, {low:.3f}" if low == high else f"from {low:.3f} to {high:.3f}"
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} not finite, first {names[0]}" if names else "all finite"

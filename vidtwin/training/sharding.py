@@ -1,0 +1,277 @@
+"""FSDP2: the autoencoder and its optimizer's state are split over all devices, for models too large for each of them.
+
+    vidtwin fit --config configs/vidtwin_large.yaml --config configs/trainer/fsdp2.yaml
+
+The units are the repeated blocks of the model (`units`). A block's weights are gathered for its forward and for its
+backward pass and freed after each; what lies between the blocks, the last layer among it, stays gathered from the
+forward to the backward pass. The discriminator is small and stays whole on each rank, as in DDP.
+
+A model knows nothing of this, and no file shows it: a checkpoint is the one file of whole tensors that it is anywhere
+else, and goes on under any strategy.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.export import register_dataclass
+from torch.optim import Optimizer
+
+from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
+from vidtwin.losses.adversarial import mean_over_ranks
+from vidtwin.storage import checkpoints
+
+# Before torch 2.15 FSDP finds tensors in a model's output only where pytree can look inside.
+register_dataclass(Reconstruction)
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Lightning's strategy for `fully_shard`, over all devices of all machines: `--trainer.strategy fsdp2`.
+
+    Where Lightning's own reads and writes checkpoints in its own way, past the checkpoint plugin, this one does as DDP
+    does: weights are loaded before the optimizers are made, files are read without running code and written as one.
+
+    Args:
+        process_group_backend: Of torch.distributed; None is nccl on GPUs and gloo on CPUs.
+        timeout: After which a rank gives up waiting for the others.
+    """
+
+    def __init__(self, process_group_backend: str | None = None, timeout: Any = default_pg_timeout) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" is the machines alone
+        super().setup_environment()
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def shard(self, autoencoder: VideoAutoencoder) -> None:
+        """Split the weights of the task's autoencoder over the ranks; all begin with those of the first."""
+        if isinstance(autoencoder, FSDPModule):
+            reshard(autoencoder)  # from an earlier run of this process
+            return
+        assert self.lightning_module is not None
+        # As DDP does: ranks that drew other initial values would train other discriminators, and mix their blocks.
+        for tensor in [*self.lightning_module.parameters(), *self.lightning_module.buffers()]:
+            self._take_from_first_rank(tensor)
+        shard(autoencoder, self.device_mesh["data_parallel"])
+
+    def average(self, module: nn.Module) -> None:
+        """After a backward pass do for `module`, which is not sharded, what DDP does: average gradients over ranks."""
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if gradients:
+            flat = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+
+    @torch.no_grad()
+    def _take_from_first_rank(self, tensor: Tensor) -> None:
+        on_device = tensor.detach().to(self.root_device).contiguous()
+        dist.broadcast(on_device, src=0)
+        tensor.copy_(on_device)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()  # gathered in `save_checkpoint`, like all that is sharded
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        bare = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return bare.state_dict()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write one file of whole tensors, from the first rank. All ranks must call it together."""
+        checkpoint = gathered(checkpoint, keep=self.is_global_zero)
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        # Mapped: the ranks of a machine share its memory, and each reads its parts.
+        path = self.broadcast(checkpoint_path)
+        checkpoint = checkpoints.read(path, lazily=True)
+        checkpoints.check(path)
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        own = self.lightning_module.state_dict()
+        state = {name: like(value, own.get(name)) for name, value in checkpoint["state_dict"].items()}
+        self.lightning_module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            # By place, as optimizers do it: the n-th of the file belongs to the n-th of ours.
+            saved = [index for group in state["param_groups"] for index in group["params"]]
+            own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            place = dict(zip(saved, own, strict=False))
+            values = {
+                index: {key: like(value, place.get(index)) for key, value in entry.items()}
+                for index, entry in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": values})
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="The autoencoder is sharded over all devices.")
+
+
+def units(model: VideoAutoencoder) -> list[nn.Module]:
+    """What is gathered at a time: the outermost elements of the model's lists of modules, then the model itself.
+
+    Elements without a forward pass of their own are passed through to those inside. An element that holds the last
+    layer is no unit: the adaptive GAN weight needs its weight between the forward and the backward pass.
+    """
+    found: dict[nn.Module, None] = {}
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            runs = type(child).forward is not nn.Module.forward
+            parameters = set(child.parameters())
+            if isinstance(module, nn.ModuleList) and runs and parameters and model.last_layer not in parameters:
+                found[child] = None
+            else:
+                visit(child)
+
+    visit(model)
+    return [*found, model]
+
+
+def shard(model: VideoAutoencoder, mesh: DeviceMesh) -> None:
+    """Split the weights of a model over the ranks of a mesh of one axis; a model without weights stays as it is."""
+    if not any(True for _ in model.parameters()):
+        return
+    # VidTwin's output is a view; torch warns since it would not stand being changed in place, which no loss does.
+    warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(FSDP{type(model).__name__}\) returned a view")
+    found = [fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not model) for unit in units(model)]
+    # In a backward pass each fetches the one before it ahead of time. Left to itself torch goes by all forward passes
+    # since the last backward pass, and ranks that evaluated different numbers of clips would wait for each other.
+    for unit, before in zip(found, [found[0], *found[:-1]], strict=True):
+        unit.set_modules_to_backward_prefetch([before])
+
+
+def gather(model: nn.Module) -> None:
+    """Have all weights on each rank until `reshard`: in evaluation, where ranks differ in what they run, and how often.
+
+    All ranks must call it together.
+    """
+    for unit in _sharded(model):
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what other ranks hold too: the model's parameters are the sharded ones again, as optimizers know them."""
+    for unit in _sharded(model):
+        unit.set_reshard_after_forward(unit is not model, recurse=False)
+        unit.reshard()
+
+
+@contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """Around `torch.autograd.grad` at the last layer, which is not yet the backward pass.
+
+    FSDP would take it for that, free the weights at its end, and have to gather them again.
+    """
+    root = model if isinstance(model, FSDPModule) else None
+    if root is not None:
+        root.set_is_last_backward(False)
+        root.set_reshard_after_backward(False)
+    try:
+        yield
+    finally:
+        if root is not None:
+            root.set_is_last_backward(True)
+            root.set_reshard_after_backward(True)
+
+
+def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+# Tensors.
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, in the same memory; another one itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Any, own: Any) -> Any:
+    """A whole tensor sharded as `own` is; `value` itself where that is not sharded, or is of another shape."""
+    if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
+        return value
+    value = value.to(own.device)  # each rank takes its part of what it has itself: src_data_rank
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None).clone()
+
+
+def gathered(tree: Any, keep: bool = True) -> Any:
+    """Nested dicts and lists with each sharded tensor whole, on the CPU. All ranks must call it together.
+
+    Args:
+        tree: Of the same keys, in the same order, on all ranks.
+        keep: Whether this rank is to have them; else it gets empty ones and needs no room.
+    """
+    if isinstance(tree, dict):
+        return {key: gathered(value, keep) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)([gathered(value, keep) for value in tree])
+    if not isinstance(tree, DTensor):
+        return tree
+    whole = tree.full_tensor()
+    return whole.cpu() if keep else torch.empty(0)
+
+
+def by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Sharded tensors and others apart: operations on lists of tensors want one kind."""
+    sharded: list[Tensor] = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    others = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    return [kind for kind in (sharded, others) if kind]
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all numbers of all tensors, sharded or not."""
+    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+        return nn.utils.get_total_norm(tensors)
+    squares = [nn.utils.get_total_norm([local(t) for t in kind]).square() for kind in by_kind(tensors)]
+    dist.all_reduce(squares[0])  # the sharded ones come first
+    return torch.stack(squares).sum().sqrt()
+
+
+def running_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What forward passes change and a checkpoint keeps: statistics of batch norms, codebooks, running means."""
+    kept = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks the running buffers of the first. All ranks must call it together."""
+    buffers = list(running_buffers(model).values())
+    for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
+        same = [buffer for buffer in buffers if buffer.dtype == dtype]
+        flat = torch.cat([buffer.flatten() for buffer in same])
+        dist.broadcast(flat, src=0)
+        for buffer, values in zip(same, flat.split([buffer.numel() for buffer in same]), strict=True):
+            buffer.copy_(values.view_as(buffer))

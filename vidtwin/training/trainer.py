@@ -1,0 +1,275 @@
+"""Lightning's Trainer with the commands of this project: each method below is a subcommand of `vidtwin`."""
+
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import save_file
+
+from vidtwin import plugins as registry
+from vidtwin.errors import UserError
+from vidtwin.files import replacing
+from vidtwin.posteriors import Quantized
+from vidtwin.storage import checkpoints
+from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
+from vidtwin.training.callbacks.guard import StepGuard
+from vidtwin.training.callbacks.preemption import Preemption
+from vidtwin.training.callbacks.progress import ProgressBar
+from vidtwin.training.callbacks.results import ResultsWriter
+from vidtwin.training.callbacks.skipped import SkippedVideos
+from vidtwin.training.replay import read as read_dump
+from vidtwin.training.replay import replay as run_again
+from vidtwin.training.sharding import FSDP2Strategy
+from vidtwin.training.task import AutoencoderTask
+from vidtwin.video import panels, write_video
+
+
+class VideoTrainer(Trainer):
+    """`lightning.pytorch.Trainer` with defaults that a GAN autoencoder needs, and commands of its own.
+
+    Differences: checkpoints are written atomically and read without running code;
+    on several devices DDP looks for parameters without a gradient (each player's backward leaves the other's alone);
+    steps that are not finite are told, dumped and undone (`StepGuard`); SIGTERM saves first (`Preemption`).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        plugins = kwargs.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        kwargs["plugins"] = [*plugins, checkpoints.AtomicCheckpointIO()]
+        strategy = kwargs.get("strategy", "auto")
+        if strategy in ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook"):
+            kwargs["strategy"] = f"{strategy}_find_unused_parameters_true"
+        if strategy == "fsdp2" or isinstance(strategy, FSDP2Strategy):
+            kwargs["inference_mode"] = False  # weights gathered in it could not be trained with
+        callbacks = kwargs.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        wanted: list[type[Callback]] = [SkippedVideos, StepGuard, Preemption]
+        if kwargs.get("enable_progress_bar") is not False:
+            wanted.append(ProgressBar)
+        callbacks += [cls() for cls in wanted if not any(isinstance(callback, cls) for callback in callbacks)]
+        kwargs["callbacks"] = callbacks
+        super().__init__(*args, **kwargs)
+        if strategy == "auto" and isinstance(self.strategy, DDPStrategy):
+            self.strategy._ddp_kwargs["find_unused_parameters"] = True
+
+    @property
+    def checkpoint_callback(self) -> Checkpoint | None:
+        """The one that knows which is the best, so that `ckpt_path="best"` works."""
+        return next(
+            (c for c in self.checkpoint_callbacks if isinstance(c, BestCheckpoint)), super().checkpoint_callback
+        )
+
+    def fit(  # type: ignore[override]
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        *,
+        resume: str | None = None,
+        init_from: str | None = None,
+    ) -> None:
+        """Train.
+
+        Args:
+            model: The task.
+            train_dataloaders: Loaders of training clips, instead of `datamodule`.
+            val_dataloaders: Loaders of validation clips, likewise.
+            datamodule: The data.
+            ckpt_path: Checkpoint to go on from: weights, optimizers, schedules, step, place in the data.
+            resume: "auto": go on from the newest whole checkpoint of the run that the logger names, if there is one,
+                else begin. A folder: go on from the newest in it.
+            init_from: Checkpoint or weights that a new training begins with, as far as they fit: what does not is
+                listed. The discriminator is new. Without effect on a run that goes on.
+        """
+        task = self._task(model)
+        if ckpt_path and resume:
+            raise UserError(f"Expected --ckpt_path or --resume, got both ({ckpt_path} and {resume}).")
+        if resume:
+            ckpt_path = self._newest(resume)
+        if init_from and not ckpt_path:
+            lines = checkpoints.load_part(task.autoencoder, init_from)
+            for line in lines:
+                _tell(f"vidtwin: {init_from}: {line}")
+            own = len(task.autoencoder.state_dict())
+            kept = sum(line.startswith(("missing", "left out")) for line in lines)
+            _tell(f"vidtwin: {own - kept} of {own} tensors from {init_from}")
+        super().fit(task, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+
+    def _newest(self, resume: str) -> Path | None:
+        """The checkpoint to go on from; None for "auto" where there is none."""
+        folder = Path(resume)
+        if folder.is_file():
+            raise UserError(
+                f"Expected the folder of a run or auto for --resume, got a file; give it as --ckpt_path {resume}."
+            )
+        if resume == "auto":
+            saved = next((c for c in self.checkpoint_callbacks if isinstance(c, LatestCheckpoint)), None)
+            if saved is None:
+                raise UserError("Expected a LatestCheckpoint among the callbacks for resume='auto', got none.")
+            folder = saved.folder(self)
+        found = checkpoints.newest(folder, _warn)
+        if found is None and (folder / "checkpoints").is_dir():
+            found = checkpoints.newest(folder / "checkpoints", _warn)
+        if found is None and resume != "auto":
+            raise UserError(f"Expected whole checkpoints in {folder} to go on from, got none.")
+        _tell(f"vidtwin: goes on from {found}" if found else f"vidtwin: nothing in {folder} to go on from; begins")
+        return found
+
+    def test(  # type: ignore[override]
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        *,
+        results_dir: str = "results",
+        name: str | None = None,
+        references: list[str] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Measure an autoencoder on the test clips and write its row of results.
+
+        Args:
+            model: The task.
+            dataloaders: Loaders of test clips, instead of `datamodule`.
+            ckpt_path: Weights to test; without them the row is marked as untrained.
+            verbose: Print the table and the paths of pictures and videos.
+            datamodule: The data.
+            results_dir: Folder for `rows/<name>/results.json`, `clips.csv`, `table.md` and `table.csv`.
+            name: Name of the row; by default the autoencoder's class.
+            references: Autoencoders without weights measured on the same clips, by their short names; by default all
+                that are registered as `vidtwin.references`: the clip's mean colour and its temporal mean frame.
+
+        Returns:
+            What Lightning's `test` does: a list of one dict of means.
+        """
+        task = self._task(model)
+        row = name or task.autoencoder.class_path.rpartition(".")[2]  # FSDP2 renames the class
+        chosen = sorted(registry.available("vidtwin.references")) if references is None else references
+        if row != Path(row).name or row.startswith(".") or row in chosen:
+            raise UserError(f"Expected a --name that can be a folder's name and is no reference's, got {row!r}.")
+        writer = ResultsWriter(results_dir, row, str(ckpt_path) if ckpt_path else None, chosen)
+        callbacks: list[Callback] = cast(Any, self).callbacks
+        callbacks.append(writer)
+        try:
+            means = super().test(task, dataloaders, ckpt_path, verbose=False, datamodule=datamodule)
+        finally:
+            callbacks.remove(writer)
+        if verbose and self.is_global_zero:
+            _show(writer)
+        return cast(list[dict[str, Any]], means)
+
+    def predict(  # type: ignore[override]
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        *,
+        out: str = "predictions",
+    ) -> None:
+        """Write the latents (.safetensors) and the reconstruction (.mp4) of each test clip.
+
+        A model with codebooks leaves the integer codes of each latent too, as `<latent>.codes`, from which
+        `dequantize` makes it again.
+
+        Args:
+            model: The task.
+            dataloaders: Loaders of clips, instead of `datamodule`.
+            datamodule: The data.
+            ckpt_path: Weights to use.
+            out: Folder for `<name>.safetensors` and `<name>.mp4`, where the name is the video's with its suffix; with
+                `data.eval_clips: all` followed by the clip's first frame.
+        """
+        writer = _PredictionWriter(Path(out))
+        callbacks: list[Callback] = cast(Any, self).callbacks
+        callbacks.append(writer)
+        try:
+            super().predict(self._task(model), dataloaders, datamodule, return_predictions=False, ckpt_path=ckpt_path)
+        finally:
+            callbacks.remove(writer)
+        _say(f"latents and reconstructions -> {out}")
+
+    def replay(self, model: LightningModule, dump: str) -> list[str]:
+        """Run a step again that training skipped, and say where it breaks.
+
+        Args:
+            model: The task; on the command line it comes from the dump.
+            dump: File of a skipped step, in a run's folder `nonfinite`.
+
+        Returns:
+            The lines of the report.
+        """
+        task = self._task(model)
+        task.loss.setup()
+        task.to(self.strategy.root_device)
+        with self.precision_plugin.forward_context():
+            lines = run_again(task, read_dump(dump))
+        for line in lines:
+            _say(line)
+        return lines
+
+    def _task(self, model: LightningModule | None) -> AutoencoderTask:
+        task = model or self.lightning_module
+        if not isinstance(task, AutoencoderTask):
+            raise UserError(f"Expected an AutoencoderTask, got {type(task).__name__}.")
+        return task
+
+
+class _PredictionWriter(Callback):
+    """Latents and reconstruction of each clip, under its name."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        fps = getattr(getattr(trainer, "datamodule", None), "eval_fps", None) or 25.0
+        several = getattr(getattr(trainer, "datamodule", None), "eval_clips", "middle") == "all"
+        for index, (name, start) in enumerate(zip(batch["name"], batch["start_frame"].tolist(), strict=True)):
+            # The whole name, so that neither two videos nor a video and its own reconstruction share a file; a data
+            # set's names may be absolute or point upwards, and must not lead out of the folder.
+            inside = Path(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
+            if several:
+                inside = inside.with_name(f"{inside.name}.{start:06d}")
+            with replacing(self.out / f"{inside}.safetensors") as temporary:
+                tensors = {key: z[index].contiguous().cpu() for key, z in outputs.latents.items()}
+                for key, posterior in (outputs.encoding or {}).items():
+                    if isinstance(posterior, Quantized):
+                        tensors[f"{key}.codes"] = posterior.codes[index].to(torch.int32).cpu()
+                save_file(tensors, temporary)
+            write_video(self.out / f"{inside}.mp4", panels.to_uint8(outputs.clip[index]), fps)
+
+
+def _show(writer: ResultsWriter) -> None:
+    _say(f"\n{writer.table}")
+    for path in [*writer.panel_paths, writer.folder / "table.md"]:
+        _say(str(path))
+
+
+@rank_zero_only
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def _warn(line: str) -> None:
+    _tell(f"vidtwin: {line}")
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201 - what the command is for
