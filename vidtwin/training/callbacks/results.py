@@ -12,6 +12,7 @@ from vidtwin import hub, plugins
 from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
 from vidtwin.benchmark import protocol, rows, table
 from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, describe, fingerprint
+from vidtwin.clips import views
 from vidtwin.errors import UserError
 from vidtwin.files import replacing
 from vidtwin.metrics import mse
@@ -92,8 +93,8 @@ class ResultsWriter(Callback):
         wanted = self.num_panels - len(self.panel_paths) // 2
         if wanted > 0 and trainer.is_global_zero:
             with trainer.precision_plugin.forward_context():  # callbacks run outside of autocast
-                views = panels.views(pl_module.autoencoder, clip, outputs)
-            for shown in views[:wanted]:
+                shown_views = views(pl_module.autoencoder, clip, outputs)
+            for shown in shown_views[:wanted]:
                 self._write_panel(shown)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
