@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vidtwin.errors import UserError
+from vidtwin.listing import excluded_names
 from vidtwin.video import COLOUR, RESIZE_FILTER, VideoInfo
-from vidtwin.video.listing import excluded_names
 
 from .cache import CachedClips
 from .cache_writer import write_cache

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidtwin.errors import UserError
+from vidtwin.listing import excluded_names, identity
 from vidtwin.video import RESIZE_FILTER
-from vidtwin.video.listing import excluded_names, identity
 
 if TYPE_CHECKING:  # it describes itself by this
     from .data_module import ClipDataModule

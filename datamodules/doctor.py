@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from vidtwin.errors import UserError
-from vidtwin.video.listing import is_text
+from vidtwin.listing import is_text
 
 from .ucf101_lists import class_root
 
@@ -139,7 +139,7 @@ def _measure_all(paths: dict[str, Path], out: Path, workers: int, time_limit: fl
     """Measure every video that no earlier run has measured as it now is."""
     from tqdm import tqdm
 
-    from vidtwin.video.listing import identity
+    from vidtwin.listing import identity
 
     from .doctor_file import Measurement, measure
     from .doctor_pool import Lost, run

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vidtwin.errors import UserError, few
+from vidtwin.listing import find_videos, is_hidden, is_text
 from vidtwin.video import VIDEO_SUFFIXES
-from vidtwin.video.listing import find_videos, is_hidden, is_text
 
 from .clips import SPLITS, Video
 from .data_module import ClipDataModule

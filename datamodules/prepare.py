@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from vidtwin.errors import UserError, few
 from vidtwin.files import write_text
-from vidtwin.video.listing import walk
+from vidtwin.listing import walk
 
 from .ucf101_lists import OFFICIAL, VALIDATION_GROUPS
 

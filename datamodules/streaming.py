@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidtwin.errors import UserError
+from vidtwin.listing import cache_home, excluded_names
 from vidtwin.video import VideoInfo
-from vidtwin.video.listing import cache_home, excluded_names
 
 from .cache import CachedClips, check
 from .clips import ClipDataset, Video, VideoClips

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vidtwin.errors import UserError, few
-from vidtwin.video.listing import is_hidden
+from vidtwin.listing import is_hidden
 
 from .clips import Video
 from .data_module import ClipDataModule

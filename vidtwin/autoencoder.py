@@ -252,4 +252,5 @@ class VideoAutoencoder(Pretrained, nn.Module, ABC):
 
 def build(spec: dict[str, Any]) -> VideoAutoencoder:
     """Build the autoencoder of a `spec()` with new weights."""
-    return plugins.build(spec, VideoAutoencoder)
+    model: VideoAutoencoder = plugins.build(spec, VideoAutoencoder)
+    return model

@@ -10,11 +10,9 @@ built-in ones come in by the same door.
 import warnings
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import Any
 
 from vidtwin.errors import UserError, suggestion
-
-T = TypeVar("T")
 
 GROUPS = ("vidtwin.autoencoders", "vidtwin.datamodules", "vidtwin.commands")
 
@@ -65,7 +63,7 @@ def load_all(group: str) -> dict[str, Any]:
     return loaded
 
 
-def class_of(class_path: str, base: type[T]) -> type[T]:
+def class_of(class_path: str, base: type) -> Any:
     """Import a class by its path. Raises `UserError` if it is not installed or not a subclass of `base`."""
     module, _, name = class_path.rpartition(".")
     try:
@@ -77,7 +75,7 @@ def class_of(class_path: str, base: type[T]) -> type[T]:
     return cls
 
 
-def build(spec: dict[str, Any], base: type[T]) -> T:
+def build(spec: dict[str, Any], base: type) -> Any:
     """Instantiate a class from its `class_path` and `init_args`. Raises `UserError` if the arguments do not fit."""
     cls = class_of(spec["class_path"], base)
     try:
