@@ -109,7 +109,8 @@ def find_videos(folder: Path, image_folders: bool) -> tuple[dict[str, Path], Pat
 
     A folder that holds `UCF-101` stands for that, as it does for the data module.
     """
-    from vidtwin.video import VIDEO_SUFFIXES, listing
+    from vidtwin import listing
+    from vidtwin.video import VIDEO_SUFFIXES
 
     if not folder.is_dir():
         raise UserError(f"Expected a folder of videos, got {folder}, which is none.")
