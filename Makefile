@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_DATA := data/demo
 DEMO_RUN := runs/demo
+WORKERS ?= 2
 CLIPS ?= $(or $(VIDTWIN_SHARED),../shared)/data/clips
 BENCHMARK_DATA ?= $(DEMO_DATA)/UCF-101
 BENCHMARK_RUNS ?= runs/benchmark
@@ -59,11 +60,12 @@ endif
 	$(BIN)/vidtwin test --config configs/benchmark/demo.yaml --data.root "$(BENCHMARK_DATA)" \
 	  --checkpoints_dir $(BENCHMARK_RUNS) --results_dir $(BENCHMARK_RUNS)/results
 
+# One process per core, each with one thread: a file of tests stays in one process, which builds its fixtures once.
 test: lint types
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-all: lint types
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 # Goes on where it was interrupted; `rm -r runs/proof runs/proof_gan` begins anew.
 proof: install
