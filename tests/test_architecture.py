@@ -116,7 +116,8 @@ def broken_rules(path: Path, root: Path) -> Iterator[str]:
         yield f"{path.relative_to(root).as_posix()} is a room without a layer: give it one in LAYERS"
         return
     for entry in found:
-        if part and entry.room in LAYER and entry.room != part and LAYER[entry.room] >= LAYER[part]:
+        plugin = entry.room in LINKED and part not in LINKED  # rule 3's
+        if part and entry.room in LAYER and entry.room != part and not plugin and LAYER[entry.room] >= LAYER[part]:
             yield report(entry, f"1 says that imports only go down: {entry.room} does not lie below {part}")
         elif part in ("models", "baselines") and entry.within(*LIGHTNING, "vidtwin.losses"):
             yield report(entry, "2 says that a model or a baseline knows no Lightning, no loss and no data")
