@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vidtwin import __version__, plugins
+from vidtwin.cli import bases
 from vidtwin.errors import REQUEUE_EXIT_CODE, Preempted, UserError, suggestion
 from vidtwin.files import NO_ROOM
 
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] == "--version":
             _say(f"vidtwin {__version__}")
             return 0
-        command, rest = argv[0], argv[1:]
+        command, rest = argv[0], bases.expand(argv[1:])
         if command in FILE_COMMANDS:
             if rest and rest[0] in ("-h", "--help"):
                 _say(FILE_COMMANDS[command].__doc__ or "")

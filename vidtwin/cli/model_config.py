@@ -14,6 +14,7 @@ from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from vidtwin.autoencoder import VideoAutoencoder
+from vidtwin.cli import bases
 from vidtwin.cli.training import Parser
 from vidtwin.errors import UserError
 
@@ -53,6 +54,7 @@ def parse(configs: Sequence[str | Path]) -> tuple[LightningArgumentParser, Names
     for path in configs:
         if not Path(path).is_file():
             raise UserError(f"Expected a config at {path}, got no such file.")
+    configs = bases.expand_paths(configs)
     parser = Parser(prog="vidtwin", allow_abbrev=False)
     add_arguments(parser, configs)
     parsed = parser.parse_args([f"--config={path}" for path in configs])

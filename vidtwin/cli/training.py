@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from vidtwin import plugins
 from vidtwin.autoencoder import VideoAutoencoder
+from vidtwin.cli import bases
 from vidtwin.errors import Preempted, UserError, suggestion
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.storage import checkpoints
@@ -111,6 +112,9 @@ def user_errors() -> Iterator[None]:
 
 
 class Parser(LightningArgumentParser):
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        return super().parse_string(bases.remove(content), *args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """One line with what was meant, where jsonargparse prints its usage and a tree of reasons."""
         raise UserError(_shorten(message, self)) from ex
