@@ -13,16 +13,14 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -38,7 +36,7 @@ from vidtwin.metrics.latents import codebook_use
 from vidtwin.schedules import WarmupCosine
 from vidtwin.storage import checkpoints
 from vidtwin.training import sharding
-from vidtwin.training.ema import WeightAverage
+from vidtwin.training.callbacks.ema import EMA
 from vidtwin.training.sharding import FSDP2Strategy
 
 Batch = dict[str, Any]
@@ -103,21 +101,21 @@ class AutoencoderTask(LightningModule):
         self.discriminator_scheduler = discriminator_scheduler
         self.gradient_clip_norm = gradient_clip_norm
         self.accumulation = accumulation
-        self.ema_decay = ema_decay
-        self.use_ema = use_ema
+        self.ema = EMA(ema_decay, use_ema)
         self.freeze_parts = freeze or []
         self.metrics = metrics or ClipMetrics(getattr(self.loss.perceptual, "backbone", None))
         self.batches = 0
         self.skipped = 0
         self.rate_scale = 1.0
         self.config: dict[str, Any] | None = None
-        self.average: WeightAverage | None = None
         self.seed: int | None = None
-        self._average_to_load: dict[str, Any] | None = None
-        self._has_average = False
         self._validation_terms: dict[str, MeanMetric] = {}
 
     # Configure.
+
+    def configure_callbacks(self) -> list[Callback]:
+        # One and the same in all commands of a process, since it holds the average of the training before.
+        return [] if self.ema in cast(Any, self.trainer).callbacks else [self.ema]
 
     def prepare_data(self) -> None:
         """On one rank of each machine, before the others: fetch what the loss may have to download."""
@@ -181,14 +179,6 @@ class AutoencoderTask(LightningModule):
     def on_fit_start(self) -> None:
         if self.seed is None:
             self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
-        if self.ema_decay is not None:
-            self.average = WeightAverage(self.autoencoder, self.ema_decay)
-            if self._average_to_load is not None:
-                self.average.load_state_dict(self._average_to_load)
-            elif self.trainer.ckpt_path:
-                rank_zero_warn("The checkpoint holds no average of the weights (ema): it starts from the weights.")
-        elif self.use_ema:
-            raise UserError("Expected model.ema_decay (0.999 for one) where model.use_ema is set, got none.")
 
     def on_train_start(self) -> None:
         # The rates of a resumed run are those of its config from the first step on, not those of the checkpoint.
@@ -275,8 +265,6 @@ class AutoencoderTask(LightningModule):
             logged[f"lr/{'generator' if name == 'train' else name}"] = rate
         for scheduler in self._schedulers():
             scheduler.step()
-        if self.average is not None:
-            self.average.update(self.autoencoder)
         if self.trainer.world_size > 1:  # under manual optimization DDP does so before the first step only
             sharding.share_buffers(self)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -399,24 +387,6 @@ class AutoencoderTask(LightningModule):
             group["lr"] = rate  # the schedule's own, from which it may compute the next
         optimizer.zero_grad()
 
-    def rewind(self, path: str | Path) -> None:
-        """In the middle of a training go back to a checkpoint's weights, optimizers, schedules and step.
-
-        The data go on where they are, so that what came after the checkpoint does not come again.
-        """
-        strategy = self.trainer.strategy
-        checkpoint = strategy.load_checkpoint(path, weights_only=True)
-        strategy.load_model_state_dict(checkpoint)
-        strategy.load_optimizer_state_dict(checkpoint)
-        for scheduler, state in zip(self._schedulers(), checkpoint["lr_schedulers"], strict=True):
-            scheduler.load_state_dict(state)
-        if self.average is not None:
-            self.average = WeightAverage(self.autoencoder, self.average.decay)
-            if "ema" in checkpoint:  # not in those of a training that had none when it was saved
-                self.average.load_state_dict(checkpoint["ema"])
-        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
-        steps.ready = steps.completed = checkpoint["global_step"]
-
     # Evaluate.
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
@@ -429,22 +399,10 @@ class AutoencoderTask(LightningModule):
         self.metrics.update(self.metrics(reconstruction.clip, clip))
         return reconstruction
 
-    def _put_average(self, wanted: bool) -> None:
-        """Have the averaged weights in the autoencoder, or its own; in between the average has the others.
-
-        What `sharding.gather` has put there before goes: the average is sharded as the weights are.
-        """
-        sharding.reshard(self.autoencoder)
-        if self.average is not None and self.use_ema and wanted != self._has_average:
-            self.average.exchange(self.autoencoder)
-            self._has_average = wanted
-
     def on_validation_epoch_start(self) -> None:
-        self._put_average(True)
         sharding.gather(self.autoencoder)
 
     def on_validation_epoch_end(self) -> None:
-        self._put_average(False)
         values = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         shown = dict(values)
         for name, mean in self._validation_terms.items():
@@ -462,21 +420,13 @@ class AutoencoderTask(LightningModule):
                 logger.log_metrics({name: float(value) for name, value in values.items()}, self.global_step)
 
     def on_test_epoch_start(self) -> None:
-        self._put_average(True)
         sharding.gather(self.autoencoder)
-
-    def on_test_epoch_end(self) -> None:
-        self._put_average(False)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
         return self.autoencoder(_clip(batch))
 
     def on_predict_epoch_start(self) -> None:
-        self._put_average(True)
         sharding.gather(self.autoencoder)
-
-    def on_predict_epoch_end(self) -> None:
-        self._put_average(False)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Reconstruction:
         return self.autoencoder(_clip(batch))
@@ -490,13 +440,6 @@ class AutoencoderTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["model_spec"] = self.autoencoder.spec()
         checkpoint["training"] = {name: getattr(self, name) for name in COUNTS}
-        if self.average is not None:
-            checkpoint["ema"] = self.average.state_dict()
-            if self._has_average:  # saved in a validation, or after one that an error has ended
-                own, average = checkpoint["state_dict"], checkpoint["ema"]["values"]
-                for name, value in average.items():
-                    key = f"{checkpoints.PREFIX}{name}"
-                    own[key], average[name] = value, own[key]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how a checkpoint of another model differs; outside of `fit` take the autoencoder's weights alone."""
@@ -505,8 +448,7 @@ class AutoencoderTask(LightningModule):
             held = checkpoints.autoencoder_weights(checkpoint)
             weights.check_fit(held, self.autoencoder.state_dict(), "The checkpoint")
             rest = {name: value for name, value in own.items() if not name.startswith(checkpoints.PREFIX)}
-            kept = checkpoints.autoencoder_weights(checkpoint, self.use_ema)
-            self.average = None  # of an earlier training; where it is wanted, the weights are the average now
+            kept = checkpoints.autoencoder_weights(checkpoint, self.ema.evaluate)
             checkpoint["state_dict"] = rest | {f"{checkpoints.PREFIX}{name}": value for name, value in kept.items()}
             return
         if "optimizer_states" not in checkpoint:
@@ -527,7 +469,6 @@ class AutoencoderTask(LightningModule):
             )
         for name in COUNTS:  # absent from checkpoints of older versions
             setattr(self, name, checkpoint.get("training", {}).get(name, getattr(self, name)))
-        self._average_to_load = checkpoint.get("ema")
 
 
 def bad_terms(terms: dict[str, Tensor]) -> tuple[str, str]:
