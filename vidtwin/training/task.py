@@ -10,7 +10,7 @@ interruption, can shift it.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -35,9 +35,10 @@ from vidtwin.metrics.frames import psnr
 from vidtwin.metrics.latents import codebook_use
 from vidtwin.schedules import WarmupCosine
 from vidtwin.storage import checkpoints
-from vidtwin.training import sharding
+from vidtwin.training.buffers import copy_buffers, restore_buffers, share_buffers
 from vidtwin.training.callbacks.ema import EMA
-from vidtwin.training.sharding import FSDP2Strategy
+from vidtwin.training.finite import bad_gradients, bad_terms, find_reason
+from vidtwin.training.sharding import Placement, placement_of
 
 Batch = dict[str, Any]
 COUNTS = ("batches", "skipped", "rate_scale", "seed")  # what a checkpoint keeps of a training, beside Lightning's
@@ -136,8 +137,11 @@ class AutoencoderTask(LightningModule):
         self.metrics.setup()
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, FSDP2Strategy):
-            self.trainer.strategy.shard(self.autoencoder)
+        self._placement.shard(self.autoencoder)
+
+    @property
+    def _placement(self) -> Placement:
+        return placement_of(self._trainer)
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         players: list[tuple[Any, OptimizerCallable, LRSchedulerCallable]]
@@ -242,9 +246,7 @@ class AutoencoderTask(LightningModule):
                 "data.batch_size."
             )
         self.batches += 1
-        # Batch norm and running means of logits take in a batch before it is known to be sound. By name, since some
-        # modules put a new tensor in the place of the old one.
-        before = {name: buffer.clone() for name, buffer in sharding.running_buffers(self).items()}
+        before = copy_buffers(self)  # which a batch changes before it is known to be finite
         self.seed_draws(self.global_rank)
         means, reason = self._backward(clip, step)
         players = self._players(step)
@@ -252,9 +254,7 @@ class AutoencoderTask(LightningModule):
             self.skipped += 1
             for optimizer in players.values():
                 optimizer.zero_grad()
-            with torch.no_grad():
-                for name, buffer in sharding.running_buffers(self).items():
-                    buffer.copy_(before[name])
+            restore_buffers(self, before)
             self._log_step({"train/skipped": self.skipped / self.batches}, step, now=True)
             return {"rejected": reason}
 
@@ -266,7 +266,7 @@ class AutoencoderTask(LightningModule):
         for scheduler in self._schedulers():
             scheduler.step()
         if self.trainer.world_size > 1:  # under manual optimization DDP does so before the first step only
-            sharding.share_buffers(self)
+            share_buffers(self)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         logged["train/skipped"] = self.skipped / self.batches
         self._log_step(logged, step, now=every > 0 and (step + 1) % every == 0)
@@ -289,7 +289,7 @@ class AutoencoderTask(LightningModule):
         """
         reconstruction = self.autoencoder(clip)
         last_layer = self.autoencoder.last_layer if self.loss.gan_is_on(step) else None
-        with sharding.probing(self.autoencoder):
+        with self._placement.probing(self.autoencoder):
             terms = self.loss.generator_loss(reconstruction, clip, last_layer, step)
         with torch.no_grad():
             terms["psnr"] = psnr(reconstruction.clip, clip).mean()
@@ -316,18 +316,19 @@ class AutoencoderTask(LightningModule):
             with nullcontext() if index == len(parts) - 1 else self._without_sync():
                 for player, terms in self.losses(part, step, share):
                     # Agreed upon before the backward pass, in which the ranks wait for each other.
-                    reason = self._reason(terms["total"], partial(bad_terms, terms))
+                    reason = find_reason(self.trainer.strategy, terms["total"], partial(bad_terms, terms))
                     if reason is not None:
                         return means, reason
                     self.manual_backward(share * terms["total"])
                     for name, value in terms.items():
                         key = f"{player}/{'loss' if name == 'total' else name}"
                         means[key] = means.get(key, 0.0) + share * value.detach()
-        if isinstance(self.trainer.strategy, FSDP2Strategy):
-            self.trainer.strategy.average(self.loss)
+        self._placement.average_gradients(self.loss)
         norms = {name: self._gradient_norm(optimizer) for name, optimizer in self._players(step).items()}
         means |= {f"{name}/gradient_norm": norm for name, norm in norms.items()}
-        return means, self._reason(torch.stack([*norms.values()]).sum(), lambda: ("", self.bad_gradients()))
+        return means, find_reason(
+            self.trainer.strategy, torch.stack([*norms.values()]).sum(), lambda: ("", bad_gradients(self))
+        )
 
     @contextmanager
     def _without_sync(self) -> Iterator[None]:
@@ -335,26 +336,9 @@ class AutoencoderTask(LightningModule):
         with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
             yield
 
-    def _reason(self, value: Tensor, explain: Callable[[], tuple[str, str]]) -> str | None:
-        """None where `value` is finite on all ranks; else what broke here: "" where it was another rank's part.
-
-        `explain` gives what is not finite of this rank's own, and of what the ranks have computed together.
-        """
-        bad, any_rank = not bool(torch.isfinite(value)), self.trainer.strategy.reduce_boolean_decision
-        if not any_rank(bad, all=False):
-            return None
-        own, shared = explain() if bad else ("", "")
-        return own if any_rank(bool(own), all=False) else shared
-
     def _gradient_norm(self, optimizer: LightningOptimizer | Optimizer) -> Tensor:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return sharding.total_norm(gradients).detach()
-
-    def bad_gradients(self) -> str:
-        """Whose gradients are not finite."""
-        bad = [name for name, p in self.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        return f"gradient of {', '.join(bad[:3])}{more} is not finite" if bad else "the gradient's norm is not finite"
+        return self._placement.gradient_norm(gradients).detach()
 
     def _log_step(self, values: dict[str, Any], step: int, now: bool) -> None:
         """To the loggers at this step (which Lightning would count in batches, and give old values to skipped ones)."""
@@ -377,8 +361,7 @@ class AutoencoderTask(LightningModule):
         """Clip to the largest norm and step, at the schedule's rate times `rate_scale`."""
         if self.gradient_clip_norm is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for kind in sharding.by_kind(parameters):
-                nn.utils.clip_grads_with_norm_(kind, self.gradient_clip_norm, norm)
+            self._placement.clip_gradients(parameters, self.gradient_clip_norm, norm)
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * self.rate_scale
@@ -400,7 +383,7 @@ class AutoencoderTask(LightningModule):
         return reconstruction
 
     def on_validation_epoch_start(self) -> None:
-        sharding.gather(self.autoencoder)
+        self._placement.gather(self.autoencoder)
 
     def on_validation_epoch_end(self) -> None:
         values = {f"val/{name}": value for name, value in self.metrics.compute().items()}
@@ -420,13 +403,13 @@ class AutoencoderTask(LightningModule):
                 logger.log_metrics({name: float(value) for name, value in values.items()}, self.global_step)
 
     def on_test_epoch_start(self) -> None:
-        sharding.gather(self.autoencoder)
+        self._placement.gather(self.autoencoder)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
         return self.autoencoder(_clip(batch))
 
     def on_predict_epoch_start(self) -> None:
-        sharding.gather(self.autoencoder)
+        self._placement.gather(self.autoencoder)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Reconstruction:
         return self.autoencoder(_clip(batch))
@@ -469,14 +452,6 @@ class AutoencoderTask(LightningModule):
             )
         for name in COUNTS:  # absent from checkpoints of older versions
             setattr(self, name, checkpoint.get("training", {}).get(name, getattr(self, name)))
-
-
-def bad_terms(terms: dict[str, Tensor]) -> tuple[str, str]:
-    """Which terms of a loss are not finite: of the rank's own clips, and those that other ranks have a part in."""
-    bad = [f"{name} is {float(value.detach()):g}" for name, value in terms.items() if not value.isfinite()]
-    shared = [text for text in bad if text.startswith(("total", "adaptive_weight", "lecam"))]
-    own = [text for text in bad if text not in shared]
-    return f"loss: {', '.join(own)}" if own else "", f"loss: {', '.join(shared)}"
 
 
 def _clip(batch: dict[str, Any]) -> Tensor:

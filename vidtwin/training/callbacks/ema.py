@@ -13,8 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from vidtwin import weights
 from vidtwin.errors import UserError
 from vidtwin.storage import checkpoints
-from vidtwin.training import sharding
-from vidtwin.training.sharding import like, local
+from vidtwin.training.sharding import like, local, placement_of
 
 if TYPE_CHECKING:
     from vidtwin.training.task import AutoencoderTask
@@ -138,30 +137,30 @@ class EMA(Callback):
                 key = f"{checkpoints.PREFIX}{name}"
                 own[key], average[name] = value, own[key]
 
-    def _put(self, task: AutoencoderTask, averaged: bool) -> None:
+    def _put(self, trainer: Trainer, task: AutoencoderTask, averaged: bool) -> None:
         """Have the averaged weights in the autoencoder, or its own.
 
         Gathered weights are freed before: the average is sharded as the weights are.
         """
-        sharding.reshard(task.autoencoder)
+        placement_of(trainer).reshard(task.autoencoder)
         if self.average is not None and self.evaluate and averaged != self._in_use:
             self.average.exchange(task.autoencoder)
             self._in_use = averaged
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        self._put(pl_module, averaged=True)
+        self._put(trainer, pl_module, averaged=True)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        self._put(pl_module, averaged=False)
+        self._put(trainer, pl_module, averaged=False)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        self._put(pl_module, averaged=True)
+        self._put(trainer, pl_module, averaged=True)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        self._put(pl_module, averaged=False)
+        self._put(trainer, pl_module, averaged=False)
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        self._put(pl_module, averaged=True)
+        self._put(trainer, pl_module, averaged=True)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        self._put(pl_module, averaged=False)
+        self._put(trainer, pl_module, averaged=False)

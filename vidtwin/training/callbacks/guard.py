@@ -13,7 +13,7 @@ from vidtwin.errors import UserError
 from vidtwin.files import replacing
 from vidtwin.storage import checkpoints
 from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
-from vidtwin.training.sharding import gathered
+from vidtwin.training.sharding import placement_of
 from vidtwin.training.task import AutoencoderTask, Batch
 
 
@@ -66,7 +66,9 @@ class StepGuard(Callback):
         dumps = bool(reason) and len(self.dumped) < self.dumps
         weights: dict[str, Tensor] | None = None
         if trainer.strategy.reduce_boolean_decision(dumps, all=False):
-            weights = gathered(pl_module.state_dict(), keep=dumps)  # by all ranks, for those that dump
+            weights = placement_of(trainer).whole(
+                pl_module.state_dict(), keep=dumps
+            )  # by all ranks, for those that dump
         if reason:
             self._tell(trainer, pl_module, reason, batch, weights if dumps else None)
         if self.in_a_row >= self.patience:
