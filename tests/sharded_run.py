@@ -28,7 +28,7 @@ from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.training.callbacks.clips import ClipLogger
 from vidtwin.training.callbacks.guard import StepGuard
 from vidtwin.training.callbacks.health import Health
-from vidtwin.training.sharding import gathered, reshard
+from vidtwin.training.sharding import placement_of
 from vidtwin.training.task import AutoencoderTask
 
 STEPS = 3
@@ -209,7 +209,7 @@ def averaged(folder: Path, **devices: Any) -> dict[str, Any]:
     run = trainer(folder, STEPS, callbacks=[saved(folder, STEPS)], **devices)
     run.fit(task, datamodule=data)
     outcome: dict[str, Any] = {"val/psnr": float(run.callback_metrics["val/psnr"])}
-    own = gathered({name: parameter.detach() for name, parameter in task.autoencoder.named_parameters()})
+    own = placement_of(run).whole({name: parameter.detach() for name, parameter in task.autoencoder.named_parameters()})
     own = {name: value.clone() for name, value in own.items()}
     commands = {
         "test": partial(run.test, verbose=False, results_dir=str(folder), name="row", references=[]),
@@ -217,8 +217,10 @@ def averaged(folder: Path, **devices: Any) -> dict[str, Any]:
     }
     for name, command in commands.items():
         command(task, datamodule=data)
-        reshard(task.autoencoder)
-        after = gathered({name: parameter.detach() for name, parameter in task.autoencoder.named_parameters()})
+        placement_of(run).reshard(task.autoencoder)
+        after = placement_of(run).whole(
+            {name: parameter.detach() for name, parameter in task.autoencoder.named_parameters()}
+        )
         outcome[name] = all(torch.equal(value, after[name]) for name, value in own.items())
     return outcome
 

@@ -13,7 +13,7 @@ from vidtwin.errors import UserError
 from vidtwin.metrics.frames import psnr
 from vidtwin.storage import checkpoints
 from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
-from vidtwin.training.ema import WeightAverage
+from vidtwin.training.callbacks.ema import WeightAverage
 
 
 def test_the_average_is_the_formula() -> None:

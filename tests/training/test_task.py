@@ -204,7 +204,7 @@ def test_an_accumulated_batch_is_one_step(tmp_path):
     moved = [not torch.equal(a, b) for a, b in zip(watcher.weights, watcher.weights[1:], strict=False)]
     assert moved == [False, False, False, True, True, True]
     assert [s.last_epoch for s in task.lr_schedulers()] == [7, 7]
-    assert task.average.updates == 7
+    assert task.ema.average.updates == 7
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
     assert kept == ["step-00000003.ckpt", "step-00000006.ckpt", "step-00000007.ckpt"]
 

@@ -10,19 +10,17 @@ interruption, can shift it.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -37,9 +35,10 @@ from vidtwin.metrics.frames import psnr
 from vidtwin.metrics.latents import codebook_use
 from vidtwin.schedules import WarmupCosine
 from vidtwin.storage import checkpoints
-from vidtwin.training import sharding
-from vidtwin.training.ema import WeightAverage
-from vidtwin.training.sharding import FSDP2Strategy
+from vidtwin.training.buffers import copy_buffers, restore_buffers, share_buffers
+from vidtwin.training.callbacks.ema import EMA
+from vidtwin.training.finite import bad_gradients, bad_terms, find_reason
+from vidtwin.training.sharding import Placement, placement_of
 
 Batch = dict[str, Any]
 COUNTS = ("batches", "skipped", "rate_scale", "seed")  # what a checkpoint keeps of a training, beside Lightning's
@@ -103,21 +102,21 @@ class AutoencoderTask(LightningModule):
         self.discriminator_scheduler = discriminator_scheduler
         self.gradient_clip_norm = gradient_clip_norm
         self.accumulation = accumulation
-        self.ema_decay = ema_decay
-        self.use_ema = use_ema
+        self.ema = EMA(ema_decay, use_ema)
         self.freeze_parts = freeze or []
         self.metrics = metrics or ClipMetrics(getattr(self.loss.perceptual, "backbone", None))
         self.batches = 0
         self.skipped = 0
         self.rate_scale = 1.0
         self.config: dict[str, Any] | None = None
-        self.average: WeightAverage | None = None
         self.seed: int | None = None
-        self._average_to_load: dict[str, Any] | None = None
-        self._has_average = False
         self._validation_terms: dict[str, MeanMetric] = {}
 
     # Configure.
+
+    def configure_callbacks(self) -> list[Callback]:
+        # One and the same in all commands of a process, since it holds the average of the training before.
+        return [] if self.ema in cast(Any, self.trainer).callbacks else [self.ema]
 
     def prepare_data(self) -> None:
         """On one rank of each machine, before the others: fetch what the loss may have to download."""
@@ -138,8 +137,11 @@ class AutoencoderTask(LightningModule):
         self.metrics.setup()
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, FSDP2Strategy):
-            self.trainer.strategy.shard(self.autoencoder)
+        self._placement.shard(self.autoencoder)
+
+    @property
+    def _placement(self) -> Placement:
+        return placement_of(self._trainer)
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         players: list[tuple[Any, OptimizerCallable, LRSchedulerCallable]]
@@ -181,14 +183,6 @@ class AutoencoderTask(LightningModule):
     def on_fit_start(self) -> None:
         if self.seed is None:
             self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
-        if self.ema_decay is not None:
-            self.average = WeightAverage(self.autoencoder, self.ema_decay)
-            if self._average_to_load is not None:
-                self.average.load_state_dict(self._average_to_load)
-            elif self.trainer.ckpt_path:
-                rank_zero_warn("The checkpoint holds no average of the weights (ema): it starts from the weights.")
-        elif self.use_ema:
-            raise UserError("Expected model.ema_decay (0.999 for one) where model.use_ema is set, got none.")
 
     def on_train_start(self) -> None:
         # The rates of a resumed run are those of its config from the first step on, not those of the checkpoint.
@@ -252,9 +246,7 @@ class AutoencoderTask(LightningModule):
                 "data.batch_size."
             )
         self.batches += 1
-        # Batch norm and running means of logits take in a batch before it is known to be sound. By name, since some
-        # modules put a new tensor in the place of the old one.
-        before = {name: buffer.clone() for name, buffer in sharding.running_buffers(self).items()}
+        before = copy_buffers(self)  # which a batch changes before it is known to be finite
         self.seed_draws(self.global_rank)
         means, reason = self._backward(clip, step)
         players = self._players(step)
@@ -262,9 +254,7 @@ class AutoencoderTask(LightningModule):
             self.skipped += 1
             for optimizer in players.values():
                 optimizer.zero_grad()
-            with torch.no_grad():
-                for name, buffer in sharding.running_buffers(self).items():
-                    buffer.copy_(before[name])
+            restore_buffers(self, before)
             self._log_step({"train/skipped": self.skipped / self.batches}, step, now=True)
             return {"rejected": reason}
 
@@ -275,10 +265,8 @@ class AutoencoderTask(LightningModule):
             logged[f"lr/{'generator' if name == 'train' else name}"] = rate
         for scheduler in self._schedulers():
             scheduler.step()
-        if self.average is not None:
-            self.average.update(self.autoencoder)
         if self.trainer.world_size > 1:  # under manual optimization DDP does so before the first step only
-            sharding.share_buffers(self)
+            share_buffers(self)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         logged["train/skipped"] = self.skipped / self.batches
         self._log_step(logged, step, now=every > 0 and (step + 1) % every == 0)
@@ -301,7 +289,7 @@ class AutoencoderTask(LightningModule):
         """
         reconstruction = self.autoencoder(clip)
         last_layer = self.autoencoder.last_layer if self.loss.gan_is_on(step) else None
-        with sharding.probing(self.autoencoder):
+        with self._placement.probing(self.autoencoder):
             terms = self.loss.generator_loss(reconstruction, clip, last_layer, step)
         with torch.no_grad():
             terms["psnr"] = psnr(reconstruction.clip, clip).mean()
@@ -328,18 +316,19 @@ class AutoencoderTask(LightningModule):
             with nullcontext() if index == len(parts) - 1 else self._without_sync():
                 for player, terms in self.losses(part, step, share):
                     # Agreed upon before the backward pass, in which the ranks wait for each other.
-                    reason = self._reason(terms["total"], partial(bad_terms, terms))
+                    reason = find_reason(self.trainer.strategy, terms["total"], partial(bad_terms, terms))
                     if reason is not None:
                         return means, reason
                     self.manual_backward(share * terms["total"])
                     for name, value in terms.items():
                         key = f"{player}/{'loss' if name == 'total' else name}"
                         means[key] = means.get(key, 0.0) + share * value.detach()
-        if isinstance(self.trainer.strategy, FSDP2Strategy):
-            self.trainer.strategy.average(self.loss)
+        self._placement.average_gradients(self.loss)
         norms = {name: self._gradient_norm(optimizer) for name, optimizer in self._players(step).items()}
         means |= {f"{name}/gradient_norm": norm for name, norm in norms.items()}
-        return means, self._reason(torch.stack([*norms.values()]).sum(), lambda: ("", self.bad_gradients()))
+        return means, find_reason(
+            self.trainer.strategy, torch.stack([*norms.values()]).sum(), lambda: ("", bad_gradients(self))
+        )
 
     @contextmanager
     def _without_sync(self) -> Iterator[None]:
@@ -347,26 +336,9 @@ class AutoencoderTask(LightningModule):
         with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
             yield
 
-    def _reason(self, value: Tensor, explain: Callable[[], tuple[str, str]]) -> str | None:
-        """None where `value` is finite on all ranks; else what broke here: "" where it was another rank's part.
-
-        `explain` gives what is not finite of this rank's own, and of what the ranks have computed together.
-        """
-        bad, any_rank = not bool(torch.isfinite(value)), self.trainer.strategy.reduce_boolean_decision
-        if not any_rank(bad, all=False):
-            return None
-        own, shared = explain() if bad else ("", "")
-        return own if any_rank(bool(own), all=False) else shared
-
     def _gradient_norm(self, optimizer: LightningOptimizer | Optimizer) -> Tensor:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return sharding.total_norm(gradients).detach()
-
-    def bad_gradients(self) -> str:
-        """Whose gradients are not finite."""
-        bad = [name for name, p in self.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        return f"gradient of {', '.join(bad[:3])}{more} is not finite" if bad else "the gradient's norm is not finite"
+        return self._placement.gradient_norm(gradients).detach()
 
     def _log_step(self, values: dict[str, Any], step: int, now: bool) -> None:
         """To the loggers at this step (which Lightning would count in batches, and give old values to skipped ones)."""
@@ -389,8 +361,7 @@ class AutoencoderTask(LightningModule):
         """Clip to the largest norm and step, at the schedule's rate times `rate_scale`."""
         if self.gradient_clip_norm is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for kind in sharding.by_kind(parameters):
-                nn.utils.clip_grads_with_norm_(kind, self.gradient_clip_norm, norm)
+            self._placement.clip_gradients(parameters, self.gradient_clip_norm, norm)
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * self.rate_scale
@@ -398,24 +369,6 @@ class AutoencoderTask(LightningModule):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate  # the schedule's own, from which it may compute the next
         optimizer.zero_grad()
-
-    def rewind(self, path: str | Path) -> None:
-        """In the middle of a training go back to a checkpoint's weights, optimizers, schedules and step.
-
-        The data go on where they are, so that what came after the checkpoint does not come again.
-        """
-        strategy = self.trainer.strategy
-        checkpoint = strategy.load_checkpoint(path, weights_only=True)
-        strategy.load_model_state_dict(checkpoint)
-        strategy.load_optimizer_state_dict(checkpoint)
-        for scheduler, state in zip(self._schedulers(), checkpoint["lr_schedulers"], strict=True):
-            scheduler.load_state_dict(state)
-        if self.average is not None:
-            self.average = WeightAverage(self.autoencoder, self.average.decay)
-            if "ema" in checkpoint:  # not in those of a training that had none when it was saved
-                self.average.load_state_dict(checkpoint["ema"])
-        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
-        steps.ready = steps.completed = checkpoint["global_step"]
 
     # Evaluate.
 
@@ -429,22 +382,10 @@ class AutoencoderTask(LightningModule):
         self.metrics.update(self.metrics(reconstruction.clip, clip))
         return reconstruction
 
-    def _put_average(self, wanted: bool) -> None:
-        """Have the averaged weights in the autoencoder, or its own; in between the average has the others.
-
-        What `sharding.gather` has put there before goes: the average is sharded as the weights are.
-        """
-        sharding.reshard(self.autoencoder)
-        if self.average is not None and self.use_ema and wanted != self._has_average:
-            self.average.exchange(self.autoencoder)
-            self._has_average = wanted
-
     def on_validation_epoch_start(self) -> None:
-        self._put_average(True)
-        sharding.gather(self.autoencoder)
+        self._placement.gather(self.autoencoder)
 
     def on_validation_epoch_end(self) -> None:
-        self._put_average(False)
         values = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         shown = dict(values)
         for name, mean in self._validation_terms.items():
@@ -462,21 +403,13 @@ class AutoencoderTask(LightningModule):
                 logger.log_metrics({name: float(value) for name, value in values.items()}, self.global_step)
 
     def on_test_epoch_start(self) -> None:
-        self._put_average(True)
-        sharding.gather(self.autoencoder)
-
-    def on_test_epoch_end(self) -> None:
-        self._put_average(False)
+        self._placement.gather(self.autoencoder)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
         return self.autoencoder(_clip(batch))
 
     def on_predict_epoch_start(self) -> None:
-        self._put_average(True)
-        sharding.gather(self.autoencoder)
-
-    def on_predict_epoch_end(self) -> None:
-        self._put_average(False)
+        self._placement.gather(self.autoencoder)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Reconstruction:
         return self.autoencoder(_clip(batch))
@@ -490,13 +423,6 @@ class AutoencoderTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["model_spec"] = self.autoencoder.spec()
         checkpoint["training"] = {name: getattr(self, name) for name in COUNTS}
-        if self.average is not None:
-            checkpoint["ema"] = self.average.state_dict()
-            if self._has_average:  # saved in a validation, or after one that an error has ended
-                own, average = checkpoint["state_dict"], checkpoint["ema"]["values"]
-                for name, value in average.items():
-                    key = f"{checkpoints.PREFIX}{name}"
-                    own[key], average[name] = value, own[key]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how a checkpoint of another model differs; outside of `fit` take the autoencoder's weights alone."""
@@ -505,8 +431,7 @@ class AutoencoderTask(LightningModule):
             held = checkpoints.autoencoder_weights(checkpoint)
             weights.check_fit(held, self.autoencoder.state_dict(), "The checkpoint")
             rest = {name: value for name, value in own.items() if not name.startswith(checkpoints.PREFIX)}
-            kept = checkpoints.autoencoder_weights(checkpoint, self.use_ema)
-            self.average = None  # of an earlier training; where it is wanted, the weights are the average now
+            kept = checkpoints.autoencoder_weights(checkpoint, self.ema.evaluate)
             checkpoint["state_dict"] = rest | {f"{checkpoints.PREFIX}{name}": value for name, value in kept.items()}
             return
         if "optimizer_states" not in checkpoint:
@@ -527,15 +452,6 @@ class AutoencoderTask(LightningModule):
             )
         for name in COUNTS:  # absent from checkpoints of older versions
             setattr(self, name, checkpoint.get("training", {}).get(name, getattr(self, name)))
-        self._average_to_load = checkpoint.get("ema")
-
-
-def bad_terms(terms: dict[str, Tensor]) -> tuple[str, str]:
-    """Which terms of a loss are not finite: of the rank's own clips, and those that other ranks have a part in."""
-    bad = [f"{name} is {float(value.detach()):g}" for name, value in terms.items() if not value.isfinite()]
-    shared = [text for text in bad if text.startswith(("total", "adaptive_weight", "lecam"))]
-    own = [text for text in bad if text not in shared]
-    return f"loss: {', '.join(own)}" if own else "", f"loss: {', '.join(shared)}"
 
 
 def _clip(batch: dict[str, Any]) -> Tensor:

@@ -208,4 +208,4 @@ class ResultsWriter(Callback):
 
     def _weights(self, task: AutoencoderTask) -> str:
         # Where they come from a file, the task has looked there for the average, or has refused.
-        return AVERAGE if task.use_ema and (self.checkpoint or task.average is not None) else LAST
+        return AVERAGE if task.ema.evaluate and (self.checkpoint or task.ema.average is not None) else LAST
