@@ -22,10 +22,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from vidtwin.data import Skip
 from vidtwin.errors import UserError
 from vidtwin.video import VideoError
-
-from .clips import Skip
 
 Format = Literal["clips", "videos"]
 SCHEMA_VERSION = 1

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vidtwin.data import ClipSettings
 from vidtwin.errors import UserError
 from vidtwin.listing import cache_home, excluded_names
 from vidtwin.video import VideoInfo
@@ -35,7 +36,6 @@ from vidtwin.video import VideoInfo
 from .cache import CachedClips, check
 from .clips import ClipDataset, Video, VideoClips
 from .data_module import ClipDataModule
-from .description import describe
 from .index import Fault
 from .shards import MANIFEST, TABLE, Format, Items, Manifest, Shard, expect_shards
 
@@ -297,13 +297,22 @@ class StreamedVideoClips(VideoClips):
     Args:
         shelf: The shards.
         lanes: How many shards are read from at a time.
+        places: Name of a video → place in the shards.
         videos: The videos with their `info`; the path of each is its name.
-        places: Name → place in the shards.
-        **kwargs: Those of `VideoClips`.
+        settings: As of `VideoClips`.
+        split: As of `VideoClips`.
     """
 
-    def __init__(self, shelf: Shelf, lanes: int, videos: list[Video], places: dict[str, int], **kwargs: Any) -> None:
-        super().__init__(videos, **kwargs)
+    def __init__(
+        self,
+        shelf: Shelf,
+        lanes: int,
+        places: dict[str, int],
+        videos: list[Video],
+        settings: ClipSettings,
+        split: str,
+    ) -> None:
+        super().__init__(videos, settings, split)
         self.shelf = shelf
         self.items = Items(shelf.manifest, shelf)
         self.places = places
@@ -389,40 +398,19 @@ class Streamed(ClipDataModule):
         manifest = shelf.manifest
         if manifest.format == "clips":
             self._check(shelf, "clips", split)
-            clips = StreamedClips(shelf, self.lanes, self.seed)
-            self._totals[split] = clips.num_videos + len(manifest.left_out)
-            self.skipped[split] = dict(manifest.left_out)
+            clips = StreamedClips(shelf, self.lanes, self.settings.seed)
+            self.unusable.restart(split, clips.num_videos + len(manifest.left_out), manifest.left_out)
             return clips
-        listed = self._wanted(split)
-        drawn = self._is_drawn(split)
+        listed = self._included(split)
         places = {row["name"]: int(row["index"]) for row in shelf.table()}
-
-        def clips_of(videos: list[Video]) -> StreamedVideoClips:
-            return StreamedVideoClips(
-                shelf,
-                self.lanes,
-                videos,
-                places,
-                num_frames=self.num_frames,
-                resolution=self.resolution,
-                fps=self.fps,
-                seed=self.seed,
-                training=drawn,
-                horizontal_flip=self.horizontal_flip and drawn,
-                loop=self.short_videos == "loop",
-                replace=split == "train",
-                eval_clips="all" if self.takes_all(split) else "middle",
-                tail=self.tail,
-            )
-
-        every = clips_of(listed)
+        every = VideoClips(listed, self.settings, split)
         excluded = excluded_names(Path(self.exclude)) if self.exclude else set()
         faults = {n: Fault("unreadable", reason) for n, reason, *_ in manifest.skipped.values() if n not in excluded}
         total = len(listed) + len(faults)
         faults |= {video.name: fault for i, video in enumerate(listed) if (fault := every.fault(i))}
-        shown = self.trainer is None or self.trainer.global_rank == 0
-        self._sift(split, total, faults, tell=shown)
-        return clips_of([video for video in listed if video.name not in faults])
+        self.unusable.sift(split, total, faults, self._reports)
+        usable = [video for video in listed if video.name not in faults]
+        return StreamedVideoClips(shelf, self.lanes, places, usable, self.settings, split)
 
     def protocol(self) -> dict[str, Any]:
         return {**super().protocol(), "data": self.shelf("test").manifest.description["data"]}
@@ -434,7 +422,7 @@ class Streamed(ClipDataModule):
         expected = None
         if split is not None:
             known = shelf.manifest.description
-            own = {key: value for key, value in describe(self, split).items() if key != "data"}
+            own = {key: value for key, value in self.describe(split).items() if key != "data"}
             # What the arguments of the written data module say stands in the cache alone.
             expected = {key: value for key, value in known.items() if key not in ("eval_clips", "tail")} | own
         check(shelf.manifest, shelf.url, format, expected)

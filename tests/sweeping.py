@@ -70,7 +70,13 @@ class NumberedData(ClipDataModule):
         unreadable: list[int] | None = None,
     ) -> None:
         super().__init__(
-            num_frames, resolution, 8.0, eval_batch_size=eval_batch_size, num_workers=0, eval_clips="all", tail="drop"
+            eval_batch_size=eval_batch_size,
+            num_workers=0,
+            num_frames=num_frames,
+            resolution=resolution,
+            fps=8.0,
+            eval_clips="all",
+            tail="drop",
         )
         self.count = count
         self.unreadable = unreadable or []
@@ -79,7 +85,7 @@ class NumberedData(ClipDataModule):
         return []
 
     def make_dataset(self, split: str) -> ClipDataset:
-        self._totals[split] = 100  # one that is unreadable is no large share
+        self.unusable.restart(split, 100)  # one that is unreadable is no large share
         return NumberedClips(self.count, self.num_frames, self.resolution, self.unreadable)
 
 

@@ -33,6 +33,7 @@ from vidtwin.benchmark import cost, downstream, players, protocol, report, rows,
 from vidtwin.benchmark import plots as plot_files
 from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, claim, describe, fingerprint, seeded
 from vidtwin.cli import model_config
+from vidtwin.data import ClipSource
 from vidtwin.distributed import Precision, forward_context, launch, locked
 from vidtwin.errors import UserError, suggestion
 from vidtwin.files import replacing, write_text
@@ -199,7 +200,7 @@ class Sweep:
                 raise UserError(
                     f"Expected claimed_rate of {entry.name} above 0, as 0.002 for 0.2%, got {entry.claimed_rate}."
                 )
-        if not hasattr(data, "chunk_loader"):
+        if not isinstance(data, ClipSource):
             raise UserError(f"Expected a data module with test clips of its own, got {type(data).__name__}.")
 
     def _check_names(self) -> None:

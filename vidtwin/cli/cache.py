@@ -30,6 +30,7 @@ _SPLITS = ["train", "val", "test"]
 def cache_command(argv: list[str]) -> int:
     """Write decoded clips, or video files, as shards: vidtwin cache OUT --config FILE"""
     from vidtwin.cli.training import resolve_short_names, user_errors
+    from vidtwin.data import ClipSource
 
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # class paths of files in the current folder
@@ -40,7 +41,7 @@ def cache_command(argv: list[str]) -> int:
         raise UserError("Expected data to cache; give --data ucf101 --data.root PATH or a --config.")
     with user_errors():
         data = parser.instantiate(config).data
-    if not hasattr(data, "write_cache"):
+    if not isinstance(data, ClipSource):
         raise UserError(f"Expected a data module whose clips can be cached, got {type(data).__name__}.")
     for written in data.write_cache(config.out, config.splits, config.epochs, config.format, config.verify):
         sys.stdout.write(f"{written}\n")

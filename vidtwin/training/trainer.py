@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 
 from vidtwin import plugins as registry
+from vidtwin.data import ClipSource
 from vidtwin.errors import UserError
 from vidtwin.files import replacing
 from vidtwin.posteriors import Quantized
@@ -238,8 +239,9 @@ class _PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        fps = getattr(getattr(trainer, "datamodule", None), "eval_fps", None) or 25.0
-        several = getattr(getattr(trainer, "datamodule", None), "eval_clips", "middle") == "all"
+        data: Any = getattr(trainer, "datamodule", None)  # missing if loaders were passed
+        known = isinstance(data, ClipSource)
+        fps, several = (data.eval_fps if known else None) or 25.0, known and data.eval_clips == "all"
         for index, (name, start) in enumerate(zip(batch["name"], batch["start_frame"].tolist(), strict=True)):
             # The whole name, so that neither two videos nor a video and its own reconstruction share a file; a data
             # set's names may be absolute or point upwards, and must not lead out of the folder.
