@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidtwin.benchmark import report_tables, rows
-from vidtwin.benchmark.report_tables import Metric
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.files import replacing
+from vidtwin.metrics.registry import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -221,7 +221,7 @@ def _points(results: Results, metric: Metric, cost: Callable[[Row], float | None
 
 
 def _metric_title(results: Results, metric: Metric) -> str:
-    title = metric.label + (f" ({metric.unit})" if metric.unit else "")
+    title = metric.title
     if metric.key == "rfvd":
         found = [row["rfvd"] for row in results.comparison["rows"].values() if isinstance(row.get("rfvd"), dict)]
         title += f" of {max(each['num_clips'] for each in found):,} clips"

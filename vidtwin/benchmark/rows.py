@@ -19,9 +19,9 @@ from typing import Any
 from vidtwin.benchmark.protocol import protocol_hash
 from vidtwin.errors import UserError, few
 from vidtwin.files import write_text
+from vidtwin.metrics.registry import PER_CLIP
 
 SCHEMA_VERSION = 2
-METRICS = ("mse", "psnr", "ssim", "ms_ssim", "lpips", "lpips_alex", "lpips_vgg", "flicker", "vmaf")
 KINDS = ("trained", "untrained", "reference", "failed")
 
 Row = dict[str, Any]
@@ -117,7 +117,7 @@ def read_clips(folder: Path, row: Row) -> list[Clip]:
                 "name": line["name"],
                 "start_frame": int(line["start_frame"]),
                 "num_frames": int(line["num_frames"]),
-                **{metric: float(line[metric]) for metric in METRICS if metric in line},
+                **{metric: float(line[metric]) for metric in PER_CLIP if metric in line},
             }
             for line in lines
         ]
@@ -138,7 +138,7 @@ def read_clips(folder: Path, row: Row) -> list[Clip]:
 def write_row(folder: Path, row: Row, clips: list[Clip]) -> None:
     """Write `clips.csv`, then `results.json`, whose presence says that the row is complete."""
     target = folder / "rows" / row["name"]
-    metrics = [metric for metric in METRICS if clips and metric in clips[0]]
+    metrics = [metric for metric in PER_CLIP if clips and metric in clips[0]]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*_IDENTITY, *metrics, "protocol_hash"])
@@ -218,7 +218,7 @@ def means(clips: Sequence[Clip], protocol: dict[str, Any]) -> dict[str, dict[str
     """
     if not clips:
         return {}
-    names = [metric for metric in METRICS if metric in clips[0] and metric != "mse"]
+    names = [metric for metric in PER_CLIP if metric in clips[0] and metric != "mse"]
     average = protocol["average"]
     if average == "video":
         videos: dict[str, list[Clip]] = {}
