@@ -15,7 +15,7 @@ from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, describe, fingerpr
 from vidtwin.clips import views
 from vidtwin.errors import UserError
 from vidtwin.files import replacing
-from vidtwin.metrics import mse
+from vidtwin.metrics.frames import mse
 from vidtwin.metrics.latents import LatentStatistics
 from vidtwin.posteriors import Encoding, Quantized
 from vidtwin.training.task import AutoencoderTask
