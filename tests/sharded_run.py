@@ -204,7 +204,7 @@ def adaptive(folder: Path, ckpt_path: Path | None = None, **devices: Any) -> dic
 
 
 def averaged(folder: Path, **devices: Any) -> dict[str, Any]:
-    """Training, test and prediction in one process, each with the average, and whether it went away behind each."""
+    """Training, validation and prediction in one process, each with the average; whether it went away behind each."""
     task, data = task_of(use_ema=True), Uneven(devices.get("devices", 1))
     run = trainer(folder, STEPS, callbacks=[saved(folder, STEPS)], **devices)
     run.fit(task, datamodule=data)
@@ -212,11 +212,12 @@ def averaged(folder: Path, **devices: Any) -> dict[str, Any]:
     own = placement_of(run).whole({name: parameter.detach() for name, parameter in task.autoencoder.named_parameters()})
     own = {name: value.clone() for name, value in own.items()}
     commands = {
-        "test": partial(run.test, verbose=False, results_dir=str(folder), name="row", references=[]),
+        "validate": partial(run.validate, verbose=False),
         "predict": partial(run.predict, out=str(folder / "predicted")),
     }
     for name, command in commands.items():
-        command(task, datamodule=data)
+        means = command(task, datamodule=data)
+        outcome |= {"again": means[0]["val/psnr"]} if name == "validate" else {}
         placement_of(run).reshard(task.autoencoder)
         after = placement_of(run).whole(
             {name: parameter.detach() for name, parameter in task.autoencoder.named_parameters()}
@@ -226,12 +227,11 @@ def averaged(folder: Path, **devices: Any) -> dict[str, Any]:
 
 
 def measured(folder: Path, checkpoint: Path, **devices: Any) -> dict[str, Any]:
-    """`vidtwin test`, with the averaged weights."""
+    """`vidtwin validate`, with the averaged weights."""
     task = task_of(use_ema=True)
     data = Uneven(devices.get("devices", 1))
     run = trainer(folder, **devices)
-    run.test(task, ckpt_path=checkpoint, verbose=False, datamodule=data, results_dir=str(folder), references=[])
-    return {}
+    return dict(run.validate(task, datamodule=data, ckpt_path=checkpoint, verbose=False)[0])
 
 
 def refused(folder: Path, checkpoint: Path, **devices: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 The first pixel of each clip is its number, by which a model fails on chosen clips.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
 from vidtwin.benchmark.protocol import ProtocolSettings
 from vidtwin.benchmark.sweep import FVD, Entry, Sweep
+from vidtwin.cli.benchmark import _read_config
 from vidtwin.datamodules.clips import ClipDataset, Video
 from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.metrics.fvd import file_sha256
@@ -227,6 +229,7 @@ def sweep(folder: Path, entries: list[Entry], data: ClipDataModule | None = None
         "downstream": False,
         "progress": False,
         "players": 0,
+        "read_config": partial(_read_config, folders=[]),
     }
     return Sweep(entries, data or NumberedData(), results_dir=str(folder), **given | arguments)
 

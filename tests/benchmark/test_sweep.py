@@ -707,14 +707,6 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(config, change, text, capf
     assert sum("error" in line for line in told) == 1
 
 
-def test_a_test_without_a_list_measures_one_model_as_before(tmp_path, monkeypatch):
-    from tiny import write_config
-
-    monkeypatch.chdir(tmp_path)
-    path = write_config(tmp_path)
-    assert main(["test", "--config", str(path), "--trainer.default_root_dir", str(tmp_path)]) == 0
-
-
 def test_an_option_that_changes_no_clips_number_measures_no_clip_again(done):
     folder, entries, _ = done
     costs = json.loads((folder / "rows" / "a" / "results.json").read_text())["cost"]

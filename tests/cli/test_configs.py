@@ -42,6 +42,7 @@ SMALL = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]
+QUICK = ["--trainer.accelerator=cpu", "--name=row", "--cost=false", "--downstream=false"]
 
 
 # What all baselines' configs are run with, and the sizes that those in full size get.
@@ -118,7 +119,7 @@ def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monk
     (last,) = tmp_path.rglob("last.ckpt")
     data = [option for option in options if option.startswith("--data")]
     capsys.readouterr()
-    assert main(["test", "--ckpt_path", str(last), *data, "--trainer.accelerator=cpu", "--name=row"]) == 0
+    assert main(["test", "--ckpt_path", str(last), *data, *QUICK]) == 0
     assert "differs from the config" not in capsys.readouterr().err
     row = json.loads(Path("results/rows/row/results.json").read_text())
     assert row["kind"] == "trained"

@@ -1,7 +1,6 @@
 """The training loop: one step is one batch, two players, checkpoints that resume."""
 
 import csv
-import json
 import math
 from types import SimpleNamespace
 
@@ -70,13 +69,12 @@ def test_the_last_and_the_best_checkpoint_stay(trained):
     assert torch.equal(last["state_dict"]["autoencoder.decoder.linear.weight"], task.autoencoder.last_layer)
 
 
-def test_the_best_checkpoint_is_found_by_that_word(trained, tmp_path):
+def test_the_best_checkpoint_is_found_by_that_word(trained):
     folder, _, run, _ = trained
-    run.test(tiny_task(), datamodule=Clips(), ckpt_path="best", results_dir=str(tmp_path / "results"), verbose=False)
+    (means,) = run.validate(tiny_task(), datamodule=Clips(), ckpt_path="best", verbose=False)
     best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
-    row = json.loads((tmp_path / "results" / "rows" / "VidTwin" / "results.json").read_text())
     score = next(state["best_model_score"] for name, state in best["callbacks"].items() if name.startswith("Best"))
-    assert row["metrics"]["psnr"]["mean"] == pytest.approx(float(score), abs=1e-4)
+    assert means["val/psnr"] == pytest.approx(float(score), abs=1e-4)
 
 
 def test_a_resumed_run_counts_and_schedules_on(trained, tmp_path):
@@ -91,16 +89,11 @@ def test_a_resumed_run_counts_and_schedules_on(trained, tmp_path):
     assert rates == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * 7 / 8)), 0.0])
 
 
-def test_testing_takes_the_autoencoder_alone_from_a_checkpoint_with_a_gan(trained, tmp_path):
+def test_validation_takes_the_autoencoder_alone_from_a_checkpoint_with_a_gan(trained, tmp_path):
     folder, _, _, original = trained
     task = tiny_task()
-    trainer(tmp_path).test(
-        task,
-        datamodule=Clips(),
-        ckpt_path=folder / "checkpoints" / "last.ckpt",
-        results_dir=str(tmp_path / "results"),
-        verbose=False,
-    )
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer(tmp_path).validate(task, datamodule=Clips(), ckpt_path=last, verbose=False)
     assert torch.equal(task.autoencoder.last_layer, original.autoencoder.last_layer)
 
 
@@ -139,14 +132,14 @@ def test_fp16_is_refused(monkeypatch):
             tiny_task()._check_precision()
 
 
-def test_missing_lpips_weights_stop_training_but_not_testing(tmp_path, monkeypatch):
+def test_missing_lpips_weights_stop_training_but_not_validation(tmp_path, monkeypatch):
     monkeypatch.setenv("VIDTWIN_OFFLINE", "1")
     absent = str(tmp_path / "vgg16.pth")
     task = tiny_task()
     task.loss = AutoencoderLoss(perceptual_backbone=absent)
     with pytest.raises(UserError, match=r"vgg16\.pth.*perceptual_weight 0"):
         trainer(tmp_path).fit(task, Clips())
-    trainer(tmp_path).test(task, datamodule=Clips(), results_dir=str(tmp_path / "results"), verbose=False)
+    trainer(tmp_path).validate(task, datamodule=Clips(), verbose=False)
 
 
 def test_gradient_clipping_bounds_each_players_gradient(tmp_path):

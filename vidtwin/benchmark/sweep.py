@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,6 @@ from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import cost, downstream, players, protocol, report, rows, table
 from vidtwin.benchmark import plots as plot_files
 from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, claim, describe, fingerprint, seeded
-from vidtwin.cli import model_config
 from vidtwin.data import ClipSource
 from vidtwin.distributed import Precision, forward_context, launch, locked
 from vidtwin.errors import UserError, suggestion
@@ -42,10 +41,23 @@ from vidtwin.metrics.latents import LatentStatistics
 from vidtwin.metrics.measures import Measures
 from vidtwin.posteriors import Encoding, Quantized
 from vidtwin.storage import checkpoints
+from vidtwin.video import panels, write_video
 
 PARTS, EARLIER, COSTS = "parts", "earlier", "costs.json"
+PICTURES = "clip[0-9]*.*"
 MAX_TOKENS, MAX_TOKENS_ON_CPU = 20_000, 4_000  # of which a DiT's training step is timed
 HEAD = 16  # clips: a model that fails on all of the first ones fails, one that fails on others lacks those
+
+
+@dataclass
+class ModelConfig:
+    """An autoencoder as configs describe it, before it is built: `class_path` and `init_args`, and its builder."""
+
+    spec: dict[str, Any]
+    build: Callable[[], VideoAutoencoder]
+
+
+ConfigReader = Callable[[Sequence[str]], ModelConfig]
 
 
 @dataclass
@@ -145,6 +157,9 @@ class Sweep:
         players: Clips of each kind, worst and median, that are kept for the report's players.
         seed: Of the samples of posteriors.
         progress: Show a progress bar.
+        read_config: Reads the configs of an entry; `UserError` for those without an autoencoder.
+        pictures: Write this many of the first clips as rows/<name>/clip<i>.mp4 and .png for each entry.
+        strict: Refuse entries that can't be built, before anything is written, instead of writing failed rows.
     """
 
     def __init__(
@@ -169,6 +184,9 @@ class Sweep:
         players: int = 2,
         seed: int = 0,
         progress: bool = True,
+        read_config: ConfigReader | None = None,
+        pictures: int = 0,
+        strict: bool = False,
     ) -> None:
         self.entries = autoencoders
         self.data: Any = data
@@ -186,7 +204,9 @@ class Sweep:
         self.players = players
         self.seed = seed
         self.progress = progress
-        self.config_folders: list[Path] = []  # of the sweep's own configs
+        self.read_config = read_config
+        self.pictures = pictures
+        self.strict = strict
         self._check_names()
         if (self.fvd.path is None) != (self.fvd.sha256 is None):
             raise UserError("Expected fvd.path and fvd.sha256 together: only a file that is known is run.")
@@ -221,6 +241,8 @@ class Sweep:
         """Measure what is missing and write everything → 0, or 1 where a model could not be measured."""
         fabric = launch(self.accelerator, self.devices, self.num_nodes, self.precision)
         self.data.dataset("test")  # data that are refused leave no folder behind
+        if self.strict:
+            self._check_models()
         try:
             with locked(self.folder, fabric, "sweep"):
                 return self._run(fabric)
@@ -253,6 +275,17 @@ class Sweep:
             failed = runner.failed
         fabric.barrier()
         return int(fabric.broadcast(bool(failed)))
+
+    def _check_models(self) -> None:
+        for job in map(self._job, self.entries):
+            if job.error:
+                raise UserError(job.error)
+            try:
+                job.build().check(self.data.num_frames, self.data.resolution)
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError(f"{job.name} can't be built: {type(error).__name__}: {_one_line(error)}") from error
 
     def _plan(self, fabric: Fabric) -> _Plan:
         dataset = self.data.dataset("test")
@@ -290,11 +323,13 @@ class Sweep:
         base = {"windows": entry.windows}
         checkpoint = hub.below(self.checkpoints, entry.checkpoint) if entry.checkpoint else None
         try:
-            parser = parsed = None
-            configs = [entry.config] if isinstance(entry.config, str) else entry.config or []
-            if configs:
-                parser, parsed = model_config.parse([self._found(path) for path in configs])
-                spec = model_config.spec(parsed)
+            config = None
+            paths = [entry.config] if isinstance(entry.config, str) else entry.config or []
+            if paths:
+                if self.read_config is None:
+                    raise UserError(f"Expected read_config for the configs of {entry.name}, got none.")
+                config = self.read_config(paths)
+                spec = config.spec
             elif checkpoint:
                 spec = checkpoints.model_spec(checkpoints.read(checkpoint, lazily=True), checkpoint)
             else:
@@ -304,10 +339,7 @@ class Sweep:
             return _Job(entry.name, base, _unusable, str(error))
 
         def build() -> Subject:
-            if parser is not None and parsed is not None:
-                model = model_config.build(parser, parsed)
-            else:
-                model = checkpoints.build(spec)
+            model = config.build() if config else checkpoints.build(spec)
             weights, differs = LAST, []
             if checkpoint:
                 checkpoints.check(checkpoint)
@@ -329,10 +361,6 @@ class Sweep:
             return Subject(name, "reference", model)
 
         return _Job(name, {"name": name, "reference": plugins.resolve(name, "vidtwin.references")}, build)
-
-    def _found(self, path: str) -> Path:
-        """A config's path: beside the sweep's config, or from the current folder."""
-        return next((folder / path for folder in self.config_folders if (folder / path).is_file()), Path(path))
 
     def _check_other_rows(self, fabric: Fabric, own: set[str], digest: str) -> None:
         """Rows of no entry stay in the table; one that can't be read would end the sweep after all was measured."""
@@ -367,8 +395,9 @@ class Sweep:
         rows.write_comparison(self.folder, results.comparison)
         if self.players and results.comparison["num_clips"]:
             runner.write_players(results, jobs)
+        pictures = runner.write_pictures(jobs) if self.pictures else []
         text = table.write(self.folder)
-        paths = [self.folder / "table.md", *plot_files.write(self.folder), report.write(self.folder)]
+        paths = [*pictures, self.folder / "table.md", *plot_files.write(self.folder), report.write(self.folder)]
         sys.stdout.write(f"\n{text}\n")
         for path in paths:
             if path.suffix != ".svg":
@@ -888,6 +917,8 @@ class _Runner:
         }
         self._keep_earlier(job)
         folder = self.sweep.folder / "rows" / job.name
+        for picture in folder.glob(PICTURES):
+            picture.unlink()
         if fakes:
             with replacing(folder / "features.npy") as temporary, temporary.open("wb") as file:
                 np.save(file, np.stack(fakes))
@@ -991,6 +1022,39 @@ class _Runner:
                 writer.add(place, job.name, shown)
         writer.finish(mark.hexdigest())
 
+    def write_pictures(self, jobs: list[_Job]) -> list[Path]:
+        """Write the first clips by each entry's model, as far as they are missing → the paths of all."""
+        paths: list[Path] = []
+        for job in jobs:
+            folder = self.sweep.folder / "rows" / job.name
+            row = rows.read_row(folder / "results.json")
+            if row["kind"] in ("failed", "reference"):
+                continue
+            own = [folder / f"clip{i}" for i in range(min(self.sweep.pictures, len(self.plan.keys)))]
+            missing = [p for p in own if not (p.with_suffix(".mp4").exists() and p.with_suffix(".png").exists())]
+            if missing:
+                try:
+                    self._write_pictures(self._built(job), own)
+                except Exception as error:  # the numbers are there
+                    self._tell(f"no pictures of {job.name}: {_one_line(error)}")
+                    continue
+            paths += [p.with_suffix(suffix) for p in own for suffix in (".mp4", ".png")]
+        return paths
+
+    def _write_pictures(self, subject: Subject, targets: list[Path]) -> None:
+        size = len(self.plan.chunks[0])
+        chunks = self.plan.chunks[: -(-len(targets) // size)]
+        loader = self.sweep.data.chunk_loader("test", chunks, self.fabric.device.type)
+        for chunk, batch in zip(chunks, loader, strict=True):
+            for index in set(chunk[: len(targets)]) & set(batch["indices"]) & set(range(len(targets))):
+                place = batch["indices"].index(index)
+                views = self._views(subject, batch, place)
+                shown = {"input": self._clip(batch)[place].cpu(), "reconstruction": views.pop("")} | views
+                frames = {title: panels.to_uint8(clip) for title, clip in shown.items()}
+                write_video(targets[index].with_suffix(".mp4"), panels.side_by_side(frames), self.fps)
+                with replacing(targets[index].with_suffix(".png")) as temporary:
+                    temporary.write_bytes(panels.png(panels.filmstrip(frames)))
+
     @torch.inference_mode()
     def _views(self, subject: Subject, batch: dict[str, Any], place: int) -> dict[str, Tensor]:
         """The reconstruction of a batch's clip, and what each latent gives alone where the model can."""
@@ -1029,6 +1093,10 @@ def _move_row(source: Path, target: Path) -> None:
         (target / name).unlink(missing_ok=True)
         if (source / name).exists():
             (source / name).replace(target / name)
+    for path in target.glob(PICTURES):
+        path.unlink()
+    for path in source.glob(PICTURES):
+        path.replace(target / path.name)
     with replacing(target / "results.json") as temporary:
         temporary.write_bytes(content)
 

@@ -48,11 +48,10 @@ def run(command: str, argv: list[str]) -> int:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # class paths of files in the current folder, as with `python -m`
     if command == "test":
-        from vidtwin.cli import benchmark as sweep_command  # which imports this module
+        from vidtwin.cli import benchmark  # which imports this module
 
-        if sweep_command.is_sweep(argv):
-            _quieten(command)
-            return sweep_command.run(argv)
+        _quieten(command)
+        return benchmark.run(argv)
     if command == "replay":
         argv = _dump(argv)
     argv = [command, *argv]
@@ -159,7 +158,6 @@ class VidTwinCLI(LightningCLI):
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
-            "test": {"model", "dataloaders", "datamodule", "verbose"},
             "predict": {"model", "dataloaders", "datamodule"},
             "replay": {"model"},
         }
@@ -195,7 +193,7 @@ class VidTwinCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self._own_config()
-        if self.subcommand not in ("fit", "test", "replay") and not config.get("ckpt_path"):
+        if self.subcommand not in ("fit", "replay") and not config.get("ckpt_path"):
             raise UserError(f"Expected trained weights to {self.subcommand} with; give --ckpt_path FILE.")
         if self.subcommand == "replay":
             config.data = None

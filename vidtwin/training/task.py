@@ -1,4 +1,4 @@
-"""The one LightningModule: trains, validates and tests any video autoencoder.
+"""The one LightningModule: train and validate any video autoencoder.
 
 One step is one batch that updated the generator. Lightning counts a step for every optimizer under manual
 optimization; here only the generator's goes through Lightning's wrapper, so that max_steps, checkpoint intervals,
@@ -64,7 +64,7 @@ class AutoencoderTask(LightningModule):
         use_ema: Evaluate with that average: in validation, and in the commands that read a checkpoint.
         freeze: Parts of the autoencoder that are not trained, by the names of its modules (`encoder`,
             `structure.qformer`).
-        metrics: What validation and test measure; None takes the loss's LPIPS backbone for LPIPS.
+        metrics: Metrics of validation; None takes the loss's LPIPS backbone for LPIPS.
 
     Attributes:
         batches: Batches that this training has seen, skipped ones included.
@@ -401,12 +401,6 @@ class AutoencoderTask(LightningModule):
         if not self.trainer.sanity_checking or self.trainer.num_sanity_val_steps == float("inf"):
             for logger in self.loggers:
                 logger.log_metrics({name: float(value) for name, value in values.items()}, self.global_step)
-
-    def on_test_epoch_start(self) -> None:
-        self._placement.gather(self.autoencoder)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
-        return self.autoencoder(_clip(batch))
 
     def on_predict_epoch_start(self) -> None:
         self._placement.gather(self.autoencoder)

@@ -11,7 +11,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 
-from vidtwin import plugins as registry
 from vidtwin.data import ClipSource
 from vidtwin.errors import UserError
 from vidtwin.files import replacing
@@ -21,7 +20,6 @@ from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoi
 from vidtwin.training.callbacks.guard import StepGuard
 from vidtwin.training.callbacks.preemption import Preemption
 from vidtwin.training.callbacks.progress import ProgressBar
-from vidtwin.training.callbacks.results import ResultsWriter
 from vidtwin.training.callbacks.skipped import SkippedVideos
 from vidtwin.training.replay import read as read_dump
 from vidtwin.training.replay import replay as run_again
@@ -123,50 +121,6 @@ class VideoTrainer(Trainer):
         _tell(f"vidtwin: goes on from {found}" if found else f"vidtwin: nothing in {folder} to go on from; begins")
         return found
 
-    def test(  # type: ignore[override]
-        self,
-        model: LightningModule | None = None,
-        dataloaders: Any = None,
-        ckpt_path: str | Path | None = None,
-        verbose: bool = True,
-        datamodule: LightningDataModule | None = None,
-        *,
-        results_dir: str = "results",
-        name: str | None = None,
-        references: list[str] | None = None,
-    ) -> list[dict[str, Any]]:
-        """Measure an autoencoder on the test clips and write its row of results.
-
-        Args:
-            model: The task.
-            dataloaders: Loaders of test clips, instead of `datamodule`.
-            ckpt_path: Weights to test; without them the row is marked as untrained.
-            verbose: Print the table and the paths of pictures and videos.
-            datamodule: The data.
-            results_dir: Folder for `rows/<name>/results.json`, `clips.csv`, `table.md` and `table.csv`.
-            name: Name of the row; by default the autoencoder's class.
-            references: Autoencoders without weights measured on the same clips, by their short names; by default all
-                that are registered as `vidtwin.references`: the clip's mean colour and its temporal mean frame.
-
-        Returns:
-            What Lightning's `test` does: a list of one dict of means.
-        """
-        task = self._task(model)
-        row = name or task.autoencoder.class_path.rpartition(".")[2]  # FSDP2 renames the class
-        chosen = sorted(registry.available("vidtwin.references")) if references is None else references
-        if row != Path(row).name or row.startswith(".") or row in chosen:
-            raise UserError(f"Expected a --name that can be a folder's name and is no reference's, got {row!r}.")
-        writer = ResultsWriter(results_dir, row, str(ckpt_path) if ckpt_path else None, chosen)
-        callbacks: list[Callback] = cast(Any, self).callbacks
-        callbacks.append(writer)
-        try:
-            means = super().test(task, dataloaders, ckpt_path, verbose=False, datamodule=datamodule)
-        finally:
-            callbacks.remove(writer)
-        if verbose and self.is_global_zero:
-            _show(writer)
-        return cast(list[dict[str, Any]], means)
-
     def predict(  # type: ignore[override]
         self,
         model: LightningModule | None = None,
@@ -255,12 +209,6 @@ class _PredictionWriter(Callback):
                         tensors[f"{key}.codes"] = posterior.codes[index].to(torch.int32).cpu()
                 save_file(tensors, temporary)
             write_video(self.out / f"{inside}.mp4", panels.to_uint8(outputs.clip[index]), fps)
-
-
-def _show(writer: ResultsWriter) -> None:
-    _say(f"\n{writer.table}")
-    for path in [*writer.panel_paths, writer.folder / "table.md"]:
-        _say(str(path))
 
 
 @rank_zero_only
