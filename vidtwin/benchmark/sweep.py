@@ -35,7 +35,7 @@ from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, claim, describe, f
 from vidtwin.distributed import Precision, forward_context, launch, locked
 from vidtwin.errors import UserError, suggestion
 from vidtwin.files import replacing, write_text
-from vidtwin.metrics.fvd import MIN_FRAMES, NUM_FEATURES, FeatureNetwork, FrechetVideoDistance
+from vidtwin.metrics.fvd import MIN_FRAMES, NUM_FEATURES, FeatureNetwork, frechet_video_distance
 from vidtwin.metrics.latents import LatentStatistics
 from vidtwin.metrics.measures import Measures
 from vidtwin.posteriors import Encoding, Quantized
@@ -898,7 +898,7 @@ class _Runner:
         unavailable = dict(self.unavailable)
         if self.features:
             try:
-                metrics["rfvd"] = self._frechet((rows.key_of(clip), f) for clip, f in zip(clips, fakes, strict=True))
+                metrics["rfvd"] = self._frechet({rows.key_of(clip): f for clip, f in zip(clips, fakes, strict=True)})
             except UserError as caught:  # features that are no numbers
                 unavailable["rfvd"] = _one_line(caught)
         metrics |= dict.fromkeys(unavailable, "unavailable")
@@ -970,13 +970,13 @@ class _Runner:
         _move_row(folder, target)
         self._tell(f"{job.name}: the earlier row is kept in {target}")
 
-    def _frechet(self, clips: Iterable[tuple[rows.Key, np.ndarray]]) -> Any:
+    def _frechet(self, clips: dict[rows.Key, np.ndarray]) -> Any:
+        """Compute rFVD over some clips from their reconstructions' features."""
         places = {key: index for index, key in enumerate(self.plan.keys)}
-        metric = FrechetVideoDistance(sync_on_compute=False)  # the first process alone has all clips, and computes
-        for key, fake in clips:
-            metric.update(self._real_features(places[key]), real=True)
-            metric.update(torch.from_numpy(fake)[None], real=False)
-        return metric.result()
+        order = sorted(clips)
+        real = torch.cat([self._real_features(places[key]) for key in order])
+        fake = torch.from_numpy(np.stack([clips[key] for key in order]))
+        return frechet_video_distance(real, fake)
 
     def frechet_of_common_clips(self, results: rows.Results) -> dict[str, Any]:
         """rFVD of each row over the clips that all have, in the form of a comparison."""
@@ -988,8 +988,9 @@ class _Runner:
             known = next(row for row in results.rows if row["name"] == name)["metrics"].get("rfvd") != "unavailable"
             if self.features and known and path.exists() and len(common) < len(clips):
                 fakes = np.load(path, mmap_mode="r")
-                chosen = [(rows.key_of(c), np.array(f)) for c, f in zip(clips, fakes, strict=True)]
-                found["rows"][name] = {"rfvd": self._frechet(pair for pair in chosen if pair[0] in common)}
+                keys = map(rows.key_of, clips)
+                chosen = {key: np.array(fake) for key, fake in zip(keys, fakes, strict=True) if key in common}
+                found["rows"][name] = {"rfvd": self._frechet(chosen) if chosen else "unavailable"}
         return found
 
     def write_players(self, results: rows.Results, jobs: list[_Job]) -> None:
