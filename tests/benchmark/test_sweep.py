@@ -32,8 +32,8 @@ from torch import Tensor
 
 from vidtwin.baselines.references import MeanColour
 from vidtwin.benchmark import plots, report, rows
-from vidtwin.benchmark import sweep as sweep_module
 from vidtwin.benchmark.protocol import ProtocolSettings
+from vidtwin.benchmark.runner import Runner
 from vidtwin.benchmark.sweep import FVD, Entry
 from vidtwin.cli import main
 from vidtwin.errors import UserError
@@ -419,7 +419,7 @@ def test_players_that_fail_keep_nothing_else_from_being_written(tmp_path, monkey
     def broken(*arguments: Any) -> None:
         raise RuntimeError("no room\non the device")
 
-    monkeypatch.setattr(sweep_module._Runner, "_views", broken)
+    monkeypatch.setattr(Runner, "_views", broken)
     entries = [Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt"))]
     assert sweep(tmp_path / "r", entries, players=1).run() == 0
     assert "no players of a: no room on the device" in capfd.readouterr().err
@@ -580,7 +580,7 @@ def test_a_network_whose_features_are_no_numbers_makes_rfvd_unavailable_and_stop
     assert sweep(tmp_path / "r", entries, NumberedData(num_frames=10), fvd=network, references=[]).run() == 0
     found = row(tmp_path / "r", "a")
     assert found["metrics"]["rfvd"] == "unavailable"
-    assert "features that are numbers" in found["unavailable"]["rfvd"]
+    assert "finite features" in found["unavailable"]["rfvd"]
 
 
 def test_another_file_than_the_known_one_is_not_run(tmp_path, network):
@@ -605,9 +605,9 @@ def test_as_many_clips_are_held_at_once_whatever_their_number(tmp_path, monkeypa
             most.append(len(found))
             return forward(self, *arguments)
 
-        forward = sweep_module._Runner._forward
+        forward = Runner._forward
         with monkeypatch.context() as patch:
-            patch.setattr(sweep_module._Runner, "_forward", watch)
+            patch.setattr(Runner, "_forward", watch)
             entries = [Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt"))]
             sweep(tmp_path / str(count), entries, NumberedData(count=count), references=[]).run()
         assert len(most) == count // 2

@@ -250,7 +250,7 @@ def test_predict_keeps_all_clips_of_a_video_apart(here, run):
         (["fit", "--config", "tiny.yaml", "--data.root", "nowhere"], "nowhere"),
         (["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--ckpt_path", "no.ckpt"], "no.ckpt"),
         (["test", "--config", "tiny.yaml", "--trainer.strategy", "ddp"], "got --trainer.strategy; there are --accel"),
-        (["test", "--config", "tiny.yaml", "--model.use_ema", "true"], "--protocol.weights average"),
+        (["test", "--config", "tiny.yaml", "--model.freeze", "[a]"], "--protocol.weights average"),
         (["test", "--model.autoencoder", "vidtwin"], "Expected data to test on"),
         (["test", "--data", "ucf101", "--data.root=data/UCF-101"], "give --ckpt_path FILE"),
         (["reconstruct", "data/UCF-101", "--ckpt_path", "no.ckpt"], "no.ckpt"),

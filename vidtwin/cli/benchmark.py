@@ -41,9 +41,12 @@ _RENAMED = {  # options of `fit` that have another name here
     "--trainer.num_nodes": "--num_nodes",
     "--trainer.precision": "--precision",
     "--trainer.enable_progress_bar": "--progress",
+    "--model.use_ema": "--protocol.weights",
     "--model.loss.perceptual_backbone": "--perceptual_backbones.vgg",
     "--model.loss.init_args.perceptual_backbone": "--perceptual_backbones.vgg",
 }
+
+_WEIGHTS = {"true": "average", "false": "last"}
 
 
 def run(argv: list[str]) -> int:
@@ -102,6 +105,8 @@ def _model_parser(configs: Sequence[Path]) -> Parser:
     parser.add_argument("--name", type=str, help="Name of the row (default: the autoencoder's class).")
     own = [*_sweep_options(), "ckpt_path", "name"]
     model_config.add_arguments(parser, configs, own, "Config of `fit`, of which the autoencoder and the data count.")
+    (action,) = (action for action in parser._actions if action.dest == model_config.KEY)
+    action.help = "The model, by name or class path (default: that of the checkpoint)."  # hidden in other commands
     return parser
 
 
@@ -138,9 +143,12 @@ def _model_of_checkpoint(argv: list[str]) -> list[str]:
 def _rename(argv: list[str]) -> list[str]:
     """Rename options of `fit` that measuring has too; `UserError` names those that serve instead of the others."""
     renamed = [f"--perceptual_backbones.vgg={path}" for path in _backbones(_configs_of(argv))]
-    for word in argv:
+    for before, word in zip(["", *argv], argv, strict=False):
         option, equals, value = word.partition("=")
+        if before == "--model.use_ema":
+            word = _WEIGHTS.get(word.lower(), word)
         if option in _RENAMED:
+            value = _WEIGHTS.get(value.lower(), value) if option == "--model.use_ema" else value
             word = f"{_RENAMED[option]}{equals}{value}"
         elif option.startswith("--trainer."):
             raise UserError(

@@ -7,11 +7,11 @@ from typing import Any
 _EXPORTS = {
     "ClipMetrics": "collection",
     "FeatureNetwork": "fvd",
-    "FrechetVideoDistance": "fvd",
     "LatentStatistics": "latents",
     "Measures": "measures",
     "flicker": "temporal",
     "frechet_distance": "fvd",
+    "frechet_video_distance": "fvd",
     "ms_ssim": "frames",
     "mse": "frames",
     "psnr": "frames",
