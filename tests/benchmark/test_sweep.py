@@ -134,8 +134,8 @@ def test_a_sweep_measures_what_the_models_reconstruct_and_writes_all_files(tmp_p
 def test_a_model_without_a_checkpoint_is_untrained_and_its_weights_are_the_same_in_each_run(tmp_path):
     config = tmp_path / "model.yaml"
     config.write_text(yaml.safe_dump({"model": {"autoencoder": {"class_path": "sweeping.Pool"}}}))
-    for run in ("a", "b"):
-        torch.manual_seed(hash(run) % 100)
+    for seed, run in enumerate(("a", "b")):
+        torch.manual_seed(seed)
         assert sweep(tmp_path / run, [Entry("raw", config=str(config))]).run() == 0
     assert row(tmp_path / "a", "raw")["kind"] == "untrained"
     assert lines(tmp_path / "a", "raw") == lines(tmp_path / "b", "raw")
@@ -710,6 +710,7 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(config, change, text, capf
 def test_an_option_that_changes_no_clips_number_measures_no_clip_again(done):
     folder, entries, _ = done
     costs = json.loads((folder / "rows" / "a" / "results.json").read_text())["cost"]
+    clips = lines(folder, "a")
     assert costs is None
     entries[0] = Entry(entries[0].name, checkpoint=entries[0].checkpoint, claimed_rate=0.5)
     assert sweep(folder, entries, players=1, cost=True, repeats=1).run() == 0
@@ -720,7 +721,7 @@ def test_an_option_that_changes_no_clips_number_measures_no_clip_again(done):
     assert row(folder, "a")["cost"]["repeats"] == 2
     assert sweep(folder, entries, players=1, cost=False).run() == 0
     assert row(folder, "a")["cost"]["repeats"] == 2  # what was measured stays
-    assert lines(folder, "a") == lines(folder, "a")
+    assert lines(folder, "a") == clips
     assert not (folder / "rows" / "a" / "earlier").exists()
 
 

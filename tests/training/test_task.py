@@ -16,7 +16,7 @@ from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.posteriors import Encoding
 from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
-from vidtwin.training.task import AutoencoderTask
+from vidtwin.training.checks import check_training
 
 
 class Watcher(Callback):
@@ -124,12 +124,13 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, arguments, 
         trainer(tmp_path, **arguments).fit(tiny_task(**task_arguments), Clips())
 
 
-def test_fp16_is_refused(monkeypatch):
+def test_fp16_is_refused():
     # Lightning itself turns 16-mixed into bf16-mixed on CPU, so no run here can show it.
+    task = tiny_task()
     for precision in ("16-mixed", "bf16-true", "64-true"):
-        monkeypatch.setattr(AutoencoderTask, "trainer", SimpleNamespace(precision=precision))
+        trainer = SimpleNamespace(precision=precision, max_steps=7)
         with pytest.raises(UserError, match=rf"Expected trainer\.precision bf16-mixed .* got {precision}"):
-            tiny_task()._check_precision()
+            check_training(task.autoencoder, task.loss, trainer)
 
 
 def test_missing_lpips_weights_stop_training_but_not_validation(tmp_path, monkeypatch):

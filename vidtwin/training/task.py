@@ -26,9 +26,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
-from vidtwin import weights
 from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
-from vidtwin.errors import UserError, suggestion
+from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.metrics.collection import ClipMetrics
 from vidtwin.metrics.frames import psnr
@@ -37,7 +36,9 @@ from vidtwin.schedules import WarmupCosine
 from vidtwin.storage import checkpoints
 from vidtwin.training.buffers import copy_buffers, restore_buffers, share_buffers
 from vidtwin.training.callbacks.ema import EMA
+from vidtwin.training.checks import check_training, freeze
 from vidtwin.training.finite import bad_gradients, bad_terms, find_reason
+from vidtwin.training.optimization import gradients, resume_rates, schedule, step_at
 from vidtwin.training.sharding import Placement, placement_of
 
 Batch = dict[str, Any]
@@ -125,14 +126,9 @@ class AutoencoderTask(LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self._freeze()
-            if not any(p.requires_grad for p in self.autoencoder.parameters()):
-                raise UserError(
-                    f"{type(self.autoencoder).__name__} has nothing to train; shorten model.freeze or run a test."
-                )
-            self._check_steps()
-            self._check_precision()
-            self._check_last_layer()
+            freeze(self.autoencoder, self.freeze_parts)
+            self.train(self.training)
+            check_training(self.autoencoder, self.loss, self.trainer)
             self.loss.setup()
         self.metrics.setup()
 
@@ -149,16 +145,13 @@ class AutoencoderTask(LightningModule):
         if self.loss.discriminator is not None:
             parameters = list(self.loss.discriminator.parameters())
             players.append((parameters, self.discriminator_optimizer, self.discriminator_scheduler))
-        optimizers, schedulers = [], []
-        for parameters, make_optimizer, make_scheduler in players:
-            optimizers.append(make_optimizer(parameters))
-            scheduler = make_scheduler(optimizers[-1])
-            if isinstance(scheduler, WarmupCosine):
-                # A dry run ends within the warm-up, which is no mistake there.
-                dry = bool(getattr(self.trainer, "fast_dev_run", False))
-                scheduler.set_total_steps(scheduler.warmup_steps + 1 if dry else self.trainer.max_steps)
-            schedulers.append(scheduler)
-        return optimizers, schedulers
+        # A dry run ends within the warm-up, which is no mistake there.
+        max_steps = None if getattr(self.trainer, "fast_dev_run", False) else self.trainer.max_steps
+        optimizers = [make_optimizer(parameters) for parameters, make_optimizer, _ in players]
+        makers = [make_scheduler for *_, make_scheduler in players]
+        return optimizers, [
+            schedule(optimizer, make, max_steps) for optimizer, make in zip(optimizers, makers, strict=True)
+        ]
 
     def _generator_parameters(self) -> list[nn.Parameter] | list[dict[str, Any]]:
         parameters = [p for p in self.autoencoder.parameters() if p.requires_grad]
@@ -167,59 +160,13 @@ class AutoencoderTask(LightningModule):
         # In a group of its own: it is not sharded with the others, and an optimizer's kernel takes one kind at a time.
         return [{"params": parameters}, {"params": [self.loss.logvar]}]
 
-    def _freeze(self) -> None:
-        for part in self.freeze_parts:
-            modules = dict(self.autoencoder.named_modules())
-            if part not in modules or not part:
-                children = [name for name in modules if name and name.count(".") < 2]
-                raise UserError(
-                    f"Expected model.freeze to name modules of {type(self.autoencoder).__name__} "
-                    f"({', '.join(name for name in children if '.' not in name)}), got {part!r}"
-                    f"{suggestion(part, children)}"
-                )
-            modules[part].requires_grad_(False)
-        self.train(self.training)
-
     def on_fit_start(self) -> None:
         if self.seed is None:
             self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
 
     def on_train_start(self) -> None:
-        # The rates of a resumed run are those of its config from the first step on, not those of the checkpoint.
         for scheduler in self._schedulers():
-            if isinstance(scheduler, WarmupCosine):
-                for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
-                    group["lr"] = rate
-
-    def _check_steps(self) -> None:
-        max_steps = self.trainer.max_steps
-        if getattr(self.trainer, "fast_dev_run", False):
-            return
-        if max_steps <= 0:
-            raise UserError(
-                f"Expected trainer.max_steps above 0, got {max_steps}: warm-up, GAN start and schedules count steps."
-            )
-        if self.loss.discriminator is not None and self.loss.adversarial_start >= max_steps:
-            raise UserError(
-                f"Expected a GAN that starts within the training, got adversarial_start={self.loss.adversarial_start} "
-                f"and trainer.max_steps={max_steps}; lower the first, or train without GAN by "
-                "--model.loss.discriminator null."
-            )
-
-    def _check_precision(self) -> None:
-        if str(self.trainer.precision) not in ("32-true", "bf16-mixed"):
-            raise UserError(
-                f"Expected trainer.precision bf16-mixed or 32-true, got {self.trainer.precision}: losses are in fp32, "
-                "and the one gradient scaler of 16-mixed cannot serve the two players of a GAN."
-            )
-
-    def _check_last_layer(self) -> None:
-        adaptive = self.loss.adaptive_weight and self.loss.adversarial_weight > 0
-        if self.loss.discriminator is not None and adaptive and not self.autoencoder.last_layer.requires_grad:
-            raise UserError(
-                "Expected a last layer that is trained for the adaptive GAN weight, got one that model.freeze names; "
-                "train it or set --model.loss.adaptive_weight false."
-            )
+            resume_rates(scheduler)
 
     # Train.
 
@@ -324,7 +271,10 @@ class AutoencoderTask(LightningModule):
                         key = f"{player}/{'loss' if name == 'total' else name}"
                         means[key] = means.get(key, 0.0) + share * value.detach()
         self._placement.average_gradients(self.loss)
-        norms = {name: self._gradient_norm(optimizer) for name, optimizer in self._players(step).items()}
+        norms = {
+            name: self._placement.gradient_norm(gradients(optimizer)).detach()
+            for name, optimizer in self._players(step).items()
+        }
         means |= {f"{name}/gradient_norm": norm for name, norm in norms.items()}
         return means, find_reason(
             self.trainer.strategy, torch.stack([*norms.values()]).sum(), lambda: ("", bad_gradients(self))
@@ -335,10 +285,6 @@ class AutoencoderTask(LightningModule):
         strategy = self.trainer.strategy
         with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
             yield
-
-    def _gradient_norm(self, optimizer: LightningOptimizer | Optimizer) -> Tensor:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return self._placement.gradient_norm(gradients).detach()
 
     def _log_step(self, values: dict[str, Any], step: int, now: bool) -> None:
         """To the loggers at this step (which Lightning would count in batches, and give old values to skipped ones)."""
@@ -362,13 +308,7 @@ class AutoencoderTask(LightningModule):
         if self.gradient_clip_norm is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self._placement.clip_gradients(parameters, self.gradient_clip_norm, norm)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * self.rate_scale
-        optimizer.step()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # the schedule's own, from which it may compute the next
-        optimizer.zero_grad()
+        step_at(optimizer, self.rate_scale)
 
     # Evaluate.
 
@@ -420,30 +360,11 @@ class AutoencoderTask(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how a checkpoint of another model differs; outside of `fit` take the autoencoder's weights alone."""
-        own = self.state_dict()
         if self.trainer.state.fn != "fit":
-            held = checkpoints.autoencoder_weights(checkpoint)
-            weights.check_fit(held, self.autoencoder.state_dict(), "The checkpoint")
-            rest = {name: value for name, value in own.items() if not name.startswith(checkpoints.PREFIX)}
-            kept = checkpoints.autoencoder_weights(checkpoint, self.ema.evaluate)
-            checkpoint["state_dict"] = rest | {f"{checkpoints.PREFIX}{name}": value for name, value in kept.items()}
+            checkpoints.keep_autoencoder(checkpoint, self.state_dict(), self.ema.evaluate)
             return
-        if "optimizer_states" not in checkpoint:
-            raise UserError(
-                "Expected a checkpoint of a training to go on from, got weights alone; --init_from begins a new "
-                "training."
-            )
-        try:
-            weights.check_fit(checkpoint["state_dict"], own, "The checkpoint")
-        except UserError as error:
-            raise UserError(f"{error} --init_from begins a new training with what fits.") from error
-        trained = sum(len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"])
-        wanted = sum(p.requires_grad for p in self.autoencoder.parameters()) + (self.loss.logvar is not None)
-        if trained != wanted:
-            raise UserError(
-                f"Expected a checkpoint that trained the same {wanted} tensors, got one of {trained}: another "
-                "model.freeze; --init_from begins a new training from it."
-            )
+        trained = sum(p.requires_grad for p in self.autoencoder.parameters()) + (self.loss.logvar is not None)
+        checkpoints.check_resumable(checkpoint, self.state_dict(), trained)
         for name in COUNTS:  # absent from checkpoints of older versions
             setattr(self, name, checkpoint.get("training", {}).get(name, getattr(self, name)))
 

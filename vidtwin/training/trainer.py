@@ -1,6 +1,6 @@
 """Lightning's Trainer with the commands of this project: each method below is a subcommand of `vidtwin`."""
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 
+from vidtwin import console
 from vidtwin.data import ClipSource
 from vidtwin.errors import UserError
 from vidtwin.files import replacing
@@ -95,10 +95,10 @@ class VideoTrainer(Trainer):
         if init_from and not ckpt_path:
             lines = checkpoints.load_part(task.autoencoder, init_from)
             for line in lines:
-                _tell(f"vidtwin: {init_from}: {line}")
+                console.log(f"{init_from}: {line}", rank_zero=True)
             own = len(task.autoencoder.state_dict())
             kept = sum(line.startswith(("missing", "left out")) for line in lines)
-            _tell(f"vidtwin: {own - kept} of {own} tensors from {init_from}")
+            console.log(f"{own - kept} of {own} tensors from {init_from}", rank_zero=True)
         super().fit(task, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
 
     def _newest(self, resume: str) -> Path | None:
@@ -113,12 +113,13 @@ class VideoTrainer(Trainer):
             if saved is None:
                 raise UserError("Expected a LatestCheckpoint among the callbacks for resume='auto', got none.")
             folder = saved.folder(self)
-        found = checkpoints.newest(folder, _warn)
+        log = partial(console.log, rank_zero=True)
+        found = checkpoints.newest(folder, log)
         if found is None and (folder / "checkpoints").is_dir():
-            found = checkpoints.newest(folder / "checkpoints", _warn)
+            found = checkpoints.newest(folder / "checkpoints", log)
         if found is None and resume != "auto":
             raise UserError(f"Expected whole checkpoints in {folder} to go on from, got none.")
-        _tell(f"vidtwin: goes on from {found}" if found else f"vidtwin: nothing in {folder} to go on from; begins")
+        log(f"goes on from {found}" if found else f"nothing in {folder} to go on from; begins")
         return found
 
     def predict(  # type: ignore[override]
@@ -150,7 +151,7 @@ class VideoTrainer(Trainer):
             super().predict(self._task(model), dataloaders, datamodule, return_predictions=False, ckpt_path=ckpt_path)
         finally:
             callbacks.remove(writer)
-        _say(f"latents and reconstructions -> {out}")
+        console.write(f"latents and reconstructions -> {out}", rank_zero=True)
 
     def replay(self, model: LightningModule, dump: str) -> list[str]:
         """Run a step again that training skipped, and say where it breaks.
@@ -168,7 +169,7 @@ class VideoTrainer(Trainer):
         with self.precision_plugin.forward_context():
             lines = run_again(task, read_dump(dump))
         for line in lines:
-            _say(line)
+            console.write(line, rank_zero=True)
         return lines
 
     def _task(self, model: LightningModule | None) -> AutoencoderTask:
@@ -209,17 +210,3 @@ class _PredictionWriter(Callback):
                         tensors[f"{key}.codes"] = posterior.codes[index].to(torch.int32).cpu()
                 save_file(tensors, temporary)
             write_video(self.out / f"{inside}.mp4", panels.to_uint8(outputs.clip[index]), fps)
-
-
-@rank_zero_only
-def _tell(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-
-
-def _warn(line: str) -> None:
-    _tell(f"vidtwin: {line}")
-
-
-@rank_zero_only
-def _say(line: str) -> None:
-    print(line, flush=True)  # noqa: T201 - what the command is for
