@@ -18,13 +18,13 @@ from vidtwin.video import COLOUR, RESIZE_FILTER, VideoInfo
 
 from . import description
 from .broken import UnusableVideos, log
-from .cache import CachedClips
-from .cache_writer import Written, write_cache
 from .clips import ClipDataset, Video, VideoClips
 from .index import Fault, survey_all
 from .loader import ChunkLoader, ClipLoader, init_worker
 from .resumable import ResumableDataModule
 from .sampler import ClipSampler
+from .shards.cached import CachedClips
+from .shards.writer import Written, write_cache
 from .transforms import to_batch
 
 

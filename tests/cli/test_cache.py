@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from vidtwin.cli.cache import cache_command
-from vidtwin.datamodules.cache import CachedClips
-from vidtwin.datamodules.cache_writer import write_cache
 from vidtwin.datamodules.data_module import ClipDataModule
+from vidtwin.datamodules.shards.cached import CachedClips
+from vidtwin.datamodules.shards.writer import write_cache
 from vidtwin.datamodules.streaming import Streamed
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.datamodules.ucf101 import UCF101

@@ -20,13 +20,13 @@ import torch
 from broken_tree import BAD, write_tree
 from torch.utils.data import DataLoader
 
-from vidtwin.datamodules import cache_writer
-from vidtwin.datamodules.cache import CachedClips
-from vidtwin.datamodules.cache_writer import write_cache
 from vidtwin.datamodules.clips import ClipDataset
 from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.datamodules.folder import VideoFolder
-from vidtwin.datamodules.shards import Manifest
+from vidtwin.datamodules.shards import writer as cache_writer
+from vidtwin.datamodules.shards.cached import CachedClips
+from vidtwin.datamodules.shards.format import Manifest
+from vidtwin.datamodules.shards.writer import write_cache
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.datamodules.ucf101 import UCF101
 from vidtwin.errors import UserError

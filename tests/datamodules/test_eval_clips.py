@@ -12,9 +12,9 @@ import torch
 from broken_tree import damage, pictures
 
 from vidtwin.data import ClipSettings
-from vidtwin.datamodules.cache_writer import write_cache
 from vidtwin.datamodules.clips import Video, VideoClips
 from vidtwin.datamodules.folder import VideoFolder
+from vidtwin.datamodules.shards.writer import write_cache
 from vidtwin.datamodules.streaming import Streamed
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vidtwin.datamodules import doctor
+from vidtwin.datamodules.doctor import command as doctor
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.datamodules.ucf101 import UCF101
 from vidtwin.listing import cache_home, find_videos, identity

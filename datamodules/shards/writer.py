@@ -28,15 +28,15 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from vidtwin.data import SPLITS, ClipSettings, Skip
+from vidtwin.datamodules.clips import ClipDataset, Video
+from vidtwin.datamodules.index import Fault
+from vidtwin.datamodules.loader import init_worker
 from vidtwin.errors import UserError
 from vidtwin.files import intended_name, replacing, write_text
 from vidtwin.video import VideoError, survey
 
-from .cache import difference
-from .clips import ClipDataset, Video
-from .index import Fault
-from .loader import init_worker
-from .shards import FIELDS, MANIFEST, TABLE, Format, Manifest, Shard, as_skip, is_whole
+from .cached import difference
+from .format import FIELDS, MANIFEST, TABLE, Format, Manifest, Shard, as_skip, is_whole
 
 SHARD_BYTES = 64 * 2**20
 _COLUMNS = {

@@ -7,7 +7,7 @@
 
 A shard is a chunk as litdata 0.2 reads it, without compression: uint32 number of items, uint32 offsets of the items
 and of their end, items. An item is the uint32 sizes of its fields and the fields: picture data as they are, behind a
-header of a few bytes. So the same files are mapped into memory (cache.py) and streamed (streaming.py).
+header of a few bytes. So the same files are mapped into memory (cached.py) and streamed (streamed.py).
 """
 
 import hashlib
