@@ -79,7 +79,7 @@ def test_the_page_leads_from_nothing_to_a_row_of_the_table_and_leaves_no_trace(
 
     assert main(["check", *commands("check")]) == 0
     printed = capsys.readouterr().out
-    assert "ok       decode needs the codes alone" in printed
+    assert "ok       decode needs only the codes" in printed
     assert "codebooks          blocks 4,096 entries" in printed
     (row,) = [
         [cell.strip() for cell in line.split("|")] for line in PAGE.splitlines() if line.startswith("| MyBaseline")

@@ -1,10 +1,10 @@
-"""The contract of a video autoencoder: promises that any plug-in's class can be held to.
+"""Tests of the contract of `VideoAutoencoder`, for models and plug-ins.
 
-    check_promises(model) ── one Promise (kept, broken or not asked) after the other ──> `vidtwin check NAME`
+    check_promises(model) ── one Promise (kept, broken or skipped) after the other ──> `vidtwin check NAME`
     check_autoencoder(model) ── ContractError at the first broken one ──> tests
 
-Each promise is a function below, in the order in which they are asked. One that needs another is not asked where that
-one is broken, so that a model with one mistake gets one message.
+Each promise is a function below, in the order of the checks. A promise is skipped if one that it needs is broken, so
+that a model with one mistake gets one message.
 """
 
 import copy
@@ -25,14 +25,18 @@ from vidtwin.posteriors import Encoding, Latents, Posterior, Quantized
 
 
 class ContractError(AssertionError):
-    """A model breaks the interface; the message says which promise, what was expected and what came."""
+    """A model breaks the contract; the message gives the promise, the expected and the actual value."""
 
 
 @dataclass(frozen=True)
 class Promise:
-    """What became of one promise: `passed` is None where it was not asked, and `detail` says why, or what broke it.
+    """The outcome of one promise.
 
-    `error` is the exception that the model's own code raised, if that is what happened.
+    Attributes:
+        name: The promise.
+        passed: True if kept, False if broken, None if skipped.
+        detail: Reason if broken or skipped.
+        error: The exception that the model's own code raised, if any.
     """
 
     name: str
@@ -44,16 +48,20 @@ class Promise:
 def check_autoencoder(
     model: VideoAutoencoder, num_frames: int | None = None, resolution: int = 64, batch_size: int = 2
 ) -> None:
-    """Run `model` through every promise of `VideoAutoencoder`; raises `ContractError` at the first broken one.
+    """Check every promise of `VideoAutoencoder` and raise `ContractError` at the first broken one.
 
-    Use a small configuration: it runs a few dozen forward and some backward passes on the model's device. The
-    model's weights, buffers, gradients and mode are left as they were, and so are torch's random numbers.
+    Use a small configuration: the check runs a few dozen forward and some backward passes on the model's device. It
+    preserves the model's weights, buffers, gradients and mode, and torch's random state.
 
     Args:
         model: The autoencoder.
-        num_frames: T of the clip; None takes the model's own, or one near 16.
-        resolution: H = W of the clip, where the model itself fixes none.
-        batch_size: B of the clip; each clip must be treated on its own.
+        num_frames: T of the clip; by default the model's usual length.
+        resolution: H = W of the clip in pixels, if the model has no fixed resolution.
+        batch_size: B of the clip, at least 2 to see that clips do not depend on their batch.
+
+    Raises:
+        ContractError: A promise is broken.
+        UserError: The model does not take such a clip.
     """
     for promise in check_promises(model, num_frames, resolution, batch_size):
         if promise.passed is False:
@@ -63,9 +71,9 @@ def check_autoencoder(
 def check_promises(
     model: VideoAutoencoder, num_frames: int | None = None, resolution: int = 64, batch_size: int = 2
 ) -> Iterator[Promise]:
-    """Hold `model` to each promise in turn and say what became of it; goes on after a broken one.
+    """Check every promise in turn and yield its outcome, continuing after a broken one.
 
-    Arguments as for `check_autoencoder`. Raises `UserError` at once where the model takes no such clip.
+    Arguments as for `check_autoencoder`. Raises `UserError` at once if the model does not take such a clip.
     """
     if batch_size < 2:
         raise UserError(
@@ -79,12 +87,12 @@ def check_promises(
     clip = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=dtype) * 2 - 1
     model.check_clip(clip)
     model.temporal.legal_length(num_frames)
-    return _ask(_Check(model, clip.to(weight.device)))
+    return _run_all(_Check(model, clip.to(weight.device)))
 
 
 @dataclass
 class _Check:
-    """The model, the clip, and what the first promises found out for the later ones."""
+    """The model, the clip, and results of the first promises that later ones reuse."""
 
     model: VideoAutoencoder
     clip: Tensor
@@ -94,7 +102,7 @@ class _Check:
     state: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.state = {name: value.detach().clone() for name, value in _tensors(self.model)}
+        self.state = {name: value.detach().clone() for name, value in _iterate_tensors(self.model)}
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -103,24 +111,25 @@ class _Check:
         return channels, frames, height, width
 
     def other_clip(self, frames: int, height: int, width: int) -> Tensor:
-        """(1, 3, frames, height, width) of the first clip, repeated as often as need be."""
+        """Crop or repeat the first clip to (1, 3, frames, height, width)."""
         _, whole_t, whole_h, whole_w = self.shape
         t, h, w = (torch.arange(n) % whole for n, whole in ((frames, whole_t), (height, whole_h), (width, whole_w)))
         return self.clip[:1, :, t][:, :, :, h][..., w]
 
     def codes(self) -> Latents:
-        """Of the discrete latents."""
+        """Return the codes of the discrete latents."""
         return {name: posterior.codes for name, posterior in self.encoding.items() if isinstance(posterior, Quantized)}
 
     def same(self, first: Tensor, second: Tensor) -> bool:
-        # Convolutions on accelerators may round to TF32, in another order for another batch.
+        """Return whether two tensors are equal up to rounding."""
+        # Convolutions on accelerators may round to TF32, and their order of summation may depend on the batch.
         rtol, atol = (1e-4, 1e-5) if self.clip.device.type == "cpu" else (1e-2, 1e-2)
-        if second.numel():  # a small sum of large numbers rounds as they do
+        if second.numel():  # a small sum of large numbers inherits their rounding error
             atol *= max(1.0, float(second.detach().abs().max()))
         return first.shape == second.shape and torch.allclose(first, second, rtol=rtol, atol=atol)
 
     def same_latent(self, first: Posterior, second: Posterior, rows: slice = slice(None)) -> bool:
-        """Whether `first` is `second` for some clips of the batch. A few codes may differ: rounding breaks ties."""
+        """Return whether `first` equals `second[rows]`; a few codes may differ, since rounding breaks ties."""
         if isinstance(first, Quantized) and isinstance(second, Quantized):
             if first.codes.shape != second.codes[rows].shape:
                 return False
@@ -129,42 +138,44 @@ class _Check:
         return self.same(first.mode(), second.mode()[rows])
 
 
-_Question = Callable[[_Check], None]
-_PROMISES: dict[str, tuple[_Question, tuple[str, ...]]] = {}
+_Test = Callable[[_Check], None]
+_PROMISES: dict[str, tuple[_Test, tuple[str, ...]]] = {}
 
 
-class _NotAskedError(Exception):
-    """The promise says nothing of this model; the message says why."""
+class _NotApplicableError(Exception):
+    """The promise does not apply to this model; the message says why."""
 
 
-def _promise(name: str, *needs: str) -> Callable[[_Question], _Question]:
-    def register(question: _Question) -> _Question:
-        _PROMISES[name] = (question, needs)
-        return question
+def _promise(name: str, *needs: str) -> Callable[[_Test], _Test]:
+    """Register a promise that is checked only if all of `needs` are kept."""
+
+    def register(test: _Test) -> _Test:
+        _PROMISES[name] = (test, needs)
+        return test
 
     return register
 
 
-def _ask(check: _Check) -> Iterator[Promise]:
-    answers: dict[str, Promise] = {}
+def _run_all(check: _Check) -> Iterator[Promise]:
+    outcomes: dict[str, Promise] = {}
     try:
-        for name, (question, needs) in _PROMISES.items():
-            absent = [answers[need] for need in needs if not answers[need].passed]
-            if absent:
-                reason = absent[0].detail if absent[0].passed is None else f"it needs: {absent[0].name}"
-                answers[name] = Promise(name, None, reason)
+        for name, (test, needs) in _PROMISES.items():
+            unmet = [outcomes[need] for need in needs if not outcomes[need].passed]
+            if unmet:
+                reason = unmet[0].detail if unmet[0].passed is None else f"it needs: {unmet[0].name}"
+                outcomes[name] = Promise(name, None, reason)
             else:
-                answers[name] = _answer(check, name, question)
-            yield answers[name]
+                outcomes[name] = _run(check, name, test)
+            yield outcomes[name]
     finally:
         _restore(check)
 
 
-def _answer(check: _Check, name: str, question: _Question) -> Promise:
+def _run(check: _Check, name: str, test: _Test) -> Promise:
     try:
-        with _evaluation(check.model), torch.no_grad():
-            question(check)
-    except _NotAskedError as reason:
+        with _evaluation_mode(check.model), torch.no_grad():
+            test(check)
+    except _NotApplicableError as reason:
         return Promise(name, None, str(reason))
     except ContractError as error:
         cause = error.__cause__
@@ -175,8 +186,8 @@ def _answer(check: _Check, name: str, question: _Question) -> Promise:
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode; afterwards each part's mode and torch's random numbers are as they were."""
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Enter evaluation mode; restore each module's mode and torch's random state afterwards."""
     modes = {module: module.training for module in model.modules()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices, key=str)):
@@ -189,7 +200,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def describe(error: Exception) -> str:
-    """`TypeError('…'), raised at file.py:12`: the innermost line that is not torch's or this interface's."""
+    """Format an error with the innermost line of the model's own code: `TypeError('…'), raised at file.py:12`."""
     frames = [
         (frame.f_globals.get("__name__", ""), frame.f_code.co_filename, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
@@ -215,8 +226,8 @@ def _require(condition: bool, promise: str) -> None:
 
 
 @contextmanager
-def _works(promise: str) -> Iterator[None]:
-    """What the model raises in here breaks `promise`."""
+def _expect_success(promise: str) -> Iterator[None]:
+    """Convert any exception of the model to a `ContractError` about `promise`."""
     try:
         yield
     except ContractError:
@@ -225,13 +236,13 @@ def _works(promise: str) -> Iterator[None]:
         raise ContractError(f"{promise}: {describe(error)}") from error
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _iterate_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
-def _changed(check: _Check) -> list[str]:
-    now = dict(_tensors(check.model))
+def _find_changed(check: _Check) -> list[str]:
+    now = dict(_iterate_tensors(check.model))
 
     def is_same(name: str, before: Tensor) -> bool:
         after = now.get(name)
@@ -241,9 +252,9 @@ def _changed(check: _Check) -> list[str]:
 
 
 def _restore(check: _Check) -> None:
-    now = dict(_tensors(check.model))
+    now = dict(_iterate_tensors(check.model))
     with torch.no_grad():
-        for name in _changed(check):
+        for name in _find_changed(check):
             if name in now and now[name].shape == check.state[name].shape:
                 now[name].copy_(check.state[name])
 
@@ -251,8 +262,8 @@ def _restore(check: _Check) -> None:
 # Encoding.
 
 
-@_promise("encode gives the latents by name")
-def _names(check: _Check) -> None:
+@_promise("encode returns the named latents")
+def _check_names(check: _Check) -> None:
     check.encoding = check.model.encode(check.clip)
     check.latents = check.encoding.mode()
     wanted, got = check.model.latent_names, tuple(check.latents)
@@ -263,8 +274,8 @@ def _names(check: _Check) -> None:
     )
 
 
-@_promise("latent shapes", "encode gives the latents by name")
-def _shapes(check: _Check) -> None:
+@_promise("latent shapes", "encode returns the named latents")
+def _check_shapes(check: _Check) -> None:
     shapes = {name: tuple(latent.shape[1:]) for name, latent in check.latents.items()}
     claimed = check.model.latent_shapes(check.shape)
     _require(
@@ -273,8 +284,8 @@ def _shapes(check: _Check) -> None:
     )
 
 
-@_promise("compression rate", "encode gives the latents by name")
-def _rate(check: _Check) -> None:
+@_promise("compression rate", "encode returns the named latents")
+def _check_rate(check: _Check) -> None:
     rate = check.model.compression_rate(check.shape)
     measured = sum(latent[0].numel() for latent in check.latents.values()) / check.clip[0].numel()
     _require(
@@ -284,8 +295,8 @@ def _rate(check: _Check) -> None:
     )
 
 
-@_promise("the same latents each time in evaluation", "encode gives the latents by name")
-def _determinism(check: _Check) -> None:
+@_promise("encode is deterministic in evaluation", "encode returns the named latents")
+def _check_determinism(check: _Check) -> None:
     latents = check.model.encode(check.clip).mode()
     for name, latent in check.model.encode(check.clip).mode().items():
         _require(
@@ -295,8 +306,8 @@ def _determinism(check: _Check) -> None:
         )
 
 
-@_promise("posteriors: samples and terms", "encode gives the latents by name")
-def _posteriors(check: _Check) -> None:
+@_promise("posterior samples and regularization terms", "encode returns the named latents")
+def _check_posteriors(check: _Check) -> None:
     for name, sample in check.encoding.sample().items():
         wanted = tuple(check.latents[name].shape)
         _require(
@@ -309,8 +320,8 @@ def _posteriors(check: _Check) -> None:
         )
 
 
-@_promise("codes and their codebooks", "encode gives the latents by name")
-def _codes(check: _Check) -> None:
+@_promise("codes and codebook sizes", "encode returns the named latents")
+def _check_codes(check: _Check) -> None:
     claimed = check.model.code_shapes(check.shape)
     for name in check.codes():
         _require(name in claimed, f"code_shapes() names {name}, whose posterior is Quantized: it names {list(claimed)}")
@@ -332,15 +343,15 @@ def _codes(check: _Check) -> None:
             f"codebook_size of {name} is {posterior.codebook_size} in the posterior, but {size} in code_shapes()",
         )
     if not claimed:
-        raise _NotAskedError("no latent is discrete")
+        raise _NotApplicableError("no latent is discrete")
 
 
-@_promise("bits per pixel", "encode gives the latents by name", "codes and their codebooks")
-def _bits(check: _Check) -> None:
+@_promise("bits per pixel", "encode returns the named latents", "codes and codebook sizes")
+def _check_bits(check: _Check) -> None:
     bits = check.model.bits_per_pixel(check.shape)
     if set(check.codes()) != set(check.latents):
         _require(bits is None, f"bits_per_pixel() is None where a latent is not discrete, got {bits}")
-        raise _NotAskedError(f"of {few(sorted(check.latents))} not all are discrete")
+        raise _NotApplicableError(f"of {few(sorted(check.latents))} not all are discrete")
     codes = [posterior for posterior in check.encoding.values() if isinstance(posterior, Quantized)]
     measured = sum(posterior.bits for posterior in codes) / math.prod(check.shape[1:])
     _require(
@@ -352,8 +363,8 @@ def _bits(check: _Check) -> None:
 # Decoding.
 
 
-@_promise("decode gives the clip back", "encode gives the latents by name")
-def _decoding(check: _Check) -> None:
+@_promise("decode returns the shape of the clip", "encode returns the named latents")
+def _check_decoding(check: _Check) -> None:
     decoded = check.model.decode(check.latents, check.shape[1])
     wanted, got = tuple(check.clip.shape), tuple(decoded.shape)
     _require(got == wanted, f"decode() gives the clip's shape {wanted}, got {got}")
@@ -362,9 +373,9 @@ def _decoding(check: _Check) -> None:
     check.decoded = decoded
 
 
-@_promise("decode needs the codes alone", "codes and their codebooks", "decode gives the clip back")
-def _from_codes(check: _Check) -> None:
-    check.model.encode(check.clip.flip(0) * 0.5)  # so that nothing that was kept from the clip's own encode helps
+@_promise("decode needs only the codes", "codes and codebook sizes", "decode returns the shape of the clip")
+def _check_from_codes(check: _Check) -> None:
+    check.model.encode(check.clip.flip(0) * 0.5)  # so that no state kept from encoding the clip helps
     vectors = check.model.dequantize(check.codes())
     wanted = sorted(check.codes())
     _require(sorted(vectors) == wanted, f"dequantize() gives the latents of its codes {wanted}, got {sorted(vectors)}")
@@ -383,10 +394,10 @@ def _from_codes(check: _Check) -> None:
     )
 
 
-@_promise("decode needs the latents alone", "decode gives the clip back")
-def _alone(check: _Check) -> None:
+@_promise("decode needs only the latents", "decode returns the shape of the clip")
+def _check_from_latents(check: _Check) -> None:
     model, frames = check.model, check.shape[1]
-    model.encode(check.clip)  # so that a decoder which peeks at its encoder's state sees the right one first
+    model.encode(check.clip)  # so that a decoder that reads its encoder's state first sees the right one
     decoded = model.decode(check.latents, frames)
     _require(
         check.same(model.decode(check.latents, frames), decoded),
@@ -400,9 +411,9 @@ def _alone(check: _Check) -> None:
     )
 
 
-@_promise("decode shows the latents", "decode gives the clip back")
-def _shown(check: _Check) -> None:
-    # With noise on the weights, since a last layer may start at 0.
+@_promise("decode uses the latents", "decode returns the shape of the clip")
+def _check_use_of_latents(check: _Check) -> None:
+    # Noise on the weights, since a last layer may be initialized to 0.
     model, random = copy.deepcopy(check.model), torch.Generator().manual_seed(0)
 
     def noise(like: Tensor) -> Tensor:
@@ -414,7 +425,7 @@ def _shown(check: _Check) -> None:
     latents = {name: latent for name, latent in check.latents.items() if latent.is_floating_point()}
     others = {name: latent + noise(latent) * (1 + latent.abs()) for name, latent in latents.items()}
     if not others:
-        raise _NotAskedError("no latent is of floating point")
+        raise _NotApplicableError("no latent is of floating point")
     decoded, other = (model.decode({**check.latents, **given}, check.shape[1]) for given in (latents, others))
     kept = "one colour" if bool((decoded == decoded.flatten()[0]).all()) else "the same clip"
     _require(
@@ -423,28 +434,29 @@ def _shown(check: _Check) -> None:
     )
 
 
-@_promise("forward decodes the modes in evaluation", "decode gives the clip back")
-def _forward(check: _Check) -> None:
+@_promise("forward decodes the modes in evaluation", "decode returns the shape of the clip")
+def _check_forward(check: _Check) -> None:
     _require(
         check.same(check.model(check.clip).clip, check.decoded),
         "forward() in evaluation decodes the posteriors' modes; leave it to the base class",
     )
 
 
-@_promise("a clip does not depend on its batch", "decode gives the clip back")
-def _batch(check: _Check) -> None:
-    told = _depends_on_batch(check, check.model, check.clip)
-    if told and check.clip.device.type == "cpu" and check.clip.dtype == torch.float32:
-        # A norm of a constant map makes much of rounding. In double precision that is gone, and what depends stays.
-        with suppress(Exception):  # of a model that knows single precision alone
-            told = _depends_on_batch(check, copy.deepcopy(check.model).double(), check.clip.double())
+@_promise("clips are independent of their batch", "decode returns the shape of the clip")
+def _check_batch(check: _Check) -> None:
+    dependent = _find_batch_dependence(check, check.model, check.clip)
+    if dependent and check.clip.device.type == "cpu" and check.clip.dtype == torch.float32:
+        # Normalizing a constant map amplifies rounding. Double precision removes that, but not a real dependence.
+        with suppress(Exception):  # the model may support single precision only
+            dependent = _find_batch_dependence(check, copy.deepcopy(check.model).double(), check.clip.double())
     _require(
-        not told, f"{told} of a clip does not depend on its batch; normalize over a clip's own axes, not over the batch"
+        not dependent,
+        f"{dependent} of a clip does not depend on its batch; normalize over a clip's own axes, not over the batch",
     )
 
 
-def _depends_on_batch(check: _Check, model: VideoAutoencoder, clip: Tensor) -> str:
-    """What comes out otherwise of the first clip alone than of its batch; empty where nothing does."""
+def _find_batch_dependence(check: _Check, model: VideoAutoencoder, clip: Tensor) -> str:
+    """Return the latent or method whose result for the first clip depends on its batch, or an empty string."""
     first, frames = slice(0, 1), check.shape[1]
     encoding = model.encode(clip)
     latents = encoding.mode()
@@ -456,31 +468,31 @@ def _depends_on_batch(check: _Check, model: VideoAutoencoder, clip: Tensor) -> s
     return "" if check.same(alone, decoded[first]) else "decode()"
 
 
-@_promise("some latents decode without the others", "decode gives the clip back")
-def _partial(check: _Check) -> None:
+@_promise("latents decode separately", "decode returns the shape of the clip")
+def _check_partial(check: _Check) -> None:
     if not check.model.partial_latents:
-        raise _NotAskedError("partial_latents is False")
+        raise _NotApplicableError("partial_latents is False")
     for name, latent in check.latents.items():
         promise = f"decode() of {name} alone gives a clip, as partial_latents promises"
-        with _works(promise):
+        with _expect_success(promise):
             part = check.model.decode({name: latent}, check.shape[1])
         wanted = tuple(check.clip.shape)
         _require(part.shape == wanted, f"{promise}: expected {wanted}, got {tuple(part.shape)}")
 
 
-# What clips it takes.
+# Legal clips.
 
 
-@_promise("range of values", "decode gives the clip back")
-def _range(check: _Check) -> None:
+@_promise("value range", "decode returns the shape of the clip")
+def _check_range(check: _Check) -> None:
     model, (low, high) = check.model, check.model.value_range
     _require(low < high, f"value_range is (lowest, highest), got {model.value_range}")
     clip = check.clip.clone()
     clip[:, :, :, 0, 0], clip[:, :, :, -1, -1] = -1, 1
     seen: list[Tensor] = []
-    with _watching(model, "_encode", lambda value, result: seen.append(value)):
+    with _watch_method(model, "_encode", lambda value, result: seen.append(value)):
         latents = model.encode(clip).mode()
-    with _watching(model, "_decode", lambda value, result: seen.append(result)):
+    with _watch_method(model, "_decode", lambda value, result: seen.append(result)):
         decoded = model.decode(latents, check.shape[1])
     if len(seen) != 2:
         raise ContractError(
@@ -502,8 +514,8 @@ def _range(check: _Check) -> None:
 
 
 @contextmanager
-def _watching(model: nn.Module, name: str, watch: Callable[[Tensor, Tensor], object]) -> Iterator[None]:
-    """Show `watch` the argument and the result of each call of a method."""
+def _watch_method(model: nn.Module, name: str, watch: Callable[[Tensor, Tensor], object]) -> Iterator[None]:
+    """Call `watch` with the argument and the result of each call of a method."""
     method = getattr(model, name)
 
     def watched(value: Tensor) -> Tensor:
@@ -518,13 +530,13 @@ def _watching(model: nn.Module, name: str, watch: Callable[[Tensor, Tensor], obj
         object.__delattr__(model, name)
 
 
-@_promise("clip lengths", "latent shapes", "decode gives the clip back")
-def _lengths(check: _Check) -> None:
+@_promise("clip lengths", "latent shapes", "decode returns the shape of the clip")
+def _check_lengths(check: _Check) -> None:
     temporal, frames = check.model.temporal, check.shape[1]
     near = range(1, temporal.legal_length(frames) + temporal.multiple + 1)
     legal = [n for n in near if temporal.is_legal(n) and n != frames]
     legal = [n for n in legal if n < frames][-1:] + [n for n in legal if n > frames][:1]
-    # Beside the clip's length, and beyond what the model takes at all.
+    # An illegal length next to the clip's, and lengths beyond the model's limits.
     beside = [n for n in near if n > frames and not temporal.is_legal(n)][:1]
     beyond = [temporal.minimum - 1, *([temporal.maximum + 1] if temporal.maximum else [])]
     for length in dict.fromkeys([*legal, *beside, *(n for n in beyond if n > 0)]):
@@ -538,13 +550,13 @@ def _lengths(check: _Check) -> None:
                 "to what the model takes",
             )
             continue
-        told = f"a clip of {length} frames" + (f" (padded to {padded})" if padded != length else "")
-        with _works(f"{told} encodes and decodes, as temporal ({temporal}) says"):
-            _round_trip(check.model, clip, told)
+        subject = f"a clip of {length} frames" + (f" (padded to {padded})" if padded != length else "")
+        with _expect_success(f"{subject} encodes and decodes, as temporal ({temporal}) says"):
+            _round_trip(check.model, clip, subject)
 
 
-@_promise("height and width", "latent shapes", "decode gives the clip back")
-def _sizes(check: _Check) -> None:
+@_promise("height and width", "latent shapes", "decode returns the shape of the clip")
+def _check_sizes(check: _Check) -> None:
     model, (_, frames, height, width) = check.model, check.shape
     if model.resolution:
         other = check.other_clip(frames, height, width + model.spatial_multiple)
@@ -553,15 +565,16 @@ def _sizes(check: _Check) -> None:
     step = model.spatial_multiple
     advice = f"spatial_multiple is {step}: set it to what height and width have to be a multiple of"
     advice += ", and a model of squares alone sets resolution"
-    told = f"a clip of {height} x {width + step} pixels"
-    with _works(f"{told} encodes and decodes; {advice}"):
-        _round_trip(model, check.other_clip(frames, height, width + step), told, advice)
+    subject = f"a clip of {height} x {width + step} pixels"
+    with _expect_success(f"{subject} encodes and decodes; {advice}"):
+        _round_trip(model, check.other_clip(frames, height, width + step), subject, advice)
     if step > 1:
         other = check.other_clip(frames, height, width + 1)
         _require(_refuses(model, other), f"a width that is no multiple of {step} is refused with a UserError")
 
 
 def _refuses(model: VideoAutoencoder, clip: Tensor) -> bool:
+    """Return whether `encode` raises a `UserError`."""
     try:
         model.encode(clip)
     except UserError:
@@ -571,18 +584,18 @@ def _refuses(model: VideoAutoencoder, clip: Tensor) -> bool:
     return False
 
 
-def _round_trip(model: VideoAutoencoder, clip: Tensor, told: str, advice: str = "mend _latent_shapes()") -> None:
+def _round_trip(model: VideoAutoencoder, clip: Tensor, subject: str, advice: str = "mend _latent_shapes()") -> None:
     latents = model.encode(clip).mode()
     decoded = model.decode(latents, clip.shape[2])
     wanted, got = tuple(clip.shape), tuple(decoded.shape)
-    _require(got == wanted, f"{told} comes back in its shape: expected {wanted}, got {got}; {advice}")
+    _require(got == wanted, f"{subject} comes back in its shape: expected {wanted}, got {got}; {advice}")
     claimed = model.latent_shapes(clip.shape[1:])
     shapes = {name: tuple(latent.shape[1:]) for name, latent in latents.items()}
-    _require(claimed == shapes, f"latent_shapes() of {told}: claimed {claimed}, got {shapes}; {advice}")
+    _require(claimed == shapes, f"latent_shapes() of {subject}: claimed {claimed}, got {shapes}; {advice}")
 
 
-@_promise("mistakes are refused", "encode gives the latents by name")
-def _refusals(check: _Check) -> None:
+@_promise("invalid inputs are refused", "encode returns the named latents")
+def _check_refusals(check: _Check) -> None:
     model, clip = check.model, check.clip
     mistakes: dict[str, Callable[[], object]] = {
         "a clip without a batch axis": lambda: model.encode(clip[0]),
@@ -592,7 +605,7 @@ def _refusals(check: _Check) -> None:
     for wrong, call in mistakes.items():
         promise = f"{wrong} is refused with a UserError; leave encode() and decode() to the base class"
         try:
-            with _works(promise):
+            with _expect_success(promise):
                 call()
         except ContractError as error:
             if isinstance(error.__cause__, UserError):
@@ -604,15 +617,15 @@ def _refusals(check: _Check) -> None:
 # Saving and training.
 
 
-@_promise("saved and loaded it is the same model", "decode gives the clip back")
-def _saving(check: _Check) -> None:
+@_promise("saving and loading preserve the model", "decode returns the shape of the clip")
+def _check_saving(check: _Check) -> None:
     model, name = check.model, type(check.model).__name__
     buffer = io.BytesIO()
     torch.save({"state_dict": model.state_dict(), "spec": model.spec()}, buffer)
     buffer.seek(0)
-    with _works(f"spec() of {name} holds plain values that can be stored"):
+    with _expect_success(f"spec() of {name} holds plain values that can be stored"):
         loaded = torch.load(buffer, weights_only=True)
-    with _works(f"{name} can be rebuilt from spec() and state_dict()"):
+    with _expect_success(f"{name} can be rebuilt from spec() and state_dict()"):
         rebuilt = type(model)(**loaded["spec"]["init_args"]).to(check.clip).eval()
         rebuilt.load_state_dict(loaded["state_dict"])
     rebuilt_from = "a model rebuilt from spec() and state_dict()"
@@ -628,12 +641,12 @@ def _saving(check: _Check) -> None:
         )
 
 
-_PASSES = 10  # a training step may leave out layers or latents at random
+_PASSES = 10  # a training step may drop layers or latents at random
 
 
-@_promise("every trainable parameter gets a gradient", "decode gives the clip back")
-def _gradients(check: _Check) -> None:
-    model = _for_training(check.model)
+@_promise("every trainable parameter gets a gradient", "decode returns the shape of the clip")
+def _check_gradients(check: _Check) -> None:
+    model = _copy_for_training(check.model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.enable_grad():
         decoder_trains = model.decode(check.latents, check.shape[1]).requires_grad
@@ -653,17 +666,17 @@ def _gradients(check: _Check) -> None:
     )
 
 
-@_promise("encoders learn from what is decoded", "every trainable parameter gets a gradient")
+@_promise("encoders learn from the decoded clip", "every trainable parameter gets a gradient")
 @torch.enable_grad()
-def _learning(check: _Check) -> None:
-    model, leaf = _for_training(check.model), check.clip.clone().requires_grad_()
+def _check_learning(check: _Check) -> None:
+    model, leaf = _copy_for_training(check.model), check.clip.clone().requires_grad_()
     watched, encoding = model.encode(leaf), model.encode(check.clip)
     for name, sample in watched.sample().items():
         trains = [term for term, value in encoding[name].regularization().items() if value.requires_grad]
-        terms = [term for term, value in watched[name].regularization().items() if _reaches(value, leaf)]
-        terms = [term for term in terms if term in trains]  # the others reach the clip through a frozen encoder
+        terms = [term for term, value in watched[name].regularization().items() if _has_gradient_path(value, leaf)]
+        terms = [term for term in terms if term in trains]  # the others depend on the clip through a frozen encoder
         _require(
-            not terms or _reaches(sample, leaf),
+            not terms or _has_gradient_path(sample, leaf),
             f"gradients go from {name} back to the clip; its encoder learns from {few(terms)} alone: let sample() "
             "pass them straight through a quantizer, value.detach() + (z - z.detach())",
         )
@@ -680,16 +693,16 @@ def _learning(check: _Check) -> None:
     )
 
 
-def _reaches(output: Tensor, leaf: Tensor) -> bool:
-    """Whether `output` is computed from `leaf` in a way that gradients go back."""
+def _has_gradient_path(output: Tensor, leaf: Tensor) -> bool:
+    """Return whether gradients flow from `output` back to `leaf`."""
     leaf.grad = None
     if output.requires_grad:
         output.sum().backward(retain_graph=True)
     return leaf.grad is not None
 
 
-@_promise("bfloat16", "encode gives the latents by name", "decode gives the clip back")
-def _bfloat16(check: _Check) -> None:
+@_promise("bfloat16", "encode returns the named latents", "decode returns the shape of the clip")
+def _check_bfloat16(check: _Check) -> None:
     where = "under torch.autocast in bfloat16"
     with torch.autocast(check.clip.device.type, torch.bfloat16):
         encoding = check.model.encode(check.clip)
@@ -704,18 +717,18 @@ def _bfloat16(check: _Check) -> None:
     _require(bool(decoded.isfinite().all()), f"decode() {where} gives finite pixels")
 
 
-@_promise("a training step in bfloat16", "bfloat16", "every trainable parameter gets a gradient")
-def _bfloat16_step(check: _Check) -> None:
-    model = _for_training(check.model)
+@_promise("training step in bfloat16", "bfloat16", "every trainable parameter gets a gradient")
+def _check_bfloat16_step(check: _Check) -> None:
+    model = _copy_for_training(check.model)
     with torch.autocast(check.clip.device.type, torch.bfloat16):
         where = " under torch.autocast in bfloat16"
         _train(model, check.clip, where, "compute sums, exponentials and divisions in float32")
 
 
-def _for_training(model: VideoAutoencoder) -> VideoAutoencoder:
-    """A copy in training mode without gradients: training moves batch norms and codebooks."""
+def _copy_for_training(model: VideoAutoencoder) -> VideoAutoencoder:
+    """Copy a model into training mode without gradients, since training updates batch norms and codebooks."""
     if not any(p.requires_grad for p in model.parameters()):
-        raise _NotAskedError("nothing to train")
+        raise _NotApplicableError("nothing to train")
     model = copy.deepcopy(model).train()
     model.zero_grad(set_to_none=True)
     return model
@@ -723,7 +736,7 @@ def _for_training(model: VideoAutoencoder) -> VideoAutoencoder:
 
 @torch.enable_grad()
 def _train(model: VideoAutoencoder, clip: Tensor, where: str, advice: str) -> None:
-    """One backward pass of the squared error and the encoder's terms, in which all is finite."""
+    """Backpropagate the squared error and the posteriors' terms, and require a finite loss and finite gradients."""
     result = model(clip)
     terms = sum(result.regularization.values(), start=torch.zeros((), device=clip.device))
     loss = (result.clip - clip).square().mean() + terms
@@ -733,9 +746,9 @@ def _train(model: VideoAutoencoder, clip: Tensor, where: str, advice: str) -> No
     _require(not bad, f"gradients{where} are finite; those of {few(bad)} are not; {advice}")
 
 
-@_promise("weights and buffers stay in evaluation")
-def _unchanged(check: _Check) -> None:
-    changed = _changed(check)
+@_promise("evaluation changes no weights or buffers")
+def _check_unchanged(check: _Check) -> None:
+    changed = _find_changed(check)
     _require(
         not changed,
         f"encode() and decode() in evaluation change no weights or buffers; they changed {few(changed)}; move "

@@ -202,7 +202,7 @@ def check(capsys, *words):
             ["structure (", "dynamics ("],
         ),
         (["their_models.Good", "--autoencoder.channels", "3", *SMALL], ["latents            patches (3, 4, 2, 2)"]),
-        (["their_models.Mixed", *SMALL], ["signs 2 entries", "ok       decode needs the codes alone\n"]),
+        (["their_models.Mixed", *SMALL], ["signs 2 entries", "ok       decode needs only the codes\n"]),
     ],
     ids=["short name", "class name", "vidtwin", "file in the current folder", "some latents discrete"],
 )
@@ -244,18 +244,20 @@ def test_of_a_config_only_the_autoencoder_is_built(capsys, folder):
 @pytest.mark.parametrize(
     ("name", "lines"),
     {
-        "Raises": ["FAILED   decode gives the clip back: decode gives the clip back: RuntimeError("],
-        "NoRange": ["FAILED   range of values: _encode() gets pixels of value_range 0.0 to 1.0", "got -1 to 1; set"],
-        "NoRangeBack": ["FAILED   range of values: decode() maps what _decode() gives from value_range 0.0 to 1.0"],
+        "Raises": [
+            "FAILED   decode returns the shape of the clip: decode returns the shape of the clip: RuntimeError("
+        ],
+        "NoRange": ["FAILED   value range: _encode() gets pixels of value_range 0.0 to 1.0", "got -1 to 1; set"],
+        "NoRangeBack": ["FAILED   value range: decode() maps what _decode() gives from value_range 0.0 to 1.0"],
         "EvenFramesOnly": [
             "FAILED   clip lengths: a clip of 3 frames encodes and decodes, as temporal (any number of frames",
             "AssertionError('odd'), raised at their_models.py:",
         ],
         "AnySize": ["FAILED   height and width: a clip of 16 x 17 pixels comes back in its shape", "set it to what"],
         "HalfPrecision": ["FAILED   bfloat16: decode() under torch.autocast in bfloat16 gives finite pixels"],
-        "Counts": ["FAILED   weights and buffers stay in evaluation: encode()", "they changed clips; move"],
-        "Hidden": ["FAILED   codes and their codebooks: code_shapes() names patches, whose posterior is Quantized"],
-        "MixedNeedsAll": ["FAILED   decode needs the codes alone", "KeyError('patches'), raised at their_models.py:"],
+        "Counts": ["FAILED   evaluation changes no weights or buffers: encode()", "they changed clips; move"],
+        "Hidden": ["FAILED   codes and codebook sizes: code_shapes() names patches, whose posterior is Quantized"],
+        "MixedNeedsAll": ["FAILED   decode needs only the codes", "KeyError('patches'), raised at their_models.py:"],
         "OneFrameFewer": ["FAILED   clip lengths: a clip of 5 frames (padded to 6) comes back in its shape"],
     }.items(),
 )
@@ -278,7 +280,7 @@ def test_an_exception_of_the_users_code_is_shown_with_its_line_and_what_needs_it
     )
     assert f"raised at their_models.py:{number}\n" in printed.out
     assert "ok       latent shapes\n" in printed.out
-    assert "skipped  clip lengths: it needs: decode gives the clip back\n" in printed.out
+    assert "skipped  clip lengths: it needs: decode returns the shape of the clip\n" in printed.out
 
 
 @pytest.mark.parametrize(
