@@ -1,10 +1,10 @@
-"""Latents of many videos on disk (docs/latents.md).
+"""The file format of latents of many videos (docs/latents.md).
 
-    manifest.json              which model and settings, which videos, what each shard is to hold; at the end the totals
-    shard-00000.safetensors    tensors "<piece>.<latent>" (n, ...), a piece being some windows of one video in a row
+    manifest.json              model, settings, videos, the planned content of each shard and, when complete, totals
+    shard-00000.safetensors    tensors "<piece>.<latent>" (n, ...); a piece is a run of windows of one video
 
-A shard's header tells of its pieces, so that each can be read by itself. What a shard holds follows from videos
-and settings alone, and its bytes from that and the model.
+A shard's header describes its pieces, so each shard can be read by itself. Videos and settings alone determine which
+windows a shard holds; these and the model determine its bytes.
 """
 
 import hashlib
@@ -30,18 +30,18 @@ MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LOGVAR = "logvar"  # "<piece>.<latent>.logvar"
-_KEY = "vidtwin"  # one key of safetensors' metadata, since the order of several is not fixed
+_KEY = "vidtwin"  # a single key of safetensors' metadata, since the order of several is not fixed
 
 
 @dataclass(frozen=True)
 class Latent:
-    """How a latent is stored.
+    """Storage of a latent.
 
     Attributes:
-        kind: Of its posterior: the mean of a Gaussian (with its log-variance, if moments are kept), the value of a
-            deterministic one, or a quantizer's codes.
-        shape: Of one clip, without a batch axis; None where it depends on the picture's size.
-        codebook_size: Of codes.
+        kind: Kind of posterior: stored are a Gaussian's mean (with its log-variance if moments are kept), a
+            deterministic value, or a quantizer's codes.
+        shape: Shape for one clip, without batch axis; None if it depends on the picture's size.
+        codebook_size: Number of codebook entries; None without codes.
     """
 
     kind: Literal["gaussian", "deterministic", "codes"]
@@ -51,13 +51,13 @@ class Latent:
 
 @dataclass(frozen=True)
 class Piece:
-    """Windows in a row of one video, in one shard.
+    """A run of windows of one video, in one shard.
 
     Attributes:
-        video: Its place in `Manifest.videos`.
-        first_window: Number of the first in the video.
-        windows: How many are planned. A video's last piece has all that are left, be they more or fewer.
-        stored: How many there are; None before that is known.
+        video: Index in `Manifest.videos`.
+        first_window: Index of the first window in the video.
+        windows: Planned number of windows. A video's last piece takes all that remain, be they more or fewer.
+        stored: Stored number of windows; None until known.
     """
 
     video: int
@@ -68,18 +68,20 @@ class Piece:
 
 @dataclass(frozen=True)
 class VideoEntry:
-    """A video; what is only known when it is decoded is None before.
+    """A video of a manifest; fields that only decoding reveals are None before.
 
     Attributes:
-        name: Where it lies below a folder of outputs, without a suffix.
-        source: Its path, as it was given.
-        label: Its class; -1: none.
+        name: Path below a folder of outputs, without a suffix.
+        source: Path as given by the user.
+        label: Class index, -1 if unlabelled.
         fps: Average frames per second, a fraction as text.
-        planned_frames: By its container.
-        bytes: Of the file.
-        changed: Time of the file's last change in ns.
-        num_frames: How many were encoded.
-        damage: Why it ends before its time.
+        planned_frames: Number of frames according to the container.
+        bytes: Size of the file.
+        changed: Modification time of the file in ns.
+        num_frames: Number of encoded frames.
+        height: In pixels.
+        width: In pixels.
+        damage: Reason why the video ends early.
     """
 
     name: str
@@ -97,12 +99,16 @@ class VideoEntry:
 
 @dataclass(frozen=True)
 class StoredPiece:
-    """A piece as it was encoded.
+    """An encoded piece.
 
     Attributes:
-        num_frames: Real frames of each window; the others repeat the last one.
-        times: When each real frame is shown, where that is not at the video's rate (`pack_times`).
-        damage: What ended it before its time.
+        video: Name of the video.
+        first_window: Index of the first window in the video.
+        num_frames: Real frames per window; the others repeat the last one.
+        height: In pixels.
+        width: In pixels.
+        times: Presentation times of the real frames if they differ from the video's rate (`pack_times`).
+        damage: Reason why the video ends early.
     """
 
     video: str
@@ -116,15 +122,15 @@ class StoredPiece:
 
 @dataclass
 class Manifest:
-    """What a folder of latents holds.
+    """Content of a folder of latents.
 
     Attributes:
-        model: class_path, init_args and weights_sha256; checkpoint, config and use_ema as they were given.
-        settings: How was encoded: num_frames of a window, size, posterior, dtype, ….
+        model: class_path, init_args and weights_sha256; checkpoint, config and use_ema as given by the user.
+        settings: Settings of the encoding: num_frames per window, size, posterior, dtype, ….
         classes: Names of the labels.
-        skipped: Name → reason of videos that gave no frame.
-        statistics: By latent that is no code, of each channel (axis 1): "mean" and "std"; with moments "sample_std",
-            that of samples. None where the channels differ between videos.
+        skipped: Name → reason of videos without a readable frame.
+        statistics: "mean" and "std" per channel (axis 1) of each continuous latent; with moments also "sample_std",
+            that of samples. None if the channels differ between videos.
         totals: clips, videos, frames, bytes, compression_rate, bits_per_pixel.
     """
 
@@ -141,7 +147,11 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
-        """That of a folder; `UserError` where there is none that this version can read."""
+        """Read the manifest of a folder.
+
+        Raises:
+            UserError: It is missing, damaged, or of another version.
+        """
         path = Path(folder) / MANIFEST
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -169,12 +179,13 @@ class Manifest:
             raise UserError(f"Expected a manifest written by `vidtwin encode`, {path} is damaged: {error}.") from None
 
     def write(self, folder: str | Path) -> None:
+        """Write the manifest atomically."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         write_text(Path(folder) / MANIFEST, json.dumps(content, indent=1) + "\n")
 
     @property
     def digest(self) -> str:
-        """Of all on which the shards depend: theirs is the same."""
+        """SHA-256 of everything that determines the shards, whose headers store it."""
         plan = {
             "model": {key: self.model[key] for key in ("class_path", "weights_sha256")},
             "settings": self.settings,
@@ -185,7 +196,7 @@ class Manifest:
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
     def places(self) -> list[list[tuple[int, int]]]:
-        """Where the pieces of each video are, from its first window on: shard and place in it."""
+        """Return (shard, index in the shard) of each video's pieces in order of their windows."""
         found: list[list[tuple[int, int]]] = [[] for _ in self.videos]
         for number, pieces in enumerate(self.shards):
             for place, piece in enumerate(pieces):
@@ -194,18 +205,19 @@ class Manifest:
 
 
 def shard_path(folder: str | Path, number: int) -> Path:
+    """Return the path of a shard."""
     return Path(folder) / f"shard-{number:05d}.safetensors"
 
 
 def own_files(folder: Path) -> Iterator[Path]:
-    """The manifest and the shards of a folder."""
+    """Yield the paths of a folder's manifest and shards."""
     if (folder / MANIFEST).exists():
         yield folder / MANIFEST
     yield from sorted(folder.glob("shard-" + "[0-9]" * 5 + ".safetensors"))
 
 
 def code_dtype(codebook_size: int) -> torch.dtype:
-    """The smallest in which that many codes can be counted."""
+    """Return the smallest integer type that holds codes of a codebook."""
     for bits, dtype in ((8, torch.uint8), (16, torch.uint16), (31, torch.int32)):
         if codebook_size <= 2**bits:
             return dtype
@@ -213,7 +225,7 @@ def code_dtype(codebook_size: int) -> torch.dtype:
 
 
 def pack_times(times: Sequence[Fraction], fps: Fraction, start_frame: int) -> dict[str, Any] | None:
-    """Times in seconds as whole numbers of a unit; None if frame k of the video is shown at k / fps."""
+    """Convert times in seconds to multiples of a unit; return None if frame k of the video is shown at k / fps."""
     if all(time == (start_frame + index) / fps for index, time in enumerate(times)):
         return None
     unit = Fraction(1, math.lcm(*(time.denominator for time in times)))
@@ -221,7 +233,7 @@ def pack_times(times: Sequence[Fraction], fps: Fraction, start_frame: int) -> di
 
 
 def unpack_times(packed: dict[str, Any] | None, fps: Fraction, start_frame: int, num_frames: int) -> list[Fraction]:
-    """What `pack_times` was given."""
+    """Invert `pack_times` → times in seconds."""
     if packed is None:
         return [(start_frame + index) / fps for index in range(num_frames)]
     unit = Fraction(packed["unit"])
@@ -229,12 +241,12 @@ def unpack_times(packed: dict[str, Any] | None, fps: Fraction, start_frame: int,
 
 
 def write_shard(path: Path, digest: str, pieces: Sequence[StoredPiece], tensors: Mapping[str, Tensor]) -> None:
-    """Write a shard, whole or not at all.
+    """Write a shard atomically.
 
     Args:
-        path: Of the file.
-        digest: Of the manifest.
-        pieces: In their order.
+        path: Target file.
+        digest: Digest of the manifest.
+        pieces: Pieces in order.
         tensors: "<piece>.<latent>" and "<piece>.<latent>.logvar" (n, ...), on the CPU; see `tensor_name`.
     """
     held = {name: tensors[name].contiguous() for name in sorted(tensors)}
@@ -242,8 +254,8 @@ def write_shard(path: Path, digest: str, pieces: Sequence[StoredPiece], tensors:
         "schema_version": SCHEMA_VERSION,
         "plan": digest,
         "pieces": [asdict(piece) for piece in pieces],
-        "sums": _sums(held),
-        "sha256": _sha256(held.items()),
+        "sums": _sum_channels(held),
+        "sha256": _hash_tensors(held.items()),
     }
     content = safetensors.torch.save(held, {_KEY: json.dumps(header, separators=(",", ":"))})
     with replacing(path) as temporary:
@@ -251,14 +263,15 @@ def write_shard(path: Path, digest: str, pieces: Sequence[StoredPiece], tensors:
 
 
 def tensor_name(piece: int, latent: str, part: str | None = None) -> str:
+    """Return the name of a tensor in a shard; `part` is `LOGVAR` or None."""
     return f"{piece:04d}.{latent}" + (f".{part}" if part else "")
 
 
 class Shard:
-    """A shard, mapped into memory: only what is asked for is read.
+    """A shard mapped into memory; only requested windows are read.
 
     Raises:
-        UserError: It is absent, cut off, damaged or of other latents; the message begins with the path.
+        UserError: It is missing, truncated, damaged, or belongs to other latents; the message begins with the path.
     """
 
     def __init__(self, path: Path, digest: str) -> None:
@@ -281,26 +294,26 @@ class Shard:
         self._digest: str = header["sha256"]
 
     def rows(self, piece: int, latent: str, first: int, last: int, part: str | None = None) -> Tensor:
-        """Windows `first` to `last` (exclusive) of a piece, as they are stored: (n, ...)."""
+        """Read windows `first` to `last` (exclusive) of a piece as stored: (n, ...)."""
         held: Tensor = self._file.get_slice(tensor_name(piece, latent, part))[first:last]
         return held
 
     def sizes(self) -> Iterator[tuple[str, list[int]]]:
-        """The shape of each tensor."""
+        """Yield the name and shape of each tensor."""
         for name in sorted(self.names):
             yield name, self._file.get_slice(name).get_shape()
 
     def check(self) -> None:
-        """Raise `UserError` if a byte is not what was written; reads all of it."""
-        if _sha256((name, self._file.get_tensor(name)) for name in sorted(self.names)) != self._digest:
+        """Verify the checksum of the whole shard; raise `UserError` if it differs."""
+        if _hash_tensors((name, self._file.get_tensor(name)) for name in sorted(self.names)) != self._digest:
             raise UserError(f"{self.path}: expected a whole shard, its content is damaged (checksum).")
 
 
 def channel_statistics(shards: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, list[float]] | None]:
-    """Mean and standard deviation of each channel over all shards, from their `Shard.sums`.
+    """Compute the mean and standard deviation per channel over all shards from their `Shard.sums`.
 
-    A piece's sums are made by numpy alone and in one thread, those of pieces and of shards by `math.fsum`, which rounds
-    once: nothing depends on who encoded which shard, nor in which order.
+    NumPy sums each piece in one thread, and `math.fsum`, which rounds once, sums pieces and shards: the result does not
+    depend on the order of shards nor on the processes that encoded them.
     """
     found: dict[str, dict[str, list[float]] | None] = {}
     for latent in sorted({name for sums in shards for name in sums}):
@@ -309,26 +322,28 @@ def channel_statistics(shards: Sequence[Mapping[str, Mapping[str, Any]]]) -> dic
             found[latent] = None
             continue
         count = sum(sums["count"] for sums in held)
-        means = [total / count for total in _fsums([sums["sum"] for sums in held])]
-        squares = [total / count for total in _fsums([sums["squares"] for sums in held])]
+        means = [total / count for total in _sum_exactly([sums["sum"] for sums in held])]
+        squares = [total / count for total in _sum_exactly([sums["squares"] for sums in held])]
         variances = [max(0.0, square - mean * mean) for mean, square in zip(means, squares, strict=True)]
         found[latent] = result = {"mean": means, "std": [math.sqrt(value) for value in variances]}
         if "noise" in held[0]:  # the law of total variance
-            noise = [total / count for total in _fsums([sums["noise"] for sums in held])]
+            noise = [total / count for total in _sum_exactly([sums["noise"] for sums in held])]
             result["sample_std"] = [math.sqrt(a + b) for a, b in zip(variances, noise, strict=True)]
     return found
 
 
-def _sums(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """By latent that is no code: count of numbers in a channel; of each channel their sum, that of their squares, and
-    with moments that of the variances. `count` is None where pieces differ in their channels."""
+def _sum_channels(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Sum each continuous latent per channel: values ("sum"), squares and, with moments, variances ("noise").
+
+    `count` is the number of values per channel, None if the pieces differ in their channels.
+    """
     parts: dict[str, dict[str, list[list[float]]]] = {}
     counts: dict[str, int] = {}
     for name, tensor in tensors.items():
         _, latent, *part = name.split(".")
         if not tensor.is_floating_point():
             continue
-        values = by_channel(tensor)
+        values = _split_channels(tensor)
         held = parts.setdefault(latent, {})
         if part:
             held.setdefault("noise", []).append(np.exp(values).sum((0, 2)).tolist())
@@ -337,25 +352,25 @@ def _sums(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         held.setdefault("sum", []).append(values.sum((0, 2)).tolist())
         held.setdefault("squares", []).append(np.square(values).sum((0, 2)).tolist())
     return {
-        latent: {"count": counts[latent]} | {key: _fsums(rows) for key, rows in held.items()}
+        latent: {"count": counts[latent]} | {key: _sum_exactly(rows) for key, rows in held.items()}
         if len({len(row) for row in held["sum"]}) == 1
         else {"count": None}
         for latent, held in parts.items()
     }
 
 
-def by_channel(tensor: Tensor) -> NDArray[np.float64]:
-    """(n, C, ...) → (n, C, numbers of a channel)."""
+def _split_channels(tensor: Tensor) -> NDArray[np.float64]:
+    """Reshape (n, C, ...) → (n, C, values per channel) in double precision."""
     values = tensor.double().numpy()
     channels = values.shape[1] if values.ndim > 1 else 1
     return np.ascontiguousarray(values).reshape(len(values), channels, -1)
 
 
-def _fsums(rows: Sequence[Sequence[float]]) -> list[float]:
+def _sum_exactly(rows: Sequence[Sequence[float]]) -> list[float]:
     return [math.fsum(column) for column in zip(*rows, strict=True)]
 
 
-def _sha256(tensors: Any) -> str:
+def _hash_tensors(tensors: Any) -> str:
     total = hashlib.sha256()
     for name, tensor in tensors:
         total.update(name.encode())
