@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Imported on first use: `vidtwin --help` must not wait for torch and lightning.
+# Imported on first use, so that `vidtwin --help` does not wait for torch and lightning.
 _EXPORTS = {
     "AutoencoderTask": "vidtwin.training.task",
     "Encoding": "vidtwin.posteriors",

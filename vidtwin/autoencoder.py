@@ -1,9 +1,9 @@
-"""The one interface behind which every video autoencoder stands.
+"""The interface of every video autoencoder.
 
     clip (B, 3, T, H, W) in [-1, 1] ── encode ──> Encoding ── sample | mode ──> latents ── decode ──> clip
 
-A subclass fills in `_encode`, `_decode`, `_latent_shapes` and `last_layer`; what is the same for all (checking shapes,
-padding to a legal length and cropping back, mapping the range of values, rates) is here.
+A subclass implements `_encode`, `_decode`, `_latent_shapes` and `last_layer`. The base class checks shapes, pads to a
+legal length and crops back, maps the range of values, and computes rates.
 """
 
 import inspect
@@ -24,10 +24,10 @@ from vidtwin.posteriors import Encoding, Latents
 
 @dataclass(frozen=True)
 class TemporalSpec:
-    """Which clip lengths a model takes: `offset + k * multiple` frames, from `minimum` to `maximum`.
+    """Legal clip lengths of a model: `offset + k * multiple` frames, from `minimum` to `maximum`.
 
-    A clip of another length is padded to the next legal one, by repeating its last (`pad="last"`) or first
-    (`pad="first"`) frame, and the output is cropped back; with `pad=None` it is refused.
+    A clip of another length is padded to the next legal one by repeating its last (`pad="last"`) or first
+    (`pad="first"`) frame, and the output is cropped back; with `pad=None` it is rejected.
     """
 
     multiple: int = 1
@@ -38,15 +38,20 @@ class TemporalSpec:
 
     @classmethod
     def exactly(cls, num_frames: int) -> Self:
-        """A model whose length is fixed when it is built."""
+        """Create the spec of a model whose length is fixed when it is built."""
         return cls(minimum=num_frames, maximum=num_frames)
 
     def is_legal(self, num_frames: int) -> bool:
+        """Return whether the model takes `num_frames` frames without padding."""
         above_minimum = num_frames >= self.minimum and (self.maximum is None or num_frames <= self.maximum)
         return above_minimum and (num_frames - self.offset) % self.multiple == 0
 
     def legal_length(self, num_frames: int) -> int:
-        """The length that a clip of `num_frames` frames is padded to; `UserError` if it can't be."""
+        """Return the length to which a clip of `num_frames` frames is padded.
+
+        Raises:
+            UserError: No legal length can be reached by padding.
+        """
         if self.is_legal(num_frames):
             return num_frames
         length = max(num_frames, self.minimum)
@@ -57,7 +62,7 @@ class TemporalSpec:
 
     @property
     def usual_length(self) -> int:
-        """The legal length at or next to 16 frames, rather above than below: what is taken where none is asked for."""
+        """The default length: the first legal one from 16 frames on, or the last one below if there is none."""
         length = max(self.minimum, 16 if self.maximum is None else min(16, self.maximum))
         length += -(length - self.offset) % self.multiple
         if not self.is_legal(length):  # above the maximum
@@ -77,9 +82,13 @@ class TemporalSpec:
 
 @dataclass
 class Reconstruction:
-    """What one forward pass gives: the clip (B, 3, T, H, W), the latents it was decoded from, the encoder's terms.
+    """The result of a forward pass.
 
-    `encoding` is all that the encoder said, for those who watch it; None where it was not kept.
+    Attributes:
+        clip: (B, 3, T, H, W), about in [-1, 1].
+        latents: The latents from which it was decoded.
+        regularization: The posteriors' unweighted terms by name.
+        encoding: The posteriors, for metrics of the latent space; None if not kept.
     """
 
     clip: Tensor
@@ -89,19 +98,19 @@ class Reconstruction:
 
 
 class VideoAutoencoder(Pretrained, nn.Module, ABC):
-    """A model that turns a clip into named latents, and latents alone back into a clip.
+    """Base class of models that encode a clip into named latents and decode it from these alone.
 
-    `save_pretrained`, `from_pretrained` and `push_to_hub` are those of `vidtwin.hub.Pretrained`.
+    `save_pretrained`, `from_pretrained` and `push_to_hub` come from `vidtwin.hub.Pretrained`.
 
     Attributes:
-        latent_names: The latents that `encode` gives and `decode` takes.
-        partial_latents: Whether `decode` can do without some of them (VidTwin: structure only, dynamics only).
+        latent_names: Names of the latents that `encode` returns and `decode` takes.
+        partial_latents: Whether `decode` accepts some of them alone (VidTwin: structure only, dynamics only).
         temporal: Legal clip lengths.
         resolution: Height and width if they are fixed when the model is built, else None.
-        spatial_multiple: What height and width have to be a multiple of, where they are not fixed.
-        value_range: The range of pixel values that `_encode` and `_decode` work in; outside it is [-1, 1].
-        init_args: The arguments that the model was built with, defaults included; `spec` stores them.
-        class_path: Its class, likewise.
+        spatial_multiple: Height and width must be multiples of this if they are not fixed.
+        value_range: The range of pixel values in `_encode` and `_decode`; the public methods use [-1, 1].
+        init_args: The arguments of the constructor, defaults included; `spec` stores them.
+        class_path: The import path of the class; `spec` stores it.
     """
 
     latent_names: ClassVar[tuple[str, ...]]
@@ -127,19 +136,19 @@ class VideoAutoencoder(Pretrained, nn.Module, ABC):
         object.__setattr__(model, "class_path", f"{cls.__module__}.{cls.__qualname__}")  # FSDP2 changes the class
         return model
 
-    # What a model fills in.
+    # To be implemented by a model.
 
     @abstractmethod
     def _encode(self, clip: Tensor) -> Encoding:
-        """(B, 3, T, H, W) of a legal length, in `value_range` → one posterior per latent."""
+        """Encode (B, 3, T, H, W) of a legal length, in `value_range` → one posterior per latent."""
 
     @abstractmethod
     def _decode(self, latents: Latents) -> Tensor:
-        """Latents → (B, 3, T, H, W) of the legal length, in `value_range`."""
+        """Decode latents → (B, 3, T, H, W) of the legal length, in `value_range`."""
 
     @abstractmethod
     def _latent_shapes(self, clip_shape: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
-        """Shapes for a clip (3, T, H, W) of a legal length, without a batch axis and without a forward pass."""
+        """Compute the latent shapes of a clip (3, T, H, W) of a legal length, without batch axis and forward pass."""
 
     @property
     @abstractmethod
@@ -147,17 +156,21 @@ class VideoAutoencoder(Pretrained, nn.Module, ABC):
         """The last weight before the pixels: the adaptive GAN weight compares gradients here."""
 
     def code_shapes(self, clip_shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], int]]:
-        """For each discrete latent of a clip (3, T, H, W): the shape of its integer codes and the codebook's size."""
+        """Return the shape of the integer codes and the codebook size per discrete latent of a clip (3, T, H, W)."""
         return {}
 
     def dequantize(self, codes: Latents) -> Latents:
-        """Integer codes by name → the latents that `decode` takes. Only for models with codebooks."""
+        """Look up integer codes by name → the latents that `decode` takes; for models with codebooks only."""
         raise UserError(f"{type(self).__name__} has no codebook: decode() takes its latents as they are.")
 
-    # What all share.
+    # Shared by all models.
 
     def encode(self, clip: Tensor) -> Encoding:
-        """Encode a clip (B, 3, T, H, W) in [-1, 1]; a length that is not legal is padded first."""
+        """Encode a clip (B, 3, T, H, W) in [-1, 1], after padding it to a legal length.
+
+        Raises:
+            UserError: The clip has the wrong type or shape.
+        """
         self.check_clip(clip)
         length = self.temporal.legal_length(clip.shape[2])
         if extra := length - clip.shape[2]:
@@ -168,14 +181,17 @@ class VideoAutoencoder(Pretrained, nn.Module, ABC):
         return self._encode(self._map_range(clip, (-1.0, 1.0), self.value_range))
 
     def decode(self, latents: Latents, num_frames: int | None = None) -> Tensor:
-        """Decode latents alone: no encoder features, no video.
+        """Decode a clip from latents alone.
 
         Args:
-            latents: By name, each (B, ...) with the same B. Where `partial_latents` is set some may be left out.
-            num_frames: Length of the user's clip, to crop the padding of `encode`; None keeps every frame.
+            latents: By name, each (B, ...) with the same B. With `partial_latents` some may be left out.
+            num_frames: Length of the user's clip, to crop the padding of `encode`; None keeps all frames.
 
         Returns:
             (B, 3, T, H, W), about in [-1, 1] (not clamped).
+
+        Raises:
+            UserError: Latents are unknown, missing, or of different batches, or `num_frames` exceeds their length.
         """
         unknown = sorted(set(latents) - set(self.latent_names))
         missing = sorted(set(self.latent_names) - set(latents))
@@ -195,13 +211,13 @@ class VideoAutoencoder(Pretrained, nn.Module, ABC):
         return clip[:, :, -num_frames:] if self.temporal.pad == "first" else clip[:, :, :num_frames]
 
     def forward(self, clip: Tensor) -> Reconstruction:
-        """Encode and decode: a sample of the posterior in training, its mode in evaluation."""
+        """Encode and decode a clip, with a posterior sample in training and the mode in evaluation."""
         encoding = self.encode(clip)
         latents = encoding.sample() if self.training else encoding.mode()
         return Reconstruction(self.decode(latents, clip.shape[2]), latents, encoding.regularization(), encoding)
 
     def check_clip(self, clip: Tensor) -> None:
-        """Raise `UserError` unless `clip` is a float tensor of a shape that this model takes."""
+        """Raise `UserError` unless `clip` is a float tensor of a shape that the model takes."""
         side = self.resolution
         frames = "T" if self.temporal.pad or self.temporal.minimum != self.temporal.maximum else self.temporal.minimum
         wanted = f"(B, 3, {frames}, {side or 'H'}, {side or 'W'})"
@@ -222,16 +238,16 @@ class VideoAutoencoder(Pretrained, nn.Module, ABC):
             )
 
     def latent_shapes(self, clip_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Shape of each latent of one clip (3, T, H, W), padding included; no batch axis, no forward pass."""
+        """Compute latent shapes of a clip (3, T, H, W), padding included, without batch axis and forward pass."""
         channels, frames, height, width = clip_shape
         return self._latent_shapes((channels, self.temporal.legal_length(frames), height, width))
 
     def compression_rate(self, clip_shape: Sequence[int]) -> float:
-        """Numbers handed downstream over numbers in the user's clip (3, T, H, W), paper B.1; 0.002 is 0.2%."""
+        """Return latent numbers over numbers in the user's clip (3, T, H, W), as in the paper's B.1; 0.002 is 0.2%."""
         return sum(math.prod(shape) for shape in self.latent_shapes(clip_shape).values()) / math.prod(clip_shape)
 
     def bits_per_pixel(self, clip_shape: Sequence[int]) -> float | None:
-        """Bits of the codes per pixel (T·H·W of them) of the user's clip; None unless every latent is discrete."""
+        """Return bits of code per pixel (T·H·W of them) of the user's clip; None unless every latent is discrete."""
         codes = self.code_shapes(clip_shape)
         if set(codes) != set(self.latent_names):
             return None
@@ -239,7 +255,7 @@ class VideoAutoencoder(Pretrained, nn.Module, ABC):
         return bits / math.prod(clip_shape[1:])
 
     def spec(self) -> dict[str, Any]:
-        """`class_path` and `init_args`, from which a command rebuilds the model; it travels in each checkpoint."""
+        """Return `class_path` and `init_args`, from which the model is rebuilt; each checkpoint stores them."""
         return {"class_path": self.class_path, "init_args": self.init_args}
 
     @staticmethod
@@ -251,6 +267,6 @@ class VideoAutoencoder(Pretrained, nn.Module, ABC):
 
 
 def build(spec: dict[str, Any]) -> VideoAutoencoder:
-    """Build the autoencoder of a `spec()` with new weights."""
+    """Build an autoencoder from its `spec()`, with new weights."""
     model: VideoAutoencoder = plugins.build(spec, VideoAutoencoder)
     return model

@@ -1,4 +1,4 @@
-"""Between files, uint8 frames and clips as an autoencoder takes them, in Python."""
+"""Convert between video files, uint8 frames and the clips that an autoencoder takes."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -25,22 +25,22 @@ def load_clip(
     num_frames: int | None = None,
     size: int | None = None,
 ) -> Tensor:
-    """Read a clip of a video as a model takes it.
+    """Read a clip of a video in the form that a model takes.
 
     Args:
         source: Video file, or folder of numbered images.
-        model: Whose usual length and resolution are taken where `num_frames` and `size` are not given.
-        start: Of the clip, in seconds.
-        fps: Frames per second of the clip; None: every frame of the video.
-        num_frames: T; without it and without a model 16.
-        size: Side of the square that the middle of the picture is cropped and resized to; without it, and where the
-            model has no resolution of its own, the whole picture.
+        model: Its usual length and resolution are the defaults of `num_frames` and `size`.
+        start: Start of the clip in seconds.
+        fps: Frames per second of the clip; None takes every frame of the video.
+        num_frames: T, by default that of the model, or 16.
+        size: Side in pixels of the square to which the centre of the picture is cropped and resized. By default that of
+            the model; the whole picture if the model has no fixed resolution.
 
     Returns:
-        (1, 3, T, H, W) in [-1, 1]. H and W are multiples of what the model wants: the border is repeated.
+        (1, 3, T, H, W) in [-1, 1], H and W padded to the model's `spatial_multiple` by repeating the border.
 
     Raises:
-        VideoError: The video can't be read, or ends before the clip.
+        VideoError: The video can't be read or ends before the clip does.
     """
     length = num_frames or (model.temporal.usual_length if model is not None else 16)
     side = size or (model.resolution if model is not None else None)
@@ -49,7 +49,11 @@ def load_clip(
 
 
 def save_clip(path: str | Path, clip: Tensor, fps: float | Fraction = 25) -> Path:
-    """Write a clip (1, 3, T, H, W) or (3, T, H, W) in [-1, 1] as a video; its suffix names the container."""
+    """Write a clip (1, 3, T, H, W) or (3, T, H, W) in [-1, 1] as a video in the container of the path's suffix.
+
+    Raises:
+        UserError: The tensor has another shape.
+    """
     if clip.ndim == 5 and len(clip) == 1:
         clip = clip[0]
     if clip.ndim != 4 or clip.shape[0] != 3:
@@ -58,7 +62,7 @@ def save_clip(path: str | Path, clip: Tensor, fps: float | Fraction = 25) -> Pat
 
 
 def as_clip(windows: Sequence[Frames], multiple: int = 1) -> Tensor:
-    """uint8 (T, H, W, 3) each → (B, 3, T, H, W) in [-1, 1], H and W raised to multiples by repeating the border."""
+    """Stack uint8 (T, H, W, 3) → (B, 3, T, H, W) in [-1, 1], H and W padded to multiples by repeating the border."""
     clip = torch.from_numpy(np.stack(windows)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     below, right = (-side % multiple for side in clip.shape[3:])
     if not (below or right):
@@ -67,7 +71,7 @@ def as_clip(windows: Sequence[Frames], multiple: int = 1) -> Tensor:
 
 
 def views(model: "VideoAutoencoder", clip: Tensor, reconstruction: "Reconstruction") -> list[dict[str, Frames]]:
-    """Show clips (B, 3, T, H, W) as frames by name: input, reconstruction and, if the model can, each latent alone."""
+    """Convert clips (B, 3, T, H, W) to frames by name: input, reconstruction and each latent alone if supported."""
     stacked = {"input": clip, "reconstruction": reconstruction.clip}
     if model.partial_latents:
         for name, latent in reconstruction.latents.items():

@@ -1,6 +1,6 @@
-"""The error that a user can mend.
+"""Errors caused by user input, such as wrong options and missing files.
 
-`vidtwin` on the command line prints it as one line and exits with 2; anything else is a bug and keeps its traceback.
+The command line prints a `UserError` as one line and exits with 2; other exceptions are bugs and keep their traceback.
 """
 
 import difflib
@@ -8,18 +8,18 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-# "Temporary failure; the user is invited to retry" (sysexits.h): a scheduler that is told to requeue on it goes on.
+# "Temporary failure; the user is invited to retry" (sysexits.h): schedulers that requeue on it resume the job.
 REQUEUE_EXIT_CODE: int = getattr(os, "EX_TEMPFAIL", 75)
 
 
 class UserError(ValueError):
-    """Something the user gave is not usable: the message says what was expected, what came and what to do."""
+    """Invalid user input; the message has the form "Expected X, got Y; do Z."."""
 
 
 class Preempted(BaseException):
-    """Training was told to end by SIGTERM, and has saved where it stands, in `folder` (None: nothing was saved).
+    """Training ended by SIGTERM after saving its state in `folder` (None: nothing was saved).
 
-    Like KeyboardInterrupt no Exception: it comes from a signal's handler, and no library must take it for an error.
+    Not an `Exception`, like KeyboardInterrupt: a signal handler raises it, and no library may swallow it as an error.
     """
 
     def __init__(self, step: int | None = None, folder: Path | None = None) -> None:
@@ -32,11 +32,11 @@ class Preempted(BaseException):
 
 
 def few(names: Sequence[str]) -> str:
-    """The first three of what may be many: `a, b, c, …`."""
+    """Join the first three names of a list that may be long: `a, b, c, …`."""
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def suggestion(word: str, candidates: Iterable[str]) -> str:
-    """The end of a message: `; did you mean 'x'?` for the nearest candidate, else a full stop."""
+    """Return the end of a message: `; did you mean 'x'?` for the nearest candidate, else a full stop."""
     near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else "."

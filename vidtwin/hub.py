@@ -1,10 +1,10 @@
-"""Weights that travel: a folder of config.json, model.safetensors and README.md, local or on the Hugging Face Hub.
+"""Portable weights: a folder of config.json, model.safetensors and README.md, local or on the Hugging Face Hub.
 
     save_pretrained ──> folder ── push_to_hub ──> owner/name ── from_pretrained ──> model
 
-config.json says all that is needed to use the weights: the class and its arguments, how a video becomes a clip of the
-model, what it was trained on as far as that is known, and the SHA-256 of the weights, which is compared when they are
-read. It is written last and removed first, so that a folder that has it is whole. No code is read from the files.
+config.json holds everything needed to use the weights: the class and its arguments, the preprocessing of videos, the
+training record as far as it is known, and the SHA-256 of the weights, which is verified on loading. It is written last
+and removed first, so a folder that has it is complete. Loading runs no code from the files.
 """
 
 import json
@@ -33,7 +33,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT_VERSION = 1
 HUB_PREFIX = "hf://"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_ADDRESS = re.compile(r"hf:/{1,2}([^@]+)(?:@(.+))?")  # with one slash where a Path has been made of it
+_HUB_ADDRESS = re.compile(r"hf:/{1,2}([^@]+)(?:@(.+))?")  # pathlib.Path collapses the two slashes to one
 _CARD = """\
 ---
 {{ card_data }}
@@ -64,18 +64,18 @@ video becomes a clip (`preprocessing`), what is known of the training (`training
 class Pretrained(
     PyTorchModelHubMixin, library_name="vidtwin", tags=["video", "video-autoencoder"], model_card_template=_CARD
 ):
-    """huggingface_hub's mixin with the form above: `save_pretrained`, `from_pretrained`, `push_to_hub`.
+    """huggingface_hub's mixin in the format above: `save_pretrained`, `from_pretrained`, `push_to_hub`.
 
     Attributes:
-        training_record: What is known of the training, plain values. `save_pretrained` keeps it under `training`,
-            `from_pretrained` gives it back, `vidtwin convert` takes it from a checkpoint.
+        training_record: Plain values that describe the training. `save_pretrained` stores them under `training`,
+            `from_pretrained` restores them, and `vidtwin convert` takes them from a checkpoint.
     """
 
     training_record: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         model = super().__new__(cls)
-        # In place of the arguments that the mixin records, which lack those of **kwargs; config.json has `init_args`.
+        # The arguments that the mixin records lack those of **kwargs; config.json stores `init_args` instead.
         object.__setattr__(model, "_hub_mixin_config", None)
         object.__setattr__(model, "training_record", {})
         return model
@@ -90,18 +90,21 @@ class Pretrained(
         model_card_kwargs: dict[str, Any] | None = None,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
-        """Write config.json, model.safetensors and, where there is none yet, README.md.
+        """Write config.json, model.safetensors and, if missing, README.md.
 
         Args:
-            save_directory: The folder.
-            config: Not taken: what config.json says is the model's own; `training_record` adds to it.
-            repo_id: With `push_to_hub`: where to; by default the folder's name.
+            save_directory: Target folder.
+            config: Must be None, since config.json describes the model itself; set `training_record` to add to it.
+            repo_id: Target of `push_to_hub`; by default the folder's name.
             push_to_hub: Upload the folder too.
-            model_card_kwargs: Values of the card's template, of which `description` is free text.
+            model_card_kwargs: Values of the card's template; `description` is free text.
             push_to_hub_kwargs: Further arguments of `push_to_hub`.
 
         Returns:
-            The commit's address with `push_to_hub`, else None.
+            The URL of the commit with `push_to_hub`, else None.
+
+        Raises:
+            UserError: `config` is given, or the folder can't be written.
         """
         if config is not None:
             raise UserError("Expected no config: config.json is the model's own; set its training_record instead.")
@@ -120,20 +123,20 @@ class Pretrained(
     def push_to_hub(
         self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **push_to_hub_kwargs: Any
     ) -> str:
-        """Upload the model to owner/name of the Hub → the commit's address.
+        """Upload the model to owner/name on the Hub → the URL of the commit.
 
         Args:
-            repo_id: owner/name; it is made where there is none.
+            repo_id: owner/name; created if missing.
             model_card_kwargs: As for `save_pretrained`.
-            push_to_hub_kwargs: `private`, `branch`, `commit_message`, `create_pr`, `token` and what else the mixin has.
+            push_to_hub_kwargs: `private`, `branch`, `commit_message`, `create_pr`, `token` and others of the mixin.
         """
         card = (model_card_kwargs or {}) | {"address": repo_id, "ckpt_path": f"{HUB_PREFIX}{repo_id}"}
         return str(super().push_to_hub(repo_id, model_card_kwargs=card, **push_to_hub_kwargs))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         model = cast("VideoAutoencoder", self)
-        state = _whole(model)
-        text = json.dumps(describe(model, weights.sha256(state)), indent=2, default=_refused) + "\n"
+        state = _collect_state(model)
+        text = json.dumps(describe(model, weights.sha256(state)), indent=2, default=_to_plain) + "\n"
         with replacing(save_directory / WEIGHTS) as temporary:
             save_file(state, temporary, metadata={"format": "pt"})
         write_text(save_directory / CONFIG, text)
@@ -151,18 +154,20 @@ class Pretrained(
         map_location: str = "cpu",
         **model_kwargs: Any,
     ) -> Self:
-        """Load a model of this class, in evaluation mode; `VideoAutoencoder.from_pretrained` takes every class.
+        """Load a model of this class in evaluation mode; `VideoAutoencoder.from_pretrained` accepts every class.
 
         Args:
-            pretrained_model_name_or_path: A folder of `save_pretrained`, or an id of the Hub (owner/name).
-            force_download: Download again what is in the cache.
-            token: For a private model; by default that of `hf auth login`.
-            cache_dir: Where downloads are kept.
-            local_files_only: Take it from the cache, without the network.
-            revision: Branch, tag or commit of the Hub.
-            map_location: The device.
-            model_kwargs: Arguments of the class that are to differ from the saved ones, such as
-                `activation_checkpointing=True`.
+            pretrained_model_name_or_path: A folder of `save_pretrained`, or an id on the Hub (owner/name).
+            force_download: Download again even if cached.
+            token: Access token for a private model; by default that of `hf auth login`.
+            cache_dir: Folder of downloads.
+            local_files_only: Use the cache alone, without the network.
+            revision: Branch, tag or commit on the Hub.
+            map_location: Device of the model.
+            model_kwargs: Arguments of the class that override the saved ones, such as `activation_checkpointing=True`.
+
+        Raises:
+            UserError: The model can't be found or downloaded, is of another class, or is damaged.
         """
         name = str(pretrained_model_name_or_path)
         folder = fetch(
@@ -176,7 +181,7 @@ class Pretrained(
         return cast(Self, _load(cast("type[VideoAutoencoder]", cls), folder, name, model_kwargs).to(map_location))
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The README: what it is and how to load it."""
+        """Return the README, which describes the model and how to load it."""
         model = cast("VideoAutoencoder", self)
         length, side = model.temporal.usual_length, model.resolution
         values = {
@@ -194,9 +199,9 @@ class Pretrained(
 
 
 def describe(model: "VideoAutoencoder", sha256: str) -> dict[str, Any]:
-    """What config.json says of a model whose weights have that SHA-256 (`weights.sha256`)."""
+    """Return the content of config.json for a model and the SHA-256 of its weights (`weights.sha256`)."""
     from vidtwin import __version__
-    from vidtwin.video import COLOUR, RESIZE_FILTER  # which needs PyAV
+    from vidtwin.video import COLOUR, RESIZE_FILTER  # needs PyAV
 
     settings = model.training_record.get("data")
     return {
@@ -223,22 +228,25 @@ def describe(model: "VideoAutoencoder", sha256: str) -> dict[str, Any]:
 
 
 def is_pretrained(path: str | Path) -> bool:
-    """Whether it is a folder, or an address of the Hub (hf://owner/name), rather than a file of weights."""
+    """Return whether a path is a folder or an address on the Hub (hf://owner/name) rather than a file of weights."""
     return _HUB_ADDRESS.fullmatch(str(path)) is not None or Path(path).is_dir()
 
 
 def below(folder: str | Path, path: str) -> str:
-    """A path relative to `folder`; an address of the Hub as it is."""
+    """Join a path to `folder`; return an address on the Hub unchanged."""
     return path if _HUB_ADDRESS.fullmatch(path) else str(Path(folder) / path)
 
 
 def fetch(name: str | Path, revision: str | None = None, **options: Any) -> Path:
-    """The local folder of weights: `name` itself, or what is downloaded of owner/name, with hf:// in front or not.
+    """Return the local folder of weights, after a download if `name` is an id on the Hub.
 
     Args:
-        name: A folder or an id of the Hub.
-        revision: Branch, tag or commit; also after the name, as `hf://owner/name@revision`.
-        options: Of `huggingface_hub.hf_hub_download`.
+        name: A folder, or an id on the Hub (owner/name or hf://owner/name).
+        revision: Branch, tag or commit; also accepted as `hf://owner/name@revision`.
+        options: Arguments of `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        UserError: The name is invalid, or the download failed.
     """
     text = str(name)
     address = _HUB_ADDRESS.fullmatch(text)
@@ -256,11 +264,11 @@ def fetch(name: str | Path, revision: str | None = None, **options: Any) -> Path
         raise UserError(f"Expected a folder of weights or an id of the Hub (owner/name), got {text}.")
     try:
         config = Path(hf_hub_download(repo, CONFIG, revision=revision, **options))
-        # The commit that config.json came from, so that a push between the two can't mix them.
+        # From the commit of config.json, so that a push between the two downloads can't mix them.
         hf_hub_download(repo, WEIGHTS, revision=config.parent.name, **options)
-    except Exception as error:  # the network's, the server's and the file system's have no common class
+    except Exception as error:  # errors of network, server and file system share no base class
         missing = isinstance(error, LocalEntryNotFoundError)
-        cause = error.__cause__ if missing and error.__cause__ else error  # such as that there is no network
+        cause = error.__cause__ if missing and error.__cause__ else error  # such as a missing network
         reason = " ".join(str(cause).split()).partition(". ")[0].rstrip(".") or type(cause).__name__
         at = f" at revision {revision}" if revision else ""
         raise UserError(
@@ -271,7 +279,11 @@ def fetch(name: str | Path, revision: str | None = None, **options: Any) -> Path
 
 
 def read_config(folder: Path, name: str | Path) -> dict[str, Any]:
-    """config.json of a folder; `name` is what the user calls it."""
+    """Read and check config.json of a folder; `name` is the user's name for it in messages.
+
+    Raises:
+        UserError: It is missing, damaged, or of another version.
+    """
     path = folder / CONFIG
     if not path.is_file():
         there = sorted(each.name for each in folder.iterdir())[:5]
@@ -301,7 +313,7 @@ def read_config(folder: Path, name: str | Path) -> dict[str, Any]:
 
 
 def _check_class(class_path: str, name: str | Path) -> None:
-    """Raise `UserError` where weights of the Hub name a module that would only be imported because they do."""
+    """Raise `UserError` if weights from the Hub would import a module that is neither ours nor a plug-in's."""
     module = class_path.rpartition(".")[0]
     registered = {entry.value.partition(":")[0] for entry in plugins.available("vidtwin.autoencoders").values()}
     if module not in {*registered, *sys.modules} and module.partition(".")[0] != "vidtwin":
@@ -312,7 +324,7 @@ def _check_class(class_path: str, name: str | Path) -> None:
 
 
 def read_state(folder: Path, config: Mapping[str, Any], check: bool = True) -> dict[str, Tensor]:
-    """The tensors of a folder by name; with `check` those whose SHA-256 config.json has."""
+    """Read the tensors of a folder by name; with `check` verify their SHA-256 against config.json."""
     state: dict[str, Tensor] = weights.read(folder / WEIGHTS)
     if check and (found := weights.sha256(state)) != config["weights_sha256"]:
         raise UserError(
@@ -333,8 +345,8 @@ def _load(cls: "type[VideoAutoencoder]", folder: Path, name: str, changed: Mappi
     return model.eval()
 
 
-def _whole(model: "VideoAutoencoder") -> dict[str, Tensor]:
-    """The state dict on the CPU, each tensor in memory of its own, as safetensors wants it."""
+def _collect_state(model: "VideoAutoencoder") -> dict[str, Tensor]:
+    """Return the state dict on the CPU, no two tensors sharing memory, as safetensors requires."""
     state: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, value in model.state_dict().items():
@@ -344,14 +356,15 @@ def _whole(model: "VideoAutoencoder") -> dict[str, Tensor]:
             )
         value = value.detach().cpu().contiguous()
         storage = value.untyped_storage()
-        if storage.data_ptr() in taken or storage.nbytes() != value.nbytes:  # tied weights, or a part of another
+        if storage.data_ptr() in taken or storage.nbytes() != value.nbytes:  # tied weights, or a view
             value = value.clone()
         taken.add(value.untyped_storage().data_ptr())
         state[name] = value
     return state
 
 
-def _refused(value: object) -> Any:
+def _to_plain(value: object) -> Any:
+    """Convert a value that JSON does not know, or raise `UserError`."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise UserError(

@@ -1,4 +1,4 @@
-"""Which files and folders are videos and which are left out, whether one has changed, where this machine keeps that."""
+"""Find videos in folders, detect changed files, and locate the cache and the exclusion list."""
 
 import os
 import re
@@ -13,15 +13,18 @@ _NUMBERED = re.compile(r"\d\.\w+$")  # the end of an image's name in a sequence:
 
 
 def walk(root: Path, links: bool = True) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Each folder from `root` on, its folders and its files, as `os.walk` gives them, without hidden ones.
+    """Walk a tree as `os.walk` does, without hidden names: yield each folder, its subfolders and its files.
 
-    Links to folders are followed, after all that is not behind a link, and no folder comes twice, whichever way leads
-    to it; with `links` false they are not. Hidden are names that begin with a dot: what macOS copies beside files, and
-    files that are half-written.
+    Hidden names begin with a dot: the files that macOS copies beside others, and files that are still being written.
+
+    Args:
+        root: Folder to start from.
+        links: Follow links to folders, after everything that is not behind a link. No folder is visited twice, however
+            many paths lead to it.
     """
     seen: set[tuple[int, int]] = set()
     tops = [str(root)]
-    for top in tops:  # which grows
+    for top in tops:  # grows while it is iterated
         for place, folders, files in os.walk(top):
             status = os.stat(place)
             if (status.st_dev, status.st_ino) in seen:
@@ -35,11 +38,12 @@ def walk(root: Path, links: bool = True) -> Iterator[tuple[Path, list[str], list
 
 
 def is_hidden(name: str) -> bool:
+    """Return whether a file name is hidden."""
     return name.startswith(".")
 
 
 def is_text(name: str) -> bool:
-    """Whether a name is one of characters; to Linux names are bytes, and those that are no UTF-8 are none."""
+    """Return whether a name is valid UTF-8; Linux allows any bytes."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -48,12 +52,12 @@ def is_text(name: str) -> bool:
 
 
 def find_videos(root: Path, image_folders: bool) -> tuple[list[Path], Counter[str]]:
-    """The videos under a folder, sorted, and the suffixes of the files that are none.
+    """Return the videos under a folder, sorted, and a count of the other files' suffixes.
 
     Args:
-        root: Folder.
-        image_folders: A folder below `root` that holds numbered images and no video is a video too, and its subfolders
-            are not searched.
+        root: Folder to search.
+        image_folders: Treat a folder below `root` that holds numbered images and no video as a video, and do not
+            search its subfolders.
     """
     from vidtwin.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
@@ -72,23 +76,20 @@ def find_videos(root: Path, image_folders: bool) -> tuple[list[Path], Counter[st
     return sorted(paths), others
 
 
-def has_numbered_images(folder: Path) -> bool:
-    """Whether a folder may be a video itself."""
-    return any(_NUMBERED.search(image.name) for image in images_of(folder))
-
-
 def images_of(folder: Path) -> list[Path]:
-    """The images of a folder that is a video, by their names."""
+    """List the images of a folder that is a video, sorted by name."""
     from vidtwin.video import IMAGE_SUFFIXES
 
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(f.name))
 
 
 def identity(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of the last change in ns: the same as long as a video is the same.
+    """Return the size in bytes and the modification time in ns of a video, which change whenever the video does.
 
-    Of a folder of images both are those of all of them, and a change of names counts. `OSError` if there is no such
-    file.
+    For a folder of images both cover all images; renaming one counts as a change.
+
+    Raises:
+        OSError: The file does not exist.
     """
     status = path.stat()
     if not stat.S_ISDIR(status.st_mode):
@@ -99,13 +100,17 @@ def identity(path: Path) -> tuple[int, int]:
 
 
 def cache_home() -> Path:
-    """Where what can be found out again is kept: `$VIDTWIN_CACHE`, by default `~/.cache/vidtwin`."""
+    """Return the folder of files that can be recomputed: `$VIDTWIN_CACHE`, by default `~/.cache/vidtwin`."""
     home = os.environ.get("VIDTWIN_CACHE") or (os.environ.get("XDG_CACHE_HOME") or "~/.cache") + "/vidtwin"
     return Path(home).expanduser()
 
 
 def excluded_names(file: Path) -> set[str]:
-    """Names of an exclusion list."""
+    """Read the video names of an exclusion list.
+
+    Raises:
+        UserError: The file does not exist.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""What an encoder says of a latent: a distribution that can be sampled, has a mode and a regularization term.
+"""Posterior distributions of latents, with a sample, a mode and regularization terms.
 
-An autoencoder's `encode` returns an :class:`Encoding`, one posterior by the name of each latent. Training decodes
+An autoencoder's `encode` returns an :class:`Encoding`, which maps each latent's name to its posterior. Training decodes
 `encoding.sample()`, evaluation decodes `encoding.mode()`.
 """
 
@@ -22,15 +22,15 @@ class Posterior(ABC):
 
     @abstractmethod
     def mode(self) -> Tensor:
-        """The most likely latent of shape (B, ...): what is stored, decoded and measured in evaluation."""
+        """Return the most likely latent of shape (B, ...), which evaluation stores, decodes and measures."""
 
     @abstractmethod
     def regularization(self) -> dict[str, Tensor]:
-        """Unweighted scalar terms by name; `{}` where there are none. Weights belong to the loss."""
+        """Return unweighted scalar terms by name, `{}` if there are none. The loss weights them."""
 
 
 class DiagonalGaussian(Posterior):
-    """N(mean, exp(logvar)), independent in every number, with the log-variance clamped to [-30, 20].
+    """A factorized Gaussian N(mean, exp(logvar)) with the log-variance clamped to [-30, 20].
 
     Args:
         mean: (B, ...).
@@ -48,19 +48,23 @@ class DiagonalGaussian(Posterior):
         return self.mean
 
     def kl(self) -> Tensor:
-        """KL of each number to N(0, 1) in nats, (B, ...) as `mean`: in single precision, double where `mean` is."""
+        """Return the KL of each element to N(0, 1) in nats, shape (B, ...), in float32 (float64 if `mean` is)."""
         mean, logvar = self.mean, self.logvar
         if mean.dtype != torch.float64:
             mean, logvar = mean.float(), logvar.float()
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
 
     def regularization(self) -> dict[str, Tensor]:
-        """`kl` to N(0, 1) in nats, summed over the latent and averaged over the batch (per clip)."""
+        """Return `kl` to N(0, 1) in nats, summed over the latent and averaged over the batch (per clip)."""
         return {"kl": self.kl().sum() / self.mean.shape[0]}
 
 
 class Deterministic(Posterior):
-    """A latent without noise (CMD's, for one). `value`: (B, ...)."""
+    """A latent without noise, such as CMD's.
+
+    Args:
+        value: (B, ...).
+    """
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
@@ -76,12 +80,12 @@ class Deterministic(Posterior):
 
 
 class Quantized(Posterior):
-    """A latent that is a choice among the entries of a codebook.
+    """A latent of codebook entries.
 
     Args:
-        value: (B, ...) quantized vectors; where training needs it, with the straight-through gradient.
-        codes: (B, ...) integer codes, what a codec would store.
-        codebook_size: Number of codes there are, so that one code is log2(codebook_size) bits.
+        value: (B, ...) quantized vectors, with the straight-through gradient if the encoder trains.
+        codes: (B, ...) integer codes, as a codec would store them.
+        codebook_size: Number of codebook entries; one code takes log2(codebook_size) bits.
         terms: The quantizer's own unweighted losses by name (commitment, codebook, entropy).
     """
 
@@ -95,7 +99,7 @@ class Quantized(Posterior):
 
     @property
     def bits(self) -> float:
-        """Bits of one clip's codes."""
+        """Number of bits in one clip's codes."""
         return self.codes[0].numel() * math.log2(self.codebook_size)
 
     def sample(self) -> Tensor:
@@ -109,16 +113,18 @@ class Quantized(Posterior):
 
 
 class Encoding(dict[str, Posterior]):
-    """One posterior by the name of each latent."""
+    """Mapping from the name of each latent to its posterior."""
 
     def sample(self) -> Latents:
+        """Sample every latent, each (B, ...)."""
         return {name: posterior.sample() for name, posterior in self.items()}
 
     def mode(self) -> Latents:
+        """Return the mode of every latent, each (B, ...)."""
         return {name: posterior.mode() for name, posterior in self.items()}
 
     def regularization(self) -> dict[str, Tensor]:
-        """The latents' terms, those of one name added (VidTwin: KL of structure + KL of dynamics)."""
+        """Sum the latents' terms by name (VidTwin: KL of structure + KL of dynamics)."""
         total: dict[str, Tensor] = {}
         for posterior in self.values():
             for name, term in posterior.regularization().items():

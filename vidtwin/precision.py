@@ -1,4 +1,4 @@
-"""Full precision for measurements, whatever the model runs in."""
+"""Full precision for metrics, whatever precision the model runs in."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +9,10 @@ import torch
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Autocast off, and convolutions and products of float32 in float32: TensorFloat-32 has 10 bits of mantissa.
+    """Disable autocast and TensorFloat-32, so that float32 convolutions and matrix products keep their 24 bits.
 
-    PyTorch rounds convolutions on CUDA to TensorFloat-32 by default, and products where Lightning is told so
-    (`torch.set_float32_matmul_precision`); a metric must depend on neither.
+    By default PyTorch rounds convolutions on CUDA to TensorFloat-32 (10 bits of mantissa), and matrix products too
+    after `torch.set_float32_matmul_precision`; a metric must depend on neither.
     """
     modules: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
     modules += [torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Reading files of weights without running code from them, and saying how they fail to fit."""
+"""Safe (weights-only) loading of weights, and checks that they fit a model."""
 
 import hashlib
 import zipfile
@@ -14,16 +14,19 @@ from vidtwin.errors import UserError
 
 
 def read(path: str | Path, lazily: bool = False) -> Any:
-    """What a .safetensors file or a torch file (.ckpt, .pth, .pt) holds, on the CPU.
+    """Read a .safetensors file or a torch file (.ckpt, .pth, .pt) onto the CPU.
 
-    With `lazily` the tensors' bytes stay in the file until they are used: for a look at what it says.
+    Args:
+        path: The file.
+        lazily: Map the file into memory, so that tensors are read only when used: for a look at the other values.
 
-    Raises `UserError` for a file that is absent, cut off, or holds more than tensors and plain values.
+    Raises:
+        UserError: The file is missing, truncated, or holds more than tensors and plain values.
     """
     path = Path(path)
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob(f"*{path.suffix or '*'}") if p.is_file())[:5]
-        raise UserError(f"Expected a file of weights, got none at {path}" + _among(beside))
+        raise UserError(f"Expected a file of weights, got none at {path}" + _list_neighbours(beside))
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -31,7 +34,7 @@ def read(path: str | Path, lazily: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         text = str(error).strip() or type(error).__name__
-        if "Unsupported operand" in text:  # not even a pickle that torch would read
+        if "Unsupported operand" in text:  # the file is not a pickle that torch can read
             reason = "it is damaged or cut off, or no such file at all"
         elif "eights only" in text or "weights_only" in text:
             reason = "it holds pickled objects, whose code is never run"
@@ -41,7 +44,7 @@ def read(path: str | Path, lazily: bool = False) -> Any:
 
 
 def check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) -> None:
-    """Raise `UserError` naming the tensors that are missing from `state`, unexpected or of another shape."""
+    """Raise `UserError` with the tensors that are missing from `state`, unexpected, or of another shape."""
     problems = [f"missing {name}" for name in wanted if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in wanted]
     problems += [
@@ -55,7 +58,7 @@ def check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) 
 
 
 def sha256(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes: the same for one model whatever file or device it lies on."""
+    """Hash names, types, shapes and bytes with SHA-256, independent of file format and device."""
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
@@ -64,5 +67,6 @@ def sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _among(names: list[str]) -> str:
+def _list_neighbours(names: list[str]) -> str:
+    """Return the end of a message that lists the files beside a missing one."""
     return f"; in its folder are {', '.join(names)}." if names else "."
