@@ -1,12 +1,12 @@
-"""The tiny models against each other: same clips, same steps, like sizes, a learning rate from one grid, three seeds.
+"""Compare the tiny models: same clips and steps, similar sizes, learning rates from one grid, three seeds.
 
     python benchmarks/baselines.py docs -- --data.root PATH/TO/UCF-101 --data.val_groups '[10]'
 
-Trains each model once with every rate of the grid, takes the rate whose last validation has the highest PSNR, trains
-with two more seeds at it, and measures the three on the test clips. All runs see the same clips in the same order: the
-data's seed stays, `--seed_everything` changes initial weights and noise. What stands after `--` goes to every command.
-Writes `images/baselines_psnr.png` under the folder, prints the table and every run. Goes on where it was interrupted
-(`runs/baselines_<steps>`). Training seconds are taken at the end, when nothing else runs.
+Trains each model once with every rate of the grid, selects the rate with the highest PSNR in the last validation,
+trains two more seeds with it, and evaluates all three on the test clips. All runs see the same clips in the same order:
+the seed of the data is fixed; `--seed_everything` changes initial weights and noise. Arguments after `--` are passed
+to every command. Writes `images/baselines_psnr.png` under the folder and prints the table and every run. An interrupted
+comparison resumes (`runs/baselines_<steps>`). Training steps are timed at the end, when nothing else runs.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from experiments import as_markdown, curves, fit
+from experiments import as_markdown, fit, read_curves
 
 from vidtwin.benchmark.cost import flops
 from vidtwin.storage import checkpoints
@@ -34,37 +34,38 @@ MODELS = {
 }
 CLIP = (3, 16, 64, 64)
 BATCH = 4
-
-
 FOLDER = Path("runs/baselines")
 
 
 def run_name(model: str, rate: float, seed: int) -> str:
+    """Return the name of a run, its path below `runs`."""
     return f"{FOLDER.name}/{model}-{rate:g}-{seed}"
 
 
 def checkpoint(model: str, rate: float, seed: int) -> Path:
+    """Return the path of a run's last checkpoint."""
     return Path("runs") / run_name(model, rate, seed) / "checkpoints/last.ckpt"
 
 
-def diverged(model: str, rate: float, seed: int) -> Path:
-    """A file that says so."""
+def divergence_file(model: str, rate: float, seed: int) -> Path:
+    """Return the path of the file that marks a run as diverged."""
     return Path("runs") / run_name(model, rate, seed) / "diverged"
 
 
-def validation(model: str, rate: float, seed: int) -> list[tuple[int, float]]:
-    return curves(run_name(model, rate, seed))[0].get("val/psnr", [])
+def read_validation(model: str, rate: float, seed: int) -> list[tuple[int, float]]:
+    """Read the validation PSNR (dB) of a run by step."""
+    return read_curves(run_name(model, rate, seed))[0].get("val/psnr", [])
 
 
 def train(wanted: list[tuple[str, float, int]], arguments: argparse.Namespace) -> None:
-    """Runs that have not reached their last step, some at a time, the cores divided among them."""
+    """Train the unfinished runs, some at a time, with the cores divided among them."""
     cores = max(1, (os.cpu_count() or 1) // arguments.jobs)
     env = os.environ | {"OMP_NUM_THREADS": str(cores)}
     interval = arguments.steps // 6
 
     def one(run: tuple[str, float, int]) -> None:
-        points = validation(*run)
-        if diverged(*run).exists() or (points and points[-1][0] + interval > arguments.steps):
+        points = read_validation(*run)
+        if divergence_file(*run).exists() or (points and points[-1][0] + interval > arguments.steps):
             return
         model, rate, seed = run
         options = [f"--trainer.max_steps={arguments.steps}", f"--trainer.val_check_interval={interval}"]
@@ -72,17 +73,18 @@ def train(wanted: list[tuple[str, float, int]], arguments: argparse.Namespace) -
         try:
             fit(run_name(*run), MODELS[model], *options, env=env, quiet=True)
         except subprocess.CalledProcessError:
-            if not any((diverged(*run).parent / "nonfinite").glob("*")):
+            if not any((divergence_file(*run).parent / "nonfinite").glob("*")):
                 raise
-            diverged(*run).touch()  # the guard has stopped it, with its reason
+            divergence_file(*run).touch()  # the step guard stopped the training and logged why
             return
-        print(f"{run_name(*run)}: {validation(*run)[-1][1]:.2f} dB on the validation clips", flush=True)
+        print(f"{run_name(*run)}: {read_validation(*run)[-1][1]:.2f} dB on the validation clips", flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(one, wanted))
 
 
-def test(model: str, rate: float, seed: int, options: list[str]) -> dict:
+def evaluate(model: str, rate: float, seed: int, options: list[str]) -> dict:
+    """Evaluate a run on the test clips → its results row."""
     name = f"{model}-{rate:g}-{seed}"
     path = FOLDER / "results/rows" / name / "results.json"
     if not path.exists():
@@ -94,7 +96,7 @@ def test(model: str, rate: float, seed: int, options: list[str]) -> dict:
 
 
 def step_seconds(path: Path, repeats: int = 10) -> list[float]:
-    """Seconds of one training step (forward, backward, AdamW) on a batch of noise, after two to warm up."""
+    """Time training steps (forward, backward, AdamW) in seconds on a batch of noise, after two warm-up steps."""
     model = checkpoints.load_autoencoder(path).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     clip = torch.rand(BATCH, *CLIP) * 2 - 1
@@ -110,14 +112,14 @@ def step_seconds(path: Path, repeats: int = 10) -> list[float]:
     return seconds[2:]
 
 
-def spread(values: list[float], digits: int) -> str:
+def format_spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def picture(out: Path, chosen: dict[str, float], seeds: list[int]) -> None:
+def plot_validation(out: Path, chosen: dict[str, float], seeds: list[int]) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for model, rate in chosen.items():
-        lines = [validation(model, rate, seed) for seed in seeds]
+        lines = [read_validation(model, rate, seed) for seed in seeds]
         steps = [step for step, _ in lines[0]]
         values = [[value for _, value in line] for line in lines]
         (mean,) = axes.plot(steps, [statistics.mean(at) for at in zip(*values, strict=True)], label=model)
@@ -135,7 +137,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel trainings")
     parser.add_argument("options", nargs="*")
     arguments = parser.parse_args()
 
@@ -145,7 +147,9 @@ def main() -> None:
     train([(model, rate, first) for model in MODELS for rate in arguments.rates], arguments)
     scores = {
         model: {
-            r: validation(model, r, first)[-1][1] for r in arguments.rates if not diverged(model, r, first).exists()
+            r: read_validation(model, r, first)[-1][1]
+            for r in arguments.rates
+            if not divergence_file(model, r, first).exists()
         }
         for model in MODELS
     }
@@ -154,7 +158,7 @@ def main() -> None:
 
     rows = []
     for model, rate in chosen.items():
-        found = [test(model, rate, seed, arguments.options) for seed in arguments.seeds]
+        found = [evaluate(model, rate, seed, arguments.options) for seed in arguments.seeds]
         path = checkpoint(model, rate, first)
         counted, seconds = flops(checkpoints.load_autoencoder(path), CLIP), step_seconds(path)
         metrics = {key: [row["metrics"][key]["mean"] for row in found] for key in ("psnr", "ssim")}
@@ -166,8 +170,8 @@ def main() -> None:
                 f"{100 * found[0]['compression_rate']:.3f}",
                 "" if bits is None else f"{bits:.4f}",
                 f"{rate:g}",
-                spread(metrics["psnr"], 2),
-                spread(metrics["ssim"], 3),
+                format_spread(metrics["psnr"], 2),
+                format_spread(metrics["ssim"], 3),
                 f"{counted['encode'] / 1e9:.2f} + {counted['decode'] / 1e9:.2f}",
                 f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
             ]
@@ -186,7 +190,7 @@ def main() -> None:
         for model, rates in scores.items()
     ]
     print(as_markdown(["PSNR (dB)", *(f"{rate:g}" for rate in arguments.rates)], grid))
-    picture(arguments.docs / "images/baselines_psnr.png", chosen, arguments.seeds)
+    plot_validation(arguments.docs / "images/baselines_psnr.png", chosen, arguments.seeds)
 
 
 if __name__ == "__main__":

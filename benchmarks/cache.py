@@ -1,9 +1,9 @@
-"""Clips per CPU-second: decoded from files, from a cache, and as they are streamed (docs/cached_and_streamed.md).
+"""Measure clips per CPU-second from files, a cache and a stream (docs/cached_and_streamed.md).
 
     python benchmarks/cache.py path/to/UCF-101
 
-One process, no workers; batches are collated as a loader does. Each repetition takes all ways in turn, so that what
-else the machine does meets them alike. Prints medians and the range over the repetitions as a Markdown table.
+One process, no workers; batches are collated as in a loader. Each repetition runs all ways in turn, so that other load
+on the machine affects them alike. Prints medians and ranges over the repetitions as a Markdown table.
 """
 
 import argparse
@@ -33,13 +33,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--resolution", type=int, default=224)
     parser.add_argument("--batch", type=int, default=6)
-    parser.add_argument("--epochs", type=int, default=2, help="cached, and read in each repetition")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs to cache and to read in each repetition")
     parser.add_argument("--repeats", type=int, default=7)
     return parser.parse_args(argv)
 
 
 def read(dataset: Dataset[Any], length: int, epochs: int, batch: int) -> int:
-    """All clips in order, in batches → how many."""
+    """Read all clips in order, in batches → number of clips."""
     for epoch in range(epochs):
         for first in range(0, length, batch):
             default_collate([dataset[epoch, index] for index in range(first, min(first + batch, length))])
@@ -47,8 +47,8 @@ def read(dataset: Dataset[Any], length: int, epochs: int, batch: int) -> int:
 
 
 def read_by_litdata(folder: Path, batch: int) -> int:
-    """The same shards, decoded and iterated by litdata's own data set."""
-    os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # it would ask PyPI
+    """Read the same shards with litdata's own data set → number of clips."""
+    os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # the check queries PyPI
     from litdata import StreamingDataset
 
     items: list[Any] = []
@@ -62,7 +62,8 @@ def read_by_litdata(folder: Path, batch: int) -> int:
     return count
 
 
-def rate(way: Callable[[], int]) -> float:
+def measure_rate(way: Callable[[], int]) -> float:
+    """Return clips per CPU-second."""
     start = time.process_time()
     return way() / (time.process_time() - start)
 
@@ -76,17 +77,21 @@ def main(argv: list[str]) -> None:
     length, epochs, batch = len(online), arguments.epochs, arguments.batch
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        writing = rate(lambda: sum(w.items for w in write_cache(data, out / "clips", ["train"], epochs)))
+        writing = measure_rate(lambda: sum(w.items for w in write_cache(data, out / "clips", ["train"], epochs)))
         write_cache(data, out / "videos", ["train"], format="videos")
 
-        def streamed(url: str) -> Any:
+        def open_stream(url: str) -> Any:
             return Streamed(url, cache_dir=str(out / "here"), lanes=4, **common).dataset("train")
 
-        def cold() -> int:
+        def read_cold() -> int:
             shutil.rmtree(out / "here", ignore_errors=True)
-            return read(streamed(f"local:{out / 'clips'}"), length, epochs, batch)
+            return read(open_stream(f"local:{out / 'clips'}"), length, epochs, batch)
 
-        cached, clips, videos = CachedClips(out / "clips/train"), streamed(f"{out}/clips"), streamed(f"{out}/videos")
+        cached, clips, videos = (
+            CachedClips(out / "clips/train"),
+            open_stream(f"{out}/clips"),
+            open_stream(f"{out}/videos"),
+        )
         ways: dict[str, Callable[[], int]] = {
             "files, decoded": lambda: read(online, length, 1, batch),
             "cache, mapped": lambda: read(cached, length, epochs, batch),
@@ -94,14 +99,14 @@ def main(argv: list[str]) -> None:
             "stream of videos, in a folder": lambda: read(videos, length, 1, batch),
         }
         if find_spec("litdata"):
-            ways["stream of clips, each shard copied and its checksum compared"] = cold
+            ways["stream of clips, each shard copied and its checksum compared"] = read_cold
             ways["the same shards by litdata's own data set"] = lambda: read_by_litdata(out / "clips/train", batch)
         for way in ways.values():
-            way()  # files into memory, code warm
+            way()  # warm up the page cache and the code
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for repeat in range(arguments.repeats):
             for name, way in ways.items():
-                rates[name].append(rate(way))
+                rates[name].append(measure_rate(way))
             print(f"repetition {repeat + 1} of {arguments.repeats}", file=sys.stderr)
     base = statistics.median(rates["files, decoded"])
     shape = f"{arguments.frames}x{arguments.resolution}x{arguments.resolution}x3"

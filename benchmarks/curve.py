@@ -1,8 +1,8 @@
-"""Plot a run's PSNR on held-out clips against what one colour and one mean frame of those clips reach.
+"""Plot a run's PSNR on held-out clips beside two references: their mean colour and their temporal mean.
 
     python benchmarks/curve.py runs/ucf_like docs/images/ucf_like_psnr.png
 
-Reads the run's TensorBoard file and its config, and measures the two references on the run's validation clips.
+Reads the run's TensorBoard file and config, and measures the references on the run's validation clips.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.metrics.frames import psnr
 
 
-def validation_data(config: dict) -> ClipDataModule:
-    """The data module of a run's config.yaml."""
+def build_data(config: dict) -> ClipDataModule:
+    """Build the data module of a run's config.yaml."""
     data = config["data"]
     name = data["class_path"].rpartition(".")[2].lower()
     return plugins.load(name, "vidtwin.datamodules")(**data["init_args"])
 
 
-def references(data: ClipDataModule) -> dict[str, float]:
-    """PSNR of the mean colour and the temporal mean over the validation clips."""
+def measure_references(data: ClipDataModule) -> dict[str, float]:
+    """Return the PSNR (dB) of the mean colour and the temporal mean over the validation clips."""
     data.setup("validate")
     sums: dict[str, list[torch.Tensor]] = {"mean_colour": [], "temporal_mean": []}
     for batch in data.val_dataloader():
@@ -45,7 +45,7 @@ def main() -> None:
     events = EventAccumulator(str(arguments.run))
     events.Reload()
     points = [(event.step, event.value) for event in events.Scalars("val/psnr")]
-    lines = references(validation_data(yaml.safe_load((arguments.run / "config.yaml").read_text())))
+    lines = measure_references(build_data(yaml.safe_load((arguments.run / "config.yaml").read_text())))
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     axes.plot(*zip(*points, strict=True), marker="o", label="VidTwin")

@@ -1,10 +1,10 @@
-"""The DiT of the paper's appendix C.2 on the latents of every model at full size, 16 frames of 224 px.
+"""Measure the DiT of the paper's appendix C.2 on the latents of every full-size model, 16 frames of 224 px.
 
-    python benchmarks/downstream.py                   tokens and FLOPs, nothing is computed
-    python benchmarks/downstream.py --device cuda     peak memory and time of a training step too
+    python benchmarks/downstream.py                   tokens and FLOPs, without running the DiT
+    python benchmarks/downstream.py --device cuda     also peak memory and time of a training step
 
 FLOPs count a multiply-add as two; a training step is a forward and a backward pass on one clip. The DiT's six layers
-have 18,914,304 parameters; "embedding" are those that turn a model's latents into tokens and back.
+have 18,914,304 parameters; embedding parameters map a model's latents to tokens and back.
 """
 
 import argparse
@@ -25,10 +25,10 @@ def latent_shapes(name: str) -> dict[str, tuple[int, ...]]:
         return checkpoints.build(spec(name)).latent_shapes(CLIP)
 
 
-def counted(name: str, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+def count(name: str, shapes: dict[str, tuple[int, ...]]) -> list[str]:
     with torch.device("meta"):
         model = downstream.LatentDiT(shapes)
-    tokens = " + ".join(f"{count:,}" for count in model.tokens_by_latent.values())
+    tokens = " + ".join(f"{number:,}" for number in model.tokens_by_latent.values())
     total = sum(model.tokens_by_latent.values())
     flops = downstream.flops(model)
     return [
@@ -40,7 +40,7 @@ def counted(name: str, shapes: dict[str, tuple[int, ...]]) -> list[str]:
     ]
 
 
-def measured(shapes: dict[str, tuple[int, ...]], device: str, repeats: int) -> list[str]:
+def measure(shapes: dict[str, tuple[int, ...]], device: str, repeats: int) -> list[str]:
     found = downstream.measure(shapes, device, repeats=repeats)
     times = found["seconds_per_step"]
     least, most = times["min"], times["max"]
@@ -49,16 +49,16 @@ def measured(shapes: dict[str, tuple[int, ...]], device: str, repeats: int) -> l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", help="run training steps there and measure them")
-    parser.add_argument("--repeats", type=int, default=3, help="steps that are timed")
+    parser.add_argument("--device", help="measure training steps on this device")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:
         shapes = latent_shapes(name)
-        rows.append(counted(name, shapes))
+        rows.append(count(name, shapes))
         if arguments.device:
-            rows[-1] += measured(shapes, arguments.device, arguments.repeats)
+            rows[-1] += measure(shapes, arguments.device, arguments.repeats)
             print(f"{name}: {rows[-1][-1]} s", flush=True)
     print(as_markdown(HEADER + (MEASURED if arguments.device else []), rows))
     if arguments.device:

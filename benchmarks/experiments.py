@@ -1,4 +1,4 @@
-"""What the experiments share: trainings by the command line, and the numbers that they logged."""
+"""Helpers of the experiments: run trainings by the command line and read their logs."""
 
 import subprocess
 import sys
@@ -7,13 +7,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-# Of those that real clips are learned by heart from: a street, a face in a car, a kitchen, a pitcher.
+# The real clips to overfit: a street, a face in a car, a kitchen, a pitcher.
 CLIPS = ("bikes.mp4", "carphone_pristine.mp4", "flipping_a_pancake.mkv", "v_BaseballPitch_g01_c01.avi")
 Curves = dict[str, list[tuple[int, float]]]
 
 
-def by_heart(clips: Path) -> Path:
-    """A folder in which those four clips of another are both the training and the validation split, by links."""
+def link_clips(clips: Path) -> Path:
+    """Link the four clips into a folder as both training and validation split → the folder."""
     folder = Path("runs/by_heart")
     for split in ("train", "val"):
         (folder / split).mkdir(parents=True, exist_ok=True)
@@ -24,21 +24,21 @@ def by_heart(clips: Path) -> Path:
     return folder
 
 
-def by_heart_options(folder: Path) -> list[str]:
-    """Of `vidtwin fit`, for that folder."""
+def data_options(folder: Path) -> list[str]:
+    """Return options of `vidtwin fit` for a folder of `link_clips`."""
     return ["--data.root", str(folder), "--data.splits", "{train: train, val: val}"]
 
 
 def fit(run: str, config: str, *options: str, env: dict[str, str] | None = None, quiet: bool = False) -> None:
-    """Train in `runs/<run>`, or go on where that was interrupted."""
+    """Train in `runs/<run>`, or resume an interrupted training."""
     command = [sys.executable, "-m", "vidtwin", "fit", "--config", config, "--resume", "auto"]
     command += ["--trainer.logger.init_args.name", run, *options]
     quiet_options = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
     subprocess.run([*command, *(quiet_options if quiet else [])], check=True, env=env)
 
 
-def curves(run: str) -> tuple[Curves, float]:
-    """What a run logged, by name and step, and the minutes between its first and its last number; nothing if none."""
+def read_curves(run: str) -> tuple[Curves, float]:
+    """Read the logged values of a run by name and step, and its duration in minutes; empty if there is no run."""
     if not (Path("runs") / run).is_dir():
         return {}, 0.0
     events = EventAccumulator(str(Path("runs") / run), size_guidance={"scalars": 0})
@@ -50,7 +50,7 @@ def curves(run: str) -> tuple[Curves, float]:
 
 
 def plot(axes: plt.Axes, logged: Curves, tags: dict[str, str], ylabel: str) -> None:
-    """Lines of some of the numbers, with what they are called in the legend."""
+    """Plot logged values by their labels in the legend."""
     for tag, label in tags.items():
         if tag in logged:
             axes.plot(*zip(*logged[tag], strict=True), label=label, linewidth=1)
@@ -60,7 +60,7 @@ def plot(axes: plt.Axes, logged: Curves, tags: dict[str, str], ylabel: str) -> N
 
 
 def as_markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table with aligned columns, the first of them text."""
+    """Format a table with aligned columns, of which the first is text."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
 
     def line(cells: list[str]) -> str:

@@ -1,16 +1,16 @@
-"""Every model at full size: one forward pass of 16 frames of 224 px on a CPU, and what a training would cost.
+"""Measure every full-size model in one forward pass on a CPU (16 frames of 224 px), and estimate training costs.
 
     python benchmarks/full_size.py
 
-Each model of the configs is built with random weights in a process of its own and encodes and decodes one clip in
-fp32. Ends with 1 if one needs more than 20 GB. Then, without running anything, the arithmetic of trainings on H100s at
-35% of their 989 TFLOP/s in bf16: 100,000 steps of 24 clips for all, and each config's own recipe.
+Each model of the configs is built with random weights in its own process, where it encodes and decodes one clip in
+fp32. Exits with 1 if one needs more than 20 GB. Then estimates the costs of trainings on H100s at 35% of their
+989 TFLOP/s in bf16: 100,000 steps of 24 clips for all models, and each config's own recipe.
 
     clip = 3 · autoencoder + 3 · LPIPS + 8 · discriminator        (forward passes, in FLOPs)
 
-A backward pass costs two forward passes, of a frozen network one; where the config recomputes activations the
-autoencoder has one more. LPIPS sees the clip and its reconstruction, the latter with a gradient; the discriminator sees
-the reconstruction for the generator's sake, then both for its own, in the steps after its start. R1 is left out.
+A backward pass costs two forward passes, or one if the network is frozen; recomputing activations costs the autoencoder
+one more. LPIPS runs on the clip and its reconstruction, the latter with a gradient. After its start the discriminator
+runs on the reconstruction for the generator's loss, then on both for its own. R1 is omitted.
 """
 
 import argparse
@@ -48,7 +48,7 @@ MODELS = {
     "iVideoGPT (256 px inside)": "baselines/ivideogpt.yaml",
     "iVideoGPT, native": "baselines/ivideogpt_native.yaml",
 }
-# Clips of a step in each config's recipe, as its comments have it: data.batch_size times devices.
+# Clips per step in each config's recipe, from its comments: data.batch_size times devices.
 RECIPE = {"VidTwin-base": 24, "MAGVIT-v2 (prepend)": 48, "MAGVIT-v2, 5 channels (even)": 48}
 RECIPE |= {"CMD, p=16, D=32": 256, "CMD, p=4, D=8": 256, "iVideoGPT (256 px inside)": 32, "iVideoGPT, native": 32}
 CLIP = (3, 16, 224, 224)
@@ -71,8 +71,8 @@ def spec(name: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def forward(name: str) -> dict[str, Any]:
-    """Run the model once, in this process."""
+def measure_forward(name: str) -> dict[str, Any]:
+    """Run the model once in this process and return its costs."""
     torch.manual_seed(0)
     model = checkpoints.build(spec(name)).eval()
     clip = torch.rand(1, *CLIP) * 2 - 1
@@ -100,15 +100,15 @@ def count(network: nn.Module, *inputs: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-def training(name: str, autoencoder: int) -> dict[str, float]:
-    """FLOPs of one clip's part of a training step, by who causes them."""
+def count_training(name: str, autoencoder: int) -> dict[str, float]:
+    """Count the FLOPs of a training step per clip, by network."""
     loss = part(MODELS[name], "loss").get("init_args", {})
     clip = torch.empty(1, *CLIP, device="meta")
     passes = 4.0 if spec(name)["init_args"].get("activation_checkpointing") else 3.0
     costs = {"autoencoder": passes * autoencoder, "LPIPS": 0.0, "discriminator": 0.0}
     if loss.get("perceptual_weight", 0.05) > 0:
         with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore")  # the lpips package asks torchvision in a way that warns
+            warnings.simplefilter("ignore")  # lpips uses deprecated arguments of torchvision
             vgg = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).net
         frames = loss.get("perceptual_frames") or CLIP[1]
         costs["LPIPS"] = 3.0 * count(vgg, clip[0, :, :1].movedim(1, 0)) * frames
@@ -123,10 +123,10 @@ def training(name: str, autoencoder: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", metavar="NAME", help="run one model in this process and print what was measured")
+    parser.add_argument("--one", metavar="NAME", help="measure one model in this process and print the result")
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(forward(arguments.one)))
+        print(json.dumps(measure_forward(arguments.one)))
         return 0
 
     measured: dict[str, dict[str, Any]] = {}
@@ -152,7 +152,7 @@ def main() -> int:
 
     rows = []
     for name, found in measured.items():
-        costs = training(name, sum(found["flops"].values()))
+        costs = count_training(name, sum(found["flops"].values()))
         start = part(MODELS[name], "loss").get("init_args", {}).get("adversarial_start", 10_000)
         steps = part(MODELS[name], "trainer")["max_steps"]
         hours = [
@@ -160,9 +160,9 @@ def main() -> int:
             for number, clips in ((STEPS, BATCH), (steps, RECIPE[name]))
         ]
         hours = [f"{flop / (PEAK * UTILIZATION) / 3600:,.0f}" for flop in hours]
-        terms = [f"{costs[player] / 1e12:.1f}" for player in ("autoencoder", "LPIPS", "discriminator")]
+        terms = [f"{costs[network] / 1e12:.1f}" for network in ("autoencoder", "LPIPS", "discriminator")]
         rows.append([name, *terms, hours[0], f"{steps:,} x {RECIPE[name]}", hours[1]])
-    print("\nTFLOPs of a clip's part of a step, and H100 hours, by arithmetic:")
+    print("\nEstimated TFLOPs per clip of a step, and H100 hours:")
     header = ["training", "autoencoder", "LPIPS", "discriminator", f"hours for {STEPS:,} x {BATCH}", "recipe", "hours"]
     print(as_markdown(header, rows))
     return int(any(found["peak"] > LIMIT for found in measured.values()))

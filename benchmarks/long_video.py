@@ -1,7 +1,7 @@
-"""Memory of `vidtwin reconstruct` on a long video: python benchmarks/long_video.py VIDEO CKPT [-- OPTIONS]
+"""Measure the memory of `vidtwin reconstruct` on a long video: python benchmarks/long_video.py VIDEO CKPT [-- OPTIONS]
 
-VIDEO is repeated, packet by packet, until it is long enough. The peak of the process that reconstructs it, by the
-kernel's count, stands beside that of one that reconstructs it once: the difference is what length costs.
+VIDEO is repeated, packet by packet, until it is long enough. Prints the peak memory of the process, as counted by the
+kernel, for one second and for the long video: the difference is the cost of length.
 """
 
 import argparse
@@ -23,8 +23,8 @@ sys.exit(code)
 """
 
 
-def repeated(source: Path, target: Path, seconds: float) -> int:
-    """Copy the pictures of a video again and again without decoding → frames."""
+def repeat(source: Path, target: Path, seconds: float) -> int:
+    """Copy the packets of a video repeatedly without decoding → number of frames."""
     frames, shift = 0, 0
     with av.open(str(target), "w") as output:
         stream = None
@@ -45,8 +45,8 @@ def repeated(source: Path, target: Path, seconds: float) -> int:
                     return frames
 
 
-def peak(arguments: list[str]) -> tuple[int, float]:
-    """Megabytes at the most, and seconds."""
+def measure(arguments: list[str]) -> tuple[int, float]:
+    """Run a command of vidtwin → its peak memory in MB and its seconds."""
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", _PEAK, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -60,14 +60,14 @@ def main() -> None:
     parser.add_argument("video", type=Path)
     parser.add_argument("checkpoint")
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("options", nargs="*", help="Of vidtwin reconstruct, behind --.")
+    parser.add_argument("options", nargs="*", help="Options of vidtwin reconstruct, after --.")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for name, seconds in (("short", 1.0), ("long", 60 * given.minutes)):
             video = Path(folder) / f"{name}.mp4"
-            frames = repeated(given.video, video, seconds)
+            frames = repeat(given.video, video, seconds)
             words = ["reconstruct", str(video), "--ckpt_path", given.checkpoint, "--out", os.path.join(folder, name)]
-            megabytes, took = peak([*words, "--progress", "false", *given.options])
+            megabytes, took = measure([*words, "--progress", "false", *given.options])
             print(f"{name}: {frames} frames, peak {megabytes} MB, {took:.0f} s")
 
 

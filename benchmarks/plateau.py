@@ -1,10 +1,10 @@
-"""How fast VidTwin learns from scratch, and which initial value does it (docs/training_from_scratch.md).
+"""Measure how fast VidTwin learns from scratch under different initializations (docs/training_from_scratch.md).
 
     python benchmarks/plateau.py path/to/UCF-101 --variants balanced released
     python benchmarks/plateau.py synthetic --variants balanced --steps 600
 
-Trains on L1 and the KL alone, on clips held in memory (UCF-101's layout, or "synthetic"), and writes one row per
-variant: PSNR of the test clips at the given steps, beside those of the clip's mean colour and of its temporal mean.
+Trains with L1 and KL only, on clips in memory (UCF-101's layout, or "synthetic"), and prints one row per variant: PSNR
+of the test clips by step, beside that of the clips' mean colour and temporal mean.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.datamodules.ucf101 import UCF101
 from vidtwin.models.vidtwin import VidTwin
 
-# "balanced" with one part of it at its released value: the names of the tensors that go back.
+# "balanced" with one part at its released initialization: patterns of the tensors to replace.
 ABLATIONS = {
     "Q-Former as released": r"structure\.qformer\..*",
     "frames mix queries at random": r"structure\.to_frames\..*",
@@ -53,13 +53,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def load(source: str, resolution: int, epochs: int) -> tuple[Tensor, Tensor]:
-    """Training and test clips, uint8 (N, T, H, W, 3)."""
+    """Load training and test clips, uint8 (N, T, H, W, 3)."""
     training: ClipDataset
     if source == "synthetic":
         synthetic = Synthetic(num_train=100, resolution=resolution)
         training, test = synthetic.dataset("train"), synthetic.dataset("test")
     else:
-        data = UCF101(source, val_groups=(10,), resolution=resolution)  # no validation here: its videos train too
+        data = UCF101(
+            source, val_groups=(10,), resolution=resolution
+        )  # there is no validation, so its videos are for training too
         videos = data.videos("train") + data.videos("val")
         training = VideoClips(videos, ClipSettings(16, resolution, 8.0), "train")
         test = data.dataset("test")
@@ -69,28 +71,29 @@ def load(source: str, resolution: int, epochs: int) -> tuple[Tensor, Tensor]:
 
 
 def to_float(clips: Tensor) -> Tensor:
+    """Convert uint8 (N, T, H, W, 3) → (N, 3, T, H, W) in [-1, 1]."""
     return clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def psnr(clips: Tensor, targets: Tensor) -> float:
-    """Per frame on [0, 1], mean over the frames."""
+    """Compute the PSNR (dB) per frame on [0, 1] and average over the frames."""
     error = ((clips.clamp(-1, 1) - targets) / 2).square().mean((1, 3, 4))
     return float((-10 * torch.log10(error + 1e-8)).mean())
 
 
 @torch.no_grad()
 def spread_kernels(model: VidTwin) -> None:
-    """All nine taps of each kernel of the structure branch at random, of the same variance as the local ones."""
+    """Draw all nine taps of each kernel of the structure branch at random, with the variance of the local ones."""
     for module in model.structure.modules():
         if isinstance(module, nn.Conv2d):
-            rows = module.weight.flatten(1).any(1)  # the rows of the log-variance stay 0
+            rows = module.weight.flatten(1).any(1)  # rows of the log-variance stay 0
             std = module.weight[rows].square().mean().sqrt()
             module.weight[rows] = torch.randn_like(module.weight[rows]) * std
 
 
 @torch.no_grad()
-def noisy(model: VidTwin) -> None:
-    """Deviation 1 of both latents' noise."""
+def reset_log_variance(model: VidTwin) -> None:
+    """Set the standard deviation of both latents' noise to 1."""
     for branch in (model.structure, model.dynamics):
         branch.head.bias[branch.head.out_channels // 2 :] = 0
 
@@ -102,7 +105,7 @@ def build(variant: str, args: argparse.Namespace, seed: int) -> VidTwin:
     if variant not in VARIANTS:
         raise SystemExit(f"Expected a variant of {VARIANTS}, got {variant!r}.")
 
-    def model(initialization: str) -> VidTwin:
+    def create(initialization: str) -> VidTwin:
         torch.manual_seed(seed)
         return VidTwin(
             num_frames=16,
@@ -122,15 +125,15 @@ def build(variant: str, args: argparse.Namespace, seed: int) -> VidTwin:
             initialization=initialization,  # type: ignore[arg-type]
         )
 
-    built = model("released" if variant == "released" else "balanced")
+    built = create("released" if variant == "released" else "balanced")
     if variant in ABLATIONS:
-        released = model("released").state_dict()
+        released = create("released").state_dict()
         part = {name: value for name, value in released.items() if re.fullmatch(ABLATIONS[variant], name)}
         built.load_state_dict(part, strict=False)
     if variant == "kernels spread":
         spread_kernels(built)
     if variant == "log-variance 0":
-        noisy(built)
+        reset_log_variance(built)
     return built
 
 
@@ -143,7 +146,7 @@ def evaluate(model: VidTwin, clips: Tensor) -> float:
 
 
 def train(model: VidTwin, clips: Tensor, test: Tensor, args: argparse.Namespace, seed: int) -> dict[int, float]:
-    """Test PSNR by step."""
+    """Train a model → test PSNR (dB) by step."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.betas), weight_decay=1e-4)
 
@@ -152,7 +155,7 @@ def train(model: VidTwin, clips: Tensor, test: Tensor, args: argparse.Namespace,
         return min(1, (step + 1) / args.warmup) * cosine
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    numbers = test[0, :, 0].numel()  # of a frame: the released loss adds a KL per clip to errors summed over a frame
+    numbers = test[0, :, 0].numel()  # per frame: the released loss adds a KL per clip to errors summed over a frame
     curve = {}
     for step in range(1, args.steps + 1):
         clip = to_float(clips[torch.randint(len(clips), (args.batch,), generator=generator)])

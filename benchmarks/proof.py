@@ -1,10 +1,10 @@
-"""Learn four real clips by heart, then go on with a GAN for 2,000 steps: numbers, curves and a picture.
+"""Overfit four real clips, then continue with a GAN for 2,000 steps: numbers, curves and a picture.
 
     python benchmarks/proof.py FOLDER_OF_CLIPS docs
 
 Runs `vidtwin fit` twice with configs/proof.yaml (about half an hour on two cores), prints a table, and writes
-`images/proof_{psnr,gan}.png` and `images/proof_clips.png` under the second folder. Ends with 1 if the clips were not
-learned (27 dB) or anything in the logs was not finite.
+`images/proof_{psnr,gan}.png` and `images/proof_clips.png` under the second folder. Exits with 1 if the PSNR stays below
+27 dB or a logged value is not finite.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import yaml
-from experiments import by_heart, by_heart_options, curves, fit, plot
+from experiments import data_options, fit, link_clips, plot, read_curves
 
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.storage import checkpoints
@@ -31,8 +31,8 @@ GAN += ["--model.discriminator_optimizer.lr", "2e-4", "--model.discriminator_opt
 GAN += ["--model.discriminator_scheduler.warmup_steps", "50", "--trainer.max_steps", "2000"]
 
 
-def picture(out: Path, clips: Path) -> None:
-    """Rows of each clip: input, after the first run, after the GAN."""
+def draw_clips(out: Path, clips: Path) -> None:
+    """Draw three rows per clip: input, after the first run, after the GAN."""
     config = yaml.safe_load(Path("configs/proof.yaml").read_text())["data"]["init_args"]
     data = VideoFolder(**config | {"root": str(clips), "num_workers": 0})
     data.setup("validate")
@@ -57,12 +57,12 @@ def main() -> int:
     arguments = parser.parse_args()
     images = arguments.docs / "images"
     images.mkdir(parents=True, exist_ok=True)
-    clips = by_heart(arguments.clips)
-    data = by_heart_options(clips)
+    clips = link_clips(arguments.clips)
+    data = data_options(clips)
     fit("proof", "configs/proof.yaml", *data)
     last = Path("runs/proof/checkpoints/last.ckpt")
     fit("proof_gan", "configs/proof.yaml", *data, "--init_from", str(last), *GAN)
-    (plain, minutes), (gan, gan_minutes) = curves("proof"), curves("proof_gan")
+    (plain, minutes), (gan, gan_minutes) = read_curves("proof"), read_curves("proof_gan")
     values = [value for logged in (plain, gan) for points in logged.values() for _, value in points]
     skipped = max(value for logged in (plain, gan) for _, value in logged["train/skipped"])
     finite = all(math.isfinite(value) for value in values) and skipped == 0
@@ -92,9 +92,9 @@ def main() -> int:
         axes.set_yscale("log")
     plot(grid[1, 2], gan, {"val/psnr": "validation"}, "PSNR (dB)")
     figure.savefig(images / "proof_gan.png", dpi=110)
-    picture(images / "proof_clips.png", clips)
+    draw_clips(images / "proof_clips.png", clips)
 
-    def ends(tag: str) -> str:
+    def summarize(tag: str) -> str:
         points = [value for _, value in gan[tag]]
         return f"{points[0]:.4g} first, {min(points):.4g} to {max(points):.4g}, {points[-1]:.4g} last"
 
@@ -111,7 +111,7 @@ def main() -> int:
         "discriminator/gradient_norm",
         "train/skipped",
     ):
-        print(f"  {tag}: {ends(tag)}")
+        print(f"  {tag}: {summarize(tag)}")
     return 0 if reached >= WANTED and finite else 1
 
 

@@ -1,11 +1,10 @@
-"""Each tiny baseline learns four real clips by heart: PSNR over the steps, beside what one mean frame reaches.
+"""Overfit four real clips with each tiny baseline: PSNR by step, beside that of the temporal mean.
 
     python benchmarks/proof_baselines.py FOLDER_OF_CLIPS docs
 
-Runs `vidtwin fit` with each configs/baselines/*_tiny.yaml on the clips, goes on where it was interrupted
-(`runs/proof_*`), prints the last values and writes `images/proof_baselines.png` (curves) and
-`images/proof_baselines_clips.png` (input and reconstructions) under the second folder. Ends with 1 if a model does not
-beat the temporal mean of the very clips.
+Runs `vidtwin fit` with each configs/baselines/*_tiny.yaml on the clips, resumes interrupted trainings (`runs/proof_*`),
+prints the last values and writes `images/proof_baselines.png` (curves) and `images/proof_baselines_clips.png` (input
+and reconstructions) under the second folder. Exits with 1 if a model does not beat the temporal mean of the same clips.
 """
 
 import argparse
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from experiments import by_heart, by_heart_options, curves, fit
+from experiments import data_options, fit, link_clips, read_curves
 
 from vidtwin import plugins
 from vidtwin.datamodules.folder import VideoFolder
@@ -29,7 +28,7 @@ MODELS = {"MAGVIT-v2": "magvit2", "CMD": "cmd", "iVideoGPT": "ivideogpt"}
 
 def train(name: str, options: list[str], arguments: argparse.Namespace) -> None:
     cores = max(1, (os.cpu_count() or 1) // arguments.jobs)
-    # The kind of data comes before its options.
+    # The class of the data must precede its options.
     options = ["--data", "vidtwin.datamodules.folder.VideoFolder", *options, "--data.augment", "false"]
     options += ["--data.resolution", "64", "--data.batch_size", "4", "--data.num_workers", "0"]
     options += ["--trainer.max_steps", str(arguments.steps), "--trainer.val_check_interval", str(arguments.steps // 10)]
@@ -42,10 +41,10 @@ def main() -> int:
     parser.add_argument("clips", type=Path)
     parser.add_argument("docs", type=Path)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, the cores divided among them")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel trainings, which share the cores")
     arguments = parser.parse_args()
-    folder = by_heart(arguments.clips)
-    options = by_heart_options(folder)
+    folder = link_clips(arguments.clips)
+    options = data_options(folder)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda name: train(name, options, arguments), MODELS.values()))
 
@@ -61,7 +60,7 @@ def main() -> int:
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     views, beaten = {"input": clip}, True
     for label, name in MODELS.items():
-        logged, minutes = curves(f"proof_{name}")
+        logged, minutes = read_curves(f"proof_{name}")
         points = logged["val/psnr"]
         axes.plot(*zip(*points, strict=True), marker=".", label=label)
         model = checkpoints.load_autoencoder(Path("runs") / f"proof_{name}" / "checkpoints/last.ckpt")

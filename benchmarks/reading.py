@@ -1,10 +1,10 @@
-"""How fast clips are read, beside what FFmpeg's decoder alone can do in the same run.
+"""Measure how fast clips are read, beside FFmpeg's decoder alone in the same run.
 
     python benchmarks/reading.py ../shared/data/ucf_like/UCF-101
 
-Prints Markdown tables for docs/reading_videos.md: clips per CPU-second of one process for 16 frames at 8 fps from a
-random start, at 224 px, by several ways, each a median over repetitions that take turns; then clips per second of wall
-time through the data loader, by the number of workers.
+Prints Markdown tables for docs/reading_videos.md: clips per CPU-second of one process (16 frames at 8 fps from a random
+start, 224 px) for several ways, as medians over interleaved repetitions; then clips per second of wall time through the
+data loader, by the number of workers.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from vidtwin.datamodules.loader import collate, init_worker
 from vidtwin.video import read_clip, survey
 
 FRAMES, FPS, SIZE = 16, 8, 224
-Job = tuple[Path, float, int, tuple[float, float]]  # file, start in seconds, last frame that is decoded, crop
+Job = tuple[Path, float, int, tuple[float, float]]  # file, start in seconds, last decoded frame, crop
 
 
-def jobs_of(root: Path, count: int) -> list[Job]:
-    """One random clip of each of so many videos."""
+def draw_jobs(root: Path, count: int) -> list[Job]:
+    """Draw one random clip of each of the first `count` videos."""
     random = np.random.default_rng(0)
     jobs: list[Job] = []
     for path in sorted(root.rglob("*.avi"))[:count]:
@@ -61,7 +61,7 @@ def read_as_floats(job: Job) -> None:
 
 
 def convert_every_frame(job: Job) -> None:
-    """What a loader does that makes an array of every frame, chooses afterwards, and resizes in torch."""
+    """Convert every frame to an array, select frames afterwards and resize in torch, as a simple loader does."""
     path, start, last, crop = job
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -95,8 +95,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    jobs = jobs_of(args.root, args.videos)
-    for way in WAYS.values():  # files into the page cache
+    jobs = draw_jobs(args.root, args.videos)
+    for way in WAYS.values():  # warm up the page cache
         for job in jobs:
             way(job)
     rates: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -132,7 +132,7 @@ def main() -> None:
             begin = time.perf_counter()
             for _ in loader:
                 pass
-            if repetition:  # the first one starts the workers
+            if repetition:  # the first repetition starts the workers
                 speeds.append(len(clips) / (time.perf_counter() - begin))
         print(f"| {workers} | {statistics.median(speeds):.0f} ({min(speeds):.0f} … {max(speeds):.0f}) |")
 

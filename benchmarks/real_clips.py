@@ -1,9 +1,9 @@
-"""What `VideoFolder` makes of each file of a folder: a table for docs/reading_videos.md.
+"""Print how `VideoFolder` reads each file of a folder, as a table for docs/reading_videos.md.
 
     python benchmarks/real_clips.py ../shared/data/clips
 
-The evaluation clip of 16 frames at 8 frames per second: which frames of the file it holds, and how it is shown; or why
-there is none. Every clip is decoded.
+For each file the evaluation clip of 16 frames at 8 fps: its frames and their size, or the reason why the file is
+skipped. Every clip is decoded.
 """
 
 import argparse
@@ -17,7 +17,7 @@ FRAMES, FPS = 16, 8.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What VideoFolder makes of each file of a folder.")
+    parser = argparse.ArgumentParser(description="Print how VideoFolder reads each file of a folder.")
     parser.add_argument("root", type=Path)
     args = parser.parse_args()
     data = VideoFolder(
@@ -44,7 +44,7 @@ def main() -> None:
         elif name in data.skipped["test"]:
             print(f"| {name} | **skipped**: {data.skipped['test'][name]} | |")
         elif path.suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-            print(f"| {name} | not looked at: `{path.suffix}` is no suffix of a video | |")
+            print(f"| {name} | ignored: `{path.suffix}` is not a video suffix | |")
 
 
 if __name__ == "__main__":

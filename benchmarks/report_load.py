@@ -1,9 +1,9 @@
-"""How long the report's page takes to load in headless Chromium, by the number of its per-clip rows.
+"""Measure how long the report's page takes to load in headless Chromium, by the number of per-clip rows.
 
     python benchmarks/report_load.py
 
-Made-up results, without players. Times of five loads from a file, in milliseconds: until the page says that it is
-ready, and until the browser's load event has ended.
+The results are generated, without players. Prints the times of five loads from a file in milliseconds, until the page
+reports that it is ready and until the end of the browser's load event.
 """
 
 import shutil

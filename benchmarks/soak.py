@@ -1,10 +1,10 @@
-"""Kill a training again and again, and see that it ends with the weights of one that was left alone.
+"""Kill a training repeatedly and check that it ends with the weights of an undisturbed one.
 
     python benchmarks/soak.py --kills 20 --folder /tmp/soak
 
 Two trainings of a tiny VidTwin with a GAN, EMA, dropout and a data worker: one undisturbed, one killed at random
-moments (SIGKILL or SIGTERM, by chance) and started again each time by the same command with `--resume auto`. Prints a
-line for each kill and compares weights, EMA, optimizers, schedules and counts bit for bit. Ends with 1 if they differ.
+moments (SIGKILL or SIGTERM, at random) and restarted each time by the same command with `--resume auto`. Prints a line
+per kill and compares weights, EMA, optimizers, schedules and counts bit for bit. Exits with 1 if they differ.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MODEL = {
 }  # fmt: skip
 
 
-def config(folder: Path, steps: int) -> dict[str, Any]:
+def build_config(folder: Path, steps: int) -> dict[str, Any]:
     rate = {"class_path": "vidtwin.schedules.WarmupCosine", "init_args": {"warmup_steps": 10}}
     discriminator = {
         "class_path": "vidtwin.losses.PatchDiscriminator2d",
@@ -71,13 +71,13 @@ def config(folder: Path, steps: int) -> dict[str, Any]:
 def start(folder: Path, steps: int) -> subprocess.Popen[str]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config(folder, steps)))
+    path.write_text(yaml.safe_dump(build_config(folder, steps)))
     command = [sys.executable, "-m", "vidtwin", "fit", "--config", str(path), "--resume", "auto"]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
-def begun(process: subprocess.Popen[str]) -> list[str]:
-    """Wait until the training says from where it goes on; the rest of its stderr is read in the background."""
+def wait_for_start(process: subprocess.Popen[str]) -> list[str]:
+    """Wait until the training logs where it resumes; read the rest of its stderr in the background."""
     assert process.stderr is not None
     lines: list[str] = []
     for line in process.stderr:
@@ -89,14 +89,14 @@ def begun(process: subprocess.Popen[str]) -> list[str]:
     return lines
 
 
-def difference(ours: Any, theirs: Any, where: str) -> str | None:
+def find_difference(ours: Any, theirs: Any, where: str) -> str | None:
     if isinstance(ours, dict) and isinstance(theirs, dict):
         if ours.keys() != theirs.keys():
             return where
-        return next((d for key in ours if (d := difference(ours[key], theirs[key], f"{where}.{key}"))), None)
+        return next((d for key in ours if (d := find_difference(ours[key], theirs[key], f"{where}.{key}"))), None)
     if isinstance(ours, list | tuple):
         pairs = enumerate(zip(ours, theirs, strict=True))
-        return next((d for i, (a, b) in pairs if (d := difference(a, b, f"{where}[{i}]"))), None)
+        return next((d for i, (a, b) in pairs if (d := find_difference(a, b, f"{where}[{i}]"))), None)
     same = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
     return None if same else where
 
@@ -105,7 +105,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--longest", type=float, default=8.0, help="seconds after the start, at most")
+    parser.add_argument("--longest", type=float, default=8.0, help="longest time until a kill, in seconds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
     arguments = parser.parse_args()
@@ -114,14 +114,14 @@ def main() -> int:
     whole, parts = arguments.folder / "undisturbed", arguments.folder / "killed"
 
     process = start(whole, arguments.steps)
-    output = begun(process)
+    output = wait_for_start(process)
     if process.wait() != 0:
         raise SystemExit("".join(output))
     killed = 0
     begin = time.monotonic()
     while True:
         process = start(parts, arguments.steps)
-        output = begun(process)
+        output = wait_for_start(process)
         if killed < arguments.kills:
             delay = chance.uniform(0, arguments.longest)
             try:
@@ -129,7 +129,7 @@ def main() -> int:
             except subprocess.TimeoutExpired:
                 number = chance.choice([signal.SIGKILL, signal.SIGTERM])
                 process.send_signal(number)
-                if process.wait() == 0:  # it had come to its end just before
+                if process.wait() == 0:  # it finished just before the signal
                     break
                 killed += 1
                 newest = checkpoints.newest(parts / "run/checkpoints")
@@ -142,7 +142,7 @@ def main() -> int:
         break
     folders = [folder / "run/checkpoints/last.ckpt" for folder in (whole, parts)]
     states = [{key: checkpoints.read(path)[key] for key in KEPT} for path in folders]
-    found = difference(*states, "checkpoint")
+    found = find_difference(*states, "checkpoint")
     print(f"{killed} kills, {arguments.steps} steps, {time.monotonic() - begin:.0f} s")
     print(f"differs in {found}" if found else f"equal bit for bit: {', '.join(KEPT)}")
     return 1 if found or killed < arguments.kills else 0

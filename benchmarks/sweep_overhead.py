@@ -1,11 +1,11 @@
-"""Where a sweep's time goes: models, waiting for clips, metrics and bookkeeping; and whether its memory grows.
+"""Profile a sweep: time of models, loading, metrics and bookkeeping, and growth of memory.
 
     python benchmarks/sweep_overhead.py --config configs/benchmark/demo.yaml --results_dir runs/overhead
     python benchmarks/sweep_overhead.py --seeded_backbones runs/backbones --config … --results_dir …
 
-Takes the arguments of `vidtwin test`. Costs, players, table and report are left out: they do not grow with the clips.
-With --seeded_backbones LPIPS runs with random weights from files made in that folder: its numbers mean nothing, its
-time is that of the real networks.
+Takes the arguments of `vidtwin test`. Costs, players, table and report are omitted: they do not grow with the clips.
+With --seeded_backbones LPIPS runs with random weights, written to that folder: its values are meaningless, its time is
+that of the real networks.
 """
 
 import resource
@@ -23,7 +23,7 @@ from vidtwin.benchmark.runner import Runner
 from vidtwin.cli import benchmark as sweep_command
 
 
-def seeded_backbones(folder: Path) -> list[str]:
+def write_backbones(folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     options = []
@@ -36,13 +36,13 @@ def seeded_backbones(folder: Path) -> list[str]:
 
 
 class Clock:
-    """Sums of seconds by name; a part within another counts for the inner one alone."""
+    """Seconds by name; time in a nested part counts for the inner part only."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.inner = 0.0
 
-    def around(self, name: str, function: Any) -> Any:
+    def wrap(self, name: str, function: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
             began, outside = time.perf_counter(), self.inner
             self.inner = 0.0
@@ -60,21 +60,21 @@ class Clock:
 def main() -> None:
     argv = sys.argv[1:]
     if argv and argv[0] == "--seeded_backbones":
-        argv = [*argv[2:], *seeded_backbones(Path(argv[1]))]
+        argv = [*argv[2:], *write_backbones(Path(argv[1]))]
     clock, memory = Clock(), []
     runner = Runner
 
     forward, measure, built = runner._forward, runner._measure_chunk, runner._built
-    runner._forward = clock.around("model", forward)  # type: ignore[method-assign]
-    runner._built = clock.around("building and loading", built)  # type: ignore[method-assign]
+    runner._forward = clock.wrap("model", forward)  # type: ignore[method-assign]
+    runner._built = clock.wrap("building and loading", built)  # type: ignore[method-assign]
 
     def chunk(self: Any, *args: Any) -> Any:
         part = measure(self, *args)
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return part
 
-    runner._measure_chunk = clock.around("metrics and bookkeeping", chunk)  # type: ignore[method-assign]
-    runner._measure_chunks = clock.around("clips and writing", runner._measure_chunks)  # type: ignore[method-assign]
+    runner._measure_chunk = clock.wrap("metrics and bookkeeping", chunk)  # type: ignore[method-assign]
+    runner._measure_chunks = clock.wrap("clips and writing", runner._measure_chunks)  # type: ignore[method-assign]
     finish = runner._measured
 
     def measured(self: Any, job: Any, *args: Any) -> Any:
