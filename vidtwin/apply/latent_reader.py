@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vidtwin.apply.command import exit_code
 from vidtwin.apply.decode import DecodeOptions
 from vidtwin.apply.inputs import Input, check_folder, check_targets, target
-from vidtwin.apply.session import Session, SessionOptions
+from vidtwin.apply.options import SessionOptions, exit_code
+from vidtwin.apply.session import Session
 from vidtwin.errors import UserError
 from vidtwin.files import no_room
 from vidtwin.posteriors import Latents

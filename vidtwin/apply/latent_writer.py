@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vidtwin.apply.encode import EncodeOptions
-from vidtwin.apply.inputs import check_folder, find
+from vidtwin.apply.inputs import Input
 from vidtwin.apply.latent_plan import cut, difference, finish, survey_inputs
+from vidtwin.apply.options import SessionOptions
 from vidtwin.apply.pieces import PieceReader
-from vidtwin.apply.session import Session, SessionOptions
+from vidtwin.apply.session import Session
 from vidtwin.apply.windows import Window
 from vidtwin.distributed import locked
 from vidtwin.errors import UserError
@@ -62,15 +63,14 @@ class LatentWriter:
     Args:
         options: What is encoded, and how it is written.
         session_options: By which weights, and where.
+        inputs: The videos.
     """
 
-    def __init__(self, options: EncodeOptions, session_options: SessionOptions) -> None:
+    def __init__(self, options: EncodeOptions, session_options: SessionOptions, inputs: list[Input]) -> None:
         self.options = options
         self.session_options = session_options
         self.folder = Path(options.out)
-        session_options.check()
-        check_folder(self.folder)
-        self.inputs = find(options.inputs)
+        self.inputs = inputs
         self.session = Session(session_options)
         self.side = self.session.size(options.size)
 
