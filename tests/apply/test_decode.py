@@ -10,7 +10,7 @@ import pytest
 import torch
 from sweeping import Coded, checkpoint
 
-from vidtwin.apply.session import as_clip
+from vidtwin.clips import as_clip
 from vidtwin.cli import main
 from vidtwin.errors import UserError
 from vidtwin.storage.checkpoints import load_autoencoder

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from sweeping import Coded, Interruption, Two, checkpoint
 
-from vidtwin.apply.session import as_clip
+from vidtwin.clips import as_clip
 from vidtwin.cli import main
 from vidtwin.storage.checkpoints import load_autoencoder
 from vidtwin.storage.latent_files import Manifest, Shard, shard_path, unpack_times
