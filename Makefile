@@ -1,10 +1,11 @@
-# Everything from a fresh clone: `make demo` and `make test` install what they need into .venv first.
+# All targets work from a fresh clone: they install into .venv first.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_DATA := data/demo
 DEMO_RUN := runs/demo
+WORKERS ?= 2
 CLIPS ?= $(or $(VIDTWIN_SHARED),../shared)/data/clips
 BENCHMARK_DATA ?= $(DEMO_DATA)/UCF-101
 BENCHMARK_RUNS ?= runs/benchmark
@@ -17,17 +18,17 @@ DATA ?= $(or $(VIDTWIN_SHARED),../shared)/data/ucf_like/UCF-101
 .PHONY: help install demo benchmark-demo test test-all proof compare soak lint types format constraints clean
 
 help:
-	@echo "make demo       train a small VidTwin on made-up videos and measure it (under 6 minutes on two cores)"
-	@echo "make benchmark-demo  train the four tiny models, measure them side by side: table, plots, report"
-	@echo "                (10 minutes on two cores; real clips, trained and measured in a folder of their own:"
+	@echo "make demo       train a small VidTwin on generated videos and test it (under 6 minutes on two cores)"
+	@echo "make benchmark-demo  train the four tiny models and compare them: table, plots, report"
+	@echo "                (10 minutes on two cores; for real clips, in a folder of their own:"
 	@echo "                BENCHMARK_DATA=UCF-101 BENCHMARK_RUNS=runs/benchmark_ucf)"
 	@echo "make test       linters, types, tests, README commands (under 10 minutes on two cores)"
-	@echo "make test-all   the slow tests too"
-	@echo "make proof      learn four real clips by heart with every model, run all in full size (two hours; CLIPS=folder)"
-	@echo "make compare    train the tiny models side by side and measure them (an hour; DATA=UCF-101's folder)"
-	@echo "make soak       kill a training twenty times and compare it with one left alone (some minutes)"
-	@echo "make install    only make $(VENV) and install into it"
-	@echo "make format     rewrite the sources as the linters want them"
+	@echo "make test-all   also run the slow tests"
+	@echo "make proof      overfit every model on four real clips, run each at full size (two hours; CLIPS=folder)"
+	@echo "make compare    train the tiny models on UCF-101 and compare them (an hour; DATA=folder)"
+	@echo "make soak       kill a training twenty times, compare it with an uninterrupted one (some minutes)"
+	@echo "make install    create $(VENV) and install into it"
+	@echo "make format     fix the style of the sources"
 	@echo "make clean      remove $(VENV), the demo's data and its results"
 
 install: $(VENV)/.installed
@@ -39,7 +40,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# The data set is made once; the run and its results are the demo's own and are made anew.
+# The data set is generated once; the run and its results are replaced.
 demo: install
 	$(BIN)/python -m vidtwin.datamodules.synthetic $(DEMO_DATA)
 	rm -rf $(DEMO_RUN)
@@ -47,7 +48,7 @@ demo: install
 	$(BIN)/vidtwin test --config configs/demo.yaml --ckpt_path $(DEMO_RUN)/checkpoints/last.ckpt \
 	  --results_dir $(DEMO_RUN)/results
 
-# Trainings go on where they were interrupted, and the sweep measures what is missing. Its own data are made once.
+# Interrupted trainings resume, and the sweep measures the missing rows. The data set is generated once.
 benchmark-demo: install
 ifeq ($(BENCHMARK_DATA),$(DEMO_DATA)/UCF-101)
 	$(BIN)/python -m vidtwin.datamodules.synthetic $(DEMO_DATA)
@@ -59,13 +60,14 @@ endif
 	$(BIN)/vidtwin test --config configs/benchmark/demo.yaml --data.root "$(BENCHMARK_DATA)" \
 	  --checkpoints_dir $(BENCHMARK_RUNS) --results_dir $(BENCHMARK_RUNS)/results
 
+# One process per core, each with one thread: a file of tests stays in one process, which builds its fixtures once.
 test: lint types
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-all: lint types
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-# Goes on where it was interrupted; `rm -r runs/proof runs/proof_gan` begins anew.
+# Resumes if interrupted; `rm -r runs/proof runs/proof_gan` starts over.
 proof: install
 	$(BIN)/python benchmarks/proof.py "$(CLIPS)" docs
 	$(BIN)/python benchmarks/proof_baselines.py "$(CLIPS)" docs
@@ -88,7 +90,7 @@ format: install
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# Needs uv. Package indexes' addresses stay out of the file.
+# Needs uv. The addresses of package indexes stay out of the file.
 constraints:
 	( echo "# Versions that the tests passed with, on Python 3.11 to 3.13. Made by: make constraints"; \
 	  uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \

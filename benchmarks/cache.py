@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from vidtwin.datamodules.cache import CachedClips
-from vidtwin.datamodules.cache_writer import write_cache
+from vidtwin.datamodules.shards.cached import CachedClips
+from vidtwin.datamodules.shards.writer import write_cache
 from vidtwin.datamodules.streaming import Streamed
 from vidtwin.datamodules.ucf101 import UCF101
 

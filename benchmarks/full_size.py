@@ -15,6 +15,7 @@ the reconstruction for the generator's sake, then both for its own, in the steps
 
 import argparse
 import copy
+import io
 import json
 import pkgutil
 import resource
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from experiments import as_markdown
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vidtwin import cli
 from vidtwin.benchmark.cost import flops
 from vidtwin.storage import checkpoints
 
@@ -55,13 +58,11 @@ PEAK, UTILIZATION = 989e12, 0.35
 
 
 def part(config: str, key: str) -> dict[str, Any]:
-    """A section of a config or of its model, read from a file of its own where it stands in one."""
-    path = CONFIGS / config
-    content = yaml.safe_load(path.read_text())
-    section = content.get(key) or content["model"].get(key) or {}
-    if isinstance(section, str):
-        section = yaml.safe_load((path.parent / section).read_text())
-    return section
+    """Return a section of a config or of its model, with every default."""
+    with redirect_stdout(io.StringIO()) as text:
+        cli.main(["fit", f"--config={CONFIGS / config}", "--print_config"])
+    content = yaml.safe_load(text.getvalue())
+    return content.get(key) or content["model"][key]
 
 
 def spec(name: str) -> dict[str, Any]:

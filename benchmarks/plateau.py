@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vidtwin.data import ClipSettings
 from vidtwin.datamodules.clips import ClipDataset, VideoClips
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.datamodules.ucf101 import UCF101
@@ -60,7 +61,7 @@ def load(source: str, resolution: int, epochs: int) -> tuple[Tensor, Tensor]:
     else:
         data = UCF101(source, val_groups=(10,), resolution=resolution)  # no validation here: its videos train too
         videos = data.videos("train") + data.videos("val")
-        training = VideoClips(videos, 16, resolution, 8.0, seed=0, training=True, horizontal_flip=True)
+        training = VideoClips(videos, ClipSettings(16, resolution, 8.0), "train")
         test = data.dataset("test")
     clips = [training.clip(epoch, index)["clip"] for epoch in range(epochs) for index in range(len(training))]
     held_out = [test.clip(0, index)["clip"] for index in range(len(test))]

@@ -18,6 +18,7 @@ import av
 import numpy as np
 import torch
 
+from vidtwin.data import ClipSettings
 from vidtwin.datamodules.clips import Video, VideoClips
 from vidtwin.datamodules.loader import collate, init_worker
 from vidtwin.video import read_clip, survey
@@ -122,7 +123,7 @@ def main() -> None:
     print("|---:|---:|")
     videos = [Video(job[0], job[0].name, info=survey(job[0])) for job in jobs]
     for workers in args.workers:
-        clips = VideoClips(videos, FRAMES, SIZE, FPS, training=True, horizontal_flip=True)
+        clips = VideoClips(videos, ClipSettings(FRAMES, SIZE, FPS), "train")
         loader = torch.utils.data.DataLoader(
             clips, 4, num_workers=workers, collate_fn=collate, worker_init_fn=init_worker, persistent_workers=True
         )

@@ -19,6 +19,7 @@ import torchvision
 
 from vidtwin.benchmark import rows
 from vidtwin.benchmark import sweep as engine
+from vidtwin.benchmark.runner import Runner
 from vidtwin.cli import benchmark as sweep_command
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     if argv and argv[0] == "--seeded_backbones":
         argv = [*argv[2:], *seeded_backbones(Path(argv[1]))]
     clock, memory = Clock(), []
-    runner = engine._Runner
+    runner = Runner
 
     forward, measure, built = runner._forward, runner._measure_chunk, runner._built
     runner._forward = clock.around("model", forward)  # type: ignore[method-assign]

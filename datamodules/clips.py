@@ -17,13 +17,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from vidtwin.data import ClipSettings, Skip
 from vidtwin.video import Frames, Source, VideoError, VideoInfo, read_clip, survey
 from vidtwin.video.reading import CENTRE
 from vidtwin.video.source import HEADER_EXCESS
@@ -32,11 +33,6 @@ from .index import Fault
 from .sampler import shuffled
 
 Key = int | tuple[int, int]
-Rates = float | Sequence[float] | None
-EvalClips = Literal["middle", "all"]
-Tail = Literal["drop", "pad"]
-Skip = tuple[str, str] | tuple[str, str, bool]  # name, reason; False where the video is whole and ends before the clip
-SPLITS = ("train", "val", "test")
 
 # Such a rate is asked of a video whose own one is a little lower: 30 of NTSC's 29.97.
 _NEAR = Fraction(1002, 1000)
@@ -97,6 +93,10 @@ class ClipDataset(Dataset[dict[str, Any]], ABC):
         item = self.clip(epoch, index)
         return {"padded": 0, **item, "clip": torch.from_numpy(np.ascontiguousarray(item["clip"]))}
 
+    def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any]]:
+        """Return the items of a batch, as a `DataLoader` asks for them."""
+        return [self[key] for key in keys]
+
 
 class VideoClips(ClipDataset):
     """Clips of video files.
@@ -109,50 +109,25 @@ class VideoClips(ClipDataset):
     first frame on. `start_frame` is the frame of the file that is shown first, so no two clips share one.
 
     Args:
-        videos: The videos; those without `info` are surveyed when they are first needed.
-        num_frames: T.
-        resolution: Side of the square picture in pixels.
-        fps: Frames per second of the clip, or several of them; None takes every frame of the video.
-        seed: Of all that is drawn.
-        training: Draw another clip in each epoch.
-        horizontal_flip: Mirror half of the clips that are drawn.
-        loop: Begin a video again that ends before the clip does.
-        replace: Take another clip for one that can't be read.
-        eval_clips: "middle" takes one clip of each video where nothing is drawn, "all" as many as there are.
-        tail: What becomes of the frames that are left at the end of "all": "drop" leaves them out, "pad" fills their
-            clip up by repeating the last frame. A video shorter than a clip then is a padded one too, and `loop` says
-            nothing.
+        videos: The videos; those without `info` are surveyed on first use.
+        settings: Which clips to take.
+        split: Its clips; only "train" draws them, and takes another one for one that cannot be read.
 
     Raises:
         VideoError: From `clip`, for a file that can't be read, is too short for a clip, or (in evaluation) has fewer
             frames per second than the clip; with `replace`, for a hundred of them.
     """
 
-    def __init__(
-        self,
-        videos: list[Video],
-        num_frames: int,
-        resolution: int,
-        fps: Rates,
-        seed: int = 0,
-        training: bool = False,
-        horizontal_flip: bool = False,
-        loop: bool = False,
-        replace: bool = False,
-        eval_clips: EvalClips = "middle",
-        tail: Tail = "drop",
-    ) -> None:
+    def __init__(self, videos: list[Video], settings: ClipSettings, split: str = "test") -> None:
         self.videos = videos
-        self.num_frames = num_frames
-        self.resolution = resolution
-        self.rates = rates_of(fps)
-        self.seed = seed
-        self.training = training
-        self.horizontal_flip = horizontal_flip
-        self.loop = loop
-        self.replace = replace
-        self.consecutive = eval_clips == "all" and not training
-        self.pad = self.consecutive and tail == "pad"
+        self.num_frames, self.resolution, self.seed = settings.num_frames, settings.resolution, settings.seed
+        self.rates = settings.rates
+        self.training = settings.draws(split)
+        self.horizontal_flip = settings.horizontal_flip and self.training
+        self.loop = settings.short_videos == "loop"
+        self.replace = split == "train"
+        self.consecutive = settings.takes_all(split)
+        self.pad = settings.pads(split)
         self._ends: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
@@ -179,13 +154,13 @@ class VideoClips(ClipDataset):
             return {"skipped": [self.skip(key[1] if isinstance(key, tuple) else key, error)]}
 
     def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any]]:
-        """The items of a batch, as a `DataLoader` asks for them.
+        """Return the items of a batch.
 
         Clips that follow each other in a video are read at once: where a file is decoded from its beginning, doing so
         for each clip anew would take time that grows as the square of the video's length.
         """
         if not self.consecutive:
-            return [self[key] for key in keys]
+            return super().__getitems__(keys)
         runs: list[list[int]] = []
         for key in keys:
             index = key[1] if isinstance(key, tuple) else key
@@ -411,8 +386,3 @@ class VideoClips(ClipDataset):
 def _extended(frames: Frames, padded: int) -> Frames:
     """Frames (T, H, W, 3) with so many copies of the last one behind them."""
     return np.concatenate([frames, np.repeat(frames[-1:], padded, axis=0)]) if padded else frames
-
-
-def rates_of(fps: Rates) -> list[float | None]:
-    """One rate or several, as a list."""
-    return list(fps) if isinstance(fps, Sequence) else [fps]

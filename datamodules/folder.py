@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vidtwin.data import SPLITS
 from vidtwin.errors import UserError, few
+from vidtwin.listing import find_videos, is_hidden, is_text
 from vidtwin.video import VIDEO_SUFFIXES
-from vidtwin.video.listing import find_videos, is_hidden, is_text
 
-from .clips import SPLITS, Video
+from .clips import Video
 from .data_module import ClipDataModule
 
 Listed = tuple[list[str], list[str], list[str]]  # paths, labels and splits of a list's videos; "" where it gives none

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vidtwin.files import write_text
+from vidtwin.listing import cache_home, identity
 from vidtwin.video import VideoError, VideoInfo, survey
-from vidtwin.video.listing import cache_home, identity
 from vidtwin.video.source import Kind
 
 log = logging.getLogger(__name__)

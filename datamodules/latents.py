@@ -278,7 +278,7 @@ class LatentDataModule(ResumableDataModule):
         sampler = ClipSampler(len(clips), training, self.seed, rank, world_size, self.batch_size)
         if training and self.trainer:
             self._go_on(sampler)
-        workers = self._workers()
+        workers = self.workers()
         return DataLoader(
             clips,
             batch_size=self.batch_size,

@@ -11,19 +11,21 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vidtwin.errors import UserError
 
+from .clips import ClipDataset
+
 
 class ClipLoader(DataLoader[Any]):
     """Tells the main process which clips its workers could not read, and leaves out batches of which none is left.
 
     Args:
         dataset: The clips.
-        told: Called with each entry of "skipped": name, reason, and False if the video merely ends before the clip.
+        on_skip: Called with each entry of "skipped": name, reason, and False if the video merely ends before the clip.
         **kwargs: Those of `DataLoader`.
     """
 
-    def __init__(self, dataset: Dataset[Any], told: Callable[..., None], **kwargs: Any) -> None:
+    def __init__(self, dataset: Dataset[Any], on_skip: Callable[..., None], **kwargs: Any) -> None:
         super().__init__(dataset, collate_fn=collate, **kwargs)
-        self.told = told
+        self.on_skip = on_skip
 
     def __iter__(self) -> Any:
         return self._readable(super().__iter__())  # starts the workers at once, not at the first batch
@@ -33,7 +35,7 @@ class ClipLoader(DataLoader[Any]):
         for batch in batches:
             skipped = batch.pop("skipped", [])
             for entry in skipped:
-                self.told(*entry)
+                self.on_skip(*entry)
             if "clip" in batch:
                 some = True
                 yield batch
@@ -58,17 +60,17 @@ class ChunkLoader(DataLoader[Any]):
     Args:
         dataset: The clips.
         chunks: Indices of the clips of each batch.
-        told: As of `ClipLoader`.
+        on_skip: As of `ClipLoader`.
         **kwargs: Those of `DataLoader`.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], chunks: Sequence[Sequence[int]], told: Callable[..., None], **kwargs: Any
+        self, dataset: ClipDataset, chunks: Sequence[Sequence[int]], on_skip: Callable[..., None], **kwargs: Any
     ) -> None:
         super().__init__(
             _Numbered(dataset), batch_sampler=[list(chunk) for chunk in chunks], collate_fn=_collate_chunk, **kwargs
         )
-        self.told = told
+        self.on_skip = on_skip
 
     def __iter__(self) -> Any:
         return self._chunks(super().__iter__())
@@ -76,21 +78,19 @@ class ChunkLoader(DataLoader[Any]):
     def _chunks(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for batch in batches:
             for _, *entry in batch["skipped"]:
-                self.told(*entry)
+                self.on_skip(*entry)
             yield {**batch, "skipped": [(index, name, reason) for index, name, reason, *_ in batch["skipped"]]}
 
 
 class _Numbered(Dataset[tuple[int, dict[str, Any]]]):
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    def __init__(self, dataset: ClipDataset) -> None:
         self.dataset = dataset
 
     def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
         return index, self.dataset[index]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[int, dict[str, Any]]]:
-        together = getattr(self.dataset, "__getitems__", None)
-        items = together(indices) if together else [self.dataset[index] for index in indices]
-        return list(zip(indices, items, strict=True))
+        return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
 
 
 def _collate_chunk(items: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:

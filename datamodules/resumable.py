@@ -74,7 +74,8 @@ class ResumableDataModule(LightningDataModule):
         """This process's rank, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _workers(self, processes: int | None = None) -> int:
+    def workers(self, processes: int | None = None) -> int:
+        """Return the number of processes that read, if so many processes share this machine's cores."""
         if self.num_workers is not None:
             return self.num_workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vidtwin.data import SPLITS, ClipSettings
 from vidtwin.errors import UserError
 from vidtwin.video import write_video
 
-from .clips import SPLITS, ClipDataset, Video, rates_of
+from .clips import ClipDataset, Video
 from .data_module import ClipDataModule
 
 Array = NDArray[np.float32]
@@ -183,21 +184,15 @@ class SyntheticClips(ClipDataset):
         self,
         length: int,
         split: str,
-        num_frames: int,
-        resolution: int,
-        rates: list[float],
-        seed: int,
+        settings: ClipSettings,
         classes: list[str],
-        training: bool = False,
     ) -> None:
         self.length = length
         self.split = split
-        self.num_frames = num_frames
-        self.resolution = resolution
-        self.rates = rates
-        self.seed = seed
+        self.num_frames, self.resolution, self.seed = settings.num_frames, settings.resolution, settings.seed
+        self.rates = [FILE_FPS if rate is None else rate for rate in settings.rates]
         self.classes = classes
-        self.training = training
+        self.training = settings.draws(split)
 
     def __len__(self) -> int:
         return self.length
@@ -244,20 +239,10 @@ class Synthetic(ClipDataModule):
         raise UserError("Synthetic clips have no files.")
 
     def make_dataset(self, split: str) -> SyntheticClips:
-        rates = [FILE_FPS if rate is None else rate for rate in rates_of(self.fps)]
-        return SyntheticClips(
-            self.lengths[split],
-            split,
-            self.num_frames,
-            self.resolution,
-            rates,
-            self.seed,
-            self.classes,
-            training=self._is_drawn(split),
-        )
+        return SyntheticClips(self.lengths[split], split, self.settings, self.classes)
 
     def cache_key(self, split: str) -> dict[str, Any]:
-        return {"generator": _GENERATOR, "seed": self.seed, "lengths": self.lengths, "classes": self.classes}
+        return {"generator": _GENERATOR, "seed": self.settings.seed, "lengths": self.lengths, "classes": self.classes}
 
     def protocol(self) -> dict[str, Any]:
         return {
@@ -266,7 +251,7 @@ class Synthetic(ClipDataModule):
             "resize": "none",
             "colour": "rendered",
             "clip": "rendered",
-            "seed": self.seed,
+            "seed": self.settings.seed,
         }
 
 

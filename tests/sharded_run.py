@@ -28,7 +28,7 @@ from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.training.callbacks.clips import ClipLogger
 from vidtwin.training.callbacks.guard import StepGuard
 from vidtwin.training.callbacks.health import Health
-from vidtwin.training.sharding import gathered, reshard
+from vidtwin.training.sharding import placement_of
 from vidtwin.training.task import AutoencoderTask
 
 STEPS = 3
@@ -204,32 +204,34 @@ def adaptive(folder: Path, ckpt_path: Path | None = None, **devices: Any) -> dic
 
 
 def averaged(folder: Path, **devices: Any) -> dict[str, Any]:
-    """Training, test and prediction in one process, each with the average, and whether it went away behind each."""
+    """Training, validation and prediction in one process, each with the average; whether it went away behind each."""
     task, data = task_of(use_ema=True), Uneven(devices.get("devices", 1))
     run = trainer(folder, STEPS, callbacks=[saved(folder, STEPS)], **devices)
     run.fit(task, datamodule=data)
     outcome: dict[str, Any] = {"val/psnr": float(run.callback_metrics["val/psnr"])}
-    own = gathered({name: parameter.detach() for name, parameter in task.autoencoder.named_parameters()})
+    own = placement_of(run).whole({name: parameter.detach() for name, parameter in task.autoencoder.named_parameters()})
     own = {name: value.clone() for name, value in own.items()}
     commands = {
-        "test": partial(run.test, verbose=False, results_dir=str(folder), name="row", references=[]),
+        "validate": partial(run.validate, verbose=False),
         "predict": partial(run.predict, out=str(folder / "predicted")),
     }
     for name, command in commands.items():
-        command(task, datamodule=data)
-        reshard(task.autoencoder)
-        after = gathered({name: parameter.detach() for name, parameter in task.autoencoder.named_parameters()})
+        means = command(task, datamodule=data)
+        outcome |= {"again": means[0]["val/psnr"]} if name == "validate" else {}
+        placement_of(run).reshard(task.autoencoder)
+        after = placement_of(run).whole(
+            {name: parameter.detach() for name, parameter in task.autoencoder.named_parameters()}
+        )
         outcome[name] = all(torch.equal(value, after[name]) for name, value in own.items())
     return outcome
 
 
 def measured(folder: Path, checkpoint: Path, **devices: Any) -> dict[str, Any]:
-    """`vidtwin test`, with the averaged weights."""
+    """`vidtwin validate`, with the averaged weights."""
     task = task_of(use_ema=True)
     data = Uneven(devices.get("devices", 1))
     run = trainer(folder, **devices)
-    run.test(task, ckpt_path=checkpoint, verbose=False, datamodule=data, results_dir=str(folder), references=[])
-    return {}
+    return dict(run.validate(task, datamodule=data, ckpt_path=checkpoint, verbose=False)[0])
 
 
 def refused(folder: Path, checkpoint: Path, **devices: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 The first pixel of each clip is its number, by which a model fails on chosen clips.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
 from vidtwin.benchmark.protocol import ProtocolSettings
 from vidtwin.benchmark.sweep import FVD, Entry, Sweep
+from vidtwin.cli.benchmark import _read_config
 from vidtwin.datamodules.clips import ClipDataset, Video
 from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.metrics.fvd import file_sha256
@@ -70,7 +72,13 @@ class NumberedData(ClipDataModule):
         unreadable: list[int] | None = None,
     ) -> None:
         super().__init__(
-            num_frames, resolution, 8.0, eval_batch_size=eval_batch_size, num_workers=0, eval_clips="all", tail="drop"
+            eval_batch_size=eval_batch_size,
+            num_workers=0,
+            num_frames=num_frames,
+            resolution=resolution,
+            fps=8.0,
+            eval_clips="all",
+            tail="drop",
         )
         self.count = count
         self.unreadable = unreadable or []
@@ -79,7 +87,7 @@ class NumberedData(ClipDataModule):
         return []
 
     def make_dataset(self, split: str) -> ClipDataset:
-        self._totals[split] = 100  # one that is unreadable is no large share
+        self.unusable.restart(split, 100)  # one that is unreadable is no large share
         return NumberedClips(self.count, self.num_frames, self.resolution, self.unreadable)
 
 
@@ -221,6 +229,7 @@ def sweep(folder: Path, entries: list[Entry], data: ClipDataModule | None = None
         "downstream": False,
         "progress": False,
         "players": 0,
+        "read_config": partial(_read_config, folders=[]),
     }
     return Sweep(entries, data or NumberedData(), results_dir=str(folder), **given | arguments)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from damaged_copies import KINDS, growth, run
 
+from vidtwin.data import ClipSettings
 from vidtwin.datamodules.clips import Video, VideoClips
 from vidtwin.video import read_clip, write_video
 
@@ -47,7 +48,7 @@ def test_a_thousand_clips_need_no_more_memory_than_two_hundred(tmp_path: Path) -
         Video(write_video(tmp_path / name, frames, 25, codec), name)
         for name, codec in (("a.avi", "mpeg4"), ("b.mp4", "libx264"), ("c.mkv", "libx264"))
     ]
-    clips = VideoClips(videos, 8, 64, 12.5, training=True, horizontal_flip=True)
+    clips = VideoClips(videos, ClipSettings(8, 64, 12.5), "train")
     megabytes = []
     for number in range(1000):
         clips[number, number % 3]

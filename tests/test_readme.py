@@ -1,4 +1,4 @@
-"""What the README shows works: its commands parse, its Python runs, its files exist."""
+"""README.md and docs/training.md: their commands parse, their Python runs, their files exist."""
 
 import re
 import runpy
@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+TRAINING = (ROOT / "docs/training.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README + TRAINING, re.DOTALL)
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line.startswith("vidtwin")]
 COMMANDS += re.findall(r"^    (vidtwin .*)$", README, re.MULTILINE)
@@ -98,9 +99,14 @@ def test_ones_own_autoencoder_keeps_the_contract_and_trains_by_its_class_path(tm
 
 
 def test_links_and_targets_exist():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", README)
     missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+    for page in (ROOT / "docs").glob("*.md"):
+        links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+        missing += [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
     assert missing == []
+    pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")]
+    assert [page for page in pages if f"({page})" not in README] == []  # the index of the documentation
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in re.findall(r"^make ([\w-]+)", README, re.MULTILINE))
 
@@ -111,7 +117,7 @@ def test_nothing_was_left_to_fill_in():
 
 
 def test_configs_that_are_named_exist():
-    names = re.findall(r"configs/[\w/]+\.yaml", README)
+    names = re.findall(r"configs/[\w/]+\.yaml", README + TRAINING)
     assert names
     assert [name for name in names if not (ROOT / name).is_file()] == []
 
@@ -130,3 +136,19 @@ def test_the_baselines_page_runs_and_names_configs_that_exist(capsys):
     assert {name for name in names if f"`{name}`" not in page and f"`baselines/{name}`" not in page} <= {
         name for name in names if name.endswith("_tiny")
     }
+
+
+def test_the_readme_is_short_and_needs_no_data_of_ours():
+    assert len(README.splitlines()) <= 150
+    assert [command for command in COMMANDS if "shared" in command] == []
+
+
+def test_the_example_of_a_base_is_taken(tmp_path, monkeypatch, capsys):
+    from vidtwin.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (example,) = [text for kind, text in BLOCKS if kind == "yaml"]
+    assert main(["configs"]) == 0
+    Path("configs/mine.yaml").write_text(example)
+    assert main(["fit", "--config", "configs/mine.yaml", "--print_config"]) == 0
+    assert "depth: 12\n" in capsys.readouterr().out

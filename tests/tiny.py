@@ -52,7 +52,7 @@ class Clips(ClipDataModule):
         seed: int = 0,
         eval_batch_size: int | None = None,
     ) -> None:
-        super().__init__(4, 32, 8.0, batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(batch_size, eval_batch_size, num_workers, num_frames=4, resolution=32, fps=8.0, seed=seed)
         self.count = count
 
     def videos(self, split: str) -> list[Video]:

@@ -116,11 +116,6 @@ def baselines(folder: Path, **devices: Any) -> dict[str, Any]:
     return psnr
 
 
-def codebooks(folder: Path, **devices: Any) -> dict[str, Any]:
-    """What the results of a test say of the codes of six clips."""
-    return results(folder, baseline_task("magvit2"), Clips(), **devices)["codebooks"]
-
-
 def odd_tail(folder: Path, **devices: Any) -> dict[str, Any]:
     """Seven training clips, three validation clips."""
 
@@ -198,30 +193,10 @@ def broken_videos(folder: Path, **devices: Any) -> dict[str, Any]:
         "validated": diary.validated,
         "usable": len(data.dataset("train")),
         "skipped": skipped,
-        "tested": tested(folder, **devices),
     }
 
 
-def tested(folder: Path, **devices: Any) -> Any:
-    """What the results say of clips that only one of the ranks could not read."""
-    data = VideoFolder(
-        str(folder.parent / "videos"), val_fraction=0.0, test_fraction=1.0, num_frames=4, resolution=32, batch_size=1,
-        num_workers=1, max_broken=0.7,
-    )  # fmt: skip
-    return results(folder / "results", tiny_task(), data, **devices)["skipped"]
-
-
-def results(folder: Path, task: AutoencoderTask, data: Any, **devices: Any) -> dict[str, Any]:
-    """The row of a test, which the first rank writes and both read."""
-    run = trainer(folder, **devices)
-    run.test(task, datamodule=data, results_dir=str(folder), name="row", references=[], verbose=False)
-    run.strategy.barrier()
-    return json.loads((folder / "rows" / "row" / "results.json").read_text())
-
-
-SCENARIOS = {
-    f.__name__: f for f in (gradients, baselines, codebooks, odd_tail, too_few, poisoned, resumed, broken_videos)
-}
+SCENARIOS = {f.__name__: f for f in (gradients, baselines, odd_tail, too_few, poisoned, resumed, broken_videos)}
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])

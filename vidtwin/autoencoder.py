@@ -11,12 +11,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from vidtwin import plugins
 from vidtwin.errors import UserError
 from vidtwin.hub import Pretrained
 from vidtwin.posteriors import Encoding, Latents
@@ -250,22 +250,7 @@ class VideoAutoencoder(Pretrained, nn.Module, ABC):
         return (clip - source[0]) * scale + target[0]
 
 
-def class_of(class_path: str) -> type[VideoAutoencoder]:
-    """The class of an autoencoder by its path; `UserError` where it is not installed or is none."""
-    module, _, name = class_path.rpartition(".")
-    try:
-        cls = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"Expected the class {class_path} to be installed: {error}.") from error
-    if not (isinstance(cls, type) and issubclass(cls, VideoAutoencoder)):
-        raise UserError(f"Expected a VideoAutoencoder, got {class_path}.")
-    return cls
-
-
 def build(spec: dict[str, Any]) -> VideoAutoencoder:
-    """The autoencoder of a `spec()`, with new weights."""
-    cls = class_of(spec["class_path"])
-    try:
-        return cls(**spec.get("init_args", {}))
-    except TypeError as error:
-        raise UserError(f"Expected arguments of {spec['class_path']}, got others: {error}.") from error
+    """Build the autoencoder of a `spec()` with new weights."""
+    model: VideoAutoencoder = plugins.build(spec, VideoAutoencoder)
+    return model

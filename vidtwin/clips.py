@@ -14,7 +14,7 @@ from vidtwin.video import Frames, Source, read_clip, write_video
 from vidtwin.video.panels import to_uint8
 
 if TYPE_CHECKING:
-    from vidtwin.autoencoder import VideoAutoencoder
+    from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
 
 
 def load_clip(
@@ -64,3 +64,12 @@ def as_clip(windows: Sequence[Frames], multiple: int = 1) -> Tensor:
     if not (below or right):
         return clip
     return torch.nn.functional.pad(clip, (0, right, 0, below, 0, 0), mode="replicate")
+
+
+def views(model: "VideoAutoencoder", clip: Tensor, reconstruction: "Reconstruction") -> list[dict[str, Frames]]:
+    """Show clips (B, 3, T, H, W) as frames by name: input, reconstruction and, if the model can, each latent alone."""
+    stacked = {"input": clip, "reconstruction": reconstruction.clip}
+    if model.partial_latents:
+        for name, latent in reconstruction.latents.items():
+            stacked[f"{name} only"] = model.decode({name: latent}, clip.shape[2])
+    return [{name: to_uint8(clips[index]) for name, clips in stacked.items()} for index in range(len(clip))]

@@ -323,13 +323,9 @@ def read_state(folder: Path, config: Mapping[str, Any], check: bool = True) -> d
 
 
 def _load(cls: "type[VideoAutoencoder]", folder: Path, name: str, changed: Mapping[str, Any]) -> "VideoAutoencoder":
-    from vidtwin.autoencoder import build, class_of
-
     config = read_config(folder, name)
-    found = class_of(config["class_path"])
-    if not issubclass(found, cls):
-        raise UserError(f"Expected {cls.__name__} in {name}, got {found.__name__}.")
-    model = build({"class_path": config["class_path"], "init_args": config["init_args"] | dict(changed)})
+    plugins.class_of(config["class_path"], cls)
+    model = plugins.build({"class_path": config["class_path"], "init_args": config["init_args"] | dict(changed)}, cls)
     state = read_state(folder, config)
     weights.check_fit(state, model.state_dict(), str(folder / WEIGHTS))
     model.load_state_dict(state)

@@ -8,6 +8,7 @@ built-in ones come in by the same door.
 """
 
 import warnings
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -60,3 +61,24 @@ def load_all(group: str) -> dict[str, Any]:
         except UserError as error:
             warnings.warn(str(error), stacklevel=2)
     return loaded
+
+
+def class_of(class_path: str, base: type) -> Any:
+    """Import a class by its path. Raises `UserError` if it is not installed or not a subclass of `base`."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        cls = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"Expected the class {class_path} to be installed: {error}.") from error
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise UserError(f"Expected a {base.__name__}, got {class_path}.")
+    return cls
+
+
+def build(spec: dict[str, Any], base: type) -> Any:
+    """Instantiate a class from its `class_path` and `init_args`. Raises `UserError` if the arguments do not fit."""
+    cls = class_of(spec["class_path"], base)
+    try:
+        return cls(**spec.get("init_args", {}))
+    except TypeError as error:
+        raise UserError(f"Expected arguments of {spec['class_path']}, got others: {error}.") from error

@@ -171,7 +171,7 @@ def test_the_papers_sweeps_take_the_clips_of_its_protocol(name):
 
 
 @pytest.mark.parametrize("name", PAPER_SWEEPS)
-def test_the_checkpoints_are_where_the_commands_in_the_header_leave_them(name):
+def test_the_checkpoints_are_where_the_commands_in_the_header_leave_them(name, capsys):
     """Of each `vidtwin fit`: the logger's folder, and in it the configs of the entry that takes the checkpoint."""
     text = (FOLDER / f"{name}.yaml").read_text().replace("\\\n#", "")
     commands = [shlex.split(line) for line in re.findall(r"^#   vidtwin (fit .*)$", text, re.MULTILINE)]
@@ -179,10 +179,8 @@ def test_the_checkpoints_are_where_the_commands_in_the_header_leave_them(name):
     for command in commands:
         configs = [ROOT / path for flag, path in pairwise(command) if flag == "--config"]
         given = [path for path in configs if path.parent.name != "trainer"]
-        trainer = yaml.safe_load(given[0].read_text())["trainer"]
-        if isinstance(trainer, str):
-            trainer = yaml.safe_load((given[0].parent / trainer).read_text())
-        folder = trainer["logger"]["init_args"]["name"]
+        assert main(["fit", f"--config={given[0]}", "--print_config"]) == 0
+        folder = yaml.safe_load(capsys.readouterr().out)["trainer"]["logger"]["init_args"]["name"]
         if "--trainer.logger.name" in command:
             folder = command[command.index("--trainer.logger.name") + 1]
         left[f"{folder}/version_0/checkpoints/last.ckpt"] = given

@@ -8,15 +8,14 @@ from pathlib import Path
 import einops
 import pytest
 import torch
-import yaml
 from torch import nn
 
 import vidtwin
 from vidtwin.benchmark import downstream
 from vidtwin.benchmark.downstream import LatentDiT, count_tokens, fold, unfold
 from vidtwin.benchmark.memory import peak_memory
+from vidtwin.cli import model_config
 from vidtwin.errors import UserError
-from vidtwin.storage import checkpoints
 
 CONFIGS = Path(vidtwin.__file__).parent / "configs"
 VECTOR = {"colour": (3,)}  # one token: a step takes a moment
@@ -61,9 +60,8 @@ def test_all_other_parameters_are_those_of_the_embeddings():
     ],
 )
 def test_tokens_of_the_full_size_models(config, tokens):
-    spec = yaml.safe_load((CONFIGS / config).read_text())["model"]["autoencoder"]
     with torch.device("meta"):
-        model = checkpoints.build({"class_path": spec["class_path"], "init_args": spec["init_args"]})
+        model = model_config.build(*model_config.parse([CONFIGS / config]))
     assert count_tokens(model.latent_shapes((3, 16, 224, 224))) == tokens
 
 

@@ -181,6 +181,30 @@ def test_plots_without_numbers_are_not_written_and_old_ones_go(full, tmp_path):
     assert list(folder.path.glob("plots/*")) == []
 
 
+def test_temporary_files_that_a_kill_left_are_removed_and_no_others(folder):
+    folder.add("a")
+    plots.write(folder.path)
+    code = (
+        "import os, signal, sys; from matplotlib.figure import Figure; from vidtwin.benchmark import plots; "
+        "Figure.savefig = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL); plots.write(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder.path)], check=False)
+    left = list(folder.path.glob("plots/.*"))
+    assert [path.suffix for path in left] == [".png"]
+    other = folder.path / "plots" / ".mine-abcdefgh.png"
+    other.touch()
+    plots.write(folder.path)
+    assert list(folder.path.glob("plots/.*")) == [other]
+
+
+@pytest.mark.parametrize(("higher", "joined"), [(True, [2.0, 3.0]), (False, [1.0])])
+def test_the_front_is_that_of_the_better_direction(higher, joined):
+    figure = plots._figure(1, 1)
+    points = [plots.Point("a", 1.0, 2.0, {}, True), plots.Point("b", 2.0, 3.0, {}, True)]
+    points += [plots.Point("c", 1.0, 1.0, {}, True)]
+    assert sorted({y for _, y in plots._front(figure.axes[0], points, higher)}) == joined
+
+
 def test_colours_and_markers_tell_models_and_kinds_apart(folder):
     for index in range(12):
         folder.add(f"m{index:02d}", psnr=30 - index)

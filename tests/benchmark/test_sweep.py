@@ -32,8 +32,8 @@ from torch import Tensor
 
 from vidtwin.baselines.references import MeanColour
 from vidtwin.benchmark import plots, report, rows
-from vidtwin.benchmark import sweep as sweep_module
 from vidtwin.benchmark.protocol import ProtocolSettings
+from vidtwin.benchmark.runner import Runner
 from vidtwin.benchmark.sweep import FVD, Entry
 from vidtwin.cli import main
 from vidtwin.errors import UserError
@@ -134,8 +134,8 @@ def test_a_sweep_measures_what_the_models_reconstruct_and_writes_all_files(tmp_p
 def test_a_model_without_a_checkpoint_is_untrained_and_its_weights_are_the_same_in_each_run(tmp_path):
     config = tmp_path / "model.yaml"
     config.write_text(yaml.safe_dump({"model": {"autoencoder": {"class_path": "sweeping.Pool"}}}))
-    for run in ("a", "b"):
-        torch.manual_seed(hash(run) % 100)
+    for seed, run in enumerate(("a", "b")):
+        torch.manual_seed(seed)
         assert sweep(tmp_path / run, [Entry("raw", config=str(config))]).run() == 0
     assert row(tmp_path / "a", "raw")["kind"] == "untrained"
     assert lines(tmp_path / "a", "raw") == lines(tmp_path / "b", "raw")
@@ -419,7 +419,7 @@ def test_players_that_fail_keep_nothing_else_from_being_written(tmp_path, monkey
     def broken(*arguments: Any) -> None:
         raise RuntimeError("no room\non the device")
 
-    monkeypatch.setattr(sweep_module._Runner, "_views", broken)
+    monkeypatch.setattr(Runner, "_views", broken)
     entries = [Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt"))]
     assert sweep(tmp_path / "r", entries, players=1).run() == 0
     assert "no players of a: no room on the device" in capfd.readouterr().err
@@ -580,7 +580,7 @@ def test_a_network_whose_features_are_no_numbers_makes_rfvd_unavailable_and_stop
     assert sweep(tmp_path / "r", entries, NumberedData(num_frames=10), fvd=network, references=[]).run() == 0
     found = row(tmp_path / "r", "a")
     assert found["metrics"]["rfvd"] == "unavailable"
-    assert "features that are numbers" in found["unavailable"]["rfvd"]
+    assert "finite features" in found["unavailable"]["rfvd"]
 
 
 def test_another_file_than_the_known_one_is_not_run(tmp_path, network):
@@ -605,9 +605,9 @@ def test_as_many_clips_are_held_at_once_whatever_their_number(tmp_path, monkeypa
             most.append(len(found))
             return forward(self, *arguments)
 
-        forward = sweep_module._Runner._forward
+        forward = Runner._forward
         with monkeypatch.context() as patch:
-            patch.setattr(sweep_module._Runner, "_forward", watch)
+            patch.setattr(Runner, "_forward", watch)
             entries = [Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt"))]
             sweep(tmp_path / str(count), entries, NumberedData(count=count), references=[]).run()
         assert len(most) == count // 2
@@ -707,17 +707,10 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(config, change, text, capf
     assert sum("error" in line for line in told) == 1
 
 
-def test_a_test_without_a_list_measures_one_model_as_before(tmp_path, monkeypatch):
-    from tiny import write_config
-
-    monkeypatch.chdir(tmp_path)
-    path = write_config(tmp_path)
-    assert main(["test", "--config", str(path), "--trainer.default_root_dir", str(tmp_path)]) == 0
-
-
 def test_an_option_that_changes_no_clips_number_measures_no_clip_again(done):
     folder, entries, _ = done
     costs = json.loads((folder / "rows" / "a" / "results.json").read_text())["cost"]
+    clips = lines(folder, "a")
     assert costs is None
     entries[0] = Entry(entries[0].name, checkpoint=entries[0].checkpoint, claimed_rate=0.5)
     assert sweep(folder, entries, players=1, cost=True, repeats=1).run() == 0
@@ -728,7 +721,7 @@ def test_an_option_that_changes_no_clips_number_measures_no_clip_again(done):
     assert row(folder, "a")["cost"]["repeats"] == 2
     assert sweep(folder, entries, players=1, cost=False).run() == 0
     assert row(folder, "a")["cost"]["repeats"] == 2  # what was measured stays
-    assert lines(folder, "a") == lines(folder, "a")
+    assert lines(folder, "a") == clips
     assert not (folder / "rows" / "a" / "earlier").exists()
 
 

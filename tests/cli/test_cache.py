@@ -8,10 +8,9 @@ import pytest
 import yaml
 
 from vidtwin.cli.cache import cache_command
-from vidtwin.datamodules.cache import CachedClips
-from vidtwin.datamodules.cache_writer import write_cache
 from vidtwin.datamodules.data_module import ClipDataModule
-from vidtwin.datamodules.description import describe
+from vidtwin.datamodules.shards.cached import CachedClips
+from vidtwin.datamodules.shards.writer import write_cache
 from vidtwin.datamodules.streaming import Streamed
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.datamodules.ucf101 import UCF101
@@ -44,7 +43,7 @@ def test_it_takes_the_data_of_a_training_config(root, tmp_path, capsys):
     assert "train: 12 clips of 3 epochs" in printed
     assert "test: 2 clips, " in printed
     assert printed.endswith(f"written; use it by --data.cache {out}\n")
-    assert len(CachedClips(out / "train", describe(UCF101(str(root), **SMALL), "train"))) == 4
+    assert len(CachedClips(out / "train", UCF101(str(root), **SMALL).describe("train"))) == 4
     assert cache_command([*arguments, "--verify"]) == 0
     assert "whole and verified" in capsys.readouterr().out
 

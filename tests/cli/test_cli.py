@@ -15,6 +15,7 @@ from vidtwin.cli import main
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.video import iter_frames, panels, probe, write_video
 
+QUICK = ["--cost=false", "--downstream=false"]
 CONFIG = {
     "model": {
         "autoencoder": {
@@ -131,7 +132,7 @@ def test_tensorboard_shows_losses_rates_norms_quality_and_clips_from_step_0_on(r
 
 
 def test_test_writes_rows_for_the_model_and_the_references(here, run, capsys):
-    argv = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", "results"]
+    argv = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", "results", *QUICK]
     assert main([*argv, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
     printed = capsys.readouterr().out
     rows = {path.parent.name: json.loads(path.read_text()) for path in Path("results").glob("rows/*/results.json")}
@@ -159,7 +160,13 @@ def test_test_writes_rows_for_the_model_and_the_references(here, run, capsys):
 def test_a_checkpoint_without_a_config_rebuilds_its_model(here, run):
     argv = ["test", "--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--data", "ucf101"]
     argv += ["--data.root=data/UCF-101", "--data.num_frames=4", "--data.resolution=32", "--data.fps=25"]
-    argv += ["--data.num_workers=0", "--trainer.enable_progress_bar=false", "--results_dir=rebuilt"]
+    argv += [
+        "--data.num_workers=0",
+        "--data.batch_size=2",
+        "--trainer.enable_progress_bar=false",
+        "--results_dir=rebuilt",
+        *QUICK,
+    ]
     assert main(argv) == 0
     with_config, without = (
         json.loads(Path(f"{folder}/rows/VidTwin/results.json").read_text()) for folder in ("results", "rebuilt")
@@ -169,7 +176,7 @@ def test_a_checkpoint_without_a_config_rebuilds_its_model(here, run):
 
 
 def test_a_row_without_a_checkpoint_is_marked_as_untrained(here, capsys):
-    argv = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", "untrained"]
+    argv = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", "untrained", *QUICK]
     assert main(argv) == 0
     assert "untrained" in capsys.readouterr().out
     assert json.loads(Path("untrained/rows/VidTwin/results.json").read_text())["kind"] == "untrained"
@@ -242,10 +249,14 @@ def test_predict_keeps_all_clips_of_a_video_apart(here, run):
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         (["fit", "--config", "tiny.yaml", "--data.root", "nowhere"], "nowhere"),
         (["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--ckpt_path", "no.ckpt"], "no.ckpt"),
+        (["test", "--config", "tiny.yaml", "--trainer.strategy", "ddp"], "got --trainer.strategy; there are --accel"),
+        (["test", "--config", "tiny.yaml", "--model.freeze", "[a]"], "--protocol.weights average"),
+        (["test", "--model.autoencoder", "vidtwin"], "Expected data to test on"),
+        (["test", "--data", "ucf101", "--data.root=data/UCF-101"], "give --ckpt_path FILE"),
         (["reconstruct", "data/UCF-101", "--ckpt_path", "no.ckpt"], "no.ckpt"),
         (["reconstruct", "nothing.mp4", "--ckpt_path", "no.ckpt"], "Expected a video at nothing.mp4"),
         (["fit", "--model.autoencoder", "vidtwin"], "--data ucf101"),
-        (["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--name", "../up"], "folder's name"),
+        (["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--name", "../up"], "that can be a folder's"),
         (["plugins", "extra"], "Expected no arguments"),
         (["fit", "--config", "tiny.yml"], "did you mean 'tiny.yaml'?"),
         (["fit", "--config", "tiny.yaml", "--data", "vidtwin.datamodule.ucf101.UCF101"], "did you mean 'datamodules'?"),
@@ -263,7 +274,10 @@ def test_predict_keeps_all_clips_of_a_video_apart(here, run):
             ["fit", "--config", "tiny.yaml", "--data.root=data/UCF-101", "--model.autoencoder.depth=0"],
             "depth of at least 1",
         ),
-        (["test", "--config", "tiny.yaml", "--data.root=data/UCF-101", "--name", "mean_colour"], "is no reference's"),
+        (
+            ["test", "--config", "tiny.yaml", "--data.root=data/UCF-101", "--name", "mean_colour"],
+            "several called mean_colour",
+        ),
         (
             ["test", "--config=tiny.yaml", "--data.root=data/UCF-101", "--references=[mean_color]", "--results_dir=r"],
             "got 'mean_color'; did you mean 'mean_colour'?",
@@ -317,11 +331,43 @@ def test_a_new_run_does_not_start_over_an_old_one(here, run, capsys):
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_row_is_not_replaced_by_that_of_another_checkpoint(here, run, capsys):
-    argv = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", "results"]
-    line = fails(capsys, *argv, "--ckpt_path", str(run / "checkpoints" / "best.ckpt"))
-    assert "to be of this checkpoint" in line
-    assert "give another --name" in line
+def test_a_row_of_another_checkpoint_is_put_aside(here, run, capsys):
+    argv = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", "aside", *QUICK]
+    assert main([*argv, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
+    files = {path.name: path.read_bytes() for path in Path("aside/rows/VidTwin").iterdir()}
+    capsys.readouterr()
+    assert main(argv) == 0
+    assert "the earlier row is kept in" in capsys.readouterr().err
+    (earlier,) = Path("aside/rows/VidTwin/earlier").iterdir()
+    assert {path.name: path.read_bytes() for path in earlier.iterdir()} == files
+    assert json.loads(Path("aside/rows/VidTwin/results.json").read_text())["kind"] == "untrained"
+
+
+def test_a_model_measured_alone_is_complete_in_a_sweep_over_the_same_folder(here, run, capsys):
+    last = str(run / "checkpoints" / "last.ckpt")
+    argv = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", "shared"]
+    assert main([*argv, "--ckpt_path", last, *QUICK, "--accelerator=cpu"]) == 0
+    rows = {path: path.read_bytes() for path in Path("shared/rows").rglob("*") if path.is_file()}
+    sweep = {
+        "autoencoders": [
+            {"name": "VidTwin", "config": "tiny.yaml", "checkpoint": last},
+            {"name": "untrained", "config": "tiny.yaml"},
+        ],
+        "data": CONFIG["data"],
+    }
+    Path("sweep.yaml").write_text(yaml.safe_dump(sweep))
+    capsys.readouterr()
+    options = ["--data.root=data/UCF-101", "--results_dir=shared", "--accelerator=cpu", *QUICK]
+    assert main(["test", "--config", "sweep.yaml", *options]) == 0
+    assert "3 of 4 rows are complete" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in rows} == rows
+    alone, other = (json.loads(Path(f"shared/rows/{n}/results.json").read_text()) for n in ("VidTwin", "untrained"))
+    assert alone["protocol_hash"] == other["protocol_hash"]
+    assert alone["metrics"].keys() == other["metrics"].keys()
+    sweep["autoencoders"][0].pop("config")  # the checkpoint's own model is the same one
+    Path("sweep.yaml").write_text(yaml.safe_dump(sweep))
+    assert main(["test", "--config", "sweep.yaml", *options]) == 0
+    assert {path: path.read_bytes() for path in rows} == rows
 
 
 def test_an_option_changes_the_model_of_a_checkpoint_and_says_so(here, run, capsys):
@@ -383,7 +429,7 @@ def test_a_broken_video_is_named_through_the_workers(here, run, capsys):
     finally:
         video.write_bytes(whole)
     assert video.name in line
-    assert not Path("broken/rows").exists()
+    assert not list(Path("broken").glob("rows/*/results.json"))
 
 
 def test_configs_are_copied_once(here, capsys):

@@ -1,7 +1,11 @@
 """Every config is one that `vidtwin fit` takes, and trains: at its own options, with the sizes made small."""
 
+import io
 import json
+import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +42,7 @@ SMALL = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]
+QUICK = ["--trainer.accelerator=cpu", "--name=row", "--cost=false", "--downstream=false"]
 
 
 # What all baselines' configs are run with, and the sizes that those in full size get.
@@ -61,6 +66,15 @@ FAMILIES = {
     "cmd": ["resolution=32", "hidden_size=48", "depth=1", "num_heads=4"],
     "ivideogpt": ["resolution=32", "channels=[32,32]", "layers_per_block=1", "latent_channels=8", "norm_groups=8"],
 }
+
+
+def parsed(*configs: str) -> dict[str, Any]:
+    """Return the configs as `vidtwin fit` joins them, with every default."""
+    argv = [f"--config={CONFIGS / name}" for name in configs]
+    with redirect_stdout(io.StringIO()) as text:
+        assert main(["fit", *argv, "--print_config"]) == 0
+    config: dict[str, Any] = yaml.safe_load(text.getvalue())
+    return config
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -97,9 +111,7 @@ def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monk
     """With its own losses, optimizers and options; the tiny ones in their own size too."""
     monkeypatch.chdir(tmp_path)
     path = CONFIGS / "baselines" / f"{name}.yaml"
-    config = yaml.safe_load(path.read_text())
-    if isinstance(config["model"]["loss"], str):
-        config["model"]["loss"] = yaml.safe_load((path.parent / config["model"]["loss"]).read_text())
+    config = parsed(f"baselines/{name}.yaml")
     tiny = name.endswith("_tiny")
     options = ["--config", str(path), *ONE_STEP]
     options += ["--data.resolution=64"] if tiny else small_options(name, config)
@@ -107,7 +119,7 @@ def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monk
     (last,) = tmp_path.rglob("last.ckpt")
     data = [option for option in options if option.startswith("--data")]
     capsys.readouterr()
-    assert main(["test", "--ckpt_path", str(last), *data, "--trainer.accelerator=cpu", "--name=row"]) == 0
+    assert main(["test", "--ckpt_path", str(last), *data, *QUICK]) == 0
     assert "differs from the config" not in capsys.readouterr().err
     row = json.loads(Path("results/rows/row/results.json").read_text())
     assert row["kind"] == "trained"
@@ -129,19 +141,16 @@ def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monk
 
 
 @pytest.mark.parametrize("name", LATENTS)
-def test_latent_sizes_compose_with_a_model(name, tmp_path, monkeypatch, capsys):
+def test_latent_sizes_compose_with_a_model(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base = str(CONFIGS / "vidtwin_base.yaml")
-    assert main(["fit", "--config", base, "--config", str(CONFIGS / "latents" / name), "--print_config"]) == 0
-    arguments = yaml.safe_load(capsys.readouterr().out)["model"]["autoencoder"]["init_args"]
+    arguments = parsed("vidtwin_base.yaml", f"latents/{name}")["model"]["autoencoder"]["init_args"]
     wanted = yaml.safe_load((CONFIGS / "latents" / name).read_text())["model"]["autoencoder"]["init_args"]
     assert wanted.items() <= arguments.items()
     assert arguments["hidden_size"] == 768
 
 
-def test_base_follows_the_papers_table_6(capsys):
-    assert main(["fit", "--config", str(CONFIGS / "vidtwin_base.yaml"), "--print_config"]) == 0
-    config = yaml.safe_load(capsys.readouterr().out)
+def test_base_follows_the_papers_table_6():
+    config = parsed("vidtwin_base.yaml")
     optimizer, loss = config["model"]["optimizer"]["init_args"], config["model"]["loss"]["init_args"]
     data = config["data"]["init_args"]
     assert (optimizer["lr"], optimizer["betas"], optimizer["weight_decay"]) == (1.6e-4, [0.9, 0.99], 1e-4)
@@ -152,11 +161,8 @@ def test_base_follows_the_papers_table_6(capsys):
     assert config["trainer"]["max_steps"] == 100_000
 
 
-@pytest.mark.parametrize("path", [*CONFIGS.glob("trainer/gpu.yaml")], ids=str)
-def test_the_overlay_for_gpus_composes(path, capsys):
-    base = str(CONFIGS / "vidtwin_base.yaml")
-    assert main(["fit", "--config", base, "--config", str(path), "--print_config"]) == 0
-    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+def test_the_overlay_for_gpus_composes():
+    trainer = parsed("vidtwin_base.yaml", "trainer/gpu.yaml")["trainer"]
     assert (trainer["precision"], trainer["accelerator"], trainer["max_steps"]) == ("bf16-mixed", "gpu", 100_000)
 
 
@@ -169,7 +175,7 @@ def test_every_yaml_is_used_by_a_test_or_a_config():
 
 def test_magvit2s_discriminator_is_trained_on_half_of_the_released_loss():
     """There: softplus(-real) + softplus(fake) + 10 |gradient|² + 0.001 LeCAM; every 20th step 20 times the penalty."""
-    arguments = yaml.safe_load((CONFIGS / "baselines/magvit2.yaml").read_text())["model"]["loss"]["init_args"]
+    arguments = parsed("baselines/magvit2.yaml")["model"]["loss"]["init_args"]
     discriminator = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 2 * 8 * 8, 1))
     given = {"discriminator": discriminator, "perceptual_weight": 0, "regularization_weights": {}}
     loss = AutoencoderLoss(**arguments | given)
@@ -201,7 +207,7 @@ def test_magvit2s_discriminator_is_trained_on_half_of_the_released_loss():
     ],
 )
 def test_baselines_follow_the_figures_of_their_papers(name, figures):
-    config = yaml.safe_load((CONFIGS / "baselines" / f"{name}.yaml").read_text())["model"]
+    config = parsed(f"baselines/{name}.yaml")["model"]
     given = {}
     for section in ("autoencoder", "loss", "optimizer"):
         given |= config[section]["init_args"]
@@ -213,3 +219,45 @@ def test_baselines_follow_the_figures_of_their_papers(name, figures):
         }
         assert config["discriminator_optimizer"]["init_args"]["lr"] == 0.8e-4
         assert (config["ema_decay"], config["use_ema"]) == (0.999, True)
+
+
+def test_the_copied_configs_find_their_bases_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["configs", "copied"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    variants = ["vidtwin_small.yaml", "baselines/ivideogpt_native.yaml", "baselines/cmd_tiny.yaml"]
+    wanted = {name: parsed(name) for name in variants}
+    monkeypatch.setattr(f"{__name__}.CONFIGS", Path("../copied"))
+    assert {name: parsed(name) for name in variants} == wanted
+
+
+def test_a_base_is_read_first_and_does_not_stay_in_the_config(tmp_path):
+    for part in ("vidtwin_base.yaml", "trainer", "data", "loss", "optimizer"):
+        copy = shutil.copytree if (CONFIGS / part).is_dir() else shutil.copy
+        copy(CONFIGS / part, tmp_path / part)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/mine.yaml").write_text(
+        "# mine\nbase: '../vidtwin_base.yaml'  # the paper's\ntrainer:\n  max_steps: 7\n"
+    )
+    config, base = parsed(str(tmp_path / "own/mine.yaml")), parsed("vidtwin_base.yaml")
+    assert "base" not in config
+    assert config["trainer"].pop("max_steps") == 7
+    assert base["trainer"].pop("max_steps") == 100_000
+    assert config == base
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("base: absent.yaml", "absent.yaml, the base of mine.yaml; got no such file"),
+        ("base: mine.yaml", "does not lead back to mine.yaml"),
+        ("base: [a.yaml, b.yaml]", "the path of one config after base: in mine.yaml"),
+    ],
+)
+@pytest.mark.parametrize("option", [["--config", "mine.yaml"], ["--config=mine.yaml"], ["-c", "mine.yaml"]])
+def test_a_base_that_cannot_be_read_is_one_line(line, message, option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(f"{line}\n")
+    assert main(["fit", *option]) == 2
+    assert message in capsys.readouterr().err

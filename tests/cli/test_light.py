@@ -18,7 +18,7 @@ for command in TABLE:
         assert code == 0 and command in printed.getvalue() and not heavy(), (command, code, heavy())
 refusals = {
     "reconstruct absent.mp4 --ckpt_path absent.ckpt": "Expected a video at absent.mp4",
-    f"reconstruct {__file__ if '__file__' in globals() else sys.executable} --ckpt_path absent.ckpt": "got none at absent.ckpt",
+    f"reconstruct {sys.executable} --ckpt_path absent.ckpt": "got none at absent.ckpt",
     "encode videos --out latents --ckpt_pth last.ckpt": "did you mean 'ckpt_path'?",
     "decode latents --out latents --skip_exist": "did you mean 'skip_existing'?",
     "convert absent.ckpt out": "got none at absent.ckpt",

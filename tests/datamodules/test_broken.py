@@ -13,6 +13,7 @@ from broken_tree import BAD, pictures, write_tree
 from tiny import tiny_task
 from tiny import trainer as video_trainer
 
+from vidtwin.data import ClipSettings
 from vidtwin.datamodules import index
 from vidtwin.datamodules.clips import Video, VideoClips
 from vidtwin.datamodules.folder import VideoFolder
@@ -161,7 +162,7 @@ def test_an_exclusion_list_leaves_videos_out_without_counting_them(tree, tmp_pat
 
 def test_rates_are_drawn_among_those_that_a_video_has(tmp_path):
     path = write_video(tmp_path / "a.avi", pictures(60), 12, "mpeg4")
-    clips = VideoClips([Video(path, "a")], 4, 32, [2.0, 6.0, 12.0, 24.0], training=True)
+    clips = VideoClips([Video(path, "a")], ClipSettings(4, 32, [2.0, 6.0, 12.0, 24.0], horizontal_flip=False), "train")
     drawn: Counter[float] = Counter()
     for epoch in range(60):
         random = np.random.default_rng((0, epoch, 0)).random(5)
@@ -176,8 +177,8 @@ def test_rates_are_drawn_among_those_that_a_video_has(tmp_path):
 
 def test_with_one_rate_or_several_the_other_draws_are_the_same(tmp_path):
     path = write_video(tmp_path / "a.avi", pictures(60), 12, "mpeg4")
-    one = VideoClips([Video(path, "a")], 4, 32, 6.0, training=True)
-    several = VideoClips([Video(path, "a")], 4, 32, [6.0, 6.0], training=True)
+    one = VideoClips([Video(path, "a")], ClipSettings(4, 32, 6.0, horizontal_flip=False), "train")
+    several = VideoClips([Video(path, "a")], ClipSettings(4, 32, [6.0, 6.0], horizontal_flip=False), "train")
     assert all(torch.equal(one[epoch, 0]["clip"], several[epoch, 0]["clip"]) for epoch in range(4))
 
 

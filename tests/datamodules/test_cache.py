@@ -20,14 +20,13 @@ import torch
 from broken_tree import BAD, write_tree
 from torch.utils.data import DataLoader
 
-from vidtwin.datamodules import cache_writer
-from vidtwin.datamodules.cache import CachedClips
-from vidtwin.datamodules.cache_writer import write_cache
 from vidtwin.datamodules.clips import ClipDataset
 from vidtwin.datamodules.data_module import ClipDataModule
-from vidtwin.datamodules.description import describe
 from vidtwin.datamodules.folder import VideoFolder
-from vidtwin.datamodules.shards import Manifest
+from vidtwin.datamodules.shards import writer as cache_writer
+from vidtwin.datamodules.shards.cached import CachedClips
+from vidtwin.datamodules.shards.format import Manifest
+from vidtwin.datamodules.shards.writer import write_cache
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.datamodules.ucf101 import UCF101
 from vidtwin.errors import UserError
@@ -73,7 +72,7 @@ def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
 def test_cached_clips_are_the_online_ones_bit_for_bit(make, written):
     data = make()
     for split, epochs in (("train", 2), ("val", 1), ("test", 1)):
-        online, cached = data.dataset(split), CachedClips(written / split, describe(data, split))
+        online, cached = data.dataset(split), CachedClips(written / split, data.describe(split))
         assert len(cached) == len(online)
         for index in range(len(online)):
             assert cached.identity(index) == online.identity(index) or split == "train"
@@ -124,7 +123,7 @@ def test_a_cached_evaluation_skips_what_could_not_be_read(tmp_path, capfd):
 def test_real_clips_are_equal_too(shared, tmp_path):
     data = UCF101(str(shared / "data/ucf_like/UCF-101"), num_frames=8, resolution=32, val_groups=(10,), num_workers=0)
     write_cache(data, tmp_path, ["val"])
-    cached, online = CachedClips(tmp_path / "val", describe(data, "val")), data.dataset("val")
+    cached, online = CachedClips(tmp_path / "val", data.describe("val")), data.dataset("val")
     for index in range(len(online)):
         assert_equal(cached[0, index], online[0, index])
         assert cached.identity(index) == online.identity(index)
@@ -288,7 +287,7 @@ def test_too_little_room_is_told_before_it_begins(make, tmp_path, monkeypatch):
 def test_a_cache_of_something_else_is_refused(make, copied, arguments, difference):
     other = make(**arguments)
     with pytest.raises(UserError, match="expected a cache of ") as error:
-        CachedClips(copied / "train", describe(other, "train"))
+        CachedClips(copied / "train", other.describe("train"))
     assert difference in str(error.value)
     before = contents(copied)
     with pytest.raises(UserError, match="expected a cache of "):
@@ -300,12 +299,12 @@ def test_what_is_excluded_is_not_stored_and_belongs_to_the_cache(make, tmp_path)
     (tmp_path / "exclude.txt").write_text("Bounce/v_Bounce_g25_c01.avi\n")
     data = make(exclude=str(tmp_path / "exclude.txt"))
     write_cache(data, tmp_path / "cache", ["val"])
-    cached = CachedClips(tmp_path / "cache/val", describe(data, "val"))
+    cached = CachedClips(tmp_path / "cache/val", data.describe("val"))
     assert cached.clip(0, 0)["name"] == "Bounce/v_Bounce_g25_c02.avi"
     with pytest.raises(UserError, match="expected a cache of exclude=null, it holds exclude="):
-        CachedClips(tmp_path / "cache/val", describe(make(), "val"))
+        CachedClips(tmp_path / "cache/val", make().describe("val"))
     with pytest.raises(UserError, match=r"there is none; set data\.exclude"):
-        describe(make(exclude="absent.txt"), "val")
+        make(exclude="absent.txt").describe("val")
 
 
 def test_other_epochs_formats_and_folders_are_refused(make, copied, tmp_path):
@@ -343,22 +342,22 @@ def test_a_cache_serves_without_its_videos(written, small_ucf, tmp_path):
     moved = Path(shutil.copytree(small_ucf, tmp_path / "moved"))
     write_cache(Own(str(moved), **SMALL), tmp_path / "cache", ["val"])
     shutil.rmtree(moved)
-    assert len(CachedClips(tmp_path / "cache/val", describe(Own(str(moved), **SMALL), "val"))) == 4
+    assert len(CachedClips(tmp_path / "cache/val", Own(str(moved), **SMALL).describe("val"))) == 4
     with pytest.raises(UserError, match=r"val_groups=\[9\], it holds val_groups=\[24, 25\]"):
-        CachedClips(tmp_path / "cache/val", describe(Own(str(moved), val_groups=(9,), **SMALL), "val"))
+        CachedClips(tmp_path / "cache/val", Own(str(moved), val_groups=(9,), **SMALL).describe("val"))
 
 
 def test_a_cache_of_videos_that_have_changed_is_refused(make, copied, small_ucf, tmp_path):
     moved = Path(shutil.copytree(small_ucf, tmp_path / "moved"))
     data = UCF101(str(moved), **SMALL)
-    assert len(CachedClips(copied / "train", describe(data, "train"))) == 8
+    assert len(CachedClips(copied / "train", data.describe("train"))) == 8
     first, second = (Path(video.path) for video in data.videos("train")[:2])
     os.utime(first)  # as a copy is: younger, but the same
-    assert len(CachedClips(copied / "train", describe(data, "train"))) == 8
+    assert len(CachedClips(copied / "train", data.describe("train"))) == 8
     (copied / "train/chunk-0-1.bin").unlink()
     first.write_bytes(second.read_bytes() + b"longer")
     with pytest.raises(UserError, match=r"expected a cache of videos=.* it holds videos="):
-        CachedClips(copied / "train", describe(data, "train"))
+        CachedClips(copied / "train", data.describe("train"))
     for out, format in ((copied, "clips"), (tmp_path / "videos", "videos")):
         if format == "videos":
             write_cache(make(), out, ["train"], format="videos")
@@ -366,7 +365,7 @@ def test_a_cache_of_videos_that_have_changed_is_refused(make, copied, small_ucf,
         with pytest.raises(UserError, match=r"expected a cache of videos=.*; give another folder, or delete this one"):
             write_cache(data, out, ["train"], 2 if format == "clips" else 1, format, shard_bytes=SHARD)  # type: ignore[arg-type]
         assert contents(out) == before
-    assert len(CachedClips(copied / "test", describe(data, "test"))) == 4  # of which nothing has changed
+    assert len(CachedClips(copied / "test", data.describe("test"))) == 4  # of which nothing has changed
 
 
 def test_an_interrupted_cache_does_not_mix_old_and_new_videos(make, small_ucf, tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from broken_tree import damage, pictures
 
-from vidtwin.datamodules.cache_writer import write_cache
 from vidtwin.datamodules.folder import VideoFolder
+from vidtwin.datamodules.shards.writer import write_cache
 from vidtwin.datamodules.streaming import Streamed
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.errors import UserError

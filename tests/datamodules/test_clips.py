@@ -11,6 +11,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from vidtwin.data import ClipSettings
 from vidtwin.datamodules.clips import Video, VideoClips
 from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.datamodules.sampler import ClipSampler
@@ -214,18 +215,18 @@ def test_half_of_the_training_clips_are_mirrored(tmp_path: Path) -> None:
     picture[:, 16:] = 255
     path = write_video(tmp_path / "a.avi", [picture] * 8, 8, "mpeg4")
 
-    def mirrored(**kwargs: Any) -> int:
-        dataset = VideoClips([Video(path, "a")], 4, 16, 8.0, **kwargs)
+    def mirrored(split: str, flip: bool = True) -> int:
+        dataset = VideoClips([Video(path, "a")], ClipSettings(4, 16, 8.0, horizontal_flip=flip), split)
         return sum(int(dataset[epoch, 0]["clip"][0, 8, 0, 0]) > 128 for epoch in range(40))
 
-    assert 10 < mirrored(training=True, horizontal_flip=True) < 30
-    assert mirrored(training=True) == mirrored() == 0
+    assert 10 < mirrored("train") < 30
+    assert mirrored("train", flip=False) == mirrored("test") == 0
 
 
 def test_without_augment_training_takes_the_clip_that_evaluation_would_take(make: Make) -> None:
     data = make(augment=False, num_frames=8)
     train = data.dataset("train")
-    evaluation = VideoClips(data.videos("train"), 8, 16, 8.0)
+    evaluation = VideoClips(data.videos("train"), ClipSettings(8, 16, 8.0))
     for index in range(len(train)):
         expected = evaluation[index]
         for epoch in (0, 5):

@@ -11,10 +11,10 @@ import pytest
 import torch
 from broken_tree import damage, pictures
 
-from vidtwin.datamodules.cache_writer import write_cache
+from vidtwin.data import ClipSettings
 from vidtwin.datamodules.clips import Video, VideoClips
-from vidtwin.datamodules.description import describe
 from vidtwin.datamodules.folder import VideoFolder
+from vidtwin.datamodules.shards.writer import write_cache
 from vidtwin.datamodules.streaming import Streamed
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.errors import UserError
@@ -58,7 +58,9 @@ def shown(frames: int, rate: Fraction, fps: Fraction) -> list[int]:
 @pytest.mark.parametrize("tail", ["drop", "pad"])
 def test_clips_follow_each_other_by_time_without_overlap(frames, rate, fps, length, tail):
     info = VideoInfo(Path("a.avi"), frames, Fraction(rate), frames / rate, 48, 32)
-    clips = VideoClips([Video(Path("a.avi"), "a", info=info)], length, 16, fps, eval_clips="all", tail=tail)
+    clips = VideoClips(
+        [Video(Path("a.avi"), "a", info=info)], ClipSettings(length, 16, fps, eval_clips="all", tail=tail)
+    )
     screen = shown(frames, Fraction(rate), Fraction(str(fps)))
     starts = screen[::length] if tail == "pad" else screen[: len(screen) // length * length : length]
     assert [clips.identity(index) for index in range(len(clips))] == [("a", start) for start in starts]
@@ -71,14 +73,14 @@ def test_the_clips_of_a_video_joined_are_the_video_at_that_rate(tmp_path, suffix
     path = write_video(tmp_path / f"a{suffix}", pictures(53), 25, "mpeg4" if suffix == ".avi" else "libx264")
     every = np.stack(list(iter_frames(path, 16)))
     wanted = every[shown(53, Fraction(25), Fraction(fps or 25))]
-    clips = VideoClips([Video(path, "a")], 5, 16, fps, eval_clips="all", tail="pad")
+    clips = VideoClips([Video(path, "a")], ClipSettings(5, 16, fps, eval_clips="all", tail="pad"))
     items = [clips[index] for index in range(len(clips))]
     padded = [item["padded"] for item in items]
     assert padded == [0] * (len(items) - 1) + [-len(wanted) % 5]
     joined = np.concatenate([item["clip"].numpy() for item in items])
     np.testing.assert_array_equal(joined[: len(wanted)], wanted)
     assert all(np.array_equal(frame, wanted[-1]) for frame in joined[len(wanted) :])
-    dropped = VideoClips([Video(path, "a")], 5, 16, fps, eval_clips="all")
+    dropped = VideoClips([Video(path, "a")], ClipSettings(5, 16, fps, eval_clips="all"))
     assert len(dropped) == len(wanted) // 5
     for index in range(len(dropped)):
         assert torch.equal(dropped[index]["clip"], items[index]["clip"])
@@ -91,7 +93,9 @@ def test_the_clips_of_a_video_joined_are_the_video_at_that_rate(tmp_path, suffix
 def test_neighbours_are_decoded_once_to_what_each_alone_would_be(tmp_path, monkeypatch, suffix, fps, tail):
     codec = "mpeg4" if suffix == ".avi" else "libx264"
     paths = [write_video(tmp_path / f"{level}{suffix}", pictures(53, level), 25, codec) for level in range(2)]
-    clips = VideoClips([Video(path, path.name) for path in paths], 5, 16, fps, eval_clips="all", tail=tail)
+    clips = VideoClips(
+        [Video(path, path.name) for path in paths], ClipSettings(5, 16, fps, eval_clips="all", tail=tail)
+    )
     alone = [clips[index] for index in range(len(clips))]
     reads: list[int] = []
 
@@ -112,7 +116,7 @@ def test_neighbours_are_decoded_once_to_what_each_alone_would_be(tmp_path, monke
 def test_neighbours_of_a_damaged_clip_are_read_one_by_one(tmp_path):
     path = write_video(tmp_path / "a.avi", pictures(40), 25, "mpeg4", g="1")
     damage(path, 0.5, 0.55)
-    clips = VideoClips([Video(path, "a")], 4, 16, None, eval_clips="all")
+    clips = VideoClips([Video(path, "a")], ClipSettings(4, 16, None, eval_clips="all"))
     items = clips.__getitems__(range(len(clips)))
     assert 0 < sum("clip" in item for item in items) < len(items)
     for index, item in enumerate(items):
@@ -121,11 +125,11 @@ def test_neighbours_of_a_damaged_clip_are_read_one_by_one(tmp_path):
 
 def test_a_rate_a_little_above_the_videos_repeats_no_frame(tmp_path):
     path = write_video(tmp_path / "a.mp4", pictures(40), Fraction(30000, 1001))
-    clips = VideoClips([Video(path, "a")], 1, 16, 30.0, eval_clips="all")
+    clips = VideoClips([Video(path, "a")], ClipSettings(1, 16, 30.0, eval_clips="all"))
     every = np.stack(list(iter_frames(path, 16)))
     assert [clips.identity(index)[1] for index in range(len(clips))] == list(range(40))
     np.testing.assert_array_equal(np.concatenate([clips[index]["clip"].numpy() for index in range(40)]), every)
-    middle = VideoClips([Video(path, "a")], 8, 16, 30.0)[0]
+    middle = VideoClips([Video(path, "a")], ClipSettings(8, 16, 30.0))[0]
     np.testing.assert_array_equal(middle["clip"].numpy(), every[middle["start_frame"] :][:8])
 
 
@@ -176,7 +180,7 @@ def test_a_container_that_promises_a_little_too_much_loses_only_what_is_not_ther
     every = np.stack(list(iter_frames(path, 16)))
     info = replace(survey(path), num_frames=10 + excess)
     video = Video(path, "a", info=info)
-    padded = VideoClips([video], 4, 16, None, eval_clips="all", tail="pad")
+    padded = VideoClips([video], ClipSettings(4, 16, None, eval_clips="all", tail="pad"))
     last = padded[2]
     np.testing.assert_array_equal(last["clip"].numpy(), every[[8, 9, 9, 9]])
     assert last["padded"] == 2
@@ -185,11 +189,14 @@ def test_a_container_that_promises_a_little_too_much_loses_only_what_is_not_ther
         ((name, reason, broken),) = padded[3]["skipped"]
         assert (name, broken) == ("a", False)
         assert reason.startswith("ends after 10 frames")
-    dropped = VideoClips([video], 4, 16, None, eval_clips="all")
+    dropped = VideoClips([video], ClipSettings(4, 16, None, eval_clips="all"))
     items = [dropped[index] for index in range(len(dropped))]
     assert ["clip" in item for item in items] == [True, True, False][: len(items)]
     assert len(items) == (10 + excess) // 4
-    looped = VideoClips([replace(video, info=replace(info, num_frames=12))], 12, 16, None, loop=True, eval_clips="all")
+    looped = VideoClips(
+        [replace(video, info=replace(info, num_frames=12))],
+        ClipSettings(12, 16, None, short_videos="loop", eval_clips="all"),
+    )
     np.testing.assert_array_equal(looped[0]["clip"].numpy(), every[[*range(10), 0, 1]])
 
 
@@ -281,7 +288,7 @@ def test_cached_and_streamed_clips_of_whole_videos_are_the_online_ones(root, tmp
     for what in ("clips", "videos"):
         streamed = Streamed(str(tmp_path / what), **SMALL, eval_clips="all", tail=tail)
         assert_same_clips(streamed, online)
-    assert cached._totals == online._totals
+    assert cached.unusable.totals == online.unusable.totals
     assert [batch["padded"].tolist() for batch in cached.test_dataloader()] == [
         batch["padded"].tolist() for batch in online.test_dataloader()
     ]
@@ -305,7 +312,7 @@ def test_a_cache_of_other_clips_is_refused_and_an_old_one_goes_on(root, tmp_path
     middle = folder(root, eval_clips="middle")
     write_cache(middle, tmp_path / "middle", ["test"])
     write_cache(folder(root), tmp_path / "all", ["test"])
-    assert "eval_clips" not in describe(middle, "test")
+    assert "eval_clips" not in middle.describe("test")
     path = tmp_path / "middle" / "test" / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["padded"]  # as written before there was such a thing

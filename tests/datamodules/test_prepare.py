@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from vidtwin.datamodules.prepare import prepare_command
 from vidtwin.datamodules.ucf101 import UCF101
+from vidtwin.datamodules.ucf101.prepare import prepare_command
 from vidtwin.errors import UserError
 
 HANDSTAND = "HandstandPushups/v_HandStandPushups_g{}_c01.avi"
@@ -277,7 +277,7 @@ def test_a_compressed_rar_archive_is_unpacked_by_the_first_program_that_can(
     monkeypatch.setenv("PATH", f"{programs}:/bin:/usr/bin")
     prepare(tmp_path / "data", archive, lists, "--partial")
     assert [row["path"] for row in manifest(tmp_path / "data")] == sorted(SOME)
-    monkeypatch.setattr("vidtwin.datamodules.prepare._RAR_TOOLS", {"unrar": ["x", "", "", "", "{folder}"]})
+    monkeypatch.setattr("vidtwin.datamodules.ucf101.prepare._RAR_TOOLS", {"unrar": ["x", "", "", "", "{folder}"]})
     assert "unrar says: unknown method" in failure(tmp_path / "other", archive, lists, "--partial")
 
 
@@ -344,7 +344,7 @@ def test_a_folder_that_is_unpacked_already_stays_as_it_is(lists: Path, tmp_path:
 def test_a_kill_leaves_nothing_half_made(lists: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     code = (
-        "import os, sys\nfrom vidtwin.datamodules import prepare\n"
+        "import os, sys\nfrom vidtwin.datamodules.ucf101 import prepare\n"
         f"prepare._arrange = lambda *_: os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
         "prepare.prepare_command(sys.argv[1:])"
     )
@@ -370,7 +370,8 @@ def test_the_command_says_in_one_line_what_it_wants(prepared: Path, tmp_path: Pa
 
 
 def test_the_command_imports_nothing_heavy() -> None:
-    code = "import sys, vidtwin.datamodules.prepare\nprint({'torch', 'lightning', 'av', 'rarfile'} & set(sys.modules))"
+    code = "import sys, vidtwin.datamodules.ucf101.prepare\n"
+    code += "print({'torch', 'lightning', 'av', 'rarfile'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -17,9 +17,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from vidtwin.datamodules import streaming
-from vidtwin.datamodules.cache_writer import write_cache
-from vidtwin.datamodules.streaming import Lanes, Shelf, Streamed
+from vidtwin.datamodules.shards import streamed as streaming
+from vidtwin.datamodules.shards.streamed import InterleavedShuffle, RemoteShards
+from vidtwin.datamodules.shards.writer import write_cache
+from vidtwin.datamodules.streaming import Streamed
 from vidtwin.datamodules.ucf101 import UCF101
 from vidtwin.errors import UserError
 from vidtwin.video import VideoError
@@ -95,17 +96,17 @@ def test_decoded_clips_want_the_arguments_they_were_made_with(make, arguments, d
 def test_an_order_is_a_shuffle_of_all_clips():
     for clips, shards, lanes in ((1, 1, 4), (7, 3, 2), (100, 10, 4), (64, 8, 8), (50, 7, 48)):
         numbers = np.sort(np.random.default_rng(0).integers(0, shards, clips))
-        orders = [Lanes(numbers, lanes, 5).order(epoch) for epoch in range(3)]
+        orders = [InterleavedShuffle(numbers, lanes, 5).order(epoch) for epoch in range(3)]
         for order in orders:
             assert sorted(order) == list(range(clips))
         if clips > 10:
             assert not np.array_equal(orders[0], orders[1])
-        assert np.array_equal(orders[2], Lanes(numbers, lanes, 5).order(2))
+        assert np.array_equal(orders[2], InterleavedShuffle(numbers, lanes, 5).order(2))
 
 
 def test_neighbours_come_from_different_shards_and_ranks_read_shards_of_their_own():
     shards = np.repeat(np.arange(32), 25)
-    order = Lanes(shards, lanes=8, seed=0).order(0)
+    order = InterleavedShuffle(shards, lanes=8, seed=0).order(0)
     for place in range(0, 800, 8):
         assert len(set(shards[order[place : place + 8]])) == 8
     for ranks in (2, 4, 8):
@@ -113,13 +114,13 @@ def test_neighbours_come_from_different_shards_and_ranks_read_shards_of_their_ow
         assert all(a.isdisjoint(b) for i, a in enumerate(read) for b in read[:i])
     # Of lanes that are not as long as a whole number of shards, neighbours share one.
     uneven = np.repeat(np.arange(30), 24)
-    order = Lanes(uneven, lanes=4, seed=0).order(0)
+    order = InterleavedShuffle(uneven, lanes=4, seed=0).order(0)
     assert sum(len(set(uneven[order[rank::4]].tolist())) for rank in range(4)) <= 30 + 3
 
 
 def test_a_lane_knows_the_shard_that_follows():
     shards = np.repeat(np.arange(6), 4)
-    lanes = Lanes(shards, lanes=1, seed=0)
+    lanes = InterleavedShuffle(shards, lanes=1, seed=0)
     visited = list(dict.fromkeys(shards[lanes.order(3)].tolist()))
     assert [lanes.following(3, shard) for shard in visited] == [*visited[1:], None]
 
@@ -263,7 +264,7 @@ def broken(small_ucf: Path, tmp_path: Path) -> tuple[UCF101, Path]:
 def test_what_can_not_be_read_is_named_and_treated_as_the_files_are(make, broken, capfd):
     files, shards = broken
     data = make(url=str(shards), max_broken=1.0)
-    assert data.shelf("train").manifest.skipped[0][0] == "Bounce/v_Bounce_g09_c01.avi"
+    assert data.shards("train").manifest.skipped[0][0] == "Bounce/v_Bounce_g09_c01.avi"
     here, there = files.dataset("train"), data.dataset("train")
     assert len(here) == len(there) == 7
     skipped = set()
@@ -406,11 +407,11 @@ def test_from_s3_each_shard_comes_once_for_all_workers(make, files, s3, workers)
 
 
 def test_a_limit_holds_and_what_was_taken_away_comes_again(out, store, tmp_path):
-    shelf = Shelf(f"fake:/{out}/clips/train", tmp_path / "here", limit=20_000)
+    remote = RemoteShards(f"fake:/{out}/clips/train", tmp_path / "here", limit=20_000)
     for _ in range(2):
-        for shard in shelf.manifest.shards:
-            assert shelf(shard).stat().st_size == shard.bytes
-            assert sum(path.stat().st_size for path in shelf.folder.glob("*.bin")) <= 20_000
+        for shard in remote.manifest.shards:
+            assert remote(shard).stat().st_size == shard.bytes
+            assert sum(path.stat().st_size for path in remote.folder.glob("*.bin")) <= 20_000
     assert store.asked.count("chunk-0-0.bin") == 2
 
 

@@ -1,4 +1,4 @@
-"""What validation and test read off `ClipMetrics`."""
+"""Metrics of validation: `ClipMetrics`."""
 
 from pathlib import Path
 

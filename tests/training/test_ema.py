@@ -1,7 +1,5 @@
 """The running average of the weights."""
 
-import json
-
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -14,7 +12,7 @@ from vidtwin.errors import UserError
 from vidtwin.metrics.frames import psnr
 from vidtwin.storage import checkpoints
 from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
-from vidtwin.training.ema import WeightAverage
+from vidtwin.training.callbacks.ema import WeightAverage
 
 
 def test_the_average_is_the_formula() -> None:
@@ -115,8 +113,7 @@ def test_evaluation_takes_the_average_by_option(trained, tmp_path):
     history, _, path = trained
     for use_ema, wanted in ((True, expected_average(history)), (False, history[-1])):
         task = tiny_task(use_ema=use_ema)
-        results = str(tmp_path / f"results-{use_ema}")
-        trainer(tmp_path).test(task, datamodule=Clips(), ckpt_path=path, results_dir=results, verbose=False)
+        trainer(tmp_path).validate(task, datamodule=Clips(), ckpt_path=path, verbose=False)
         torch.testing.assert_close(dict(task.autoencoder.named_parameters()), wanted)
     model = checkpoints.load_autoencoder(path, ema=True)
     torch.testing.assert_close(dict(model.named_parameters()), expected_average(history))
@@ -129,7 +126,7 @@ def test_a_session_takes_the_average_by_option(trained):
         torch.testing.assert_close(dict(session.model.named_parameters()), wanted)
 
 
-def test_what_is_tested_after_training_in_one_process_is_the_average_too(tmp_path):
+def test_what_is_validated_after_training_in_one_process_is_the_average_too(tmp_path):
     task, run = (
         tiny_task(ema_decay=0.9, use_ema=True, lr=1e-2),
         trainer(tmp_path, 5, val_check_interval=5, check_val_every_n_epoch=None),
@@ -137,10 +134,8 @@ def test_what_is_tested_after_training_in_one_process_is_the_average_too(tmp_pat
     run.fit(task, datamodule=Clips())
     validated = float(run.callback_metrics["val/psnr"])
     own = {name: p.clone() for name, p in task.autoencoder.named_parameters()}
-    run.test(task, datamodule=Clips(), results_dir=str(tmp_path / "results"), verbose=False)
-    row = json.loads((tmp_path / "results" / "rows" / "VidTwin" / "results.json").read_text())
-    assert row["weights"] == "running average"
-    assert row["metrics"]["psnr"]["mean"] == pytest.approx(validated, abs=1e-4)
+    (means,) = run.validate(task, datamodule=Clips(), verbose=False)
+    assert means["val/psnr"] == pytest.approx(validated, abs=1e-4)
     torch.testing.assert_close(dict(task.autoencoder.named_parameters()), own, rtol=0, atol=0)
 
 
@@ -168,11 +163,6 @@ def test_a_checkpoint_without_an_average_is_refused_where_one_is_wanted(tmp_path
     saved = LatestCheckpoint(every_n_steps=100, dirpath=str(tmp_path))
     trainer(tmp_path, 3, callbacks=[saved]).fit(tiny_task(), datamodule=Clips())
     with pytest.raises(UserError, match=r"without model\.ema_decay"):
-        trainer(tmp_path).test(
-            tiny_task(use_ema=True),
-            datamodule=Clips(),
-            ckpt_path=tmp_path / "last.ckpt",
-            results_dir=str(tmp_path / "results"),
-        )
+        trainer(tmp_path).validate(tiny_task(use_ema=True), datamodule=Clips(), ckpt_path=tmp_path / "last.ckpt")
     with pytest.raises(UserError, match=r"model\.ema_decay \(0\.999"):
         trainer(tmp_path / "new", 3).fit(tiny_task(use_ema=True), datamodule=Clips())

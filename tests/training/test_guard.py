@@ -73,8 +73,8 @@ def test_a_poisoned_batch_changes_nothing_is_no_step_and_is_named(tmp_path, capf
         p for p, step in zip(poisoned, watcher.steps, strict=True) if step
     ]
     assert all(value.isfinite().all() for value in task.state_dict().values())
-    assert all(value.isfinite().all() for value in task.average.values.values())
-    assert task.average.updates == 6
+    assert all(value.isfinite().all() for value in task.ema.average.values.values())
+    assert task.ema.average.updates == 6
     assert [scheduler.last_epoch for scheduler in task.lr_schedulers()] == [6, 6]
     assert float(run.callback_metrics["train/skipped"]) == pytest.approx(sum(poisoned) / len(poisoned))
     lines = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
@@ -152,7 +152,7 @@ def test_the_weights_after_going_back_are_those_of_the_checkpoint(tmp_path):
         def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
             if outputs and trainer.global_step == 4:
                 self.state = {name: value.clone() for name, value in task.state_dict().items()}
-                self.ema = {name: value.clone() for name, value in task.average.values.items()}
+                self.ema = {name: value.clone() for name, value in task.ema.average.values.items()}
                 self.moments = task.optimizers().state_dict()["state"][0]["exp_avg"].clone()
                 self.rate = task.optimizers().param_groups[0]["lr"]
 
@@ -160,7 +160,7 @@ def test_the_weights_after_going_back_are_those_of_the_checkpoint(tmp_path):
         def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
             if trainer.global_step == 4 and not hasattr(self, "state"):
                 self.state = {name: value.clone() for name, value in task.state_dict().items()}
-                self.ema = {name: value.clone() for name, value in task.average.values.items()}
+                self.ema = {name: value.clone() for name, value in task.ema.average.values.items()}
                 self.moments = task.optimizers().state_dict()["state"][0]["exp_avg"].clone()
                 self.rate = task.optimizers().param_groups[0]["lr"]
 

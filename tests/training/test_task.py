@@ -1,7 +1,6 @@
 """The training loop: one step is one batch, two players, checkpoints that resume."""
 
 import csv
-import json
 import math
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.posteriors import Encoding
 from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
-from vidtwin.training.task import AutoencoderTask
+from vidtwin.training.checks import check_training
 
 
 class Watcher(Callback):
@@ -70,13 +69,12 @@ def test_the_last_and_the_best_checkpoint_stay(trained):
     assert torch.equal(last["state_dict"]["autoencoder.decoder.linear.weight"], task.autoencoder.last_layer)
 
 
-def test_the_best_checkpoint_is_found_by_that_word(trained, tmp_path):
+def test_the_best_checkpoint_is_found_by_that_word(trained):
     folder, _, run, _ = trained
-    run.test(tiny_task(), datamodule=Clips(), ckpt_path="best", results_dir=str(tmp_path / "results"), verbose=False)
+    (means,) = run.validate(tiny_task(), datamodule=Clips(), ckpt_path="best", verbose=False)
     best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
-    row = json.loads((tmp_path / "results" / "rows" / "VidTwin" / "results.json").read_text())
     score = next(state["best_model_score"] for name, state in best["callbacks"].items() if name.startswith("Best"))
-    assert row["metrics"]["psnr"]["mean"] == pytest.approx(float(score), abs=1e-4)
+    assert means["val/psnr"] == pytest.approx(float(score), abs=1e-4)
 
 
 def test_a_resumed_run_counts_and_schedules_on(trained, tmp_path):
@@ -91,16 +89,11 @@ def test_a_resumed_run_counts_and_schedules_on(trained, tmp_path):
     assert rates == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * 7 / 8)), 0.0])
 
 
-def test_testing_takes_the_autoencoder_alone_from_a_checkpoint_with_a_gan(trained, tmp_path):
+def test_validation_takes_the_autoencoder_alone_from_a_checkpoint_with_a_gan(trained, tmp_path):
     folder, _, _, original = trained
     task = tiny_task()
-    trainer(tmp_path).test(
-        task,
-        datamodule=Clips(),
-        ckpt_path=folder / "checkpoints" / "last.ckpt",
-        results_dir=str(tmp_path / "results"),
-        verbose=False,
-    )
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer(tmp_path).validate(task, datamodule=Clips(), ckpt_path=last, verbose=False)
     assert torch.equal(task.autoencoder.last_layer, original.autoencoder.last_layer)
 
 
@@ -131,22 +124,23 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, arguments, 
         trainer(tmp_path, **arguments).fit(tiny_task(**task_arguments), Clips())
 
 
-def test_fp16_is_refused(monkeypatch):
+def test_fp16_is_refused():
     # Lightning itself turns 16-mixed into bf16-mixed on CPU, so no run here can show it.
+    task = tiny_task()
     for precision in ("16-mixed", "bf16-true", "64-true"):
-        monkeypatch.setattr(AutoencoderTask, "trainer", SimpleNamespace(precision=precision))
+        trainer = SimpleNamespace(precision=precision, max_steps=7)
         with pytest.raises(UserError, match=rf"Expected trainer\.precision bf16-mixed .* got {precision}"):
-            tiny_task()._check_precision()
+            check_training(task.autoencoder, task.loss, trainer)
 
 
-def test_missing_lpips_weights_stop_training_but_not_testing(tmp_path, monkeypatch):
+def test_missing_lpips_weights_stop_training_but_not_validation(tmp_path, monkeypatch):
     monkeypatch.setenv("VIDTWIN_OFFLINE", "1")
     absent = str(tmp_path / "vgg16.pth")
     task = tiny_task()
     task.loss = AutoencoderLoss(perceptual_backbone=absent)
     with pytest.raises(UserError, match=r"vgg16\.pth.*perceptual_weight 0"):
         trainer(tmp_path).fit(task, Clips())
-    trainer(tmp_path).test(task, datamodule=Clips(), results_dir=str(tmp_path / "results"), verbose=False)
+    trainer(tmp_path).validate(task, datamodule=Clips(), verbose=False)
 
 
 def test_gradient_clipping_bounds_each_players_gradient(tmp_path):
@@ -204,7 +198,7 @@ def test_an_accumulated_batch_is_one_step(tmp_path):
     moved = [not torch.equal(a, b) for a, b in zip(watcher.weights, watcher.weights[1:], strict=False)]
     assert moved == [False, False, False, True, True, True]
     assert [s.last_epoch for s in task.lr_schedulers()] == [7, 7]
-    assert task.average.updates == 7
+    assert task.ema.average.updates == 7
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
     assert kept == ["step-00000003.ckpt", "step-00000006.ckpt", "step-00000007.ckpt"]
 

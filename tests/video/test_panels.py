@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vidtwin import clips
 from vidtwin.autoencoder import Reconstruction
 from vidtwin.models.vidtwin import VidTwin
 from vidtwin.video import panels
@@ -43,7 +44,7 @@ def test_a_clip_is_shown_with_its_reconstruction_and_each_latent_alone():
     ).eval()
     clip = torch.rand(3, 3, 2, 16, 16) * 2 - 1
     reconstruction = model(clip)
-    shown = panels.views(model, clip, reconstruction)
+    shown = clips.views(model, clip, reconstruction)
     assert [list(views) for views in shown] == [["input", "reconstruction", "structure only", "dynamics only"]] * 3
     assert {view.shape for views in shown for view in views.values()} == {(2, 16, 16, 3)}
     with torch.no_grad():
@@ -59,7 +60,7 @@ def test_a_model_that_needs_all_its_latents_is_shown_without_parts():
     model = VidTwin(num_frames=2, resolution=16, patch_size=8, hidden_size=24, depth=1, num_heads=2)
     model.partial_latents = False
     clip = torch.zeros(1, 3, 2, 16, 16)
-    shown = panels.views(model, clip, Reconstruction(clip, {"structure": torch.zeros(1)}))
+    shown = clips.views(model, clip, Reconstruction(clip, {"structure": torch.zeros(1)}))
     assert [list(views) for views in shown] == [["input", "reconstruction"]]
 
 

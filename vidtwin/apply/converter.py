@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import Namespace
 
 from vidtwin import hub, plugins, weights
-from vidtwin.autoencoder import VideoAutoencoder, class_of
+from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.errors import UserError, suggestion
 from vidtwin.storage import checkpoints
 
@@ -79,7 +79,7 @@ def released_class(name: str) -> type[VideoAutoencoder]:
     able = [short for short, cls in plugins.load_all(_GROUP).items() if callable(getattr(cls, "from_official", None))]
     if "." not in path:
         raise UserError(f"Expected --model {', '.join(able)} or a class path, got {name!r}{suggestion(name, able)}")
-    cls = class_of(path)
+    cls = plugins.class_of(path, VideoAutoencoder)
     if not callable(getattr(cls, "from_official", None)):
         raise UserError(
             f"Expected a class with from_official ({', '.join(able)}), got {name}: it has no released weights."

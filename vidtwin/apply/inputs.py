@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vidtwin.errors import UserError
-from vidtwin.video.listing import find_videos
+from vidtwin.listing import find_videos
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from vidtwin.apply.inputs import Input
 from vidtwin.apply.windows import examine
 from vidtwin.errors import UserError
+from vidtwin.listing import identity
 from vidtwin.storage.latent_files import (
     LOGVAR,
     Manifest,
@@ -22,7 +23,6 @@ from vidtwin.storage.latent_files import (
     shard_path,
 )
 from vidtwin.video import VideoError
-from vidtwin.video.listing import identity
 
 
 def survey_inputs(

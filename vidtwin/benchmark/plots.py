@@ -3,18 +3,21 @@
 matplotlib without pyplot: no window, no state that outlives a call. It is imported when a plot is drawn.
 """
 
+import io
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidtwin.benchmark import report_tables, rows
-from vidtwin.benchmark.report_tables import Metric
-from vidtwin.benchmark.rows import Results, Row
+from vidtwin.benchmark.rows import Results, Row, remove_leftovers
 from vidtwin.files import replacing
+from vidtwin.metrics.registry import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,29 +66,63 @@ class Point:
     ranked: bool
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A plot on the page.
+
+    Attributes:
+        label: Its name in the list of plots.
+        description: For readers who can't see it.
+        svg: The file's text.
+    """
+
+    label: str
+    description: str
+    svg: str
+
+
 def write(folder: str | Path) -> list[Path]:
     """Write `plots/{rate_quality,pareto,per_clip}.{png,svg}` of a results folder → their paths.
 
-    A plot for which there are no numbers is not written, and an older one is removed.
+    A plot without numbers is not written; an older one and temporary files that a kill left are removed.
     """
-    import matplotlib
-
     results = rows.read(folder)
     written = []
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # nobody's matplotlibrc changes a plot
-        matplotlib.rcParams.update(_STYLE)
+    paths = {name: [results.folder / "plots" / f"{name}.{kind}" for kind in ("png", "svg")] for name in _PLOTS}
+    remove_leftovers(path for both in paths.values() for path in both)
+    with _style():
         for name, draw in _PLOTS.items():
-            paths = [results.folder / "plots" / f"{name}.{kind}" for kind in ("png", "svg")]
             drawn = draw(results)
             if drawn is None:
-                for path in paths:
+                for path in paths[name]:
                     path.unlink(missing_ok=True)
                 continue
-            for path in paths:
+            for path in paths[name]:
                 _save(*drawn, path)
-            written += paths
+            written += paths[name]
     return written
+
+
+def drawings(results: Results) -> list[Drawing]:
+    """Draw what the page shows: the plots of `write`, and each metric against its cost."""
+    plots: list[tuple[str, str, _Draw]] = [("Quality against rate", "rate_quality", _rate_quality)]
+    for metric in report_tables.columns(results):
+        name = "pareto" if metric.key == "psnr" else f"pareto_{metric.key}"
+        plots.append((f"{metric.label} against cost", name, partial(_pareto, key=metric.key)))
+    plots.append(("PSNR of the clips", "per_clip", _per_clip))
+    with _style():
+        return [Drawing(label, drawn[1], _svg(*drawn, name)) for label, name, draw in plots if (drawn := draw(results))]
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """Set our style for a while, whatever a user's matplotlibrc says."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -134,8 +171,8 @@ def _rate_quality(results: Results) -> tuple["Figure", str] | None:
     return figure, f"{shown} of each model against its compression rate"
 
 
-def _pareto(results: Results) -> tuple["Figure", str] | None:
-    metric = next((metric for metric in report_tables.metrics(results) if metric.key == "psnr"), None)
+def _pareto(results: Results, key: str = "psnr") -> tuple["Figure", str] | None:
+    metric = next((metric for metric in report_tables.metrics(results) if metric.key == key), None)
     if metric is None:
         return None
     sides = [(_rate, "compression rate (%), ← better"), (_flops, "FLOPs to encode and decode a clip, ← better")]
@@ -146,9 +183,10 @@ def _pareto(results: Results) -> tuple["Figure", str] | None:
     drawn = []
     for axes, (label, points) in zip(figure.axes, panels, strict=True):
         _scatter(axes, points, _metric_title(results, metric), label)
-        drawn.append((points, _front(axes, [point for point in points if point.ranked])))
+        drawn.append((points, _front(axes, [point for point in points if point.ranked], metric.higher)))
     _finish(figure, results, drawn)
-    return figure, "PSNR of each model against its cost; the line joins trained models that no other one beats in both"
+    line = "the line joins trained models that no other one beats in both"
+    return figure, f"{metric.label} of each model against its cost; {line}"
 
 
 def _per_clip(results: Results) -> tuple["Figure", str] | None:
@@ -187,7 +225,8 @@ def _per_clip(results: Results) -> tuple["Figure", str] | None:
     return figure, "The distribution of PSNR over the clips for each model"
 
 
-_PLOTS: dict[str, Callable[[Results], "tuple[Figure, str] | None"]] = {
+_Draw = Callable[[Results], "tuple[Figure, str] | None"]
+_PLOTS: dict[str, _Draw] = {
     "rate_quality": _rate_quality,
     "pareto": _pareto,
     "per_clip": _per_clip,
@@ -221,7 +260,7 @@ def _points(results: Results, metric: Metric, cost: Callable[[Row], float | None
 
 
 def _metric_title(results: Results, metric: Metric) -> str:
-    title = metric.label + (f" ({metric.unit})" if metric.unit else "")
+    title = metric.title
     if metric.key == "rfvd":
         found = [row["rfvd"] for row in results.comparison["rows"].values() if isinstance(row.get("rfvd"), dict)]
         title += f" of {max(each['num_clips'] for each in found):,} clips"
@@ -274,9 +313,9 @@ def _tick(value: float) -> str:
     return f"{value:g}"
 
 
-def _front(axes: "Axes", ranked: list[Point]) -> list[tuple[float, float]]:
+def _front(axes: "Axes", ranked: list[Point], higher: bool) -> list[tuple[float, float]]:
     """Draw the Pareto front → the corners of its line."""
-    front = [ranked[index] for index in pareto([(point.x, point.y) for point in ranked])]
+    front = [ranked[index] for index in pareto([(point.x, point.y if higher else -point.y) for point in ranked])]
     if not front:
         return []
     corners = [(front[0].x, front[0].y)]
@@ -378,14 +417,22 @@ def _short(text: str, longest: int = 28) -> str:
 
 
 def _save(figure: "Figure", description: str, path: Path) -> None:
-    """As PNG or SVG, the same bytes each time, with a description for those who can't see it."""
-    told = {"Title": f"vidtwin: {path.stem.replace('_', ' ')}", "Description": description}
+    """Write a PNG or SVG, the same bytes each time, with a description for those who can't see it."""
     with replacing(path) as temporary:
         if path.suffix == ".png":
-            figure.savefig(temporary, dpi=DPI, metadata=told)
-            return
-        figure.savefig(temporary, metadata={"Date": None, **told})
-        text = temporary.read_text(encoding="utf-8")
-        # matplotlib writes the title; browsers and screen readers look for the description beside it.
-        text = text.replace("</title>", f"</title>\n <desc>{escape(description)}</desc>", 1)
-        temporary.write_text(text.replace("<svg ", '<svg role="img" ', 1), encoding="utf-8")
+            figure.savefig(temporary, dpi=DPI, metadata=_metadata(path.stem, description))
+        else:
+            temporary.write_text(_svg(figure, description, path.stem), encoding="utf-8")
+
+
+def _svg(figure: "Figure", description: str, name: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, **_metadata(name, description)})
+    text = buffer.getvalue().decode()
+    # matplotlib writes the title; browsers and screen readers look for the description beside it.
+    text = text.replace("</title>", f"</title>\n <desc>{escape(description)}</desc>", 1)
+    return text.replace("<svg ", '<svg role="img" ', 1)
+
+
+def _metadata(name: str, description: str) -> dict[str, str]:
+    return {"Title": f"vidtwin: {name.replace('_', ' ')}", "Description": description}

@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from vidtwin.benchmark import published, report_tables, rows
+from vidtwin.benchmark import plots, published, report_tables, rows
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.errors import UserError, few
 from vidtwin.files import write_text
@@ -52,6 +52,7 @@ def render(results: Results) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
     strips: list[str] = []
     data = _data(results, strips)
     names = [row["name"] for row in results.rows]
@@ -75,6 +76,7 @@ def render(results: Results) -> str:
         markers=MARKERS,
         data=_json(data),
         strips=strips,
+        drawings=plots.drawings(results),
         style=style,
         script=script,
         style_hash=_digest(style),
@@ -125,21 +127,12 @@ def _data(results: Results, strips: list[str]) -> dict[str, Any]:
             }
             for metric in shown
         ],
-        "axes": _axes(measured),
         "markers": MARKERS,
         "models": [
             {
                 "name": row["name"],
                 "kind": row["kind"],
                 **_mark(index, row),
-                "axes": {axis: _number(_on_axis(row, axis)) for axis in _AXES},
-                "means": {
-                    metric.key: {
-                        "value": _number(report_tables.mean(results, row["name"], metric.key)),
-                        "ranked": report_tables.ranked(results, row, metric.key),
-                    }
-                    for metric in shown
-                },
             }
             for index, row in enumerate(measured)
         ],
@@ -155,37 +148,6 @@ def _data(results: Results, strips: list[str]) -> dict[str, Any]:
         },
         "players": _players(results, places, strips),
     }
-
-
-_AXES = {
-    "rate": ("compression rate", "%"),
-    "bits": ("bits per pixel", ""),
-    "parameters": ("parameters", ""),
-    "flops": ("FLOPs to encode and decode a clip", ""),
-    "tokens": ("tokens of the latents in a DiT", ""),
-}
-
-
-def _axes(measured: list[Row]) -> list[dict[str, str]]:
-    """Those along which at least one model has a place."""
-    return [
-        {"key": key, "label": label, "unit": unit}
-        for key, (label, unit) in _AXES.items()
-        if any(_on_axis(row, key) is not None for row in measured)
-    ]
-
-
-def _on_axis(row: Row, axis: str) -> float | None:
-    if axis == "rate":
-        return 100 * float(row["compression_rate"])
-    if axis == "bits":
-        return row.get("bits_per_pixel")
-    if axis == "parameters":
-        return row.get("parameters")
-    if axis == "flops":
-        flops = (row.get("cost") or {}).get("flops")
-        return flops and flops["encode"] + flops["decode"]
-    return (row.get("downstream") or {}).get("tokens")
 
 
 def _mark(index: int, row: Row) -> dict[str, Any]:

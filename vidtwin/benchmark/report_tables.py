@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vidtwin.benchmark import rows
 from vidtwin.benchmark.protocol import flat
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.errors import few
+from vidtwin.metrics.registry import SHOWN, Metric
 
 ABSENT = "–"  # noqa: RUF001
 # rFVD is of a set of clips: means over fewer of them can be taken from clips.csv, but not rFVD.
@@ -19,29 +20,6 @@ NOTES = {
     "reference": "reference: not ranked",
     "failed": "failed",
 }
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A measure of quality.
-
-    Attributes:
-        key: Its name in `clips.csv` and `results.json`.
-        label: Its name for readers.
-        unit: "dB", or nothing.
-        higher: Whether more is better.
-        digits: After the point.
-    """
-
-    key: str
-    label: str
-    unit: str
-    higher: bool
-    digits: int
-
-    def text(self, value: float) -> str:
-        """A value for readers."""
-        return "not a number" if math.isnan(value) else "∞" if math.isinf(value) else f"{value:.{self.digits}f}"
 
 
 @dataclass
@@ -108,19 +86,9 @@ class Table:
 def metrics(results: Results) -> list[Metric]:
     """Those that at least one row has, measured or unavailable."""
     net = results.protocol["lpips"]["net"].replace("_", " ")
-    known = [
-        Metric("psnr", "PSNR", "dB", True, 2),
-        Metric("ssim", "SSIM", "", True, 4),
-        Metric("ms_ssim", "MS-SSIM", "", True, 4),
-        Metric("lpips", f"LPIPS ({net})", "", False, 4),
-        Metric("lpips_alex", "LPIPS (alex)", "", False, 4),
-        Metric("lpips_vgg", "LPIPS (vgg)", "", False, 4),
-        Metric("flicker", "Flicker", "", False, 5),
-        Metric("vmaf", "VMAF", "", True, 2),
-        Metric("rfvd", "rFVD", "", False, 1),
-    ]
     there = {key for row in results.rows for key in row.get("metrics", {})}
-    return [metric for metric in known if metric.key in there]
+    known = [metric for metric in SHOWN if metric.key in there]
+    return [replace(metric, label=f"LPIPS ({net})") if metric.key == "lpips" else metric for metric in known]
 
 
 def columns(results: Results) -> list[Metric]:

@@ -18,10 +18,10 @@ from typing import Any
 
 from vidtwin.benchmark.protocol import protocol_hash
 from vidtwin.errors import UserError, few
-from vidtwin.files import write_text
+from vidtwin.files import intended_name, write_text
+from vidtwin.metrics.registry import PER_CLIP
 
 SCHEMA_VERSION = 2
-METRICS = ("mse", "psnr", "ssim", "ms_ssim", "lpips", "lpips_alex", "lpips_vgg", "flicker", "vmaf")
 KINDS = ("trained", "untrained", "reference", "failed")
 
 Row = dict[str, Any]
@@ -117,7 +117,7 @@ def read_clips(folder: Path, row: Row) -> list[Clip]:
                 "name": line["name"],
                 "start_frame": int(line["start_frame"]),
                 "num_frames": int(line["num_frames"]),
-                **{metric: float(line[metric]) for metric in METRICS if metric in line},
+                **{metric: float(line[metric]) for metric in PER_CLIP if metric in line},
             }
             for line in lines
         ]
@@ -138,7 +138,7 @@ def read_clips(folder: Path, row: Row) -> list[Clip]:
 def write_row(folder: Path, row: Row, clips: list[Clip]) -> None:
     """Write `clips.csv`, then `results.json`, whose presence says that the row is complete."""
     target = folder / "rows" / row["name"]
-    metrics = [metric for metric in METRICS if clips and metric in clips[0]]
+    metrics = [metric for metric in PER_CLIP if clips and metric in clips[0]]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*_IDENTITY, *metrics, "protocol_hash"])
@@ -205,6 +205,14 @@ def compare(results: Results, kept: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def remove_leftovers(paths: Iterable[Path]) -> None:
+    """Remove the temporary files that a kill left beside `paths`."""
+    for path in paths:
+        for other in path.parent.glob(f".{path.stem}-*{path.suffix}"):
+            if intended_name(other) == path.name:
+                other.unlink(missing_ok=True)
+
+
 def write_comparison(folder: Path, comparison: dict[str, Any]) -> None:
     """Write `comparison.json`."""
     write_text(folder / "comparison.json", json.dumps(comparison, indent=2) + "\n")
@@ -218,7 +226,7 @@ def means(clips: Sequence[Clip], protocol: dict[str, Any]) -> dict[str, dict[str
     """
     if not clips:
         return {}
-    names = [metric for metric in METRICS if metric in clips[0] and metric != "mse"]
+    names = [metric for metric in PER_CLIP if metric in clips[0] and metric != "mse"]
     average = protocol["average"]
     if average == "video":
         videos: dict[str, list[Clip]] = {}

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from vidtwin.benchmark import published, report_tables, rows
-from vidtwin.benchmark.report_tables import Metric
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.files import write_text
+from vidtwin.metrics.registry import SHOWN, Metric
 
 UNAVAILABLE = "unavailable"
 BEST, SECOND = "best", "second"
 Marks = dict[tuple[str, str], str]  # (row, metric): BEST or SECOND
 
-_MEASURED = ("psnr", "ssim", "ms_ssim", "lpips", "lpips_alex", "lpips_vgg", "flicker", "vmaf")
 _SPREAD = ("median", "min", "max")
 
 
@@ -74,7 +73,7 @@ def _metric_column(results: Results, metric: Metric) -> Column:
             return f"{metric.text(value)} ({found['num_clips']:,})"
         return metric.text(value)
 
-    head = metric.label + (f" ({metric.unit})" if metric.unit else "") + (" (N)" if metric.key == "rfvd" else "")
+    head = metric.title + (" (N)" if metric.key == "rfvd" else "")
     arrow = r"$\uparrow$" if metric.higher else r"$\downarrow$"
     return Column(head, f"{escape(head)} {arrow}", text, metric)
 
@@ -266,7 +265,7 @@ def _record(results: Results, row: Row, latents: list[str]) -> dict[str, Any]:
 def _metrics_record(results: Results, row: Row) -> dict[str, Any]:
     compared = results.comparison["rows"].get(row["name"], {})
     record: dict[str, Any] = {}
-    for key in _MEASURED:
+    for key in (metric.key for metric in SHOWN if metric.per_clip):
         absent = UNAVAILABLE if key in row.get("metrics", {}) else None
         found = compared.get(key)
         mean, std = (found["mean"], found["std"]) if isinstance(found, dict) else (absent, None)

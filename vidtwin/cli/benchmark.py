@@ -1,55 +1,170 @@
-"""`vidtwin test` with a list of autoencoders: the command line of a sweep.
+"""`vidtwin test`: the command line of a sweep over a list of autoencoders, or over one.
 
 Imported only when it is needed, since it imports torch and lightning.
 """
 
 import argparse
-from typing import Any
+import inspect
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, Namespace
+from lightning import LightningDataModule
 
-from vidtwin.benchmark.sweep import Sweep
-from vidtwin.cli.parser import Parser, config_paths, read_config, resolve_short_names, user_errors
+from vidtwin.benchmark.sweep import Entry, ModelConfig, Sweep
+from vidtwin.cli import model_config
+from vidtwin.cli.parser import Parser, config_paths, option_value, read_config, resolve_short_names, user_errors
+from vidtwin.errors import UserError
+from vidtwin.storage import checkpoints
 
 _DESCRIPTION = """\
-Measure several autoencoders on the same clips under one protocol, and write rows, table, plots and a report.
+Measure one autoencoder, or several, on the same clips under one protocol, and write rows, table, plots and a report.
 
-  vidtwin test --config configs/benchmark/demo.yaml
+  vidtwin test --ckpt_path last.ckpt --data ucf101 --data.root data/UCF-101
+  vidtwin test --config configs/demo.yaml --ckpt_path last.ckpt
   vidtwin test --config configs/benchmark/paper.yaml --data.root data/MCL-JCV --devices 8 --accelerator cuda
 
-Without a list of autoencoders `vidtwin test` measures one model. A sweep that was ended goes on by the same command:
-what is complete in --results_dir is not measured again. Exit code: 0 every row is there, 1 a model could not be
-measured (its row has the error), 2 the command is not usable.
+A config with a list of autoencoders measures all of them. Otherwise the model is that of --model.autoencoder or of a
+config of `fit`, whose other keys are ignored, and by default that of the checkpoint. A sweep that was ended goes on by
+the same command: what is complete in --results_dir is not measured again. Exit code: 0 every row is there, 1 a model
+could not be measured (its row has the error), 2 the command is not usable.
 """
+_PICTURES = 2
+_INTERNAL = {"read_config", "pictures", "strict"}  # arguments of `Sweep` that are no options
+_RENAMED = {  # options of `fit` that have another name here
+    "--trainer.accelerator": "--accelerator",
+    "--trainer.devices": "--devices",
+    "--trainer.num_nodes": "--num_nodes",
+    "--trainer.precision": "--precision",
+    "--trainer.enable_progress_bar": "--progress",
+    "--model.use_ema": "--protocol.weights",
+    "--model.loss.perceptual_backbone": "--perceptual_backbones.vgg",
+    "--model.loss.init_args.perceptual_backbone": "--perceptual_backbones.vgg",
+}
 
-
-def is_sweep(argv: list[str]) -> bool:
-    """Return whether the arguments of `vidtwin test`, or one of its configs, have a list of autoencoders."""
-    if any(word.partition("=")[0].rstrip("+") == "--autoencoders" for word in argv):
-        return True
-    return "autoencoders" in read_config(config_paths(argv))
+_WEIGHTS = {"true": "average", "false": "last"}
 
 
 def run(argv: list[str]) -> int:
-    """Run a sweep → exit code."""
-    parser = _parser()
+    """Run `vidtwin test ARGV` → exit code."""
+    several = _is_sweep(argv)
     argv = resolve_short_names(argv)
+    if not several:
+        argv = [*_model_of_checkpoint(argv), *_rename(argv)]
+    parser = _sweep_parser() if several else _model_parser(config_paths(argv))
     config = parser.parse_args(argv)
+    return (_sweep(parser, config, argv) if several else _sweep_of_one(parser, config, argv)).run()
+
+
+def _sweep(parser: Parser, config: Namespace, argv: list[str]) -> Sweep:
+    folders = [path.resolve().parent for path in config_paths(argv)]
     with user_errors():
-        built: Any = parser.instantiate(config)
-        arguments = {key: value for key, value in built.as_dict().items() if key != "config"}
-        sweep = Sweep(**arguments)
-    sweep.config_folders = [path.resolve().parent for path in config_paths(argv)]
-    return sweep.run()
+        arguments = parser.instantiate(config).as_dict()
+        arguments.pop("config", None)
+        return Sweep(**arguments, read_config=partial(_read_config, folders=folders))
+
+
+def _sweep_of_one(parser: Parser, config: Namespace, argv: list[str]) -> Sweep:
+    if config.get("data") is None:
+        raise UserError("Expected data to test on; give --data ucf101 --data.root PATH or a --config.")
+    parsed = (config.get("model") or Namespace()).get("autoencoder")
+    if not (parsed and parsed.get("class_path")):
+        raise UserError("Expected an autoencoder to test, got none; give --ckpt_path FILE.")
+    model = Namespace(model=Namespace(autoencoder=parsed))
+    given = ModelConfig(model_config.spec(model), lambda: model_config.build(parser, model))
+    chosen = bool(config_paths(argv)) or any(word.startswith("--model.autoencoder") for word in argv[1:])
+    name = config.name or given.spec["class_path"].rpartition(".")[2]
+    entry = Entry(name, ["the command line"] if chosen else None, config.ckpt_path)
+    own = Namespace({key: config[key] for key in _sweep_options()})
+    with user_errors():
+        arguments = parser.instantiate(own).as_dict()
+        return Sweep([entry], **arguments, read_config=lambda _: given, pictures=_PICTURES, strict=True)
+
+
+def _sweep_parser() -> Parser:
+    parser = _parser()
+    parser.add_argument("--config", action=ActionConfigFile, help="Config of the sweep; several are joined.")
+    parser.add_class_arguments(Sweep, fail_untyped=False, sub_configs=True, skip=_INTERNAL)
+    return parser
+
+
+def _model_parser(configs: Sequence[Path]) -> Parser:
+    parser = _parser()
+    parser.add_class_arguments(Sweep, fail_untyped=False, sub_configs=True, skip={"autoencoders", "data", *_INTERNAL})
+    parser.add_subclass_arguments(LightningDataModule, "data", as_group=False, fail_untyped=False, required=False)
+    parser.add_argument("--ckpt_path", type=str, help="Trained weights; without them the row is marked as untrained.")
+    parser.add_argument("--name", type=str, help="Name of the row (default: the autoencoder's class).")
+    own = [*_sweep_options(), "ckpt_path", "name"]
+    model_config.add_arguments(parser, configs, own, "Config of `fit`, of which the autoencoder and the data count.")
+    (action,) = (action for action in parser._actions if action.dest == model_config.KEY)
+    action.help = "The model, by name or class path (default: that of the checkpoint)."  # hidden in other commands
+    return parser
 
 
 def _parser() -> Parser:
-    parser = Parser(
+    return Parser(
         prog="vidtwin test",
-        usage="vidtwin test --config FILE [--OPTION VALUE ...]",
+        usage="vidtwin test [--config FILE ...] [--OPTION VALUE ...]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="Config of the sweep; several are joined.")
-    parser.add_class_arguments(Sweep, fail_untyped=False, sub_configs=True)
-    return parser
+
+
+def _sweep_options() -> list[str]:
+    return [name for name in inspect.signature(Sweep).parameters if name not in {"autoencoders", *_INTERNAL}]
+
+
+def _read_config(paths: Sequence[str], folders: Sequence[Path]) -> ModelConfig:
+    """Read the model of configs that lie in one of `folders` or below the current one."""
+    found = [next((f / path for f in folders if (f / path).is_file()), Path(path)) for path in paths]
+    parser, parsed = model_config.parse(found)
+    return ModelConfig(model_config.spec(parsed), lambda: model_config.build(parser, parsed))
+
+
+def _model_of_checkpoint(argv: list[str]) -> list[str]:
+    """Return the option that names the checkpoint's model if nothing else does; later options change it."""
+    checkpoint = option_value(argv, "ckpt_path")
+    if not checkpoint or option_value(argv, "config") or option_value(argv, "model.autoencoder"):
+        return []
+    spec = checkpoints.model_spec(checkpoints.read(checkpoint, lazily=True), checkpoint)
+    return [f"--model.autoencoder={json.dumps(spec)}"]
+
+
+def _rename(argv: list[str]) -> list[str]:
+    """Rename options of `fit` that measuring has too; `UserError` names those that serve instead of the others."""
+    renamed = [f"--perceptual_backbones.vgg={path}" for path in _backbones(config_paths(argv))]
+    for before, word in zip(["", *argv], argv, strict=False):
+        option, equals, value = word.partition("=")
+        if before == "--model.use_ema":
+            word = _WEIGHTS.get(word.lower(), word)
+        if option in _RENAMED:
+            value = _WEIGHTS.get(value.lower(), value) if option == "--model.use_ema" else value
+            word = f"{_RENAMED[option]}{equals}{value}"
+        elif option.startswith("--trainer."):
+            raise UserError(
+                f"Expected options of `vidtwin test`, got {option}; there are --accelerator, --devices, --num_nodes, "
+                "--precision and --progress."
+            )
+        elif option.startswith("--model.") and not option.startswith(f"--{model_config.KEY}"):
+            raise UserError(
+                f"Expected options of the autoencoder (--model.autoencoder...), got {option}; --perceptual_backbones "
+                "names the files of LPIPS, --protocol.weights average takes averaged weights."
+            )
+        renamed.append(word)
+    return renamed
+
+
+def _backbones(configs: Sequence[Path]) -> list[str]:
+    """Return the existing VGG-16 files that the losses of configs name."""
+    loss = (read_config(configs).get("model") or {}).get("loss")
+    path = (loss.get("init_args") or {}).get("perceptual_backbone") if isinstance(loss, dict) else None
+    return [path] if path and Path(path).is_file() else []
+
+
+def _is_sweep(argv: list[str]) -> bool:
+    """Return whether the arguments, or one of their configs, have a list of autoencoders."""
+    if any(word.partition("=")[0].rstrip("+") == "--autoencoders" for word in argv):
+        return True
+    return "autoencoders" in read_config(config_paths(argv))

@@ -54,7 +54,7 @@ TABLE: dict[str, tuple[str, str]] = {
     ),
     "doctor": (
         "Check a folder of videos and list those to leave out: vidtwin doctor DIR",
-        "vidtwin.datamodules.doctor:doctor_command",
+        "vidtwin.datamodules.doctor.command:doctor_command",
     ),
     "encode": (
         "Encode videos to latents on disk: vidtwin encode IN... --out LATENTS --ckpt_path last.ckpt",
@@ -66,7 +66,7 @@ TABLE: dict[str, tuple[str, str]] = {
     ),
     "prepare": (
         "Unpack and check a data set: vidtwin prepare ucf101 UCF101.rar UCF101TrainTestSplits-RecognitionTask.zip",
-        "vidtwin.datamodules.prepare:prepare_command",
+        "vidtwin.datamodules.ucf101.prepare:prepare_command",
     ),
     "reconstruct": (
         "Reconstruct videos: vidtwin reconstruct a.mp4 b.mp4 --ckpt_path last.ckpt",

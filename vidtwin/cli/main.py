@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from vidtwin import __version__
-from vidtwin.cli import commands
+from vidtwin.cli import bases, commands
 from vidtwin.errors import REQUEUE_EXIT_CODE, Preempted, UserError
 from vidtwin.files import NO_ROOM
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if str(Path.cwd()) not in sys.path:
             sys.path.append(str(Path.cwd()))  # class paths of files in the current folder, as with `python -m`
-        return commands.run(argv[0], argv[1:])
+        return commands.run(argv[0], bases.expand(argv[1:]))
     except UserError as error:
         sys.stderr.write(f"vidtwin: error: {_one_line(error)}\n")
         return 2

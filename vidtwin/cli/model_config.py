@@ -12,6 +12,7 @@ import torch
 from jsonargparse import ActionConfigFile, Namespace
 
 from vidtwin.autoencoder import VideoAutoencoder
+from vidtwin.cli import bases
 from vidtwin.cli.parser import Parser, read_config
 from vidtwin.errors import UserError
 
@@ -39,6 +40,7 @@ def add_arguments(parser: Parser, configs: Iterable[str | Path], own: Iterable[s
 
 def parse(configs: Sequence[str | Path]) -> tuple[Parser, Namespace]:
     """Configs, each over those before it → a parser and what it read; `UserError` where no autoencoder is named."""
+    configs = bases.expand_paths(configs)
     parser = Parser(prog="vidtwin")
     add_arguments(parser, configs)
     parsed = parser.parse_args([f"--config={path}" for path in configs])

@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from vidtwin import plugins
-from vidtwin.cli import messages
+from vidtwin.cli import bases, messages
 from vidtwin.errors import UserError, suggestion
 
 SHORT_NAMES = {"--data": "vidtwin.datamodules", "--model.autoencoder": "vidtwin.autoencoders"}
@@ -27,6 +27,9 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, allow_abbrev: bool = False, **keywords: Any) -> None:
         # Without abbreviations: --trainer.max_step is a mistake to point out, not to guess.
         super().__init__(*args, allow_abbrev=allow_abbrev, **keywords)
+
+    def parse_string(self, content: str, *args: Any, **keywords: Any) -> Namespace:
+        return super().parse_string(bases.remove(content), *args, **keywords)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise one line with a suggestion, where jsonargparse prints its usage and a tree of reasons."""
@@ -118,6 +121,7 @@ def read_config(paths: Iterable[str | Path]) -> dict[str, Any]:
         for key, value in (content if isinstance(content, dict) else {}).items():
             both = key == "model" and isinstance(value, dict) and isinstance(merged.get(key), dict)
             merged[key] = merged[key] | value if both else value
+    merged.pop("base", None)
     return merged
 
 

@@ -36,11 +36,10 @@ from vidtwin.training.trainer import VideoTrainer
 def run(command: str, argv: list[str]) -> int:
     """Run one of the trainer's commands → exit code; raises `UserError` for what the user can mend."""
     if command == "test":
-        from vidtwin.cli import benchmark as sweep_command
+        from vidtwin.cli import benchmark
 
-        if sweep_command.is_sweep(argv):
-            _quieten(command)
-            return sweep_command.run(argv)
+        _quieten(command)
+        return benchmark.run(argv)
     if command == "replay":
         argv = _dump(argv)
     argv = [command, *argv]
@@ -121,7 +120,6 @@ class VidTwinCLI(LightningCLI):
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
-            "test": {"model", "dataloaders", "datamodule", "verbose"},
             "predict": {"model", "dataloaders", "datamodule"},
             "replay": {"model"},
         }
@@ -157,7 +155,7 @@ class VidTwinCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self._own_config()
-        if self.subcommand not in ("fit", "test", "replay") and not config.get("ckpt_path"):
+        if self.subcommand not in ("fit", "replay") and not config.get("ckpt_path"):
             raise UserError(f"Expected trained weights to {self.subcommand} with; give --ckpt_path FILE.")
         if self.subcommand == "replay":
             config.data = None

@@ -1,22 +1,26 @@
-"""What reconstructions and latents are measured by."""
+"""Metrics of reconstructions and latents."""
 
-from vidtwin.metrics.collection import ClipMetrics
-from vidtwin.metrics.frames import ms_ssim, mse, psnr, ssim
-from vidtwin.metrics.fvd import FeatureNetwork, FrechetVideoDistance, frechet_distance
-from vidtwin.metrics.latents import LatentStatistics
-from vidtwin.metrics.measures import Measures
-from vidtwin.metrics.temporal import flicker
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "ClipMetrics",
-    "FeatureNetwork",
-    "FrechetVideoDistance",
-    "LatentStatistics",
-    "Measures",
-    "flicker",
-    "frechet_distance",
-    "ms_ssim",
-    "mse",
-    "psnr",
-    "ssim",
-]
+# Imported on first use: tables read `registry` without waiting for torch.
+_EXPORTS = {
+    "ClipMetrics": "collection",
+    "FeatureNetwork": "fvd",
+    "LatentStatistics": "latents",
+    "Measures": "measures",
+    "flicker": "temporal",
+    "frechet_distance": "fvd",
+    "frechet_video_distance": "fvd",
+    "ms_ssim": "frames",
+    "mse": "frames",
+    "psnr": "frames",
+    "ssim": "frames",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(f"vidtwin.metrics.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What validation and test measure on a clip, and its mean over the clips of all ranks."""
+"""Metrics of validation, and their means over the clips of all ranks."""
 
 from typing import cast
 
@@ -20,8 +20,8 @@ class ClipMetrics(nn.Module):
     never 0 and never that of a random network. The file is not downloaded for a measurement.
 
         metrics = ClipMetrics()
-        values = metrics(prediction, target)          # per clip, for a table with one row per clip
-        metrics.update(values); metrics.compute()     # mean over clips, for a curve
+        metrics.update(metrics(prediction, target))   # (B,) by name
+        metrics.compute()                             # means over clips
 
     Args:
         perceptual_backbone: File with VGG-16 weights; None is torch hub's cache, see `LPIPS`.

@@ -1,4 +1,4 @@
-"""Fréchet video distance: an I3D network from a file, sums of its features that are exact, and the distance.
+"""Fréchet video distance: an I3D network from a file, and the distance of its features.
 
 FVD (Unterthiner et al. 2018) is biased by the number of clips: the same pairs of synthetic features had 642 by 16 clips
 and 25 by 2,048.
@@ -13,12 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torchmetrics import Metric
 
 from vidtwin.errors import UserError
 from vidtwin.precision import full_precision
@@ -31,10 +29,7 @@ RANKED_FROM = NUM_FEATURES + 1
 SETTLED_FROM = 2048
 
 _SIDE = 224
-_SCALE = 2**20
-_LIMIT = 2**11
-_LOW_BITS = 15  # a feature on the grid has 31 bits and a sign: 16 high, 15 low ones
-_ROWS_AT_ONCE = 2**20  # of products below 2^32, so that their sums stay below 2^53
+_GRID = 2**20  # results folders hold distances of features rounded to its fractions: 2^-21, far below I3D's own noise
 
 
 class FeatureNetwork:
@@ -110,111 +105,34 @@ class FeatureNetwork:
         return features.float()
 
 
-class FrechetVideoDistance(Metric):
-    """Fréchet distance of the features of real and reconstructed clips; its sums are exact.
+def frechet_video_distance(real: Tensor, fake: Tensor) -> dict[str, Any] | Literal["unavailable"]:
+    """Compute rFVD from the features (N, F) of N clips and of their reconstructions; see `rfvd`.
 
-    Features are rounded to multiples of 2⁻²⁰, which moves each by 2⁻²¹ at most: less than the last place of a float32
-    from 8 on. What is summed are then whole numbers, the features and their products in parts that no sum of up to
-    2³¹ clips overflows. Mean and covariance therefore do not depend on the order of the clips, their batches or ranks,
-    to the last bit, and adding the states of two metrics is exact.
+    A sum's last bits depend on the order of the clips: give them in one order, such as that of their names.
 
-        metric = FrechetVideoDistance()
-        metric.update(network(target), real=True)
-        metric.update(network(prediction), real=False)
-        metric.result()                     # {"value": 123.4, "num_clips": 23, "ranked": False, "note": "…"}
+        frechet_video_distance(network(target), network(prediction))
+        # {"value": 123.4, "num_clips": 23, "ranked": False, "note": "..."}
 
-    Args:
-        num_features: Length of a clip's features.
+    Returns:
+        "unavailable" for fewer than two clips, which have no covariance.
     """
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-
-    real_num: Tensor
-    fake_num: Tensor
-
-    def __init__(self, num_features: int = NUM_FEATURES, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if num_features < 1:
-            raise UserError(f"Expected num_features of at least 1, got {num_features}.")
-        self.num_features = num_features
-        square = (num_features, num_features)
-        for side in ("real", "fake"):
-            self.add_state(f"{side}_num", torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
-            self.add_state(f"{side}_sum", torch.zeros(num_features, dtype=torch.int64), dist_reduce_fx="sum")
-            for part in ("high", "mixed", "low"):
-                zeros = torch.zeros(square, dtype=torch.int64)
-                self.add_state(f"{side}_{part}", zeros, dist_reduce_fx="sum")
-
-    def update(self, features: Tensor, real: bool) -> None:
-        """Add clips by their features (B, num_features); those of size 2048 and more, and NaN, are an error."""
-        if features.ndim != 2 or features.shape[1] != self.num_features:
-            raise UserError(f"Expected features of shape (B, {self.num_features}), got {tuple(features.shape)}.")
-        # On the CPU: not every accelerator has doubles.
-        features = features.detach().cpu().double()
-        if not (features.abs() < _LIMIT).all():  # NaN is not below it
-            raise UserError(
-                f"Expected features that are numbers below {_LIMIT} in size, which I3D's are far from, got one of "
-                f"{features.abs().max().item()}; look at the clip and the network's file."
-            )
-        for rows in features.split(_ROWS_AT_ONCE):
-            self._add(rows, "real" if real else "fake")
-
-    def merge_state(self, incoming_state: "dict[str, Any] | Metric") -> None:
-        """Add the clips of another metric of this kind, or of its states by name; exact in any order."""
-        super().merge_state(incoming_state)
-        # torchmetrics forgets what it has computed, and knows that there is something to compute, by an update.
-        self.update(torch.zeros(0, self.num_features), real=True)
-
-    def compute(self) -> tuple[Tensor | None, int]:
-        """The distance, double (), and the number of clips; None with fewer than two, which have no covariance.
-
-        As many real as reconstructed clips have to be there.
-        """
-        real, fake = int(self.real_num), int(self.fake_num)
-        if real != fake:
-            raise UserError(f"Expected as many real as reconstructed clips for FVD, got {real} and {fake}.")
-        if real < 2:
-            return None, real
-        return frechet_distance(*self.statistics(real=True), *self.statistics(real=False)), real
-
-    def result(self) -> dict[str, Any] | Literal["unavailable"]:
-        """What a row of results says of it, see `rfvd`; "unavailable" with fewer than two clips."""
-        value, number = self.compute()
-        return "unavailable" if value is None else rfvd(float(value), number)
-
-    def statistics(self, real: bool) -> tuple[Tensor, Tensor]:
-        """Mean (F,) and covariance (F, F) of a sample of two clips at least, the exact ones rounded once to double."""
-        number, sums, high, mixed, low = (
-            getattr(self, f"{'real' if real else 'fake'}_{part}").cpu().numpy().astype(object)
-            for part in ("num", "sum", "high", "mixed", "low")
+    if real.shape != fake.shape or real.ndim != 2:
+        raise UserError(
+            f"Expected features (N, F) of as many real as reconstructed clips, got {tuple(real.shape)} and "
+            f"{tuple(fake.shape)}."
         )
-        number = int(number)
-        if number < 2:
-            raise UserError(f"Expected at least 2 clips for a covariance, got {number}.")
-        # Python's whole numbers have no limit, and the quotient of two is the double next to it.
-        products = (high << 2 * _LOW_BITS) + ((mixed + mixed.T) << _LOW_BITS) + low
-        spread = number * products - np.multiply.outer(sums, sums)
-        mean = sums / (number * _SCALE)
-        covariance = spread / (number * (number - 1) * _SCALE**2)
-        return torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(covariance.astype(np.float64))
+    if len(real) < 2:
+        return "unavailable"
+    return rfvd(float(frechet_distance(*statistics(real), *statistics(fake))), len(real))
 
-    def _add(self, features: Tensor, side: str) -> None:
-        whole = (features * _SCALE).round()
-        high = (whole / 2**_LOW_BITS).floor()
-        low = whole - high * 2**_LOW_BITS
-        # Whole numbers in doubles: exact in any order of summing, as no sum reaches 2^53.
-        parts = {
-            "num": torch.tensor(len(features)),
-            "sum": whole.sum(0),
-            "high": high.T @ high,
-            "mixed": high.T @ low,
-            "low": low.T @ low,
-        }
-        for name, part in parts.items():
-            state: Tensor = getattr(self, f"{side}_{name}")
-            setattr(self, f"{side}_{name}", state + part.to(state.dtype).to(state.device))
+
+def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute mean (F,) and covariance (F, F) of features (N, F) in double; `UserError` if one is not finite."""
+    features = features.detach().cpu().double()  # not every accelerator has doubles
+    if not features.isfinite().all():
+        raise UserError("Expected finite features of clips, got NaN or infinity; look at the clips and the network.")
+    features = (features * _GRID).round() / _GRID
+    return features.mean(0), features.T.cov()
 
 
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from vidtwin.metrics.frames import (
     ssim,
     ssim_allowed,
 )
+from vidtwin.metrics.registry import PER_CLIP
 from vidtwin.metrics.temporal import flicker, flicker_allowed
 from vidtwin.metrics.vmaf import vmaf, vmaf_allowed
 from vidtwin.precision import full_precision
@@ -55,8 +56,6 @@ class Measures:
             downloaded for a measurement.
         vmaf: Measure VMAF too; needs the extra `vmaf`.
     """
-
-    all_names = ("mse", "psnr", "ssim", "ms_ssim", "lpips", "lpips_alex", "lpips_vgg", "flicker", "vmaf")
 
     def __init__(
         self,
@@ -113,9 +112,7 @@ class Measures:
         if self.vmaf:
             reasons["vmaf"] = vmaf_allowed(height, width)
         self.unavailable = {name: reason for name, reason in reasons.items() if reason}
-        self._metrics = {
-            name: metrics[name] for name in self.all_names if name in metrics and name not in self.unavailable
-        }
+        self._metrics = {name: metrics[name] for name in PER_CLIP if name in metrics and name not in self.unavailable}
 
     @property
     def names(self) -> tuple[str, ...]:

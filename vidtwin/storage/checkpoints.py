@@ -246,6 +246,38 @@ def autoencoder_weights(checkpoint: dict[str, Any], ema: bool = False) -> dict[s
     return own | checkpoint["ema"]["values"]
 
 
+def keep_autoencoder(checkpoint: dict[str, Any], own: dict[str, Tensor], ema: bool = False) -> None:
+    """Reduce the weights of a checkpoint to its autoencoder's (or averaged ones); the rest become those of `own`.
+
+    Args:
+        checkpoint: Changed in place; `UserError` if its autoencoder is another one.
+        own: State of the task that is to load it.
+        ema: Take the averaged weights.
+    """
+    wanted = {name.removeprefix(PREFIX): value for name, value in own.items() if name.startswith(PREFIX)}
+    weights.check_fit(autoencoder_weights(checkpoint), wanted, "The checkpoint")
+    kept = autoencoder_weights(checkpoint, ema)
+    checkpoint["state_dict"] = own | {f"{PREFIX}{name}": value for name, value in kept.items()}
+
+
+def check_resumable(checkpoint: dict[str, Any], own: dict[str, Tensor], trained: int) -> None:
+    """Raise `UserError` unless a training with the state `own` and `trained` trained tensors can resume from it."""
+    if "optimizer_states" not in checkpoint:
+        raise UserError(
+            "Expected a checkpoint of a training to go on from, got weights alone; --init_from begins a new training."
+        )
+    try:
+        weights.check_fit(checkpoint["state_dict"], own, "The checkpoint")
+    except UserError as error:
+        raise UserError(f"{error} --init_from begins a new training with what fits.") from error
+    held = sum(len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"])
+    if held != trained:
+        raise UserError(
+            f"Expected a checkpoint that trained the same {trained} tensors, got one of {held}: another model.freeze; "
+            "--init_from begins a new training from it."
+        )
+
+
 def _as_stored(arguments: dict[str, Any]) -> dict[str, Any]:
     """Tuples, which a parser makes by the signature, as the lists that a spec holds."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from vidtwin import weights
 from vidtwin.errors import UserError
-from vidtwin.training.task import AutoencoderTask, bad_terms
+from vidtwin.training.finite import bad_gradients, bad_terms
+from vidtwin.training.task import AutoencoderTask
 
 
 def read(path: str) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def replay(task: AutoencoderTask, dump: dict[str, Any]) -> list[str]:
     wrong = [name for name, p in task.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     lines.append(f"gradients: {_some(wrong)}")
     if reason or wrong:
-        return [*lines, f"it breaks here too: {reason or task.bad_gradients()}"]
+        return [*lines, f"it breaks here too: {reason or bad_gradients(task)}"]
     return [*lines, "here it is finite: another device, precision or number of ranks may differ"]
 
 

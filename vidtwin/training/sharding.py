@@ -12,13 +12,14 @@ else, and goes on under any strategy.
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
@@ -36,7 +37,56 @@ from vidtwin.storage import checkpoints
 register_dataclass(Reconstruction)
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class Placement:
+    """How the weights of a training lie on its ranks: whole on each, unless a strategy overrides these methods.
+
+    Callers ask `placement_of(trainer)` and need not know whether weights are sharded.
+    """
+
+    def shard(self, autoencoder: VideoAutoencoder) -> None:
+        """Split the weights of the task's autoencoder over the ranks, beginning with those of the first rank."""
+
+    def gather(self, model: nn.Module) -> None:
+        """Hold all weights on each rank until `reshard`, for evaluation, in which ranks run different numbers of clips.
+
+        All ranks must call it together.
+        """
+
+    def reshard(self, model: nn.Module) -> None:
+        """Free what other ranks hold too: parameters are again those that the optimizers know."""
+
+    def probing(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Surround `torch.autograd.grad` at the last layer, which is not yet the backward pass."""
+        return nullcontext()
+
+    def average_gradients(self, module: nn.Module) -> None:
+        """After a backward pass average gradients over the ranks if nothing else has done so."""
+
+    def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Return the norm of all numbers of all gradients."""
+        return nn.utils.get_total_norm(gradients)
+
+    def clip_gradients(self, parameters: Sequence[nn.Parameter], limit: float, norm: Tensor) -> None:
+        """Scale gradients of the norm `norm` down to `limit`."""
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+
+    def whole(self, tree: Any, keep: bool = True) -> Any:
+        """Return nested dicts and lists with whole tensors. All ranks must call it together.
+
+        Args:
+            tree: Of the same keys, in the same order, on all ranks.
+            keep: Whether this rank needs them; else sharded tensors come back empty and take no memory.
+        """
+        return tree
+
+
+def placement_of(trainer: Trainer | None) -> Placement:
+    """Return the trainer's strategy if it places weights itself, else the plain `Placement`."""
+    strategy = None if trainer is None else trainer.strategy
+    return strategy if isinstance(strategy, Placement) else Placement()
+
+
+class FSDP2Strategy(Placement, ModelParallelStrategy):
     """Lightning's strategy for `fully_shard`, over all devices of all machines: `--trainer.strategy fsdp2`.
 
     Where Lightning's own reads and writes checkpoints in its own way, past the checkpoint plugin, this one does as DDP
@@ -68,9 +118,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         return True
 
     def shard(self, autoencoder: VideoAutoencoder) -> None:
-        """Split the weights of the task's autoencoder over the ranks; all begin with those of the first."""
         if isinstance(autoencoder, FSDPModule):
-            reshard(autoencoder)  # from an earlier run of this process
+            self.reshard(autoencoder)  # from an earlier run of this process
             return
         assert self.lightning_module is not None
         # As DDP does: ranks that drew other initial values would train other discriminators, and mix their blocks.
@@ -78,13 +127,57 @@ class FSDP2Strategy(ModelParallelStrategy):
             self._take_from_first_rank(tensor)
         shard(autoencoder, self.device_mesh["data_parallel"])
 
-    def average(self, module: nn.Module) -> None:
-        """After a backward pass do for `module`, which is not sharded, what DDP does: average gradients over ranks."""
+    def gather(self, model: nn.Module) -> None:
+        for unit in _sharded(model):
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+
+    def reshard(self, model: nn.Module) -> None:
+        for unit in _sharded(model):
+            unit.set_reshard_after_forward(unit is not model, recurse=False)
+            unit.reshard()
+
+    @contextmanager
+    def probing(self, model: nn.Module) -> Iterator[None]:
+        # FSDP would take it for the backward pass, free the weights at its end, and have to gather them again.
+        root = model if isinstance(model, FSDPModule) else None
+        if root is not None:
+            root.set_is_last_backward(False)
+            root.set_reshard_after_backward(False)
+        try:
+            yield
+        finally:
+            if root is not None:
+                root.set_is_last_backward(True)
+                root.set_reshard_after_backward(True)
+
+    def average_gradients(self, module: nn.Module) -> None:
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         if gradients:
             flat = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
             for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
+
+    def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        if not any(isinstance(gradient, DTensor) for gradient in gradients):
+            return super().gradient_norm(gradients)
+        squares = [nn.utils.get_total_norm([local(t) for t in kind]).square() for kind in _by_kind(gradients)]
+        dist.all_reduce(squares[0])  # the sharded ones come first
+        return torch.stack(squares).sum().sqrt()
+
+    def clip_gradients(self, parameters: Sequence[nn.Parameter], limit: float, norm: Tensor) -> None:
+        for kind in _by_kind(parameters):
+            nn.utils.clip_grads_with_norm_(kind, limit, norm)
+
+    def whole(self, tree: Any, keep: bool = True) -> Any:
+        if isinstance(tree, dict):
+            return {key: self.whole(value, keep) for key, value in tree.items()}
+        if type(tree) in (list, tuple):
+            return type(tree)([self.whole(value, keep) for value in tree])
+        if not isinstance(tree, DTensor):
+            return tree
+        full = tree.full_tensor()
+        return full.cpu() if keep else torch.empty(0)
 
     @torch.no_grad()
     def _take_from_first_rank(self, tensor: Tensor) -> None:
@@ -104,7 +197,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write one file of whole tensors, from the first rank. All ranks must call it together."""
-        checkpoint = gathered(checkpoint, keep=self.is_global_zero)
+        checkpoint = self.whole(checkpoint, keep=self.is_global_zero)
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
@@ -171,41 +264,6 @@ def shard(model: VideoAutoencoder, mesh: DeviceMesh) -> None:
         unit.set_modules_to_backward_prefetch([before])
 
 
-def gather(model: nn.Module) -> None:
-    """Have all weights on each rank until `reshard`: in evaluation, where ranks differ in what they run, and how often.
-
-    All ranks must call it together.
-    """
-    for unit in _sharded(model):
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-
-
-def reshard(model: nn.Module) -> None:
-    """Free what other ranks hold too: the model's parameters are the sharded ones again, as optimizers know them."""
-    for unit in _sharded(model):
-        unit.set_reshard_after_forward(unit is not model, recurse=False)
-        unit.reshard()
-
-
-@contextmanager
-def probing(model: nn.Module) -> Iterator[None]:
-    """Around `torch.autograd.grad` at the last layer, which is not yet the backward pass.
-
-    FSDP would take it for that, free the weights at its end, and have to gather them again.
-    """
-    root = model if isinstance(model, FSDPModule) else None
-    if root is not None:
-        root.set_is_last_backward(False)
-        root.set_reshard_after_backward(False)
-    try:
-        yield
-    finally:
-        if root is not None:
-            root.set_is_last_backward(True)
-            root.set_reshard_after_backward(True)
-
-
 def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
@@ -226,52 +284,8 @@ def like(value: Any, own: Any) -> Any:
     return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None).clone()
 
 
-def gathered(tree: Any, keep: bool = True) -> Any:
-    """Nested dicts and lists with each sharded tensor whole, on the CPU. All ranks must call it together.
-
-    Args:
-        tree: Of the same keys, in the same order, on all ranks.
-        keep: Whether this rank is to have them; else it gets empty ones and needs no room.
-    """
-    if isinstance(tree, dict):
-        return {key: gathered(value, keep) for key, value in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)([gathered(value, keep) for value in tree])
-    if not isinstance(tree, DTensor):
-        return tree
-    whole = tree.full_tensor()
-    return whole.cpu() if keep else torch.empty(0)
-
-
-def by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Sharded tensors and others apart: operations on lists of tensors want one kind."""
+def _by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Separate sharded tensors from others: operations on lists of tensors want one kind."""
     sharded: list[Tensor] = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
     others = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
     return [kind for kind in (sharded, others) if kind]
-
-
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of all numbers of all tensors, sharded or not."""
-    if not any(isinstance(tensor, DTensor) for tensor in tensors):
-        return nn.utils.get_total_norm(tensors)
-    squares = [nn.utils.get_total_norm([local(t) for t in kind]).square() for kind in by_kind(tensors)]
-    dist.all_reduce(squares[0])  # the sharded ones come first
-    return torch.stack(squares).sum().sqrt()
-
-
-def running_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What forward passes change and a checkpoint keeps: statistics of batch norms, codebooks, running means."""
-    kept = model.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
-
-
-@torch.no_grad()
-def share_buffers(model: nn.Module) -> None:
-    """Give all ranks the running buffers of the first. All ranks must call it together."""
-    buffers = list(running_buffers(model).values())
-    for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
-        same = [buffer for buffer in buffers if buffer.dtype == dtype]
-        flat = torch.cat([buffer.flatten() for buffer in same])
-        dist.broadcast(flat, src=0)
-        for buffer, values in zip(same, flat.split([buffer.numel() for buffer in same]), strict=True):
-            buffer.copy_(values.view_as(buffer))

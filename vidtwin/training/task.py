@@ -1,4 +1,4 @@
-"""The one LightningModule: trains, validates and tests any video autoencoder.
+"""The one LightningModule: train and validate any video autoencoder.
 
 One step is one batch that updated the generator. Lightning counts a step for every optimizer under manual
 optimization; here only the generator's goes through Lightning's wrapper, so that max_steps, checkpoint intervals,
@@ -10,36 +10,36 @@ interruption, can shift it.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
-from vidtwin import weights
 from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
-from vidtwin.errors import UserError, suggestion
+from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.metrics.collection import ClipMetrics
 from vidtwin.metrics.frames import psnr
 from vidtwin.metrics.latents import codebook_use
 from vidtwin.schedules import WarmupCosine
 from vidtwin.storage import checkpoints
-from vidtwin.training import sharding
-from vidtwin.training.ema import WeightAverage
-from vidtwin.training.sharding import FSDP2Strategy
+from vidtwin.training.buffers import copy_buffers, restore_buffers, share_buffers
+from vidtwin.training.callbacks.ema import EMA
+from vidtwin.training.checks import check_training, freeze
+from vidtwin.training.finite import bad_gradients, bad_terms, find_reason
+from vidtwin.training.optimization import gradients, resume_rates, schedule, step_at
+from vidtwin.training.sharding import Placement, placement_of
 
 Batch = dict[str, Any]
 COUNTS = ("batches", "skipped", "rate_scale", "seed")  # what a checkpoint keeps of a training, beside Lightning's
@@ -65,7 +65,7 @@ class AutoencoderTask(LightningModule):
         use_ema: Evaluate with that average: in validation, and in the commands that read a checkpoint.
         freeze: Parts of the autoencoder that are not trained, by the names of its modules (`encoder`,
             `structure.qformer`).
-        metrics: What validation and test measure; None takes the loss's LPIPS backbone for LPIPS.
+        metrics: Metrics of validation; None takes the loss's LPIPS backbone for LPIPS.
 
     Attributes:
         batches: Batches that this training has seen, skipped ones included.
@@ -103,21 +103,21 @@ class AutoencoderTask(LightningModule):
         self.discriminator_scheduler = discriminator_scheduler
         self.gradient_clip_norm = gradient_clip_norm
         self.accumulation = accumulation
-        self.ema_decay = ema_decay
-        self.use_ema = use_ema
+        self.ema = EMA(ema_decay, use_ema)
         self.freeze_parts = freeze or []
         self.metrics = metrics or ClipMetrics(getattr(self.loss.perceptual, "backbone", None))
         self.batches = 0
         self.skipped = 0
         self.rate_scale = 1.0
         self.config: dict[str, Any] | None = None
-        self.average: WeightAverage | None = None
         self.seed: int | None = None
-        self._average_to_load: dict[str, Any] | None = None
-        self._has_average = False
         self._validation_terms: dict[str, MeanMetric] = {}
 
     # Configure.
+
+    def configure_callbacks(self) -> list[Callback]:
+        # One and the same in all commands of a process, since it holds the average of the training before.
+        return [] if self.ema in cast(Any, self.trainer).callbacks else [self.ema]
 
     def prepare_data(self) -> None:
         """On one rank of each machine, before the others: fetch what the loss may have to download."""
@@ -126,20 +126,18 @@ class AutoencoderTask(LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self._freeze()
-            if not any(p.requires_grad for p in self.autoencoder.parameters()):
-                raise UserError(
-                    f"{type(self.autoencoder).__name__} has nothing to train; shorten model.freeze or run a test."
-                )
-            self._check_steps()
-            self._check_precision()
-            self._check_last_layer()
+            freeze(self.autoencoder, self.freeze_parts)
+            self.train(self.training)
+            check_training(self.autoencoder, self.loss, self.trainer)
             self.loss.setup()
         self.metrics.setup()
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, FSDP2Strategy):
-            self.trainer.strategy.shard(self.autoencoder)
+        self._placement.shard(self.autoencoder)
+
+    @property
+    def _placement(self) -> Placement:
+        return placement_of(self._trainer)
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         players: list[tuple[Any, OptimizerCallable, LRSchedulerCallable]]
@@ -147,16 +145,13 @@ class AutoencoderTask(LightningModule):
         if self.loss.discriminator is not None:
             parameters = list(self.loss.discriminator.parameters())
             players.append((parameters, self.discriminator_optimizer, self.discriminator_scheduler))
-        optimizers, schedulers = [], []
-        for parameters, make_optimizer, make_scheduler in players:
-            optimizers.append(make_optimizer(parameters))
-            scheduler = make_scheduler(optimizers[-1])
-            if isinstance(scheduler, WarmupCosine):
-                # A dry run ends within the warm-up, which is no mistake there.
-                dry = bool(getattr(self.trainer, "fast_dev_run", False))
-                scheduler.set_total_steps(scheduler.warmup_steps + 1 if dry else self.trainer.max_steps)
-            schedulers.append(scheduler)
-        return optimizers, schedulers
+        # A dry run ends within the warm-up, which is no mistake there.
+        max_steps = None if getattr(self.trainer, "fast_dev_run", False) else self.trainer.max_steps
+        optimizers = [make_optimizer(parameters) for parameters, make_optimizer, _ in players]
+        makers = [make_scheduler for *_, make_scheduler in players]
+        return optimizers, [
+            schedule(optimizer, make, max_steps) for optimizer, make in zip(optimizers, makers, strict=True)
+        ]
 
     def _generator_parameters(self) -> list[nn.Parameter] | list[dict[str, Any]]:
         parameters = [p for p in self.autoencoder.parameters() if p.requires_grad]
@@ -165,67 +160,13 @@ class AutoencoderTask(LightningModule):
         # In a group of its own: it is not sharded with the others, and an optimizer's kernel takes one kind at a time.
         return [{"params": parameters}, {"params": [self.loss.logvar]}]
 
-    def _freeze(self) -> None:
-        for part in self.freeze_parts:
-            modules = dict(self.autoencoder.named_modules())
-            if part not in modules or not part:
-                children = [name for name in modules if name and name.count(".") < 2]
-                raise UserError(
-                    f"Expected model.freeze to name modules of {type(self.autoencoder).__name__} "
-                    f"({', '.join(name for name in children if '.' not in name)}), got {part!r}"
-                    f"{suggestion(part, children)}"
-                )
-            modules[part].requires_grad_(False)
-        self.train(self.training)
-
     def on_fit_start(self) -> None:
         if self.seed is None:
             self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
-        if self.ema_decay is not None:
-            self.average = WeightAverage(self.autoencoder, self.ema_decay)
-            if self._average_to_load is not None:
-                self.average.load_state_dict(self._average_to_load)
-            elif self.trainer.ckpt_path:
-                rank_zero_warn("The checkpoint holds no average of the weights (ema): it starts from the weights.")
-        elif self.use_ema:
-            raise UserError("Expected model.ema_decay (0.999 for one) where model.use_ema is set, got none.")
 
     def on_train_start(self) -> None:
-        # The rates of a resumed run are those of its config from the first step on, not those of the checkpoint.
         for scheduler in self._schedulers():
-            if isinstance(scheduler, WarmupCosine):
-                for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
-                    group["lr"] = rate
-
-    def _check_steps(self) -> None:
-        max_steps = self.trainer.max_steps
-        if getattr(self.trainer, "fast_dev_run", False):
-            return
-        if max_steps <= 0:
-            raise UserError(
-                f"Expected trainer.max_steps above 0, got {max_steps}: warm-up, GAN start and schedules count steps."
-            )
-        if self.loss.discriminator is not None and self.loss.adversarial_start >= max_steps:
-            raise UserError(
-                f"Expected a GAN that starts within the training, got adversarial_start={self.loss.adversarial_start} "
-                f"and trainer.max_steps={max_steps}; lower the first, or train without GAN by "
-                "--model.loss.discriminator null."
-            )
-
-    def _check_precision(self) -> None:
-        if str(self.trainer.precision) not in ("32-true", "bf16-mixed"):
-            raise UserError(
-                f"Expected trainer.precision bf16-mixed or 32-true, got {self.trainer.precision}: losses are in fp32, "
-                "and the one gradient scaler of 16-mixed cannot serve the two players of a GAN."
-            )
-
-    def _check_last_layer(self) -> None:
-        adaptive = self.loss.adaptive_weight and self.loss.adversarial_weight > 0
-        if self.loss.discriminator is not None and adaptive and not self.autoencoder.last_layer.requires_grad:
-            raise UserError(
-                "Expected a last layer that is trained for the adaptive GAN weight, got one that model.freeze names; "
-                "train it or set --model.loss.adaptive_weight false."
-            )
+            resume_rates(scheduler)
 
     # Train.
 
@@ -252,9 +193,7 @@ class AutoencoderTask(LightningModule):
                 "data.batch_size."
             )
         self.batches += 1
-        # Batch norm and running means of logits take in a batch before it is known to be sound. By name, since some
-        # modules put a new tensor in the place of the old one.
-        before = {name: buffer.clone() for name, buffer in sharding.running_buffers(self).items()}
+        before = copy_buffers(self)  # which a batch changes before it is known to be finite
         self.seed_draws(self.global_rank)
         means, reason = self._backward(clip, step)
         players = self._players(step)
@@ -262,9 +201,7 @@ class AutoencoderTask(LightningModule):
             self.skipped += 1
             for optimizer in players.values():
                 optimizer.zero_grad()
-            with torch.no_grad():
-                for name, buffer in sharding.running_buffers(self).items():
-                    buffer.copy_(before[name])
+            restore_buffers(self, before)
             self._log_step({"train/skipped": self.skipped / self.batches}, step, now=True)
             return {"rejected": reason}
 
@@ -275,10 +212,8 @@ class AutoencoderTask(LightningModule):
             logged[f"lr/{'generator' if name == 'train' else name}"] = rate
         for scheduler in self._schedulers():
             scheduler.step()
-        if self.average is not None:
-            self.average.update(self.autoencoder)
         if self.trainer.world_size > 1:  # under manual optimization DDP does so before the first step only
-            sharding.share_buffers(self)
+            share_buffers(self)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         logged["train/skipped"] = self.skipped / self.batches
         self._log_step(logged, step, now=every > 0 and (step + 1) % every == 0)
@@ -301,7 +236,7 @@ class AutoencoderTask(LightningModule):
         """
         reconstruction = self.autoencoder(clip)
         last_layer = self.autoencoder.last_layer if self.loss.gan_is_on(step) else None
-        with sharding.probing(self.autoencoder):
+        with self._placement.probing(self.autoencoder):
             terms = self.loss.generator_loss(reconstruction, clip, last_layer, step)
         with torch.no_grad():
             terms["psnr"] = psnr(reconstruction.clip, clip).mean()
@@ -328,45 +263,28 @@ class AutoencoderTask(LightningModule):
             with nullcontext() if index == len(parts) - 1 else self._without_sync():
                 for player, terms in self.losses(part, step, share):
                     # Agreed upon before the backward pass, in which the ranks wait for each other.
-                    reason = self._reason(terms["total"], partial(bad_terms, terms))
+                    reason = find_reason(self.trainer.strategy, terms["total"], partial(bad_terms, terms))
                     if reason is not None:
                         return means, reason
                     self.manual_backward(share * terms["total"])
                     for name, value in terms.items():
                         key = f"{player}/{'loss' if name == 'total' else name}"
                         means[key] = means.get(key, 0.0) + share * value.detach()
-        if isinstance(self.trainer.strategy, FSDP2Strategy):
-            self.trainer.strategy.average(self.loss)
-        norms = {name: self._gradient_norm(optimizer) for name, optimizer in self._players(step).items()}
+        self._placement.average_gradients(self.loss)
+        norms = {
+            name: self._placement.gradient_norm(gradients(optimizer)).detach()
+            for name, optimizer in self._players(step).items()
+        }
         means |= {f"{name}/gradient_norm": norm for name, norm in norms.items()}
-        return means, self._reason(torch.stack([*norms.values()]).sum(), lambda: ("", self.bad_gradients()))
+        return means, find_reason(
+            self.trainer.strategy, torch.stack([*norms.values()]).sum(), lambda: ("", bad_gradients(self))
+        )
 
     @contextmanager
     def _without_sync(self) -> Iterator[None]:
         strategy = self.trainer.strategy
         with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
             yield
-
-    def _reason(self, value: Tensor, explain: Callable[[], tuple[str, str]]) -> str | None:
-        """None where `value` is finite on all ranks; else what broke here: "" where it was another rank's part.
-
-        `explain` gives what is not finite of this rank's own, and of what the ranks have computed together.
-        """
-        bad, any_rank = not bool(torch.isfinite(value)), self.trainer.strategy.reduce_boolean_decision
-        if not any_rank(bad, all=False):
-            return None
-        own, shared = explain() if bad else ("", "")
-        return own if any_rank(bool(own), all=False) else shared
-
-    def _gradient_norm(self, optimizer: LightningOptimizer | Optimizer) -> Tensor:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return sharding.total_norm(gradients).detach()
-
-    def bad_gradients(self) -> str:
-        """Whose gradients are not finite."""
-        bad = [name for name, p in self.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        return f"gradient of {', '.join(bad[:3])}{more} is not finite" if bad else "the gradient's norm is not finite"
 
     def _log_step(self, values: dict[str, Any], step: int, now: bool) -> None:
         """To the loggers at this step (which Lightning would count in batches, and give old values to skipped ones)."""
@@ -389,33 +307,8 @@ class AutoencoderTask(LightningModule):
         """Clip to the largest norm and step, at the schedule's rate times `rate_scale`."""
         if self.gradient_clip_norm is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for kind in sharding.by_kind(parameters):
-                nn.utils.clip_grads_with_norm_(kind, self.gradient_clip_norm, norm)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * self.rate_scale
-        optimizer.step()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # the schedule's own, from which it may compute the next
-        optimizer.zero_grad()
-
-    def rewind(self, path: str | Path) -> None:
-        """In the middle of a training go back to a checkpoint's weights, optimizers, schedules and step.
-
-        The data go on where they are, so that what came after the checkpoint does not come again.
-        """
-        strategy = self.trainer.strategy
-        checkpoint = strategy.load_checkpoint(path, weights_only=True)
-        strategy.load_model_state_dict(checkpoint)
-        strategy.load_optimizer_state_dict(checkpoint)
-        for scheduler, state in zip(self._schedulers(), checkpoint["lr_schedulers"], strict=True):
-            scheduler.load_state_dict(state)
-        if self.average is not None:
-            self.average = WeightAverage(self.autoencoder, self.average.decay)
-            if "ema" in checkpoint:  # not in those of a training that had none when it was saved
-                self.average.load_state_dict(checkpoint["ema"])
-        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
-        steps.ready = steps.completed = checkpoint["global_step"]
+            self._placement.clip_gradients(parameters, self.gradient_clip_norm, norm)
+        step_at(optimizer, self.rate_scale)
 
     # Evaluate.
 
@@ -429,22 +322,10 @@ class AutoencoderTask(LightningModule):
         self.metrics.update(self.metrics(reconstruction.clip, clip))
         return reconstruction
 
-    def _put_average(self, wanted: bool) -> None:
-        """Have the averaged weights in the autoencoder, or its own; in between the average has the others.
-
-        What `sharding.gather` has put there before goes: the average is sharded as the weights are.
-        """
-        sharding.reshard(self.autoencoder)
-        if self.average is not None and self.use_ema and wanted != self._has_average:
-            self.average.exchange(self.autoencoder)
-            self._has_average = wanted
-
     def on_validation_epoch_start(self) -> None:
-        self._put_average(True)
-        sharding.gather(self.autoencoder)
+        self._placement.gather(self.autoencoder)
 
     def on_validation_epoch_end(self) -> None:
-        self._put_average(False)
         values = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         shown = dict(values)
         for name, mean in self._validation_terms.items():
@@ -461,22 +342,8 @@ class AutoencoderTask(LightningModule):
             for logger in self.loggers:
                 logger.log_metrics({name: float(value) for name, value in values.items()}, self.global_step)
 
-    def on_test_epoch_start(self) -> None:
-        self._put_average(True)
-        sharding.gather(self.autoencoder)
-
-    def on_test_epoch_end(self) -> None:
-        self._put_average(False)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
-        return self.autoencoder(_clip(batch))
-
     def on_predict_epoch_start(self) -> None:
-        self._put_average(True)
-        sharding.gather(self.autoencoder)
-
-    def on_predict_epoch_end(self) -> None:
-        self._put_average(False)
+        self._placement.gather(self.autoencoder)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Reconstruction:
         return self.autoencoder(_clip(batch))
@@ -490,52 +357,16 @@ class AutoencoderTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["model_spec"] = self.autoencoder.spec()
         checkpoint["training"] = {name: getattr(self, name) for name in COUNTS}
-        if self.average is not None:
-            checkpoint["ema"] = self.average.state_dict()
-            if self._has_average:  # saved in a validation, or after one that an error has ended
-                own, average = checkpoint["state_dict"], checkpoint["ema"]["values"]
-                for name, value in average.items():
-                    key = f"{checkpoints.PREFIX}{name}"
-                    own[key], average[name] = value, own[key]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how a checkpoint of another model differs; outside of `fit` take the autoencoder's weights alone."""
-        own = self.state_dict()
         if self.trainer.state.fn != "fit":
-            held = checkpoints.autoencoder_weights(checkpoint)
-            weights.check_fit(held, self.autoencoder.state_dict(), "The checkpoint")
-            rest = {name: value for name, value in own.items() if not name.startswith(checkpoints.PREFIX)}
-            kept = checkpoints.autoencoder_weights(checkpoint, self.use_ema)
-            self.average = None  # of an earlier training; where it is wanted, the weights are the average now
-            checkpoint["state_dict"] = rest | {f"{checkpoints.PREFIX}{name}": value for name, value in kept.items()}
+            checkpoints.keep_autoencoder(checkpoint, self.state_dict(), self.ema.evaluate)
             return
-        if "optimizer_states" not in checkpoint:
-            raise UserError(
-                "Expected a checkpoint of a training to go on from, got weights alone; --init_from begins a new "
-                "training."
-            )
-        try:
-            weights.check_fit(checkpoint["state_dict"], own, "The checkpoint")
-        except UserError as error:
-            raise UserError(f"{error} --init_from begins a new training with what fits.") from error
-        trained = sum(len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"])
-        wanted = sum(p.requires_grad for p in self.autoencoder.parameters()) + (self.loss.logvar is not None)
-        if trained != wanted:
-            raise UserError(
-                f"Expected a checkpoint that trained the same {wanted} tensors, got one of {trained}: another "
-                "model.freeze; --init_from begins a new training from it."
-            )
+        trained = sum(p.requires_grad for p in self.autoencoder.parameters()) + (self.loss.logvar is not None)
+        checkpoints.check_resumable(checkpoint, self.state_dict(), trained)
         for name in COUNTS:  # absent from checkpoints of older versions
             setattr(self, name, checkpoint.get("training", {}).get(name, getattr(self, name)))
-        self._average_to_load = checkpoint.get("ema")
-
-
-def bad_terms(terms: dict[str, Tensor]) -> tuple[str, str]:
-    """Which terms of a loss are not finite: of the rank's own clips, and those that other ranks have a part in."""
-    bad = [f"{name} is {float(value.detach()):g}" for name, value in terms.items() if not value.isfinite()]
-    shared = [text for text in bad if text.startswith(("total", "adaptive_weight", "lecam"))]
-    own = [text for text in bad if text not in shared]
-    return f"loss: {', '.join(own)}" if own else "", f"loss: {', '.join(shared)}"
 
 
 def _clip(batch: dict[str, Any]) -> Tensor:

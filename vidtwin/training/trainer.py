@@ -1,6 +1,6 @@
 """Lightning's Trainer with the commands of this project: each method below is a subcommand of `vidtwin`."""
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 
-from vidtwin import plugins as registry
+from vidtwin import console
+from vidtwin.data import ClipSource
 from vidtwin.errors import UserError
 from vidtwin.files import replacing
 from vidtwin.posteriors import Quantized
@@ -20,7 +20,6 @@ from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoi
 from vidtwin.training.callbacks.guard import StepGuard
 from vidtwin.training.callbacks.preemption import Preemption
 from vidtwin.training.callbacks.progress import ProgressBar
-from vidtwin.training.callbacks.results import ResultsWriter
 from vidtwin.training.callbacks.skipped import SkippedVideos
 from vidtwin.training.replay import read as read_dump
 from vidtwin.training.replay import replay as run_again
@@ -96,10 +95,10 @@ class VideoTrainer(Trainer):
         if init_from and not ckpt_path:
             lines = checkpoints.load_part(task.autoencoder, init_from)
             for line in lines:
-                _tell(f"vidtwin: {init_from}: {line}")
+                console.log(f"{init_from}: {line}", rank_zero=True)
             own = len(task.autoencoder.state_dict())
             kept = sum(line.startswith(("missing", "left out")) for line in lines)
-            _tell(f"vidtwin: {own - kept} of {own} tensors from {init_from}")
+            console.log(f"{own - kept} of {own} tensors from {init_from}", rank_zero=True)
         super().fit(task, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
 
     def _newest(self, resume: str) -> Path | None:
@@ -114,57 +113,14 @@ class VideoTrainer(Trainer):
             if saved is None:
                 raise UserError("Expected a LatestCheckpoint among the callbacks for resume='auto', got none.")
             folder = saved.folder(self)
-        found = checkpoints.newest(folder, _warn)
+        log = partial(console.log, rank_zero=True)
+        found = checkpoints.newest(folder, log)
         if found is None and (folder / "checkpoints").is_dir():
-            found = checkpoints.newest(folder / "checkpoints", _warn)
+            found = checkpoints.newest(folder / "checkpoints", log)
         if found is None and resume != "auto":
             raise UserError(f"Expected whole checkpoints in {folder} to go on from, got none.")
-        _tell(f"vidtwin: goes on from {found}" if found else f"vidtwin: nothing in {folder} to go on from; begins")
+        log(f"goes on from {found}" if found else f"nothing in {folder} to go on from; begins")
         return found
-
-    def test(  # type: ignore[override]
-        self,
-        model: LightningModule | None = None,
-        dataloaders: Any = None,
-        ckpt_path: str | Path | None = None,
-        verbose: bool = True,
-        datamodule: LightningDataModule | None = None,
-        *,
-        results_dir: str = "results",
-        name: str | None = None,
-        references: list[str] | None = None,
-    ) -> list[dict[str, Any]]:
-        """Measure an autoencoder on the test clips and write its row of results.
-
-        Args:
-            model: The task.
-            dataloaders: Loaders of test clips, instead of `datamodule`.
-            ckpt_path: Weights to test; without them the row is marked as untrained.
-            verbose: Print the table and the paths of pictures and videos.
-            datamodule: The data.
-            results_dir: Folder for `rows/<name>/results.json`, `clips.csv`, `table.md` and `table.csv`.
-            name: Name of the row; by default the autoencoder's class.
-            references: Autoencoders without weights measured on the same clips, by their short names; by default all
-                that are registered as `vidtwin.references`: the clip's mean colour and its temporal mean frame.
-
-        Returns:
-            What Lightning's `test` does: a list of one dict of means.
-        """
-        task = self._task(model)
-        row = name or task.autoencoder.class_path.rpartition(".")[2]  # FSDP2 renames the class
-        chosen = sorted(registry.available("vidtwin.references")) if references is None else references
-        if row != Path(row).name or row.startswith(".") or row in chosen:
-            raise UserError(f"Expected a --name that can be a folder's name and is no reference's, got {row!r}.")
-        writer = ResultsWriter(results_dir, row, str(ckpt_path) if ckpt_path else None, chosen)
-        callbacks: list[Callback] = cast(Any, self).callbacks
-        callbacks.append(writer)
-        try:
-            means = super().test(task, dataloaders, ckpt_path, verbose=False, datamodule=datamodule)
-        finally:
-            callbacks.remove(writer)
-        if verbose and self.is_global_zero:
-            _show(writer)
-        return cast(list[dict[str, Any]], means)
 
     def predict(  # type: ignore[override]
         self,
@@ -195,7 +151,7 @@ class VideoTrainer(Trainer):
             super().predict(self._task(model), dataloaders, datamodule, return_predictions=False, ckpt_path=ckpt_path)
         finally:
             callbacks.remove(writer)
-        _say(f"latents and reconstructions -> {out}")
+        console.write(f"latents and reconstructions -> {out}", rank_zero=True)
 
     def replay(self, model: LightningModule, dump: str) -> list[str]:
         """Run a step again that training skipped, and say where it breaks.
@@ -213,7 +169,7 @@ class VideoTrainer(Trainer):
         with self.precision_plugin.forward_context():
             lines = run_again(task, read_dump(dump))
         for line in lines:
-            _say(line)
+            console.write(line, rank_zero=True)
         return lines
 
     def _task(self, model: LightningModule | None) -> AutoencoderTask:
@@ -238,8 +194,9 @@ class _PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        fps = getattr(getattr(trainer, "datamodule", None), "eval_fps", None) or 25.0
-        several = getattr(getattr(trainer, "datamodule", None), "eval_clips", "middle") == "all"
+        data: Any = getattr(trainer, "datamodule", None)  # missing if loaders were passed
+        known = isinstance(data, ClipSource)
+        fps, several = (data.eval_fps if known else None) or 25.0, known and data.eval_clips == "all"
         for index, (name, start) in enumerate(zip(batch["name"], batch["start_frame"].tolist(), strict=True)):
             # The whole name, so that neither two videos nor a video and its own reconstruction share a file; a data
             # set's names may be absolute or point upwards, and must not lead out of the folder.
@@ -253,23 +210,3 @@ class _PredictionWriter(Callback):
                         tensors[f"{key}.codes"] = posterior.codes[index].to(torch.int32).cpu()
                 save_file(tensors, temporary)
             write_video(self.out / f"{inside}.mp4", panels.to_uint8(outputs.clip[index]), fps)
-
-
-def _show(writer: ResultsWriter) -> None:
-    _say(f"\n{writer.table}")
-    for path in [*writer.panel_paths, writer.folder / "table.md"]:
-        _say(str(path))
-
-
-@rank_zero_only
-def _tell(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-
-
-def _warn(line: str) -> None:
-    _tell(f"vidtwin: {line}")
-
-
-@rank_zero_only
-def _say(line: str) -> None:
-    print(line, flush=True)  # noqa: T201 - what the command is for

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
-
 Frames = NDArray[np.uint8]  # (T, H, W, 3)
 
 ERROR_GAIN = 4  # of error maps
@@ -29,15 +27,6 @@ def to_uint8(clip: Tensor) -> Frames:
 
 
 @torch.no_grad()
-def views(model: VideoAutoencoder, clip: Tensor, reconstruction: Reconstruction) -> list[dict[str, Frames]]:
-    """For each clip (B, 3, T, H, W) its views by name: input, reconstruction, and "<latent> only" where models can."""
-    stacked = {"input": clip, "reconstruction": reconstruction.clip}
-    if model.partial_latents:
-        for name, latent in reconstruction.latents.items():
-            stacked[f"{name} only"] = model.decode({name: latent}, clip.shape[2])
-    return [{name: to_uint8(clips[index]) for name, clips in stacked.items()} for index in range(len(clip))]
-
-
 def error_map(frames: Frames, target: Frames) -> Frames:
     """Absolute error of each number, `ERROR_GAIN` times, cut at 255."""
     error = np.abs(frames.astype(np.int16) - target) * ERROR_GAIN

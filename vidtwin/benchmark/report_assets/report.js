@@ -1,5 +1,5 @@
 "use strict";
-// Sorts the tables, draws the two plots and plays the clips. All it shows stands in #data and in the tables.
+// Sorts the tables, switches the plots, draws the clips' values and plays the clips. All it shows stands in #data and in the tables.
 // Names may hold markup: text goes into the page as text only.
 
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -12,8 +12,6 @@ for (const columns of Object.values(data.clips.values))
     column.forEach((value, clip) => {
       if (typeof value === "string") column[clip] = Number(value);
     });
-for (const model of data.models)
-  for (const mean of Object.values(model.means)) if (typeof mean.value === "string") mean.value = Number(mean.value);
 
 function make(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
@@ -45,7 +43,6 @@ function formatted(value, metric) {
 }
 
 const titled = (metric) => metric.label + (metric.unit ? ` (${metric.unit})` : "");
-const shortened = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 function options(select, entries, chosen) {
@@ -94,7 +91,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   for (const cell of head.cells) cell.querySelector("button").addEventListener("click", () => sortTable(head, cell));
 }
 
-// ---- Axes ----
+// ---- Axis of the clips' values ----
 
 function linearTicks(low, high, count) {
   const rough = (high - low) / count;
@@ -106,30 +103,6 @@ function linearTicks(low, high, count) {
   return ticks.map((value) => ({ value, text: value.toFixed(digits) }));
 }
 
-function logTicks(low, high, count) {
-  const decades = Math.log10(high / low);
-  const factors = decades < 1.5 ? [1, 2, 3, 5] : decades < 3 ? [1, 3] : [1];
-  const ticks = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++)
-    for (const factor of factors) {
-      const value = factor * 10 ** power;
-      if (value >= low && value <= high) ticks.push({ value, text: brief(value) });
-    }
-  const stride = Math.ceil(ticks.length / count);
-  return ticks.filter((_, index) => index % stride === 0);
-}
-
-function brief(value) {
-  for (const [power, prefix] of [
-    [1e12, "T"],
-    [1e9, "G"],
-    [1e6, "M"],
-    [1e3, "k"],
-  ])
-    if (value >= power) return `${Number((value / power).toPrecision(3))} ${prefix}`;
-  return value >= 1e-4 ? String(Number(value.toPrecision(3))) : value.toExponential(0).replace("-", "−");
-}
-
 function padded(values, part) {
   let [low, high] = [Infinity, -Infinity];
   for (const value of values) {
@@ -138,173 +111,6 @@ function padded(values, part) {
   }
   const space = high > low ? (high - low) * part : Math.abs(high) * 0.1 || 1;
   return [low - space, high + space];
-}
-
-// ---- Quality against rate: few points, as SVG. ----
-
-const ratesX = byId("rates-x"),
-  ratesY = byId("rates-y"),
-  ratesAll = byId("rates-all");
-
-function drawRates() {
-  const place = byId("rates");
-  const axis = data.axes.find((each) => each.key === ratesX.value);
-  const metric = data.metrics.find((each) => each.key === ratesY.value);
-  const note = byId("rates-note");
-  place.replaceChildren();
-  if (!axis || !metric) {
-    note.textContent = "There is no measured row to draw.";
-    return;
-  }
-  const points = [],
-    missing = [];
-  for (const model of data.models.filter((each) => ratesAll.checked || each.kind === "trained")) {
-    const [x, mean] = [model.axes[axis.key], model.means[metric.key]];
-    if (shown(x) && x > 0 && shown(mean.value)) points.push({ model, x, y: mean.value, ranked: mean.ranked });
-    else missing.push(model.name);
-  }
-  const front = paretoFront(
-    points.filter((point) => point.ranked),
-    metric.higher,
-  );
-  note.textContent = rateNote(points, missing, front, metric, axis);
-  if (!points.length) return;
-
-  const width = Math.max(280, place.clientWidth),
-    height = width < 500 ? 320 : 400;
-  const [left, right, top, bottom] = [58, 16, 14, 46];
-  const [lowX, highX] = padded(
-    points.map((point) => Math.log10(point.x)),
-    0.12,
-  );
-  const [lowY, highY] = padded(
-    points.map((point) => point.y),
-    0.12,
-  );
-  const atX = (x) => left + ((Math.log10(x) - lowX) / (highX - lowX)) * (width - left - right);
-  const atY = (y) => height - bottom - ((y - lowY) / (highY - lowY)) * (height - top - bottom);
-  const svg = draw("svg", {
-    width,
-    height,
-    viewBox: `0 0 ${width} ${height}`,
-    role: "group",
-    "aria-label": `${titled(metric)} against ${axis.label}`,
-  });
-  for (const tick of linearTicks(lowY, highY, 6))
-    svg.append(
-      draw("line", { class: "grid", x1: left, x2: width - right, y1: atY(tick.value), y2: atY(tick.value) }),
-      draw("text", { x: left - 6, y: atY(tick.value) + 4, "text-anchor": "end" }, tick.text),
-    );
-  for (const tick of logTicks(10 ** lowX, 10 ** highX, Math.floor(width / 60)))
-    svg.append(
-      draw("line", { class: "grid", x1: atX(tick.value), x2: atX(tick.value), y1: top, y2: height - bottom }),
-      draw("text", { x: atX(tick.value), y: height - bottom + 16, "text-anchor": "middle" }, tick.text),
-    );
-  svg.append(
-    draw("path", { class: "axis", fill: "none", d: `M${left} ${top}V${height - bottom}H${width - right}` }),
-    draw(
-      "text",
-      { x: (left + width - right) / 2, y: height - 8, "text-anchor": "middle" },
-      `← smaller   ${axis.label}${axis.unit ? ` (${axis.unit})` : ""}, log scale`,
-    ),
-    draw(
-      "text",
-      {
-        x: 12,
-        y: (top + height - bottom) / 2,
-        "text-anchor": "middle",
-        transform: `rotate(-90 12 ${(top + height - bottom) / 2})`,
-      },
-      metric.higher ? `${titled(metric)}, better →` : `← better, ${titled(metric)}`,
-    ),
-  );
-  if (front.length > 1) {
-    const steps = front.map((point, index) =>
-      index ? `H${atX(point.x)}V${atY(point.y)}` : `M${atX(point.x)} ${atY(point.y)}`,
-    );
-    svg.append(draw("path", { class: "front", d: steps.join("") }));
-  }
-  const boxes = points.map((point) => [atX(point.x) - 7, atY(point.y) - 7, atX(point.x) + 7, atY(point.y) + 7]);
-  front.slice(1).forEach((point, index) => {
-    // no name on the steps of the front
-    const [x1, x2, y1, y2] = [atX(front[index].x), atX(point.x), atY(front[index].y), atY(point.y)];
-    boxes.push([x1, y1 - 1, x2, y1 + 1], [x2 - 1, Math.min(y1, y2), x2 + 1, Math.max(y1, y2)]);
-  });
-  for (const point of [...points].sort((a, b) => a.model.kind.localeCompare(b.model.kind))) {
-    const [x, y] = [atX(point.x), atY(point.y)];
-    const says =
-      `${point.model.name}: ${titled(metric)} ${formatted(point.y, metric)}, ${axis.label} ${brief(point.x)}` +
-      `${axis.unit ? ` ${axis.unit}` : ""}${front.includes(point) ? ", on the Pareto front" : ""}`;
-    const group = draw(
-      "g",
-      { class: `point ${point.model.colour} ${point.model.kind}`, tabindex: 0, role: "img", "aria-label": says },
-      draw("title", {}, says),
-      draw("path", { d: data.markers[point.model.marker], transform: `translate(${x} ${y})` }),
-    );
-    if (front.includes(point)) group.prepend(draw("circle", { class: "ring", cx: x, cy: y, r: 9.5 }));
-    group.append(...label(shortened(point.model.name, 26), x, y, boxes, [left, top, width - right, height - bottom]));
-    svg.append(group);
-  }
-  place.append(svg);
-}
-
-// Points of which no other is both smaller (or equal) and better (or equal), from small to large.
-function paretoFront(points, higher) {
-  const better = (a, b) => (higher ? a > b : a < b);
-  const sorted = [...points].sort((a, b) => a.x - b.x || (better(a.y, b.y) ? -1 : 1));
-  const front = [];
-  for (const point of sorted) if (!front.length || better(point.y, front.at(-1).y)) front.push(point);
-  return front;
-}
-
-const measure = document.createElement("canvas").getContext("2d");
-
-// The name beside its point, at the first place where it covers nothing; farther ones get a line to their point.
-function label(text, x, y, boxes, [left, top, right, bottom]) {
-  measure.font = "12px system-ui, sans-serif";
-  const wide = measure.measureText(text).width;
-  const clash = (box) =>
-    boxes.some((other) => box[0] < other[2] && box[2] > other[0] && box[1] < other[3] && box[3] > other[1]);
-  for (const far of [0, 14, 28, 42])
-    for (const [dx, dy] of [
-      [1, 0],
-      [-1, 0],
-      [0, -1],
-      [0, 1],
-      [1, -1],
-      [-1, -1],
-      [1, 1],
-      [-1, 1],
-    ]) {
-      const middle = [x + dx * (12 + far + wide / 2) * (dx && dy ? 0.95 : 1), y + dy * (16 + far)];
-      const box = [middle[0] - wide / 2 - 1, middle[1] - 8, middle[0] + wide / 2 + 1, middle[1] + 7];
-      if (box[0] < left || box[2] > right || box[1] < top || box[3] > bottom || clash(box)) continue;
-      boxes.push(box);
-      const written = [draw("text", { x: middle[0], y: middle[1] + 4, "text-anchor": "middle" }, text)];
-      if (far)
-        written.unshift(
-          draw("line", {
-            class: "leader",
-            x1: x + dx * 7,
-            y1: y + dy * 7,
-            x2: middle[0] - (dx * wide) / 2,
-            y2: middle[1] - dy * 8,
-          }),
-        );
-      return written;
-    }
-  return []; // no room: the name is in the table and in the point's title
-}
-
-function rateNote(points, missing, front, metric, axis) {
-  const parts = [];
-  if (front.length > 1)
-    parts.push("Ringed and joined by the dashed line, the Pareto front: no other trained model beats these in both.");
-  if (points.some((point) => point.model.kind === "untrained")) parts.push("Hollow: untrained.");
-  if (points.some((point) => point.model.kind === "reference")) parts.push("Grey: references.");
-  if (points.length && !points.some((point) => point.ranked)) parts.push(`No ${metric.label} here is ranked.`);
-  if (missing.length) parts.push(`Not drawn, for want of ${metric.label} or ${axis.label}: ${missing.join(", ")}.`);
-  return parts.join(" ");
 }
 
 // ---- Clip by clip: up to 10,000 clips of each model, on a canvas. ----
@@ -687,35 +493,22 @@ function tick(now) {
 
 // ---- Start ----
 
-options(
-  ratesY,
-  data.metrics
-    .filter((metric) => data.models.some((model) => shown(model.means[metric.key].value)))
-    .map((metric) => [metric.key, titled(metric)]),
-);
-options(
-  ratesX,
-  data.axes.map((axis) => [axis.key, axis.label]),
-);
-// References lie far from the models and squeeze them, so they are drawn when asked for, or when little else is there.
-const kinds = data.models.map((model) => model.kind);
-ratesAll.checked = kinds.filter((kind) => kind === "trained").length < 2;
-ratesAll.closest("label").hidden = kinds.every((kind) => kind === "trained");
-for (const control of [ratesX, ratesY, ratesAll]) control.addEventListener("change", drawRates);
+const plots = byId("plots");
+plots?.addEventListener("change", () => {
+  document.querySelectorAll(".drawing").forEach((drawing, index) => {
+    drawing.hidden = index !== plots.selectedIndex;
+  });
+});
 setUpPlayers();
 setUpClips();
 
-function redraw() {
-  drawRates();
-  drawClips();
-}
 let width = 0;
 new ResizeObserver(() => {
   if (document.body.clientWidth === width) return;
   width = document.body.clientWidth;
-  redraw();
+  drawClips();
 }).observe(document.body);
-for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", redraw);
+for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", drawClips);
 
 // On paper all that is folded is open.
 let folded = [];

@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from vidtwin.autoencoder import Reconstruction
+from vidtwin.clips import views
 from vidtwin.training.task import AutoencoderTask
 from vidtwin.video import panels
 
@@ -41,8 +42,8 @@ class ClipLogger(Callback):
         first = slice(0, wanted)
         kept = Reconstruction(outputs.clip[first], {name: z[first] for name, z in outputs.latents.items()})
         with trainer.precision_plugin.forward_context():  # callbacks run outside of it: bf16 latents, fp32 weights
-            views = panels.views(pl_module.autoencoder, batch["clip"][first], kept)
-        for shown in views:
+            shown_views = views(pl_module.autoencoder, batch["clip"][first], kept)
+        for shown in shown_views:
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     tag = f"val_clips/{self._logged}"

@@ -1,19 +1,18 @@
 """What happens when a loss or a gradient is not finite: the step is skipped, told, dumped, undone, ended."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
-from tqdm import tqdm
 
+from vidtwin import console
 from vidtwin.errors import UserError
 from vidtwin.files import replacing
 from vidtwin.storage import checkpoints
 from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
-from vidtwin.training.sharding import gathered
+from vidtwin.training.sharding import placement_of
 from vidtwin.training.task import AutoencoderTask, Batch
 
 
@@ -66,7 +65,9 @@ class StepGuard(Callback):
         dumps = bool(reason) and len(self.dumped) < self.dumps
         weights: dict[str, Tensor] | None = None
         if trainer.strategy.reduce_boolean_decision(dumps, all=False):
-            weights = gathered(pl_module.state_dict(), keep=dumps)  # by all ranks, for those that dump
+            weights = placement_of(trainer).whole(
+                pl_module.state_dict(), keep=dumps
+            )  # by all ranks, for those that dump
         if reason:
             self._tell(trainer, pl_module, reason, batch, weights if dumps else None)
         if self.in_a_row >= self.patience:
@@ -83,7 +84,7 @@ class StepGuard(Callback):
         self, trainer: Trainer, task: AutoencoderTask, reason: str, batch: Batch, weights: dict[str, Tensor] | None
     ) -> None:
         where = f"step {trainer.global_step}" + (f", rank {trainer.global_rank}" if trainer.world_size > 1 else "")
-        line = f"vidtwin: skipped {where}: {reason}; clips: {clip_names(batch)}"
+        line = f"skipped {where}: {reason}; clips: {clip_names(batch)}"
         if weights is not None:
             name = f"step-{trainer.global_step:08d}-batch-{task.batches:08d}-rank-{trainer.global_rank}.pt"
             try:
@@ -91,13 +92,13 @@ class StepGuard(Callback):
                 line += f"; to run it again: vidtwin replay {self.dumped[-1]}"
             except (OSError, RuntimeError) as error:  # a full disk: the training goes on without
                 line += f"; no dump was written: {error}"
-        _write(line)
+        console.log(line)
 
     def _go_back(self, trainer: Trainer, task: AutoencoderTask, reason: str, batch: Batch) -> None:
         saved = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LatestCheckpoint)), None)
         history: list[Path] = []
         if trainer.is_global_zero and saved is not None and saved.dirpath:
-            history = checkpoints.history(saved.dirpath, lambda line: _write(f"vidtwin: {line}"))
+            history = checkpoints.history(saved.dirpath, console.log)
         history = trainer.strategy.broadcast(history)
         step = trainer.global_step
         ended = f"{self.in_a_row} steps in a row were not finite at step {step}, {reason or 'on another rank'}"
@@ -119,13 +120,30 @@ class StepGuard(Callback):
         self.failed_at, self.went_to = max(step, self.failed_at), checkpoints.step_of(target)
         self.gone_back += 1
         self.in_a_row = 0
-        task.rewind(target)
+        rewind(trainer, task, target)
         task.rate_scale *= self.rate_factor
         assert saved is not None
         saved.save(trainer, again=True)  # with the rate, the place in the data and this count
         if trainer.is_global_zero:
             rate = f", learning rates times {task.rate_scale:g}" if self.rate_factor != 1 else ""
-            _write(f"vidtwin: {ended}; back to {target} (step {trainer.global_step}){rate}; {clips}")
+            console.log(f"{ended}; back to {target} (step {trainer.global_step}){rate}; {clips}")
+
+
+def rewind(trainer: Trainer, task: AutoencoderTask, path: Path) -> None:
+    """Go back to a checkpoint's weights, optimizers, schedules, average and step in the middle of a training.
+
+    The data go on from where they are, so that batches that came after the checkpoint are not repeated.
+    """
+    strategy = trainer.strategy
+    checkpoint = strategy.load_checkpoint(path, weights_only=True)
+    strategy.load_model_state_dict(checkpoint)
+    strategy.load_optimizer_state_dict(checkpoint)
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    for scheduler, state in zip(schedulers, checkpoint["lr_schedulers"], strict=True):
+        scheduler.load_state_dict(state)
+    task.ema.restore(task, checkpoint.get("ema"))  # missing from a training that had none when it was saved
+    steps = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
+    steps.ready = steps.completed = checkpoint["global_step"]
 
 
 def clip_names(batch: Batch) -> str:
@@ -164,7 +182,3 @@ def dump(
 
 def _on_cpu(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else value
-
-
-def _write(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)  # above the progress bar, where there is one

@@ -1,16 +1,17 @@
-"""What one rank could not read is known to all."""
+"""Synchronize the list of unreadable videos across ranks."""
 
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from vidtwin.data import ClipSource
+
 
 class SkippedVideos(Callback):
-    """At the end of each epoch the ranks tell each other which videos they could not read.
+    """Share at the end of each epoch which videos any rank could not read, if the data are a `ClipSource`.
 
-    So a video is told once, results list what any rank skipped, and too many of them stop all ranks together. It works
-    with data modules that have `share_skipped`.
+    So a video is reported once, results list what any rank skipped, and too many of them stop all ranks together.
     """
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -26,9 +27,9 @@ class SkippedVideos(Callback):
         self._share(trainer)
 
     def _share(self, trainer: Trainer) -> None:
-        share: Any = getattr(getattr(trainer, "datamodule", None), "share_skipped", None)
-        if share is not None and trainer.world_size > 1:
-            share(_gather)
+        data = getattr(trainer, "datamodule", None)  # missing if loaders were passed
+        if isinstance(data, ClipSource) and trainer.world_size > 1:
+            data.share_skipped(_gather)
 
 
 def _gather(value: Any) -> list[Any]:

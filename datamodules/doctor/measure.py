@@ -16,8 +16,8 @@ import numpy as np
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
+from vidtwin.listing import identity, images_of
 from vidtwin.video import VideoError, decode, survey
-from vidtwin.video.listing import identity, images_of
 from vidtwin.video.picture import orientation
 from vidtwin.video.source import COUNTED_FORMATS, open_video
 

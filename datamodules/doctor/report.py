@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .doctor_file import Measurement
+from .measure import Measurement
 
 SCHEMA_VERSION = 1
 FROZEN = 0.1  # motion of a still picture that was encoded; docs/doctor.md says how it was chosen

@@ -11,13 +11,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from vidtwin.datamodules.ucf101.lists import class_root
 from vidtwin.errors import UserError
-from vidtwin.video.listing import is_text
-
-from .ucf101_lists import class_root
+from vidtwin.listing import is_text
 
 if TYPE_CHECKING:
-    from .doctor_file import Measurement
+    from .measure import Measurement
 
 EXCLUDED = ("broken", "duplicates")
 SECONDS_PER_MEGABYTE = 30.0
@@ -83,8 +82,8 @@ def _run(arguments: argparse.Namespace) -> int:
     # Only now: `vidtwin --help` imports this module, and neither numpy nor FFmpeg is light.
     from vidtwin.files import write_text
 
-    from .doctor_report import exclusions, make_report, summary
-    from .doctor_splits import find_copies, split_names
+    from .report import exclusions, make_report, summary
+    from .splits import find_copies, split_names
 
     measured = _measure_all(paths, arguments.out, arguments.workers, arguments.time_limit)
     videos = [measured[name] for name in sorted(measured)]
@@ -109,7 +108,8 @@ def find_videos(folder: Path, image_folders: bool) -> tuple[dict[str, Path], Pat
 
     A folder that holds `UCF-101` stands for that, as it does for the data module.
     """
-    from vidtwin.video import VIDEO_SUFFIXES, listing
+    from vidtwin import listing
+    from vidtwin.video import VIDEO_SUFFIXES
 
     if not folder.is_dir():
         raise UserError(f"Expected a folder of videos, got {folder}, which is none.")
@@ -123,6 +123,7 @@ def find_videos(folder: Path, image_folders: bool) -> tuple[dict[str, Path], Pat
 
 def exclusion_list(excluded: dict[str, str], root: Path, kinds: Sequence[str]) -> str:
     """Lines of a name, a tab and the reason, which the data modules read."""
+
     lines = [
         f"# Videos of {root} that `vidtwin doctor` would leave out: {', '.join(kinds)}.",
         "# One a line, relative to that folder, then a tab and the reason.",
@@ -139,10 +140,10 @@ def _measure_all(paths: dict[str, Path], out: Path, workers: int, time_limit: fl
     """Measure every video that no earlier run has measured as it now is."""
     from tqdm import tqdm
 
-    from vidtwin.video.listing import identity
+    from vidtwin.listing import identity
 
-    from .doctor_file import Measurement, measure
-    from .doctor_pool import Lost, run
+    from .measure import Measurement, measure
+    from .pool import Lost, run
 
     done: dict[str, Measurement] = {}
     missing: list[Key] = []
@@ -182,7 +183,7 @@ def _measure_all(paths: dict[str, Path], out: Path, workers: int, time_limit: fl
 
 def _read_journal(journal: Path) -> "dict[Key, Measurement]":
     """Measurements of earlier runs. A line that a kill cut off, or that another version wrote, counts for nothing."""
-    from .doctor_file import FIELDS, VERSION, Measurement
+    from .measure import FIELDS, VERSION, Measurement
 
     known = {}
     try:
@@ -201,7 +202,7 @@ def _read_journal(journal: Path) -> "dict[Key, Measurement]":
 
 
 def _line(measurement: "Measurement") -> str:
-    from .doctor_file import VERSION
+    from .measure import VERSION
 
     return json.dumps({"version": VERSION, **dataclasses.asdict(measurement)}) + "\n"  # ASCII holds any file's name
 

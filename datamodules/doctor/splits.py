@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vidtwin.datamodules.ucf101.lists import OFFICIAL, VALIDATION_GROUPS, find_lists
 from vidtwin.errors import few
 
-from .doctor_file import FINGERPRINT_FRAMES, Measurement
-from .ucf101_lists import OFFICIAL, VALIDATION_GROUPS, find_lists
+from .measure import FINGERPRINT_FRAMES, Measurement
 
 FOLDERS = ("train", "val", "test")
 

@@ -34,9 +34,9 @@ from tqdm import tqdm
 
 from vidtwin.errors import UserError, few
 from vidtwin.files import write_text
-from vidtwin.video.listing import walk
+from vidtwin.listing import walk
 
-from .ucf101_lists import OFFICIAL, VALIDATION_GROUPS
+from .lists import OFFICIAL, VALIDATION_GROUPS
 
 MANIFEST = "ucf101_manifest.csv"
 
@@ -236,6 +236,7 @@ def _members(archive: Path, scratch: Path, bar: Any) -> Iterator[Member]:
 
 def _files(folder: Path, write: Callable[[Path, Path], object], links: bool = True) -> Iterator[Member]:
     """Files under a folder; hidden ones are left out, among them the folder that is unpacked into."""
+
     for place, _, names in walk(folder, links):
         for name in names:
             path = place / name
@@ -424,6 +425,7 @@ def _arrange(flat: Path, root: Path, lists: _Lists) -> list[str]:
 def _sizes(root: Path) -> dict[str, int]:
     """The .avi files under a folder by their paths in it, in alphabetical order, with their sizes in bytes."""
     sizes = {}
+
     for place, _, files in walk(root):
         for file in files:
             if file.lower().endswith(".avi"):

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -27,19 +27,16 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+from vidtwin.data import SPLITS, ClipSettings, Skip
+from vidtwin.datamodules.clips import ClipDataset, Video
+from vidtwin.datamodules.index import Fault
+from vidtwin.datamodules.loader import init_worker
 from vidtwin.errors import UserError
 from vidtwin.files import intended_name, replacing, write_text
 from vidtwin.video import VideoError, survey
 
-from .cache import difference
-from .clips import SPLITS, ClipDataset, Skip, Video
-from .description import describe, describe_videos
-from .index import Fault
-from .loader import init_worker
-from .shards import FIELDS, MANIFEST, TABLE, Format, Manifest, Shard, as_skip, is_whole
-
-if TYPE_CHECKING:  # it writes itself by this
-    from .data_module import ClipDataModule
+from .cached import difference
+from .format import FIELDS, MANIFEST, TABLE, Format, Manifest, Shard, as_skip, is_whole
 
 SHARD_BYTES = 64 * 2**20
 _COLUMNS = {
@@ -49,6 +46,19 @@ _COLUMNS = {
 _TOLD = 10  # lines about videos that can't be used
 _OLD = 3600  # seconds after which a temporary file is nobody's any more, where no lock can tell
 _UINT8 = 4  # litdata's number of the type in the header of an array
+
+
+class Cacheable(Protocol):
+    """A data module whose clips can be written; see `ClipDataModule`."""
+
+    settings: ClipSettings
+    skipped: dict[str, dict[str, str]]
+
+    def videos(self, split: str) -> list[Video]: ...
+    def make_dataset(self, split: str) -> ClipDataset: ...
+    def split_name(self, split: str) -> str: ...
+    def describe(self, split: str, format: Format = "clips") -> dict[str, Any]: ...
+    def workers(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ class Written:
 
 
 def write_cache(
-    data: "ClipDataModule",
+    data: Cacheable,
     out: Path | str,
     splits: Sequence[str] = SPLITS,
     epochs: int = 1,
@@ -120,22 +130,21 @@ def write_cache(
 
 
 def _write_split(
-    data: "ClipDataModule", folder: Path, split: str, epochs: int, format: Format, verify: bool, shard_bytes: int
+    data: Cacheable, folder: Path, split: str, epochs: int, format: Format, verify: bool, shard_bytes: int
 ) -> Written:
-    clip = 0
+    clip, name, description = 0, data.split_name(split), data.describe(split, format)
     if format == "videos":
         videos = data.videos(split)
         source: _Source = _VideoSource(videos)
-        wanted = Manifest(format, split, data.split_name(split), describe_videos(data, split), 1, len(videos))
+        wanted = Manifest(format, split, name, description, 1, len(videos))
         ranges = list(_by_size([_size(video.path) for video in videos], shard_bytes))
     else:
         dataset = data.make_dataset(split)
         source = _ClipSource(dataset, may_skip=split != "train")
-        epochs = epochs if data._is_drawn(split) else 1
+        epochs = epochs if data.settings.draws(split) else 1
         left_out = dict(data.skipped[split])
-        name, description = data.split_name(split), describe(data, split)
         wanted = Manifest(format, split, name, description, epochs, len(dataset), left_out)
-        clip = data.num_frames * data.resolution**2 * 3
+        clip = data.settings.num_frames * data.settings.resolution**2 * 3
         each = max(1, shard_bytes // clip)
         # No shard holds clips of two epochs: who streams needs those of one.
         ranges = [
@@ -146,7 +155,7 @@ def _write_split(
     if not wanted.clips:
         raise UserError(f"Expected videos in the {split} split to store, there are none; leave it out of --splits.")
     with _temporaries_swept(folder):
-        return _fill(folder, wanted, ranges, source, data._workers(), verify, clip)
+        return _fill(folder, wanted, ranges, source, data.workers(), verify, clip)
 
 
 def _fill(
@@ -455,7 +464,7 @@ class _ShardWriter(Dataset[dict[str, Any]]):
             try:
                 item = self.source.item(place)
             except VideoError as error:
-                if not self.source.may_skip or not getattr(error, "lasting", True):
+                if not self.source.may_skip or not error.lasting:
                     raise  # a disk that fails for a moment must not leave a hole for good
                 skipped.append((place, *self.source.skipped(place, error)))
                 rows += self.source.row_without_item(place)

@@ -1,6 +1,6 @@
-"""Clips that were decoded once: a data set of shards on this machine, and what it has to be a cache of.
+"""Clips decoded once, read from shards on this machine, and the check that they are the requested ones.
 
-Written by cache_writer.py in the form of shards.py; docs/cached_and_streamed.md.
+Written by writer.py in the format of format.py; see docs/cached_and_streamed.md.
 """
 
 import csv
@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vidtwin.datamodules.clips import ClipDataset, Key
 from vidtwin.errors import UserError
 from vidtwin.video import VideoError
 
-from .clips import ClipDataset, Key
-from .shards import MANIFEST, TABLE, Format, Items, Manifest, Shard, expect_shards
+from .format import MANIFEST, TABLE, Format, Items, Manifest, Shard, expect_shards
 
 
 def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:

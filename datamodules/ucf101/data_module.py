@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vidtwin.datamodules.clips import Video
+from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.errors import UserError, few
-from vidtwin.video.listing import is_hidden
+from vidtwin.listing import is_hidden
 
-from .clips import Video
-from .data_module import ClipDataModule
-from .ucf101_lists import VALIDATION_GROUPS, class_root, find_lists
+from .lists import VALIDATION_GROUPS, class_root, find_lists
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from vidtwin.datamodules import doctor
+from vidtwin.datamodules.doctor import command as doctor
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.datamodules.ucf101 import UCF101
-from vidtwin.video.listing import cache_home, find_videos, identity
+from vidtwin.listing import cache_home, find_videos, identity
 
 
 def write(path: Path, text: str, changed: int) -> Path:

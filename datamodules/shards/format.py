@@ -7,7 +7,7 @@
 
 A shard is a chunk as litdata 0.2 reads it, without compression: uint32 number of items, uint32 offsets of the items
 and of their end, items. An item is the uint32 sizes of its fields and the fields: picture data as they are, behind a
-header of a few bytes. So the same files are mapped into memory (cache.py) and streamed (streaming.py).
+header of a few bytes. So the same files are mapped into memory (cached.py) and streamed (streamed.py).
 """
 
 import hashlib
@@ -22,10 +22,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from vidtwin.data import Skip
 from vidtwin.errors import UserError
 from vidtwin.video import VideoError
-
-from .clips import Skip
 
 Format = Literal["clips", "videos"]
 SCHEMA_VERSION = 1

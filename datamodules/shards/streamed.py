@@ -1,0 +1,333 @@
+"""Clips from shards that lie elsewhere: a folder, or object storage by litdata (docs/cached_and_streamed.md).
+
+The shards are those of writer.py: decoded clips, or video files that the worker decodes. litdata knows the storage
+(s3://, gs://, azure://, r2://, hf://) and brings a shard to this machine; which shards, when and for whom is decided
+here, because litdata's own loader orders an epoch by the numbers of ranks and workers, leaves out clips to make the
+ranks equal, repeats some where these numbers change in mid-epoch, and counts what was loaded, not what was trained on.
+
+Here the order of an epoch depends on (seed, epoch) alone, as for files, and so does all that follows from it: equal
+shares of the ranks, a place from which any number of ranks and workers goes on, every evaluation clip once. A shuffle
+of all clips would want all shards at once; so the shuffled shards, one behind the other, are cut into as many lanes of
+equal length as `lanes` says, and the order takes one clip from each lane in turn. A rank then reads from a few shards
+at a time, and from other ones than the other ranks, if their number divides that of the lanes.
+"""
+
+import csv
+import hashlib
+import os
+import queue
+import re
+import tempfile
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vidtwin.data import ClipSettings
+from vidtwin.datamodules.clips import Video, VideoClips
+from vidtwin.errors import UserError
+from vidtwin.video import VideoInfo
+
+from .cached import CachedClips
+from .format import MANIFEST, TABLE, Items, Manifest, Shard, expect_shards
+
+_ATTEMPTS = 4
+# What does not change when it is asked again.
+_FINAL = re.compile(r"FileNotFound|NoSuch|\b40[34]\b|not found|credentials", re.IGNORECASE)
+_PAUSE = 1.0  # seconds before the second attempt; four times as long before each further one
+
+
+class RemoteShards:
+    """The shards of a split on this machine: where they are, or brought here when they are first asked for.
+
+    Args:
+        url: `OUT/<split>`: a folder, or an address that litdata knows ("local:FOLDER" copies from a mounted drive).
+        cache_dir: Where shards are kept that were brought here, by all processes of this machine.
+        limit: Bytes of this split to keep there; the shards that were not used for longest go first. None: all.
+        options: Of litdata's client for the storage: credentials, endpoint.
+    """
+
+    def __init__(
+        self, url: str, cache_dir: Path, limit: int | None = None, options: dict[str, Any] | None = None
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.limit = limit
+        self.options = options
+        self.remote = "://" in url or url.startswith("local:")
+        self._client: tuple[int, Any] | None = None  # process, and litdata's downloader in it
+        self._waiting: tuple[int, queue.SimpleQueue[Shard]] | None = None  # process, and what its thread is to fetch
+        if not self.remote:
+            self.folder = Path(url)
+            self.manifest = Manifest.read(self.folder / MANIFEST)
+            expect_shards(self.folder, self.manifest)
+            return
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir) as own:
+            self._fetch(MANIFEST, Path(own) / MANIFEST)
+            text = (Path(own) / MANIFEST).read_text(encoding="utf-8")
+        # Other shards under the same address are other files here.
+        self.folder = cache_dir / hashlib.sha256(f"{self.url}\n{text}".encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.manifest = Manifest.parse(text, f"{self.url}/{MANIFEST}")
+
+    def table(self) -> list[dict[str, str]]:
+        """What is known of each item without its shard."""
+        path = self.folder / TABLE
+        if self.remote and not path.exists():
+            with tempfile.TemporaryDirectory(dir=self.folder) as own:
+                self._fetch(TABLE, Path(own) / TABLE)
+                (Path(own) / TABLE).replace(path)
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def __call__(self, shard: Shard) -> Path:
+        """The file of a shard, which it waits for."""
+        path = self.folder / shard.file
+        if self.remote:
+            try:
+                os.utime(path)  # used just now
+                whole = path.stat().st_size == shard.bytes
+            except FileNotFoundError:
+                whole = False
+            if not whole:
+                self._ensure(shard, path)
+        return path
+
+    def prefetch(self, shard: Shard) -> None:
+        """Bring a shard here in the background."""
+        if not self.remote or (self.folder / shard.file).exists():
+            return
+        if self._waiting is None or self._waiting[0] != os.getpid():
+            self._waiting = os.getpid(), queue.SimpleQueue()
+            threading.Thread(target=self._download_expected, args=(self._waiting[1],), daemon=True).start()
+        self._waiting[1].put(shard)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_waiting": None, "_client": None}
+
+    def _download_expected(self, waiting: "queue.SimpleQueue[Shard]") -> None:
+        while True:
+            shard = waiting.get()
+            try:
+                self._ensure(shard, self.folder / shard.file)
+            except Exception:  # told by who needs the shard, and can't go on without it
+                continue
+
+    def _ensure(self, shard: Shard, path: Path) -> None:
+        from filelock import FileLock  # comes with torch
+
+        with FileLock(f"{path}.lock"):  # one process fetches, the others wait
+            if path.exists() and path.stat().st_size == shard.bytes:
+                return
+            partial = path.with_name(f".{path.name}.part")
+            self._fetch(shard.file, partial, shard)
+            partial.replace(path)
+        if self.limit is not None:
+            with FileLock(self.folder / ".limit.lock"):
+                self._keep_limit(self.limit, path)
+
+    def _fetch(self, file: str, target: Path, shard: Shard | None = None) -> None:
+        """Download a file, and compare it with what is known of a shard; `UserError` if that failed repeatedly."""
+        address = f"{self.url}/{file}"
+        reason = ""
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                time.sleep(_PAUSE * 4 ** (attempt - 1))
+            downloader = self._downloader()
+            try:
+                # By the storage's own client: the other one that litdata has knows no http:// and no forked processes.
+                with target.open("wb") as stream:
+                    downloader.download_fileobj(address, stream)
+                if not target.stat().st_size:  # a storage for which that does nothing
+                    target.unlink()  # or it would be taken for the file
+                    downloader.download_file(address, str(target))
+            except Exception as error:  # each storage has its own
+                reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+                if _FINAL.search(reason):
+                    break
+                continue
+            reason = _fault(target, shard)
+            if not reason:
+                return
+        target.unlink(missing_ok=True)
+        raise UserError(f"{address}: expected a file written by `vidtwin cache`, could not get it: {reason}")
+
+    def _downloader(self) -> Any:
+        if self._client is None or self._client[0] != os.getpid():  # connections don't survive a fork
+            self._client = os.getpid(), _downloader(self.url, self.options)
+        return self._client[1]
+
+    def _keep_limit(self, limit: int, newest: Path) -> None:
+        files = []
+        for entry in os.scandir(self.folder):
+            if entry.name.endswith(".bin"):
+                try:
+                    status = entry.stat()
+                except FileNotFoundError:
+                    continue
+                files.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= limit:
+                return
+            if path != newest:
+                path.unlink(missing_ok=True)  # who has mapped a clip of it keeps that
+                total -= size
+
+
+def _downloader(url: str, options: dict[str, Any] | None) -> Any:
+    try:
+        from litdata.streaming.downloader import get_downloader
+    except ImportError as error:
+        raise UserError(
+            f"Expected litdata to stream from {url}, it can't be imported ({error}); pip install 'vidtwin[stream]'."
+        ) from None
+    try:
+        return get_downloader(url, "", [], options)
+    except ModuleNotFoundError as error:  # the client of that storage
+        raise UserError(f"Expected litdata to know the storage of {url}: {error}") from None
+
+
+def _fault(path: Path, shard: Shard | None) -> str:
+    """What is wrong with a file that was brought here; nothing: the empty string."""
+    if not path.exists():
+        return "nothing came"
+    if shard is None:
+        return ""
+    size = path.stat().st_size
+    if size != shard.bytes:
+        return f"{size:,} bytes came in place of {shard.bytes:,}"
+    with path.open("rb") as file:
+        whole = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+    return "" if whole else "what came has another checksum"
+
+
+class InterleavedShuffle:
+    """The order of training clips that lie in shards.
+
+    Args:
+        shards: Number of the shard that holds the clip of each index, ascending.
+        lanes: How many shards are read from at a time.
+        seed: Of the order.
+    """
+
+    def __init__(self, shards: NDArray[np.int64], lanes: int, seed: int) -> None:
+        self.seed = seed
+        self.sizes = np.bincount(shards)
+        self.firsts = np.cumsum(self.sizes) - self.sizes
+        self.lanes = max(1, min(lanes, int(np.count_nonzero(self.sizes))))
+        self._following: tuple[int, dict[int, int]] = (-1, {})
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """All indices, each once."""
+        random, shards = self._shuffled(epoch)
+        stream = np.concatenate([self.firsts[s] + random.permutation(self.sizes[s]) for s in shards])
+        length = len(stream) // self.lanes
+        lanes = stream[: length * self.lanes].reshape(self.lanes, length)
+        return np.concatenate([lanes.T.ravel(), stream[length * self.lanes :]])
+
+    def following(self, epoch: int, shard: int) -> int | None:
+        """The shard that a lane goes on with after this one; None at the end."""
+        if self._following[0] != epoch:
+            shards = self._shuffled(epoch)[1].tolist()
+            self._following = epoch, dict(pairwise(shards))
+        return self._following[1].get(shard)
+
+    def _shuffled(self, epoch: int) -> tuple[np.random.Generator, NDArray[np.int64]]:
+        random = np.random.default_rng((self.seed, epoch))
+        return random, random.permutation(np.flatnonzero(self.sizes))
+
+
+class _Prefetcher:
+    """Has the shard that comes next brought here when one is begun."""
+
+    def __init__(self, shards: RemoteShards, lanes: InterleavedShuffle) -> None:
+        self.shards = shards
+        self.lanes = lanes
+        self._begun: set[tuple[int, int]] = set()
+
+    def __call__(self, epoch: int, number: int) -> None:
+        if (epoch, number) in self._begun:
+            return
+        self._begun = {(e, n) for e, n in self._begun if e >= epoch - 1} | {(epoch, number)}
+        manifest = self.shards.manifest
+        of_epoch = len(manifest.shards) // manifest.epochs
+        first = epoch % manifest.epochs * of_epoch
+        training = manifest.split == "train"
+        following = self.lanes.following(epoch, number - first) if training else number + 1
+        if following is not None and following < of_epoch:
+            self.shards.prefetch(manifest.shards[first + following])
+
+
+class StreamedClips(CachedClips):
+    """Decoded clips of shards that may lie elsewhere. Arguments as of `RemoteShards` and `InterleavedShuffle`."""
+
+    def __init__(self, shards: RemoteShards, lanes: int, seed: int) -> None:
+        self.shards = shards
+        self.manifest = shards.manifest
+        self.items = Items(self.manifest, shards)
+        self._identities = None
+        sizes = [shard.places for shard in self.manifest.shards[: len(self.manifest.shards) // self.manifest.epochs]]
+        self.lanes = InterleavedShuffle(np.repeat(np.arange(len(sizes)), sizes), lanes, seed)
+        self._prefetch = _Prefetcher(shards, self.lanes)
+
+    def clip(self, epoch: int, index: int) -> dict[str, Any]:
+        item = super().clip(epoch, index)
+        self._prefetch(epoch, self.items.shard_of(epoch % self.manifest.epochs * len(self) + index))
+        return item
+
+    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        return self.lanes.order(epoch)
+
+    def _rows(self) -> list[dict[str, str]]:
+        return self.shards.table()
+
+
+class StreamedVideoClips(VideoClips):
+    """Clips of video files in shards that may lie elsewhere: those that `VideoClips` takes of the files themselves.
+
+    Args:
+        shards: The shards.
+        lanes: How many shards are read from at a time.
+        places: Name of a video → place in the shards.
+        videos: The videos with their `info`; the path of each is its name.
+        settings: As of `VideoClips`.
+        split: As of `VideoClips`.
+    """
+
+    def __init__(
+        self,
+        shards: RemoteShards,
+        lanes: int,
+        places: dict[str, int],
+        videos: list[Video],
+        settings: ClipSettings,
+        split: str,
+    ) -> None:
+        super().__init__(videos, settings, split)
+        self.shards = shards
+        self.items = Items(shards.manifest, shards)
+        self.places = places
+        numbers = [self.items.shard_of(places[video.name]) for video in videos]
+        self.lanes = InterleavedShuffle(np.array(numbers, np.int64), lanes, self.seed)
+        self._prefetch = _Prefetcher(shards, self.lanes)
+
+    def clip(self, epoch: int, index: int) -> dict[str, Any]:
+        item = super().clip(epoch, index)
+        self._prefetch(epoch, self.items.shard_of(self.places[self.videos[self._place(index)[0]].name]))
+        return item
+
+    def _together(self, run: list[int]) -> list[dict[str, Any]] | None:
+        items = super()._together(run)
+        self._prefetch(0, self.items.shard_of(self.places[self.videos[self._place(run[-1])[0]].name]))
+        return items
+
+    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        return self.lanes.order(epoch)
+
+    def content(self, info: VideoInfo) -> bytes:
+        return self.items.video(self.places[str(info.path)])[0]

@@ -1,0 +1,190 @@
+"""The data interface: batches of clips, the settings that choose them, and what the core asks of a data module."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vidtwin.errors import UserError
+
+SPLITS = ("train", "val", "test")
+Rates = float | list[float] | None
+Skip = tuple[str, str] | tuple[str, str, bool]  # name, reason; False if the video is intact and ends before the clip
+
+
+class Clip(TypedDict, total=False):
+    """One clip of a dataset. One that cannot be read has `skipped` alone."""
+
+    clip: Tensor  # uint8 (T, H, W, 3)
+    label: int  # -1: none
+    name: str
+    start_frame: int  # frame of the file that is shown first
+    padded: int  # frames at the end that repeat the one before
+    skipped: list[Skip]  # videos that could not be read on the way to this clip
+
+
+class Batch(TypedDict):
+    """Clips on the device. With their names and start frames they identify what was measured."""
+
+    clip: Tensor  # float32 (B, 3, T, H, W) in [-1, 1]
+    label: Tensor  # int64 (B,)
+    name: list[str]
+    start_frame: Tensor  # int64 (B,)
+    padded: NotRequired[Tensor]  # int64 (B,)
+    indices: NotRequired[list[int]]  # from a chunk loader: the dataset's indices of these clips
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """Which clips to take of a video. All of them are options of each data module of clips (`--data.num_frames`).
+
+    Args:
+        num_frames: Frames per clip, T.
+        resolution: Side of the square picture in pixels.
+        fps: Frames per second of the clip; null takes every frame of the video. From a list, training draws a rate for
+            each clip among those that the video has, and evaluation takes the first. A video of a lower rate repeats
+            frames in training and is refused in evaluation.
+        seed: Seed of all random choices: order, start, crop, mirroring.
+        horizontal_flip: Mirror half of the training clips, if `augment`.
+        augment: Draw start, crop and mirroring of the training clips at random, differently in each epoch; false takes
+            the clip in the middle of each video, to overfit on purpose.
+        short_videos: Treatment of a video that ends before the clip does: "skip", or "loop", which starts it again.
+        eval_clips: Clips that evaluation takes of a video: the one in the "middle", or "all", one after the other from
+            the first frame on; two clips of a video differ in `start_frame`.
+        tail: Treatment of the frames left over at a video's end by "all": "drop" leaves them out, "pad" repeats the
+            last one until their clip is full, also for a video shorter than a clip, whatever `short_videos` says.
+    """
+
+    num_frames: int = 16
+    resolution: int = 224
+    fps: float | list[float] | None = 8.0
+    seed: int = 0
+    horizontal_flip: bool = True
+    augment: bool = True
+    short_videos: Literal["skip", "loop"] = "skip"
+    eval_clips: Literal["middle", "all"] = "middle"
+    tail: Literal["drop", "pad"] = "drop"
+
+    def __post_init__(self) -> None:
+        for key in ("num_frames", "resolution"):
+            if getattr(self, key) < 1:
+                raise UserError(f"Expected data.{key} of at least 1, got {getattr(self, key)}.")
+        rates, fps = self.rates, self.fps
+        if not rates or any(rate is not None and rate <= 0 for rate in rates) or (None in rates and len(rates) > 1):
+            raise UserError(f"Expected data.fps above 0, a list of such rates, or null for every frame, got {fps}.")
+        for key, first, second in (
+            ("short_videos", "skip", "loop"),
+            ("eval_clips", "middle", "all"),
+            ("tail", "drop", "pad"),
+        ):
+            if (value := getattr(self, key)) not in (first, second):
+                raise UserError(f"Expected data.{key} to be {first} or {second}, got {value!r}.")
+        if self.tail == "pad" and self.eval_clips == "middle":
+            raise UserError("Expected data.eval_clips: all with data.tail: pad, got middle, which has no tail.")
+
+    @property
+    def rates(self) -> list[float | None]:
+        """`fps` as a list."""
+        return list(self.fps) if isinstance(self.fps, Sequence) else [self.fps]
+
+    def draws(self, split: str) -> bool:
+        """Return whether each epoch of a split draws other clips."""
+        return split == "train" and self.augment
+
+    def takes_all(self, split: str) -> bool:
+        """Return whether a split has all clips of each video."""
+        return split != "train" and self.eval_clips == "all"
+
+    def pads(self, split: str) -> bool:
+        """Return whether a split fills up the last clip of each video."""
+        return self.takes_all(split) and self.tail == "pad"
+
+    def short_rule(self, split: str) -> str:
+        """Return how a split treats a video shorter than a clip: "skip", "loop" or "pad"."""
+        return "pad" if self.pads(split) else self.short_videos
+
+
+class NamedClips(Protocol):
+    """Evaluation clips, identified without decoding them."""
+
+    def __len__(self) -> int: ...
+
+    def identity(self, index: int) -> tuple[str, int]:
+        """Return a clip's video name and start frame."""
+        ...
+
+
+class ClipSource(ABC):
+    """Interface of data modules whose evaluation clips are fixed and known by name.
+
+    Training needs no more than a `LightningDataModule` whose batches are `Batch`es. Sweeps, results, the cache and the
+    sharing of unreadable videos between ranks need this interface.
+
+    Attributes:
+        settings: Settings of the clips.
+        eval_batch_size: Clips per batch and device in evaluation.
+        skipped: Split → name → reason of the videos that could not be used; grows as clips are read.
+    """
+
+    settings: ClipSettings
+    eval_batch_size: int
+    skipped: dict[str, dict[str, str]]
+
+    @property
+    def num_frames(self) -> int:
+        """Frames per clip."""
+        return self.settings.num_frames
+
+    @property
+    def resolution(self) -> int:
+        """Side of the square picture in pixels."""
+        return self.settings.resolution
+
+    @property
+    def eval_fps(self) -> float | None:
+        """Frames per second of evaluation clips; None: those of each video."""
+        return self.settings.rates[0]
+
+    @property
+    def eval_clips(self) -> Literal["middle", "all"]:
+        """Clips that evaluation takes of a video."""
+        return self.settings.eval_clips
+
+    @abstractmethod
+    def dataset(self, split: str) -> NamedClips:
+        """Return the clips of a split, created on first use; `UserError` if the data are unusable."""
+
+    @abstractmethod
+    def chunk_loader(
+        self, split: str, chunks: Sequence[Sequence[int]], device_type: str = "cpu", processes: int = 1
+    ) -> DataLoader[Any]:
+        """Load given evaluation clips without a trainer: one batch per list of indices, in their order."""
+
+    @abstractmethod
+    def protocol(self) -> dict[str, Any]:
+        """Describe the test clips: equal descriptions mean equal clips."""
+
+    @abstractmethod
+    def share_skipped(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Merge `skipped` of all ranks, at a point that all of them reach.
+
+        Args:
+            gather: A value of this rank → those of all ranks, in their order.
+
+        Raises:
+            UserError: On all ranks, if too many videos are broken.
+        """
+
+    @abstractmethod
+    def write_cache(
+        self,
+        out: Any,
+        splits: Sequence[str] = SPLITS,
+        epochs: int = 1,
+        format: Literal["clips", "videos"] = "clips",
+        verify: bool = False,
+    ) -> Sequence[Any]:
+        """Write the clips, or the video files, of some splits as shards → one printable summary per split."""

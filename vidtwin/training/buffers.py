@@ -1,0 +1,37 @@
+"""Running buffers: what forward passes change, as statistics of batch norms, codebooks and running means."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def running_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a checkpoint keeps, by name."""
+    kept = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Copy the running buffers of the first rank to all. All ranks must call it together."""
+    buffers = list(running_buffers(model).values())
+    for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
+        same = [buffer for buffer in buffers if buffer.dtype == dtype]
+        flat = torch.cat([buffer.flatten() for buffer in same])
+        dist.broadcast(flat, src=0)
+        for buffer, values in zip(same, flat.split([buffer.numel() for buffer in same]), strict=True):
+            buffer.copy_(values.view_as(buffer))
+
+
+def copy_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copy the running buffers, to undo a forward pass by `restore_buffers`."""
+    return {name: buffer.clone() for name, buffer in running_buffers(model).items()}
+
+
+@torch.no_grad()
+def restore_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Write copied values back, by name: some modules replace the tensor of a buffer in a forward pass."""
+    for name, buffer in running_buffers(model).items():
+        buffer.copy_(before[name])

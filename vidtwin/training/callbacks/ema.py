@@ -1,0 +1,166 @@
+"""Running average of a model's weights, which reconstructs better than the weights of the last step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from vidtwin import weights
+from vidtwin.errors import UserError
+from vidtwin.storage import checkpoints
+from vidtwin.training.sharding import like, local, placement_of
+
+if TYPE_CHECKING:
+    from vidtwin.training.task import AutoencoderTask
+
+
+class WeightAverage:
+    """Exponential moving average of the trainable parameters: after step n (from 1) a ← d·a + (1 − d)·w,
+
+        d = min(decay, (1 + n) / (10 + n)),
+
+    so that a short run, or the start of a long one, does not keep its initial values (the warm-up of TensorFlow's
+    ExponentialMovingAverage and of latent diffusion's). Buffers and frozen parameters are the model's own.
+
+    Args:
+        model: Gives the first values.
+        decay: d in the long run, in (0, 1); 0.999 looks back about 1,000 steps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise UserError(f"Expected model.ema_decay between 0 and 1, or null for no average, got {decay}.")
+        self.decay = decay
+        self.updates = 0
+        self.values = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Add the weights after a step to the average."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        current = dict(model.named_parameters())
+        average = get_ema_multi_avg_fn(decay)
+        ours = [local(value) for value in self.values.values()]
+        average(ours, [local(current[name].detach()) for name in self.values], self.updates)
+
+    @torch.no_grad()
+    def exchange(self, model: nn.Module) -> None:
+        """Swap the model's weights and the average; a second call swaps them back."""
+        current = dict(model.named_parameters())
+        for name, average in self.values.items():
+            kept = current[name].detach().clone()
+            current[name].copy_(average)
+            average.copy_(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return `{"updates": int, "values": {name: Tensor}}`; the decay is the config's."""
+        return {"updates": self.updates, "values": dict(self.values)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        values: dict[str, Tensor] = state["values"]
+        weights.check_fit(values, self.values, "The checkpoint's weight average")
+        for name, average in self.values.items():
+            average.copy_(like(values[name], average))
+        self.updates = state["updates"]
+
+
+class EMA(Callback):
+    """Average the autoencoder's weights over the steps, save the average, and evaluate with it.
+
+    `AutoencoderTask` brings it along, as its options `ema_decay` and `use_ema` want it. The average is in checkpoints
+    under `ema`, beside the weights themselves.
+
+    Args:
+        decay: Of `WeightAverage`; None keeps no average.
+        evaluate: Validate, test and predict with the averaged weights.
+
+    Attributes:
+        average: The average of the current training; None if there is none.
+    """
+
+    # Not Lightning's EMAWeightAveraging: it copies the whole task, loss included, which sharded weights do not stand;
+    # it stores the average as the model's weights, so that existing checkpoints could not resume; and it updates after
+    # a batch, when callbacks before it may have saved already.
+
+    def __init__(self, decay: float | None = None, evaluate: bool = False) -> None:
+        self.decay = decay
+        self.evaluate = evaluate
+        self.average: WeightAverage | None = None
+        self._to_load: dict[str, Any] | None = None
+        self._in_use = False  # the autoencoder has the averaged weights, and the average has its own
+
+    def setup(self, trainer: Trainer, pl_module: AutoencoderTask, stage: str) -> None:  # type: ignore[override]
+        if stage != "fit" and trainer.ckpt_path:
+            self.average = None  # of an earlier training; the task loads the average as weights if it is wanted
+
+    def on_fit_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+        if self.decay is None:
+            if self.evaluate:
+                raise UserError("Expected model.ema_decay (0.999 for one) if model.use_ema is set, got none.")
+            return
+        if trainer.ckpt_path and self._to_load is None:
+            rank_zero_warn("The checkpoint holds no average of the weights (ema): it starts from the weights.")
+        self.restore(pl_module, self._to_load)
+        self._to_load = None
+        # By the optimizer, so that the average is up to date before any callback saves at the end of the batch.
+        trainer.optimizers[0].register_step_post_hook(lambda *_: self._update(pl_module))
+
+    def restore(self, task: AutoencoderTask, state: dict[str, Any] | None) -> None:
+        """Begin a new average at the task's weights, or go on from `state`, the `ema` of a checkpoint."""
+        if self.decay is not None:
+            self.average = WeightAverage(task.autoencoder, self.decay)
+            if state is not None:
+                self.average.load_state_dict(state)
+
+    def _update(self, task: AutoencoderTask) -> None:
+        if self.average is not None:
+            self.average.update(task.autoencoder)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: AutoencoderTask, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        if trainer.state.fn == "fit":
+            self._to_load = checkpoint.get("ema")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: AutoencoderTask, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        if self.average is None:
+            return
+        checkpoint["ema"] = self.average.state_dict()
+        if self._in_use:  # saved in a validation, or after one that an error has ended
+            own, average = checkpoint["state_dict"], checkpoint["ema"]["values"]
+            for name, value in average.items():
+                key = f"{checkpoints.PREFIX}{name}"
+                own[key], average[name] = value, own[key]
+
+    def _put(self, trainer: Trainer, task: AutoencoderTask, averaged: bool) -> None:
+        """Have the averaged weights in the autoencoder, or its own.
+
+        Gathered weights are freed before: the average is sharded as the weights are.
+        """
+        placement_of(trainer).reshard(task.autoencoder)
+        if self.average is not None and self.evaluate and averaged != self._in_use:
+            self.average.exchange(task.autoencoder)
+            self._in_use = averaged
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+        self._put(trainer, pl_module, averaged=True)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+        self._put(trainer, pl_module, averaged=False)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+        self._put(trainer, pl_module, averaged=True)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+        self._put(trainer, pl_module, averaged=False)
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+        self._put(trainer, pl_module, averaged=True)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+        self._put(trainer, pl_module, averaged=False)

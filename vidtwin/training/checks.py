@@ -1,0 +1,55 @@
+"""Checks of a training's options against its model, its loss and its trainer, before anything is computed."""
+
+from collections.abc import Sequence
+
+from lightning.pytorch import Trainer
+from torch import nn
+
+from vidtwin.autoencoder import VideoAutoencoder
+from vidtwin.errors import UserError, suggestion
+from vidtwin.losses.autoencoder import AutoencoderLoss
+
+
+def freeze(autoencoder: nn.Module, parts: Sequence[str]) -> None:
+    """Exclude parts of an autoencoder from training; raise `UserError` for a name that is not one of its modules."""
+    for part in parts:
+        modules = dict(autoencoder.named_modules())
+        if part not in modules or not part:
+            children = [name for name in modules if name and name.count(".") < 2]
+            raise UserError(
+                f"Expected model.freeze to name modules of {type(autoencoder).__name__} "
+                f"({', '.join(name for name in children if '.' not in name)}), got {part!r}"
+                f"{suggestion(part, children)}"
+            )
+        modules[part].requires_grad_(False)
+
+
+def check_training(autoencoder: VideoAutoencoder, loss: AutoencoderLoss, trainer: Trainer) -> None:
+    """Raise `UserError` for a training that has nothing to train, or whose steps, precision or GAN cannot work."""
+    if not any(p.requires_grad for p in autoencoder.parameters()):
+        raise UserError(f"{type(autoencoder).__name__} has nothing to train; shorten model.freeze or run a test.")
+    if not getattr(trainer, "fast_dev_run", False):
+        _check_steps(loss, trainer.max_steps)
+    if str(trainer.precision) not in ("32-true", "bf16-mixed"):
+        raise UserError(
+            f"Expected trainer.precision bf16-mixed or 32-true, got {trainer.precision}: losses are in fp32, and the "
+            "one gradient scaler of 16-mixed cannot serve the two players of a GAN."
+        )
+    adaptive = loss.adaptive_weight and loss.adversarial_weight > 0
+    if loss.discriminator is not None and adaptive and not autoencoder.last_layer.requires_grad:
+        raise UserError(
+            "Expected a last layer that is trained for the adaptive GAN weight, got one that model.freeze names; "
+            "train it or set --model.loss.adaptive_weight false."
+        )
+
+
+def _check_steps(loss: AutoencoderLoss, max_steps: int) -> None:
+    if max_steps <= 0:
+        raise UserError(
+            f"Expected trainer.max_steps above 0, got {max_steps}: warm-up, GAN start and schedules count steps."
+        )
+    if loss.discriminator is not None and loss.adversarial_start >= max_steps:
+        raise UserError(
+            f"Expected a GAN that starts within the training, got adversarial_start={loss.adversarial_start} and "
+            f"trainer.max_steps={max_steps}; lower the first, or train without GAN by --model.loss.discriminator null."
+        )
