@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from vidtwin.apply.export_files import FILES, ONNX
 from vidtwin.apply.inputs import check_folder
 from vidtwin.apply.options import add_class_options, build, check_weights
 from vidtwin.errors import UserError
@@ -30,14 +31,6 @@ far the programs are from the model.
 
 Exit code: 0 all written and in agreement, 1 a program is not, 2 nothing was written.
 """
-MANIFEST, FAILED = "manifest.json", "failed"
-# All that an export of either format leaves: a manifest describes one export alone.
-FILES = (
-    MANIFEST,
-    *(f"{part}{suffix}" for part in ("encoder", "decoder") for suffix in (".pt2", ".onnx", ".onnx.data")),
-    FAILED,
-)
-ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass

@@ -12,20 +12,23 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from vidtwin import hub, weights
-from vidtwin.apply.export import FAILED, FILES, MANIFEST, ONNX, ExportOptions
+from vidtwin.apply.export_files import FAILED, FILES, MANIFEST, ONNX
 from vidtwin.apply.programs import CODES, DecoderProgram, EncoderProgram, Part, pruned, quiet, reason_of, traced
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.errors import UserError
 from vidtwin.files import write_text
 from vidtwin.posteriors import Latents
 from vidtwin.storage import checkpoints
+
+if TYPE_CHECKING:
+    from vidtwin.apply.export import ExportOptions
 
 FORMAT_VERSION = 1
 _SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
@@ -35,7 +38,7 @@ _CODES_THAT_MAY_DIFFER = 0.01  # rounding breaks ties between two entries of a c
 class Exporter:
     """Export encoder and decoder; see `ExportOptions`."""
 
-    def __init__(self, options: ExportOptions) -> None:
+    def __init__(self, options: "ExportOptions") -> None:
         self.ckpt_path, self.folder, self.use_ema = str(options.ckpt_path), Path(str(options.out)), options.use_ema
         self.formats = options.formats
         self.num_frames, self.resolution = options.num_frames, options.resolution

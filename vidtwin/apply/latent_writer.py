@@ -11,14 +11,13 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vidtwin.apply.encode import EncodeOptions
 from vidtwin.apply.inputs import Input
 from vidtwin.apply.latent_plan import cut, difference, finish, survey_inputs
 from vidtwin.apply.options import SessionOptions
@@ -48,6 +47,9 @@ from vidtwin.storage.latent_files import (
 )
 from vidtwin.video import COLOUR, RESIZE_FILTER
 
+if TYPE_CHECKING:
+    from vidtwin.apply.encode import EncodeOptions
+
 
 class _Waiting(NamedTuple):
     """A window that is to be encoded, of a piece of a shard."""
@@ -66,7 +68,7 @@ class LatentWriter:
         inputs: The videos.
     """
 
-    def __init__(self, options: EncodeOptions, session_options: SessionOptions, inputs: list[Input]) -> None:
+    def __init__(self, options: "EncodeOptions", session_options: SessionOptions, inputs: list[Input]) -> None:
         self.options = options
         self.session_options = session_options
         self.folder = Path(options.out)

@@ -30,7 +30,6 @@ _OWN = ("splits", "epochs", "format", "verify")
 def cache_command(argv: list[str]) -> int:
     """Write decoded clips, or video files, as shards: vidtwin cache OUT --config FILE"""
     from vidtwin.cli.parser import config_paths, read_config, resolve_short_names, user_errors, wants_help
-    from vidtwin.data import ClipSource
 
     argv = resolve_short_names(argv)
     others = set(read_config(config_paths(argv))) - {"data", "out", "config", *_OWN}  # other commands read them
@@ -39,6 +38,8 @@ def cache_command(argv: list[str]) -> int:
         raise UserError("Expected data to cache; give --data ucf101 --data.root PATH or a --config.")
     with user_errors():
         data = parser.instantiate(config).data
+    from vidtwin.data import ClipSource  # which imports torch
+
     if not isinstance(data, ClipSource):
         raise UserError(f"Expected a data module whose clips can be cached, got {type(data).__name__}.")
     for written in data.write_cache(config.out, config.splits, config.epochs, config.format, config.verify):
