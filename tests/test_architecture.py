@@ -130,7 +130,7 @@ def broken_rules(path: Path, root: Path) -> Iterator[str]:
         heavy = (*LIGHTNING, "torch", "torchvision", "torchmetrics")
         if part == "benchmark" and name not in ("", *WITH_TORCH) and entry.within(*heavy):
             yield report(entry, "4 says that tables and plots read JSON and CSV and import no torch")
-    if part not in LINKED:
+    if part not in LINKED and module != "vidtwin.cli.commands":  # whose table names the commands on data
         for entry in [*found, *named_plugins(path)]:
             if entry.within("vidtwin.baselines", "vidtwin.datamodules", *LINKED):
                 yield report(entry, "3 says that the core never names a plug-in (YAML and entry points do)")
@@ -228,7 +228,7 @@ def test_every_part_with_a_rule_is_read():
         ("vidtwin/training/task.py", "from ..datamodules.clips import ClipDataset", "rule 3 says"),
         ("vidtwin/training/task.py", "import datamodules", "rule 3 says"),
         (
-            "vidtwin/cli/new.py",
+            "vidtwin/training/new.py",
             'import_module("vidtwin.baselines.references")',
             ":1 imports vidtwin.baselines.references, but rule 3",
         ),

@@ -168,7 +168,7 @@ def test_an_empty_folder_is_filled(tmp_path):
         (["{folder}", "{out}", "--model=ivideogpt"], "Expected a folder with config.json"),
         (["{saved}", "{out}"], "which save_pretrained has written"),
         (["{cut}", "{out}"], "damaged or cut off"),
-        (["{pool}", "{out}", "--config", "absent.yaml"], "Expected the YAML of a training in absent.yaml"),
+        (["{pool}", "{out}", "--config", "absent.yaml"], "Expected a config at absent.yaml"),
     ],
 )
 def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(argv, message, tmp_path, capsys):

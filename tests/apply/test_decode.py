@@ -10,8 +10,8 @@ import pytest
 import torch
 from sweeping import Coded, checkpoint
 
-from vidtwin.apply.session import as_clip
 from vidtwin.cli import main
+from vidtwin.clips import as_clip
 from vidtwin.errors import UserError
 from vidtwin.storage.checkpoints import load_autoencoder
 from vidtwin.video import VideoWriter, iter_frames, survey, timed_frames, write_video

@@ -234,7 +234,7 @@ def test_a_model_of_any_size_wants_videos_of_one_size(place, tmp_path, capsys):
         (["--structure", "a.mp4", "--dynamic", "b.mp4"], "got --dynamic; did you mean 'dynamics'?"),
         (["--structure", "a.mp4", "--dynamics", "a.mp4"], "from two videos, got 1"),
         (["--structure", "a.mp4", "--structure", "b.mp4"], "--structure once"),
-        (["--structure", "a.mp4", "--dynamics"], "a video after --dynamics, got --out"),
+        (["--structure", "a.mp4", "--dynamics"], "a video after --dynamics, got none"),
         (["--structure", "a.mp4", "--dynamics", "missing.mp4"], "missing.mp4"),
         (["--structure", "a.mp4", "--dynamics", "text.mp4"], "text.mp4"),
         (["--structure", "a.mp4", "--dynamics", "other/.."], "one video for --dynamics"),

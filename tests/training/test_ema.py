@@ -6,7 +6,8 @@ from lightning.pytorch.callbacks import Callback
 from tiny import Clips, tiny_model, tiny_task, trainer
 from torch import nn
 
-from vidtwin.apply.session import Session, SessionOptions
+from vidtwin.apply.options import SessionOptions
+from vidtwin.apply.session import Session
 from vidtwin.errors import UserError
 from vidtwin.metrics.frames import psnr
 from vidtwin.storage import checkpoints

@@ -1,35 +1,40 @@
-"""Weights of other forms → a folder of `save_pretrained`.
+"""`vidtwin convert`: its options. The work is in converter.py, which imports torch."""
 
-Imported only when the command needs it, since it imports torch and lightning.
-"""
-
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import yaml
-from jsonargparse import Namespace
-
-from vidtwin import hub, plugins, weights
-from vidtwin.apply.command import make_parser
 from vidtwin.apply.inputs import check_folder
-from vidtwin.autoencoder import VideoAutoencoder
-from vidtwin.cli.training import option_value
-from vidtwin.errors import UserError, suggestion
-from vidtwin.storage import checkpoints
+from vidtwin.apply.options import check_weights
+from vidtwin.errors import UserError
 
-_GROUP = "vidtwin.autoencoders"
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+USAGE = "IN OUT [--model NAME] [options]"
+DESCRIPTION = """\
+Turn weights into the folder that from_pretrained and --ckpt_path take: config.json, model.safetensors, README.md.
+
+  vidtwin convert vidtwin_structure_7_7_8_dynamics_7_8.ckpt my_vidtwin
+  vidtwin convert ivideogpt-oxe-64-act-free my_tokenizer --model ivideogpt
+  vidtwin convert runs/vidtwin/checkpoints/last.ckpt my_vidtwin --use_ema
+
+IN is one of
+  a checkpoint of `vidtwin fit`: the class and its arguments stand in it. What is known of the training (steps, data,
+    loss) goes into config.json, from the checkpoint and from config.yaml beside its folder, or --config; of paths the
+    last part alone;
+  released weights: --model says of which class, by default vidtwin. Further options are the arguments of that class's
+    from_official, such as --num_heads of vidtwin: `vidtwin convert --model NAME --help` lists them.
+
+Exit code: 0 written, 2 not; then OUT is as it was.
+"""
+TAKES_UNKNOWN = True  # the names of the options that --model brings
 _DEFAULT = "vidtwin"
-_TRAINER = ("max_steps", "max_epochs", "precision", "devices", "num_nodes", "strategy", "accumulate_grad_batches")
 
 
-def run(argv: list[str], description: str) -> int:
-    """`vidtwin convert ARGV` → exit code."""
-    parser = make_parser("convert", "IN OUT [--model NAME] [options]", description)
+def add_options(parser: "ArgumentParser") -> None:
+    """Add the options of all classes."""
     parser.add_argument(
         "places", nargs="*", metavar="IN OUT", help="Weights (a file or a folder), the folder to write."
     )
@@ -37,143 +42,32 @@ def run(argv: list[str], description: str) -> int:
     parser.add_argument("--use_ema", type=bool, default=False, help="Take the averaged weights of a checkpoint.")
     parser.add_argument("--config", type=str | None, default=None, help="The config that a checkpoint was trained by.")
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace the weights that OUT holds.")
-    cls = _class(option_value(argv, "model") or _DEFAULT)
-    own = parser.add_method_arguments(cls, "from_official", skip={"path"}, fail_untyped=False)
-    given = {name: value for name in own if (value := option_value(argv, name)) is not None}
-    config = parser.parse_args(argv)
-    if len(config.places) != 2:
-        raise UserError(f"Expected `vidtwin convert IN OUT`, got {len(config.places)} of the two.")
-    source, out = map(Path, config.places)
-    _check_target(out, config.overwrite)
-    model = _converted(cls, source, config, {name: config[name] for name in own}, given)
-    with _folder(out) as stage:
-        model.save_pretrained(stage)
-    for line in summary(model):
-        sys.stdout.write(f"{line}\n")
-    sys.stdout.write(f"-> {out}\n")
+
+
+def add_more_options(parser: "ArgumentParser", options: "Namespace", wants_help: bool) -> None:
+    """Add the options of the class of weights, after refusing what can be refused without it."""
+    if wants_help and options.model is None:
+        return
+    if not wants_help:
+        if len(options.places) != 2:
+            raise UserError(f"Expected `vidtwin convert IN OUT`, got {len(options.places)} of the two.")
+        check_weights(options.places[0])
+        _check_target(Path(options.places[1]), options.overwrite)
+    from vidtwin.apply.converter import released_class
+
+    cls = released_class(options.model or _DEFAULT)
+    parser.add_method_arguments(cls, "from_official", skip={"path"}, fail_untyped=False)
+
+
+def run(options: "Namespace", unknown: Sequence[tuple[str, str]]) -> int:
+    """Run the command → exit code."""
+    from vidtwin.apply.converter import convert, released_class
+
+    cls = released_class(options.model or _DEFAULT)
+    names = inspect.signature(cls.from_official).parameters  # type: ignore[attr-defined]
+    arguments = {name: options[name] for name in names if name in options}
+    convert(options, cls, arguments, [name for name, _ in unknown])
     return 0
-
-
-def summary(model: VideoAutoencoder) -> list[str]:
-    """Class, parameters, rate and SHA-256 of the weights, a line each."""
-    side = model.resolution or -(-256 // model.spatial_multiple) * model.spatial_multiple
-    shape = (3, model.temporal.usual_length, side, side)
-    numbers = " + ".join(f"{name} {'x'.join(map(str, size))}" for name, size in model.latent_shapes(shape).items())
-    return [
-        f"{model.class_path}, {sum(p.numel() for p in model.parameters()):,} parameters",
-        f"{numbers}: {model.compression_rate(shape):.4%} of a clip of {shape[1]} frames of {side}x{side}",
-        f"SHA-256 of the weights: {weights.sha256(model.state_dict())}",
-    ]
-
-
-def training_record(
-    checkpoint: dict[str, Any], path: Path, average: bool, config: Path | None = None
-) -> dict[str, Any]:
-    """What a checkpoint of `fit`, and the config that it was trained by, say of the training, as plain values.
-
-    Args:
-        checkpoint: As it was read.
-        path: Where it lies.
-        average: Whether the averaged weights are taken.
-        config: The config; None takes config.yaml of the run's folder, if there is one.
-    """
-    found = {key: checkpoint[key] for key in ("epoch", "global_step") if isinstance(checkpoint.get(key), int)}
-    counts = checkpoint.get("training")
-    record = {"checkpoint": path.name, "weights": "average" if average else "last"} | found
-    record |= counts if isinstance(counts, dict) else {}
-    beside = path.resolve().parent.parent / "config.yaml"
-    source = config or (beside if beside.is_file() else None)
-    return record | (_settings(source, checkpoint, explicit=config is not None) if source else {})
-
-
-def _class(name: str) -> type[VideoAutoencoder]:
-    """The class of released weights by its short name or class path."""
-    path = plugins.resolve(name, _GROUP)
-    able = [short for short, cls in plugins.load_all(_GROUP).items() if callable(getattr(cls, "from_official", None))]
-    if "." not in path:
-        raise UserError(f"Expected --model {', '.join(able)} or a class path, got {name!r}{suggestion(name, able)}")
-    cls = plugins.class_of(path, VideoAutoencoder)
-    if not callable(getattr(cls, "from_official", None)):
-        raise UserError(
-            f"Expected a class with from_official ({', '.join(able)}), got {name}: it has no released weights."
-        )
-    return cls
-
-
-def _converted(
-    cls: type[VideoAutoencoder], path: Path, config: Namespace, arguments: dict[str, Any], given: dict[str, str]
-) -> VideoAutoencoder:
-    """The model of IN, with its `training_record`."""
-    if path.is_dir() and (path / hub.CONFIG).is_file() and _is_ours(path / hub.CONFIG):
-        raise UserError(f"Expected weights of another form, got {path}, which save_pretrained has written.")
-    if not path.exists():
-        weights.read(path)  # says what is there instead
-    checkpoint = None if path.is_dir() or path.suffix == ".safetensors" else weights.read(path, lazily=True)
-    if isinstance(checkpoint, dict) and "model_spec" in checkpoint:
-        options = [*given, *(["model"] if config.model else [])]
-        if options:
-            raise UserError(
-                f"Expected no --{options[0]} with {path}, a checkpoint of `vidtwin fit`: its class and arguments stand "
-                "in it."
-            )
-        model = checkpoints.load_autoencoder(path, config.use_ema)
-        checkpoints.check(path)
-        of_training = Path(config.config) if config.config else None
-        record = training_record(checkpoint, path, config.use_ema, of_training)
-        model.training_record = record
-        return model
-    for name in ("use_ema", "config"):
-        if config[name]:
-            raise UserError(
-                f"Expected --{name} with a checkpoint of `vidtwin fit` alone, got {path} without model_spec."
-            )
-    released: VideoAutoencoder = cls.from_official(path, **arguments)  # type: ignore[attr-defined]
-    released.training_record = {"released_weights": path.name}
-    return released
-
-
-def _is_ours(config: Path) -> bool:
-    try:
-        hub.read_config(config.parent, config.parent)
-    except UserError:
-        return False
-    return True
-
-
-def _settings(path: Path, checkpoint: dict[str, Any], explicit: bool) -> dict[str, Any]:
-    """Data, loss, optimizer and the like of a config of `fit`."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"Expected the YAML of a training in {path}, got: {' '.join(str(error).split())}.") from error
-    model = (content if isinstance(content, dict) else {}).get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("autoencoder"), dict):
-        raise UserError(f"Expected model.autoencoder in {path}, got none; give the --config of the training.")
-    ours, theirs = checkpoint["model_spec"]["class_path"], model["autoencoder"].get("class_path")
-    if plugins.resolve(str(theirs), _GROUP) != ours:
-        if explicit:
-            raise UserError(f"Expected the --config that {ours} was trained by, got one of {theirs}.")
-        return {}  # of another run, whose files lie side by side
-    data = content.get("data")
-    trainer = content.get("trainer")
-    settings = {name: value for name, value in model.items() if name != "autoencoder"}
-    if isinstance(data, dict):
-        settings["data"] = {"class_path": data.get("class_path"), **(data.get("init_args") or {})}
-    if isinstance(trainer, dict):
-        settings["trainer"] = {name: trainer[name] for name in _TRAINER if name in trainer}
-    public: dict[str, Any] = _without_paths(settings)
-    return public
-
-
-def _without_paths(value: Any) -> Any:
-    """Paths tell others nothing but how a disk is laid out: their last part stays."""
-    if isinstance(value, dict):
-        return {name: _without_paths(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(inner) for inner in value]
-    if isinstance(value, str) and ("/" in value or "\\" in value) and "://" not in value:
-        return value.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return value
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -182,6 +76,8 @@ def _check_target(out: Path, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise UserError(f"Expected OUT to be a folder, got the file {out}.")
+    from vidtwin import hub
+
     held = sorted(path.name for path in out.iterdir())
     if not held:
         return
@@ -191,20 +87,3 @@ def _check_target(out: Path, overwrite: bool) -> None:
         raise UserError(
             f"Expected OUT to be a new folder, got {out} with weights in it; give --overwrite to replace them."
         )
-
-
-@contextmanager
-def _folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` whose files become those of `out` if the block ends without an error."""
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as stage:
-        inner = Path(stage) / out.name  # with the rights that a new folder has
-        inner.mkdir()
-        yield inner
-        if not out.exists():
-            inner.rename(out)
-            return
-        (out / hub.CONFIG).unlink(missing_ok=True)  # from here to the last move it does not load
-        for name in (hub.WEIGHTS, hub.CARD, hub.CONFIG):
-            shutil.move(inner / name, out / name)

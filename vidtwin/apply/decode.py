@@ -1,9 +1,18 @@
 """`vidtwin decode`: latents on disk back to videos. Nothing heavy is imported at the top."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-_USAGE = "LATENTS --out DIR [--ckpt_path CHECKPOINT] [options]"
-_DESCRIPTION = """\
+from vidtwin.apply.inputs import check_folder
+from vidtwin.apply.options import SessionOptions, add_class_options, build, check_weights
+from vidtwin.errors import UserError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+USAGE = "LATENTS --out DIR [--ckpt_path CHECKPOINT] [options]"
+DESCRIPTION = """\
 Decode a folder of latents, as `vidtwin encode` writes it: each video becomes OUT/NAME.mp4.
 
   vidtwin decode latents --out decoded
@@ -35,21 +44,24 @@ class DecodeOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        from vidtwin.errors import UserError
-
         if self.batch_size < 1:
             raise UserError(f"Expected --batch_size of at least 1, got {self.batch_size}.")
         if self.overwrite and self.skip_existing:
             raise UserError("Expected --overwrite or --skip_existing, got both.")
 
 
-def decode_command(argv: list[str]) -> int:
-    """Decode latents on disk to videos: vidtwin decode LATENTS --out DIR"""
-    from vidtwin.apply.command import build, make_parser
-    from vidtwin.apply.latent_reader import LatentReader
-    from vidtwin.apply.session import SessionOptions
+def add_options(parser: "ArgumentParser") -> None:
+    """Add the options of the command and of the session."""
+    add_class_options(parser, DecodeOptions, SessionOptions)
+    parser.add_argument("latents", metavar="LATENTS", help="Folder that `vidtwin encode` has written.")
 
-    parser = make_parser("decode", _USAGE, _DESCRIPTION, DecodeOptions, SessionOptions)
-    parser.add_argument("latents", help="Folder that `vidtwin encode` has written.")
-    config = parser.parse_args(argv)
-    return LatentReader(config.latents, build(DecodeOptions, config), build(SessionOptions, config)).run()
+
+def run(options: "Namespace") -> int:
+    """Run the command → exit code."""
+    decode_options, session_options = build(DecodeOptions, options), build(SessionOptions, options)
+    if Path(options.latents).exists():
+        check_folder(decode_options.out)
+        check_weights(session_options.ckpt_path)
+    from vidtwin.apply.latent_reader import LatentReader
+
+    return LatentReader(options.latents, decode_options, session_options).run()

@@ -12,17 +12,37 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from vidtwin.apply.command import exit_code
 from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
-from vidtwin.apply.meters import Change, Likeness
-from vidtwin.apply.session import Session
+from vidtwin.apply.options import SessionOptions, add_class_options, build, check_weights, exit_code
 from vidtwin.apply.windows import BeforeDamage, Window, examine, windows
 from vidtwin.errors import UserError
 from vidtwin.files import replacing, write_text
-from vidtwin.video import Frames, VideoError, VideoWriter, panels
+from vidtwin.video import Frames, VideoError, VideoWriter
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from vidtwin.apply.session import Session
+    from vidtwin.video import panels
+
+USAGE = "IN [IN ...] --out DIR --ckpt_path PATH [options]"
+DESCRIPTION = """\
+Show what each latent of a model carries: the input, its reconstruction, and what is decoded of each latent alone.
+
+  vidtwin decouple a.mp4 videos/ --out decoupled --ckpt_path runs/vidtwin/checkpoints/last.ckpt
+
+IN are files, folders (all videos below them) or globs. For each video it writes DIR/NAME.mp4 (the views side by side,
+at the input's times and with its sound) and DIR/NAME.png (frames evenly over the video, a row a view). Then it prints,
+and writes to DIR/decouple.csv and DIR/decouple.json, for each view: PSNR and SSIM against the input, `change` (the mean
+absolute difference of consecutive frames, in steps of 1/255) and the latent's share of the numbers. Means of frames.
+docs/latents_apart.md says what they mean.
+
+Exit code: 0 all done, 1 a video failed or is damaged (a line on stderr says which and why), 2 nothing was made.
+"""
 
 INPUT, RECONSTRUCTION = "input", "reconstruction"
 FILES = ("decouple.csv", "decouple.json")
@@ -91,7 +111,7 @@ class Decouple:
         targets = [target(self.out, entry.name, suffix) for entry in self.entries for suffix in (".mp4", ".png")]
         check_targets([*targets, *(Path(self.out) / name for name in FILES)], self.entries, self.overwrite)
 
-    def run(self, session: Session) -> int:
+    def run(self, session: "Session") -> int:
         """Show and measure this process's share → exit code, the same for all processes."""
         for latent in session.model.latent_names:
             session.check_partial(latent)
@@ -110,8 +130,11 @@ class Decouple:
             session.say("\n".join(str(Path(self.out) / name) for name in FILES))
         return exit_code(len(done), sum(bool(video.note) for video in videos))
 
-    def _video(self, session: Session, entry: Input, size: int | None, bar: "tqdm[None]") -> Video:
+    def _video(self, session: "Session", entry: Input, size: int | None, bar: "tqdm[None]") -> Video:
         """Write a video's pictures and measure its views."""
+        from vidtwin.apply.meters import Change, Likeness
+        from vidtwin.video import panels
+
         result = Video(entry.name, str(entry.path))
         meters: dict[str, tuple[Likeness, Change]] = {}
         moments = panels.Moments(self.num_frames)
@@ -143,7 +166,7 @@ class Decouple:
         session.report(f"{entry.path} -> {path}")
         return result
 
-    def _views(self, session: Session, window: Window, result: Video) -> dict[str, Frames]:
+    def _views(self, session: "Session", window: Window, result: Video) -> dict[str, Frames]:
         """The real frames of each view of a window; what does not depend on the frames goes into `result`."""
         height, width = window.frames.shape[1:3]
         latents = session.encode([window.frames]).mode()
@@ -160,7 +183,7 @@ class Decouple:
                 result.views[name] = view
         return {name: frames[: window.num_frames] for name, frames in shown.items()}
 
-    def _write(self, session: Session, videos: list[Video], size: int | None) -> None:
+    def _write(self, session: "Session", videos: list[Video], size: int | None) -> None:
         done = [video for video in videos if video.num_frames]
         rows = io.StringIO(newline="")
         writer = csv.writer(rows, lineterminator="\n")
@@ -196,6 +219,8 @@ def write(writer: VideoWriter, frames: Frames, times: list[Fraction]) -> None:
 
 
 def write_png(path: Path, image: Frames) -> None:
+    from vidtwin.video import panels
+
     with replacing(path) as temporary:
         temporary.write_bytes(panels.png(image))
 
@@ -242,8 +267,10 @@ def aligned(rows: Sequence[tuple[str, ...]], left: int) -> str:
     return "\n".join(lines)
 
 
-def _still(moments: panels.Moments, video: Video) -> Frames:
+def _still(moments: "panels.Moments", video: Video) -> Frames:
     """A filmstrip with the measures below the names."""
+    from vidtwin.video import panels
+
     labelled = {}
     for name, frames in moments.stills().items():
         view = video.views[name]
@@ -251,3 +278,19 @@ def _still(moments: panels.Moments, video: Video) -> Frames:
         lines.append(f"change {view.change:.2f}" if view.change is not None else "")
         labelled["\n".join(filter(None, lines))] = frames
     return panels.filmstrip(labelled, moments.number)
+
+
+def add_options(parser: "ArgumentParser") -> None:
+    """Add the options of the session and of the command."""
+    add_class_options(parser, SessionOptions, Decouple)
+
+
+def run(options: "Namespace") -> int:
+    """Run the command → exit code."""
+    session_options = build(SessionOptions, options)
+    session_options.check()
+    work = build(Decouple, options)
+    check_weights(session_options.ckpt_path)
+    from vidtwin.apply.session import Session
+
+    return work.run(Session(session_options))

@@ -1,10 +1,17 @@
 """`vidtwin encode`: videos to latents on disk. Nothing heavy is imported at the top."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-_USAGE = "IN ... --out LATENTS --ckpt_path CHECKPOINT [options]"
-_DESCRIPTION = """\
+from vidtwin.apply.inputs import check_folder, find
+from vidtwin.apply.options import SessionOptions, add_class_options, build, check_weights
+from vidtwin.errors import UserError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+USAGE = "IN ... --out LATENTS --ckpt_path CHECKPOINT [options]"
+DESCRIPTION = """\
 Encode videos (files, folders, globs) to a folder of latents: a manifest and safetensors shards.
 
   vidtwin encode videos/ --out latents --ckpt_path runs/vidtwin/checkpoints/last.ckpt
@@ -49,19 +56,23 @@ class EncodeOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        from vidtwin.errors import UserError
-
         for name in ("clips_per_shard", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"Expected --{name} of at least 1, got {getattr(self, name)}.")
 
 
-def encode_command(argv: list[str]) -> int:
-    """Encode videos to latents on disk: vidtwin encode IN... --out LATENTS --ckpt_path last.ckpt"""
-    from vidtwin.apply.command import build, make_parser
-    from vidtwin.apply.latent_writer import LatentWriter
-    from vidtwin.apply.session import SessionOptions
+def add_options(parser: "ArgumentParser") -> None:
+    """Add the options of the command and of the session."""
+    add_class_options(parser, EncodeOptions, SessionOptions)
 
-    parser = make_parser("encode", _USAGE, _DESCRIPTION, EncodeOptions, SessionOptions)
-    config = parser.parse_args(argv)
-    return LatentWriter(build(EncodeOptions, config), build(SessionOptions, config)).run()
+
+def run(options: "Namespace") -> int:
+    """Run the command → exit code."""
+    encode_options, session_options = build(EncodeOptions, options), build(SessionOptions, options)
+    session_options.check()
+    check_folder(encode_options.out)
+    inputs = find(encode_options.inputs)
+    check_weights(session_options.ckpt_path)
+    from vidtwin.apply.latent_writer import LatentWriter
+
+    return LatentWriter(encode_options, session_options, inputs).run()

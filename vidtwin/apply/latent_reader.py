@@ -5,21 +5,23 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vidtwin.apply.command import exit_code
-from vidtwin.apply.decode import DecodeOptions
 from vidtwin.apply.inputs import Input, check_folder, check_targets, target
-from vidtwin.apply.session import Session, SessionOptions
+from vidtwin.apply.options import SessionOptions, exit_code
+from vidtwin.apply.session import Session
 from vidtwin.errors import UserError
 from vidtwin.files import no_room
 from vidtwin.posteriors import Latents
 from vidtwin.storage.latent_files import Manifest, Shard, StoredPiece, VideoEntry, shard_path, unpack_times
 from vidtwin.video import Frames, VideoWriter
+
+if TYPE_CHECKING:
+    from vidtwin.apply.decode import DecodeOptions
 
 
 class LatentReader:
@@ -31,7 +33,7 @@ class LatentReader:
         session_options: By which weights, and where; without a checkpoint, by those that the manifest names.
     """
 
-    def __init__(self, folder: str, options: DecodeOptions, session_options: SessionOptions) -> None:
+    def __init__(self, folder: str, options: "DecodeOptions", session_options: SessionOptions) -> None:
         self.folder = Path(folder)
         self.options = options
         self.manifest = Manifest.read(folder)

@@ -11,18 +11,18 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vidtwin.apply.encode import EncodeOptions
-from vidtwin.apply.inputs import check_folder, find
+from vidtwin.apply.inputs import Input
 from vidtwin.apply.latent_plan import cut, difference, finish, survey_inputs
+from vidtwin.apply.options import SessionOptions
 from vidtwin.apply.pieces import PieceReader
-from vidtwin.apply.session import Session, SessionOptions
+from vidtwin.apply.session import Session
 from vidtwin.apply.windows import Window
 from vidtwin.distributed import locked
 from vidtwin.errors import UserError
@@ -47,6 +47,9 @@ from vidtwin.storage.latent_files import (
 )
 from vidtwin.video import COLOUR, RESIZE_FILTER
 
+if TYPE_CHECKING:
+    from vidtwin.apply.encode import EncodeOptions
+
 
 class _Waiting(NamedTuple):
     """A window that is to be encoded, of a piece of a shard."""
@@ -62,15 +65,14 @@ class LatentWriter:
     Args:
         options: What is encoded, and how it is written.
         session_options: By which weights, and where.
+        inputs: The videos.
     """
 
-    def __init__(self, options: EncodeOptions, session_options: SessionOptions) -> None:
+    def __init__(self, options: "EncodeOptions", session_options: SessionOptions, inputs: list[Input]) -> None:
         self.options = options
         self.session_options = session_options
         self.folder = Path(options.out)
-        session_options.check()
-        check_folder(self.folder)
-        self.inputs = find(options.inputs)
+        self.inputs = inputs
         self.session = Session(session_options)
         self.side = self.session.size(options.size)
 

@@ -1,6 +1,6 @@
 """`vidtwin reconstruct`: videos of any length through an autoencoder and back, frame by frame those of the input.
 
-Imported only when the command needs it, since it imports torch and lightning.
+Heavy imports stand in functions: `--help` and refusals answer without torch.
 """
 
 import csv
@@ -8,20 +8,40 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from vidtwin.apply.command import exit_code
 from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
-from vidtwin.apply.meters import Likeness
-from vidtwin.apply.session import Session
+from vidtwin.apply.options import SessionOptions, add_class_options, build, check_weights, exit_code
 from vidtwin.apply.tiling import in_tiles
 from vidtwin.apply.windows import BeforeDamage, Window, examine, windows
 from vidtwin.errors import UserError
 from vidtwin.files import exclusive, no_room, write_text
-from vidtwin.video import Frames, VideoError, VideoWriter, panels
+from vidtwin.video import Frames, VideoError, VideoWriter
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from vidtwin.apply.session import Session
+
+USAGE = "IN [IN ...] --ckpt_path PATH [options]"
+DESCRIPTION = """\
+Reconstruct videos of any length, size and frame rate: as many frames, at the same times, with the sound.
+
+  vidtwin reconstruct a.mp4 b.mp4 --ckpt_path runs/vidtwin/checkpoints/last.ckpt --side_by_side
+  vidtwin reconstruct 'videos/**/*.mp4' --ckpt_path last.ckpt --out full_size --tile
+  vidtwin reconstruct videos/ --ckpt_path last.ckpt --only structure --accelerator cuda --devices 4
+
+IN are files, folders (all videos below them) or globs. A video goes through in windows of the model's length, one after
+the other, in constant memory; the last one is filled up by repeating the last frame, and cut again. The picture is
+cropped to a square and resized to the model's resolution, or goes through whole: where the model takes any size, or
+by --tile. PSNR and SSIM are printed for each video, means over its frames of 8-bit pictures, against what the model was
+given; they stand in OUT/reconstructions.csv too.
+
+Exit code: 0 all done, 1 a video failed or is damaged (a line on stderr says which and why; what comes before the damage
+is reconstructed), 2 nothing was made.
+"""
 TABLE = "reconstructions.csv"
 _COLUMNS = ("input", "output", "frames", "psnr", "ssim", "note")
 
@@ -102,7 +122,7 @@ class Reconstruct:
             self.inputs = [entry for entry in self.inputs if not self._target(entry).exists()]
         check_targets(map(self._target, self.inputs), self.inputs, overwrite)
 
-    def run(self, session: Session) -> int:
+    def run(self, session: "Session") -> int:
         """Reconstruct this process's share → exit code, the same for all processes."""
         self._check(session)
         mine = self.inputs[session.rank :: session.world_size]
@@ -120,7 +140,7 @@ class Reconstruct:
         whole = sum(row.frames > 0 for row in everything)
         return exit_code(whole, sum(bool(row.note) for row in everything))
 
-    def _check(self, session: Session) -> None:
+    def _check(self, session: "Session") -> None:
         model = session.model
         if self.only is not None:
             session.check_partial(self.only)
@@ -132,9 +152,11 @@ class Reconstruct:
         if self.tile_size is not None and (self.tile_size < 1 or self.tile_size % model.spatial_multiple):
             raise UserError(f"Expected --tile_size a multiple of {model.spatial_multiple}, got {self.tile_size}.")
 
-    def _one(self, session: Session, entry: Input, bar: "tqdm[None]") -> Done:
+    def _one(self, session: "Session", entry: Input, bar: "tqdm[None]") -> Done:
         path = self._target(entry)
         done = Done(str(entry.path), str(path), 0, None, None)
+        from vidtwin.apply.meters import Likeness
+
         likeness = Likeness()
         size = None if self.tile else session.size(self.size)
         try:
@@ -162,7 +184,7 @@ class Reconstruct:
     def _title(self) -> str:
         return f"{self.only} only" if self.only else "reconstruction"
 
-    def _shown(self, session: Session, parts: Iterable[Window]) -> Iterator[tuple[Window, dict[str, Frames]]]:
+    def _shown(self, session: "Session", parts: Iterable[Window]) -> Iterator[tuple[Window, dict[str, Frames]]]:
         """Windows with the real frames of their views."""
         waiting: list[Window] = []
         for window in parts:
@@ -173,7 +195,7 @@ class Reconstruct:
         if waiting:
             yield from self._batch(session, waiting)
 
-    def _batch(self, session: Session, some: list[Window]) -> Iterator[tuple[Window, dict[str, Frames]]]:
+    def _batch(self, session: "Session", some: list[Window]) -> Iterator[tuple[Window, dict[str, Frames]]]:
         def run(clips: list[Frames]) -> dict[str, list[Frames]]:
             return session.views(clips, self.only, partial=self.side_by_side)
 
@@ -188,6 +210,8 @@ class Reconstruct:
             yield window, {name: clip[: window.num_frames] for name, clip in shown.items()}
 
     def _joined(self, real: Frames, shown: dict[str, Frames]) -> Frames:
+        from vidtwin.video import panels
+
         if self.side_by_side:
             shown = {"input": real, **shown}
         if self.error_map:
@@ -221,3 +245,19 @@ def _frames_of(inputs: list[Input]) -> int:
         except VideoError:  # told when it is its turn
             continue
     return total
+
+
+def add_options(parser: "ArgumentParser") -> None:
+    """Add the options of the session and of the command."""
+    add_class_options(parser, SessionOptions, Reconstruct)
+
+
+def run(options: "Namespace") -> int:
+    """Run the command → exit code."""
+    session_options = build(SessionOptions, options)
+    session_options.check()
+    work = build(Reconstruct, options)
+    check_weights(session_options.ckpt_path)
+    from vidtwin.apply.session import Session
+
+    return work.run(Session(session_options))

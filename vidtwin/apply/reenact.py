@@ -5,26 +5,49 @@ reconstruction is (0, 0), B's is (1, 1), the crossings are (0, 1) and (1, 0).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from vidtwin.apply.command import exit_code
 from vidtwin.apply.decouple import aligned, check_counts, number, write, write_png
 from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
-from vidtwin.apply.meters import Change, Likeness
-from vidtwin.apply.session import Session
+from vidtwin.apply.options import SessionOptions, add_class_options, build, check_weights, exit_code
 from vidtwin.apply.windows import BeforeDamage, Window, examine, windows
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, suggestion
 from vidtwin.files import write_text
-from vidtwin.posteriors import Encoding, Latents, Quantized
-from vidtwin.video import Frames, VideoWriter, panels
+from vidtwin.video import Frames, VideoWriter
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from vidtwin.apply.session import Session
+    from vidtwin.posteriors import Encoding, Latents
+
+USAGE = "--LATENT VIDEO --LATENT VIDEO --out DIR --ckpt_path PATH [options]"
+DESCRIPTION = """\
+Decode one video's latent with another video's: re-enactment (VidTwin, appendix A.3).
+
+  vidtwin reenact --structure a.mp4 --dynamics b.mp4 --out crossed --ckpt_path runs/vidtwin/checkpoints/last.ckpt
+  vidtwin reenact --content a.mp4 --motion b.mp4 --out crossed --ckpt_path runs/cmd/checkpoints/last.ckpt
+
+Each latent of the checkpoint's model is an option that names the video it is taken from; two videos in all. They go
+through window by window, frame k beside frame k, up to the end of the shorter one. It writes to DIR
+
+  A_structure__B_dynamics.mp4            both crossings, at the times and with the sound of the video that gives the
+  B_structure__A_dynamics.mp4            model's last latent
+  grid.mp4, grid.png                     both inputs, their reconstructions and the crossings
+  interpolation.mp4, interpolation.png   from A's latents to B's in --steps columns: all of them, and each one alone
+  reenact.json                           PSNR and SSIM of each against A and B, and its change, as printed
+
+Exit code: 0 done, 1 a video is damaged (what comes before the damage was used), 2 nothing was made.
+"""
 
 Blend = tuple[float, ...]  # one number for each of the model's latents
 
+TAKES_UNKNOWN = True  # each latent of the model is an option
 _NAME_LENGTH = 28  # of a video in pictures, in characters
 
 
@@ -99,7 +122,7 @@ class Reenact:
                 raise UserError(f"Expected two videos of different names, got {' and '.join(map(str, paths))}.")
         return videos
 
-    def run(self, session: Session, videos: Mapping[str, Input]) -> int:
+    def run(self, session: "Session", videos: Mapping[str, Input]) -> int:
         """Write and measure → exit code. `videos` are as `find` gives them, all of the model's latents."""
         if session.world_size > 1:
             raise UserError(f"Expected one device for one pair of videos, got {session.world_size}; leave --devices.")
@@ -130,7 +153,9 @@ class Reenact:
 class _Crossing:
     """The work on one pair: pictures and measures."""
 
-    def __init__(self, options: Reenact, session: Session, pair: Pair) -> None:
+    def __init__(self, options: Reenact, session: "Session", pair: Pair) -> None:
+        from vidtwin.apply.meters import Change, Likeness
+
         self.options, self.session, self.pair = options, session, pair
         self.names = names = pair.latents
         self.crossings = (pair.asked, tuple(1.0 - share for share in pair.asked))
@@ -151,6 +176,8 @@ class _Crossing:
 
     def write(self) -> list[str]:
         """Write all pictures → lines about what is missing."""
+        from vidtwin.video import panels
+
         options, session = self.options, self.session
         size = session.size(options.size)
         paths = [video.path for video in self.pair.videos]
@@ -197,6 +224,8 @@ class _Crossing:
 
     def _window(self, pair: tuple[Window, ...]) -> tuple[dict[Blend, Frames], list[Frames]]:
         """All blends and both inputs, as many frames of them as both videos have in this window."""
+        from vidtwin.posteriors import Quantized
+
         shapes = [window.frames.shape[1:3] for window in pair]
         if shapes[0] != shapes[1]:
             first, second = (f"{width}x{height}" for height, width in shapes)
@@ -228,11 +257,15 @@ class _Crossing:
         return shown | {self.labels[blend]: decoded[blend] for blend in self.crossings}
 
     def _grid(self, decoded: dict[Blend, Frames], inputs: list[Frames]) -> Frames:
+        from vidtwin.video import panels
+
         rows = [dict(zip(("input A", "input B"), inputs, strict=True))]
         rows += [{self.labels[blend]: decoded[blend] for blend in pair} for pair in (self.ends, self.crossings)]
         return panels.grid(rows, self._caption())
 
     def _interpolation(self, decoded: dict[Blend, Frames]) -> Frames:
+        from vidtwin.video import panels
+
         rows = []
         for name, blends in self.rows.items():
             titles = [f"{name}: {100 * max(blend):.4g}% B" for blend in blends]
@@ -280,7 +313,7 @@ class _Crossing:
         }
 
 
-def blended(encodings: list[Encoding], blend: Blend) -> Latents:
+def blended(encodings: "list[Encoding]", blend: Blend) -> "Latents":
     """For each latent (1 − share) · A's + share · B's, of the posteriors' modes (a Gaussian's mean)."""
     first, second = (encoding.mode() for encoding in encodings)
     latents = {}
@@ -302,3 +335,34 @@ def _short(name: str) -> str:
         return name
     half = _NAME_LENGTH // 2 - 1
     return f"{name[:half]}…{name[-half:]}"
+
+
+def add_options(parser: "ArgumentParser") -> None:
+    """Add the options of the session and of the command; those of the latents are known with the checkpoint."""
+    add_class_options(parser, SessionOptions, Reenact)
+
+
+def run(options: "Namespace", unknown: Sequence[tuple[str, str]] = ()) -> int:
+    """Run the command → exit code. `unknown` options name latents, and their values the videos that give them."""
+    videos: dict[str, str] = {}
+    for name, video in unknown:
+        if not video:
+            raise UserError(f"Expected a video after --{name}, got none.")
+        if name in videos:
+            raise UserError(f"Expected --{name} once, got it twice.")
+        videos[name] = video
+    session_options = build(SessionOptions, options)
+    session_options.check()
+    work = build(Reenact, options)
+    entries = work.find(videos)
+    check_weights(session_options.ckpt_path)
+    from vidtwin.apply.session import Session
+
+    session = Session(session_options)
+    names = session.model.latent_names
+    if strangers := [name for name in videos if name not in names]:
+        wanted = " ".join(f"--{name} VIDEO" for name in names)
+        known = [*names, *(each.name for cls in (SessionOptions, Reenact) for each in fields(cls))]
+        near = suggestion(strangers[0], known)
+        raise UserError(f"Expected {wanted} for {type(session.model).__name__}, got --{strangers[0]}{near}")
+    return work.run(session, entries)

@@ -5,7 +5,6 @@ Imported only when a command needs it, since it imports torch and lightning.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +13,10 @@ import torch
 from tqdm import tqdm
 
 from vidtwin import weights
+from vidtwin.apply.options import SessionOptions
 from vidtwin.autoencoder import VideoAutoencoder
-from vidtwin.cli import model_config
 from vidtwin.clips import as_clip
-from vidtwin.distributed import Precision, forward_context, launch
+from vidtwin.distributed import forward_context, launch
 from vidtwin.errors import UserError
 from vidtwin.posteriors import Encoding, Latents
 from vidtwin.storage import checkpoints
@@ -25,35 +24,6 @@ from vidtwin.video import Frames
 from vidtwin.video.panels import to_uint8
 
 T = TypeVar("T")
-
-
-@dataclass
-class SessionOptions:
-    """Which weights, and where they run.
-
-    Args:
-        ckpt_path: Trained weights: a checkpoint of `vidtwin fit`, a folder that `save_pretrained` or `vidtwin convert`
-            wrote, or hf://OWNER/NAME.
-        config: Config of `fit` whose autoencoder takes the weights; by default the one that they were saved with.
-        use_ema: Take the averaged weights of a checkpoint.
-        accelerator: Where to run, as in Lightning: auto, cpu, cuda, ….
-        devices: How many devices, or which; each is a process that takes its share of the work.
-        num_nodes: Machines, each with so many devices.
-        precision: Of the model.
-    """
-
-    ckpt_path: str | None = None
-    config: str | None = None
-    use_ema: bool = False
-    accelerator: str = "auto"
-    devices: int | list[int] | str = 1
-    num_nodes: int = 1
-    precision: Precision = "32-true"
-
-    def check(self) -> None:
-        """Raise `UserError` where no weights are named: before anything else is looked at."""
-        if not self.ckpt_path:
-            raise UserError("Expected trained weights, got none; give --ckpt_path PATH.")
 
 
 class Session:
@@ -187,10 +157,12 @@ def _load(options: SessionOptions) -> VideoAutoencoder:
     path = str(options.ckpt_path)
     if options.config is None:
         return checkpoints.load_autoencoder(path, options.use_ema)
-    parser, parsed = model_config.parse([options.config])
+    if options.read_model is None:
+        raise UserError(f"Expected no config, got {options.config}: only the command line reads them.")
+    spec, build = options.read_model(options.config)
     stored = checkpoints.read(path, lazily=True).get("model_spec")
-    for line in checkpoints.differences(model_config.spec(parsed), stored) if stored else []:
+    for line in checkpoints.differences(spec, stored) if stored else []:
         sys.stderr.write(f"vidtwin: {path} differs from the config, which wins: {line}\n")
-    model = model_config.build(parser, parsed)
+    model = build()
     checkpoints.load_weights(model, path, options.use_ema)
     return model.eval()

@@ -9,15 +9,13 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import yaml
 from jsonargparse import ActionConfigFile, Namespace
 from lightning import LightningDataModule
 
 from vidtwin.benchmark.sweep import Entry, ModelConfig, Sweep
 from vidtwin.cli import model_config
-from vidtwin.cli.training import Parser, option_value, resolve_short_names, user_errors
+from vidtwin.cli.parser import Parser, config_paths, option_value, read_config, resolve_short_names, user_errors
 from vidtwin.errors import UserError
 from vidtwin.storage import checkpoints
 
@@ -55,18 +53,13 @@ def run(argv: list[str]) -> int:
     argv = resolve_short_names(argv)
     if not several:
         argv = [*_model_of_checkpoint(argv), *_rename(argv)]
-    parser = _sweep_parser() if several else _model_parser(_configs_of(argv))
-    try:
-        config = parser.parse_args(argv)
-    except SystemExit as end:  # --help and --print_config
-        if end.code:
-            raise
-        return 0
+    parser = _sweep_parser() if several else _model_parser(config_paths(argv))
+    config = parser.parse_args(argv)
     return (_sweep(parser, config, argv) if several else _sweep_of_one(parser, config, argv)).run()
 
 
 def _sweep(parser: Parser, config: Namespace, argv: list[str]) -> Sweep:
-    folders = [path.resolve().parent for path in _configs_of(argv)]
+    folders = [path.resolve().parent for path in config_paths(argv)]
     with user_errors():
         arguments = parser.instantiate(config).as_dict()
         arguments.pop("config", None)
@@ -81,7 +74,7 @@ def _sweep_of_one(parser: Parser, config: Namespace, argv: list[str]) -> Sweep:
         raise UserError("Expected an autoencoder to test, got none; give --ckpt_path FILE.")
     model = Namespace(model=Namespace(autoencoder=parsed))
     given = ModelConfig(model_config.spec(model), lambda: model_config.build(parser, model))
-    chosen = bool(_configs_of(argv)) or any(word.startswith("--model.autoencoder") for word in argv[1:])
+    chosen = bool(config_paths(argv)) or any(word.startswith("--model.autoencoder") for word in argv[1:])
     name = config.name or given.spec["class_path"].rpartition(".")[2]
     entry = Entry(name, ["the command line"] if chosen else None, config.ckpt_path)
     own = Namespace({key: config[key] for key in _sweep_options()})
@@ -100,7 +93,7 @@ def _sweep_parser() -> Parser:
 def _model_parser(configs: Sequence[Path]) -> Parser:
     parser = _parser()
     parser.add_class_arguments(Sweep, fail_untyped=False, sub_configs=True, skip={"autoencoders", "data", *_INTERNAL})
-    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
+    parser.add_subclass_arguments(LightningDataModule, "data", as_group=False, fail_untyped=False, required=False)
     parser.add_argument("--ckpt_path", type=str, help="Trained weights; without them the row is marked as untrained.")
     parser.add_argument("--name", type=str, help="Name of the row (default: the autoencoder's class).")
     own = [*_sweep_options(), "ckpt_path", "name"]
@@ -115,7 +108,6 @@ def _parser() -> Parser:
         prog="vidtwin test",
         usage="vidtwin test [--config FILE ...] [--OPTION VALUE ...]",
         description=_DESCRIPTION,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -142,7 +134,7 @@ def _model_of_checkpoint(argv: list[str]) -> list[str]:
 
 def _rename(argv: list[str]) -> list[str]:
     """Rename options of `fit` that measuring has too; `UserError` names those that serve instead of the others."""
-    renamed = [f"--perceptual_backbones.vgg={path}" for path in _backbones(_configs_of(argv))]
+    renamed = [f"--perceptual_backbones.vgg={path}" for path in _backbones(config_paths(argv))]
     for before, word in zip(["", *argv], argv, strict=False):
         option, equals, value = word.partition("=")
         if before == "--model.use_ema":
@@ -166,35 +158,13 @@ def _rename(argv: list[str]) -> list[str]:
 
 def _backbones(configs: Sequence[Path]) -> list[str]:
     """Return the existing VGG-16 files that the losses of configs name."""
-    found = []
-    for path in configs:
-        loss = ((_content(path).get("model") or {}).get("loss")) or {}
-        arguments = (loss.get("init_args") or {}) if isinstance(loss, dict) else {}
-        found.append(arguments.get("perceptual_backbone"))
-    return [path for path in found if path and Path(path).is_file()]
-
-
-def _configs_of(argv: list[str]) -> list[Path]:
-    """Return the files given by --config, in their order."""
-    paths = [
-        option_value(argv[index : index + 2], "config")
-        for index, word in enumerate(argv)
-        if word.partition("=")[0] == "--config"
-    ]
-    return [Path(path) for path in paths if path]
+    loss = (read_config(configs).get("model") or {}).get("loss")
+    path = (loss.get("init_args") or {}).get("perceptual_backbone") if isinstance(loss, dict) else None
+    return [path] if path and Path(path).is_file() else []
 
 
 def _is_sweep(argv: list[str]) -> bool:
     """Return whether the arguments, or one of their configs, have a list of autoencoders."""
     if any(word.partition("=")[0].rstrip("+") == "--autoencoders" for word in argv):
         return True
-    return any("autoencoders" in _content(path) for path in _configs_of(argv))
-
-
-def _content(path: Path) -> dict[str, Any]:
-    """Read a config; {} if it is missing or broken, which the parser reports."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return "autoencoders" in read_config(config_paths(argv))

@@ -5,13 +5,12 @@ Nothing heavy is imported at the top: `vidtwin --help` reads the docstring of th
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidtwin.errors import UserError
 
 if TYPE_CHECKING:
-    from lightning.pytorch.cli import LightningArgumentParser
+    from vidtwin.cli.parser import Parser
 
 _DESCRIPTION = """\
 Write the clips of a data module as shards, so that trainings read them instead of decoding videos.
@@ -25,22 +24,22 @@ A shard appears when it is whole. After a kill the same command makes those that
 --format videos: the files as they are, for --data streamed, which decodes them.
 """
 _SPLITS = ["train", "val", "test"]
+_OWN = ("splits", "epochs", "format", "verify")
 
 
 def cache_command(argv: list[str]) -> int:
     """Write decoded clips, or video files, as shards: vidtwin cache OUT --config FILE"""
-    from vidtwin.cli.training import resolve_short_names, user_errors
-    from vidtwin.data import ClipSource
+    from vidtwin.cli.parser import config_paths, read_config, resolve_short_names, user_errors, wants_help
 
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # class paths of files in the current folder
     argv = resolve_short_names(argv)
-    parser = _parser(_other_keys(argv))
-    config = parser.parse_args(argv)
+    others = set(read_config(config_paths(argv))) - {"data", "out", "config", *_OWN}  # other commands read them
+    config = (parser := _parser(sorted(others), light=wants_help(argv))).parse_args(argv)
     if config.get("data") is None:
         raise UserError("Expected data to cache; give --data ucf101 --data.root PATH or a --config.")
     with user_errors():
         data = parser.instantiate(config).data
+    from vidtwin.data import ClipSource  # which imports torch
+
     if not isinstance(data, ClipSource):
         raise UserError(f"Expected a data module whose clips can be cached, got {type(data).__name__}.")
     for written in data.write_cache(config.out, config.splits, config.epochs, config.format, config.verify):
@@ -50,29 +49,28 @@ def cache_command(argv: list[str]) -> int:
     return 0
 
 
-def _parser(ignored: list[str]) -> "LightningArgumentParser":
+def _parser(ignored: list[str], light: bool) -> "Parser":
     from jsonargparse import ActionConfigFile
-    from lightning.pytorch import LightningDataModule
 
-    from vidtwin.cli.training import Parser
+    from vidtwin.cli.parser import Parser
 
     parser = Parser(
         prog="vidtwin cache",
         usage="vidtwin cache OUT (--config FILE | --data NAME --data.OPTION VALUE ...) [options]",
         description=_DESCRIPTION,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", help="Folder; each split gets a folder in it.")
     parser.add_argument("--config", action=ActionConfigFile, help="Config as for fit, of which only `data` counts.")
-    parser.add_subclass_arguments(
-        LightningDataModule,
-        "data",
-        as_group=False,
-        fail_untyped=False,
-        required=False,
-        help="The data module, by its short name or class path; its arguments are --data.NAME VALUE.",
-    )
+    shown = "The data module, by its short name or class path; its arguments are --data.NAME VALUE."
+    if light:  # help needs no Lightning
+        parser.add_argument("--data", metavar="NAME", help=shown)
+    else:
+        from lightning.pytorch import LightningDataModule
+
+        parser.add_subclass_arguments(
+            LightningDataModule, "data", as_group=False, fail_untyped=False, required=False, help=shown
+        )
     parser.add_argument(
         "--splits", nargs="+", choices=_SPLITS, default=_SPLITS, help="Some of train, val, test (default: all)."
     )
@@ -93,18 +91,3 @@ def _parser(ignored: list[str]) -> "LightningArgumentParser":
     for key in ignored:
         parser.add_argument(f"--{key}", type=Any, help=argparse.SUPPRESS)
     return parser
-
-
-def _other_keys(argv: list[str]) -> list[str]:
-    """What stands in the configs beside `data`: other commands read it."""
-    import yaml
-
-    from vidtwin.cli.training import option_value
-
-    keys: set[str] = set()
-    for index, word in enumerate(argv):
-        path = option_value(argv[index : index + 2], "config") if word.partition("=")[0] == "--config" else None
-        if path and Path(path).is_file():
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            keys |= set(content) if isinstance(content, dict) else set()
-    return sorted(keys - {"data", "out", "config", "splits", "epochs", "format", "verify"})

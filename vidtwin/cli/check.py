@@ -6,16 +6,14 @@ Nothing heavy is imported at the top: `vidtwin --help` reads the docstring of th
 import argparse
 import importlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidtwin import plugins
 from vidtwin.errors import UserError, suggestion
 
 if TYPE_CHECKING:
-    from lightning.pytorch.cli import LightningArgumentParser
-
     from vidtwin.autoencoder import VideoAutoencoder
+    from vidtwin.cli.parser import Parser
 
 _DESCRIPTION = """\
 Hold an autoencoder to each promise of vidtwin.VideoAutoencoder, with random weights on a random clip.
@@ -35,22 +33,30 @@ _LARGE_FLOPS = 100_000_000_000  # of a clip, there and back; a check does about 
 _LARGE_PARAMETERS = 200_000_000
 _GROUP = "vidtwin.autoencoders"
 _KEY = "model.autoencoder"
+_OWN = ("num_frames", "resolution", "batch_size", "device")
+_CONFIG = "Config as for fit, of which the autoencoder counts."
 
 
 def check_command(argv: list[str]) -> int:
     """Hold an autoencoder to the promises of the interface: vidtwin check NAME"""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # class paths of files in the current folder
+    from vidtwin.cli.parser import config_paths, option_value, read_config, wants_help
+
+    if wants_help(argv):
+        parser = _parser()
+        parser.add_argument("--config", metavar="FILE", help=_CONFIG)
+        parser.parse_args(["--help"])
+    read_config(config_paths(argv))  # refuses a missing file before torch is imported
     argv = [_inner_name(word) for word in argv]
     if argv and not argv[0].startswith("-"):
         name = _class_path(argv[0])
         # --autoencoder.help is of the class that is checked, whose name jsonargparse wants again.
         argv = [f"--{_KEY}={name}", *(f"{word}={name}" if word == f"--{_KEY}.help" else word for word in argv[1:])]
-        if any(word.partition("=")[0] == "--config" for word in argv):
+        if option_value(argv, "config"):
             raise UserError("Expected NAME or --config FILE, got both; a config names its autoencoder.")
     from vidtwin.cli import model_config
 
-    parser = _parser(argv)
+    parser = _parser()
+    model_config.add_arguments(parser, config_paths(argv), own=_OWN, shown=_CONFIG)
     config = parser.parse_args(argv)
     given = (config.get("model") or {}).get("autoencoder")
     if not (given and given.get("class_path")):
@@ -97,32 +103,19 @@ def _kind(thing: Any) -> str:
     return f"a {type(thing).__name__}"
 
 
-def _parser(argv: list[str]) -> "LightningArgumentParser":
-    from vidtwin.cli import model_config
-    from vidtwin.cli.training import Parser, option_value
+def _parser() -> "Parser":
+    from vidtwin.cli.parser import Parser
 
     parser = Parser(
         prog="vidtwin check",
         usage="vidtwin check (NAME | --config FILE) [--autoencoder.ARGUMENT VALUE ...] [options]",
         description=_DESCRIPTION,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--num_frames", type=int, help="T of the clip (default: the model's own, or one near 16).")
     parser.add_argument("--resolution", type=int, help="H = W of the clip (default: the model's own, else about 64).")
     parser.add_argument("--batch_size", type=int, default=2, help="B of the clip, at least 2 (default: 2).")
     parser.add_argument("--device", default="cpu", help="Such as cuda or cuda:1 (default: cpu).")
-    paths = [
-        option_value(argv[index : index + 2], "config")
-        for index, word in enumerate(argv)
-        if word.partition("=")[0] == "--config"
-    ]
-    model_config.add_arguments(
-        parser,
-        [path for path in paths if path],
-        own=("num_frames", "resolution", "batch_size", "device"),
-        shown="Config as for fit, of which the autoencoder counts.",
-    )
     return parser
 
 

@@ -4,26 +4,22 @@ Imported only when a command needs it, since it imports torch and lightning.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ActionConfigFile, Namespace
-from lightning.pytorch.cli import LightningArgumentParser
 
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.cli import bases
-from vidtwin.cli.training import Parser
+from vidtwin.cli.parser import Parser, read_config
 from vidtwin.errors import UserError
 
 KEY = "model.autoencoder"
 
 
-def add_arguments(
-    parser: LightningArgumentParser, configs: Iterable[str | Path], own: Iterable[str] = (), shown: str = ""
-) -> None:
+def add_arguments(parser: Parser, configs: Iterable[str | Path], own: Iterable[str] = (), shown: str = "") -> None:
     """Give a parser `--config` and `--model.autoencoder`; other keys that the configs hold are taken and ignored.
 
     Args:
@@ -34,34 +30,30 @@ def add_arguments(
     """
     parser.add_argument("--config", action=ActionConfigFile, help=shown or argparse.SUPPRESS)
     parser.add_subclass_arguments(VideoAutoencoder, KEY, as_group=False, required=False, help=argparse.SUPPRESS)
-    ignored: set[str] = set()
-    for path in configs:
-        if Path(path).is_file():
-            try:
-                content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise UserError(f"Expected YAML in {path}, got {' '.join(str(error).split())}.") from error
-            content = content if isinstance(content, dict) else {}
-            inner = content.get("model")
-            ignored |= {key for key in content if key != "model"}
-            ignored |= {f"model.{key}" for key in (inner if isinstance(inner, dict) else {})}
+    content = read_config(configs)
+    model = content.get("model")
+    ignored = {key for key in content if key != "model"}
+    ignored |= {f"model.{key}" for key in (model if isinstance(model, dict) else {})}
     for key in sorted(ignored - {KEY, "config", *own}):
         parser.add_argument(f"--{key}", type=Any, help=argparse.SUPPRESS)
 
 
-def parse(configs: Sequence[str | Path]) -> tuple[LightningArgumentParser, Namespace]:
+def parse(configs: Sequence[str | Path]) -> tuple[Parser, Namespace]:
     """Configs, each over those before it → a parser and what it read; `UserError` where no autoencoder is named."""
-    for path in configs:
-        if not Path(path).is_file():
-            raise UserError(f"Expected a config at {path}, got no such file.")
     configs = bases.expand_paths(configs)
-    parser = Parser(prog="vidtwin", allow_abbrev=False)
+    parser = Parser(prog="vidtwin")
     add_arguments(parser, configs)
     parsed = parser.parse_args([f"--config={path}" for path in configs])
     given = (parsed.get("model") or {}).get("autoencoder")
     if not (given and given.get("class_path")):
         raise UserError(f"Expected model.autoencoder in {', '.join(map(str, configs))}, got none.")
     return parser, parsed
+
+
+def read(config: str) -> tuple[dict[str, Any], Callable[[], VideoAutoencoder]]:
+    """Read the autoencoder of a config: its `spec`, and a function that builds it."""
+    parser, parsed = parse([config])
+    return spec(parsed), lambda: build(parser, parsed)
 
 
 def spec(parsed: Namespace) -> dict[str, Any]:
@@ -71,7 +63,7 @@ def spec(parsed: Namespace) -> dict[str, Any]:
     return {"class_path": given.class_path, "init_args": arguments.as_dict()}
 
 
-def build(parser: LightningArgumentParser, parsed: Namespace) -> VideoAutoencoder:
+def build(parser: Parser, parsed: Namespace) -> VideoAutoencoder:
     """The autoencoder of a parsed config, with the same random weights each time; errors are `UserError`."""
     from vidtwin.testing import describe
 

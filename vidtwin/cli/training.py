@@ -3,12 +3,8 @@
 Imported by `vidtwin.cli` only when a command needs it, since it imports torch and lightning.
 """
 
-import argparse
-import inspect
 import json
 import logging
-import pkgutil
-import re
 import signal
 import sys
 import threading
@@ -21,18 +17,12 @@ from typing import Any, NoReturn, cast
 
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from vidtwin import plugins
-from vidtwin.autoencoder import VideoAutoencoder
-from vidtwin.cli import bases
-from vidtwin.errors import Preempted, UserError, suggestion
-from vidtwin.losses.autoencoder import AutoencoderLoss
+from vidtwin.cli.parser import Parser, option_value, resolve_short_names, user_errors
+from vidtwin.errors import Preempted, UserError
 from vidtwin.storage import checkpoints
 from vidtwin.training import replay
 from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
@@ -45,10 +35,8 @@ from vidtwin.training.trainer import VideoTrainer
 
 def run(command: str, argv: list[str]) -> int:
     """Run one of the trainer's commands → exit code; raises `UserError` for what the user can mend."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # class paths of files in the current folder, as with `python -m`
     if command == "test":
-        from vidtwin.cli import benchmark  # which imports this module
+        from vidtwin.cli import benchmark
 
         _quieten(command)
         return benchmark.run(argv)
@@ -60,7 +48,7 @@ def run(command: str, argv: list[str]) -> int:
     if (
         checkpoint
         and command != "fit"
-        and not option_value(argv, "config")
+        and not option_value(argv, "config", "c")
         and not option_value(argv, "model.autoencoder")
     ):
         spec = checkpoints.model_spec(checkpoints.read(checkpoint, lazily=True), checkpoint)
@@ -71,11 +59,6 @@ def run(command: str, argv: list[str]) -> int:
             VidTwinCLI(argv)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
-    except SystemExit as end:  # --help and --print_config end this way, with 0; Lightning after Ctrl-C, with 1
-        if isinstance(end.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from end
-        if end.code:
-            raise
     return 0
 
 
@@ -96,27 +79,8 @@ def _ending_early() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """A `UserError` of a class that is built: jsonargparse wraps it into the types that it tried."""
-    try:
-        yield
-    except ValueError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise cause from None
-
-
-class Parser(LightningArgumentParser):
-    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
-        return super().parse_string(bases.remove(content), *args, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """One line with what was meant, where jsonargparse prints its usage and a tree of reasons."""
-        raise UserError(_shorten(message, self)) from ex
+class LightningParser(Parser, LightningArgumentParser):
+    """Parse as every command does, with Lightning's classes."""
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -141,10 +105,8 @@ class VidTwinCLI(LightningCLI):
             LightningDataModule,
             subclass_mode_data=True,
             trainer_class=VideoTrainer,
-            parser_class=Parser,
-            # Without abbreviations: --trainer.max_step is a mistake to point out, not to guess.
-            parser_kwargs={"prog": "vidtwin", "allow_abbrev": False}
-            | {name: {"usage": _usage(name), "allow_abbrev": False} for name in self.subcommands()},
+            parser_class=LightningParser,
+            parser_kwargs={"prog": "vidtwin"} | {name: {"usage": _usage(name)} for name in self.subcommands()},
             save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
@@ -281,129 +243,9 @@ def _dump(argv: list[str]) -> list[str]:
     argv = [f"--trainer.precision={content['precision']}", *argv]
     if content["config"]:
         return [f"--model={json.dumps(content['config'])}", *argv]
-    if not option_value(argv, "config"):
+    if not option_value(argv, "config", "c"):
         raise UserError(f"Expected --config FILE: {path} comes from a training that had none, which knows its loss.")
     return argv
-
-
-def resolve_short_names(argv: list[str]) -> list[str]:
-    """`--data ucf101` and `--model.autoencoder vidtwin` → class paths, without importing the other plug-ins."""
-    groups = {"--data": "vidtwin.datamodules", "--model.autoencoder": "vidtwin.autoencoders"}
-    resolved = list(argv)
-    for index, word in enumerate(argv):
-        option, equals, value = word.partition("=")
-        if option not in groups:
-            continue
-        if equals:
-            resolved[index] = f"{option}={_resolve(value, groups[option])}"
-        elif index + 1 < len(argv):
-            resolved[index + 1] = _resolve(argv[index + 1], groups[option])
-    return resolved
-
-
-def _resolve(name: str, group: str) -> str:
-    path = plugins.resolve(name, group)
-    if path == name and re.fullmatch(r"\w+", name):  # neither a class path, nor a file, nor JSON
-        known = sorted(plugins.available(group))
-        raise UserError(f"Expected one of {', '.join(known)} or a class path, got {name!r}{suggestion(name, known)}")
-    return path
-
-
-def option_value(argv: list[str], name: str) -> str | None:
-    """The last value of `--name VALUE` or `--name=VALUE`."""
-    value = None
-    names = (f"--{name}", "-c") if name == "config" else (f"--{name}",)
-    for index, word in enumerate(argv):
-        option, equals, after = word.partition("=")
-        if option in names:
-            following = argv[index + 1] if index + 1 < len(argv) else "--"
-            value = after if equals else (None if following.startswith("--") else following)
-    return value
-
-
-def _shorten(message: str, parser: argparse.ArgumentParser) -> str:
-    """jsonargparse's message as one line: the innermost reason, and what was probably meant."""
-    text = re.sub(r"\s+", " ", message).strip().rstrip(".")
-    if match := re.search(r"arguments are required: (\w+)\.model\.autoencoder", text):
-        wanted = "--ckpt_path FILE" if match[1] != "fit" else "--config FILE or --model.autoencoder NAME"
-        return f"Expected an autoencoder to {match[1]}, got none; give {wanted}."
-    if "Union subtypes" in text:
-        text = _innermost(text)
-    text = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", text)
-    text = text.replace("unrecognized arguments:", "Expected options that exist, got")
-    text = re.sub(r"Expected a dot import path string: (\S+)", r"Expected a class path, got '\1'", text)
-    # An inner parser's error comes back through the outer one's, with its suggestion.
-    return text if text.endswith("'?") else text + _meant(text, parser)
-
-
-def _innermost(text: str) -> str:
-    """Of the reasons why a value fits none of several types, the one about the type that was meant."""
-    key = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
-    reasons, _, given = text.rpartition("Errors: - ")[2].partition(" Given value type: ")
-    value = given.partition("Given value: ")[2].partition(" - Expected a ")[0]
-    named = [reason for reason in reasons.split(" - ") if not re.match(r"Expected an? (<class|typing)", reason)]
-    choices = re.findall(r"'([\w.-]+)'", " ".join(re.findall(r"typing\.Literal\[.*?\]", reasons)))
-    if named:
-        reason = re.sub(r'^Parser key "[\w.]+": ', "", named[0])
-    elif choices:
-        reason = f"Expected one of {', '.join(choices)}, got {value}"
-    else:
-        kinds = re.findall(r"<class '([\w.]+)'>", reasons)
-        reason = f"Expected {' or '.join(kind.rpartition('.')[2] for kind in kinds)}, got {value}"
-    return f"{key}: {reason}".rstrip(".")
-
-
-def _meant(text: str, parser: argparse.ArgumentParser) -> str:
-    """The end of the message: the nearest thing that exists, or a full stop."""
-    if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
-        return suggestion(match[2], dir(sys.modules[match[1]]) if match[1] in sys.modules else [])
-    if match := re.search(r"No module named '([\w.]+)\.(\w+)'", text):
-        paths = getattr(sys.modules.get(match[1]), "__path__", [])
-        return suggestion(match[2], [module.name for module in pkgutil.iter_modules(paths)])
-    if match := re.search(r"File does not exist: '(.+?)'", text):
-        path = Path(match[1])
-        return suggestion(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
-    if match := re.search(r"Expected a class path, got '(\w+)'", text):
-        return suggestion(match[1], [cls.__name__ for cls in _classes()])
-    if match := re.search(r"got --([\w.-]+)", text):
-        return suggestion(match[1].replace("-", "_"), [name.lstrip("-") for name in _options(parser)])
-    if match := re.search(r"[Oo]ption '([\w.]+)'", text):
-        names = [name.rpartition(".")[2] for name in _options(parser)]
-        return suggestion(match[1].rpartition(".")[2], sorted({*names, *_arguments()}))
-    return "."
-
-
-def _options(parser: argparse.ArgumentParser) -> set[str]:
-    """Every option of the parser and of its subcommands."""
-    names = set(parser._option_string_actions)
-    for action in parser._actions:
-        if isinstance(action.choices, dict):
-            for sub in action.choices.values():
-                names |= set(sub._option_string_actions)
-    return names
-
-
-def _classes() -> list[type]:
-    """All classes that a config may name and that are imported so far."""
-    found: list[type] = []
-    waiting: list[type] = [
-        VideoAutoencoder,
-        LightningDataModule,
-        AutoencoderLoss,
-        Optimizer,
-        LRScheduler,
-        Callback,
-        Logger,
-    ]
-    while waiting:
-        found.append(waiting.pop())
-        waiting += found[-1].__subclasses__()
-    return found
-
-
-def _arguments() -> set[str]:
-    """Names of their arguments, which are no options of the parser."""
-    return {name for cls in _classes() for name in inspect.signature(cls).parameters}
 
 
 def _quieten(command: str) -> None:

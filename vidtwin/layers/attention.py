@@ -14,7 +14,7 @@ class SelfAttention(nn.Module):
     Args:
         hidden_size: C, divisible by `num_heads`.
         num_heads: Number of heads.
-        causal: A token attends to itself and to earlier ones only.
+        causal: Let each token attend only to itself and to earlier tokens.
         dropout: Dropout of the attention probabilities in training.
     """
 
@@ -31,7 +31,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., N, C) → (..., N, C)."""
+        """Attend over N: (..., N, C) → (..., N, C)."""
         q, k, v = self.qkv(x).flatten(0, -3).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         x_heads = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)
@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries (N, Q, C) to a context (N, M, D); keys and values are one product.
+    """Multi-head attention of queries (N, Q, C) to a context (N, M, D), with fused keys and values.
 
     Args:
         hidden_size: C, divisible by `num_heads`.
@@ -61,7 +61,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(N, Q, C), (N, M, D) → (N, Q, C)."""
+        """Attend to the context: (N, Q, C), (N, M, D) → (N, Q, C)."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0

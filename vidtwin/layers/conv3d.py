@@ -1,17 +1,17 @@
-"""Causal 3-D convolutions: what convolutional video autoencoders are built of (MAGVIT-v2 and the many after it).
+"""Causal 3-D convolutions: the blocks of convolutional video autoencoders (MAGVIT-v2 and its successors).
 
     residual block   x ┬─ norm, Swish, conv 3³ ─ norm, Swish, conv 3³ ┬ + ─>
                        └────────── (1³ conv if the width changes) ────┘
 
-Strictly causal: frame t of an output depends on frames up to t of the input alone (up to the last one of its group
-behind a stride), to the last bit. Two things see to it. Convolutions pad time in front only, and norms take their
-statistics in each frame by itself: torch's GroupNorm of (B, C, T, H, W) would let the first frame see the last.
+Strictly causal, bit for bit: output frame t depends only on input frames up to t (after a strided convolution, up to
+the last frame of its group). Convolutions therefore pad time in front only, and norms compute their statistics per
+frame: torch's GroupNorm of (B, C, T, H, W) would let the first frame see the last.
 
-What is padded in front are zeros, like at the borders of a frame, and as in the public implementation of MAGVIT-v2
+The padding in front is zeros, like at the borders of a frame, and as in the public implementation of MAGVIT-v2
 (cofe-ai/O2-MAGVIT2); some later models repeat the first frame instead.
 
-A model that begins with `channels_last` keeps that order in memory on a CPU and is faster there: its convolutions are
-(twice as fast at 8 channels, a tenth at 128), and folding time into the batch is a view. No number depends on it.
+A model that starts with `channels_last` keeps this memory format and runs faster on a CPU: its convolutions are
+twice as fast at 8 channels (a tenth faster at 128), and folding time into the batch is a view. Results do not change.
 """
 
 import math
@@ -25,7 +25,7 @@ from vidtwin.errors import UserError
 
 
 def norm_groups(width: int) -> int:
-    """32 groups at the usual widths; never fewer than four channels in one, or small models would lose their signal."""
+    """Return the number of groups: 32 at the usual widths, fewer to keep four channels (and so the signal) in each."""
     groups = math.gcd(32, width)
     while groups > 1 and width < 4 * groups:
         groups //= 2
@@ -33,14 +33,17 @@ def norm_groups(width: int) -> int:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """(B, C, T, H, W) → same numbers, (B, T, H, W, C) in memory."""
+    """Store (B, C, T, H, W) as (B, T, H, W, C) in memory; shape and values stay."""
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def depth_to_space(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
-    """(B, C·q·p·r, T, H, W) → (B, C, T·q, H·p, W·r) for factors (q, p, r); in the channels C runs slowest.
+    """Move channels to time and space: (B, C·q·p·r, T, H, W) → (B, C, T·q, H·p, W·r); C runs slowest.
 
-    With q = 1 it is torch's pixel shuffle of each frame. The copy that this takes is made channels-last.
+    With q = 1 of `factors` (q, p, r) this is torch's pixel shuffle per frame. The output is channels-last in memory.
+
+    Raises:
+        UserError: q·p·r does not divide the number of channels.
     """
     q, p, r = factors
     if x.shape[1] % math.prod(factors):
@@ -56,9 +59,9 @@ class CausalConv3d(nn.Conv3d):
         width_out: Channels of the output.
         kernel_size: k, odd, on all three axes.
         stride: Of time, height and width.
-        bias: Whether it has one.
-        front: Frames of zeros in front. None is k − 1: with stride s, T frames give 1 + (T − 1) // s, the first of
-            which depends on the first frame alone. k − s gives T // s: group i of s frames makes frame i.
+        bias: Add a learned bias.
+        front: Frames of zeros in front. None is k − 1: with stride s, T frames give 1 + (T − 1) // s, and the first
+            output depends only on the first frame. k − s gives T // s: frame i comes from group i of s frames.
     """
 
     def __init__(
@@ -73,41 +76,41 @@ class CausalConv3d(nn.Conv3d):
         if kernel_size % 2 == 0:
             raise UserError(f"Expected an odd kernel_size of a causal convolution, got {kernel_size}.")
         front = kernel_size - 1 if front is None else front
-        # With fewer, the group of frames i would make frame i - 1, which would then see what comes after it.
+        # With fewer, group i would become output frame i - 1, which would then see later frames.
         if not max(0, kernel_size - stride[0]) <= front <= kernel_size - 1:
             raise UserError(
                 f"Expected {max(0, kernel_size - stride[0])} to {kernel_size - 1} frames in front of a causal "
                 f"convolution of kernel {kernel_size} and stride {stride[0]}, got {front}."
             )
-        # In height and width the convolution pads by itself, which makes no copy.
+        # The convolution pads height and width itself, without a copy.
         side = kernel_size // 2
         super().__init__(width_in, width_out, kernel_size, stride, padding=(0, side, side), bias=bias)
         self.front = front
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width_in, T, H, W) → (B, width_out, T', H', W')."""
+        """Pad and convolve: (B, width_in, T, H, W) → (B, width_out, T', H', W')."""
         return super().forward(F.pad(x, (0, 0, 0, 0, self.front, 0)) if self.front else x)
 
 
 class FrameGroupNorm(nn.GroupNorm):
-    """GroupNorm with the statistics of each frame.
+    """GroupNorm with statistics per frame.
 
     Args:
         width: C.
-        affine: Whether it has a scale and a shift for each channel.
+        affine: Learn a scale and a shift per channel.
     """
 
     def __init__(self, width: int, affine: bool = True) -> None:
         super().__init__(norm_groups(width), width, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) → same."""
+        """Normalize (B, C, T, H, W) per frame and group."""
         frames = x.transpose(1, 2)
         return super().forward(frames.flatten(0, 1)).view(frames.shape).transpose(1, 2)
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(swish(norm(conv(swish(norm(x)))))): convolutions of 3x3x3, none of them with a bias.
+    """x + conv(swish(norm(conv(swish(norm(x)))))): convolutions of 3x3x3 without bias.
 
     Args:
         width_in: Channels of the input.
@@ -124,10 +127,10 @@ class ResidualBlock(nn.Module):
         self.shortcut = CausalConv3d(width_in, width_out, kernel_size=1, bias=False) if changes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width_in, T, H, W) → (B, width_out, T, H, W)."""
+        """Transform (B, width_in, T, H, W) → (B, width_out, T, H, W)."""
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
-        return y + self.shortcut(x)  # in this order: torch's 1x1x1 convolutions do not keep x's order in memory
+        return y + self.shortcut(x)  # in this order: torch's 1x1x1 convolutions do not keep x's memory format
 
 
 class DepthToSpace(nn.Module):
@@ -136,8 +139,8 @@ class DepthToSpace(nn.Module):
     Args:
         width: Channels of input and output.
         factors: (q, p, r).
-        drop: Frames left out at the start. With q − 1 it undoes a strided `CausalConv3d` of `front=None`: T frames give
-            1 + (T − 1)·q, the first of which comes from the first frame alone.
+        drop: Frames dropped at the start. q − 1 inverts a strided `CausalConv3d` with `front=None`: T frames give
+            1 + (T − 1)·q, and the first output depends only on the first frame.
     """
 
     def __init__(self, width: int, factors: tuple[int, int, int], drop: int = 0) -> None:
@@ -149,5 +152,5 @@ class DepthToSpace(nn.Module):
         self.conv = CausalConv3d(width, width * math.prod(factors))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) → (B, C, T·q − drop, H·p, W·r)."""
+        """Upsample (B, C, T, H, W) → (B, C, T·q − drop, H·p, W·r)."""
         return depth_to_space(self.conv(x), self.factors)[:, :, self.drop :]

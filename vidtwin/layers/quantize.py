@@ -1,7 +1,7 @@
-"""Quantizers: vectors to the entries of a codebook, learned (VQ-VAE) or fixed (lookup-free), and codes back to vectors.
+"""Quantizers with a learned (VQ-VAE) or fixed (lookup-free) codebook: vectors to codes, and codes back to vectors.
 
-Vectors are (..., D), the last axis being the one that is quantized; codes are (...), int64. Each quantizer returns the
-quantized vectors with the straight-through gradient, the codes, and its unweighted losses by name.
+Vectors are (..., D), quantized along the last axis; codes are (...), int64. Each quantizer returns the quantized
+vectors with the straight-through gradient, the codes, and its unweighted losses by name.
 """
 
 from contextlib import nullcontext
@@ -24,10 +24,10 @@ class Quantization(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    """The nearest of K learned vectors (van den Oord et al. 2017), trained by gradients alone.
+    """Quantizer to the nearest of K learned vectors (van den Oord et al. 2017), trained only by gradients.
 
     Terms, means over all numbers: `commitment` (z − sg e)², which moves the encoder, and `codebook` (sg z − e)², which
-    moves the chosen entries. No running averages, no restart of entries that are never chosen.
+    moves the chosen entries. There are no running averages, and unused entries are not restarted.
 
     Args:
         codebook_size: K.
@@ -41,13 +41,13 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
 
     def forward(self, z: Tensor) -> Quantization:
-        """(..., D) → the nearest entries by Euclidean distance."""
-        z = _at_least_single(z)
-        # Devices without autocast (meta) refuse to switch it off.
+        """Quantize (..., D) to the nearest entries by Euclidean distance."""
+        z = _as_float(z)
+        # torch.autocast raises on devices without autocast (meta).
         exact = torch.autocast(z.device.type, enabled=False) if is_autocast_available(z.device.type) else nullcontext()
         with torch.no_grad(), exact:
             vectors, entries = z.reshape(-1, z.shape[-1]), self.embedding.weight.to(z.dtype)
-            # Of |z|² − 2 z·e + |e|² the first is the same for all entries.
+            # |z|² of |z|² − 2 z·e + |e|² is the same for all entries, so it is left out.
             scores = torch.addmm(entries.square().sum(1), vectors, entries.T, alpha=-2.0)
             codes = scores.argmin(1).view(z.shape[:-1])
         chosen = self.lookup(codes).to(z.dtype)
@@ -58,32 +58,32 @@ class VectorQuantizer(nn.Module):
         return Quantization(_straight_through(chosen, z), codes, terms)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """(...) → (..., D)."""
+        """Look up the entries of codes (...) → (..., D)."""
         return F.embedding(codes, self.embedding.weight)
 
 
 class LookupFreeQuantizer(nn.Module):
-    """The signs of z, a codebook of 2^K corners without a table (MAGVIT-v2, Yu et al. 2023, section 3.1).
+    """Quantizer to the signs of z: 2^K corners without a table (MAGVIT-v2, Yu et al. 2023, section 3.1).
 
         q = sign(z) ∈ {−1, 1}^K        code = Σ_i 1[z_i > 0] · 2^i
 
     Terms, with p(c | z) the softmax over all corners of 2 z·c / temperature, in nats:
 
     - `commitment`: mean (z − sg q)².
-    - `entropy`: E H(p(c | z)) − H(E p(c | z)), low where each vector is sure of its code and all codes are in use. The
-      bits of one z are independent, so that the first part is exactly the sum of K entropies of one bit. The second
-      is not a sum: it is computed within groups of at most `group_bits` bits and added up, which is an upper bound
-      (exact for one group). E is over the vectors that are given: under DDP those of one rank.
+    - `entropy`: E H(p(c | z)) − H(E p(c | z)), low if each vector is sure of its code and all codes are used.
+      The bits of one z are independent, so the first part is exactly the sum of K one-bit entropies. The second is
+      computed per group of at most `group_bits` bits and summed, which is an upper bound (exact for one group). E is
+      the mean over the given vectors, which under DDP are those of one rank.
 
     Args:
         bits: K.
-        temperature: Of p.
-        group_bits: Most bits whose joint distribution (2^group_bits numbers a vector) is built.
+        temperature: Temperature of p.
+        group_bits: Maximum number of bits in a joint distribution (2^group_bits numbers per vector).
     """
 
     def __init__(self, bits: int, temperature: float = 0.01, group_bits: int = 9) -> None:
         super().__init__()
-        if not 1 <= bits <= 22:  # use of the codebook is logged, for which each code has a counter
+        if not 1 <= bits <= 22:  # logging of codebook usage keeps a counter per code
             raise UserError(f"Expected 1 to 22 bits of a lookup-free quantizer, got {bits}.")
         if not 1 <= group_bits <= 12:
             raise UserError(f"Expected groups of 1 to 12 bits, got {group_bits}.")
@@ -95,8 +95,8 @@ class LookupFreeQuantizer(nn.Module):
         self.group_bits = group_bits
 
     def forward(self, z: Tensor) -> Quantization:
-        """(..., K) → signs."""
-        z = _at_least_single(z)
+        """Quantize (..., K) to signs."""
+        z = _as_float(z)
         positive = z > 0
         signs = torch.where(positive, 1.0, -1.0).to(z.dtype)
         powers = 2 ** torch.arange(self.bits, device=z.device)
@@ -105,7 +105,7 @@ class LookupFreeQuantizer(nn.Module):
         return Quantization(_straight_through(signs, z), codes, terms)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """(...) → (..., K) of -1 and 1."""
+        """Return the corners of codes (...): (..., K) of -1 and 1."""
         powers = 2 ** torch.arange(self.bits, device=codes.device)
         return torch.where(codes[..., None] & powers > 0, 1.0, -1.0)
 
@@ -125,15 +125,15 @@ class LookupFreeQuantizer(nn.Module):
 
 
 def _straight_through(value: Tensor, z: Tensor) -> Tensor:
-    """`value` to the last bit, as a decoder gets it from the codes, with the gradient going to z."""
+    """Return exactly `value`, as a decoder gets it from the codes, but pass its gradient to z."""
     return value.detach() + (z - z.detach())
 
 
 def _entropy(p: Tensor) -> Tensor:
-    """Of a distribution, in nats. The gradient of p log p has no limit at 0, where corners are that never come."""
+    """Compute the entropy of p in nats; the clamp keeps the gradient of p log p finite at p = 0 (unused corners)."""
     return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()
 
 
-def _at_least_single(z: Tensor) -> Tensor:
-    """Distances and entropies need more than bf16's three digits."""
+def _as_float(z: Tensor) -> Tensor:
+    """Convert to fp32, except fp64: distances and entropies need more than bf16's three digits."""
     return z if z.dtype == torch.float64 else z.float()

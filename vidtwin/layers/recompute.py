@@ -1,4 +1,4 @@
-"""Layers that are run again in the backward pass, so that what they compute on the way need not be kept."""
+"""Activation checkpointing: rerun layers in the backward pass instead of keeping their activations."""
 
 import torch
 from torch import Tensor, nn
@@ -6,10 +6,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Recomputing(nn.Module):
-    """What networks share that are a row of layers: `run` runs one of them.
+    """Base class of sequential networks whose layers go through `run`.
 
     Args:
-        activation_checkpointing: Keep only what goes into a layer, and run it again in the backward pass.
+        activation_checkpointing: Keep only a layer's inputs, and rerun it in the backward pass.
     """
 
     def __init__(self, activation_checkpointing: bool) -> None:
@@ -17,7 +17,7 @@ class Recomputing(nn.Module):
         self.activation_checkpointing = activation_checkpointing
 
     def run(self, layer: nn.Module, *inputs: Tensor | None) -> Tensor:
-        """`layer(*inputs)`, with the same dropout when it is run again."""
+        """Run `layer(*inputs)`; a rerun in the backward pass draws the same dropout."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             output: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
         else:

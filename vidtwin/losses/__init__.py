@@ -1,4 +1,4 @@
-"""What autoencoders and discriminators are trained on."""
+"""Training losses of autoencoders and discriminators."""
 
 from vidtwin.losses.autoencoder import Annealed, AutoencoderLoss
 from vidtwin.losses.discriminator import (

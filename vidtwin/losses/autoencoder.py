@@ -13,17 +13,17 @@ from vidtwin.errors import UserError
 from vidtwin.losses import adversarial as gan
 from vidtwin.losses.perceptual import LPIPS
 
-# Learned log-variances stay in here: exp(-6) = 0.0025 is a third of an 8-bit step (2/255), and a mean error below it
-# need not weigh more.
+# Range of the learned log-variance: exp(-6) = 0.0025 is a third of an 8-bit step (2/255); a smaller mean error need not
+# weigh more.
 LOGVAR_RANGE = (-6.0, 6.0)
 
 
 @dataclass(frozen=True)
 class Annealed:
-    """A weight that goes in a straight line from `start` at the first batch to `end` at batch `steps`, and stays there.
+    """A weight that changes linearly from `start` at the first batch to `end` at batch `steps`, then stays constant.
 
-    In YAML `{start: 0.3, end: 0.1, steps: 2000}`, in the place of a number. Validation weighs with `end`, so that its
-    curve shows the model and not the weight.
+    In YAML `{start: 0.3, end: 0.1, steps: 2000}` instead of a number. Validation always uses `end`, so that its curve
+    shows the model and not the weight.
     """
 
     start: float
@@ -31,7 +31,7 @@ class Annealed:
     steps: int
 
     def at(self, step: int) -> float:
-        """The weight at a step; -1 is validation."""
+        """Return the weight at a step; -1 is validation."""
         if step < 0 or step >= self.steps:
             return self.end
         return self.start + (self.end - self.start) * step / self.steps
@@ -48,18 +48,18 @@ class AutoencoderLoss(nn.Module):
         w     = adversarial_weight · min(‖∇_W reference‖ / (‖∇_W g‖ + 1e-4), adaptive_weight_maximum / N)
 
     with the nll as reference unless `adaptive_reference` says otherwise, and `released` is N times that: the released
-    code sums over the numbers of a frame, averages over frames, and sets the KL of a whole clip against it. The
-    gradients differ by the factor N and by nothing else. AdamW takes the same steps with both, because its step does
-    not depend on the gradient's scale, as long as its `eps` is small against the gradients; SGD, Adam with its coupled
-    weight decay, and clipping of the gradient's norm do see the scale. The discriminator's loss is the same in both:
+    code sums over the numbers of a frame, averages over frames, and adds the KL of a whole clip. The gradients differ
+    only by the factor N. AdamW takes the same steps with both, because its step does not depend on the gradient's
+    scale as long as its `eps` is small against the gradients; SGD, Adam with its coupled weight decay, and clipping of
+    the gradient's norm do depend on it. The discriminator's loss is the same in both:
 
         total = discriminator's adversarial loss + lecam_weight · LeCAM + r1_weight / 2 · r1_every · R1
 
     with R1 every `r1_every` steps only (see `adversarial.lecam_penalty` and `adversarial.r1_penalty`).
 
     Training draws frames (`perceptual_frames`, `adversarial_frames`) from torch's global CPU generator, so that seeding
-    it repeats a step. Evaluation (`eval()` or without gradients) takes all frames, leaves LeCAM's running means as they
-    are and has no R1.
+    it repeats a step. Evaluation (`eval()` or without gradients) uses all frames, keeps LeCAM's running means
+    unchanged and skips R1.
 
     Departures from the released code: before `adversarial_start` it runs the discriminator and the adaptive weight
     and multiplies them by 0 (so batch statistics and weight decay move the discriminator); here neither is computed.
@@ -70,34 +70,34 @@ class AutoencoderLoss(nn.Module):
         pixel_weight: Weight of the pixel term.
         perceptual_weight: Weight of LPIPS (paper Table 6: 0.05); 0 trains without it and needs no backbone.
         perceptual_backbone: File with VGG-16 weights; None is torch hub's cache, see `LPIPS`.
-        perceptual_frames: LPIPS on so many frames of each clip, distinct and drawn anew for every clip and step: its
-            expectation is that of all frames, at a fraction of the time. None, or more than there are, takes all
-            (an upper limit, so that one config serves clips of every length).
-        leading_frames: Average pixels and LPIPS over the first so many frames and over the others apart, and add the
-            two (iVideoGPT: context and future frames count alike, however many they are). None averages over all.
-        adversarial_weight: Weight of the GAN (paper Table 6: 0.05), on top of which the adaptive weight comes.
+        perceptual_frames: Compute LPIPS on this many distinct frames of each clip, drawn anew for every clip and step:
+            the same expectation as with all frames, in a fraction of the time. None, or more than the clip has, uses
+            all (an upper limit, so that one config serves clips of every length).
+        leading_frames: Average pixels and LPIPS separately over this many first frames and over the others, and add
+            both (iVideoGPT: context and future frames count equally). None averages over all.
+        adversarial_weight: Weight of the GAN (paper Table 6: 0.05), multiplied by the adaptive weight.
         adversarial: "hinge" (released) or "non_saturating".
         adversarial_start: The first batch with the GAN. The released 20,001 counts the steps of two optimizers, two
             to a batch: it turns the discriminator on at batch 10,000 and the generator's term one batch later.
         adaptive_weight: Balance the GAN by gradient norms; without it w = adversarial_weight (N times that in
             "released").
         adaptive_weight_maximum: Upper limit of the ratio of norms, as counted in "released".
-        adaptive_reference: Whose gradient at the last layer the GAN's is measured against: that of the whole "nll", or
-            of "perceptual" alone (iVideoGPT).
-        adversarial_frames: Each player's loss on a run of so many consecutive frames, from a start that each draws
-            anew in every step for the whole batch (clips and reconstructions alike). None, or more than there are,
-            takes all.
-        discriminator: Takes clips and gives logits (N, ...), see `adversarial`; None trains without a GAN.
+        adaptive_reference: Loss whose gradient at the last layer the GAN's is compared with: the whole "nll", or only
+            "perceptual" (iVideoGPT).
+        adversarial_frames: Compute the generator's and the discriminator's loss on this many consecutive frames, from a
+            start that each draws anew in every step for the whole batch (the same for clips and reconstructions).
+            None, or more than the clip has, uses all.
+        discriminator: Module from clips to logits (N, ...), see `adversarial`; None trains without a GAN.
         lecam_weight: Weight of LeCAM (Tseng et al. 2021; released: 0), which keeps the discriminator's logits near
-            their running means. These start at 0 and are part of the state dict; 0 has neither.
-        lecam_decay: Of the running means, per step.
+            their running means. These start at 0 and are part of the state dict unless the weight is 0.
+        lecam_decay: Decay of the running means per step.
         r1_weight: Weight of R1, the squared gradient of the discriminator on real clips (Mescheder et al. 2018).
-        r1_every: Steps from one R1 to the next, each with that many times the weight (lazy regularization,
+        r1_every: Steps from one R1 to the next, each with this many times the weight (lazy regularization,
             StyleGAN2, Karras et al. 2020).
         kl_weight: Weight of the KL, a sum per clip in nats, against the sum per frame of `released`
             (paper Table 6: 0.001).
         regularization_weights: Weights of the autoencoder's other terms (commitment, entropy, …), against the mean
-            pixel error: a number, or one that is `Annealed`. A term without a weight is an error; 0 ignores it.
+            pixel error: a number, or one that is `Annealed`. A term without a weight is an error; 0 ignores the term.
         learn_logvar: Learn s, as the released code does; else s = 0.
     """
 
@@ -199,7 +199,7 @@ class AutoencoderLoss(nn.Module):
         self.register_buffer("lecam_means", torch.zeros(2) if lecam_weight > 0 else None)
 
     def setup(self) -> None:
-        """Load what the configured terms need (LPIPS' backbone); `UserError` if it is not there."""
+        """Load the weights that the configured terms need (LPIPS' backbone); raise `UserError` if it is missing."""
         if self.perceptual_weight > 0 and isinstance(self.perceptual, LPIPS):
             try:
                 self.perceptual.load()
@@ -210,27 +210,27 @@ class AutoencoderLoss(nn.Module):
                 ) from error
 
     def gan_is_on(self, step: int) -> bool:
-        """Whether batch `step` (from 0) trains with the GAN."""
+        """Return whether batch `step` (from 0) trains with the GAN."""
         return self.discriminator is not None and self.adversarial_weight > 0 and step >= self.adversarial_start
 
     def generator_loss(
         self, reconstruction: Reconstruction, clip: Tensor, last_layer: Tensor | None, step: int
     ) -> dict[str, Tensor]:
-        """What the autoencoder is trained on.
+        """Compute the loss of the autoencoder.
 
-        The discriminator's parameters are frozen in here, so that the backward pass leaves them without a gradient.
-        Without gradients (validation) the adaptive weight can't be computed: `adversarial` is then given, but is not
-        part of `total`.
+        The discriminator's parameters are frozen here, so that the backward pass gives them no gradient. Without
+        gradients (validation) the adaptive weight can't be computed: `adversarial` is then returned, but is not part
+        of `total`.
 
         Args:
-            reconstruction: Of `clip`, with the graph that led to it.
+            reconstruction: Reconstruction of `clip`, with its graph.
             clip: (B, 3, T, H, W) in [-1, 1].
             last_layer: `VideoAutoencoder.last_layer`, for the adaptive weight.
             step: Batches trained before this one; -1 in validation.
 
         Returns:
             `total`, to be minimised, and detached `pixel`, `perceptual`, `nll`, each regularization term by its name
-            (unweighted), and where they are in use `logvar`, `adversarial` (g) and `adaptive_weight` (w). `pixel` and
+            (unweighted), and if they are in use `logvar`, `adversarial` (g) and `adaptive_weight` (w). `pixel` and
             `perceptual` are means in either reduction (with `leading_frames` sums of two means); `total`, `nll` and
             `adaptive_weight` follow `reduction`.
         """
@@ -251,7 +251,7 @@ class AutoencoderLoss(nn.Module):
         if self.adaptive_reference == "nll":
             reference = nll
         if self.logvar is not None:
-            terms["logvar"] = self._projected_logvar()
+            terms["logvar"] = self._clamp_logvar()
             nll = nll / terms["logvar"].exp() + terms["logvar"]
             reference = reference / terms["logvar"].exp()
         terms["nll"] = scale * nll
@@ -264,7 +264,7 @@ class AutoencoderLoss(nn.Module):
         if self.gan_is_on(step):
             assert self.discriminator is not None
             (shown,) = self._random_run(prediction)
-            with _frozen(self.discriminator):
+            with _freeze(self.discriminator):
                 terms["adversarial"] = self.generator_term(_as_float(self.discriminator(shown)))
             weight = self._adversarial_weight(reference, terms["adversarial"], last_layer, frame_size)
             if weight is not None:
@@ -275,26 +275,26 @@ class AutoencoderLoss(nn.Module):
     def discriminator_loss(
         self, reconstruction_clip: Tensor, clip: Tensor, step: int, share: float = 1.0
     ) -> dict[str, Tensor]:
-        """What the discriminator is trained on.
+        """Compute the loss of the discriminator.
 
         Args:
             reconstruction_clip: (B, 3, T, H, W); no gradient flows back into it.
             clip: (B, 3, T, H, W) in [-1, 1].
             step: Batches trained before this one.
-            share: What part of the step's clips these are; LeCAM's means move by as much of a step.
+            share: Fraction of the step's clips in this batch; LeCAM's means move by that fraction of a step.
 
         Returns:
             `total`, to be minimised (the same in either reduction), and detached: mean `logits_real` and
             `logits_fake`; `accuracy`, the share of logits on the right side of 0 (real above, fake below), mean of
-            both; and where they are in use `lecam` and `r1`, unweighted, the latter in the steps that have it. `{}`
-            while the GAN is off.
+            both; and if they are in use `lecam` and `r1`, unweighted, the latter only in the steps that compute it.
+            `{}` while the GAN is off.
         """
         if not self.gan_is_on(step):
             return {}
         assert self.discriminator is not None
         real, fake = self._random_run(_as_float(clip).detach(), _as_float(reconstruction_clip).detach())
         r1_is_due = self.r1_weight > 0 and step % self.r1_every == 0 and self._is_training()
-        # In two passes, as in the released code: with batch norm each has its own statistics.
+        # Two passes, as in the released code: with batch norm each has its own statistics.
         if r1_is_due:
             real = real.requires_grad_()
             with torch.autocast(real.device.type, enabled=False):
@@ -329,7 +329,7 @@ class AutoencoderLoss(nn.Module):
         self.lecam_means.lerp_(means.to(self.lecam_means), 1 - self.lecam_decay**share)
 
     def _random_frames(self, *clips: Tensor) -> tuple[Tensor, ...]:
-        """`perceptual_frames` frames of each clip, the same of all that are given."""
+        """Draw `perceptual_frames` frames per batch element, the same ones from all `clips`."""
         batch_size, _, length = clips[0].shape[:3]
         if self.perceptual_frames is None or self.perceptual_frames >= length or not self._is_training():
             return clips
@@ -339,7 +339,7 @@ class AutoencoderLoss(nn.Module):
         return tuple(clip[rows, :, frames].transpose(1, 2) for clip in clips)
 
     def _random_run(self, *clips: Tensor) -> tuple[Tensor, ...]:
-        """`adversarial_frames` consecutive frames, the same of all clips."""
+        """Draw `adversarial_frames` consecutive frames, the same ones from all `clips`."""
         count, length = self.adversarial_frames, clips[0].shape[2]
         if count is None or count >= length or not self._is_training():
             return clips
@@ -347,7 +347,7 @@ class AutoencoderLoss(nn.Module):
         return tuple(clip[:, :, start : start + count] for clip in clips)
 
     def _mean(self, of_frames: Tensor) -> Tensor:
-        """(B, T) → scalar."""
+        """Average (B, T) to a scalar; with `leading_frames`, add the means of both parts."""
         if self.leading_frames is None:
             return of_frames.mean()
         parts = of_frames[:, : self.leading_frames], of_frames[:, self.leading_frames :]
@@ -374,22 +374,22 @@ class AutoencoderLoss(nn.Module):
         maximum = self.adaptive_weight_maximum / frame_size
         return self.adversarial_weight * gan.adaptive_weight(reference, adversarial, last_layer, maximum)
 
-    def _projected_logvar(self) -> Tensor:
+    def _clamp_logvar(self) -> Tensor:
         assert self.logvar is not None
-        # The parameter itself is put back into its range: a clamp in the graph has no gradient outside it, and the
-        # parameter would never return.
+        # Clamp the parameter itself: a clamp in the graph has no gradient outside the range, so that the parameter
+        # would never return.
         with torch.no_grad():
             self.logvar.clamp_(*LOGVAR_RANGE)
         return self.logvar
 
 
 def _as_float(x: Tensor) -> Tensor:
-    """Losses are computed in fp32 under bf16 autocast too (and in fp64 where that came in)."""
+    """Convert to fp32, except fp64, so that losses are exact under bf16 autocast too."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
+def _freeze(module: nn.Module) -> Iterator[None]:
     parameters = [p for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)

@@ -1,10 +1,10 @@
 """Discriminators: PatchGAN (Isola et al. 2017), and those of MAGVIT-v2 and iVideoGPT.
 
-PatchGAN gives one logit per patch, none for the whole clip:
+PatchGAN gives one logit per patch instead of one per clip:
 
     conv s2 → [conv s2, norm] × (num_layers − 1) → conv s1, norm → conv s1 → logits      LeakyReLU 0.2 in between
 
-The modules stand in an `nn.Sequential` called `main` at the indices of the released code, so that with `norm="batch"`
+Modules have the indices of the released code in an `nn.Sequential` called `main`, so that with `norm="batch"` the
 released weights `loss.discriminator.main.*` load as they are.
 """
 
@@ -59,8 +59,8 @@ class PatchDiscriminator2d(nn.Module):
     Args:
         channels: Width of the first layer; it doubles with each layer up to 8 times that.
         num_layers: Layers with stride 2.
-        norm: After all layers but the first and the last. The released code has "batch"; "group" does not mix the
-            clips of a batch and needs no exchange between ranks.
+        norm: Norm after all layers but the first and the last. The released code uses "batch"; "group" does not mix
+            the clips of a batch and needs no communication between ranks.
     """
 
     def __init__(self, channels: int = 64, num_layers: int = 3, norm: Norm = "group") -> None:
@@ -68,7 +68,7 @@ class PatchDiscriminator2d(nn.Module):
         self.main = _patch_gan(channels, num_layers, norm, dims=2)
 
     def forward(self, clip: Tensor) -> Tensor:
-        """(B, 3, T, H, W) in [-1, 1] → logits (B·T, 1, h, w)."""
+        """Judge each frame: (B, 3, T, H, W) in [-1, 1] → logits (B·T, 1, h, w)."""
         return self.main(rearrange(clip, "b c t h w -> (b t) c h w"))
 
 
@@ -83,12 +83,12 @@ class PatchDiscriminator3d(nn.Module):
         self.main = _patch_gan(channels, num_layers, norm, dims=3)
 
     def forward(self, clip: Tensor) -> Tensor:
-        """(B, 3, T, H, W) in [-1, 1] → logits (B, 1, t, h, w)."""
+        """Judge each patch: (B, 3, T, H, W) in [-1, 1] → logits (B, 1, t, h, w)."""
         return self.main(clip)
 
 
 class BlurPool3d(nn.Module):
-    """Halve time, height and width behind a 1-2-1 filter on each axis (Zhang 2019), so that strides do not alias."""
+    """Anti-aliased halving of time, height and width: a 1-2-1 filter on each axis, then stride 2 (Zhang 2019)."""
 
     kernel: Tensor
 
@@ -98,7 +98,7 @@ class BlurPool3d(nn.Module):
         self.register_buffer("kernel", torch.einsum("t,h,w->thw", taps, taps, taps), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) → (B, C, ⌈T/2⌉, ⌈H/2⌉, ⌈W/2⌉); the border is repeated."""
+        """Downsample (B, C, T, H, W) → (B, C, ⌈T/2⌉, ⌈H/2⌉, ⌈W/2⌉); the border is repeated."""
         kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, 3, 3, 3)
         return F.conv3d(F.pad(x, (1,) * 6, mode="replicate"), kernel, stride=2, groups=x.shape[1])
 
@@ -125,11 +125,11 @@ class BlurPoolDiscriminator3d(nn.Module):
 
         conv ─ 5 × (residual block, half of T, H, W) ─ conv ─ linear ─ linear ─ logit        LeakyReLU 0.2 in between
 
-    Initial values as in cofe-ai/O2-MAGVIT2, which reflects the border in its blur and has a norm behind the last
-    convolution besides.
+    Initial values as in cofe-ai/O2-MAGVIT2, which also reflects the border in its blur and adds a norm after the last
+    convolution.
 
     Args:
-        num_frames: T of the clips (or `adversarial_frames` of the loss, where that is less).
+        num_frames: T of the clips (or `adversarial_frames` of the loss, if that is less).
         resolution: H = W of the clips.
         channels: Width of the first layer; the blocks have 2, 4, 4, 4 and 4 times that.
     """
@@ -146,13 +146,13 @@ class BlurPoolDiscriminator3d(nn.Module):
         self.linear2 = nn.Linear(widths[-1], 1)
         for layer in self.modules():
             if isinstance(layer, nn.Conv3d | nn.Linear):
-                # At torch's own values a clip would leave no trace in its logit, which starts without a gradient then.
+                # With torch's defaults the logit would hardly depend on the clip, and start with almost no gradient.
                 nn.init.xavier_uniform_(layer.weight, math.sqrt(2))
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
     def forward(self, clip: Tensor) -> Tensor:
-        """(B, 3, T, H, W) in [-1, 1] → logits (B, 1)."""
+        """Judge each clip: (B, 3, T, H, W) in [-1, 1] → logits (B, 1)."""
         if tuple(clip.shape[2:]) != self.size:
             raise UserError(
                 f"Expected clips of {self.size[0]} frames of {self.size[1]} px for this discriminator, got "
@@ -170,7 +170,7 @@ class SpectralDiscriminator2d(nn.Module):
 
     Args:
         channels: Width of the first layer; it doubles with each layer up to 8 times that.
-        num_layers: Layers with stride 2: 4 in its training scripts, whose network this is with 1,551,489 parameters.
+        num_layers: Layers with stride 2; 4 as in its training scripts (1,551,489 parameters).
     """
 
     def __init__(self, channels: int = 64, num_layers: int = 4) -> None:
@@ -183,10 +183,10 @@ class SpectralDiscriminator2d(nn.Module):
                 layers.append(nn.InstanceNorm2d(width_out))
             layers.append(nn.LeakyReLU(0.2))
         self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 1))
-        self.least = 2**num_layers + 1  # an instance norm needs more than one place
+        self.least = 2**num_layers + 1  # an instance norm needs more than one position
 
     def forward(self, clip: Tensor) -> Tensor:
-        """(B, 3, T, H, W) in [-1, 1] → logits (B·T, 1, h, w)."""
+        """Judge each frame: (B, 3, T, H, W) in [-1, 1] → logits (B·T, 1, h, w)."""
         if min(clip.shape[3:]) < self.least:
             raise UserError(
                 f"Expected clips of at least {self.least} px for this discriminator, got {tuple(clip.shape[3:])}; "

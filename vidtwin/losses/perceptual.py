@@ -1,4 +1,4 @@
-"""LPIPS on frames, with a backbone from a file: never downloaded behind one's back, never a random network."""
+"""LPIPS on frames, with a backbone from an explicit file or torch hub's cache, never with random weights."""
 
 import os
 import socket
@@ -39,24 +39,24 @@ BACKBONES: dict[str, _Backbone] = {
 
 
 def default_backbone(net: Net = "vgg") -> Path:
-    """Where torch hub caches torchvision's weights (IMAGENET1K_V1) of the network."""
+    """Return the path where torch hub caches torchvision's weights (IMAGENET1K_V1) of the network."""
     return Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net].file
 
 
 class LPIPS:
     """Learned perceptual distance of frames (Zhang et al. 2018), version 0.1; VGG-16 is that of the released code.
 
-    Distances by different networks are different metrics: WF-VAE had 0.018 by AlexNet and 0.079 by VGG-16.
+    Distances of different networks are different metrics: WF-VAE had 0.018 with AlexNet and 0.079 with VGG-16.
 
-    Not an `nn.Module`, so that no module that holds one registers it: the network is frozen, and registered it would
-    enter every checkpoint (59 MB), the optimizer's and DDP's parameters, and `train()` would switch on its dropout.
-    It follows the input to its device instead.
+    Not an `nn.Module`, so that no module registers it: the network is frozen, and registered it would enter every
+    checkpoint (59 MB), the optimizer's and DDP's parameters, and `train()` would enable its dropout. Instead it moves
+    to the input's device.
 
     Args:
         backbone: File with torchvision's weights of the network (.pth or .safetensors); None is `default_backbone()`.
         net: VGG-16 or AlexNet.
-        spatial: Bring each layer's map to the frame's size (bilinear) before its mean, as Open-Sora-Plan does: the
-            small maps' values at the border then count more.
+        spatial: Resize each layer's map to the frame's size (bilinear) before averaging, as Open-Sora-Plan does: border
+            values of small maps then count more.
     """
 
     def __init__(self, backbone: str | os.PathLike[str] | None = None, net: Net = "vgg", spatial: bool = False) -> None:
@@ -68,23 +68,26 @@ class LPIPS:
         self.network: nn.Module | None = None
 
     def load(self, download: bool = True) -> None:
-        """Read the weights, once.
+        """Read the weights unless they are loaded.
 
         Args:
-            download: Fetch the default file (528 MB, AlexNet's 233 MB) if it is absent; not done where VIDTWIN_OFFLINE
-                is set.
+            download: Download the default file (528 MB, AlexNet's 233 MB) if it is missing, unless VIDTWIN_OFFLINE is
+                set.
+
+        Raises:
+            UserError: The file is missing or does not fit the network.
         """
         if self.network is None:
             path = Path(self.backbone) if self.backbone is not None else default_backbone(self.net)
             backbone = BACKBONES[self.net]
             if not path.is_file():
                 if self.backbone is not None or not download or os.environ.get("VIDTWIN_OFFLINE"):
-                    raise UserError(_absent(backbone, path))
+                    raise UserError(_missing_message(backbone, path))
                 _download(backbone, path)
             self.network = _build(self.net, self.spatial, weights.read(path), path)
 
     def allowed(self, height: int, width: int) -> str | None:
-        """Why frames of this size have no such distance; None if they have one."""
+        """Return why frames of this size in pixels are too small for the network, or None."""
         backbone = BACKBONES[self.net]
         if min(height, width) >= backbone.smallest:
             return None
@@ -92,11 +95,11 @@ class LPIPS:
         return f"Expected frames of at least {side} pixels for LPIPS with {backbone.name}, got {(height, width)}."
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Clips (B, 3, T, H, W) or frames (N, 3, H, W) in [-1, 1] → one distance per frame, (B·T,) or (N,)."""
+        """Compare clips (B, 3, T, H, W) or frames (N, 3, H, W) in [-1, 1]: one distance per frame, (B·T,) or (N,)."""
         reason = self.allowed(*prediction.shape[-2:])
         if reason:
             raise UserError(reason)
-        # The first call may come from validation in inference mode; weights made there bar training.
+        # The first call may be in inference mode (validation); weights created there can't be used in training.
         with torch.inference_mode(False):
             self.load()
             assert self.network is not None
@@ -106,7 +109,7 @@ class LPIPS:
             target = rearrange(target, "b c t h w -> (b t) c h w")
         if torch.is_grad_enabled():
             return self._distances(prediction, target)
-        return torch.cat([self._distances(*frames) for frames in _few_frames(prediction, target)])
+        return torch.cat([self._distances(*frames) for frames in _split_frames(prediction, target)])
 
     def _distances(self, prediction: Tensor, target: Tensor) -> Tensor:
         assert self.network is not None
@@ -114,10 +117,10 @@ class LPIPS:
         return distances.flatten(1).mean(1) if self.spatial else distances.flatten()
 
 
-def _few_frames(*clips: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Frames (N, 3, H, W), a few at once: nothing has to be kept for a backward pass.
+def _split_frames(*clips: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split (N, 3, H, W) into batches of few frames, for passes without a backward pass.
 
-    Of 16 frames of 224 px this halves the time on a CPU, whose caches then hold VGG's maps; on a GPU it bounds memory.
+    For 16 frames of 224 px this halves the time on a CPU, whose caches then hold VGG's maps; on a GPU it saves memory.
     """
     on_cpu = clips[0].device.type == "cpu"
     number = max(1, (2**17 if on_cpu else 2**20) // clips[0][0, 0].numel())
@@ -125,7 +128,7 @@ def _few_frames(*clips: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(clip.contiguous(memory_format=layout).split(number) for clip in clips), strict=True)
 
 
-def _absent(backbone: _Backbone, path: Path, why: str = "") -> str:
+def _missing_message(backbone: _Backbone, path: Path, why: str = "") -> str:
     return (
         f"Expected the {backbone.name} backbone of LPIPS at {path}, got no such file{why}; "
         f"download it from {backbone.url}."
@@ -134,14 +137,14 @@ def _absent(backbone: _Backbone, path: Path, why: str = "") -> str:
 
 def _download(backbone: _Backbone, path: Path) -> None:
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10.0)  # a machine whose network swallows packets must not hang
+    socket.setdefaulttimeout(10.0)  # do not hang on a machine whose network drops packets
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         digest = path.stem.rpartition("-")[2]
         torch.hub.download_url_to_file(backbone.url, str(path), hash_prefix=digest)
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise UserError(_absent(backbone, path, f" and could not fetch it ({reason})")) from error
+        raise UserError(_missing_message(backbone, path, f" and could not fetch it ({reason})")) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -151,8 +154,8 @@ def _build(net: Net, spatial: bool, backbone: Any, path: Path) -> nn.Module:
     if not isinstance(backbone, dict):
         raise UserError(f"Expected a state dict of {name} in {path}, got {type(backbone).__name__}.")
     with warnings.catch_warnings(), torch.device("meta"):
-        # On the meta device nothing is allocated or drawn: the lpips package builds the whole network, up to 124
-        # million weights of classifier included, and asks torchvision for it in a way that warns.
+        # The meta device allocates and draws nothing: the lpips package builds the whole network, including up to 124
+        # million classifier weights, by a torchvision call that warns.
         warnings.simplefilter("ignore")
         network = lpips.LPIPS(net=net, spatial=spatial, pretrained=False, pnet_rand=True, verbose=False)
     network.scaling_layer = lpips.ScalingLayer()

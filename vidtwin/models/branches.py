@@ -6,11 +6,10 @@
 Each branch has `encode` (features → mean, log-variance) and `decode` (latent → features). Features are (B, C, T, H, W)
 on the grid of patches.
 
-`initialize` sets values for training from scratch (docs/training_from_scratch.md): at torch's own, a random 3×3 kernel
-leaves a ninth of the energy at its position and each layer a third of the variance, so that after a branch's layers
-where a patch lies is lost and the little that is left drowns in the sampling noise. Here the layers keep the variance
-(He et al. 2015 before a ReLU, LeCun elsewhere), kernels start with the taps of their own position (delta kernels, Xiao
-et al. 2018) and the noise starts small.
+`initialize` sets values for training from scratch (docs/training_from_scratch.md). With torch's defaults a random 3×3
+kernel leaves a ninth of the energy at its position and each layer a third of the variance, so a branch loses the
+position of a patch, and the remaining signal drowns in the sampling noise. Here the layers keep the variance (He et al.
+2015 before a ReLU, LeCun elsewhere), kernels start as delta kernels (Xiao et al. 2018) and the noise starts small.
 """
 
 import itertools
@@ -23,20 +22,20 @@ from torch import Tensor, nn
 from vidtwin.models.qformer import QFormer
 
 
-def downsampled(size: int, times: int) -> int:
-    """Length after `times` convolutions of kernel 3, stride 2, padding 1."""
+def downsample_size(size: int, times: int) -> int:
+    """Return the length after `times` convolutions of kernel 3, stride 2, padding 1."""
     for _ in range(times):
         size = (size + 1) // 2
     return size
 
 
-INITIAL_LOGVAR = -6.0  # a deviation of 0.05, where the means' spread is some tenths
+INITIAL_LOGVAR = -6.0  # a standard deviation of 0.05; that of the means is some tenths
 
 
 def keep_variance(layer: nn.Linear | nn.Conv2d, relu: bool = False, local: bool = True) -> None:
-    """Outputs as large as the inputs (root mean square), through a ReLU if one follows.
+    """Initialize a layer so that outputs have the root mean square of inputs, after a ReLU if `relu`.
 
-    Of a `local` 3×3 kernel only the centre is set; with stride 2, the 2×2 taps that give each input to one output.
+    A `local` 3×3 kernel sets only its centre; with stride 2, the 2×2 taps that pass each input to one output.
     """
     nn.init.zeros_(layer.weight)
     taps = layer.weight
@@ -48,7 +47,7 @@ def keep_variance(layer: nn.Linear | nn.Conv2d, relu: bool = False, local: bool 
 
 
 def _keep_variance_all(layers: nn.Sequential) -> None:
-    """`keep_variance` where a ReLU follows each layer."""
+    """Apply `keep_variance` to layers that are each followed by a ReLU."""
     for layer in layers:
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             keep_variance(layer, relu=True)
@@ -63,7 +62,7 @@ def _initialize_head(head: nn.Conv2d) -> None:
 
 
 class _Halving(nn.Conv2d):
-    """Halves height and width, rounded up."""
+    """Strided convolution that halves height and width, rounded up."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(width_in, width_out, 3, stride=2, padding=1)
@@ -71,8 +70,8 @@ class _Halving(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[-2:] != (1, 1):
             return super().forward(input)
-        # The border is laid around it here: with its own, oneDNN (torch 2.15, bfloat16) leaves the gradients of the
-        # taps that never meet a pixel as they lay in memory.
+        # Pad explicitly: with the convolution's own padding, oneDNN (torch 2.15, bfloat16) leaves uninitialized
+        # gradients at the taps that never meet a pixel.
         bordered = nn.functional.pad(input, (1, 1, 1, 1))
         return nn.functional.conv2d(bordered, self.weight, self.bias, stride=2)
 
@@ -84,9 +83,9 @@ class StructureBranch(nn.Module):
         hidden_size: C.
         num_frames: T.
         grid_size: H = W of the features.
-        qformer: Reads the T frames of each position.
+        qformer: Q-Former over the T frames of each position.
         channels: Channels of the latent (paper: d_S).
-        downsamples: How often height and width are halved.
+        downsamples: Number of times that height and width are halved.
         width: Channels of the first convolution; doubled by each down-sampling.
     """
 
@@ -121,24 +120,24 @@ class StructureBranch(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Initial values for training from scratch, see the top of this file."""
+        """Set initial values for training from scratch (see the top of this file)."""
         self.qformer.initialize()
         keep_variance(self.conv_in)
         for layers in (self.downsample, self.embed, self.to_features):
             _keep_variance_all(layers)
-        # A kernel that follows an up-sampling has all its taps: by its neighbours alone can it tell apart the places
-        # that the up-sampling made equal.
+        # A kernel after an up-sampling needs all its taps: only its neighbours tell apart the positions that the
+        # up-sampling made equal.
         for level, layer in enumerate(layer for layer in self.upsample if isinstance(layer, nn.Conv2d)):
             keep_variance(layer, relu=True, local=level == 0)
         keep_variance(self.conv_out, local=len(self.upsample) == 0)
         _initialize_head(self.head)
-        # Every frame starts as the mean of the queries. Random weights would give each frame another mixture, a part
-        # of it below zero for the ReLU to drop, and what is the same in all frames would have to be learned T times.
+        # Every frame starts as the mean of the queries. Random weights would give each frame a different mixture,
+        # partly negative and so dropped by the ReLU, and content common to all frames would be learned T times.
         nn.init.constant_(self.to_frames.weight, 1 / self.to_frames.in_features)
         nn.init.zeros_(self.to_frames.bias)
 
     def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, T, H, W) → mean and log-variance (B, d_S, n_q, h, w)."""
+        """Encode features (B, C, T, H, W) as mean and log-variance (B, d_S, n_q, h, w)."""
         batch, _, _, height, _ = features.shape
         queries = self.qformer(rearrange(features, "b c t h w -> (b h w) t c"))
         maps = rearrange(queries, "(b h w) q c -> (b q) c h w", b=batch, h=height)
@@ -147,7 +146,7 @@ class StructureBranch(nn.Module):
         return mean, logvar
 
     def decode(self, latent: Tensor) -> Tensor:
-        """(B, d_S, n_q, h, w) → (B, C, T, H, W), not negative (it ends in a ReLU)."""
+        """Decode (B, d_S, n_q, h, w) to features (B, C, T, H, W), which a final ReLU keeps non-negative."""
         maps = self.upsample(self.embed(rearrange(latent, "b c q h w -> (b q) c h w")))
         maps = self.conv_out(maps)
         border = (maps.shape[-1] - self.grid_size) // 2  # halving an odd grid rounds up, so it comes back larger
@@ -157,18 +156,18 @@ class StructureBranch(nn.Module):
 
 
 class DynamicsBranch(nn.Module):
-    """Per-frame means over the height (a profile along the width) and over the width (one along the height).
+    """Motion: per-frame means over the height (a profile along the width) and over the width (one along the height).
 
     Args:
         hidden_size: C.
         grid_size: H = W of the features.
         channels: Channels of the latent (paper: d_D).
-        downsamples: How often height and width are halved before the means.
+        downsamples: Number of times that height and width are halved before the means.
     """
 
     def __init__(self, hidden_size: int, grid_size: int, channels: int, downsamples: int) -> None:
         super().__init__()
-        size = downsampled(grid_size, downsamples)
+        size = downsample_size(grid_size, downsamples)
         self.size = size
         self.downsamples = downsamples
         self.grid_size = grid_size
@@ -186,20 +185,20 @@ class DynamicsBranch(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Initial values for training from scratch, see the top of this file."""
+        """Set initial values for training from scratch (see the top of this file)."""
         for layers in (self.downsample, self.embed):
             _keep_variance_all(layers)
         _initialize_head(self.head)
         linears = [layer for layer in self.upsample if isinstance(layer, nn.Linear)]
         for linear in linears:
             nn.init.zeros_(linear.bias)
-        if linears:  # each place of the grid starts as the place of the latent that covers it
+        if linears:  # each grid position starts as the latent position that covers it
             covering = torch.arange(self.grid_size) // 2**self.downsamples
             linears[0].weight.copy_(nn.functional.one_hot(covering, self.size))
             nn.init.eye_(linears[1].weight)
 
     def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, T, H, W) → mean and log-variance (B, d_D, T, w + h), the profile along the width first."""
+        """Encode features (B, C, T, H, W) as mean and log-variance (B, d_D, T, w + h), the width profile first."""
         batch, _, frames, _, _ = features.shape
         maps = self.downsample(rearrange(features, "b c t h w -> (b t) c h w"))
         maps = rearrange(maps, "(b t) c h w -> b c t h w", b=batch, t=frames)
@@ -209,7 +208,7 @@ class DynamicsBranch(nn.Module):
         return mean, logvar
 
     def decode(self, latent: Tensor) -> Tensor:
-        """(B, d_D, T, w + h) → (B, C, T, H, W)."""
+        """Decode (B, d_D, T, w + h) to features (B, C, T, H, W)."""
         profiles = torch.cat(latent.split(self.size, dim=3))
         embedded = self.upsample(self.embed(profiles.movedim(1, -1)).movedim(-1, 1))
         along_width, along_height = embedded.unflatten(0, (2, -1)).unbind()

@@ -1,6 +1,6 @@
-"""Checkpoints of the released VidTwin implementation: their tensors' names and the sizes that they tell.
+"""Reading of checkpoints of the released VidTwin: tensor names, and the sizes that follow from tensor shapes.
 
-Only facts about names and shapes; the arithmetic is in the sibling files.
+The arithmetic is in the sibling files.
 """
 
 import math
@@ -14,10 +14,10 @@ from vidtwin import weights
 from vidtwin.errors import UserError
 from vidtwin.layers.patches import sincos_1d, sincos_2d
 
-# Present in the released model, used by nothing; buffers that are computed here.
+# Unused parameters of the released model, and buffers that are computed here.
 _UNUSED = re.compile(r"loss\..*|encoder\.final_layer\..*|decoder\.x_embedder\..*|(en|de)coder\.pos_embed(_temporal)?")
 
-# Official name → ours, tried from top to bottom. Sequences with activations between have a `#` for the running index.
+# Official name → ours; the first match counts.
 _NAMES = [
     (r"(encoder|decoder)\.blocks\.(\d+)\.scale_shift_table", r"\1.transformer.blocks.\2.modulation"),
     (r"(encoder|decoder)\.blocks\.(\d+)\.attn\.(.+)", r"\1.transformer.blocks.\2.spatial_attention.\3"),
@@ -53,7 +53,7 @@ _QFORMER_NAMES = {
     "output_query.dense": "mlp.2",
     "output_query.LayerNorm": "mlp_norm",
 }
-# Projections that are separate tensors there and fused here, in this order.
+# Projections that are separate tensors in the released model and fused here, in this order.
 _FUSED = {
     "self_attention.qkv": ["attention.attention.query", "attention.attention.key", "attention.attention.value"],
     "cross_attention.kv": ["crossattention.attention.key", "crossattention.attention.value"],
@@ -61,7 +61,14 @@ _FUSED = {
 
 
 def load(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Read an official checkpoint without running code from it → (arguments of `VidTwin`, state dict in our names)."""
+    """Read an official checkpoint without running code from it.
+
+    Returns:
+        Arguments of `VidTwin`, and the state dict in our names.
+
+    Raises:
+        UserError: The file is not such a checkpoint.
+    """
     state = _read(path)
     sizes = _sizes(state, path)
     _check_positions(state, path)
@@ -152,7 +159,7 @@ def _fuse(state: dict[str, Tensor], parts: list[str], path: Path) -> Tensor:
 
 
 def _check_positions(state: dict[str, Tensor], path: Path) -> None:
-    """The position embeddings are computed here; a checkpoint trained with others would give other numbers."""
+    """Check the stored position embeddings against the computed ones, since others would change the results."""
     for part in ("encoder", "decoder"):
         for suffix in ("", "_temporal"):
             name = f"{part}.pos_embed{suffix}"

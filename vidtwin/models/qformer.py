@@ -1,4 +1,4 @@
-"""The Q-Former: learned queries that read a sequence (BLIP-2; in the paper's section 3.2, a pixel's T frames).
+"""The Q-Former: learned queries attend to a sequence (BLIP-2; in the paper's section 3.2, the T frames of a position).
 
     queries (Q, C) ─ norm ─ depth × [self-attention ─ (every `cross_every`-th layer) cross-attention ─ MLP] ─> (N, Q, C)
 
@@ -12,7 +12,7 @@ from vidtwin.layers.attention import CrossAttention, SelfAttention
 
 
 class QFormerLayer(nn.Module):
-    """One post-norm layer; cross-attention only where `context_size` is given."""
+    """One post-norm layer; with cross-attention if `context_size` is given."""
 
     def __init__(
         self, hidden_size: int, num_heads: int, intermediate_size: int, context_size: int | None, dropout: float
@@ -39,17 +39,17 @@ class QFormerLayer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """Summarize sequences of any length with a fixed number of queries.
+    """Summary of sequences of any length by a fixed number of queries.
 
     Args:
         num_queries: Q (paper: n_q).
-        hidden_size: Width of the queries.
-        context_size: Width of the sequence that is read.
+        hidden_size: C, width of the queries.
+        context_size: D, width of the sequence.
         depth: Number of layers.
         num_heads: Heads of both attentions.
         intermediate_size: Width of the MLP.
-        cross_every: Layers 0, cross_every, 2·cross_every, ... read the sequence; the others only mix the queries.
-        dropout: Of hidden values and attention probabilities, in training.
+        cross_every: Layers 0, cross_every, 2·cross_every, ... attend to the sequence; the others only mix the queries.
+        dropout: Dropout of hidden values and attention probabilities in training.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class QFormer(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Cross-attentions whose output is as large as the queries, for training from scratch.
+        """Scale the cross-attentions for training from scratch, so that their output is as large as the queries.
 
-        BERT's N(0, 0.02) is made for large pretrained models: what the queries read would be a few per cent of what
-        they are themselves, and the norm behind the residual takes the rest of it.
+        BERT's N(0, 0.02) suits large pretrained models. Here the attended values would be a few per cent of the
+        queries, and the norm after the residual would shrink them further.
         """
         for layer in self.layers:
             if isinstance(layer, QFormerLayer) and layer.cross_attention is not None:
@@ -87,7 +87,7 @@ class QFormer(nn.Module):
                     nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
     def forward(self, context: Tensor) -> Tensor:
-        """(N, M, D) → (N, Q, C)."""
+        """Summarize (N, M, D) as (N, Q, C)."""
         x = self.norm(self.queries)[None]
         # Until the first cross-attention all N rows are the same, so without dropout they are computed once.
         if self.training and self.dropout.p > 0:

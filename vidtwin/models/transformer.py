@@ -7,7 +7,7 @@
               x += gate · causal attention over T (x)          the raw residual: neither norm nor modulation
               x += gate · MLP (norm(x))
 
-Paper D.1; figures as in the released code. T frames, S = (H/p)·(W/p) patches, C = hidden_size.
+Paper D.1; sizes as in the released code. T frames, S = (H/p)·(W/p) patches, C = hidden_size.
 """
 
 import torch
@@ -21,7 +21,7 @@ from vidtwin.layers.recompute import Recomputing
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without an affine of its own, then · (1 + scale) + shift; `shift` and `scale` are (C,)."""
+    """Apply LayerNorm without learned affine to (..., C), then · (1 + scale) + shift, both (C,)."""
     return F.layer_norm(x, x.shape[-1:], weight=1 + scale, bias=shift, eps=1e-6)
 
 
@@ -43,7 +43,7 @@ class SpatialTemporalBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, temporal_embedding: Tensor | None = None) -> Tensor:
-        """(B, T, S, C) → same; `temporal_embedding` (T, 1, C) reaches the input of the temporal attention only."""
+        """Transform (B, T, S, C); `temporal_embedding` (T, 1, C) only enters the temporal attention."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation
         x = x + gate * self.spatial_attention(modulated_norm(x, shift, scale))
         over_time = x if temporal_embedding is None else x + temporal_embedding
@@ -76,7 +76,7 @@ class SpatialTemporalTransformer(Recomputing):
         self.register_buffer("time", time.float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, S, C) → same: the residual stream after the last block, without a final norm."""
+        """Transform (B, T, S, C); return the residual stream after the last block, without a final norm."""
         x = x + self.position
         for index, block in enumerate(self.blocks):
             x = self.run(block, x, self.time if index == 0 else None)
@@ -84,7 +84,7 @@ class SpatialTemporalTransformer(Recomputing):
 
 
 class Encoder(nn.Module):
-    """Clip (B, 3, T, H, W) → features (B, T, S, C)."""
+    """Encoder from a clip (B, 3, T, H, W) to features (B, T, S, C)."""
 
     def __init__(self, patch_size: int, transformer: SpatialTemporalTransformer, hidden_size: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, T, S, C) → clip (B, 3, T, H, W)."""
+    """Decoder from features (B, T, S, C) to a clip (B, 3, T, H, W)."""
 
     def __init__(
         self, patch_size: int, transformer: SpatialTemporalTransformer, hidden_size: int, grid_size: int

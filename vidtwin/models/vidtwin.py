@@ -5,8 +5,8 @@
                               └─ dynamics branch ──> dynamics (B, d_D, T, w + h) ──── dynamics branch ┘
 
 The arithmetic is that of the released model, so that its weights load (`VidTwin.from_official`) and give its numbers.
-Departures, all outside that arithmetic: decoding needs the latents alone; evaluation uses the posterior's mode where
-the released code samples; parameters that the released model holds but never uses are absent.
+Departures, all outside that arithmetic: decoding needs only the latents; evaluation uses the posterior's mode (the
+released code samples); parameters that the released model never uses are absent.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from vidtwin import weights
 from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
 from vidtwin.errors import UserError
 from vidtwin.models import official
-from vidtwin.models.branches import DynamicsBranch, StructureBranch, downsampled
+from vidtwin.models.branches import DynamicsBranch, StructureBranch, downsample_size
 from vidtwin.models.qformer import QFormer
 from vidtwin.models.transformer import Decoder, Encoder, SpatialTemporalBlock, SpatialTemporalTransformer
 from vidtwin.posteriors import DiagonalGaussian, Encoding, Latents
@@ -40,19 +40,19 @@ class VidTwin(VideoAutoencoder):
         num_heads: Attention heads of encoder and decoder.
         num_queries: n_q, maps of the structure latent.
         structure_channels: d_S.
-        structure_downsamples: How often the grid of patches is halved for the structure latent (14 → 7 → 4 → 2).
+        structure_downsamples: Halvings of the patch grid for the structure latent (14 → 7 → 4 → 2).
         dynamics_channels: d_D.
-        dynamics_downsamples: How often it is halved for the dynamics latent.
+        dynamics_downsamples: Halvings of the patch grid for the dynamics latent.
         structure_width: Channels of the structure branch's first convolution.
         query_size: Width of the Q-Former.
         qformer_depth: Layers of the Q-Former.
         qformer_heads: Attention heads of the Q-Former.
         qformer_intermediate_size: Width of the Q-Former's MLPs.
-        qformer_cross_every: Every how many layers the Q-Former reads the frames.
+        qformer_cross_every: Insert cross-attention every this many Q-Former layers.
         qformer_dropout: Dropout of the Q-Former in training.
         activation_checkpointing: Recompute each block in the backward pass: less memory, about a third more time.
-        initialization: "balanced" for training from scratch (docs/training_from_scratch.md), or "released": the values
-            that the released code starts from.
+        initialization: "balanced" for training from scratch (docs/training_from_scratch.md), or "released": the initial
+            values of the released code.
     """
 
     latent_names: ClassVar[tuple[str, ...]] = ("structure", "dynamics")
@@ -83,8 +83,8 @@ class VidTwin(VideoAutoencoder):
         initialization: Literal["balanced", "released"] = "balanced",
     ) -> None:
         super().__init__()
-        whole = {k: v for k, v in self.init_args.items() if type(v) is int and k != "qformer_dropout"}
-        for name, count in whole.items():
+        counts = {k: v for k, v in self.init_args.items() if type(v) is int and k != "qformer_dropout"}
+        for name, count in counts.items():
             least = 0 if name.endswith("downsamples") else 1
             if count < least:
                 raise UserError(f"Expected {name} of at least {least}, got {count}.")
@@ -128,7 +128,7 @@ class VidTwin(VideoAutoencoder):
             self.structure.initialize()
             self.dynamics.initialize()
 
-        structure_size = downsampled(grid_size, structure_downsamples)
+        structure_size = downsample_size(grid_size, structure_downsamples)
         self._shapes = {
             "structure": (structure_channels, num_queries, structure_size, structure_size),
             "dynamics": (dynamics_channels, num_frames, 2 * self.dynamics.size),
@@ -138,8 +138,15 @@ class VidTwin(VideoAutoencoder):
     def from_official(cls, path: str | Path, num_heads: int = 12, qformer_heads: int = 8) -> Self:
         """Load a checkpoint of the released implementation (.ckpt or .safetensors), in evaluation mode.
 
-        Every size is read off the tensors' shapes; the numbers of heads leave no trace there and have to be given.
-        Raises `UserError` for a file that is not such a checkpoint, naming missing, unexpected or misshapen tensors.
+        Sizes are inferred from tensor shapes, which do not show the numbers of heads.
+
+        Args:
+            path: Checkpoint file.
+            num_heads: Attention heads of encoder and decoder.
+            qformer_heads: Attention heads of the Q-Former.
+
+        Raises:
+            UserError: The file is not such a checkpoint; names missing, unexpected or misshapen tensors.
         """
         sizes, state = official.load(Path(path))
         arguments: dict[str, Any] = {**sizes, "num_heads": num_heads, "qformer_heads": qformer_heads}
@@ -155,7 +162,7 @@ class VidTwin(VideoAutoencoder):
         return weight
 
     def features(self, clip: Tensor) -> Tensor:
-        """The encoder's output (B, C, T, H/p, W/p), before the branches."""
+        """Encode a clip (B, 3, T, H, W) as features (B, C, T, H/p, W/p), before the branches."""
         return rearrange(self.encoder(clip), "b t (h w) c -> b c t h w", h=self.grid_size)
 
     def _encode(self, clip: Tensor) -> Encoding:
@@ -166,7 +173,7 @@ class VidTwin(VideoAutoencoder):
         )
 
     def _decode(self, latents: Latents) -> Tensor:
-        """A latent that is left out adds nothing: structure only or dynamics only, as in the paper's figure 2."""
+        """Decode the sum of the given latents; one alone shows only its part (the paper's figure 2)."""
         for name, latent in latents.items():
             if latent.shape[1:] != self._shapes[name]:
                 wanted = ", ".join(map(str, self._shapes[name]))
@@ -182,7 +189,7 @@ class VidTwin(VideoAutoencoder):
 
     @torch.no_grad()
     def _initialize_as_released(self) -> None:
-        """The released initial values, where they differ from torch's own."""
+        """Set the released initial values that differ from torch's defaults."""
         for transformer in (self.encoder.transformer, self.decoder.transformer):
             for module in transformer.modules():
                 if isinstance(module, nn.Linear):

@@ -1,0 +1,49 @@
+"""Help and refusals that need no model import neither torch nor Lightning."""
+
+import subprocess
+import sys
+
+CODE = """
+import contextlib, io, sys
+from vidtwin.cli import main
+from vidtwin.cli.commands import TABLE
+
+def heavy():
+    return sorted({"torch", "lightning"} & set(sys.modules))
+
+for command in TABLE:
+    if command not in ("fit", "validate", "test", "predict", "replay"):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            code = main([command, "--help"])
+        assert code == 0 and command in printed.getvalue() and not heavy(), (command, code, heavy())
+refusals = {
+    "reconstruct absent.mp4 --ckpt_path absent.ckpt": "Expected a video at absent.mp4",
+    f"reconstruct {sys.executable} --ckpt_path absent.ckpt": "got none at absent.ckpt",
+    "encode videos --out latents --ckpt_pth last.ckpt": "did you mean 'ckpt_path'?",
+    "decode latents --out latents --skip_exist": "did you mean 'skip_existing'?",
+    "convert absent.ckpt out": "got none at absent.ckpt",
+    "export --ckpt_path absent.ckpt --out new": "got none at absent.ckpt",
+    "reenact --structure a.mp4 --dynamics b.mp4 --out o --ckpt_path absent.ckpt": "Expected a video at a.mp4",
+    "configs .": "nothing was overwritten",
+    "check --config absent.yaml": "Expected a config at absent.yaml",
+    "cache out --config absent.yaml": "Expected a config at absent.yaml",
+    "fit --config absent.yaml": "Expected a config at absent.yaml",
+    "fit --confg absent.yaml": "did you mean 'config'?",
+    "validate --ckpt_path absent.ckpt": "got none at absent.ckpt",
+    "test --config absent.yaml": "Expected a config at absent.yaml",
+    "predict --ckpt_path absent.ckpt": "got none at absent.ckpt",
+    "replay absent.pt": "got none at absent.pt",
+}
+for words, expected in refusals.items():
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        code = main(words.split())
+    line = printed.getvalue()
+    assert code == 2 and line.count("\\n") == 1 and expected in line and not heavy(), (words, code, line, heavy())
+print("light")
+"""
+
+
+def test_help_and_refusals_import_neither_torch_nor_lightning(tmp_path):
+    command = [sys.executable, "-c", CODE]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout.strip() == "light", done.stderr

@@ -1,0 +1,135 @@
+"""List the commands, and run one. `vidtwin --help` reads this table and imports no command.
+
+A target is a function of the arguments that returns the exit code ("module:function"), or a module with `USAGE`,
+`DESCRIPTION`, `add_options(parser)` and `run(options)`. Other packages add functions as entry points of the group
+`vidtwin.commands`.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from vidtwin import plugins
+from vidtwin.errors import UserError, suggestion
+
+GROUP = "vidtwin.commands"
+TABLE: dict[str, tuple[str, str]] = {
+    "fit": (
+        "Train an autoencoder: vidtwin fit --config configs/vidtwin_base.yaml --data.root PATH",
+        "vidtwin.cli.trainer_commands:fit",
+    ),
+    "validate": ("Measure an autoencoder on the validation clips.", "vidtwin.cli.trainer_commands:validate"),
+    "test": (
+        "Measure an autoencoder, or a list of them, on the test clips: table, plots, report.",
+        "vidtwin.cli.trainer_commands:test",
+    ),
+    "predict": ("Write latents and reconstruction of each test clip.", "vidtwin.cli.trainer_commands:predict"),
+    "replay": (
+        "Run a step again that training skipped, and say where it breaks: vidtwin replay DUMP",
+        "vidtwin.cli.trainer_commands:replay",
+    ),
+    "plugins": (
+        "List the autoencoders, data modules and commands that installed packages register.",
+        "vidtwin.cli.small_commands:list_plugins",
+    ),
+    "configs": (
+        "Copy the configs that come with the package: vidtwin configs [FOLDER]",
+        "vidtwin.cli.small_commands:copy_configs",
+    ),
+    "cache": (
+        "Write decoded clips, or video files, as shards: vidtwin cache OUT --config FILE",
+        "vidtwin.cli.cache:cache_command",
+    ),
+    "check": (
+        "Hold an autoencoder to the promises of the interface: vidtwin check NAME",
+        "vidtwin.cli.check:check_command",
+    ),
+    "convert": (
+        "Turn released weights or a checkpoint into the folder of from_pretrained: vidtwin convert IN OUT",
+        "vidtwin.apply.convert",
+    ),
+    "decode": ("Decode latents on disk to videos: vidtwin decode LATENTS --out DIR", "vidtwin.apply.decode"),
+    "decouple": (
+        "Show what each latent carries: vidtwin decouple a.mp4 --out DIR --ckpt_path last.ckpt",
+        "vidtwin.apply.decouple",
+    ),
+    "doctor": (
+        "Check a folder of videos and list those to leave out: vidtwin doctor DIR",
+        "vidtwin.datamodules.doctor.command:doctor_command",
+    ),
+    "encode": (
+        "Encode videos to latents on disk: vidtwin encode IN... --out LATENTS --ckpt_path last.ckpt",
+        "vidtwin.apply.encode",
+    ),
+    "export": (
+        "Write encoder and decoder as torch.export or ONNX programs: vidtwin export --ckpt_path PATH --out DIR",
+        "vidtwin.apply.export",
+    ),
+    "prepare": (
+        "Unpack and check a data set: vidtwin prepare ucf101 UCF101.rar UCF101TrainTestSplits-RecognitionTask.zip",
+        "vidtwin.datamodules.ucf101.prepare:prepare_command",
+    ),
+    "reconstruct": (
+        "Reconstruct videos: vidtwin reconstruct a.mp4 b.mp4 --ckpt_path last.ckpt",
+        "vidtwin.apply.reconstruct",
+    ),
+    "reenact": (
+        "Combine latents of two videos: vidtwin reenact --structure A --dynamics B --out DIR --ckpt_path last.ckpt",
+        "vidtwin.apply.reenact",
+    ),
+    "report": (
+        "Make table, plots and page of a results folder again: vidtwin report RESULTS",
+        "vidtwin.benchmark.report_command:report_command",
+    ),
+}
+
+
+def summaries() -> dict[str, str]:
+    """Return a line for each command; those of other packages are not imported."""
+    found = {name: summary for name, (summary, _) in TABLE.items()}
+    others = {name: f"({entry.value})" for name, entry in plugins.available(GROUP).items()}
+    return found | {name: text for name, text in others.items() if name not in found}
+
+
+def run(name: str, argv: list[str]) -> int:
+    """Run a command → exit code. Raises `UserError` for what the user can mend."""
+    try:
+        if name in TABLE:
+            module, _, function = TABLE[name][1].partition(":")
+            loaded = import_module(module)
+            return int(getattr(loaded, function)(argv) if function else _run_module(name, loaded, argv))
+        if name in plugins.available(GROUP):
+            return int(plugins.load(name, GROUP)(argv))
+    except SystemExit as end:  # --help ends this way, with 0; argparse of other packages with 2
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning, after Ctrl-C
+            raise KeyboardInterrupt from end
+        return int(end.code or 0)
+    raise UserError(f"Expected a command, got {name!r}{suggestion(name, summaries())}")
+
+
+def _run_module(name: str, module: Any, argv: list[str]) -> int:
+    from vidtwin.cli.parser import Help, Parser, config_paths, read_config, wants_help
+
+    parser = Parser(
+        prog=f"vidtwin {name}",
+        usage=f"vidtwin {name} {module.USAGE}",
+        description=module.DESCRIPTION,
+        formatter_class=Help,
+    )
+    module.add_options(parser)
+    known, unknown = parser.split_unknown(argv)
+    asks = wants_help(argv)
+    if asks or not hasattr(module, "add_more_options"):
+        words = known if hasattr(module, "TAKES_UNKNOWN") else argv
+    if hasattr(module, "add_more_options"):
+        module.add_more_options(parser, parser.parse_words([w for w in known if w not in ("-h", "--help")]), asks)
+        words = argv
+    options = parser.parse_words(words)
+    read_config(config_paths(argv))  # refuses a missing file before torch is imported
+    options.read_model = _read_model
+    return int(module.run(options, unknown) if hasattr(module, "TAKES_UNKNOWN") else module.run(options))
+
+
+def _read_model(config: str) -> Any:
+    from vidtwin.cli import model_config
+
+    return model_config.read(config)

@@ -1,0 +1,160 @@
+"""Parse command lines: one parser, one form of error, one reader of `--config`. Import nothing heavy."""
+
+import argparse
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from vidtwin import plugins
+from vidtwin.cli import bases, messages
+from vidtwin.errors import UserError, suggestion
+
+SHORT_NAMES = {"--data": "vidtwin.datamodules", "--model.autoencoder": "vidtwin.autoencoders"}
+
+
+class Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Show the description as written, and the default of each option."""
+
+
+class Parser(ArgumentParser):
+    """Refuse abbreviations, and report mistakes as a `UserError` of one line."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **keywords: Any) -> None:
+        # Without abbreviations: --trainer.max_step is a mistake to point out, not to guess.
+        super().__init__(*args, allow_abbrev=allow_abbrev, **keywords)
+
+    def parse_string(self, content: str, *args: Any, **keywords: Any) -> Namespace:
+        return super().parse_string(bases.remove(content), *args, **keywords)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise one line with a suggestion, where jsonargparse prints its usage and a tree of reasons."""
+        raise UserError(messages.shorten(message, self)) from ex
+
+    def parse_words(self, argv: Sequence[str]) -> Namespace:
+        """Parse `argv`, in which positional words may stand anywhere and `--flag` means `--flag=true`."""
+        return self.parse_args(self._arrange(argv))
+
+    def split_unknown(self, argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+        """Split `argv` into the words of this parser, and unknown options with their values ("" if missing)."""
+        known: list[str] = []
+        unknown: list[tuple[str, str]] = []
+        words = list(argv)
+        while words:
+            word = words.pop(0)
+            option, equals, value = word.partition("=")
+            if not word.startswith("--") or option in self._option_string_actions:
+                known.append(word)
+            elif equals:
+                unknown.append((option[2:], value))
+            else:
+                unknown.append((option[2:], words.pop(0) if words and not words[0].startswith("--") else ""))
+        return known, unknown
+
+    def _arrange(self, argv: Sequence[str]) -> list[str]:
+        """Put positional words last, since argparse wants them together, and `true` behind bare flags."""
+        bare: list[str] = []
+        options: list[str] = []
+        words = list(argv)
+        while words:
+            word = words.pop(0)
+            action = self._option_string_actions.get(word.partition("=")[0])
+            if word == "--":
+                bare += words
+                break
+            if not word.startswith("-"):
+                bare.append(word)
+            elif "=" in word or action is None or action.nargs == 0:
+                options.append(word)
+            elif getattr(action, "_typehint", None) is bool:
+                given = words.pop(0) if words and words[0] in ("true", "false") else "true"
+                options.append(f"{word}={given}")
+            else:
+                options += [word, *([words.pop(0)] if words else [])]
+        return [*options, *(["--", *bare] if bare else [])]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Raise the `UserError` of a class that is built: jsonargparse wraps it into the types that it tried."""
+    try:
+        yield
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Return whether the command's own help is asked for."""
+    return bool({"-h", "--help"} & set(argv))
+
+
+def option_value(argv: Sequence[str], *names: str) -> str | None:
+    """Return the last value of `--NAME VALUE` or `--NAME=VALUE`, of any of the names."""
+    return next(reversed(_option_values(argv, names)), None)
+
+
+def config_paths(argv: Sequence[str]) -> list[Path]:
+    """Return the files that are given by --config, in their order."""
+    return [Path(path) for path in _option_values(argv, ("config", "c"))]
+
+
+def read_config(paths: Iterable[str | Path]) -> dict[str, Any]:
+    """Merge the keys of config files and of their `model`. Raises `UserError` for a missing or broken file."""
+    merged: dict[str, Any] = {}
+    for path in map(Path, paths):
+        if not path.is_file():
+            near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise UserError(f"Expected a config at {path}, got no such file{suggestion(path.name, near)}")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"Expected YAML in {path}, got {' '.join(str(error).split())}.") from error
+        for key, value in (content if isinstance(content, dict) else {}).items():
+            both = key == "model" and isinstance(value, dict) and isinstance(merged.get(key), dict)
+            merged[key] = merged[key] | value if both else value
+    merged.pop("base", None)
+    return merged
+
+
+def resolve_short_names(argv: Sequence[str]) -> list[str]:
+    """Replace the names of `--data ucf101` and `--model.autoencoder vidtwin` by class paths, importing no plug-in."""
+    resolved = list(argv)
+    for index, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        if option not in SHORT_NAMES:
+            continue
+        if equals:
+            resolved[index] = f"{option}={_resolve(value, SHORT_NAMES[option])}"
+        elif index + 1 < len(argv):
+            resolved[index + 1] = _resolve(argv[index + 1], SHORT_NAMES[option])
+    return resolved
+
+
+def _resolve(name: str, group: str) -> str:
+    path = plugins.resolve(name, group)
+    if path == name and re.fullmatch(r"\w+", name):  # neither a class path, nor a file, nor JSON
+        known = sorted(plugins.available(group))
+        raise UserError(f"Expected one of {', '.join(known)} or a class path, got {name!r}{suggestion(name, known)}")
+    return path
+
+
+def _option_values(argv: Sequence[str], names: Iterable[str]) -> list[str]:
+    options = {f"-{name}" if len(name) == 1 else f"--{name}" for name in names}
+    values = []
+    for index, word in enumerate(argv):
+        option, equals, after = word.partition("=")
+        if option not in options:
+            continue
+        following = argv[index + 1] if index + 1 < len(argv) else "--"
+        if equals or not following.startswith("--"):
+            values.append(after if equals else following)
+    return values

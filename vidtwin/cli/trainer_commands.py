@@ -1,0 +1,53 @@
+"""Refuse mistakes in the trainer's commands before torch and Lightning are imported, then run them."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
+
+from vidtwin.apply.options import check_weights
+from vidtwin.cli.parser import config_paths, option_value, read_config, wants_help
+from vidtwin.errors import UserError
+
+_SPECIAL = ("best", "last", "hpc")  # what Lightning's --ckpt_path takes beside paths
+# First parts of the options; `test` has those of the sweep too. A test compares them with the parsers.
+_SHARED = (
+    "best_checkpoint", "ckpt_path", "clip_logger", "config", "data", "guard", "health", "latest_checkpoint", "model",
+    "optimizer", "lr_scheduler", "print_config", "return_predictions", "seed_everything", "trainer", "verbose",
+    "weights_only",
+)  # fmt: skip
+OPTIONS = {
+    "fit": (*_SHARED, "init_from", "resume"),
+    "validate": _SHARED,
+    "predict": (*_SHARED, "out"),
+    "replay": (*_SHARED, "dump"),
+}
+
+
+def _run(command: str, argv: list[str]) -> int:
+    if not wants_help(argv):
+        refuse(command, argv)
+    from vidtwin.cli.training import run
+
+    return run(command, argv)
+
+
+def refuse(command: str, argv: list[str]) -> None:
+    """Raise `UserError` for missing files and mistyped options, as far as they show without the classes' arguments."""
+    for word in argv:
+        name = word.partition("=")[0].partition(".")[0].removeprefix("--").rstrip("+")
+        known = OPTIONS.get(command)
+        if word.startswith("--") and known and name not in known and (near := get_close_matches(name, known, n=1)):
+            raise UserError(f"Expected options that exist, got {word.partition('=')[0]}; did you mean {near[0]!r}?")
+    paths = [path for path in config_paths(argv) if not set(str(path)) & set("{\n")]
+    read_config(paths)
+    if (path := option_value(argv, "ckpt_path")) and path not in (*_SPECIAL, "null") and "://" not in path:
+        check_weights(path)
+    if command == "replay":
+        check_weights(argv[0] if argv and not argv[0].startswith("-") else option_value(argv, "dump"))
+
+
+fit: Callable[[list[str]], int] = partial(_run, "fit")
+validate: Callable[[list[str]], int] = partial(_run, "validate")
+test: Callable[[list[str]], int] = partial(_run, "test")
+predict: Callable[[list[str]], int] = partial(_run, "predict")
+replay: Callable[[list[str]], int] = partial(_run, "replay")
