@@ -20,7 +20,7 @@ LOGVAR_RANGE = (-6.0, 6.0)
 
 @dataclass(frozen=True)
 class Annealed:
-    """A weight that changes linearly from `start` at the first batch to `end` at batch `steps`, and then stays constant.
+    """A weight that changes linearly from `start` at the first batch to `end` at batch `steps`, then stays constant.
 
     In YAML `{start: 0.3, end: 0.1, steps: 2000}` instead of a number. Validation always uses `end`, so that its curve
     shows the model and not the weight.
