@@ -16,9 +16,9 @@ Yu et al., "Efficient Video Diffusion Models via Content-Frame Motion-Latent Dec
 autoencoder, on pixels. T frames, p pixels a patch, h = H/p, w = W/p, S = h·w patches, C = hidden_size, D =
 motion_channels. Both latents are deterministic: no noise, no KL, no codes.
 
-Written from the description. A departure: position embeddings, learned, one table for space and one for time, in
-encoder and decoder. The released code builds some and never adds them, so that it cannot tell one order of the frames
-from another.
+Written from the description, with one departure: learned position embeddings, one table for space and one for time, in
+encoder and decoder. The released code creates some but never adds them, so that it cannot distinguish the order of
+frames.
 """
 
 from typing import ClassVar
@@ -45,13 +45,13 @@ class GEGLU(nn.Module):
         self.reduce = nn.Linear(4 * hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) → same."""
+        """Transform (..., C); the shape stays."""
         value, gate = self.expand(x).chunk(2, dim=-1)
         return self.reduce(value * F.gelu(gate))
 
 
 class Block(nn.Module):
-    """Attention over time at each patch, attention within each frame, MLP; each behind a norm of its own."""
+    """Attention over time at each patch, attention within each frame, MLP; each after its own norm."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -63,14 +63,14 @@ class Block(nn.Module):
         self.mlp = GEGLU(hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, S, C) → same."""
+        """Transform (B, T, S, C); the shape stays."""
         x = x + self.temporal_attention(self.temporal_norm(x).transpose(1, 2)).transpose(1, 2)
         x = x + self.spatial_attention(self.spatial_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Transformer(Recomputing):
-    """Position embeddings and `depth` blocks over T frames of S patches; no norm behind the last block."""
+    """Position embeddings and `depth` blocks over T frames of S patches; without a norm after the last block."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Transformer(Recomputing):
             nn.init.normal_(table, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T or 1, S, C) → (B, T, S, C)."""
+        """Transform (B, T or 1, S, C) → (B, T, S, C)."""
         x = x + (self.space + self.time)
         for block in self.blocks:
             x = self.run(block, x)
@@ -97,7 +97,7 @@ class Transformer(Recomputing):
 
 
 class ToPixels(nn.Module):
-    """Three numbers for each pixel: a transposed convolution whose kernel and stride are one patch."""
+    """Projection to three numbers per pixel: a transposed convolution whose kernel and stride are one patch."""
 
     def __init__(self, hidden_size: int, patch_size: int, grid_size: int) -> None:
         super().__init__()
@@ -105,16 +105,16 @@ class ToPixels(nn.Module):
         self.conv = nn.ConvTranspose2d(hidden_size, 3, patch_size, stride=patch_size)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, T, S, C) → (B, 3, T, H, W)."""
+        """Project features (B, T, S, C) → (B, 3, T, H, W)."""
         frames = rearrange(features, "b t (h w) c -> (b t) c h w", h=self.grid_size)
         return rearrange(self.conv(frames), "(b t) c h w -> b c t h w", t=features.shape[1])
 
 
 class CMD(VideoAutoencoder):
-    """Content frame and motion latent.
+    """Video autoencoder with a content frame and a motion latent.
 
     The defaults give 6.8452% of the clip's numbers, 1/16 of it the content frame; so do patch_size=4 with
-    motion_channels=8, at 16 times as many tokens. VidTwin's appendix C.1 prints 6.9% for CMD and fits both.
+    motion_channels=8, at 16 times as many tokens. VidTwin's appendix C.1 gives 6.9% for CMD, which fits both.
 
     Args:
         num_frames: T, frames of a clip.
@@ -180,7 +180,7 @@ class CMD(VideoAutoencoder):
         return weight
 
     def content_weights(self, features: Tensor) -> Tensor:
-        """Encoder features (B, T, S, C) → what each frame adds to the content frame, (B, 3, T, H, W), 1 over T."""
+        """Compute each frame's weight in the content frame: (B, T, S, C) → (B, 3, T, H, W), which sums to 1 over T."""
         return self.to_logits(features).softmax(dim=2)
 
     def _encode(self, clip: Tensor) -> Encoding:
@@ -189,13 +189,13 @@ class CMD(VideoAutoencoder):
         return Encoding(content=Deterministic(content), motion=Deterministic(self._motion(features)))
 
     def _motion(self, features: Tensor) -> Tensor:
-        """(B, T, S, C) → (B, D, T, w + h): the profile along the width, then that along the height."""
+        """Compute the motion latent (B, T, S, C) → (B, D, T, w + h): the width profile, then the height profile."""
         grid = rearrange(features, "b t (h w) c -> b t h w c", h=self.grid_size)
         width, height = self.to_motion_width(grid.mean(dim=2)), self.to_motion_height(grid.mean(dim=3))
         return torch.cat([width, height], dim=2).tanh().permute(0, 3, 1, 2)
 
     def _decode(self, latents: Latents) -> Tensor:
-        """A latent that is left out adds nothing."""
+        """Decode the sum of the given latents."""
         for name, latent in latents.items():
             if latent.shape[1:] != self._shapes[name]:
                 wanted = ", ".join(map(str, self._shapes[name]))

@@ -1,19 +1,19 @@
-"""iVideoGPT's tokenizer (Wu et al., NeurIPS 2024, section 3.1): full codes for the first frames, few for the others.
+"""iVideoGPT's tokenizer (Wu et al., NeurIPS 2024, section 3.1): many codes for the first frames, few for later ones.
 
     context frames ── encoder ──> map ── codebook ──> context codes ── decoder ──> context frames
                          │ each level's                                   │ each level's
                          ∨ features                                       ∨ features
     future frames ─ cond. encoder ─> map ─ p x p patches ─ codebook ─> dynamics codes ─ cond. decoder ──> future frames
 
-All four networks are VQGAN's (`vidtwin.layers.vqgan`) and see single frames. The conditional ones attend to the context
-at the levels of low resolution, and to nothing else: no future frame sees another. A future frame is thus a change of
-the context, in p² times fewer codes.
+All four networks are VQGAN's (`vidtwin.layers.vqgan`) and see single frames. The conditional ones attend only to the
+context, at the levels of low resolution: no future frame sees another. A future frame is thus coded relative to the
+context, in p² times fewer codes.
 
 The arithmetic and the names of the weights are those of the released model, so that its weights load
 (`IVideoGPT.from_official`) and give its codes. Departures, all outside that arithmetic: position tables have the size
-of the true grid, where the released code has 16x16 in any case; the keys of a clip's context are computed once, where
-the released code computes them for each future frame; a clip of another resolution than the networks' is resized on its
-way in and out.
+of the true grid (the released code always has 16x16); the keys of a clip's context are computed once (in the released
+code once per future frame); clips of another resolution than the networks' are resized before encoding and after
+decoding.
 """
 
 import json
@@ -34,7 +34,7 @@ from vidtwin.layers.vqgan import Decoder, DecoderLayers, Encoder, EncoderLayers
 from vidtwin.posteriors import Encoding, Latents, Quantized
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
-# What the released class takes for keys that config.json does not have.
+# Defaults of the released class for keys that config.json does not have.
 RELEASED_DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -58,15 +58,15 @@ RELEASED_DEFAULTS: dict[str, Any] = {
 
 
 class ContextAttention(nn.Module):
-    """The maps of a clip's future frames attend to those of its context frames.
+    """Attention of the maps of a clip's future frames to those of its context frames.
 
     Keys and values are the pixels of all context frames, normalized together; the position tables are part of both.
 
     Args:
         width: C, a multiple of 32 (the norms' groups).
         size: Height and width of the maps.
-        context_length: T0.
-        dropout: Of the attention weights and of the result, in training.
+        context_length: T0, number of context frames.
+        dropout: Dropout of the attention weights and of the result in training.
     """
 
     def __init__(self, width: int, size: int, context_length: int, dropout: float) -> None:
@@ -85,23 +85,23 @@ class ContextAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B·N, C, h, w), (B·T0, C, h, w) → (B·N, C, h, w)."""
+        """Attend to the context: (B·N, C, h, w), (B·T0, C, h, w) → (B·N, C, h, w)."""
         height = x.shape[2]
         context = rearrange(context, "(b t) c h w -> b c (t h) w", t=self.context_length)
         kv = rearrange(self.kv_norm(context), "b c h w -> b (h w) c") + self.kv_pos_emb
         q = rearrange(self.q_norm(x), "m c h w -> m (h w) c") + self.q_pos_emb
-        # A query sees the context alone, so that those of all future frames of a clip can stand in one row.
+        # Queries only see the context, so those of all future frames of a clip can share one sequence.
         q = rearrange(q, "(b n) s c -> b (n s) c", b=context.shape[0])
         y = self.dropout(self.att(q, kv, kv, need_weights=False)[0])
         return F.silu(x + rearrange(y, "b (n h w) c -> (b n) c h w", h=height, w=x.shape[3]))
 
 
 class ConditionalEncoder(EncoderLayers):
-    """An encoder with attention to the context encoder's features behind the levels of low resolution.
+    """An encoder with attention to the context encoder's features after the levels of low resolution.
 
     Args:
         channels, out_channels, blocks, norm_groups, activation_checkpointing: As in `EncoderLayers`.
-        attention_resolution: Levels whose output is at most so wide attend.
+        attention_resolution: Levels whose output is at most this wide attend.
         resolution: Height and width of the frames.
         context_length: T0.
         dropout: As in `ContextAttention`.
@@ -133,7 +133,7 @@ class ConditionalEncoder(EncoderLayers):
         )
 
     def forward(self, frames: Tensor, context: list[Tensor]) -> Tensor:
-        """Future frames (B·N, 3, H, W), outputs of `Encoder`'s levels (B·T0, ...) → (B·N, out_channels, h, w)."""
+        """Encode future frames (B·N, 3, H, W) given `Encoder`'s levels (B·T0, ...) → (B·N, out_channels, h, w)."""
         attention = dict(zip(self.attended, self.cross_att_blocks, strict=True))
         x = self.conv_in(frames)
         for i, level in enumerate(self.down_blocks):
@@ -144,11 +144,11 @@ class ConditionalEncoder(EncoderLayers):
 
 
 class ConditionalDecoder(DecoderLayers):
-    """A decoder with attention to the context decoder's features behind the middle and the levels of low resolution.
+    """A decoder with attention to the context decoder's features after the middle and the levels of low resolution.
 
     Args:
         channels, in_channels, blocks, norm_groups, activation_checkpointing: As in `DecoderLayers`.
-        attention_resolution: Levels whose output is at most so wide attend; the middle always does.
+        attention_resolution: Levels whose output is at most this wide attend; the middle always does.
         grid_size: Height and width of the input.
         context_length: T0.
         dropout: As in `ContextAttention`.
@@ -176,7 +176,7 @@ class ConditionalDecoder(DecoderLayers):
         )
 
     def forward(self, z: Tensor, context: list[Tensor]) -> Tensor:
-        """(B·N, in_channels, h, w), outputs of `Decoder`'s middle and levels (B·T0, ...) → (B·N, 3, H, W)."""
+        """Decode (B·N, in_channels, h, w) given `Decoder`'s middle and levels (B·T0, ...) → (B·N, 3, H, W)."""
         attention = dict(zip(self.attended, self.cross_att_blocks, strict=True))
         x = self.run(attention[0], self.stem(z), context[0])
         for i, level in enumerate(self.up_blocks, start=1):
@@ -187,35 +187,35 @@ class ConditionalDecoder(DecoderLayers):
 
 
 class IVideoGPT(VideoAutoencoder):
-    """Compressive tokenizer: the first `context_length` frames by themselves, each later frame given those.
+    """Compressive tokenizer: the first `context_length` frames on their own, each later frame given these.
 
     The defaults are the released 256-pixel model (310,472,774 parameters) on clips of 224 pixels: of 16 frames, 736
     codes of 13 bits, 47,104 numbers, 1.9558% of the clip (1.4974% of the resized one).
 
     Latents, as code vectors with channels first: `context` (D, T0, g, g) and `dynamics` (D, T - T0, g/p, g/p), with g
-    the side of the grid and p = `dynamics_patch_size`. `decode` of one alone puts zeros in the place of the other's
-    code vectors. `context` alone does not say how many frames follow: `num_frames` does, and without it none do.
+    the side of the grid and p = `dynamics_patch_size`. `decode` of one alone uses zeros as the other's code
+    vectors. `context` alone does not determine how many frames follow: `num_frames` does, and without it none do.
 
     Args:
         resolution: H = W of the clips in pixels.
-        inner_resolution: H = W that the networks work in, a multiple of 2^(levels - 1); None is `resolution`. The clip
-            is resized by bicubic interpolation with antialiasing, on the way in and on the way out: 224 → 256 → 224
-            alone keeps 47 dB on clips of UCF-101, where bilinear interpolation keeps 38.
+        inner_resolution: H = W of the networks, a multiple of 2^(levels - 1); None is `resolution`. Clips are resized
+            by antialiased bicubic interpolation before encoding and after decoding: 224 → 256 → 224 alone gives 47 dB
+            on clips of UCF-101 (bilinear: 38 dB).
         context_length: T0.
         dynamics_patch_size: p, side of the patches of a future frame's map that become one code each. It divides
             the grid.
-        channels: Width of each level; the grid is that of `inner_resolution` halved between two levels. Where the
-            context is attended multiples of 32.
-        layers_per_block: Residual blocks of a level of the encoders; the decoders have one more.
+        channels: Width of each level; the grid is `inner_resolution` halved between consecutive levels. Levels that
+            attend to the context need multiples of 32.
+        layers_per_block: Residual blocks per level of the encoders; the decoders have one more.
         latent_channels: Width of the maps that are quantized.
-        code_size: D, numbers of a code vector; None is `latent_channels`.
+        code_size: D, size of a code vector; None is `latent_channels`.
         codebook_size: Codes of the context frames' codebook.
         dynamics_codebook_size: Codes of the future frames' codebook.
         norm_groups: Groups of the networks' group norms (those of the attention to the context always have 32).
         attention_resolution: Future frames attend to the context at levels of at most this height and width, and at
             the start of the decoder.
-        context_mid_attention: Attention among pixels in the middle of the context's two networks, as the conditional
-            ones always have.
+        context_mid_attention: Add self-attention to the middle of the context's two networks, as in the conditional
+            ones.
         attention_dropout: Dropout of the attention to the context in training.
         activation_checkpointing: Recompute each level in the backward pass: less memory, about a third more time.
     """
@@ -293,13 +293,14 @@ class IVideoGPT(VideoAutoencoder):
     ) -> Self:
         """Load a released tokenizer, in evaluation mode.
 
-        Raises `UserError` for other files, naming what does not fit.
-
         Args:
-            path: Its folder, with config.json and diffusion_pytorch_model.safetensors, or the folder above with
-                `tokenizer/` in it.
-            resolution: H = W of the clips; None is the model's own (256 or 64).
+            path: Its folder, with config.json and diffusion_pytorch_model.safetensors, or the parent folder of
+                `tokenizer/`.
+            resolution: H = W of the clips in pixels; None is the model's own (256 or 64).
             activation_checkpointing: As in the constructor.
+
+        Raises:
+            UserError: The files are missing or of another model; names what does not fit.
         """
         folder = Path(path)
         folder = folder if (folder / CONFIG).is_file() else folder / "tokenizer"
@@ -320,7 +321,7 @@ class IVideoGPT(VideoAutoencoder):
             context_mid_attention=config["mid_block_add_attention"],
             activation_checkpointing=activation_checkpointing,
         )
-        state = {_renamed(name): tensor for name, tensor in weights.read(folder / WEIGHTS).items()}
+        state = {_rename(name): tensor for name, tensor in weights.read(folder / WEIGHTS).items()}
         weights.check_fit(state, model.state_dict(), str(folder / WEIGHTS))
         model.load_state_dict(state)
         return model.eval()
@@ -332,7 +333,7 @@ class IVideoGPT(VideoAutoencoder):
         return weight
 
     def decode(self, latents: Latents, num_frames: int | None = None) -> Tensor:
-        """As in the base class; `context` alone is followed by zeros for as many frames as `num_frames` asks for."""
+        """Decode as in the base class; `context` alone is followed by zero code vectors up to `num_frames` frames."""
         if set(latents) == {"context"} and num_frames is not None and num_frames > self.context_length:
             batch, side = latents["context"].shape[0], self.grid_size // self.patch_size
             shape = (batch, self.code_size, num_frames - self.context_length, side, side)
@@ -341,7 +342,7 @@ class IVideoGPT(VideoAutoencoder):
 
     def _encode(self, clip: Tensor) -> Encoding:
         batch, length = clip.shape[0], self.context_length
-        clip = self._resized(clip, self.inner_resolution)
+        clip = self._resize(clip, self.inner_resolution)
         context_map, levels = self.encoder(rearrange(clip[:, :, :length], "b c t h w -> (b t) c h w"))
         future_map = self.cond_encoder(rearrange(clip[:, :, length:], "b c n h w -> (b n) c h w"), levels)
         p = self.patch_size
@@ -372,7 +373,7 @@ class IVideoGPT(VideoAutoencoder):
             future_map = rearrange(self.post_quant_linear(vectors), "m h w (p q c) -> m c (h p) (w q)", p=p, q=p)
             future = self.cond_decoder(future_map, levels)
             frames = torch.cat([frames, rearrange(future, "(b n) c h w -> b c n h w", b=context.shape[0])], 2)
-        return self._resized(frames, self.resolution)
+        return self._resize(frames, self.resolution)
 
     def _latent_shapes(self, clip_shape: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
         return self._shapes(clip_shape[1] - self.context_length)
@@ -382,7 +383,11 @@ class IVideoGPT(VideoAutoencoder):
         return {name: (shape[1:], sizes[name]) for name, shape in self.latent_shapes(clip_shape).items()}
 
     def dequantize(self, codes: Latents) -> Latents:
-        """Integer codes by name, context (B, T0, g, g) and dynamics (B, N, g/p, g/p) → their code vectors."""
+        """Look up the code vectors of integer codes by name, context (B, T0, g, g) and dynamics (B, N, g/p, g/p).
+
+        Raises:
+            UserError: Names, shapes or values of the codes are invalid.
+        """
         if not codes or not set(codes) <= set(self.latent_names):
             raise UserError(f"Expected codes by the names {list(self.latent_names)}, got {sorted(codes)}.")
         quantizers = {"context": self.quantize, "dynamics": self.dynamics_quantize}
@@ -394,22 +399,22 @@ class IVideoGPT(VideoAutoencoder):
         return {name: quantizers[name].lookup(given).movedim(-1, 1) for name, given in codes.items()}
 
     def tokens(self, codes: Latents) -> Tensor:
-        """Codes of both latents → the stream (B, L) that iVideoGPT's transformer is trained on.
+        """Join the codes of both latents to the token stream (B, L) on which iVideoGPT's transformer is trained.
 
-        With K and K' the sizes of the codebooks: the codes of each context frame, with K + K' between two frames; then
-        for each future frame K + K' + 1 and its codes, counted from K.
+        With codebooks of sizes K and K': the codes of each context frame, separated by K + K'; then for each future
+        frame K + K' + 1 and its codes plus K.
         """
         if set(codes) != set(self.latent_names) or len({len(given) for given in codes.values()}) != 1:
             got = {name: tuple(given.shape) for name, given in codes.items()}
             raise UserError(f"Expected codes {list(self.latent_names)} of one batch, got {got}.")
-        self.dequantize(codes)  # says where one is no code
+        self.dequantize(codes)  # raises for invalid codes
         size, dynamics_size = self.quantize.codebook_size, self.dynamics_quantize.codebook_size
         context = F.pad(codes["context"].flatten(2), (1, 0), value=size + dynamics_size)
         dynamics = F.pad(codes["dynamics"].flatten(2) + size, (1, 0), value=size + dynamics_size + 1)
         return torch.cat([context.flatten(1)[:, 1:], dynamics.flatten(1)], 1)
 
     def codes_from_tokens(self, tokens: Tensor) -> Latents:
-        """The inverse of `tokens`; `UserError` for what is no whole stream."""
+        """Invert `tokens`; raise `UserError` if the stream is incomplete or invalid."""
         size, grid, side = self.quantize.codebook_size, self.grid_size, self.grid_size // self.patch_size
         length = self.context_length * (grid**2 + 1) - 1
         rest = tokens.shape[1] - length if tokens.ndim == 2 else -1
@@ -429,7 +434,7 @@ class IVideoGPT(VideoAutoencoder):
         return codes
 
     def _shapes(self, frames: Any) -> dict[str, tuple[Any, ...]]:
-        """Shapes of the latents without the batch, with so many future frames."""
+        """Return the shapes of the latents without the batch, for this number of future frames."""
         side = self.grid_size // self.patch_size
         return {
             "context": (self.code_size, self.context_length, self.grid_size, self.grid_size),
@@ -437,8 +442,8 @@ class IVideoGPT(VideoAutoencoder):
         }
 
     @staticmethod
-    def _resized(clip: Tensor, side: int) -> Tensor:
-        """(B, 3, T, H, W) → (B, 3, T, side, side), in single precision at least."""
+    def _resize(clip: Tensor, side: int) -> Tensor:
+        """Resize (B, 3, T, H, W) to (B, 3, T, side, side), in fp32 or fp64."""
         if clip.shape[-1] == side:
             return clip
         frames = rearrange(clip, "b c t h w -> (b t) c h w")
@@ -447,15 +452,15 @@ class IVideoGPT(VideoAutoencoder):
         return rearrange(frames, "(b t) c h w -> b c t h w", b=clip.shape[0])
 
 
-def _check_shape(what: str, given: Tensor, wanted: tuple[Any, ...]) -> None:
-    """`wanted` without the batch; "N" is any number."""
+def _check_shape(name: str, given: Tensor, wanted: tuple[Any, ...]) -> None:
+    """Raise `UserError` unless the shape is `wanted` behind the batch axis; "N" is any number."""
     fits = given.ndim == 1 + len(wanted)
     if not fits or any(a != b for a, b in zip(given.shape[1:], wanted, strict=True) if b != "N"):
-        raise UserError(f"Expected {what} of shape (B, {', '.join(map(str, wanted))}), got {tuple(given.shape)}.")
+        raise UserError(f"Expected {name} of shape (B, {', '.join(map(str, wanted))}), got {tuple(given.shape)}.")
 
 
 def _read_config(path: Path, given: Path) -> dict[str, Any]:
-    """config.json of a released tokenizer, with the released class's defaults for keys that it does not have."""
+    """Read config.json of a released tokenizer; missing keys get the defaults of the released class."""
     if not path.is_file():
         raise UserError(f"Expected a folder with {CONFIG} and {WEIGHTS}, or with tokenizer/ in it, got {given}.")
     try:
@@ -477,8 +482,8 @@ def _read_config(path: Path, given: Path) -> dict[str, Any]:
     return config
 
 
-def _renamed(name: str) -> str:
-    """Diffusers' old names of the attention's layers → the present ones."""
+def _rename(name: str) -> str:
+    """Convert diffusers' old names of the attention layers to the current ones."""
     for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
         name = name.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
     return name

@@ -12,16 +12,16 @@ Yu et al., "Language Model Beats Diffusion: Tokenizer is Key to Visual Generatio
 architecture in its appendix. D = 3 times half the height and width, the last two times half the frames too: 4 x 8 x 8
 pixels become one place of z. Blocks, convolutions and norms are those of layers/conv3d.py, strictly causal. n = 4.
 
-16 frames, as VidTwin's comparison has them, do not suit the causal arithmetic, which takes 1 + 4k. So there are two:
+The 16 frames of VidTwin's comparison do not fit the causal arithmetic, which takes 1 + 4k. So there are two variants:
 
-    first_frame="prepend"   the paper's. Strided convolutions have k − 1 = 2 frames in front, upsampling drops the first
-                            frame: 17 → 9 → 5 → 9 → 17. z_0 is the first frame alone, z_k frames 4k − 3 to 4k. A clip of
-                            another length begins with copies of its first frame: 16 frames cost 5 steps of z.
-    first_frame="even"      One frame in front, none dropped: 16 → 8 → 4 → 8 → 16. z_k is frames 4k to 4k + 3; an image
-                            is no special case. It is what the rate of 5/768 in VidTwin's appendix C.1 counts.
+    first_frame="prepend"   the paper's. Strided convolutions pad k − 1 = 2 frames in front, upsampling drops the first
+                            frame: 17 → 9 → 5 → 9 → 17. z_0 is the first frame alone, z_k frames 4k − 3 to 4k. Clips of
+                            other lengths are padded with their first frame: 16 frames take 5 steps of z.
+    first_frame="even"      One frame in front, none dropped: 16 → 8 → 4 → 8 → 16. z_k is frames 4k to 4k + 3,
+                            without a special first frame. VidTwin's appendix C.1 (rate 5/768) counts it this way.
 
-Written from the description; its authors released no weights. They start from an image tokenizer, whose kernels they
-inflate; here training starts from scratch.
+Written from the description; no weights were released. The authors initialize from an image tokenizer with inflated
+kernels; here training starts from scratch.
 """
 
 from collections.abc import Sequence
@@ -41,16 +41,16 @@ from vidtwin.posteriors import Deterministic, DiagonalGaussian, Encoding, Latent
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """A norm of x whose scale and shift at each place are linear in the latent there.
+    """Norm of x whose scale and shift at each position are linear in the latent there.
 
-    The latent is resized to x by repeating it ("nearest"), and over time as the upsampling before this layer went: each
-    of its steps becomes `frames` frames, of which the first `frames − 1` are dropped if `drop`.
+    The latent is resized to x by repetition ("nearest"), over time like the upsampling before this layer: each step
+    becomes `frames` frames, and the first `frames − 1` are dropped if `drop`.
 
     Args:
         width: C, channels of x.
         latent_channels: Z, channels of the latent.
-        frames: Frames of x for one step of the latent.
-        drop: Whether upsampling drops frames at the start.
+        frames: Frames of x per step of the latent.
+        drop: Drop frames at the start, as upsampling does.
     """
 
     def __init__(self, width: int, latent_channels: int, frames: int, drop: bool) -> None:
@@ -61,8 +61,8 @@ class AdaptiveGroupNorm(nn.Module):
         self.scale_shift = nn.Linear(latent_channels, 2 * width)
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
-        """(B, C, T, H, W), (B, Z, T', h, w) → (B, C, T, H, W)."""
-        # The linear layer comes first and is small; height and width are repeated by broadcasting, without a copy.
+        """Normalize (B, C, T, H, W) with scale and shift from the latent (B, Z, T', h, w)."""
+        # Apply the small linear layer before resizing; height and width are repeated by broadcasting, without a copy.
         scale_shift = self.scale_shift(latent.movedim(1, -1)).repeat_interleave(self.frames, dim=1)[:, self.dropped :]
         scale, shift = scale_shift.movedim(-1, 1)[:, :, :, :, None, :, None].chunk(2, dim=1)  # (B, C, T, h, 1, w, 1)
         height, width = latent.shape[3:]
@@ -71,13 +71,13 @@ class AdaptiveGroupNorm(nn.Module):
 
 
 class Encoder(Recomputing):
-    """Clip → what the quantizer takes.
+    """Encoder from a clip to the quantizer's input.
 
     Args:
         widths: Channels at each resolution, from pixels to latent.
-        strides: Of time, height and width, between each two of them.
+        strides: Strides of time, height and width between consecutive resolutions.
         num_blocks: n.
-        width_out: Channels at the end.
+        width_out: Channels of the output.
         prepend: Causal arithmetic of 1 + k·s frames (k − 1 frames in front of each stride) instead of k·s.
         activation_checkpointing: Recompute each layer in the backward pass.
     """
@@ -93,17 +93,17 @@ class Encoder(Recomputing):
     ) -> None:
         super().__init__(activation_checkpointing)
         self.conv_in = CausalConv3d(3, widths[0])
-        layers: list[nn.Module] = _blocks(widths[0], widths[0], num_blocks)
+        layers: list[nn.Module] = _stack_blocks(widths[0], widths[0], num_blocks)
         for (width, next_width), stride in zip(pairwise(widths), strides, strict=True):
             layers.append(CausalConv3d(width, width, stride=stride, front=2 if prepend else 3 - stride[0]))
-            layers.extend(_blocks(width, next_width, num_blocks))
-        layers.extend(_blocks(widths[-1], widths[-1], num_blocks))
+            layers.extend(_stack_blocks(width, next_width, num_blocks))
+        layers.extend(_stack_blocks(widths[-1], widths[-1], num_blocks))
         self.layers = nn.ModuleList(layers)
         self.norm_out = FrameGroupNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], width_out, kernel_size=1)
 
     def forward(self, clip: Tensor) -> Tensor:
-        """(B, 3, T, H, W) → (B, width_out, T', h, w)."""
+        """Encode (B, 3, T, H, W) → (B, width_out, T', h, w)."""
         x = self.conv_in(channels_last(clip))
         for layer in self.layers:
             x = self.run(layer, x)
@@ -111,7 +111,7 @@ class Encoder(Recomputing):
 
 
 class Decoder(Recomputing):
-    """Latent → clip: the encoder's arguments, of which `widths` and `strides` are in the encoder's order."""
+    """Decoder from a latent to a clip, with the encoder's arguments; `widths` and `strides` in the encoder's order."""
 
     def __init__(
         self,
@@ -125,50 +125,50 @@ class Decoder(Recomputing):
         super().__init__(activation_checkpointing)
         widths, strides = widths[::-1], strides[::-1]
         self.conv_in = CausalConv3d(latent_channels, widths[0])
-        layers: list[nn.Module] = _blocks(widths[0], widths[0], num_blocks)
+        layers: list[nn.Module] = _stack_blocks(widths[0], widths[0], num_blocks)
         layers.append(AdaptiveGroupNorm(widths[0], latent_channels, 1, prepend))
-        layers.extend(_blocks(widths[0], widths[0], num_blocks))
+        layers.extend(_stack_blocks(widths[0], widths[0], num_blocks))
         frames = 1
-        # The width changes behind the norm that follows an upsampling, not in front of the upsampling.
+        # The width changes after the norm that follows an upsampling, not before the upsampling.
         for (width, next_width), stride in zip(pairwise(widths), strides, strict=True):
             frames *= stride[0]
             layers.append(DepthToSpace(width, stride, drop=stride[0] - 1 if prepend else 0))
             layers.append(AdaptiveGroupNorm(width, latent_channels, frames, prepend))
-            layers.extend(_blocks(width, next_width, num_blocks))
+            layers.extend(_stack_blocks(width, next_width, num_blocks))
         self.layers = nn.ModuleList(layers)
         self.norm_out = FrameGroupNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 3)
 
     def forward(self, latent: Tensor) -> Tensor:
-        """(B, Z, T', h, w) → (B, 3, T, H, W)."""
+        """Decode (B, Z, T', h, w) → (B, 3, T, H, W)."""
         x = self.conv_in(channels_last(latent))
         for layer in self.layers:
             x = self.run(layer, x, latent) if isinstance(layer, AdaptiveGroupNorm) else self.run(layer, x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-def _blocks(width_in: int, width_out: int, count: int) -> list[nn.Module]:
+def _stack_blocks(width_in: int, width_out: int, count: int) -> list[nn.Module]:
     return [ResidualBlock(width_in if index == 0 else width_out, width_out) for index in range(count)]
 
 
 class MAGVIT2(VideoAutoencoder):
     """MAGVIT-v2's autoencoder.
 
-    The defaults are the paper's tokenizer, 18 bits at each place, on clips of 4k frames: 370,547,477 parameters, 2.34%
-    of the clip's numbers, 0.0703 bits a pixel. VidTwin's table compares with "latent dimension 5", 0.651%:
+    The defaults are the paper's tokenizer, 18 bits per position, on clips of 4k frames: 370,547,477 parameters, 2.34%
+    of the clip's numbers, 0.0703 bits per pixel. VidTwin's table compares with "latent dimension 5", 0.651%:
     `latent_channels=5` with `quantizer="kl"` (370,323,725 parameters) or "none" (370,321,160). With "lfq" it would be a
-    codebook of 32 entries, which the paper never had.
+    codebook of 32 entries, which the paper does not use.
 
     Args:
         latent_channels: Z, channels of the latent.
-        quantizer: "lfq", the signs of z, so that a code has Z bits; "kl", a Gaussian, as in a VAE; "none", z as it is.
+        quantizer: "lfq", the signs of z (a code has Z bits); "kl", a Gaussian, as in a VAE; "none", z itself.
         first_frame: "even" takes clips of 4k frames, "prepend" of 1 + 4k (see above).
         channels: Channels at the resolution of the pixels.
-        multipliers: Channels at each resolution over `channels`; between each two, height and width are halved, and
-            frames in the last two of these steps.
+        multipliers: Channels at each resolution as multiples of `channels`; each step in between halves height and
+            width, and the last two also halve the frames.
         num_blocks: n, residual blocks at each resolution.
-        temperature: Of the entropy term of "lfq".
-        entropy_group_bits: Most bits whose joint entropy is computed (see `LookupFreeQuantizer`).
+        temperature: Temperature of the entropy term of "lfq".
+        entropy_group_bits: Maximum number of bits whose joint entropy is computed (see `LookupFreeQuantizer`).
         activation_checkpointing: Recompute each layer in the backward pass: less memory, about a third more time.
     """
 
@@ -257,7 +257,11 @@ class MAGVIT2(VideoAutoencoder):
         return {"latent": (self.latent_shapes(clip_shape)["latent"][1:], self.quantizer.codebook_size)}
 
     def dequantize(self, codes: Latents) -> Latents:
-        """Integer codes (B, T', h, w) by name → the latent (B, Z, T', h, w) of -1 and 1."""
+        """Convert integer codes (B, T', h, w) by name to the latent (B, Z, T', h, w) of -1 and 1.
+
+        Raises:
+            UserError: Names, shapes or values of the codes are invalid, or the model has no codes.
+        """
         if self.quantizer is None:
             return super().dequantize(codes)
         if set(codes) != {"latent"} or codes["latent"].ndim != 4 or codes["latent"].is_floating_point():

@@ -1,6 +1,6 @@
-"""Two references without parameters that every table holds: what a single colour and a single frame already explain.
+"""Two parameter-free references for every table: reconstruction by a single colour and by a single frame.
 
-They stand behind the same interface as the models, so their rates and scores come out of the same code.
+They implement the interface of the models, so the same code computes their rates and scores.
 """
 
 from typing import ClassVar, NoReturn
@@ -48,7 +48,7 @@ class MeanColour(_Mean):
 
 
 class TemporalMean(_Mean):
-    """The mean frame, repeated: 1/T of the clip's numbers. Strong where little moves."""
+    """The mean frame, repeated: 1/T of the clip's numbers. Strong if little moves."""
 
     latent_names = ("frame",)
     axes = (2,)

@@ -97,7 +97,7 @@ def test_a_column_grows_as_wide_as_its_name_and_a_title_as_high_as_its_lines():
     view = frames(height=70, width=66)
     name = "a name that is wider than its frames"
     wide = panels.side_by_side({name: view, "b": view})
-    column = panels._length(name) + 2 * panels.MARGIN
+    column = panels._measure(name) + 2 * panels.MARGIN
     title = panels.LINE_HEIGHT
     assert column > 66
     np.testing.assert_array_equal(wide[:, title:, :66], view)
@@ -129,12 +129,12 @@ def test_rows_of_views_are_a_grid_with_a_caption_below():
 @pytest.mark.parametrize(("length", "width"), [(17, 40), (3, 1), (9, 500)])
 def test_text_is_wrapped_between_words_and_keeps_them_all(length, width):
     text = " ".join("word" * (1 + k % 3) for k in range(length))
-    wrapped = panels.wrapped(text, width)
+    wrapped = panels.wrap(text, width)
     assert wrapped.replace("\n", " ") == text
     lines = wrapped.split("\n")
-    assert all(panels._length(line) <= width or " " not in line for line in lines)
+    assert all(panels._measure(line) <= width or " " not in line for line in lines)
     for line, following in itertools.pairwise(lines):
-        assert panels._length(f"{line} {following.split()[0]}") > width, "a line holds as many words as it can"
+        assert panels._measure(f"{line} {following.split()[0]}") > width, "a line holds as many words as it can"
 
 
 def test_names_of_a_filmstrip_are_never_cut():
@@ -150,12 +150,12 @@ def test_names_of_a_filmstrip_are_never_cut():
 
 def test_frames_are_shrunk_to_their_longer_side():
     same = frames()
-    assert panels.shrunk(same, 95) is same
+    assert panels.shrink(same, 95) is same
     grey = np.full((2, 100, 300, 3), 77, np.uint8)
-    small = panels.shrunk(grey, 60)
+    small = panels.shrink(grey, 60)
     assert small.shape == (2, 20, 60, 3)
     assert (small == 77).all()
-    assert panels.shrunk(np.zeros((1, 2, 400, 3), np.uint8), 20).shape == (1, 1, 20, 3)
+    assert panels.shrink(np.zeros((1, 2, 400, 3), np.uint8), 20).shape == (1, 1, 20, 3)
 
 
 @pytest.mark.parametrize("length", [1, 5, 64, 65, 1000])

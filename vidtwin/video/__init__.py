@@ -1,8 +1,7 @@
 """Read and write video with PyAV. The only place with frames as uint8 (T, H, W, C).
 
-source.py opens whatever holds a video and says what is in it; picture.py makes upright RGB of a decoded frame;
-reading.py finds the frames that are shown at given times; writing.py encodes, sound.py carries sound over. No torch in
-here.
+source.py opens and probes videos; picture.py converts decoded frames to upright RGB; reading.py finds the frames shown
+at given times; writing.py encodes; sound.py copies sound. These do not import torch.
 """
 
 from .picture import COLOUR, RESIZE_FILTER, Frames

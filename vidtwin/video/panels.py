@@ -1,4 +1,4 @@
-"""Pictures of clips: rows of input, reconstruction and what each latent gives alone."""
+"""Pictures of clips: rows of input, reconstruction and the reconstruction from each latent alone."""
 
 import io
 import math
@@ -14,63 +14,63 @@ from torch import Tensor
 
 Frames = NDArray[np.uint8]  # (T, H, W, 3)
 
-ERROR_GAIN = 4  # of error maps
-LINE_HEIGHT = 16  # of a name, in pixels
-LABEL_WIDTH = 120  # of the names at the left of a filmstrip
+ERROR_GAIN = 4  # factor of error maps
+LINE_HEIGHT = 16  # pixels per line of a label
+LABEL_WIDTH = 120  # least width in pixels of the labels at the left of a filmstrip
 MARGIN = 2
 
 
 def to_uint8(clip: Tensor) -> Frames:
-    """(3, T, H, W) in [-1, 1] → (T, H, W, 3), rounded."""
+    """Convert (3, T, H, W) in [-1, 1] to (T, H, W, 3), rounded."""
     frames = rearrange(clip.detach().float().clamp(-1, 1), "c t h w -> t h w c")
     return ((frames + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
 
 
 @torch.no_grad()
 def error_map(frames: Frames, target: Frames) -> Frames:
-    """Absolute error of each number, `ERROR_GAIN` times, cut at 255."""
+    """Compute the absolute error of each value times `ERROR_GAIN`, clipped at 255."""
     error = np.abs(frames.astype(np.int16) - target) * ERROR_GAIN
     return error.clip(0, 255).astype(np.uint8)
 
 
 def side_by_side(shown: dict[str, Frames]) -> Frames:
-    """The views next to each other under their names: (T, H', W', 3) with even sides, as video codecs want them.
+    """Place views next to each other under their names: (T, H', W', 3) with even sides, as video codecs need them.
 
-    A name may have several lines; a column grows as wide as its name.
+    A name may have several lines; a column is at least as wide as its name.
     """
-    return _even(_row(shown))
+    return _pad_even(_join_views(shown))
 
 
 def grid(rows: Sequence[dict[str, Frames]], caption: str = "") -> Frames:
-    """Rows of views of T frames, each under its name, and a caption below: (T, H', W', 3) with even sides."""
-    parts = [_row(shown) for shown in rows]
+    """Stack rows of views of T frames, each under its name, above a caption: (T, H', W', 3) with even sides."""
+    parts = [_join_views(shown) for shown in rows]
     width = max(part.shape[2] for part in parts)
     if caption:
-        line = _label(wrapped(caption, width - 2 * MARGIN), width=width)
+        line = _draw_label(wrap(caption, width - 2 * MARGIN), width=width)
         parts.append(np.repeat(line[None], len(parts[0]), axis=0))
         width = max(width, line.shape[1])
-    return _even(np.concatenate([_widened(part, width) for part in parts], axis=1))
+    return _pad_even(np.concatenate([_pad_width(part, width) for part in parts], axis=1))
 
 
 def filmstrip(shown: dict[str, Frames], num_frames: int = 6) -> Frames:
-    """A still (H', W', 3): a row for each view, named at its left, with `num_frames` frames evenly over the clip."""
-    width = max(LABEL_WIDTH, *(_label(name).shape[1] for name in shown))
+    """Build a still (H', W', 3): a row per view, named at its left, of `num_frames` evenly spaced frames."""
+    width = max(LABEL_WIDTH, *(_draw_label(name).shape[1] for name in shown))
     rows = []
     for name, frames in shown.items():
-        chosen = evenly(len(frames), num_frames)
-        strip = np.concatenate(list(_enlarged(frames[chosen])), axis=1)
-        label = _label(name, width, strip.shape[0])
-        rows.append(np.concatenate([label, _heightened(strip, label.shape[0])], axis=1))
+        chosen = space_evenly(len(frames), num_frames)
+        strip = np.concatenate(list(_enlarge(frames[chosen])), axis=1)
+        label = _draw_label(name, width, strip.shape[0])
+        rows.append(np.concatenate([label, _pad_height(strip, label.shape[0])], axis=1))
     return np.concatenate(rows, axis=0)
 
 
-def evenly(length: int, number: int) -> list[int]:
-    """`number` of `length` places evenly from the first to the last; all of them where there are fewer."""
+def space_evenly(length: int, number: int) -> list[int]:
+    """Return `number` of `length` indices, evenly spaced from the first to the last; all if there are fewer."""
     return [round(place) for place in np.linspace(0, length - 1, min(number, length)).tolist()]
 
 
-def shrunk(frames: Frames, side: int) -> Frames:
-    """Frames (T, H, W, 3) whose longer side is at most `side`, for stills; smaller ones as they are."""
+def shrink(frames: Frames, side: int) -> Frames:
+    """Shrink frames (T, H, W, 3) so that the longer side is at most `side` pixels; return smaller ones unchanged."""
     height, width = frames.shape[1:3]
     if max(height, width) <= side:
         return frames
@@ -80,14 +80,14 @@ def shrunk(frames: Frames, side: int) -> Frames:
 
 
 class Moments:
-    """Frames evenly over a video whose length is not known before its end, in constant memory.
+    """Evenly spaced frames of a video of unknown length, sampled in constant memory.
 
-    Of each view every `stride`-th frame is kept; when there are too many every second one goes. What `stills` gives is
-    exact up to `room` frames and off by at most 1/`room` of the video beyond.
+    Every `stride`-th frame of each view is kept; when more than `room` are kept, every second one is dropped. `stills`
+    is exact up to `room` frames, and off by at most 1/`room` of a longer video.
 
     Args:
-        number: How many are shown.
-        side: What the longer side of a kept frame is shrunk to.
+        number: Number of stills.
+        side: Maximum of the longer side of a kept frame, in pixels.
     """
 
     def __init__(self, number: int = 6, side: int = 256) -> None:
@@ -99,14 +99,14 @@ class Moments:
         self.last: tuple[int, dict[str, Frames]] | None = None
 
     def add(self, shown: dict[str, Frames]) -> None:
-        """The next frames (T, H, W, 3) of each view."""
+        """Add the next frames (T, H, W, 3) of each view."""
         length = len(next(iter(shown.values())))
         for place in range(length):
             number = self.count + place
             wanted = number % self.stride == 0
             if not (wanted or place == length - 1):
                 continue
-            self.last = (number, {name: shrunk(frames[place, None], self.side)[0] for name, frames in shown.items()})
+            self.last = (number, {name: shrink(frames[place, None], self.side)[0] for name, frames in shown.items()})
             if wanted:
                 self.kept.append(self.last)
                 if len(self.kept) > self.room:
@@ -115,16 +115,16 @@ class Moments:
         self.count += length
 
     def stills(self) -> dict[str, Frames]:
-        """The chosen frames (N, H, W, 3) of each view, the first and the last one among them."""
+        """Return the stills (N, H, W, 3) of each view, including the first and the last frame."""
         if self.last is None:
             return {}
         held = dict([*self.kept, self.last])
-        chosen = [min(held, key=lambda number: abs(number - place)) for place in evenly(self.count, self.number)]
+        chosen = [min(held, key=lambda number: abs(number - place)) for place in space_evenly(self.count, self.number)]
         return {name: np.stack([held[number][name] for number in chosen]) for name in self.last[1]}
 
 
 def png(image: Frames) -> bytes:
-    """Encode (H, W, 3)."""
+    """Encode (H, W, 3) as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "png")
     return buffer.getvalue()
@@ -138,65 +138,65 @@ def gif(frames: Frames, fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def _enlarged(frames: Frames) -> Frames:
-    """Frames of a small model repeated pixel by pixel to about 128 px, so that a person sees them."""
+def _enlarge(frames: Frames) -> Frames:
+    """Repeat the pixels of small frames up to about 128 px, so that they are visible."""
     times = max(1, 128 // frames.shape[2])
     return frames.repeat(times, axis=1).repeat(times, axis=2)
 
 
-def _row(shown: dict[str, Frames]) -> Frames:
-    """Views next to each other, each below its name, all names as high as the highest."""
-    columns = [_enlarged(frames) for frames in shown.values()]
-    height = max(_label(name).shape[0] for name in shown)
-    return np.concatenate([_titled(*pair, height) for pair in zip(shown, columns, strict=True)], axis=2)
+def _join_views(shown: dict[str, Frames]) -> Frames:
+    """Place views next to each other, each below its name; all names get the height of the highest."""
+    columns = [_enlarge(frames) for frames in shown.values()]
+    height = max(_draw_label(name).shape[0] for name in shown)
+    return np.concatenate([_add_title(*pair, height) for pair in zip(shown, columns, strict=True)], axis=2)
 
 
-def _titled(name: str, frames: Frames, height: int) -> Frames:
-    title = _label(name, frames.shape[2], height)
-    return np.concatenate([np.repeat(title[None], len(frames), axis=0), _widened(frames, title.shape[1])], axis=1)
+def _add_title(name: str, frames: Frames, height: int) -> Frames:
+    title = _draw_label(name, frames.shape[2], height)
+    return np.concatenate([np.repeat(title[None], len(frames), axis=0), _pad_width(frames, title.shape[1])], axis=1)
 
 
-def _even(frames: Frames) -> Frames:
+def _pad_even(frames: Frames) -> Frames:
     return np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)])
 
 
-def _widened(frames: Frames, width: int) -> Frames:
+def _pad_width(frames: Frames, width: int) -> Frames:
     return np.pad(frames, [(0, 0), (0, 0), (0, width - frames.shape[2]), (0, 0)], constant_values=255)
 
 
-def _heightened(image: Frames, height: int) -> Frames:
+def _pad_height(image: Frames, height: int) -> Frames:
     return np.pad(image, [(0, height - image.shape[0]), (0, 0), (0, 0)], constant_values=255)
 
 
 @cache
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(12)
 
 
-def _length(text: str) -> int:
-    return math.ceil(_font().getlength(text))
+def _measure(text: str) -> int:
+    return math.ceil(_load_font().getlength(text))
 
 
-def wrapped(text: str, width: int) -> str:
-    """A text in lines of at most `width` pixels, broken between words; a word that is wider has a line of its own."""
+def wrap(text: str, width: int) -> str:
+    """Break a text between words into lines of at most `width` pixels; a wider word gets its own line."""
     lines: list[str] = []
     for line in text.split("\n"):
         words = line.split(" ")
         lines.append(words[0])
         for word in words[1:]:
-            if _length(f"{lines[-1]} {word}") <= width:
+            if _measure(f"{lines[-1]} {word}") <= width:
                 lines[-1] += f" {word}"
             else:
                 lines.append(word)
     return "\n".join(lines)
 
 
-def _label(text: str, width: int = 0, height: int = 0) -> Frames:
-    """Lines of text, black on white, of at least this size: as large as the text wants."""
+def _draw_label(text: str, width: int = 0, height: int = 0) -> Frames:
+    """Draw lines of text, black on white, of at least this size in pixels; grow if the text needs it."""
     lines = text.split("\n")
-    size = (max(width, 2 * MARGIN + max(map(_length, lines))), max(height, LINE_HEIGHT * len(lines)))
+    size = (max(width, 2 * MARGIN + max(map(_measure, lines))), max(height, LINE_HEIGHT * len(lines)))
     image = Image.new("RGB", size, "white")
     top = (size[1] - LINE_HEIGHT * len(lines)) / 2
     for number, line in enumerate(lines):
-        ImageDraw.Draw(image).text((MARGIN, top + 1 + LINE_HEIGHT * number), line, fill="black", font=_font())
+        ImageDraw.Draw(image).text((MARGIN, top + 1 + LINE_HEIGHT * number), line, fill="black", font=_load_font())
     return np.asarray(image)

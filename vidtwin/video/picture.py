@@ -1,8 +1,8 @@
-"""A decoded frame → uint8 RGB as a viewer sees it: upright, with square pixels, in the colours that it was tagged with.
+"""Conversion of decoded frames to uint8 RGB as shown on screen: upright, with square pixels, in their tagged colours.
 
-One filter graph crops to a square, resizes and converts. Swscale's area filter averages what it shrinks (so it is
-antialiased) and is bilinear where it enlarges; the bicubic filter takes a quarter more time for the whole clip. Matrix
-and range are those of the frame; untagged ones are BT.601, limited, as FFmpeg and other loaders take them.
+One filter graph crops to a square, resizes and converts. Swscale's area filter averages when shrinking (so it is
+antialiased) and is bilinear when enlarging; the bicubic filter takes a quarter more time for the whole clip. Matrix and
+range are those of the frame; untagged frames count as BT.601, limited, as in FFmpeg and other loaders.
 """
 
 from fractions import Fraction
@@ -15,23 +15,23 @@ from av.sidedata.sidedata import SideDataContainer
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
-# As a protocol tells them.
+# Descriptions for evaluation protocols.
 RESIZE_FILTER = "area (swscale): antialiased shrinking, bilinear enlarging"
 COLOUR = "8-bit RGB by each stream's matrix and range; untagged: BT.601, limited (swscale)"
 
 Frames = NDArray[np.uint8]
 
-# With the area filter alone limited ranges come out 2 of 255 too dark, and neighbours share their chroma. Into planes
-# that takes two thirds of the time that packed RGB takes.
+# The area filter alone makes limited ranges 2 of 255 too dark, and neighbours share their chroma. Output to planes
+# takes two thirds of the time of packed RGB.
 _FLAGS = "area+accurate_rnd+full_chroma_int"
 
 
 class Converter:
-    """Frames of one stream → uint8 (H, W, 3): a square crop resized to `size`, or the whole picture if `size` is None.
+    """Converter of one stream's frames to uint8 (H, W, 3): a square crop resized to `size`, or whole pictures.
 
     Args:
-        size: Side of the square in pixels; None: the whole picture, its width stretched by the sample aspect ratio.
-        crop: Where the largest square lies in the upright picture, as (x, y): 0 left or top, 0.5 centre, 1 right or
+        size: Side of the square in pixels; None: the whole picture, with its width scaled by the sample aspect ratio.
+        crop: Position of the largest square in the upright picture, as (x, y): 0 left or top, 0.5 centre, 1 right or
             bottom.
         aspect: Width of a stored pixel divided by its height (sample aspect ratio); None: 1.
     """
@@ -43,7 +43,7 @@ class Converter:
         self._layout: tuple[int, int, str] | None = None
         self._graph: av.filter.Graph | None = None
         self._orientation = (False, False, False)
-        self._whole: tuple[int, int] | None = None  # width and height that frames of the whole picture have
+        self._whole: tuple[int, int] | None = None  # width and height of whole pictures
 
     def __call__(self, frame: VideoFrame) -> Frames:
         planes = self.planes(frame)
@@ -53,7 +53,7 @@ class Converter:
         return picture
 
     def planes(self, frame: VideoFrame) -> list[Frames]:
-        """Red, green and blue, (H, W) each: views of FFmpeg's buffers, to be copied once to where they are wanted."""
+        """Return red, green and blue, (H, W) each, as views of FFmpeg's buffers, to be copied once."""
         layout = (frame.width, frame.height, frame.format.name)
         if layout != self._layout:  # the first frame, or a stream that changes its size
             self._layout = layout
@@ -62,9 +62,9 @@ class Converter:
         assert self._graph is not None
         self._graph.vpush(frame)
         converted = self._graph.vpull()
-        return [self._upright(converted.planes[index], converted) for index in (2, 0, 1)]  # stored as G, B, R
+        return [self._rotate(converted.planes[index], converted) for index in (2, 0, 1)]  # stored as G, B, R
 
-    def _upright(self, plane: Any, frame: VideoFrame) -> Frames:
+    def _rotate(self, plane: Any, frame: VideoFrame) -> Frames:
         transpose, flip_rows, flip_columns = self._orientation
         lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
         picture = lines[: frame.height, : frame.width]
@@ -76,9 +76,9 @@ class Converter:
 
     def _build(self, frame: VideoFrame) -> av.filter.Graph:
         graph = av.filter.Graph()
-        graph.threads = 1  # FFmpeg would start a pool of threads for each graph
+        graph.threads = 1  # FFmpeg would start a thread pool per graph
         source = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/25"
-        # The colours are those of the first frame: later ones would be a change that filters warn about.
+        # Use the first frame's colours: filters warn about later changes.
         source += f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
         nodes: list[Any] = [graph.add("buffer", source)]
         if self._size is not None:
@@ -94,7 +94,7 @@ class Converter:
         return graph
 
     def _square(self, frame: VideoFrame) -> tuple[int, int, int, int]:
-        """Left, top, width and height, in stored pixels, of what is the largest square on the screen."""
+        """Return left, top, width and height, in stored pixels, of the largest square on the screen."""
         x, y = self._crop
         transpose, flip_rows, flip_columns = self._orientation
         x, y = (1 - x if flip_columns else x), (1 - y if flip_rows else y)
@@ -106,11 +106,12 @@ class Converter:
 
 
 def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """How to show a frame upright: transpose it, then flip its rows, then its columns.
+    """Return whether to transpose a frame, then flip its rows, then its columns, to show it upright.
 
-    By the signs of the display matrix (ISO 14496-12, 6.2.2), which sends column x and row y to a·x + c·y and b·x + d·y.
+    Follows from the signs of the display matrix (ISO 14496-12, 6.2.2), which maps column x and row y to a·x + c·y and
+    b·x + d·y.
     """
-    # Not `frame.side_data`: its circle of references would keep the decoder's pictures until garbage is collected.
+    # Not `frame.side_data`: its reference cycle would keep the decoder's pictures until garbage collection.
     matrix = cast(Any, SideDataContainer)(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return False, False, False

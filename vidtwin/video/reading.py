@@ -1,11 +1,11 @@
-"""Which frames of a video are shown when.
+"""Read the frames of a video that are shown at given times.
 
-A clip is asked for by time: frame k of a clip is the one that is shown at `start + k / fps`, counted from the first
-frame of the file. Which frame that is, is found in one of two ways:
+Clips are specified by time: frame k is the one shown at `start + k / fps`, counted from the first frame of the file. It
+is found in one of two ways:
 
-* by counting frames, where timestamps are no times: in AVI, in raw streams, and wherever they do not rise; and where
-  every frame is wanted, one after the other;
-* by timestamps everywhere else: there they are true, at a variable frame rate too.
+* by counting frames if timestamps are not times (in AVI, in raw streams, and if they do not rise), or if consecutive
+  frames are requested;
+* by timestamps otherwise, which also holds at a variable frame rate.
 """
 
 import math
@@ -38,7 +38,7 @@ CENTRE = (0.5, 0.5)
 
 
 class _DisorderedError(Exception):
-    """Timestamps that are absent or do not rise: frames have to be counted."""
+    """Timestamps are missing or do not rise, so frames have to be counted."""
 
 
 def read_clip(
@@ -59,17 +59,17 @@ def read_clip(
         num_frames: T.
         fps: Frames per second of the clip; None: consecutive frames. Above the file's rate frames repeat.
         size: Side of the square picture in pixels; None: the whole picture.
-        crop: Where the largest square lies in the upright picture, as (x, y): 0 left or top, 0.5 centre, 1 right or
+        crop: Position of the largest square in the upright picture, as (x, y): 0 left or top, 0.5 centre, 1 right or
             bottom.
-        loop: Begin the video again where it ends before the clip does.
-        rate: Average rate of the file, as `survey` found it; None: what the header says.
+        loop: Start the video again if it ends before the clip does.
+        rate: Average rate of the file in frames per second, from `survey`; None: the header's rate.
 
     Returns:
         uint8 (T, H, W, 3), RGB, upright and with square pixels.
 
     Raises:
         VideoError: The file can't be read, is damaged between its keyframe before the clip and the clip's end (kind
-            "corrupt"), or ends before the last wanted frame (kind "short"); `decodable` is then how many frames it has.
+            "corrupt"), or ends before the last requested frame (kind "short"); `decodable` is then its frame count.
     """
     if num_frames < 1 or (size is not None and size < 1) or (fps is not None and fps <= 0) or not 0 <= start < math.inf:
         raise VideoError(
@@ -78,7 +78,7 @@ def read_clip(
         )
     if not all(0 <= place <= 1 for place in crop):
         raise VideoError(f"{name_of(source)}: expected crop as two numbers from 0 to 1, got {crop}.")
-    wanted = _Wanted(_exact(start), num_frames, None if fps is None else _exact(fps), size, crop, rate)
+    wanted = _Wanted(_to_fraction(start), num_frames, None if fps is None else _to_fraction(fps), size, crop, rate)
     try:
         return _read(source, wanted)
     except VideoError as error:
@@ -88,10 +88,10 @@ def read_clip(
 
 
 def decode(source: Source) -> Iterator[tuple[Fraction, VideoFrame]]:
-    """Every frame of a video with its time in seconds from the first one, in constant memory.
+    """Yield every frame of a video with its time in seconds from the first one, in constant memory.
 
     Raises:
-        VideoError: At the first damage; `decodable` frames came before it.
+        VideoError: At the first damaged frame, after `decodable` intact ones.
     """
     with open_video(source) as (container, stream):
         yield from _timed(container, stream, source)
@@ -112,7 +112,7 @@ def _timed(container: InputContainer, stream: VideoStream, source: Source) -> It
 
 
 def iter_frames(source: Source, size: int | None = None, crop: tuple[float, float] = CENTRE) -> Iterator[Frames]:
-    """Every frame of a video in turn, uint8 (H, W, 3), in constant memory. `probe(source).fps` is their rate."""
+    """Yield every frame of a video, uint8 (H, W, 3), in constant memory. `probe(source).fps` is their rate."""
     with open_video(source) as (container, stream):
         converter = Converter(size, crop, stream.sample_aspect_ratio)
         for _, frame in _decode(container, stream, source):
@@ -122,7 +122,7 @@ def iter_frames(source: Source, size: int | None = None, crop: tuple[float, floa
 def timed_frames(
     source: Source, size: int | None = None, crop: tuple[float, float] = CENTRE
 ) -> Iterator[tuple[Fraction, Frames]]:
-    """As `iter_frames`, each with its time in seconds from the first one; no time is before the one before it."""
+    """Yield frames like `iter_frames`, each with its time in seconds from the first one; times never decrease."""
     with open_video(source) as (container, stream):
         converter = Converter(size, crop, stream.sample_aspect_ratio)
         for time, frame in _timed(container, stream, source):
@@ -130,15 +130,15 @@ def timed_frames(
 
 
 def _decode(container: InputContainer, stream: VideoStream, source: Source) -> Iterator[tuple[int, VideoFrame]]:
-    """Decoded frames with their numbers, from 0; whatever FFmpeg knows of damage is an error.
+    """Yield decoded frames with their numbers from 0; any damage that FFmpeg reports is an error.
 
-    In AVI a number is left out where a frame was dropped, so that the one before it is shown again.
+    AVI skips the number of a dropped frame, so that the previous one is shown again.
     """
     name = container.format.name
     counted = name in COUNTED_FORMATS
     begun = name not in CUT_IN_FORMATS
     first: int | None = None
-    waiting: deque[int] = deque()  # numbers of the packets whose frames have not come yet
+    waiting: deque[int] = deque()  # numbers of the packets whose frames are not decoded yet
     frames = 0
     try:
         for packet in shown_packets(container, stream, flush=True):
@@ -162,7 +162,7 @@ def _decode(container: InputContainer, stream: VideoStream, source: Source) -> I
                 begun = True
                 yield (waiting.popleft() if counted and waiting else frames), frame
                 frames += 1
-            # Where frames are counted, one that is lost without a word would move all that follow.
+            # If frames are counted, a silently lost one would shift all later ones.
             if counted and packet.size and begun and len(waiting) > stream.codec_context.reorder_depth + 1:
                 raise VideoError(
                     f"{name_of(source)}: frame {frames} or one shortly before it is missing.", frames, "corrupt"
@@ -177,13 +177,13 @@ def _decode(container: InputContainer, stream: VideoStream, source: Source) -> I
         ) from error
 
 
-def _exact(value: float | Fraction) -> Fraction:
+def _to_fraction(value: float | Fraction) -> Fraction:
     return Fraction(value).limit_denominator(10**7)
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The arguments of `read_clip`; `period` is the length in seconds of a video that is shown again and again."""
+    """The arguments of `read_clip`; `period` is the length in seconds of a video that loops."""
 
     start: Fraction
     num_frames: int
@@ -194,7 +194,7 @@ class _Wanted:
     period: Fraction | None = None
 
     def times(self, rate: Fraction) -> list[Fraction]:
-        """Ascending but for a period, for a video of this rate."""
+        """Return the frames' times for a video of this rate, ascending unless the video loops."""
         step = 1 / (self.fps or rate)
         times = [self.start + k * step for k in range(self.num_frames)]
         return times if self.period is None else [time % self.period for time in times]
@@ -203,7 +203,7 @@ class _Wanted:
 def _read(source: Source, wanted: _Wanted) -> Frames:
     try:
         clip = _attempt(source, wanted, seek=wanted.fps is not None, count=wanted.fps is None)
-        if clip is None:  # what was found after a seek was not all of it
+        if clip is None:  # a seek did not find all frames
             clip = _attempt(source, wanted, seek=False)
     except _DisorderedError:
         clip = _attempt(source, wanted, seek=False, count=True)
@@ -212,7 +212,7 @@ def _read(source: Source, wanted: _Wanted) -> Frames:
 
 
 def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -> Frames | None:
-    """What `read_clip` gives; None if the file was read from its middle and they were not all there."""
+    """Read the clip; return None if the file was read from a seek position and frames were missing."""
     with open_video(source) as (container, stream):
         rate = wanted.rate or rate_of(stream, source)
         times = wanted.times(rate)
@@ -228,8 +228,8 @@ def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -
         )
         decoded = 0
 
-        def placed() -> Iterator[tuple[int, VideoFrame]]:
-            """Frames with their places in units of `unit` from the first frame of the file."""
+        def locate() -> Iterator[tuple[int, VideoFrame]]:
+            """Yield frames with their positions in units of `unit` from the first frame of the file."""
             nonlocal decoded
             first = stream.start_time if sought else None
             last: int | None = None
@@ -249,7 +249,7 @@ def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -
         found = 0
 
         def put(frame: VideoFrame, number: int) -> None:
-            """A frame that is shown at so many of the times."""
+            """Store a frame that is shown at the next `number` times."""
             nonlocal clip, found
             planes = converter.planes(frame)
             if clip is None:
@@ -262,7 +262,7 @@ def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -
             found += number
 
         try:
-            _collect(placed(), ascending, unit, rate, put)
+            _collect(locate(), ascending, unit, rate, put)
         except VideoError:
             if sought:
                 return None
@@ -280,7 +280,7 @@ def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -
 
 
 def _length(source: Source) -> Fraction:
-    """Seconds from the first frame to the end of the last one that can be decoded."""
+    """Return the seconds from the first frame to the end of the last decodable one."""
     info = survey(source)
     end = Fraction(0)
     for time, _ in decode(source):
@@ -289,8 +289,8 @@ def _length(source: Source) -> Fraction:
 
 
 def _seek(container: InputContainer, stream: VideoStream, start: Fraction, rate: Fraction) -> bool:
-    """Go to the keyframe before `start`; False where it would save nothing or the first timestamp is unknown."""
-    # Some demuxers seek by decoding time, which runs ahead of display by the depth of the B-frames: at most 16.
+    """Seek to the keyframe before `start`; return False if that saves nothing or the first timestamp is unknown."""
+    # Some demuxers seek by decoding time, which precedes display time by the depth of the B-frames: at most 16.
     target = start - 16 / rate
     if target < 1 or stream.start_time is None or stream.time_base is None:
         return False
@@ -308,15 +308,15 @@ def _collect(
     rate: Fraction,
     put: Callable[[VideoFrame, int], None],
 ) -> None:
-    """Find the frame that is shown at each of `times` (ascending): the last one whose time is not later.
+    """Find the frame shown at each of `times` (ascending): the last one whose time is not later.
 
-    It is put once, with the number of times at which it is shown. They are not all found where the video ends before,
-    and none where it begins after the first of them.
+    Each frame is put once, with the number of times at which it is shown. Times after the end of the video are not
+    found, and none are if the video starts after the first.
     """
-    # Two timestamps that were rounded to units (1 ms in Matroska), this one and the first, may be off by one together.
-    # Units that are long beside a frame are those of a grid on which it lies exactly.
+    # Two timestamps rounded to units (1 ms in Matroska), this one and the first, may be off by one unit together.
+    # Units that are long compared with a frame belong to a grid on which it lies exactly.
     slack = Fraction(1, 10_000) / rate + (unit if unit * rate < Fraction(1, 4) else 0)
-    # In whole units, since this is compared with each frame of the file: it is later where its place is greater.
+    # In whole units, since every frame of the file is compared: it is later if its position is greater.
     wanted = [math.floor((time + slack) / unit) for time in times]
     found = 0
     shown: VideoFrame | None = None
@@ -339,6 +339,6 @@ def _collect(
             if found == len(wanted):
                 return
         shown = frame
-    if shown is not None:  # the last frame stays until its own end
+    if shown is not None:  # the last frame is shown until its own end
         timed = unit != 1 / rate and shown.duration
         put_until(place + (shown.duration if timed else 1 / rate / unit))

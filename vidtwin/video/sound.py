@@ -1,4 +1,4 @@
-"""The sound of a video, carried over into another one beside new pictures."""
+"""Copying of a video's sound into another video with new pictures."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,17 +12,17 @@ from av.packet import Packet
 
 from .source import Source, name_of, open_video
 
-# What MP4 files hold and players of them play; all else is encoded anew.
+# Codecs that MP4 files hold and common players play; others are encoded anew.
 _COPIED = frozenset({"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"})
-_BEFORE = Fraction(1, 10)  # of a second: packets before time 0 by which a decoder gets going
+_BEFORE = Fraction(1, 10)  # seconds before time 0 whose packets a decoder needs to start
 
 
 class SoundError(Exception):
-    """Sound that breaks off, in a line."""
+    """Sound that ends early because of an error; the message is one line."""
 
 
 class Sound:
-    """The sound of `source`, added to a container as the pictures are: in constant memory.
+    """The sound of `source`, added to a container along with the pictures, in constant memory.
 
     Time 0 is the source's first picture.
     """
@@ -40,7 +40,7 @@ class Sound:
 
     @classmethod
     def of(cls, source: Source, container: OutputContainer) -> Self | None:
-        """None where the source has no sound. To be called before anything is written to `container`."""
+        """Open the sound of `source`, or return None without sound; call before anything is written to `container`."""
         with ExitStack() as stack:
             given, pictures = stack.enter_context(open_video(source))
             stream = given.streams.best("audio")
@@ -58,7 +58,7 @@ class Sound:
             return sound
 
     def add(self, until: Fraction | None) -> None:
-        """Write what is heard before a time in seconds; None: all that is left, and no more after that."""
+        """Write the sound up to a time in seconds; None writes the rest and ends the stream."""
         try:
             while (packet := self._next()) is not None:
                 if until is not None and self._time(packet) > until:
@@ -68,7 +68,7 @@ class Sound:
             if until is None and not self._copied:
                 self._container.mux(self._output.encode(None))
         except av.error.FFmpegError as error:
-            if isinstance(error, OSError):  # a full disk, say: no fault of the sound
+            if isinstance(error, OSError):  # such as a full disk: not an error of the sound
                 raise
             raise SoundError(f"{self._name}: the sound breaks off: {error.strerror}.") from error
 

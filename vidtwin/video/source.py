@@ -1,8 +1,8 @@
-"""What holds a video: a file, its bytes, raw frames or a folder of images; opened, and what is in it told.
+"""Open and probe sources of video: a file, its bytes, raw frames or a folder of images.
 
-Damage is told in three ways, since decoders say little of it. `survey` compares what the header promises with what the
-container holds (a truncated AVI decodes without a word); decoding is asked to stop at the first error instead of
-concealing it; and a frame that FFmpeg marks as corrupt is an error too.
+Damage is detected in three ways, since decoders report little of it. `survey` compares the header with the content of
+the container (a truncated AVI decodes without an error); decoding stops at the first error instead of concealing it;
+and a frame that FFmpeg marks as corrupt is an error too.
 """
 
 import io
@@ -31,37 +31,37 @@ VIDEO_SUFFIXES = frozenset(
     {".avi", ".mp4", ".m4v", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".3gp"}
     | {".264", ".h264", ".265", ".hevc", ".y4m", ".yuv"}
 )
-IMAGES_FPS = 24  # folders of images have no rate; DAVIS has this one
-# Containers whose timestamps are no times: packed B-frames in AVI give pts 1, 2, 4, 3, 5, …; raw streams have none, and
-# program streams only some.
+IMAGES_FPS = 24  # folders of images have no rate; this is DAVIS's
+# Containers whose timestamps are not times: packed B-frames in AVI give pts 1, 2, 4, 3, 5, …; raw streams have none,
+# and program streams only some.
 COUNTED_FORMATS = frozenset(
     {"avi", "h264", "hevc", "m4v", "mpeg", "mpegvideo", "mjpeg", "rawvideo", "yuv4mpegpipe", "image2"}
 )
-# Those whose index says where a time lies, and whose first timestamp is that of the first picture.
+# Containers whose index locates times, and whose first timestamp is that of the first picture.
 SOUGHT_FORMATS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
-# Broadcasts, which may begin in the middle of a group of pictures: what can't be decoded before the first is no damage.
+# Broadcasts, which may start within a group of pictures: undecodable packets before the first keyframe are no damage.
 CUT_IN_FORMATS = frozenset({"mpegts", "mpeg"})
 
 HEADER_EXCESS = 3  # UCF-101's headers promise 1 to 3 frames more than there are
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.\w+)")
 _RAW_SIZE = re.compile(r"_(\d+)x(\d+)(?:_(\d+(?:\.\d+)?))?")
-_DISCARDED = 2  # AVINDEX_DISCARD_FRAME: outside of the edit list
+_DISCARDED = 2  # AVINDEX_DISCARD_FRAME: outside the edit list
 
 
 class VideoError(UserError):
-    """A video that can't be used as asked: one line that names it and says what was wrong.
+    """A video that can't be used as requested; the message is one line that names it and the reason.
 
     Attributes:
         kind: "unreadable", "truncated" and "corrupt" are faults of the file; "short" and "slow" (of too low a rate) say
-            that it does not hold the clip that was asked for.
-        decodable: How many frames the file gave, if it was decoded to its end or to where it breaks.
-        lasting: Whether the next attempt will fail as well; not where the system failed, not the file.
+            that it does not hold the requested clip.
+        decodable: Number of decoded frames, if the file was decoded to its end or to the first error.
+        lasting: Whether the next attempt will fail as well; False if the system failed and not the file.
     """
 
     def __init__(
         self, message: str, decodable: int | None = None, kind: Kind = "unreadable", lasting: bool = True
     ) -> None:
-        # A DataLoader builds the error of a worker anew from the text of its traceback; the last line is ours.
+        # A DataLoader rebuilds a worker's error from the text of its traceback, whose last line is our message.
         line = message.strip().rpartition("\n")[2]
         super().__init__(line.removeprefix(f"{__name__}.{type(self).__qualname__}: "))
         self.decodable = decodable
@@ -71,16 +71,16 @@ class VideoError(UserError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is in a video.
+    """Properties of a video.
 
-    From `probe` it is what the header says: `num_frames` may then exceed the number of decodable frames by a few, or
-    by half in a truncated file. From `survey` it is what the container holds.
+    `probe` reads them from the header: `num_frames` may then exceed the number of decodable frames by a few, or by half
+    in a truncated file. `survey` reads them from the content of the container.
 
     Attributes:
         fps: Average frame rate in frames per second.
         duration: From the first frame to the end of the last one, in seconds.
         width: Of the stored picture, before rotation and sample aspect ratio, in pixels.
-        height: Likewise.
+        height: Of the stored picture, in pixels.
     """
 
     path: Path
@@ -92,17 +92,17 @@ class VideoInfo:
 
 
 def name_of(source: Source) -> str:
-    """What messages call a video."""
+    """Return the name of a video for messages."""
     return f"a video of {len(source):,} bytes" if isinstance(source, bytes) else str(source)
 
 
 @contextmanager
 def open_video(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a video and its first stream of pictures; what FFmpeg raises here and inside becomes `VideoError`."""
+    """Open a video and its first stream of pictures; turn errors of FFmpeg, here and inside, into `VideoError`."""
     name = name_of(source)
     try:
         with _container(source) as container:
-            # The cover of a song is a video stream to FFmpeg, too.
+            # FFmpeg treats a song's cover as a video stream, too.
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise VideoError(f"{name}: expected a video, got a file without a video stream.")
@@ -115,8 +115,8 @@ def open_video(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
             yield container, stream
     except FileNotFoundError:
         raise VideoError(f"{name}: there is no such file.", lasting=False) from None
-    except (av.error.FFmpegError, OSError, MemoryError) as error:  # a damaged header may ask for absurd amounts
-        # What FFmpeg says of content is no OSError; a disk, a network or a limit may have failed for the moment.
+    except (av.error.FFmpegError, OSError, MemoryError) as error:  # a damaged header may request huge allocations
+        # FFmpeg's errors about content are not OSErrors; failures of a disk, a network or a limit may be temporary.
         lasting = not isinstance(error, OSError | MemoryError)
         raise VideoError(
             f"{name}: expected a readable video, FFmpeg says: {_reason(error)}.", lasting=lasting
@@ -135,7 +135,7 @@ def _container(source: Source) -> InputContainer:
 
 
 def _open_images(folder: Path) -> InputContainer:
-    """Images with consecutive numbers at the end of their names."""
+    """Open a folder of images with consecutive numbers at the end of their names."""
     shown = (path for path in folder.iterdir() if not path.name.startswith("."))
     names = sorted(path.name for path in shown if path.suffix.lower() in IMAGE_SUFFIXES)
     matches = [_NUMBERED.fullmatch(name) for name in names]
@@ -153,7 +153,7 @@ def _open_images(folder: Path) -> InputContainer:
 
 
 def _open_raw(path: Path) -> InputContainer:
-    """Planes of 8-bit 4:2:0; size and rate stand in the name, as in videoSRC01_1920x1080_30.yuv."""
+    """Open raw 8-bit 4:2:0 planes, with size and rate from the name, as in videoSRC01_1920x1080_30.yuv."""
     match = _RAW_SIZE.search(path.stem)
     if match is None or match[3] is None:
         raise VideoError(
@@ -170,7 +170,7 @@ def _open_raw(path: Path) -> InputContainer:
 
 
 def probe(source: Source) -> VideoInfo:
-    """Read the header of a video. Where it has no frame count the packets are counted, without decoding."""
+    """Read the header of a video; if it has no frame count, count packets without decoding."""
     with open_video(source) as (container, stream):
         fps = rate_of(stream, source)
         num_frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
@@ -178,23 +178,23 @@ def probe(source: Source) -> VideoInfo:
 
 
 def survey(source: Source) -> VideoInfo:
-    """What a video really holds, without decoding it: MP4 by its index, other files by all their packets.
+    """Measure the true content of a video without decoding: MP4 by its index, other files by all their packets.
 
     Raises:
-        VideoError: It can't be opened or demuxed, has no frame, or holds less than its header promises.
+        VideoError: It can't be opened or demuxed, has no frame, or is shorter than its header says.
     """
     with open_video(source) as (container, stream):
         rate = rate_of(stream, source)
         tick = stream.time_base or 1 / rate
         counted = container.format.name in COUNTED_FORMATS
         if "mp4" in container.format.name and stream.frames > 0:
-            count, length = _indexed(container, stream, source)
+            count, length = _read_index(container, stream, source)
         else:
-            held = _demuxed(container, stream)
+            held = _demux(container, stream)
             count, length = held.count, Fraction(0)
-            if count > 1:  # as long as so many frames at the rate from the first one to the last
+            if count > 1:  # `count` frames at the rate from the first to the last
                 length = (held.last - held.first) * tick * Fraction(count, count - 1)
-            if container.format.name == "avi":  # which counts the frames that were dropped, and shown again
+            if container.format.name == "avi":  # its count includes dropped frames, which repeat the previous one
                 count = held.last_dts - held.first_dts + 1 if held.count else 0
             if counted and stream.frames - count > HEADER_EXCESS:
                 raise VideoError(
@@ -212,7 +212,7 @@ def survey(source: Source) -> VideoInfo:
                 )
         if not count:
             raise VideoError(f"{name_of(source)}: expected a video, got one without frames.")
-        # Where timestamps are true the header's rate is a guess; it is kept where it is right to half a frame.
+        # If timestamps are true the header's rate is a guess; keep it if it is right to half a frame.
         if not counted and length > 0 and abs(count - length * rate) > Fraction(1, 2):
             rate = (count / length).limit_denominator(100_000)
         return _info(source, stream, count, rate, float(count / rate))
@@ -220,7 +220,7 @@ def survey(source: Source) -> VideoInfo:
 
 @dataclass
 class _Demuxed:
-    """Packets of a video: how many with content, and their first, last and ending times in units of the stream."""
+    """Packets of a video: number with content, and first, last and ending times in units of the stream."""
 
     count: int = 0
     first: int = 0
@@ -230,10 +230,10 @@ class _Demuxed:
     last_dts: int = 0
 
 
-def _demuxed(container: InputContainer, stream: VideoStream) -> _Demuxed:
+def _demux(container: InputContainer, stream: VideoStream) -> _Demuxed:
     held = _Demuxed()
     for packet in shown_packets(container, stream):
-        if packet.is_discard:  # outside of the edit list
+        if packet.is_discard:  # outside the edit list
             continue
         begin = packet.pts if packet.pts is not None else packet.dts
         if begin is not None:
@@ -247,7 +247,7 @@ def _demuxed(container: InputContainer, stream: VideoStream) -> _Demuxed:
 
 
 def shown_packets(container: InputContainer, stream: VideoStream, flush: bool = False) -> Iterator[Packet]:
-    """Packets that hold pictures, from the first on that can be decoded; with `flush` the empty last one as well."""
+    """Yield packets with pictures from the first decodable one on; with `flush` also the empty last one."""
     begun = container.format.name not in CUT_IN_FORMATS
     for packet in container.demux(stream):
         begun = begun or packet.is_keyframe
@@ -255,15 +255,15 @@ def shown_packets(container: InputContainer, stream: VideoStream, flush: bool = 
             yield packet
 
 
-def _indexed(container: InputContainer, stream: VideoStream, source: Source) -> tuple[int, Fraction]:
-    """Frames of an MP4, and its length in seconds; its index lies before or behind all samples, so it is whole."""
+def _read_index(container: InputContainer, stream: VideoStream, source: Source) -> tuple[int, Fraction]:
+    """Return an MP4's frames and length in seconds; a readable index is intact, as it does not lie between samples."""
     entries = list(stream.index_entries)
     last = max((entry.pos + entry.size for entry in entries), default=0)
     if last > container.size > 0:
-        whole = sum(entry.pos + entry.size <= container.size for entry in entries)
+        intact = sum(entry.pos + entry.size <= container.size for entry in entries)
         raise VideoError(
-            f"{name_of(source)}: truncated: its header promises {len(entries)} frames, it holds {whole}.",
-            whole,
+            f"{name_of(source)}: truncated: its header promises {len(entries)} frames, it holds {intact}.",
+            intact,
             "truncated",
         )
     shown = sum(not entry.flags & _DISCARDED for entry in entries)
@@ -271,7 +271,7 @@ def _indexed(container: InputContainer, stream: VideoStream, source: Source) -> 
 
 
 def _promised_end(container: InputContainer, stream: VideoStream) -> Fraction | None:
-    """When the video ends by its header, in seconds, if that says so; what FFmpeg estimates is no promise."""
+    """Return the end of the video in seconds according to its header, or None; FFmpeg's estimates do not count."""
     if container.format.name in CUT_IN_FORMATS:
         return None
     if match := re.match(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):  # Matroska, from zero
@@ -284,7 +284,7 @@ def _promised_end(container: InputContainer, stream: VideoStream) -> Fraction | 
 
 
 def rate_of(stream: VideoStream, source: Source) -> Fraction:
-    """Average frame rate that the header tells."""
+    """Return the average frame rate in the header; raise `VideoError` if it has none."""
     rate = stream.average_rate or stream.guessed_rate
     if not rate or rate <= 0:
         raise VideoError(f"{name_of(source)}: expected a video with a frame rate, the header has none.")

@@ -21,31 +21,31 @@ from .reading import iter_frames
 from .sound import Sound, SoundError
 from .source import Source, VideoError
 
-# Hard to tell from the input: what is seen in a reconstruction should be the work of the model.
+# Visually lossless, so that visible differences in a reconstruction come from the model.
 _QUALITY = {
-    # Without mbtree: with it and several threads, small pictures came out in other bytes from run to run.
+    # No mbtree: with several threads it makes the bytes of small pictures differ from run to run.
     "libx264": {"crf": "12", "preset": "medium", "mbtree": "0"},
     "mpeg4": {"flags": "+qscale", "global_quality": str(2 * 118)},  # in units of lambda, 118 per quantizer step
 }
 
 
 class VideoWriter:
-    """Writes a video frame by frame, nearly without loss, as yuv420p that browsers play.
+    """Writer of a video, frame by frame, nearly lossless, as yuv420p that browsers play.
 
     An odd side grows by one repeated pixel. The file appears under its name only when the `with` block ends without an
-    error; its folder is made.
+    error; its folder is created.
 
     Args:
-        path: Where to; the suffix names the container.
-        fps: Frames per second, where frames come without a time.
-        codec: FFmpeg's name of the encoder; "libx264" and "mpeg4" have their quality set here.
-        timed: Whether frames come with their times. They are kept to a thousandth of a frame.
-        sound: Video whose sound goes along, copied if the container takes its codec and encoded as AAC if not. It is
+        path: File to write; the suffix names the container.
+        fps: Frames per second, for frames without a time.
+        codec: FFmpeg's name of the encoder; "libx264" and "mpeg4" get a quality preset.
+        timed: Frames are written with their times, which are kept to a thousandth of a frame.
+        sound: Video whose sound is added, copied if the container supports its codec and encoded as AAC if not. It is
             shifted so that the first frame of that video is at time 0 here.
-        options: Options of the encoder, over those set here.
+        options: Options of the encoder, which override the preset.
 
     Attributes:
-        lost_sound: Why the sound, or its end, is missing, in a line; None where it is not.
+        lost_sound: Why the sound or its end is missing, in one line; None if it is not.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class VideoWriter:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._partial = stack.enter_context(replacing(self.path))
-            with self._explained():
+            with self._explain_errors():
                 self._container = stack.enter_context(av.open(os.fspath(self._partial), "w"))
             self._closing = stack.pop_all()
         return self
@@ -97,7 +97,7 @@ class VideoWriter:
         place = self._place + 1 if time is None else max(round(time / self._tick), self._place + 1)
         frame.pts, frame.time_base, frame.duration = place, self._tick, self._ticks
         self._place = place
-        with self._explained():
+        with self._explain_errors():
             self._add_sound(place * self._tick)
             self._container.mux(self._stream.encode(frame))
 
@@ -108,7 +108,7 @@ class VideoWriter:
             if error is None:
                 if self._stream is None:
                     raise VideoError(f"{self.path}: expected at least one frame to write, got none.")
-                with self._explained():
+                with self._explain_errors():
                     self._container.mux(self._stream.encode(None))
                     self._add_sound(None)
         except BaseException as failed:
@@ -117,12 +117,12 @@ class VideoWriter:
         finally:
             if self._sound is not None:
                 self._sound.close()
-        with self._explained():
+        with self._explain_errors():
             self._closing.__exit__(kind, error, traceback)
 
     def _open(self, picture: Frames) -> None:
         self._shape = picture.shape
-        with self._explained():
+        with self._explain_errors():
             if self._source is not None:
                 try:
                     self._sound = Sound.of(self._source, self._container)
@@ -130,7 +130,7 @@ class VideoWriter:
                     self.lost_sound = f"its sound can't be carried over: {error}."
             try:
                 self._add_pictures()
-                # Writes the header. After one that failed FFmpeg crashes at the next attempt to write.
+                # Writes the header. FFmpeg crashes if a container is used after this failed.
                 self._container.start_encoding()
             except av.error.FFmpegError as error:
                 if self._sound is None or isinstance(error, OSError):
@@ -152,7 +152,7 @@ class VideoWriter:
         if self._sound is not None:
             try:
                 self._sound.add(until)
-            except SoundError as error:  # the pictures are whole without it
+            except SoundError as error:  # the pictures are intact without it
                 self._lose_sound(str(error))
 
     def _lose_sound(self, reason: str) -> None:
@@ -162,7 +162,7 @@ class VideoWriter:
             self._sound = None
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explain_errors(self) -> Iterator[None]:
         try:
             yield
         except av.error.FFmpegError as error:
@@ -173,7 +173,7 @@ class VideoWriter:
 def write_video(
     path: Path | str, frames: Iterable[Frames], fps: float | Fraction, codec: str = "libx264", **options: str
 ) -> Path:
-    """Write frames, uint8 (H, W, 3) each, RGB, at a constant rate; `VideoWriter` says how."""
+    """Write frames, uint8 (H, W, 3) each, RGB, at a constant rate with `VideoWriter`."""
     with VideoWriter(path, fps, codec, options=options) as writer:
         for picture in frames:
             writer.write(picture)
@@ -181,29 +181,32 @@ def write_video(
 
 
 def through_file(frames: Frames, codec: str, fps: float | Fraction) -> Frames:
-    """What is read back of an .mp4 that an evaluation writes and compares; it is written in memory.
+    """Encode frames as an .mp4 in memory and read them back, as evaluations that compare files do.
 
-    - "mp4v": `cv2.VideoWriter` with that code (Open-Sora-Plan). FFmpeg's MPEG-4 part 2, yuv420p, 1.5 bits a pixel,
-      a keyframe every 12 frames. OpenCV would cut an odd row or column off; here it is refused.
-    - "h264": `mediapy.write_video` by default (Cosmos, TokenBench). x264's preset medium at the quantizer 20, and 28
-      where a frame has more than 640x480 pixels; yuv420p, and yuv444p where a side is odd.
+    - "mp4v": `cv2.VideoWriter` with that code (Open-Sora-Plan). FFmpeg's MPEG-4 part 2, yuv420p, 1.5 bits per pixel,
+      a keyframe every 12 frames. Odd sides are refused (OpenCV would drop a row or column).
+    - "h264": `mediapy.write_video` by default (Cosmos, TokenBench). x264's preset medium at the quantizer 20, or 28
+      if a frame has more than 640x480 pixels; yuv420p, or yuv444p if a side is odd.
 
-    One thread encodes: x264's output depends on their number. Reading is this package's, where both evaluations leave
-    rounding to swscale, 2 of 255 darker on both sides.
+    Encoding uses one thread, since x264's output depends on their number. Reading uses this package; both evaluations
+    leave rounding to swscale, which is 2 of 255 darker on both sides.
 
     Args:
         frames: uint8 (T, H, W, 3), RGB.
         codec: "mp4v" or "h264".
-        fps: Frames per second, by which the encoders share out bits.
+        fps: Frames per second, on which the encoders' bit rate depends.
 
     Returns:
         uint8 (T, H, W, 3).
+
+    Raises:
+        VideoError: The frames can't be encoded with this codec, or it is unknown.
     """
     height, width = frames.shape[1:3]
     odd = bool(height % 2 or width % 2)
     if codec == "mp4v" and odd:
         raise VideoError(f"Expected frames with an even height and width for codec=mp4v, got {(height, width)}.")
-    # MPEG-4 part 2 counts time in 65535ths at the finest.
+    # The finest time unit of MPEG-4 part 2 is 1/65535.
     rate = Fraction(fps).limit_denominator(1001)
     if codec == "mp4v":
         encoder, options, bits = "mpeg4", {"g": "12"}, int(1.5 * float(rate) * height * width)
