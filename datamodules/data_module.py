@@ -1,4 +1,4 @@
-"""What all data modules of clips share: options, datasets, loaders, and the report of unusable videos."""
+"""Base class of data modules of clips: options, datasets, loaders, and the report of unusable videos."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -269,7 +269,7 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
 
     @property
     def _reports(self) -> bool:
-        """Whether this process reports for all ranks."""
+        """Return whether this process reports for all ranks."""
         return self.trainer is None or self.trainer.global_rank == 0
 
     def share_skipped(self, gather: Callable[[Any], list[Any]]) -> None:

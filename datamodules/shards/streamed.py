@@ -75,7 +75,7 @@ class RemoteShards:
         self.manifest = Manifest.parse(text, f"{self.url}/{MANIFEST}")
 
     def table(self) -> list[dict[str, str]]:
-        """What is known of each item without its shard."""
+        """Read the table of items, which needs no shard."""
         path = self.folder / TABLE
         if self.remote and not path.exists():
             with tempfile.TemporaryDirectory(dir=self.folder) as own:
@@ -193,7 +193,7 @@ def _downloader(url: str, options: dict[str, Any] | None) -> Any:
 
 
 def _fault(path: Path, shard: Shard | None) -> str:
-    """What is wrong with a file that was brought here; nothing: the empty string."""
+    """Return the fault of a fetched file, or an empty string if it is intact."""
     if not path.exists():
         return "nothing came"
     if shard is None:

@@ -56,7 +56,7 @@ def summary(model: VideoAutoencoder) -> list[str]:
 def training_record(
     checkpoint: dict[str, Any], path: Path, average: bool, config: Path | None = None
 ) -> dict[str, Any]:
-    """What a checkpoint of `fit`, and the config that it was trained by, say of the training, as plain values.
+    """Collect what a checkpoint of `fit` and the config of its training record, as plain values.
 
     Args:
         checkpoint: As it was read.

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from vidtwin.apply.command import run_in_session
 from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
-from vidtwin.apply.options import SessionOptions, add_class_options, build, check_weights, exit_code
+from vidtwin.apply.options import SessionOptions, add_class_options, exit_code
 from vidtwin.apply.windows import BeforeDamage, Window, examine, windows
 from vidtwin.errors import UserError
 from vidtwin.files import replacing, write_text
@@ -287,10 +288,4 @@ def add_options(parser: "ArgumentParser") -> None:
 
 def run(options: "Namespace") -> int:
     """Run the command → exit code."""
-    session_options = build(SessionOptions, options)
-    session_options.check()
-    work = build(Decouple, options)
-    check_weights(session_options.ckpt_path)
-    from vidtwin.apply.session import Session
-
-    return work.run(Session(session_options))
+    return run_in_session(Decouple, options)

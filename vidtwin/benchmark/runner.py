@@ -129,7 +129,7 @@ class Runner:
         return hashlib.sha256(json.dumps([job.digest, self.extent], sort_keys=True).encode()).hexdigest()[:16]
 
     def is_complete(self, job: Job) -> bool:
-        """Whether the row is there as it would be measured now; what is not, is said why."""
+        """Return whether an up-to-date result row exists; log the reason if not."""
         folder = self.sweep.folder / "rows" / job.name
         if self.fabric.is_global_zero and not job.error:
             self._restore(job)
@@ -156,7 +156,7 @@ class Runner:
         return True
 
     def has_failed(self, job: Job) -> bool:
-        """Whether its row says so; such models are taken last, since some end the process."""
+        """Return whether the job failed before; such models are measured last, since some end the process."""
         try:
             return bool(rows.read_row(self.sweep.folder / "rows" / job.name / "results.json")["kind"] == "failed")
         except UserError:
@@ -434,7 +434,7 @@ class Runner:
         return [_text(found) for found in self.features(prediction)]
 
     def _real_features(self, index: int) -> Tensor:
-        """Of a clip itself (1, 400): from its file, or where that is gone or damaged, from the clip again."""
+        """Return the features of an input clip (1, 400), computed again if their file is missing or damaged."""
         try:
             return torch.from_numpy(np.load(self._real(index)))[None]
         except (OSError, ValueError):
@@ -452,7 +452,7 @@ class Runner:
         return clip
 
     def _real(self, index: int) -> Path:
-        """Where the features of a clip itself lie."""
+        """Return the path of the features of an input clip."""
         name, start = self.plan.keys[index]
         mark = hashlib.sha256(f"{name}\t{start}".encode()).hexdigest()[:32]
         return self.sweep.folder / "inputs" / mark[:2] / f"{mark}.npy"
@@ -473,7 +473,7 @@ class Runner:
         return costs is None or bool(costs["cost"] and "error" in costs["cost"])
 
     def refresh(self, jobs: list[Job]) -> None:
-        """What complete rows say beside their clips' numbers, as it is asked for now: claims and costs."""
+        """Update claimed rates and costs in complete rows to the present settings."""
         for job in jobs:
             path = self.sweep.folder / "rows" / job.name / "results.json"
             row = rows.read_row(path)

@@ -91,7 +91,7 @@ def summaries() -> dict[str, str]:
 
 
 def run(name: str, argv: list[str]) -> int:
-    """Run a command → exit code. Raises `UserError` for what the user can mend."""
+    """Run a command → exit code. Raises `UserError` for invalid input."""
     try:
         if name in TABLE:
             module, _, function = TABLE[name][1].partition(":")

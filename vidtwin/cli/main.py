@@ -17,7 +17,7 @@ from vidtwin.files import NO_ROOM
 def main(argv: list[str] | None = None) -> int:
     """Run `vidtwin ARGV` → exit code.
 
-    0 done, 1 a part of it failed, 2 the user can mend it (one line says what), 75 to be run again.
+    0 done, 1 a part of it failed, 2 the input is invalid (one line says what to do), 75 to be run again.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:

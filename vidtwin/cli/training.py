@@ -34,7 +34,7 @@ from vidtwin.training.trainer import VideoTrainer
 
 
 def run(command: str, argv: list[str]) -> int:
-    """Run one of the trainer's commands → exit code; raises `UserError` for what the user can mend."""
+    """Run one of the trainer's commands → exit code; raises `UserError` for invalid input."""
     if command == "test":
         from vidtwin.cli import benchmark
 
