@@ -15,7 +15,7 @@ from vidtwin.cli import main
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.video import iter_frames, panels, probe, write_video
 
-QUICK = ["--cost=false", "--downstream=false"]
+QUICK = ["--cost=false", "--downstream=false", "--players=0"]
 CONFIG = {
     "model": {
         "autoencoder": {
