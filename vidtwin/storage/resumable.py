@@ -33,7 +33,7 @@ class Resumable(Generic[Unit]):
         name: Name of a unit's file with a field for its number, such as "shard-{:05d}.safetensors".
         read: Read and verify unit `number` from its existing file `path`. It raises `UserError` for an invalid file,
             which is made again, and returns None for one of another identity, which is replaced.
-        kind: Name of such a folder in messages, such as "latents".
+        kind: Name of the units together in messages, such as "latents".
         manifest: Name of the manifest, if there is one.
     """
 
@@ -96,7 +96,7 @@ class Resumable(Generic[Unit]):
 
 
 def read_json(path: Path, **expected: Any) -> dict[str, Any] | None:
-    """Read a JSON object; return None if one of its values is not the `expected` one.
+    """Read a JSON object; return None if the file is missing or one of its values is not the `expected` one.
 
     Raises:
         UserError: The file is truncated or damaged.
@@ -104,6 +104,8 @@ def read_json(path: Path, **expected: Any) -> dict[str, Any] | None:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         same = all(content[key] == value for key, value in expected.items())
+    except FileNotFoundError:
+        return None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: expected a whole JSON file, it is truncated or damaged.") from None
     return content if same else None
