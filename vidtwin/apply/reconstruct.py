@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from vidtwin.apply.command import run_in_session
@@ -18,7 +19,7 @@ from vidtwin.apply.options import SessionOptions, add_class_options, exit_code
 from vidtwin.apply.tiling import in_tiles
 from vidtwin.apply.windows import BeforeDamage, Window, examine, windows
 from vidtwin.errors import UserError
-from vidtwin.files import exclusive, no_room, write_text
+from vidtwin.files import no_room, write_text
 from vidtwin.video import Frames, VideoError, VideoWriter
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ class Reconstruct:
         """Put the rows of this process among those that are there, of others and of earlier runs."""
         rows = {row.input: {column: getattr(row, column) for column in _COLUMNS} for row in done}
         path = self.out / TABLE
-        with exclusive(self.out / f".{TABLE}.lock"):
+        with FileLock(self.out / f".{TABLE}.lock"):
             earlier: dict[str, dict[str, Any]] = {}
             if path.exists():
                 with path.open(encoding="utf-8", newline="") as file:
