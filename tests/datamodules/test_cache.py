@@ -221,7 +221,7 @@ def write_slowly(out: Path, half: Any) -> None:
             yield temporary
             if Path(path).name == "chunk-0-5.bin":
                 half.set()
-                time.sleep(0.5)
+                time.sleep(1.5)
 
     sources.replacing = slow  # in this process alone
     write_thirty(out, workers=0)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from vidtwin.apply.command import run_in_session
@@ -225,9 +224,11 @@ class Reconstruct:
 
     def _record(self, done: list[Done]) -> None:
         """Put the rows of this process among those that are there, of others and of earlier runs."""
+        from vidtwin.storage.resumable import lock
+
         rows = {row.input: {column: getattr(row, column) for column in _COLUMNS} for row in done}
         path = self.out / TABLE
-        with FileLock(self.out / f".{TABLE}.lock"):
+        with lock(self.out, "table of reconstructions", wait=True):
             earlier: dict[str, dict[str, Any]] = {}
             if path.exists():
                 with path.open(encoding="utf-8", newline="") as file:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 Unit = TypeVar("Unit")
+_MOMENT = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def lock(folder: Path, writer: str, fabric: "Fabric | None" = None, wait: bool =
         folder: Made if it is missing.
         writer: Name of the work in messages, such as "sweep".
         fabric: Processes of the writer; the first one locks for all.
-        wait: Wait for another writer to end, with one line in the log.
+        wait: Wait for another writer to end; a wait of more than a moment is logged.
 
     Raises:
         UserError: Another writer holds the lock (without `wait`), or the folder is a file.
@@ -144,7 +145,7 @@ def _acquire(held: FileLock, folder: Path, writer: str, wait: bool) -> str | Non
     except (FileExistsError, NotADirectoryError):
         return f"Expected a folder for this {writer}, got {folder}, which is a file or inside one; give another."
     try:
-        held.acquire(blocking=False)
+        held.acquire(timeout=_MOMENT if wait else 0)
     except Timeout:
         if not wait:
             return f"Expected {folder} for this {writer} alone, got another one writing to it; wait for its end."
