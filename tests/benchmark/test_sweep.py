@@ -671,6 +671,23 @@ def test_a_list_on_the_command_line_is_a_sweep(config, tmp_path):
     assert row(tmp_path / "out", "b")["kind"] == "untrained"
 
 
+def test_the_accelerator_and_precision_of_a_trainings_config_are_followed_and_options_win(tmp_path, capfd):
+    config = tmp_path / "fit.yaml"
+    content = {
+        "model": {"autoencoder": {"class_path": "sweeping.Pool"}},
+        "data": {"class_path": "sweeping.NumberedData"},
+        "trainer": {"accelerator": "hpu", "precision": "bf16", "max_steps": 3},
+    }
+    config.write_text(yaml.safe_dump(content))
+    argv = ["test", "--config", str(config), "--cost=false", "--downstream=false", "--progress=false", "--players=0"]
+    assert main([*argv, f"--results_dir={tmp_path / 'absent'}"]) == 2
+    assert "hpu" in capfd.readouterr().err.splitlines()[-1].lower()
+    for options, precision in ([], "bf16-mixed"), (["--trainer.precision=32-true"], "32-true"):
+        folder = tmp_path / precision
+        assert main([*argv, "--accelerator=cpu", f"--results_dir={folder}", *options]) == 0
+        assert json.loads((folder / "protocol.json").read_text())["precision"] == precision
+
+
 def test_a_model_that_fails_is_exit_code_1(config, tmp_path):
     config.write_text(config.read_text().replace("../model.yaml", "absent.yaml"))
     assert main(["test", "--config", str(config)]) == 1
