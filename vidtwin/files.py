@@ -6,6 +6,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ except ImportError:  # Windows
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, a quota or a limit says
 _TEMPORARY = re.compile(r"\.(.+)-[a-z0-9_]{8}(\.\w+)")  # mkstemp's alphabet
+_ABANDONED = 3600  # seconds without a change, on a file system without locks
 
 
 def no_room(error: BaseException | None) -> str | None:
@@ -49,9 +51,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
     temporary = Path(name)
+    if fcntl is None:
+        os.close(handle)  # Windows moves no open file
     try:
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)  # by which `remove_leftovers` knows that it is in use
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0o600
         with temporary.open("rb+") as file:
@@ -60,6 +66,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        if fcntl is not None:
+            os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -88,6 +96,32 @@ def intended_name(path: Path) -> str | None:
     """What a temporary file that a kill left behind was to be called; None for any other file."""
     match = _TEMPORARY.fullmatch(path.name)
     return match[1] + match[2] if match else None
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary files that killed processes left in a folder, of the file `name` or of all its files.
+
+    Files that a living process is writing stay.
+    """
+    for path in folder.glob(".*-*"):
+        target = intended_name(path)
+        if target is not None and name in (None, target):
+            with suppress(OSError):  # moved to its place, or removed by another process
+                if _is_abandoned(path):
+                    path.unlink()
+
+
+def _is_abandoned(path: Path) -> bool:
+    with path.open("rb+") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            pass
+        return time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED
 
 
 def _flush_folder(folder: Path) -> None:

@@ -182,7 +182,5 @@ class LatentReader:
         path = shard_path(self.folder, number)
         if self._shard is None or self._shard.path != path:
             self._shard = None
-            shard = Shard(path, self.manifest.digest)
-            shard.check()
-            self._shard = shard
+            self._shard = Shard(path, self.manifest.digest).check()
         return self._shard
