@@ -1,7 +1,9 @@
 """A file is whole or not there."""
 
 import errno
+import multiprocessing
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -193,3 +195,20 @@ def test_without_locks_old_temporary_files_go(tmp_path, monkeypatch):
     with replacing(tmp_path / "a.mp4") as temporary:
         remove_leftovers(tmp_path)
         assert os.listdir(tmp_path) == [temporary.name]
+
+
+def die_while_writing(path):
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_kill_left_goes_when_the_file_is_written_again(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=die_while_writing, args=(tmp_path / "a.txt",))
+    process.start()
+    process.join()
+    (left,) = tmp_path.iterdir()
+    write_text(tmp_path / "b.txt", "another")
+    assert left.exists()
+    write_text(tmp_path / "a.txt", "whole")
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "b.txt"]

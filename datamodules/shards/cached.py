@@ -13,18 +13,18 @@ from vidtwin.datamodules.clips import ClipDataset, Key
 from vidtwin.errors import UserError
 from vidtwin.video import VideoError
 
-from .format import MANIFEST, TABLE, Format, Items, Manifest, Shard, expect_shards
+from .format import MANIFEST, TABLE, Format, Items, Manifest, Shard, check_shards
 
 
 def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """The first key in which two descriptions differ, with both values; None if they say the same."""
+    """Return "key=found, not key=expected" of the first key in which two descriptions differ; None if they agree."""
     default = {"eval_clips": "middle"}  # not written down, so that older caches stay known
     expected, found = default | dict(expected), default | dict(found)
     for key in [*expected, *(key for key in found if key not in expected)]:
         if key == "videos" and (key not in expected or key not in found):
             continue  # the videos themselves are not here
         if expected.get(key) != found.get(key):
-            return f"{key}={json.dumps(expected.get(key))}, it holds {key}={json.dumps(found.get(key))}"
+            return f"{key}={json.dumps(found.get(key))}, not {key}={json.dumps(expected.get(key))}"
     return None
 
 
@@ -46,7 +46,7 @@ class CachedClips(ClipDataset):
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder / MANIFEST)
         check(self.manifest, str(self.folder), "clips", expected)
-        expect_shards(self.folder, self.manifest)
+        check_shards(self.folder, self.manifest)
         self.split_name = self.manifest.split_name
         self.items = Items(self.manifest, self._locate)
         self._identities: dict[int, tuple[str, int]] | None = None
@@ -96,6 +96,6 @@ def check(manifest: Manifest, where: str, format: Format, expected: Mapping[str,
         raise UserError(f"{where}: expected {format}, it holds {manifest.format}; {use}.")
     if expected is not None and (found := difference(expected, manifest.description)):
         raise UserError(
-            f"{where}: expected a cache of {found}; use the arguments it was made with, or write another one by "
-            "`vidtwin cache`."
+            f"{where}: expected the requested clips, got {found}; use the arguments of the cache, or write "
+            "another one by `vidtwin cache`."
         )

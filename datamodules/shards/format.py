@@ -30,11 +30,13 @@ Format = Literal["clips", "videos"]
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 TABLE = "clips.csv"
+SHARD = "chunk-0-{}.bin"
 # Fields of an item in alphabetical order, as litdata flattens a dict, with litdata's names of their formats.
 FIELDS: dict[str, dict[str, str]] = {
     "clips": {"clip": "numpy", "label": "int", "name": "str", "start_frame": "int"},
     "videos": {"label": "int", "name": "str", "video": "bytes"},
 }
+_AGAIN = "run `vidtwin cache` again, which makes it anew"
 _LOOKS = 5  # for a shard that other processes may take away
 
 
@@ -230,34 +232,22 @@ class Items:
         return bytes(content), bytes(name).decode(), int(label.view(np.int64)[0])
 
 
-def expect_shards(folder: Path, manifest: Manifest) -> None:
-    """`UserError` if a shard is absent or of another size."""
+def check_shards(folder: Path, manifest: Manifest) -> None:
+    """Raise `UserError` if a shard is missing or of another size."""
     for shard in manifest.shards:
-        if not is_whole(folder, shard, checksum=False):
-            raise UserError(
-                f"{folder / shard.file}: expected a shard of the cache, there is no such file; run `vidtwin cache` "
-                "again, which makes it anew."
-            )
+        check_shard(folder / shard.file, shard, checksum=False)
 
 
-def is_whole(folder: Path, shard: Shard, checksum: bool) -> bool:
-    """Whether the file is there; `UserError` if it is damaged."""
-    path = folder / shard.file
+def check_shard(path: Path, shard: Shard, checksum: bool) -> None:
+    """Raise `UserError` if the file of a shard is missing, of another size or, with `checksum`, damaged."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        return False
+        raise UserError(f"{path}: expected a shard of the cache, got no such file; {_AGAIN}.") from None
     if size != shard.bytes:
-        raise UserError(
-            f"{path}: expected {shard.bytes:,} bytes, got {size:,}; delete it and run `vidtwin cache` again, which "
-            "makes it anew."
-        )
+        raise UserError(f"{path}: expected {shard.bytes:,} bytes, got {size:,}; {_AGAIN}.")
     if checksum and _sha256(path) != shard.sha256:
-        raise UserError(
-            f"{path}: expected sha256 {shard.sha256[:16]}…, got another: the file is damaged; delete it and run "
-            "`vidtwin cache` again, which makes it anew."
-        )
-    return True
+        raise UserError(f"{path}: expected sha256 {shard.sha256[:16]}…, got another; {_AGAIN}.")
 
 
 def _sha256(path: Path) -> str:

@@ -33,7 +33,7 @@ from vidtwin.errors import UserError
 from vidtwin.video import VideoInfo
 
 from .cached import CachedClips
-from .format import MANIFEST, TABLE, Items, Manifest, Shard, expect_shards
+from .format import MANIFEST, TABLE, Items, Manifest, Shard, check_shards
 
 _ATTEMPTS = 4
 # What does not change when it is asked again.
@@ -63,7 +63,7 @@ class RemoteShards:
         if not self.remote:
             self.folder = Path(url)
             self.manifest = Manifest.read(self.folder / MANIFEST)
-            expect_shards(self.folder, self.manifest)
+            check_shards(self.folder, self.manifest)
             return
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir) as own:

@@ -122,7 +122,7 @@ def test_a_second_writer_is_refused_or_waits_with_one_line(tmp_path, capfd):
             assert release.is_set()
 
     second = start(wait)
-    second.join(0.3)
+    second.join(1)
     assert second.is_alive()
     release.set()
     second.join()

@@ -18,7 +18,7 @@ from vidtwin.apply.options import SessionOptions, add_class_options, exit_code
 from vidtwin.apply.tiling import in_tiles
 from vidtwin.apply.windows import BeforeDamage, Window, examine, windows
 from vidtwin.errors import UserError
-from vidtwin.files import exclusive, no_room, write_text
+from vidtwin.files import no_room, write_text
 from vidtwin.video import Frames, VideoError, VideoWriter
 
 if TYPE_CHECKING:
@@ -224,9 +224,11 @@ class Reconstruct:
 
     def _record(self, done: list[Done]) -> None:
         """Put the rows of this process among those that are there, of others and of earlier runs."""
+        from vidtwin.storage.resumable import lock
+
         rows = {row.input: {column: getattr(row, column) for column in _COLUMNS} for row in done}
         path = self.out / TABLE
-        with exclusive(self.out / f".{TABLE}.lock"):
+        with lock(self.out, "table of reconstructions", wait=True):
             earlier: dict[str, dict[str, Any]] = {}
             if path.exists():
                 with path.open(encoding="utf-8", newline="") as file:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 Unit = TypeVar("Unit")
+_MOMENT = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Resumable(Generic[Unit]):
         name: Name of a unit's file with a field for its number, such as "shard-{:05d}.safetensors".
         read: Read and verify unit `number` from its existing file `path`. It raises `UserError` for an invalid file,
             which is made again, and returns None for one of another identity, which is replaced.
-        kind: Name of such a folder in messages, such as "latents".
+        kind: Name of the units together in messages, such as "latents".
         manifest: Name of the manifest, if there is one.
     """
 
@@ -96,7 +97,7 @@ class Resumable(Generic[Unit]):
 
 
 def read_json(path: Path, **expected: Any) -> dict[str, Any] | None:
-    """Read a JSON object; return None if one of its values is not the `expected` one.
+    """Read a JSON object; return None if the file is missing or one of its values is not the `expected` one.
 
     Raises:
         UserError: The file is truncated or damaged.
@@ -104,6 +105,8 @@ def read_json(path: Path, **expected: Any) -> dict[str, Any] | None:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         same = all(content[key] == value for key, value in expected.items())
+    except FileNotFoundError:
+        return None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: expected a whole JSON file, it is truncated or damaged.") from None
     return content if same else None
@@ -117,7 +120,7 @@ def lock(folder: Path, writer: str, fabric: "Fabric | None" = None, wait: bool =
         folder: Made if it is missing.
         writer: Name of the work in messages, such as "sweep".
         fabric: Processes of the writer; the first one locks for all.
-        wait: Wait for another writer to end, with one line in the log.
+        wait: Wait for another writer to end; a wait of more than a moment is logged.
 
     Raises:
         UserError: Another writer holds the lock (without `wait`), or the folder is a file.
@@ -142,7 +145,7 @@ def _acquire(held: FileLock, folder: Path, writer: str, wait: bool) -> str | Non
     except (FileExistsError, NotADirectoryError):
         return f"Expected a folder for this {writer}, got {folder}, which is a file or inside one; give another."
     try:
-        held.acquire(blocking=False)
+        held.acquire(timeout=_MOMENT if wait else 0)
     except Timeout:
         if not wait:
             return f"Expected {folder} for this {writer} alone, got another one writing to it; wait for its end."
