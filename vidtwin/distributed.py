@@ -3,14 +3,16 @@
 import os
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import torch.distributed
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 
 from vidtwin.errors import UserError
 from vidtwin.precision import full_precision
 
+T = TypeVar("T")
 Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 
 _WAIT = timedelta(hours=12)  # one process may work for long while the others wait for it
@@ -42,3 +44,12 @@ def launch(accelerator: str, devices: int | list[int] | str, num_nodes: int, pre
 def forward_context(fabric: Fabric, precision: Precision) -> AbstractContextManager[Any]:
     """Return the context of a forward pass: autocast, or products without TF32 for 32-true."""
     return full_precision(fabric.device) if precision == "32-true" else fabric.autocast()
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return the values of all processes, by rank. All processes must call it together."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from vidtwin.benchmark.measure import CLAIM_TOLERANCE
+from vidtwin.benchmark.loaded_model import CLAIM_TOLERANCE
 from vidtwin.benchmark.protocol import PRESETS, ProtocolSettings
 from vidtwin.benchmark.sweep import FVD, Entry, Sweep
 from vidtwin.cli import main, model_config

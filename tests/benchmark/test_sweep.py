@@ -32,8 +32,8 @@ from torch import Tensor
 
 from vidtwin.baselines.references import MeanColour
 from vidtwin.benchmark import plots, report, rows
+from vidtwin.benchmark.measurer import Measurer
 from vidtwin.benchmark.protocol import ProtocolSettings
-from vidtwin.benchmark.runner import Runner
 from vidtwin.benchmark.sweep import FVD, Entry
 from vidtwin.cli import main
 from vidtwin.errors import UserError
@@ -419,7 +419,7 @@ def test_players_that_fail_keep_nothing_else_from_being_written(tmp_path, monkey
     def broken(*arguments: Any) -> None:
         raise RuntimeError("no room\non the device")
 
-    monkeypatch.setattr(Runner, "_views", broken)
+    monkeypatch.setattr(Measurer, "views", broken)
     entries = [Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt"))]
     assert sweep(tmp_path / "r", entries, players=1).run() == 0
     assert "no players of a: no room on the device" in capfd.readouterr().err
@@ -478,7 +478,7 @@ def test_a_part_that_was_cut_off_is_measured_again_alone(tmp_path, capfd):
     sweeping.calls.clear()
     assert sweep(tmp_path / "r", entries).run() == 0
     assert sweeping.calls == [[2, 3], [4, 5]]
-    assert "000001.json is cut off or damaged, and is measured again" in capfd.readouterr().err
+    assert "000001.json: expected a whole JSON file, it is truncated or damaged" in capfd.readouterr().err
 
 
 def test_a_folder_of_another_protocol_is_refused_by_what_differs(done):
@@ -504,7 +504,7 @@ def test_an_error_of_a_process_that_was_killed_is_not_the_next_runs(tmp_path):
 
 def test_a_results_folder_that_is_a_file_is_told(tmp_path):
     (tmp_path / "r").write_text("")
-    with pytest.raises(UserError, match="Expected a folder for results"):
+    with pytest.raises(UserError, match="Expected a folder for this sweep"):
         sweep(tmp_path / "r", [Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt"))]).run()
 
 
@@ -605,9 +605,9 @@ def test_as_many_clips_are_held_at_once_whatever_their_number(tmp_path, monkeypa
             most.append(len(found))
             return forward(self, *arguments)
 
-        forward = Runner._forward
+        forward = Measurer.reconstruct
         with monkeypatch.context() as patch:
-            patch.setattr(Runner, "_forward", watch)
+            patch.setattr(Measurer, "reconstruct", watch)
             entries = [Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt"))]
             sweep(tmp_path / str(count), entries, NumberedData(count=count), references=[]).run()
         assert len(most) == count // 2
@@ -669,6 +669,23 @@ def test_a_list_on_the_command_line_is_a_sweep(config, tmp_path):
     assert main(["test", "--config", str(config), "--autoencoders", listed]) == 0
     assert not (tmp_path / "out" / "rows" / "a").exists()
     assert row(tmp_path / "out", "b")["kind"] == "untrained"
+
+
+def test_the_accelerator_and_precision_of_a_trainings_config_are_followed_and_options_win(tmp_path, capfd):
+    config = tmp_path / "fit.yaml"
+    content = {
+        "model": {"autoencoder": {"class_path": "sweeping.Pool"}},
+        "data": {"class_path": "sweeping.NumberedData"},
+        "trainer": {"accelerator": "hpu", "precision": "bf16", "max_steps": 3},
+    }
+    config.write_text(yaml.safe_dump(content))
+    argv = ["test", "--config", str(config), "--cost=false", "--downstream=false", "--progress=false", "--players=0"]
+    assert main([*argv, f"--results_dir={tmp_path / 'absent'}"]) == 2
+    assert "hpu" in capfd.readouterr().err.splitlines()[-1].lower()
+    for options, precision in ([], "bf16-mixed"), (["--trainer.precision=32-true"], "32-true"):
+        folder = tmp_path / precision
+        assert main([*argv, "--accelerator=cpu", f"--results_dir={folder}", *options]) == 0
+        assert json.loads((folder / "protocol.json").read_text())["precision"] == precision
 
 
 def test_a_model_that_fails_is_exit_code_1(config, tmp_path):

@@ -10,7 +10,6 @@ does not depend on the number of processes, which share the chunks: their number
 
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,16 @@ from typing import Any, Literal
 
 from lightning import LightningDataModule
 from lightning.fabric import Fabric
-from tqdm import tqdm
 
 from vidtwin import hub, plugins
 from vidtwin.autoencoder import VideoAutoencoder
+from vidtwin.benchmark import pictures as picture_files
 from vidtwin.benchmark import plots as plot_files
 from vidtwin.benchmark import protocol, report, rows, table
-from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, fingerprint
-from vidtwin.benchmark.runner import Job, Plan, Runner, one_line
+from vidtwin.benchmark.loaded_model import AVERAGE, LAST, LoadedModel, fingerprint
+from vidtwin.benchmark.plan import Job, Plan, one_line
+from vidtwin.benchmark.runner import Runner
+from vidtwin.console import log, write
 from vidtwin.data import ClipSource
 from vidtwin.distributed import Precision, launch
 from vidtwin.errors import UserError, suggestion
@@ -184,7 +185,7 @@ class Sweep:
             raise UserError(f"Expected a name of its own for each row, got several called {', '.join(twice)}.")
 
     def run(self) -> int:
-        """Measure what is missing and write everything → 0, or 1 where a model could not be measured."""
+        """Measure what is missing and write everything → 0, or 1 if a model could not be measured."""
         fabric = launch(self.accelerator, self.devices, self.num_nodes, self.precision)
         self.data.dataset("test")  # data that are refused leave no folder behind
         if self.strict:
@@ -193,37 +194,50 @@ class Sweep:
             with lock(self.folder, "sweep", fabric):
                 return self._run(fabric)
         except KeyboardInterrupt:
-            self._show(fabric, f"what was measured is in {self.folder}; the same command goes on")
+            log(f"what was measured is in {self.folder}; the same command goes on", rank_zero=True)
             raise
 
     def _run(self, fabric: Fabric) -> int:
-        plan = self._plan(fabric)
-        jobs = [self._job(entry) for entry in self.entries]
-        jobs += [self._reference(name, plan.shape) for name in self.references]
-        self._show(fabric, f"{len(plan.keys)} clips, protocol {plan.protocol['name']} ({plan.digest})")
-        for line in plan.protocol["departs"]:
-            self._show(fabric, f"protocol {self.settings.preset} is of other data: {line}")
-        for job in jobs:
-            if job.error:
-                self._show(fabric, f"{job.name} failed: {job.error}")
-        self._check_other_rows(fabric, {job.name for job in jobs}, plan.digest)
-        runner = Runner(self, fabric, plan)
-        waiting = [job for job in jobs if not runner.is_complete(job)]
-        waiting.sort(key=runner.has_failed)
-        fabric.barrier()  # before a process changes what another still looks at
+        plan = self._make_plan(fabric)
+        jobs = [self._make_job(entry) for entry in self.entries]
+        jobs += [self._make_reference(name, plan.shape) for name in self.references]
+        lines = [f"{len(plan.keys)} clips, protocol {plan.protocol['name']} ({plan.digest})"]
+        lines += [f"protocol {self.settings.preset} is of other data: {line}" for line in plan.protocol["departs"]]
+        lines += [f"{job.name} failed: {job.error}" for job in jobs if job.error]
+        for line in lines:
+            log(line, rank_zero=True)
+        self._check_other_rows({job.name for job in jobs}, plan.digest)
+        runner = Runner(self, fabric, plan, jobs)
+        runner.run()
         if fabric.is_global_zero:
-            runner.remove_left_parts([job for job in jobs if job not in waiting])
-        runner.measure_all(waiting, len(jobs))
-        failed = []
-        if fabric.is_global_zero:
-            runner.refresh(jobs)
-            self._write_all(fabric, runner, jobs)
-            failed = runner.failed
+            self.write_outputs(runner)
         fabric.barrier()
-        return int(fabric.broadcast(bool(failed)))
+        return int(fabric.broadcast(bool(runner.failed)))
+
+    def write_outputs(self, runner: Runner) -> None:
+        """Write comparison, players, pictures, table, plots and report from the rows."""
+        for path in (self.folder / "comparison.json", self.folder / "players" / "players.json"):
+            if path.exists():
+                try:
+                    rows.read_json(path)
+                except UserError:
+                    log(f"{path} is cut off or damaged, and is made again")
+                    path.unlink()
+        results = rows.read(self.folder)
+        features = runner.measurer.features
+        found = results.comparison | {"rows": features.compare(results) if features else {}}
+        results.comparison = rows.compare(results, found)
+        rows.write_comparison(self.folder, results.comparison)
+        if self.players and results.comparison["num_clips"]:
+            picture_files.write_players(results, runner)
+        paths = picture_files.write_clips(runner) if self.pictures else []
+        write(f"\n{table.write(self.folder)}")
+        for path in [*paths, self.folder / "table.md", *plot_files.write(self.folder), report.write(self.folder)]:
+            if path.suffix != ".svg":
+                write(str(path))
 
     def _check_models(self) -> None:
-        for job in map(self._job, self.entries):
+        for job in map(self._make_job, self.entries):
             if job.error:
                 raise UserError(job.error)
             try:
@@ -233,24 +247,18 @@ class Sweep:
             except Exception as error:
                 raise UserError(f"{job.name} can't be built: {type(error).__name__}: {one_line(error)}") from error
 
-    def _plan(self, fabric: Fabric) -> Plan:
+    def _make_plan(self, fabric: Fabric) -> Plan:
         dataset = self.data.dataset("test")
         keys = [dataset.identity(index) for index in range(len(dataset))]
-        described = self.data.protocol()
         if not keys:
             raise UserError(f"Expected test clips of {type(self.data).__name__}, got none.")
-        size = self.data.eval_batch_size
         resolved = self.settings.resolve(
-            described,
+            self.data.protocol(),
             self.precision,
             self.fvd.sha256.lower() if self.fvd.sha256 else None,
             self.dataset,
             self.data.skipped["test"],
         )
-        # What reading finds later stands in the rows: the protocol is known before.
-        digest = protocol.protocol_hash(resolved)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"Expected a folder for results, got {self.folder}, which is a file; set --results_dir.")
         refused = ""
         if fabric.is_global_zero:
             try:
@@ -259,13 +267,14 @@ class Sweep:
                 refused = str(error)
         if refused := fabric.broadcast(refused):  # all processes end, and none waits for another
             raise UserError(refused)
-        order = list(range(len(keys)))
-        side = self.data.resolution
-        chunks = [order[start : start + size] for start in range(0, len(order), size)]
+        size, side = self.data.eval_batch_size, self.data.resolution
+        chunks = [list(range(len(keys)))[start : start + size] for start in range(0, len(keys), size)]
+        # Videos that reading finds unusable later stand in the rows: the protocol is known before.
+        digest = protocol.protocol_hash(resolved)
         return Plan(chunks, keys, (3, self.data.num_frames, side, side), resolved, digest)
 
-    def _job(self, entry: Entry) -> Job:
-        """What the row's identity is, without building the model; a mistake in it becomes the row's error."""
+    def _make_job(self, entry: Entry) -> Job:
+        """Find a row's identity without building its model; a mistake in the entry becomes the row's error."""
         base = {"windows": entry.windows}
         checkpoint = hub.below(self.checkpoints, entry.checkpoint) if entry.checkpoint else None
         try:
@@ -282,9 +291,9 @@ class Sweep:
                 raise UserError(f"Expected a config or a checkpoint for {entry.name}, got neither.")
             mark = fingerprint(checkpoint) if checkpoint else None
         except UserError as error:
-            return Job(entry.name, base, _unusable, str(error))
+            return Job(entry.name, base, _refuse, str(error))
 
-        def build() -> Subject:
+        def build() -> LoadedModel:
             model = config.build() if config else checkpoints.build(spec)
             weights, differs = LAST, []
             if checkpoint:
@@ -297,19 +306,19 @@ class Sweep:
                 differs = checkpoints.differences(json.loads(json.dumps(model.spec())), stored)
             window = model.temporal.usual_length if entry.windows else None
             kind: Literal["trained", "untrained"] = "trained" if checkpoint else "untrained"
-            return Subject(entry.name, kind, model, checkpoint, mark, weights, entry.claimed_rate, window, differs)
+            return LoadedModel(entry.name, kind, model, checkpoint, mark, weights, entry.claimed_rate, window, differs)
 
         return Job(entry.name, base | {"model": spec, "fingerprint": mark}, build, claimed_rate=entry.claimed_rate)
 
-    def _reference(self, name: str, shape: tuple[int, int, int, int]) -> Job:
-        def build() -> Subject:
+    def _make_reference(self, name: str, shape: tuple[int, int, int, int]) -> Job:
+        def build() -> LoadedModel:
             model = plugins.load(name, "vidtwin.references")(num_frames=shape[1], resolution=shape[2])
-            return Subject(name, "reference", model)
+            return LoadedModel(name, "reference", model)
 
         return Job(name, {"name": name, "reference": plugins.resolve(name, "vidtwin.references")}, build)
 
-    def _check_other_rows(self, fabric: Fabric, own: set[str], digest: str) -> None:
-        """Rows of no entry stay in the table; one that can't be read would end the sweep after all was measured."""
+    def _check_other_rows(self, own: set[str], digest: str) -> None:
+        """Refuse unreadable rows of no entry, which would end the sweep after all was measured; log the others."""
         others = [path for path in sorted(self.folder.glob("rows/*/results.json")) if path.parent.name not in own]
         for path in others:
             row = rows.read_row(path)
@@ -322,39 +331,8 @@ class Sweep:
                 rows.read_clips(path.parent, row)
         if others:
             names = ", ".join(path.parent.name for path in others)
-            self._show(fabric, f"rows there of no autoencoder in the config, which are compared too: {names}")
-
-    def _remove_damaged(self) -> None:
-        """Files that are made of the rows, cut off by a disk or a hand, are made again."""
-        for path in (self.folder / "comparison.json", self.folder / "players" / "players.json"):
-            if path.exists():
-                try:
-                    rows.read_json(path)
-                except UserError:
-                    tqdm.write(f"vidtwin: {path} is cut off or damaged, and is made again", file=sys.stderr)
-                    path.unlink()
-
-    def _write_all(self, fabric: Fabric, runner: "Runner", jobs: list[Job]) -> rows.Results:
-        self._remove_damaged()
-        results = rows.read(self.folder)
-        results.comparison = rows.compare(results, runner.frechet_of_common_clips(results))
-        rows.write_comparison(self.folder, results.comparison)
-        if self.players and results.comparison["num_clips"]:
-            runner.write_players(results, jobs)
-        pictures = runner.write_pictures(jobs) if self.pictures else []
-        text = table.write(self.folder)
-        paths = [*pictures, self.folder / "table.md", *plot_files.write(self.folder), report.write(self.folder)]
-        sys.stdout.write(f"\n{text}\n")
-        for path in paths:
-            if path.suffix != ".svg":
-                sys.stdout.write(f"{path}\n")
-        sys.stdout.flush()
-        return results
-
-    def _show(self, fabric: Fabric, line: str) -> None:
-        if fabric.is_global_zero:
-            tqdm.write(f"vidtwin: {line}", file=sys.stderr)
+            log(f"rows there of no autoencoder in the config, which are compared too: {names}", rank_zero=True)
 
 
-def _unusable() -> Subject:
+def _refuse() -> LoadedModel:
     raise AssertionError("a job with an error is not built")

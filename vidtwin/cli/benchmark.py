@@ -27,9 +27,9 @@ Measure one autoencoder, or several, on the same clips under one protocol, and w
   vidtwin test --config configs/benchmark/paper.yaml --data.root data/MCL-JCV --devices 8 --accelerator cuda
 
 A config with a list of autoencoders measures all of them. Otherwise the model is that of --model.autoencoder or of a
-config of `fit`, whose other keys are ignored, and by default that of the checkpoint. A sweep that was ended goes on by
-the same command: what is complete in --results_dir is not measured again. Exit code: 0 every row is there, 1 a model
-could not be measured (its row has the error), 2 the command is not usable.
+config of `fit`, of which trainer.accelerator and trainer.precision hold too, and by default that of the checkpoint. The
+same command resumes an interrupted sweep: complete rows in --results_dir are not measured again. Exit code: 0 if every
+row is there, 1 if a model could not be measured (its row has the error), 2 for a command that is not usable.
 """
 _PICTURES = 2
 _INTERNAL = {"read_config", "pictures", "strict"}  # arguments of `Sweep` that are no options
@@ -44,6 +44,7 @@ _RENAMED = {  # options of `fit` that have another name here
     "--model.loss.init_args.perceptual_backbone": "--perceptual_backbones.vgg",
 }
 
+_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's short names
 _WEIGHTS = {"true": "average", "false": "last"}
 
 
@@ -134,7 +135,7 @@ def _model_of_checkpoint(argv: list[str]) -> list[str]:
 
 def _rename(argv: list[str]) -> list[str]:
     """Rename options of `fit` that measuring has too; `UserError` names those that serve instead of the others."""
-    renamed = [f"--perceptual_backbones.vgg={path}" for path in _backbones(config_paths(argv))]
+    renamed = _options_of_configs(argv)
     for before, word in zip(["", *argv], argv, strict=False):
         option, equals, value = word.partition("=")
         if before == "--model.use_ema":
@@ -156,11 +157,19 @@ def _rename(argv: list[str]) -> list[str]:
     return renamed
 
 
-def _backbones(configs: Sequence[Path]) -> list[str]:
-    """Return the existing VGG-16 files that the losses of configs name."""
-    loss = (read_config(configs).get("model") or {}).get("loss")
-    path = (loss.get("init_args") or {}).get("perceptual_backbone") if isinstance(loss, dict) else None
-    return [path] if path and Path(path).is_file() else []
+def _options_of_configs(argv: list[str]) -> list[str]:
+    """Return options that configs of `fit` set under other names: accelerator, precision, existing VGG-16 file."""
+    options = []
+    for content in (read_config([path]) for path in config_paths(argv)):
+        trainer, loss = content.get("trainer"), (content.get("model") or {}).get("loss")
+        for name in ("accelerator", "precision"):
+            value = trainer.get(name) if isinstance(trainer, dict) else None
+            if isinstance(value, int | str) and not option_value(argv, name, f"trainer.{name}"):
+                options.append(f"--{name}={_PRECISIONS.get(str(value), value)}")
+        path = (loss.get("init_args") or {}).get("perceptual_backbone") if isinstance(loss, dict) else None
+        if path and Path(path).is_file():
+            options.append(f"--perceptual_backbones.vgg={path}")
+    return options
 
 
 def _is_sweep(argv: list[str]) -> bool:
