@@ -23,7 +23,7 @@ from tqdm import tqdm
 from vidtwin import hub, plugins
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import plots as plot_files
-from vidtwin.benchmark import protocol, report, rows, table
+from vidtwin.benchmark import protocol, render, report, rows
 from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, fingerprint
 from vidtwin.benchmark.runner import Job, Plan, Runner, one_line
 from vidtwin.data import ClipSource
@@ -341,7 +341,7 @@ class Sweep:
         if self.players and results.comparison["num_clips"]:
             runner.write_players(results, jobs)
         pictures = runner.write_pictures(jobs) if self.pictures else []
-        text = table.write(self.folder)
+        text = render.write(self.folder)
         paths = [*pictures, self.folder / "table.md", *plot_files.write(self.folder), report.write(self.folder)]
         sys.stdout.write(f"\n{text}\n")
         for path in paths:
