@@ -197,7 +197,7 @@ def test_every_part_with_a_rule_is_read():
         "vidtwin.video.reading",
         "vidtwin.layers.attention",
         "vidtwin.models.vidtwin",
-        "vidtwin.benchmark.table",
+        "vidtwin.benchmark.render",
         "vidtwin.benchmark.protocol",
         "vidtwin.baselines.references",
         "vidtwin.datamodules.clips",
@@ -234,7 +234,7 @@ def test_every_part_with_a_rule_is_read():
             ":1 imports vidtwin.baselines.references, but rule 3",
         ),
         ("datamodules/new.py", "from vidtwin.autoencoder import TemporalSpec", "rule 4 says that datamodules"),
-        ("vidtwin/benchmark/table.py", "from torch import Tensor", ":1 imports torch.Tensor, but rule 4"),
+        ("vidtwin/benchmark/render.py", "from torch import Tensor", ":1 imports torch.Tensor, but rule 4"),
     ],
 )
 def test_a_planted_violation_is_found_where_it_is(tmp_path, file, source, expected):
@@ -276,7 +276,7 @@ print(sorted({{"torch", "lightning", "torchvision", "av", "jsonargparse"}} & set
     "code",
     [
         "import vidtwin.cli\nwith contextlib.redirect_stdout(io.StringIO()):\n    vidtwin.cli.main(['--help'])",
-        "from vidtwin.benchmark import plots, protocol, published, report, report_command, rows, table",
+        "from vidtwin.benchmark import plots, protocol, published, render, report, report_command, rows, summary",
     ],
     ids=["vidtwin --help", "tables"],
 )

@@ -39,10 +39,10 @@ def report_command(argv: list[str]) -> int:
     parser.add_argument("results", type=Path, metavar="RESULTS", help="folder that `vidtwin test` wrote")
     folder = parser.parse_args(argv).results
 
-    from vidtwin.benchmark import plots, report, rows, table
+    from vidtwin.benchmark import plots, render, report, rows
 
     rows.write_comparison(folder, rows.read(folder).comparison)
-    sys.stdout.write(f"{table.write(folder)}\n")
+    sys.stdout.write(f"{render.write(folder)}\n")
     written = [folder / "comparison.json", *(folder / f"table.{kind}" for kind in ("csv", "md", "tex"))]
     for path in [*written, *plots.write(folder), report.write(folder)]:
         sys.stdout.write(f"{path}\n")

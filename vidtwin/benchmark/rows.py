@@ -171,8 +171,8 @@ def compare(results: Results, kept: dict[str, Any]) -> dict[str, Any]:
         kept: An earlier comparison. Its rFVD, which needs the clips' features, holds while the clips are the same.
 
     Returns:
-        "num_clips", "clips_sha256", "left_out" (by row, which clips of the others it lacks), "rows" (by row, "mean"
-        and "std" of each metric; "rfvd" as in `results.json`).
+        "num_clips", "num_videos" that they are of, "clips_sha256", "left_out" (by row, the clips of the others that it
+        lacks), "rows" (by row, "mean" and "std" of each metric; "rfvd" as in `results.json`).
     """
     common = common_clips(results.clips)
     every: set[Key] = {key_of(clip) for clips in results.clips.values() for clip in clips}
@@ -198,6 +198,7 @@ def compare(results: Results, kept: dict[str, Any]) -> dict[str, Any]:
                 rows[name]["rfvd"] = row["metrics"]["rfvd"]
     return {
         "num_clips": len(common),
+        "num_videos": len({name for name, _ in common}),
         "clips_sha256": digest,
         "left_out": left_out,
         "rows": rows,
@@ -218,8 +219,8 @@ def write_comparison(folder: Path, comparison: dict[str, Any]) -> None:
     write_text(folder / "comparison.json", json.dumps(comparison, indent=2) + "\n")
 
 
-def means(clips: Sequence[Clip], protocol: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation of each metric over clips, weighted as the protocol says; `{}` without clips.
+def means(clips: Sequence[Clip], protocol: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Mean and sample standard deviation of each metric over clips, weighted as the protocol says; `{}` without clips.
 
     "clip": each clip counts once. "frame": by its number of frames. "video": the clips of a video are averaged by
     their frames, then each video counts once; where PSNR is of one MSE a video, it is of the mean of the clips' MSE.
@@ -237,7 +238,11 @@ def means(clips: Sequence[Clip], protocol: dict[str, Any]) -> dict[str, dict[str
     else:
         units = [{name: clip[name] for name in names} for clip in clips]
         weights = [clip["num_frames"] if average == "frame" else 1 for clip in clips]
-    return {name: _mean([unit[name] for unit in units], weights) for name in names}
+    return {
+        name: {"mean": _mean(values, weights), "std": _deviation(values, weights)}
+        for name in names
+        for values in [[unit[name] for unit in units]]
+    }
 
 
 def psnr_of(mse: float, epsilon: float) -> float:
@@ -247,18 +252,35 @@ def psnr_of(mse: float, epsilon: float) -> float:
 
 def _of_video(clips: list[Clip], names: list[str], protocol: dict[str, Any]) -> dict[str, float]:
     frames = [clip["num_frames"] for clip in clips]
-    values = {name: _mean([clip[name] for clip in clips], frames)["mean"] for name in names}
+    values = {name: _mean([clip[name] for clip in clips], frames) for name in names}
     if protocol["psnr"] == "video":
-        values["psnr"] = psnr_of(_mean([clip["mse"] for clip in clips], frames)["mean"], protocol["psnr_epsilon"])
+        values["psnr"] = psnr_of(_mean([clip["mse"] for clip in clips], frames), protocol["psnr_epsilon"])
     return values
 
 
-def _mean(values: list[float], weights: list[int]) -> dict[str, float]:
-    """fsum: the mean is the same to the last bit whatever the order of the clips."""
-    total = sum(weights)
-    mean = math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / total
-    square = math.fsum((value - mean) ** 2 * weight for value, weight in zip(values, weights, strict=True)) / total
-    return {"mean": mean, "std": math.sqrt(square)}
+def _mean(values: list[float], weights: list[int]) -> float:
+    """Average by fsum: the mean is the same to the last bit whatever the order of the clips."""
+    return math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _deviation(values: list[float], weights: list[int]) -> float | None:
+    """Estimate the standard deviation of which `values` are a sample; None for a single one.
+
+    With weights it stays unbiased, as the frames of one clip are no sample of their own: equal weights divide by n - 1.
+    """
+    if len(values) < 2:
+        return None
+    mean, total = _mean(values, weights), sum(weights)
+    square = math.fsum((value - mean) ** 2 * weight for value, weight in zip(values, weights, strict=True))
+    return math.sqrt(square / (total - sum(weight**2 for weight in weights) / total))
+
+
+def look_up(found: dict[str, Any], path: str) -> Any:
+    """Return what stands at a dotted path of nested dictionaries; None if any part is absent."""
+    value: Any = found
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def order(results: Results) -> list[Row]:

@@ -22,7 +22,7 @@ from vidtwin import hub, plugins
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import pictures as picture_files
 from vidtwin.benchmark import plots as plot_files
-from vidtwin.benchmark import protocol, report, rows, table
+from vidtwin.benchmark import protocol, render, report, rows
 from vidtwin.benchmark.loaded_model import AVERAGE, LAST, LoadedModel, fingerprint
 from vidtwin.benchmark.plan import Job, Plan, one_line
 from vidtwin.benchmark.runner import Runner
@@ -231,7 +231,7 @@ class Sweep:
         if self.players and results.comparison["num_clips"]:
             picture_files.write_players(results, runner)
         paths = picture_files.write_clips(runner) if self.pictures else []
-        write(f"\n{table.write(self.folder)}")
+        write(f"\n{render.write(self.folder)}")
         for path in [*paths, self.folder / "table.md", *plot_files.write(self.folder), report.write(self.folder)]:
             if path.suffix != ".svg":
                 write(str(path))
