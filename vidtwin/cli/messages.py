@@ -21,6 +21,10 @@ _ROOTS = (
 )
 
 
+class Answered(SystemExit):
+    """Ended by a parser that has printed its answer: --help, --print_config."""
+
+
 def shorten(message: str, parser: argparse.ArgumentParser) -> str:
     """jsonargparse's message as one line: the innermost reason, and what was probably meant."""
     text = re.sub(r"\s+", " ", message).strip().rstrip(".")

@@ -35,6 +35,10 @@ class Parser(ArgumentParser):
         """Raise one line with a suggestion, where jsonargparse prints its usage and a tree of reasons."""
         raise UserError(messages.shorten(message, self)) from ex
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End the command after --help and the like; `commands.run` lets no other SystemExit pass as success."""
+        raise messages.Answered(status)
+
     def parse_words(self, argv: Sequence[str]) -> Namespace:
         """Parse `argv`, in which positional words may stand anywhere and `--flag` means `--flag=true`."""
         return self.parse_args(self._arrange(argv))

@@ -59,6 +59,10 @@ def run(command: str, argv: list[str]) -> int:
             VidTwinCLI(argv)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning, after Ctrl-C
+            raise KeyboardInterrupt from end
+        raise
     return 0
 
 
