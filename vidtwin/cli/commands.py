@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from vidtwin import plugins
+from vidtwin.cli import bases
 from vidtwin.cli.messages import Answered
 from vidtwin.errors import UserError, suggestion
 
@@ -132,6 +133,7 @@ def _run_module(name: str, module: Any, argv: list[str]) -> int:
     read_config(config_paths(argv))  # refuses a missing file before torch is imported
     if "config" in options:
         options.read_model = _read_model
+        options.read_config = lambda path: read_config(bases.chain(path))
     return int(module.run(options, unknown) if judges_unknown else module.run(options))
 
 

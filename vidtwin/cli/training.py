@@ -96,7 +96,7 @@ class _SaveConfig(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().setup(trainer, pl_module, "fit")
         # For the dumps of steps that `vidtwin replay` runs again.
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_unset=False)
         cast(AutoencoderTask, pl_module).config = yaml.safe_load(text)["model"]
 
 
