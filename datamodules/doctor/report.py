@@ -4,9 +4,10 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .measure import Measurement
+if TYPE_CHECKING:
+    from .measure import Measurement
 
 SCHEMA_VERSION = 1
 FROZEN = 0.1  # motion of a still picture that was encoded; docs/doctor.md says how it was chosen
@@ -23,7 +24,7 @@ _BAR = 32  # characters
 _SHOWN = 20  # lines of each list
 
 
-def verdicts_of(video: Measurement, num_frames: int, fps: float) -> list[str]:
+def verdicts_of(video: "Measurement", num_frames: int, fps: float) -> list[str]:
     """What is to be known before a video is used for clips of `num_frames` at `fps`; empty: nothing."""
     if video.fault is not None:
         return ["broken"]
@@ -41,7 +42,7 @@ def verdicts_of(video: Measurement, num_frames: int, fps: float) -> list[str]:
     return found
 
 
-def cut_share(video: Measurement, num_frames: int, fps: float) -> float | None:
+def cut_share(video: "Measurement", num_frames: int, fps: float) -> float | None:
     """Share of the possible clips that hold a scene cut; None: the video has no clip."""
     if video.fault is not None or video.fps is None or video.frames is None:
         return None
@@ -57,7 +58,7 @@ def cut_share(video: Measurement, num_frames: int, fps: float) -> float | None:
     return min(1.0, covered / (starts / video.fps))
 
 
-def _span(video: Measurement, num_frames: int, fps: float) -> int:
+def _span(video: "Measurement", num_frames: int, fps: float) -> int:
     """Frames of the video from a clip's first frame to its last."""
     return int((num_frames - 1) * (video.fps or 0.0) / fps)
 
@@ -71,7 +72,7 @@ def histogram(values: Sequence[float], edges: Sequence[float]) -> list[int]:
 
 
 def make_report(
-    videos: Sequence[Measurement],
+    videos: "Sequence[Measurement]",
     splits: dict[str, str],
     split_check: dict[str, Any] | None,
     copies: dict[str, Any],
@@ -129,7 +130,7 @@ def make_report(
     }
 
 
-def _notes(whole: Sequence[Measurement]) -> dict[str, int]:
+def _notes(whole: "Sequence[Measurement]") -> dict[str, int]:
     """What changes how a video is read, but is no fault."""
     return {
         "variable frame rate": sum(bool(v.variable_rate) for v in whole),

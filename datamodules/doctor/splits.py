@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vidtwin.datamodules.ucf101.lists import OFFICIAL, VALIDATION_GROUPS, find_lists
+from vidtwin.datamodules.ucf101.lists import OFFICIAL, VALIDATION_GROUPS, find_lists, read_lines
 from vidtwin.errors import few
 
 from .measure import FINGERPRINT_FRAMES, Measurement
@@ -108,12 +108,12 @@ def _group(name: str) -> tuple[str, str]:
 
 def _listed(lists: Path, side: str, number: int) -> list[str]:
     path = lists / f"{side}list{number:02d}.txt"
-    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+    return [line.split()[0] for line in read_lines(path)] if path.is_file() else []
 
 
 def _classes(lists: Path) -> set[str]:
     path = lists / "classInd.txt"
-    return {line.split()[-1] for line in path.read_text().splitlines() if line.strip()} if path.is_file() else set()
+    return {line.split()[-1] for line in read_lines(path)} if path.is_file() else set()
 
 
 def _line_ends(lists: Path) -> str:

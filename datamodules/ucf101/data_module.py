@@ -11,7 +11,7 @@ from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.errors import UserError, few
 from vidtwin.listing import is_hidden
 
-from .lists import VALIDATION_GROUPS, class_root, find_lists
+from .lists import VALIDATION_GROUPS, class_root, find_lists, read_lines
 
 log = logging.getLogger(__name__)
 
@@ -129,12 +129,11 @@ class UCF101(ClipDataModule):
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines that are not empty; the official lists end theirs with CRLF."""
     try:
-        return [line for line in path.read_text().splitlines() if line.strip()]
+        return read_lines(path)
     except FileNotFoundError:
         raise UserError(
-            f"Expected UCF-101's list {path.name} in {path.parent}, there is none; set data.lists to the folder of "
+            f"Expected UCF-101's list {path.name} in {path.parent}, got none; set data.lists to the folder of "
             "trainlist01.txt, testlist01.txt and classInd.txt."
         ) from None
 

@@ -22,7 +22,7 @@ from benchmark.fixture_results import (
 )
 
 from vidtwin.benchmark import plots, published, report, rows, summary
-from vidtwin.benchmark.report_command import report_command
+from vidtwin.cli import commands
 from vidtwin.errors import UserError
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -280,7 +280,7 @@ def test_players_are_pictures_of_the_results_folder(tmp_path, file, message):
 def test_the_command_makes_everything_again_from_the_files_of_the_sweep(tmp_path, capsys):
     folder = write_results(tmp_path / "results")
     before = {path for path in folder.rglob("*") if path.is_file()}
-    assert report_command([str(folder)]) == 0
+    assert commands.run("report", [str(folder)]) == 0
     printed = capsys.readouterr().out
     made = {path for path in folder.rglob("*") if path.is_file()} - before
     named = {folder / name for name in ("comparison.json", "table.csv", "table.md", "table.tex", "report.html")}
@@ -288,17 +288,17 @@ def test_the_command_makes_everything_again_from_the_files_of_the_sweep(tmp_path
     assert any(path.parent.name == "plots" for path in made)
     assert all(f"{path}\n" in printed for path in made)
     first = {path: path.read_bytes() for path in made}
-    assert report_command([str(folder)]) == 0
+    assert commands.run("report", [str(folder)]) == 0
     assert {path: path.read_bytes() for path in made} == first
 
 
 def test_a_mistake_is_one_line_that_names_the_file(tmp_path):
     def told(arguments: list[str]) -> str:
         with pytest.raises(UserError) as error:
-            report_command(arguments)
+            commands.run("report", arguments)
         return str(error.value)
 
-    assert "see vidtwin report --help" in told([])
+    assert "vidtwin report --help" in told([])
     assert "which does not exist" in told([str(tmp_path / "absent")])
     assert "Expected rows/<name>/results.json" in told([str(tmp_path)])
     folder = write_results(tmp_path / "results", {"a": ("trained", 0.1, 20.0), "b": ("trained", 0.2, 21.0)})
@@ -312,7 +312,5 @@ def test_a_mistake_is_one_line_that_names_the_file(tmp_path):
 
 
 def test_help_says_what_is_read_and_written(capsys):
-    with pytest.raises(SystemExit) as end:
-        report_command(["--help"])
-    assert end.value.code == 0
+    assert commands.run("report", ["--help"]) == 0
     assert {"RESULTS", "report.html", "comparison.json"} <= set(re.findall(r"[\w.]+", capsys.readouterr().out))

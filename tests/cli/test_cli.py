@@ -3,15 +3,21 @@
 import csv
 import json
 import struct
+import sys
 import zlib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from jsonargparse import capture_parser
 from safetensors.torch import load_file
 
-from vidtwin.cli import main
+from vidtwin.cli import main, messages
+from vidtwin.cli.parser import Parser
+from vidtwin.cli.trainer_commands import OPTIONS
+from vidtwin.cli.training import VidTwinCLI
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.video import iter_frames, panels, probe, write_video
 
@@ -245,7 +251,7 @@ def test_predict_keeps_all_clips_of_a_video_apart(here, run):
         (["fit", "--config", "tiny.yaml", "--data.resolutoin", "3"], "did you mean 'resolution'?"),
         (["fit", "--model.autoencoder", "vidtwim"], "did you mean 'vidtwin'?"),
         (["fit", "--model.autoencoder.class_path", "vidtwin.models.vidtwin.VidTwim"], "did you mean 'VidTwin'?"),
-        (["fit", "--config", "tiny.yaml", "--model.autoencoder.depth", "deep"], "Got value: deep"),
+        (["fit", "--config", "tiny.yaml", "--model.autoencoder.depth", "deep"], "depth: Expected int, got deep."),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         (["fit", "--config", "tiny.yaml", "--data.root", "nowhere"], "nowhere"),
         (["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--ckpt_path", "no.ckpt"], "no.ckpt"),
@@ -264,9 +270,12 @@ def test_predict_keeps_all_clips_of_a_video_apart(here, run):
         (["fit", "--config", "tiny.yaml", "--trainer.logger", "TensorBordLogger"], "did you mean 'TensorBoardLogger'?"),
         (
             ["fit", "--config", "tiny.yaml", "--model.loss.discriminator", "vidtwin.losses.discriminator.Patch2d"],
-            "model.loss: discriminator: Problem with given class_path",
+            "model.loss.discriminator: Expected a class in vidtwin.losses.discriminator, got 'Patch2d'; did you mean",
         ),
-        (["fit", "--config", "tiny.yaml", "--model.loss.pixel", "l3"], "model.loss.pixel: Expected"),
+        (
+            ["fit", "--config", "tiny.yaml", "--model.loss.pixel", "l3"],
+            "model.loss.pixel: Expected Literal['l1', 'l2'], got l3.",
+        ),
         (["fit", "--config", "tiny.yaml", "--trainer.precision", "bf17"], "bf16-mixed, 32-true"),
         (["fit", "--config", "tiny.yaml", "--data.root=data/UCF-101", "--trainer.accelerator", "gpuu"], "gpuu"),
         (["fit", "--config", "tiny.yaml", "--data.root=data/UCF-101", "--data.num_workers=-1"], "num_workers"),
@@ -290,6 +299,39 @@ def test_predict_keeps_all_clips_of_a_video_apart(here, run):
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(here, capsys, argv, expected):
     assert expected in fails(capsys, *argv)
+
+
+def test_a_message_of_another_wording_passes_through_in_one_line():
+    parser = Parser()
+    parser.add_argument("--resolution", type=int)
+    error = KeyError("There is no\n  'resolutoin' here")
+    assert str(messages.shorten("Wording\n  of another  version", parser, None)) == "Wording of another version."
+    assert str(messages.shorten(error.args[0], parser, error)).endswith("here; did you mean 'resolution'?")
+
+
+def test_mistyped_options_are_refused_by_a_list_that_fits_the_parsers():
+    parser = capture_parser(lambda: VidTwinCLI(["fit"]))
+    (commands,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
+    for command, inner in commands.items():
+        names = {word[2:].partition(".")[0] for word in inner._option_string_actions if word.startswith("--")}
+        assert names == set(OPTIONS[command]), command
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [("sys.exit(2)", 2), ("sys.exit()", 0), ("return 3", 3), ("sys.exit('broken')", None), ("sys.exit(9)", None)],
+)
+def test_a_commands_exit_counts_only_as_argparse_ends(tmp_path, monkeypatch, end, code):
+    (tmp_path / "their_command.py").write_text(f"import sys\n\ndef run(argv):\n    {end}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "their_command", raising=False)
+    entry = EntryPoint("theirs", "their_command:run", "vidtwin.commands")
+    monkeypatch.setattr("vidtwin.plugins.entry_points", lambda group: [entry])
+    if code is not None:
+        assert main(["theirs"]) == code
+    else:
+        with pytest.raises(SystemExit):
+            main(["theirs"])
 
 
 def test_a_typo_in_a_config_file_is_one_line(here, capsys):

@@ -17,9 +17,9 @@ import av
 import numpy as np
 import pytest
 
+from vidtwin.cli import commands
 from vidtwin.datamodules.doctor import measure as measuring
 from vidtwin.datamodules.doctor import pool
-from vidtwin.datamodules.doctor.command import doctor_command
 from vidtwin.datamodules.doctor.measure import Measurement, measure
 from vidtwin.datamodules.doctor.report import cut_share, histogram
 from vidtwin.datamodules.doctor.splits import check_ucf, find_copies
@@ -61,7 +61,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def scan(folder: Path, out: Path, *options: str) -> dict[str, Any]:
     """Run the command → its report, with the videos by name."""
-    assert doctor_command([str(folder), "--out", str(out), *options]) == 0
+    assert commands.run("doctor", [str(folder), "--out", str(out), *options]) == 0
     report = json.loads((out / "report.json").read_text())
     return {**report, "videos": {row["name"]: row for row in report["videos"]}}
 
@@ -218,12 +218,12 @@ def test_ctrl_c_keeps_what_was_measured(
 
     monkeypatch.setattr(pool, "run", interrupted)
     command = [str(tmp_path / "videos"), "--out", str(tmp_path / "out")]
-    assert doctor_command(command) == 130
+    assert commands.run("doctor", command) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "out" / "report.json").exists()
     with (tmp_path / "out" / "measurements.jsonl").open("a") as file:
         file.write('{"name": "half a li')  # a kill in the middle of a line
-    assert doctor_command(command) == 130
+    assert commands.run("doctor", command) == 130
     assert counted == [3, 1]
     monkeypatch.setattr(pool, "run", here)
     assert scan(tmp_path / "videos", tmp_path / "out")["totals"]["videos"] == 3
@@ -237,10 +237,11 @@ def test_ctrl_c_in_a_terminal_ends_all_processes(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import sys, killer_for_doctor\n"
-        "from vidtwin.datamodules.doctor import command, measure\n"
+        "from vidtwin.cli import main\n"
+        "from vidtwin.datamodules.doctor import measure\n"
         "if __name__ == '__main__':\n"
         "    measure.measure = killer_for_doctor.measure\n"
-        "    sys.exit(command.doctor_command(sys.argv[1:]))\n"
+        "    sys.exit(main(['doctor', *sys.argv[1:]]))\n"
     )
     command = [sys.executable, str(program), str(tmp_path / "videos"), "--out", str(tmp_path / "out"), "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -449,20 +450,23 @@ def test_folders_of_images_are_videos_on_request(tmp_path: Path) -> None:
     [
         (["{}/absent"], "Expected a folder of videos, got .*absent, which is none"),
         (["{}"], r"expected videos \(\.264, .*found none; with --image_folders"),
-        (["{}", "--exclude", "brokn"], "--exclude: expected some of broken, duplicates, .*, got brokn"),
-        (["{}", "--workers", "0"], "--workers: expected at least 1, got 0"),
-        (["{}", "--speed"], "unrecognized arguments: --speed; see vidtwin doctor --help"),
+        ([], "Expected DIR, got none; vidtwin doctor --help"),
+        (["{}", "--exclude", "broken,brokn"], "Expected --exclude with some of .*, got 'brokn'; did you mean 'broken'"),
+        (["{}", "--workers", "0"], "Expected --workers of at least 1, got 0"),
+        (["{}", "--fps", "-1"], "Expected --fps above 0, got -1"),
+        (["{}", "--work", "2"], "Expected options that exist, got --work 2; did you mean 'workers'"),
     ],
 )
 def test_what_is_wrong_with_a_command_is_one_line(tmp_path: Path, argv: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        doctor_command([word.format(tmp_path) for word in argv])
+        commands.run("doctor", [word.format(tmp_path) for word in argv])
 
 
 def test_help_is_no_error_and_importing_is_light(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor_command(["--help"]) == 0
+    assert commands.run("doctor", ["--help"]) == 0
     assert "--image_folders" in capsys.readouterr().out
-    code = "import sys, vidtwin.datamodules.doctor; print({'torch', 'lightning', 'av', 'numpy'} & set(sys.modules))"
+    heavy = "{'torch', 'lightning', 'av', 'numpy'}"
+    code = f"import sys, vidtwin.datamodules.doctor.command; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

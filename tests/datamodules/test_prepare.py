@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from vidtwin.cli import commands
 from vidtwin.datamodules.ucf101 import UCF101
-from vidtwin.datamodules.ucf101.prepare import prepare_command
 from vidtwin.errors import UserError
 
 HANDSTAND = "HandstandPushups/v_HandStandPushups_g{}_c01.avi"
@@ -58,7 +58,7 @@ def copy(prepared: Path, tmp_path: Path) -> Path:
 
 
 def prepare(out: Path, *arguments: Path | str) -> int:
-    return prepare_command(["ucf101", "--out", str(out), *map(str, arguments)])
+    return commands.run("prepare", ["ucf101", "--out", str(out), *map(str, arguments)])
 
 
 def failure(out: Path, *arguments: Path | str) -> str:
@@ -247,12 +247,12 @@ def test_a_rar_archive_of_stored_files_needs_no_program(
     assert "expected one of the programs unrar, unar, " in said
     assert "install one, or unpack the archive by other means and give the folder" in said
     damaged = tmp_path / "damaged.rar"
+    damaged.write_bytes(stored.read_bytes()[:-20])
+    assert "damaged.rar: expected an intact archive" in failure(tmp_path / "other", damaged, lists, "--partial")
     damaged.write_bytes(stored.read_bytes().replace(SOME[2].encode(), SOME[2].upper().encode()))
-    assert "damaged.rar: expected a whole archive" in failure(tmp_path / "other", damaged, lists, "--partial")
+    assert "damaged.rar: expected an intact archive" in failure(tmp_path / "other", damaged, lists, "--partial")
     damaged.write_bytes(stored.read_bytes().replace(SOME[2].encode() * 2, SOME[2].encode() + SOME[2].upper().encode()))
-    assert "damaged.rar: expected a whole archive" in failure(tmp_path / "other", damaged, lists, "--partial")
-    monkeypatch.setitem(sys.modules, "rarfile", None)
-    assert "pip install rarfile" in failure(tmp_path / "other", stored, lists, "--partial")
+    assert "damaged.rar: expected an intact archive" in failure(tmp_path / "other", damaged, lists, "--partial")
 
 
 def test_a_compressed_rar_archive_is_unpacked_by_the_first_program_that_can(
@@ -277,7 +277,7 @@ def test_a_compressed_rar_archive_is_unpacked_by_the_first_program_that_can(
     monkeypatch.setenv("PATH", f"{programs}:/bin:/usr/bin")
     prepare(tmp_path / "data", archive, lists, "--partial")
     assert [row["path"] for row in manifest(tmp_path / "data")] == sorted(SOME)
-    monkeypatch.setattr("vidtwin.datamodules.ucf101.prepare._RAR_TOOLS", {"unrar": ["x", "", "", "", "{folder}"]})
+    monkeypatch.setattr("vidtwin.datamodules.ucf101.archives._RAR_TOOLS", {"unrar": ["x", "", "", "", "{folder}"]})
     assert "unrar says: unknown method" in failure(tmp_path / "other", archive, lists, "--partial")
 
 
@@ -307,14 +307,17 @@ def test_archives_that_are_damaged_or_none_leave_nothing(archives: list[Path], l
     half.write_bytes(archives[1].read_bytes()[:500_000])
     flipped = write_zip(tmp_path / "flipped.zip", fake(SOME))
     flipped.write_bytes(flipped.read_bytes().replace(SOME[2].encode() * 2, SOME[2].encode() + SOME[2].upper().encode()))
+    tar = write_tar(tmp_path / "cut.tar", {f"UCF-101/{SOME[0]}": os.urandom(100_000)})
+    tar.write_bytes(tar.read_bytes()[:50_000])
     packed = write_tar(tmp_path / "packed.tar.gz", {f"UCF-101/{SOME[0]}": os.urandom(100_000)})
     packed.write_bytes(packed.read_bytes()[:50_000])
     page = tmp_path / "page.rar"
     page.write_text("<html>404</html>")
     for path, message in (
-        (half, "half.zip: expected a whole archive, it can't be unpacked"),
-        (flipped, "flipped.zip: expected a whole archive, it can't be unpacked (Bad CRC-32"),
-        (packed, "packed.tar.gz: expected a whole archive, it can't be unpacked"),
+        (half, "half.zip: expected an intact archive, it can't be unpacked"),
+        (flipped, "flipped.zip: expected an intact archive, it can't be unpacked (Bad CRC-32"),
+        (tar, "cut.tar: expected an intact archive, it can't be unpacked"),
+        (packed, "packed.tar.gz: expected an intact archive, it can't be unpacked"),
         (page, "got a file that begins with b'<html>4'"),
         (tmp_path / "absent.rar", "Expected an archive or a folder at"),
         (tmp_path / "lists_only", "13,320 missing videos"),
@@ -344,9 +347,9 @@ def test_a_folder_that_is_unpacked_already_stays_as_it_is(lists: Path, tmp_path:
 def test_a_kill_leaves_nothing_half_made(lists: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     code = (
-        "import os, sys\nfrom vidtwin.datamodules.ucf101 import prepare\n"
+        "import os, sys\nfrom vidtwin.cli import main\nfrom vidtwin.datamodules.ucf101 import prepare\n"
         f"prepare._arrange = lambda *_: os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
-        "prepare.prepare_command(sys.argv[1:])"
+        "main(['prepare', *sys.argv[1:]])"
     )
     videos = write_tar(tmp_path / "some.tar", fake(SOME))
     command = [sys.executable, "-c", code, "ucf101", "--out", str(out), str(lists), str(videos), "--partial"]
@@ -360,8 +363,8 @@ def test_a_kill_leaves_nothing_half_made(lists: Path, tmp_path: Path) -> None:
 
 def test_the_command_says_in_one_line_what_it_wants(prepared: Path, tmp_path: Path) -> None:
     assert "to unpack, since" in failure(tmp_path)
-    with pytest.raises(UserError, match=r"invalid choice: 'ucf-101'.*see vidtwin prepare ucf101 --help"):
-        prepare_command(["ucf-101"])
+    with pytest.raises(UserError, match=r"invalid choice: 'ucf-101'"):
+        commands.run("prepare", ["ucf-101"])
     table = tmp_path / "ucf101_manifest.csv"
     table.write_text("path,label\n")
     (tmp_path / "UCF-101").symlink_to(prepared / "UCF-101")

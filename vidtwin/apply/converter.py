@@ -6,18 +6,19 @@ Imported only when the command needs it, since it imports torch and lightning.
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 
 from vidtwin import hub, plugins, weights
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.errors import UserError, suggestion
 from vidtwin.storage import checkpoints
+
+ReadConfig = Callable[[Path], dict[str, Any]]
 
 _GROUP = "vidtwin.autoencoders"
 _TRAINER = ("max_steps", "max_epochs", "precision", "devices", "num_nodes", "strategy", "accumulate_grad_batches")
@@ -54,7 +55,7 @@ def summary(model: VideoAutoencoder) -> list[str]:
 
 
 def training_record(
-    checkpoint: dict[str, Any], path: Path, average: bool, config: Path | None = None
+    checkpoint: dict[str, Any], path: Path, average: bool, read_config: ReadConfig, config: Path | None = None
 ) -> dict[str, Any]:
     """Collect what a checkpoint of `fit` and the config of its training record, as plain values.
 
@@ -62,6 +63,7 @@ def training_record(
         checkpoint: As it was read.
         path: Where it lies.
         average: Whether the averaged weights are taken.
+        read_config: Reads a config with its bases.
         config: The config; None takes config.yaml of the run's folder, if there is one.
     """
     found = {key: checkpoint[key] for key in ("epoch", "global_step") if isinstance(checkpoint.get(key), int)}
@@ -70,7 +72,9 @@ def training_record(
     record |= counts if isinstance(counts, dict) else {}
     beside = path.resolve().parent.parent / "config.yaml"
     source = config or (beside if beside.is_file() else None)
-    return record | (_settings(source, checkpoint, explicit=config is not None) if source else {})
+    if source is None:
+        return record
+    return record | _settings(read_config(source), source, checkpoint, explicit=config is not None)
 
 
 def released_class(name: str) -> type[VideoAutoencoder]:
@@ -106,8 +110,7 @@ def _converted(
         model = checkpoints.load_autoencoder(path, config.use_ema)
         checkpoints.check(path)
         of_training = Path(config.config) if config.config else None
-        record = training_record(checkpoint, path, config.use_ema, of_training)
-        model.training_record = record
+        model.training_record = training_record(checkpoint, path, config.use_ema, config.read_config, of_training)
         return model
     for name in ("use_ema", "config"):
         if config[name]:
@@ -127,13 +130,9 @@ def _is_ours(config: Path) -> bool:
     return True
 
 
-def _settings(path: Path, checkpoint: dict[str, Any], explicit: bool) -> dict[str, Any]:
-    """Data, loss, optimizer and the like of a config of `fit`."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"Expected the YAML of a training in {path}, got: {' '.join(str(error).split())}.") from error
-    model = (content if isinstance(content, dict) else {}).get("model")
+def _settings(content: dict[str, Any], path: Path, checkpoint: dict[str, Any], explicit: bool) -> dict[str, Any]:
+    """Collect data, loss, optimizer and the like of a config of `fit`, the content of `path`."""
+    model = content.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("autoencoder"), dict):
         raise UserError(f"Expected model.autoencoder in {path}, got none; give the --config of the training.")
     ours, theirs = checkpoint["model_spec"]["class_path"], model["autoencoder"].get("class_path")

@@ -32,8 +32,12 @@ class Parser(ArgumentParser):
         return super().parse_string(bases.remove(content), *args, **keywords)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise one line with a suggestion, where jsonargparse prints its usage and a tree of reasons."""
-        raise UserError(messages.shorten(message, self)) from ex
+        """Raise one line with a suggestion; jsonargparse would print its usage and a tree of reasons."""
+        raise messages.shorten(message, self, ex) from ex
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End the command after --help and the like; `commands.run` lets no other SystemExit pass as success."""
+        raise messages.Answered(status)
 
     def parse_words(self, argv: Sequence[str]) -> Namespace:
         """Parse `argv`, in which positional words may stand anywhere and `--flag` means `--flag=true`."""
@@ -108,7 +112,7 @@ def config_paths(argv: Sequence[str]) -> list[Path]:
 
 
 def read_config(paths: Iterable[str | Path]) -> dict[str, Any]:
-    """Merge the keys of config files and of their `model`. Raises `UserError` for a missing or broken file."""
+    """Merge config files, each over those before it. Raises `UserError` for a missing or broken file."""
     merged: dict[str, Any] = {}
     for path in map(Path, paths):
         if not path.is_file():
@@ -118,11 +122,18 @@ def read_config(paths: Iterable[str | Path]) -> dict[str, Any]:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"Expected YAML in {path}, got {' '.join(str(error).split())}.") from error
-        for key, value in (content if isinstance(content, dict) else {}).items():
-            both = key == "model" and isinstance(value, dict) and isinstance(merged.get(key), dict)
-            merged[key] = merged[key] | value if both else value
+        merged = _merge(merged, content if isinstance(content, dict) else {})
     merged.pop("base", None)
     return merged
+
+
+def _merge(old: Any, new: Any) -> Any:
+    """Merge nested keys; arguments of one class do not go to another."""
+    if not (isinstance(old, dict) and isinstance(new, dict)) or old.get("class_path") != new.get(
+        "class_path", old.get("class_path")
+    ):
+        return new
+    return old | {key: _merge(old.get(key), value) for key, value in new.items()}
 
 
 def resolve_short_names(argv: Sequence[str]) -> list[str]:

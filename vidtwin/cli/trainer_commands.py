@@ -9,16 +9,15 @@ from vidtwin.cli.parser import config_paths, option_value, read_config, wants_he
 from vidtwin.errors import UserError
 
 _SPECIAL = ("best", "last", "hpc")  # what Lightning's --ckpt_path takes beside paths
-# First parts of the options; `test` has those of the sweep too. A test compares them with the parsers.
+# First parts of the options; a test compares them with the parsers. `test` has those of the sweep.
 _SHARED = (
-    "best_checkpoint", "ckpt_path", "clip_logger", "config", "data", "guard", "health", "latest_checkpoint", "model",
-    "optimizer", "lr_scheduler", "print_config", "return_predictions", "seed_everything", "trainer", "verbose",
-    "weights_only",
+    "best_checkpoint", "clip_logger", "config", "data", "guard", "health", "help", "latest_checkpoint", "model",
+    "print_config", "seed_everything", "trainer",
 )  # fmt: skip
 OPTIONS = {
-    "fit": (*_SHARED, "init_from", "resume"),
-    "validate": _SHARED,
-    "predict": (*_SHARED, "out"),
+    "fit": (*_SHARED, "ckpt_path", "init_from", "resume"),
+    "validate": (*_SHARED, "ckpt_path", "verbose", "weights_only"),
+    "predict": (*_SHARED, "ckpt_path", "out"),
     "replay": (*_SHARED, "dump"),
 }
 
@@ -32,7 +31,7 @@ def _run(command: str, argv: list[str]) -> int:
 
 
 def refuse(command: str, argv: list[str]) -> None:
-    """Raise `UserError` for missing files and mistyped options, as far as they show without the classes' arguments."""
+    """Raise `UserError` for missing files and mistyped options, as far as the classes' arguments are not needed."""
     for word in argv:
         name = word.partition("=")[0].partition(".")[0].removeprefix("--").rstrip("+")
         known = OPTIONS.get(command)

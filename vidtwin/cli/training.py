@@ -59,6 +59,10 @@ def run(command: str, argv: list[str]) -> int:
             VidTwinCLI(argv)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning, after Ctrl-C
+            raise KeyboardInterrupt from end
+        raise
     return 0
 
 
@@ -92,7 +96,7 @@ class _SaveConfig(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().setup(trainer, pl_module, "fit")
         # For the dumps of steps that `vidtwin replay` runs again.
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_unset=False)
         cast(AutoencoderTask, pl_module).config = yaml.safe_load(text)["model"]
 
 
