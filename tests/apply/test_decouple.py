@@ -17,7 +17,7 @@ from vidtwin.apply import decouple
 from vidtwin.apply.windows import Window
 from vidtwin.cli import main
 from vidtwin.video import VideoError, iter_frames, probe, write_video
-from vidtwin.video.panels import to_uint8
+from vidtwin.video.convert import to_uint8
 
 VIEWS = ["input", "reconstruction", "structure only", "dynamics only"]
 FRAMES, SIDE, SCALE = 16, 32, 4  # SCALE: small views are shown enlarged to 128 pixels

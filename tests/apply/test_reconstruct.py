@@ -15,7 +15,7 @@ from vidtwin.cli import main
 from vidtwin.clips import as_clip
 from vidtwin.storage.checkpoints import load_autoencoder
 from vidtwin.video import VideoError, VideoWriter, iter_frames, probe, survey, timed_frames, write_video
-from vidtwin.video.panels import to_uint8
+from vidtwin.video.convert import to_uint8
 
 
 def moving(count: int, height: int = 48, width: int = 64) -> np.ndarray:

@@ -20,7 +20,7 @@ from vidtwin.apply.reenact import blended
 from vidtwin.cli import main
 from vidtwin.posteriors import DiagonalGaussian, Encoding
 from vidtwin.video import iter_frames, probe, write_video
-from vidtwin.video.panels import to_uint8
+from vidtwin.video.convert import to_uint8
 
 FRAMES, SIDE = 16, 32
 A_FIRST, B_FIRST = "a_structure__b_dynamics", "b_structure__a_dynamics"

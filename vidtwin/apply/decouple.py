@@ -138,7 +138,7 @@ class Decouple:
 
         result = Video(entry.name, str(entry.path))
         meters: dict[str, tuple[Likeness, Change]] = {}
-        moments = panels.Moments(self.num_frames)
+        moments = panels.StillSampler(self.num_frames)
         path = target(self.out, entry.name, ".mp4")
         try:
             info, wrong = examine(entry.path)
@@ -268,7 +268,7 @@ def aligned(rows: Sequence[tuple[str, ...]], left: int) -> str:
     return "\n".join(lines)
 
 
-def _still(moments: "panels.Moments", video: Video) -> Frames:
+def _still(moments: "panels.StillSampler", video: Video) -> Frames:
     """A filmstrip with the measures below the names."""
     from vidtwin.video import panels
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from vidtwin.clips import as_clip
 from vidtwin.metrics import frames as metrics
-from vidtwin.video.panels import Frames
+from vidtwin.video import Frames
 
 _NUMBERS_AT_ONCE = 2**24  # pixels' channels of one view: a metric holds a few copies of 4 bytes each
 

@@ -184,7 +184,7 @@ class _Crossing:
         found = [examine(path) for path in paths]
         self.rates = [info.fps for info, _ in found]
         streams = [BeforeDamage(windows(path, session.num_frames, size), options.max_windows) for path in paths]
-        moments = panels.Moments(options.num_frames)
+        moments = panels.StillSampler(options.num_frames)
         middle: list[Frames] = []
         with ExitStack() as stack:
             writers = [stack.enter_context(self._writer(blend, self.pair.name(blend)))

@@ -21,7 +21,7 @@ from vidtwin.errors import UserError
 from vidtwin.posteriors import Encoding, Latents
 from vidtwin.storage import checkpoints
 from vidtwin.video import Frames
-from vidtwin.video.panels import to_uint8
+from vidtwin.video.convert import to_uint8
 
 T = TypeVar("T")
 

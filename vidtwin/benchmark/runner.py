@@ -30,7 +30,7 @@ from vidtwin.metrics.fvd import MIN_FRAMES, NUM_FEATURES, FeatureNetwork, freche
 from vidtwin.metrics.latents import LatentStatistics
 from vidtwin.metrics.measures import Measures
 from vidtwin.posteriors import Encoding, Quantized
-from vidtwin.video import panels, write_video
+from vidtwin.video import convert, panels, write_video
 
 if TYPE_CHECKING:
     from vidtwin.benchmark.sweep import Sweep
@@ -716,7 +716,7 @@ class Runner:
                 place = batch["indices"].index(index)
                 views = self._views(subject, batch, place)
                 shown = {"input": self._clip(batch)[place].cpu(), "reconstruction": views.pop("")} | views
-                frames = {title: panels.to_uint8(clip) for title, clip in shown.items()}
+                frames = {title: convert.to_uint8(clip) for title, clip in shown.items()}
                 write_video(targets[index].with_suffix(".mp4"), panels.side_by_side(frames), self.fps)
                 with replacing(targets[index].with_suffix(".png")) as temporary:
                     temporary.write_bytes(panels.png(panels.filmstrip(frames)))
