@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import torch.distributed
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 
@@ -18,6 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+T = TypeVar("T")
 Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 
 _WAIT = timedelta(hours=12)  # one process may work for long while the others wait for it
@@ -49,6 +51,15 @@ def launch(accelerator: str, devices: int | list[int] | str, num_nodes: int, pre
 def forward_context(fabric: Fabric, precision: Precision) -> AbstractContextManager[Any]:
     """In which a model runs: autocast, or for 32-true products without TF32."""
     return full_precision(fabric.device) if precision == "32-true" else fabric.autocast()
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return the values of all processes, by rank. All processes must call it together."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
 
 
 @contextmanager
