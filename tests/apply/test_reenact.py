@@ -190,7 +190,8 @@ def test_ends_of_a_blend_are_the_latents_and_between_them_lie_the_means_of_gauss
     first, second = (Encoding(z=DiagonalGaussian(torch.randn(1, 5), torch.randn(1, 5))) for _ in range(2))
     assert blend_latents([first, second], (0.0,))["z"] is first["z"].mean
     assert blend_latents([first, second], (1.0,))["z"] is second["z"].mean
-    torch.testing.assert_close(blend_latents([first, second], (0.25,))["z"], 0.75 * first["z"].mean + 0.25 * second["z"].mean)
+    between = blend_latents([first, second], (0.25,))["z"]
+    torch.testing.assert_close(between, 0.75 * first["z"].mean + 0.25 * second["z"].mean)
 
 
 def test_vectors_between_codes_are_decoded_and_said_to_be_none(place, tmp_path, capsys):

@@ -40,16 +40,9 @@ def write_views(
     bar: "tqdm[None]",
     limit: int | None = None,
 ) -> Written:
-    """Write a video at the times and with the sound of another one, and log what is missing of it.
+    """Render the windows of a video to the file `path`, at its times and with its sound; log why any are missing.
 
-    Args:
-        entry: The other video.
-        path: File to write; it appears when it is complete.
-        length: As of `VideoWindows`, like `size` and `limit`.
-        size: Likewise.
-        render: Makes of windows the frames to write, as many as each window has.
-        bar: Counts the frames.
-        limit: Maximum number of windows.
+    `length`, `size` and `limit` are those of `VideoWindows`; `render` yields `num_frames` frames per window.
     """
     count = 0
     try:

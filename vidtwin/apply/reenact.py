@@ -230,7 +230,8 @@ class _Crossing:
         self.quantized = [name for name in self.names if isinstance(encodings[0][name], Quantized)]
         length = min(window.num_frames for window in pair)
         wanted = dict.fromkeys([*self.labels, *(blend for row in self.rows.values() for blend in row)])
-        decoded = {blend: self.session.decode(blend_latents(encodings, blend), *shapes[0])[0][:length] for blend in wanted}
+        latents = {blend: blend_latents(encodings, blend) for blend in wanted}
+        decoded = {blend: self.session.decode(z, *shapes[0])[0][:length] for blend, z in latents.items()}
         return decoded, [window.frames[:length] for window in pair]
 
     def _measure(self, decoded: dict[Blend, Frames], inputs: list[Frames]) -> None:

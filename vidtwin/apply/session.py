@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -22,8 +22,6 @@ from vidtwin.storage import checkpoints
 from vidtwin.video import Frames
 from vidtwin.video.convert import to_uint8
 
-T = TypeVar("T")
-
 
 class Session:
     """An autoencoder in evaluation mode on the device of this process.
@@ -35,25 +33,18 @@ class Session:
         num_frames: T of the windows into which a video is cut.
     """
 
+    tell = staticmethod(console.log)
+    gather = staticmethod(gather_objects)
+
     def __init__(self, options: SessionOptions) -> None:
         options.check()
         self.checkpoint = str(options.ckpt_path)
         self.precision = options.precision
         self.fabric = launch(options.accelerator, options.devices, options.num_nodes, options.precision)
+        self.rank, self.world_size = self.fabric.global_rank, self.fabric.world_size
+        self.is_main = self.fabric.is_global_zero
         self.model = _load(options).to(self.fabric.device).requires_grad_(False)
         self.num_frames = self.model.temporal.usual_length
-
-    @property
-    def rank(self) -> int:
-        return self.fabric.global_rank
-
-    @property
-    def world_size(self) -> int:
-        return self.fabric.world_size
-
-    @property
-    def is_main(self) -> bool:
-        return self.fabric.is_global_zero
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -144,18 +135,10 @@ class Session:
         multiple = self.model.spatial_multiple
         return -(-256 // multiple) * multiple
 
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank. All processes must call it together."""
-        return gather_objects(value)
-
     def say(self, line: str) -> None:
         """Write a result to stdout, on the first process."""
         if self.is_main:
             console.write(line)
-
-    def tell(self, line: str) -> None:
-        """Log a problem on stderr, on the process that met it."""
-        console.log(line)
 
     @property
     def _name(self) -> str:
