@@ -22,6 +22,7 @@ from vidtwin.datamodules.clips import ClipDataset, VideoClips
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.datamodules.ucf101 import UCF101
 from vidtwin.models.vidtwin import VidTwin
+from vidtwin.video.convert import to_clip
 
 # "balanced" with one part at its released initialization: patterns of the tensors to replace.
 ABLATIONS = {
@@ -68,11 +69,6 @@ def load(source: str, resolution: int, epochs: int) -> tuple[Tensor, Tensor]:
     clips = [training.clip(epoch, index)["clip"] for epoch in range(epochs) for index in range(len(training))]
     held_out = [test.clip(0, index)["clip"] for index in range(len(test))]
     return torch.from_numpy(np.stack(clips)), torch.from_numpy(np.stack(held_out))
-
-
-def to_float(clips: Tensor) -> Tensor:
-    """Convert uint8 (N, T, H, W, 3) → (N, 3, T, H, W) in [-1, 1]."""
-    return clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def psnr(clips: Tensor, targets: Tensor) -> float:
@@ -158,7 +154,7 @@ def train(model: VidTwin, clips: Tensor, test: Tensor, args: argparse.Namespace,
     numbers = test[0, :, 0].numel()  # per frame: the released loss adds a KL per clip to errors summed over a frame
     curve = {}
     for step in range(1, args.steps + 1):
-        clip = to_float(clips[torch.randint(len(clips), (args.batch,), generator=generator)])
+        clip = to_clip(clips[torch.randint(len(clips), (args.batch,), generator=generator)])
         output = model.train()(clip)
         loss = (output.clip - clip).abs().mean() + 1e-3 / numbers * output.regularization["kl"]
         optimizer.zero_grad()
@@ -174,7 +170,7 @@ def train(model: VidTwin, clips: Tensor, test: Tensor, args: argparse.Namespace,
 def main(argv: list[str]) -> None:
     args = parse(argv)
     clips, held_out = load(args.clips, args.resolution, args.epochs_in_memory)
-    test = to_float(held_out)
+    test = to_clip(held_out)
     mean_colour = psnr(test.mean((2, 3, 4), keepdim=True).expand_as(test), test)
     temporal_mean = psnr(test.mean(2, keepdim=True).expand_as(test), test)
     name = Path(args.clips).name

@@ -19,7 +19,7 @@ from experiments import data_options, fit, link_clips, plot, read_curves
 
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.storage import checkpoints
-from vidtwin.video import panels
+from vidtwin.video import convert, panels
 
 WANTED = 27.0  # dB
 GAN = ["--model.loss.adversarial_weight", "0.05", "--model.loss.adversarial_start", "0"]
@@ -44,7 +44,7 @@ def draw_clips(out: Path, clips: Path) -> None:
     with torch.no_grad():
         rows = {"input": clip, "L1 and KL": models["proof"](clip).clip, "with GAN": models["proof_gan"](clip).clip}
     stills = [
-        panels.filmstrip({name: panels.to_uint8(clips[index]) for name, clips in rows.items()}, num_frames=4)
+        panels.filmstrip({name: convert.to_uint8(clips[index]) for name, clips in rows.items()}, num_frames=4)
         for index in range(len(clip))
     ]
     out.write_bytes(panels.png(torch.cat([torch.from_numpy(still) for still in stills]).numpy()))

@@ -21,7 +21,7 @@ from vidtwin import plugins
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.metrics.frames import psnr
 from vidtwin.storage import checkpoints
-from vidtwin.video import panels
+from vidtwin.video import convert, panels
 
 MODELS = {"MAGVIT-v2": "magvit2", "CMD": "cmd", "iVideoGPT": "ivideogpt"}
 
@@ -80,7 +80,7 @@ def main() -> int:
     images.mkdir(parents=True, exist_ok=True)
     figure.savefig(images / "proof_baselines.png", dpi=110)
     stills = [
-        panels.filmstrip({name: panels.to_uint8(clips[index]) for name, clips in views.items()}, num_frames=4)
+        panels.filmstrip({name: convert.to_uint8(clips[index]) for name, clips in views.items()}, num_frames=4)
         for index in range(len(clip))
     ]
     (images / "proof_baselines_clips.png").write_bytes(panels.png(torch.cat([*map(torch.from_numpy, stills)]).numpy()))

@@ -22,6 +22,7 @@ from vidtwin.data import ClipSettings
 from vidtwin.datamodules.clips import Video, VideoClips
 from vidtwin.datamodules.loader import collate, init_worker
 from vidtwin.video import read_clip, survey
+from vidtwin.video.convert import to_clip
 
 FRAMES, FPS, SIZE = 16, 8, 224
 Job = tuple[Path, float, int, tuple[float, float]]  # file, start in seconds, last decoded frame, crop
@@ -57,7 +58,7 @@ def read(job: Job) -> None:
 def read_as_floats(job: Job) -> None:
     path, start, _, crop = job
     clip = torch.from_numpy(read_clip(path, start, FRAMES, FPS, SIZE, crop))
-    clip.permute(3, 0, 1, 2).float().div_(127.5).sub_(1).contiguous()
+    to_clip(clip[None])
 
 
 def convert_every_frame(job: Job) -> None:

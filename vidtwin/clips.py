@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vidtwin.errors import UserError
 from vidtwin.video import Frames, Source, read_clip, write_video
-from vidtwin.video.panels import to_uint8
+from vidtwin.video.convert import from_uint8, to_uint8
 
 if TYPE_CHECKING:
     from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
@@ -63,7 +63,7 @@ def save_clip(path: str | Path, clip: Tensor, fps: float | Fraction = 25) -> Pat
 
 def as_clip(windows: Sequence[Frames], multiple: int = 1) -> Tensor:
     """Stack uint8 (T, H, W, 3) → (B, 3, T, H, W) in [-1, 1], H and W padded to multiples by repeating the border."""
-    clip = torch.from_numpy(np.stack(windows)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    clip = from_uint8(torch.from_numpy(np.stack(windows)).permute(0, 4, 1, 2, 3))
     below, right = (-side % multiple for side in clip.shape[3:])
     if not (below or right):
         return clip

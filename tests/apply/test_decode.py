@@ -15,7 +15,7 @@ from vidtwin.clips import as_clip
 from vidtwin.errors import UserError
 from vidtwin.storage.checkpoints import load_autoencoder
 from vidtwin.video import VideoWriter, iter_frames, survey, timed_frames, write_video
-from vidtwin.video.panels import to_uint8
+from vidtwin.video.convert import to_uint8
 
 LENGTH = 8
 QUIET = ("--accelerator", "cpu", "--progress", "false")

@@ -1,4 +1,4 @@
-"""`vidtwin decouple`: views are what the model decodes, measures are those of a naive version, files are as told."""
+"""`vidtwin decouple`: views, measures and files against a naive version."""
 
 import csv
 import json
@@ -13,11 +13,10 @@ from skimage.metrics import peak_signal_noise_ratio
 from sweeping import Pool, checkpoint
 from tiny import tiny_model
 
-from vidtwin.apply import decouple
-from vidtwin.apply.windows import Window
+from vidtwin.apply import outputs
 from vidtwin.cli import main
-from vidtwin.video import VideoError, iter_frames, probe, write_video
-from vidtwin.video.panels import to_uint8
+from vidtwin.video import iter_frames, probe, write_video
+from vidtwin.video.convert import to_uint8
 
 VIEWS = ["input", "reconstruction", "structure only", "dynamics only"]
 FRAMES, SIDE, SCALE = 16, 32, 4  # SCALE: small views are shown enlarged to 128 pixels
@@ -59,8 +58,8 @@ def recorded(monkeypatch):
         times.extend(at)
         original(writer, frames, at)
 
-    original = decouple.write
-    monkeypatch.setattr(decouple, "write", record)
+    original = outputs.write_frames
+    monkeypatch.setattr(outputs, "write_frames", record)
     return pictures, times
 
 
@@ -185,22 +184,6 @@ def test_what_is_damaged_or_no_video_is_named_and_the_rest_is_done(place, tmp_pa
     assert videos[0]["num_frames"] == 0
     assert 10 < videos[1]["num_frames"] < 60
     assert len(list(iter_frames(tmp_path / "half.mp4"))) == videos[1]["num_frames"]
-
-
-def test_damage_that_cuts_the_last_window_of_those_that_are_taken_is_told():
-    def stream(lengths):
-        for length in lengths:
-            yield Window(np.zeros((4, 2, 2, 3), np.uint8), length, 0, [])
-        raise VideoError("broken")
-
-    cut = decouple.BeforeDamage(stream([4, 3]), 2)
-    assert [window.num_frames for window in cut] == [4, 3]
-    assert cut.reason == "broken"
-    full = decouple.BeforeDamage(stream([4, 4, 3]), 2)
-    assert [window.num_frames for window in full] == [4, 4]
-    assert full.reason is None, "the damage lies behind what was asked for"
-    with pytest.raises(VideoError, match="broken"):
-        list(decouple.BeforeDamage(stream([]), 2))
 
 
 def test_nothing_usable_is_no_success(place, tmp_path, capsys):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio
 
-from vidtwin.apply.meters import Change, Likeness
+from vidtwin.apply.meters import FrameChange, Quality
 from vidtwin.metrics import frames as metrics
 
 
@@ -18,7 +18,7 @@ def windows(frames, length):
 
 def test_psnr_is_the_mean_over_frames_of_that_of_8_bit_pictures():
     view, target = video(seed=1), video(seed=2)
-    meter = Likeness()
+    meter = Quality()
     for pair in zip(windows(view, 5), windows(target, 5), strict=True):
         meter.add(*pair)
     each = [peak_signal_noise_ratio(a, b, data_range=255) for a, b in zip(target, view, strict=True)]
@@ -28,7 +28,7 @@ def test_psnr_is_the_mean_over_frames_of_that_of_8_bit_pictures():
 
 def test_few_frames_at_once_give_what_all_at_once_give(monkeypatch):
     view, target = video(seed=1), video(seed=2)
-    whole, parts = Likeness(), Likeness()
+    whole, parts = Quality(), Quality()
     whole.add(view, target)
     monkeypatch.setattr("vidtwin.apply.meters._NUMBERS_AT_ONCE", 2 * view[0].size)
     parts.add(view, target)
@@ -38,20 +38,20 @@ def test_few_frames_at_once_give_what_all_at_once_give(monkeypatch):
 
 
 def test_a_view_is_like_itself_and_one_too_small_for_ssim_has_none():
-    meter = Likeness()
+    meter = Quality()
     meter.add(video(), video())
     assert meter.ssim.value == pytest.approx(1)
     assert meter.psnr.value == pytest.approx(80)  # where metrics.psnr ends
-    small = Likeness()
+    small = Quality()
     small.add(video(height=10), video(height=10))
     assert small.ssim.value is None
     assert metrics.ssim_allowed(10, 24)
-    assert Likeness().psnr.value is None
+    assert Quality().psnr.value is None
 
 
 def test_change_is_the_mean_absolute_difference_of_consecutive_frames_within_windows():
     frames = video()
-    whole, parts = Change(), Change()
+    whole, parts = FrameChange(), FrameChange()
     whole.add(frames)
     steps = np.abs(np.diff(frames.astype(int), axis=0)).mean(axis=(1, 2, 3))
     assert whole.value == pytest.approx(steps.mean())
@@ -60,9 +60,9 @@ def test_change_is_the_mean_absolute_difference_of_consecutive_frames_within_win
     within = [step for place, step in enumerate(steps, start=1) if place % 8]
     assert len(within) == 20
     assert parts.value == pytest.approx(np.mean(within))
-    still = Change()
+    still = FrameChange()
     still.add(np.repeat(frames[:1], 4, axis=0))
     assert still.value == 0
-    single = Change()
+    single = FrameChange()
     single.add(frames[:1])
     assert single.value is None

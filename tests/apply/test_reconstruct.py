@@ -11,11 +11,12 @@ from skimage.metrics import structural_similarity
 from sound import with_tone
 from sweeping import Two, checkpoint
 
+from vidtwin.apply import windows
 from vidtwin.cli import main
 from vidtwin.clips import as_clip
 from vidtwin.storage.checkpoints import load_autoencoder
 from vidtwin.video import VideoError, VideoWriter, iter_frames, probe, survey, timed_frames, write_video
-from vidtwin.video.panels import to_uint8
+from vidtwin.video.convert import to_uint8
 
 
 def moving(count: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -279,16 +280,14 @@ def test_the_table_keeps_what_earlier_runs_measured(here):
 def test_measures_are_written_video_by_video(here, monkeypatch):
     for name in ("a", "b"):
         write_video(f"in/{name}.mp4", moving(3), 25)
-    from vidtwin.apply import reconstruct
-
-    examine = reconstruct.examine
+    examine = windows.examine
 
     def interrupted(path):
         if Path(path).name == "b.mp4" and Path("reconstructions/a.mp4").exists():
             raise KeyboardInterrupt
         return examine(path)
 
-    monkeypatch.setattr(reconstruct, "examine", interrupted)
+    monkeypatch.setattr(windows, "examine", interrupted)
     assert run("in") == 130
     assert [row["input"] for row in table("reconstructions")] == ["in/a.mp4"]
 
@@ -316,5 +315,5 @@ def test_a_full_disk_ends_the_command_with_what_is_whole(here, capsys, monkeypat
     assert run("in") == 1
     told = capsys.readouterr().err
     assert "reconstructions/b.mp4: can't be written" in told
-    assert "complete videos stay; --skip_existing goes on" in told
+    assert "finished videos are kept; free space and continue with --skip_existing" in told
     assert sorted(path.name for path in Path("reconstructions").glob("*.mp4")) == ["a.mp4"]

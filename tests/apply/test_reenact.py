@@ -16,11 +16,11 @@ from tiny import BASELINES, tiny_model
 
 from vidtwin import plugins
 from vidtwin.apply import reenact
-from vidtwin.apply.reenact import blended
+from vidtwin.apply.reenact import blend_latents
 from vidtwin.cli import main
 from vidtwin.posteriors import DiagonalGaussian, Encoding
 from vidtwin.video import iter_frames, probe, write_video
-from vidtwin.video.panels import to_uint8
+from vidtwin.video.convert import to_uint8
 
 FRAMES, SIDE = 16, 32
 A_FIRST, B_FIRST = "a_structure__b_dynamics", "b_structure__a_dynamics"
@@ -68,8 +68,8 @@ def recorded(monkeypatch):
         times.extend(at)
         original(writer, frames, at)
 
-    original = reenact.write
-    monkeypatch.setattr(reenact, "write", record)
+    original = reenact.write_frames
+    monkeypatch.setattr(reenact, "write_frames", record)
     return found
 
 
@@ -188,9 +188,10 @@ def test_interpolation_goes_from_a_to_b_in_rows_of_all_latents_and_of_each(place
 
 def test_ends_of_a_blend_are_the_latents_and_between_them_lie_the_means_of_gaussians():
     first, second = (Encoding(z=DiagonalGaussian(torch.randn(1, 5), torch.randn(1, 5))) for _ in range(2))
-    assert blended([first, second], (0.0,))["z"] is first["z"].mean
-    assert blended([first, second], (1.0,))["z"] is second["z"].mean
-    torch.testing.assert_close(blended([first, second], (0.25,))["z"], 0.75 * first["z"].mean + 0.25 * second["z"].mean)
+    assert blend_latents([first, second], (0.0,))["z"] is first["z"].mean
+    assert blend_latents([first, second], (1.0,))["z"] is second["z"].mean
+    between = blend_latents([first, second], (0.25,))["z"]
+    torch.testing.assert_close(between, 0.75 * first["z"].mean + 0.25 * second["z"].mean)
 
 
 def test_vectors_between_codes_are_decoded_and_said_to_be_none(place, tmp_path, capsys):

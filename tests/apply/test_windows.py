@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from vidtwin.apply.windows import windows
+from vidtwin.apply.windows import VideoWindows, Window, batched, windows
 from vidtwin.video import VideoError, VideoWriter, iter_frames, write_video
 
 
@@ -50,3 +50,28 @@ def test_of_a_damaged_video_all_before_the_damage_is_given_then_the_error(tmp_pa
         next(reader)
     assert sum(window.num_frames for window in found) == caught.value.decodable == 9
     assert [window.num_frames for window in found] == [4, 4, 1]
+
+
+def test_windows_end_at_the_damage_unless_it_lies_behind_the_limit(monkeypatch, tmp_path):
+    path = write_video(tmp_path / "a.mp4", numbered(3), 25)
+
+    def read(lengths, limit):
+        def windows(*_):
+            for length in lengths:
+                yield Window(np.zeros((4, 2, 2, 3), np.uint8), length, 0, [])
+            raise VideoError("broken")
+
+        monkeypatch.setattr("vidtwin.apply.windows.windows", windows)
+        found = VideoWindows(path, 4, limit=limit)
+        return [window.num_frames for window in found], found.damage
+
+    assert read([4, 3], 2) == ([4, 3], "broken")
+    assert read([4, 4, 3], 2) == ([4, 4], None)
+    assert read([4, 4, 3], None) == ([4, 4, 3], "broken")
+    with pytest.raises(VideoError, match="broken"):
+        read([], 2)
+
+
+@pytest.mark.parametrize(("count", "batches"), [(0, []), (2, [[0, 1]]), (5, [[0, 1], [2, 3], [4]])])
+def test_batches_hold_all_items_in_order(count, batches):
+    assert list(batched(range(count), 2)) == batches

@@ -16,10 +16,10 @@ from vidtwin.datamodules.clips import Video, VideoClips
 from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.datamodules.sampler import ClipSampler
 from vidtwin.datamodules.synthetic import Synthetic
-from vidtwin.datamodules.transforms import to_clip
 from vidtwin.datamodules.ucf101 import UCF101
 from vidtwin.errors import UserError
 from vidtwin.video import write_video
+from vidtwin.video.convert import to_clip
 
 Make = Callable[..., ClipDataModule]
 SMALL: dict[str, Any] = {"num_frames": 4, "resolution": 16, "batch_size": 3}

@@ -11,12 +11,12 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from tiny import Clips, Poisoned, baseline_task, tiny_model, tiny_task, trainer
 
-from vidtwin.datamodules.transforms import to_clip
 from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.posteriors import Encoding
 from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
 from vidtwin.training.checks import check_training
+from vidtwin.video.convert import to_clip
 
 
 class Watcher(Callback):

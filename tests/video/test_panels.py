@@ -12,29 +12,11 @@ from vidtwin import clips
 from vidtwin.autoencoder import Reconstruction
 from vidtwin.models.vidtwin import VidTwin
 from vidtwin.video import panels
+from vidtwin.video.convert import to_uint8
 
 
 def frames(seed=0, length=5, height=71, width=95):
     return np.random.default_rng(seed).integers(0, 256, (length, height, width, 3), dtype=np.uint8)
-
-
-def test_pixels_are_rounded_and_values_outside_the_range_clipped():
-    values = torch.tensor([-2.0, -1.0, 0.0, 1 / 255, 1.0, 7.0])
-    clip = values.expand(3, 1, 1, 6)
-    shown = panels.to_uint8(clip.to(torch.float32))
-    assert shown.shape == (1, 1, 6, 3)
-    assert shown.dtype == np.uint8
-    assert shown[0, 0, :, 0].tolist() == [0, 0, 128, 128, 255, 255]
-    levels = torch.arange(256).expand(3, 1, 1, 256) / 127.5 - 1
-    assert panels.to_uint8(levels)[0, 0, :, 0].tolist() == list(range(256))
-
-
-def test_axes_are_time_height_width_colour():
-    clip = torch.full((3, 2, 4, 6), -1.0)
-    clip[1, 0, 2, 5] = 1.0
-    shown = panels.to_uint8(clip)
-    assert shown.shape == (2, 4, 6, 3)
-    assert np.argwhere(shown).tolist() == [[0, 2, 5, 1]]
 
 
 def test_a_clip_is_shown_with_its_reconstruction_and_each_latent_alone():
@@ -50,9 +32,9 @@ def test_a_clip_is_shown_with_its_reconstruction_and_each_latent_alone():
     with torch.no_grad():
         dynamics = model.decode({"dynamics": reconstruction.latents["dynamics"]})
     for index, views in enumerate(shown):
-        np.testing.assert_array_equal(views["input"], panels.to_uint8(clip[index]))
-        np.testing.assert_array_equal(views["reconstruction"], panels.to_uint8(reconstruction.clip[index]))
-        difference = views["dynamics only"].astype(int) - panels.to_uint8(dynamics[index])
+        np.testing.assert_array_equal(views["input"], to_uint8(clip[index]))
+        np.testing.assert_array_equal(views["reconstruction"], to_uint8(reconstruction.clip[index]))
+        difference = views["dynamics only"].astype(int) - to_uint8(dynamics[index])
         assert abs(difference).max() <= 1  # another batch may round the other way
 
 
@@ -161,7 +143,7 @@ def test_frames_are_shrunk_to_their_longer_side():
 @pytest.mark.parametrize("length", [1, 5, 64, 65, 1000])
 @pytest.mark.parametrize("window", [1, 16])
 def test_moments_are_evenly_over_a_video_of_any_length(length, window):
-    moments = panels.Moments(6)
+    moments = panels.StillSampler(6)
     video = np.broadcast_to(np.arange(length)[:, None, None, None], (length, 1, 1, 3))
     numbered = np.concatenate([video % 256, video // 256], axis=2).astype(np.uint8)
     for start in range(0, length, window):
@@ -178,7 +160,7 @@ def test_moments_are_evenly_over_a_video_of_any_length(length, window):
 
 
 def test_no_frames_have_no_moments():
-    assert panels.Moments().stills() == {}
+    assert panels.StillSampler().stills() == {}
 
 
 @pytest.mark.parametrize(("length", "chosen"), [(16, [0, 3, 6, 9, 12, 15]), (6, [0, 1, 2, 3, 4, 5]), (2, [0, 1])])

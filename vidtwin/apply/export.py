@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from vidtwin.apply.export_files import FILES, ONNX
 from vidtwin.apply.inputs import check_folder
-from vidtwin.apply.options import add_class_options, build, check_weights
+from vidtwin.apply.options import add_class_options, build, check_counts, check_weights
 from vidtwin.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,10 +65,7 @@ class ExportOptions:
             raise UserError("Expected trained weights, got none; give --ckpt_path PATH.")
         if not self.out:
             raise UserError("Expected a folder to write to, got none; give --out DIR.")
-        for name in ("num_frames", "resolution", "batch_size"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise UserError(f"Expected --{name} of at least 1, got {count}.")
+        check_counts(num_frames=self.num_frames, resolution=self.resolution, batch_size=self.batch_size)
         if not 0 < self.tolerance < 1:
             raise UserError(f"Expected --tolerance between 0 and 1, got {self.tolerance}.")
 

@@ -1,4 +1,4 @@
-"""How like another view a view of a video is, and how much it changes from frame to frame; in constant memory."""
+"""Measure views of a video in constant memory: quality against another view, and change from frame to frame."""
 
 from itertools import pairwise
 
@@ -7,13 +7,13 @@ from numpy.typing import NDArray
 
 from vidtwin.clips import as_clip
 from vidtwin.metrics import frames as metrics
-from vidtwin.video.panels import Frames
+from vidtwin.video import Frames
 
-_NUMBERS_AT_ONCE = 2**24  # pixels' channels of one view: a metric holds a few copies of 4 bytes each
+_NUMBERS_AT_ONCE = 2**24  # values of one view; a metric holds a few copies of 4 bytes each
 
 
-class Mean:
-    """Of numbers that come a few at a time; None where none came."""
+class RunningMean:
+    """Mean of numbers that are added a few at a time."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -25,17 +25,18 @@ class Mean:
 
     @property
     def value(self) -> float | None:
+        """Return the mean; None before any number."""
         return self.total / self.count if self.count else None
 
 
-class Likeness:
-    """PSNR in dB and SSIM of a view against another one: means over all frames, of 8-bit pictures."""
+class Quality:
+    """PSNR (dB) and SSIM of a view against a target: means over all frames, as 8-bit pictures."""
 
     def __init__(self) -> None:
-        self.psnr, self.ssim = Mean(), Mean()
+        self.psnr, self.ssim = RunningMean(), RunningMean()
 
     def add(self, view: Frames, target: Frames) -> None:
-        """The next frames (T, H, W, 3) of both. Frames below SSIM's window of 11 pixels have no SSIM."""
+        """Add the next frames (T, H, W, 3) of both. Frames smaller than SSIM's window of 11 pixels have no SSIM."""
         has_ssim = metrics.ssim_allowed(*view.shape[1:3]) is None
         step = max(1, _NUMBERS_AT_ONCE // view[0].size)
         for start in range(0, len(view), step):
@@ -44,22 +45,18 @@ class Likeness:
             if has_ssim:
                 self.ssim.add(metrics.ssim(shown, wanted).double().numpy())
 
+    def values(self) -> dict[str, float | None]:
+        """Return `psnr` and `ssim`; None if there is none."""
+        return {"psnr": self.psnr.value, "ssim": self.ssim.value}
 
-class Change:
-    """Mean absolute difference of each frame to the one before it, in 8-bit steps (0 to 255).
 
-    Frames are compared within a window, since a latent says nothing about the next one.
+class FrameChange(RunningMean):
+    """Mean absolute difference of consecutive frames, in 8-bit steps (0 to 255); None for windows of one frame.
+
+    Frames are compared within a window, since a latent does not determine the next one.
     """
 
-    def __init__(self) -> None:
-        self.mean = Mean()
-
-    def add(self, window: Frames) -> None:
-        """The frames (T, H, W, 3) of the next window."""
+    def add(self, window: Frames) -> None:  # type: ignore[override]
+        """Add the frames (T, H, W, 3) of the next window."""
         for before, after in pairwise(window):
-            self.mean.add(np.abs(after.astype(np.int16) - before).mean(dtype=np.float64, keepdims=True))
-
-    @property
-    def value(self) -> float | None:
-        """None of windows of one frame."""
-        return self.mean.value
+            super().add(np.abs(after.astype(np.int16) - before).mean(dtype=np.float64, keepdims=True))

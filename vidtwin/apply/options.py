@@ -61,6 +61,13 @@ def build(cls: type[T], options: "Namespace") -> T:
     return cls(**{name: options[name] for name in inspect.signature(cls).parameters if name in options})
 
 
+def check_counts(**counts: int | None) -> None:
+    """Raise `UserError` for an option that is below 1; None is allowed."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UserError(f"Expected --{name} of at least 1, got {count}.")
+
+
 def check_weights(path: str | None) -> None:
     """Raise `UserError` if `path` names a file or folder of weights that does not exist."""
     if path and not path.startswith("hf:") and not Path(path).exists():

@@ -1,6 +1,6 @@
-"""`vidtwin reconstruct`: videos of any length through an autoencoder and back, frame by frame those of the input.
+"""`vidtwin reconstruct`: encode and decode videos of any length, frame by frame.
 
-Heavy imports stand in functions: `--help` and refusals answer without torch.
+Imports torch in functions only: `--help` and refusals answer without it.
 """
 
 import csv
@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from vidtwin import console
 from vidtwin.apply.command import run_in_session
 from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
-from vidtwin.apply.options import SessionOptions, add_class_options, exit_code
+from vidtwin.apply.options import SessionOptions, add_class_options, check_counts, exit_code
+from vidtwin.apply.outputs import write_views
 from vidtwin.apply.tiling import in_tiles
-from vidtwin.apply.windows import BeforeDamage, Window, examine, windows
+from vidtwin.apply.windows import Window, batched, examine
 from vidtwin.errors import UserError
-from vidtwin.files import no_room, write_text
-from vidtwin.video import Frames, VideoError, VideoWriter
+from vidtwin.files import write_text
+from vidtwin.video import Frames, VideoError, panels
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -34,14 +36,14 @@ Reconstruct videos of any length, size and frame rate: as many frames, at the sa
   vidtwin reconstruct 'videos/**/*.mp4' --ckpt_path last.ckpt --out full_size --tile
   vidtwin reconstruct videos/ --ckpt_path last.ckpt --only structure --accelerator cuda --devices 4
 
-IN are files, folders (all videos below them) or globs. A video goes through in windows of the model's length, one after
-the other, in constant memory; the last frame pads the last window, and the padding is cut off again. The picture is
-cropped to a square and resized to the model's resolution, or kept whole: by --tile, or if the model takes any size.
-PSNR and SSIM of each video, means over its frames of 8-bit pictures against the model's input, are printed and written
-to OUT/reconstructions.csv.
+IN are files, folders (all videos below them) or globs. A video is processed in windows of the model's length, one after
+the other, in constant memory; the last window is padded with the last frame. The picture is cropped to a square and
+resized to the model's resolution; it stays whole if the model takes any size, or with --tile. PSNR and SSIM of each
+video (means over frames, as 8-bit pictures, against the model's input) are printed and written to
+OUT/reconstructions.csv.
 
-Exit code: 0 all done, 1 a video failed or is damaged (a line on stderr gives the reason; the frames before the damage
-are reconstructed), 2 nothing was made.
+Exit code: 0 all done, 1 a video failed or is damaged (a line on stderr says which and why; the frames before the damage
+are reconstructed), 2 nothing was written.
 """
 TABLE = "reconstructions.csv"
 _COLUMNS = ("input", "output", "frames", "psnr", "ssim", "note")
@@ -49,7 +51,7 @@ _COLUMNS = ("input", "output", "frames", "psnr", "ssim", "note")
 
 @dataclass
 class Done:
-    """Result for a video; `frames` is 0 if it failed."""
+    """Row of the table: a video that was reconstructed, or failed if `frames` is 0."""
 
     input: str
     output: str
@@ -59,9 +61,9 @@ class Done:
     note: str = ""
 
     def line(self) -> str:
-        likeness = [f"PSNR {self.psnr:.2f} dB"] if self.psnr is not None else []
-        likeness += [f"SSIM {self.ssim:.4f}"] if self.ssim is not None else []
-        return f"{self.input} -> {self.output}  {self.frames} frames  {'  '.join(likeness)}"
+        quality = [f"PSNR {self.psnr:.2f} dB"] if self.psnr is not None else []
+        quality += [f"SSIM {self.ssim:.4f}"] if self.ssim is not None else []
+        return f"{self.input} -> {self.output}  {self.frames} frames  {'  '.join(quality)}"
 
 
 class Reconstruct:
@@ -71,16 +73,16 @@ class Reconstruct:
         inputs: Video files, folders of them, globs.
         out: Folder for NAME.mp4 of each, and for reconstructions.csv.
         only: Decode this latent alone (VidTwin: structure or dynamics).
-        size: Side of the square that pictures are cropped and resized to, for models that take any size; by default
-            those take the whole picture.
+        size: Side of the square to which pictures are cropped and resized, for models that take any size; by default
+            the whole picture.
         tile: Keep the whole picture at its size, in overlapping tiles of the model's resolution.
         tile_size: Side of the tiles in pixels, for models that take any size.
-        overlap: Share of a tile that it has in common with its neighbour.
-        side_by_side: Show the input, the reconstruction and the picture of each latent alone next to each other.
-        error_map: Show the absolute error, four times enlarged, next to it.
+        overlap: Share of a tile that overlaps with its neighbour.
+        side_by_side: Show the input, the reconstruction and each latent decoded alone next to each other.
+        error_map: Show the absolute error times four next to them.
         batch_size: Windows, or tiles, per forward pass.
         overwrite: Replace existing outputs.
-        skip_existing: Leave out inputs whose outputs exist.
+        skip_existing: Skip inputs whose outputs exist.
         progress: Show a progress bar.
     """
 
@@ -104,8 +106,7 @@ class Reconstruct:
         self.only, self.side_by_side, self.error_map = only, side_by_side, error_map
         self.size, self.tile, self.tile_size, self.overlap = size, tile, tile_size, overlap
         self.batch_size, self.progress = batch_size, progress
-        if batch_size < 1:
-            raise UserError(f"Expected --batch_size of at least 1, got {batch_size}.")
+        check_counts(batch_size=batch_size)
         if tile and size is not None:
             raise UserError("Expected --size or --tile, got both: tiles keep the picture's own size.")
         if tile_size is not None and not tile:
@@ -118,13 +119,13 @@ class Reconstruct:
             raise UserError("Expected --overwrite or --skip_existing, got both.")
         check_folder(out)
         self.inputs = find(inputs)
-        self._full = False  # whether the disk is
+        self._full = False  # the disk, by the last video
         if skip_existing:
             self.inputs = [entry for entry in self.inputs if not self._target(entry).exists()]
         check_targets(map(self._target, self.inputs), self.inputs, overwrite)
 
     def run(self, session: "Session") -> int:
-        """Reconstruct this process's share → exit code, the same for all processes."""
+        """Reconstruct this process's share of the videos → exit code, the same for all processes."""
         self._check(session)
         mine = self.inputs[session.rank :: session.world_size]
         shown = self.progress and session.is_main
@@ -135,11 +136,10 @@ class Reconstruct:
                 if any(row.frames for row in done):
                     self._record(done)
                 if self._full:
-                    session.tell("complete videos stay; --skip_existing goes on when there is room")
+                    console.log("finished videos are kept; free space and continue with --skip_existing")
                     break
-        everything = [row for rows in session.gather(done) for row in rows]
-        whole = sum(row.frames > 0 for row in everything)
-        return exit_code(whole, sum(bool(row.note) for row in everything))
+        rows = [row for part in session.gather(done) for row in part]
+        return exit_code(sum(row.frames > 0 for row in rows), sum(bool(row.note) for row in rows))
 
     def _check(self, session: "Session") -> None:
         model = session.model
@@ -153,50 +153,34 @@ class Reconstruct:
         if self.tile_size is not None and (self.tile_size < 1 or self.tile_size % model.spatial_multiple):
             raise UserError(f"Expected --tile_size a multiple of {model.spatial_multiple}, got {self.tile_size}.")
 
-    def _reconstruct(self, session: "Session", entry: Input, bar: "tqdm[None]") -> Done:
-        path = self._target(entry)
-        done = Done(str(entry.path), str(path), 0, None, None)
-        from vidtwin.apply.meters import Likeness
+    def _one(self, session: "Session", entry: Input, bar: "tqdm[None]") -> Done:
+        from vidtwin.apply.meters import Quality
 
-        likeness = Likeness()
-        size = None if self.tile else session.size(self.size)
-        try:
-            info, wrong = examine(entry.path)
-            parts = BeforeDamage(windows(entry.path, session.num_frames, size))
-            with VideoWriter(path, info.fps, timed=True, sound=entry.path) as writer:
-                for window, shown in self._iter_views(session, parts):
+        path, quality = self._target(entry), Quality()
+
+        def render(parts: Iterable[Window]) -> Iterator[tuple[Window, Frames]]:
+            for some in batched(parts, self.batch_size):
+                for window, shown in self._views(session, some):
                     real = window.frames[: window.num_frames]
-                    likeness.add(shown[self._title], real)
-                    for picture, time in zip(self._join(real, shown), window.times, strict=True):
-                        writer.write(picture, time)
-                    done.frames += window.num_frames
-                    bar.update(window.num_frames)
-        except VideoError as error:
-            self._full = no_room(error) is not None
-            session.tell(str(error))
-            return Done(str(entry.path), "", 0, None, None, str(error))
-        damage = parts.reason or (str(wrong) if wrong else None)
-        done.note = session.tell_lack(path, done.frames, damage, writer.lost_sound) or ""
-        done.psnr, done.ssim = likeness.psnr.value, likeness.ssim.value
-        session.report(done.line())
+                    quality.add(shown[self._title], real)
+                    yield window, self._join(real, shown)
+
+        size = None if self.tile else session.size(self.size)
+        written = write_views(entry, path, session.num_frames, size, render, bar)
+        self._full = written.disk_full
+        if not written.num_frames:
+            return Done(str(entry.path), "", 0, None, None, written.note or "")
+        done = Done(str(entry.path), str(path), written.num_frames, **quality.values(), note=written.note or "")
+        console.write(done.line())
         return done
 
     @property
     def _title(self) -> str:
         return f"{self.only} only" if self.only else "reconstruction"
 
-    def _iter_views(self, session: "Session", parts: Iterable[Window]) -> Iterator[tuple[Window, dict[str, Frames]]]:
-        """Yield windows with the real frames of their views."""
-        waiting: list[Window] = []
-        for window in parts:
-            waiting.append(window)
-            if len(waiting) == self.batch_size:
-                yield from self._run_batch(session, waiting)
-                waiting = []
-        if waiting:
-            yield from self._run_batch(session, waiting)
+    def _views(self, session: "Session", some: list[Window]) -> Iterator[tuple[Window, dict[str, Frames]]]:
+        """Yield windows with their views, without the repeated frames."""
 
-    def _run_batch(self, session: "Session", some: list[Window]) -> Iterator[tuple[Window, dict[str, Frames]]]:
         def run(clips: list[Frames]) -> dict[str, list[Frames]]:
             return session.views(clips, self.only, partial=self.side_by_side)
 
@@ -211,8 +195,6 @@ class Reconstruct:
             yield window, {name: clip[: window.num_frames] for name, clip in shown.items()}
 
     def _join(self, real: Frames, shown: dict[str, Frames]) -> Frames:
-        from vidtwin.video import panels
-
         if self.side_by_side:
             shown = {"input": real, **shown}
         if self.error_map:
@@ -223,7 +205,7 @@ class Reconstruct:
         return target(self.out, entry.name, ".mp4")
 
     def _record(self, done: list[Done]) -> None:
-        """Merge the rows of this process into the table of other processes and earlier runs."""
+        """Merge the rows of this process into the table, which holds those of other processes and earlier runs."""
         from vidtwin.storage.resumable import lock
 
         rows = {row.input: {column: getattr(row, column) for column in _COLUMNS} for row in done}
@@ -245,7 +227,7 @@ def _count_frames(inputs: list[Input]) -> int:
     for entry in inputs:
         try:
             total += examine(entry.path)[0].num_frames
-        except VideoError:  # reported at its turn
+        except VideoError:  # reported when its turn comes
             continue
     return total
 

@@ -1,29 +1,26 @@
-"""A trained autoencoder on the devices of a command, between uint8 frames and latents.
+"""Run a trained autoencoder on the devices of a command, from uint8 frames to latents and back.
 
-Imported only when a command needs it, since it imports torch and lightning.
+Imports torch and lightning, so commands import it after their refusals.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from vidtwin import weights
+from vidtwin import console, weights
 from vidtwin.apply.options import SessionOptions
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.clips import as_clip
-from vidtwin.distributed import forward_context, launch
+from vidtwin.distributed import forward_context, gather_objects, launch
 from vidtwin.errors import UserError
 from vidtwin.posteriors import Encoding, Latents
 from vidtwin.storage import checkpoints
 from vidtwin.video import Frames
-from vidtwin.video.panels import to_uint8
-
-T = TypeVar("T")
+from vidtwin.video.convert import to_uint8
 
 
 class Session:
@@ -31,38 +28,52 @@ class Session:
 
     Attributes:
         model: The autoencoder.
-        fabric: Of the processes.
-        checkpoint: Where its weights come from.
-        num_frames: T of the windows that a video is cut into.
+        fabric: Lightning Fabric, which started the processes.
+        checkpoint: Path of its weights.
+        num_frames: T of the windows into which a video is cut.
     """
+
+    tell = staticmethod(console.log)
+    gather = staticmethod(gather_objects)
 
     def __init__(self, options: SessionOptions) -> None:
         options.check()
         self.checkpoint = str(options.ckpt_path)
         self.precision = options.precision
         self.fabric = launch(options.accelerator, options.devices, options.num_nodes, options.precision)
+        self.rank, self.world_size = self.fabric.global_rank, self.fabric.world_size
+        self.is_main = self.fabric.is_global_zero
         self.model = _load(options).to(self.fabric.device).requires_grad_(False)
         self.num_frames = self.model.temporal.usual_length
 
-    @property
-    def rank(self) -> int:
-        return self.fabric.global_rank
-
-    @property
-    def world_size(self) -> int:
-        return self.fabric.world_size
-
-    @property
-    def is_main(self) -> bool:
-        return self.fabric.is_global_zero
-
     @cached_property
     def weights_sha256(self) -> str:
-        """Of names, types, shapes and bytes of all tensors: the same in any kind of file, for the same model."""
+        """SHA-256 of the tensors' names, types, shapes and bytes: the same in every file format."""
         return weights.sha256(self.model.state_dict())
 
+    def describe(self, size: int | None) -> dict[str, Any]:
+        """Return what a file of results says of the weights and the windows."""
+        return {
+            "checkpoint": self.checkpoint,
+            "weights_sha256": self.weights_sha256,
+            "model": self.model.spec(),
+            "window": self.num_frames,
+            "size": size,
+        }
+
+    def count_numbers(self, shape: Sequence[int]) -> list[int]:
+        """Count the numbers in the latents of a window (T, H, W, 3): of all latents, then of each."""
+        multiple = self.model.spatial_multiple
+        height, width = (-(-side // multiple) * multiple for side in shape[1:3])
+        counts = [math.prod(size) for size in self.model.latent_shapes((3, shape[0], height, width)).values()]
+        return [sum(counts), *counts]
+
     def size(self, asked: int | None) -> int | None:
-        """Side of the square that pictures are cropped and resized to: the model's own, or what is asked for."""
+        """Return the side to which pictures are cropped and resized: the model's resolution, or `asked` if it has none.
+
+        Raises:
+            UserError: The model takes another size only.
+        """
         own = self.model.resolution
         if asked is None or asked == own:
             return own
@@ -74,14 +85,14 @@ class Session:
 
     @torch.inference_mode()
     def encode(self, windows: Sequence[Frames]) -> Encoding:
-        """Clips of one size, uint8 (T, H, W, 3) each → posteriors. Other sizes than the model takes are extended."""
+        """Encode clips of one size, uint8 (T, H, W, 3) each, padded to a size that the model takes."""
         clip = as_clip(windows, self.model.spatial_multiple).to(self.fabric.device)
         with forward_context(self.fabric, self.precision):
             return self.model.encode(clip)
 
     @torch.inference_mode()
     def decode(self, latents: Latents, height: int, width: int) -> list[Frames]:
-        """Latents (B, ...) → clips, uint8 (T, height, width, 3) each, without what `encode` extended."""
+        """Decode latents (B, ...) to clips, uint8 (T, height, width, 3) each, without the padding of `encode`."""
         latents = {name: latent.to(self.fabric.device) for name, latent in latents.items()}
         with forward_context(self.fabric, self.precision):
             decoded = self.model.decode(latents, self.num_frames)
@@ -90,9 +101,15 @@ class Session:
     def views(
         self, windows: Sequence[Frames], only: str | None = None, partial: bool = True
     ) -> dict[str, list[Frames]]:
-        """Clips of one size → "reconstruction" and, with `partial`, "<latent> only" of each latent, where models can.
+        """Reconstruct clips of one size, from all latents and from each alone.
 
-        With `only` that latent's view alone.
+        Args:
+            windows: uint8 (T, H, W, 3) each.
+            only: Decode this latent alone, and nothing else.
+            partial: Decode each latent alone too, if the model supports it.
+
+        Returns:
+            Clips by "reconstruction" and "<latent> only".
         """
         height, width = windows[0].shape[1:3]
         latents = self.encode(windows).mode()
@@ -105,7 +122,7 @@ class Session:
         return made
 
     def check_partial(self, latent: str) -> None:
-        """Raise `UserError` unless the model has such a latent and decodes it alone."""
+        """Raise `UserError` unless the model has this latent, among others, and decodes it alone."""
         names = self.model.latent_names
         if latent not in names:
             raise UserError(f"Expected one of {', '.join(names)}, the latents of {self._name}, got {latent!r}.")
@@ -114,39 +131,14 @@ class Session:
 
     @property
     def usual_tile(self) -> int:
-        """Side of tiles for a model of any size: 256 pixels, or next to it what the model takes."""
+        """Default side of tiles for a model without a fixed resolution: 256 pixels, rounded up to what it takes."""
         multiple = self.model.spatial_multiple
         return -(-256 // multiple) * multiple
 
-    def gather(self, thing: T) -> list[T]:
-        """What each process gives, by rank, for all of them."""
-        if self.world_size == 1:
-            return [thing]
-        gathered: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(gathered, thing)
-        return gathered
-
     def say(self, line: str) -> None:
-        """A result, on stdout, once."""
+        """Write a result to stdout, on the first process."""
         if self.is_main:
-            self.report(line)
-
-    def report(self, line: str) -> None:
-        """What this process has done, on stdout."""
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
-
-    def tell(self, line: str) -> None:
-        """What went wrong, on stderr, by the process that met it."""
-        tqdm.write(f"vidtwin: {line}", file=sys.stderr)
-
-    def tell_lack(self, path: Path, num_frames: int, damage: str | None, lost_sound: str | None) -> str | None:
-        """Tell what a video that was written to `path` lacks → the reason; None where it lacks nothing."""
-        if damage:
-            self.tell(f"{damage} The {num_frames} frames before are in {path}.")
-        elif lost_sound:
-            self.tell(f"{path}: {lost_sound}")
-        return damage or lost_sound
+            console.write(line)
 
     @property
     def _name(self) -> str:

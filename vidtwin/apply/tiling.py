@@ -5,11 +5,12 @@ weights: where all tiles agree, the joined picture is theirs.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vidtwin.apply.windows import batched
 from vidtwin.errors import UserError
 from vidtwin.video import Frames
 
@@ -59,7 +60,7 @@ def in_tiles(
     places = [(y, x) for y in starts(height, tile, overlap) for x in starts(width, tile, overlap)]
     total = np.zeros((*whole.shape[1:3], 1), np.float32)
     joined: dict[str, Floats] = {}
-    for some in _batches(places, batch_size):
+    for some in batched(places, batch_size):
         squares = [(slice(y, y + tile), slice(x, x + tile)) for y, x in some]
         made = run([np.ascontiguousarray(whole[:, rows, columns]) for rows, columns in squares])
         for name, tiles in made.items():
@@ -77,8 +78,3 @@ def _rounded(clip: Floats, total: Floats) -> Frames:
     for number, frame in enumerate(clip):
         result[number] = np.rint(frame / total)
     return result
-
-
-def _batches(places: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
-    for start in range(0, len(places), size):
-        yield places[start : start + size]

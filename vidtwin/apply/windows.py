@@ -1,12 +1,16 @@
-"""A video of any length as clips of a model's length, one after the other, in constant memory."""
+"""Cut videos of any length into clips of a model's length, one after the other, in constant memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 
 from vidtwin.video import Frames, Source, VideoError, VideoInfo, probe, survey, timed_frames
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -14,10 +18,10 @@ class Window:
     """One clip of a video.
 
     Attributes:
-        frames: uint8 (T, H, W, 3). Behind the real ones the last is repeated.
-        num_frames: How many are real: T, but in the last window of a video.
-        start_frame: Number of the first one in the video.
-        times: When each real frame is shown, in seconds from the video's first.
+        frames: uint8 (T, H, W, 3); the last frame of the video is repeated up to T frames.
+        num_frames: Number of frames before the repeated ones; T except in the last window of a video.
+        start_frame: Index of the first frame in the video.
+        times: Times of the `num_frames` frames, in seconds from the video's first.
     """
 
     frames: Frames
@@ -27,36 +31,31 @@ class Window:
 
 
 def windows(source: Source, length: int, size: int | None = None) -> Iterator[Window]:
-    """Every frame of a video once, in clips of `length` frames.
+    """Cut a video into clips of `length` frames that cover every frame once.
 
     Args:
         source: Video file or folder of images.
         length: T.
-        size: Side in pixels of the square that the middle of the picture is cropped and resized to; None: the whole
-            picture. A picture that changes its size within the video has that of the first frame.
+        size: Side in pixels of the square to which the centre of the picture is cropped and resized; None takes the
+            whole picture. If the picture's size changes within the video, that of the first frame is kept.
 
     Raises:
-        VideoError: The video is damaged; what can be decoded before has been given by then.
+        VideoError: The video is damaged; the frames before the damage have been yielded by then.
     """
     frames: list[Frames] = []
     times: list[Fraction] = []
     start = 0
-    reader = timed_frames(source, size)
     failure: VideoError | None = None
-    while True:
-        try:
-            time, frame = next(reader)
-        except StopIteration:
-            break
-        except VideoError as error:  # what came before it is still given
-            failure = error
-            break
-        frames.append(frame)
-        times.append(time)
-        if len(frames) == length:
-            yield Window(np.stack(frames), length, start, times)
-            start += length
-            frames, times = [], []
+    try:
+        for time, frame in timed_frames(source, size):
+            frames.append(frame)
+            times.append(time)
+            if len(frames) == length:
+                yield Window(np.stack(frames), length, start, times)
+                start += length
+                frames, times = [], []
+    except VideoError as error:
+        failure = error  # raised below, after the frames that were decoded before it
     if frames:
         filled = frames + [frames[-1]] * (length - len(frames))
         yield Window(np.stack(filled), len(frames), start, times)
@@ -65,7 +64,7 @@ def windows(source: Source, length: int, size: int | None = None) -> Iterator[Wi
 
 
 def examine(source: Source) -> tuple[VideoInfo, VideoError | None]:
-    """What a video holds, without decoding it, and what is wrong with it: it may end before its header says.
+    """Probe a video without decoding it → its properties, and its damage if it ends before its header says.
 
     Raises:
         VideoError: It can't be read at all.
@@ -78,36 +77,44 @@ def examine(source: Source) -> tuple[VideoInfo, VideoError | None]:
         return replace(probe(source), num_frames=error.decodable or 0), error
 
 
-class BeforeDamage:
-    """The first windows of a video, up to where it is damaged.
-
-    One that gives no window at all raises its `VideoError`.
+class VideoWindows:
+    """Yield the windows of a video up to its damage, if there is any.
 
     Args:
-        stream: Windows of a video.
-        limit: How many are taken; None: all.
+        source: Video file or folder of images.
+        length: As of `windows`.
+        size: Likewise.
+        limit: Maximum number of windows; None yields all.
 
     Attributes:
-        reason: Why they end early; None where they do not.
+        info: Properties of the video, from its header.
+        damage: Why the video ends early, by its header or its frames; None if it does not.
+
+    Raises:
+        VideoError: The video can't be read at all, or no window of it can be decoded.
     """
 
-    def __init__(self, stream: Iterator[Window], limit: int | None = None) -> None:
-        self.stream, self.limit = stream, limit
-        self.reason: str | None = None
+    def __init__(self, source: Source, length: int, size: int | None = None, limit: int | None = None) -> None:
+        self.info, error = examine(source)
+        self.damage = str(error) if error else None
+        self._windows, self._limit = windows(source, length, size), limit
 
     def __iter__(self) -> Iterator[Window]:
-        given = 0
-        short = False
-        while given != self.limit or short:  # behind a window that is not full comes the reason why
-            try:
-                window = next(self.stream)
-            except StopIteration:
-                return
-            except VideoError as error:
-                if not given:
-                    raise
-                self.reason = str(error)
-                return
-            given += 1
-            short = window.num_frames < len(window.frames)
-            yield window
+        count = 0
+        try:
+            for count, window in enumerate(self._windows, 1):
+                yield window
+                # After a window that is not full comes the error, if there is one.
+                if count == self._limit and window.num_frames == len(window.frames):
+                    return
+        except VideoError as error:
+            if not count:
+                raise
+            self.damage = str(error)
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Split items into lists of `size`; the last one may be shorter. (From Python 3.12 on in itertools.)"""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

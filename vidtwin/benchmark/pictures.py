@@ -13,7 +13,7 @@ from vidtwin.benchmark.measurer import Measurer
 from vidtwin.benchmark.plan import one_line
 from vidtwin.console import log
 from vidtwin.files import replacing
-from vidtwin.video import panels, write_video
+from vidtwin.video import convert, panels, write_video
 
 if TYPE_CHECKING:
     from vidtwin.benchmark.runner import Runner
@@ -75,7 +75,7 @@ def _write_clips(measurer: Measurer, model: LoadedModel, targets: list[tuple[Pat
                 continue
             views = measurer.views(model, batch, place)
             shown = {"input": measurer.clip(batch)[place].cpu(), "reconstruction": views.pop("")} | views
-            frames = {title: panels.to_uint8(clip) for title, clip in shown.items()}
+            frames = {title: convert.to_uint8(clip) for title, clip in shown.items()}
             video, still = targets[index]
             write_video(video, panels.side_by_side(frames), measurer.fps)
             with replacing(still) as temporary:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vidtwin.benchmark import rows
 from vidtwin.files import replacing, write_text
-from vidtwin.video import panels
+from vidtwin.video import Frames, convert, panels
 
 MAX_SIDE = 160  # pixels of a frame: a page with ten models stays below 20 MB
 MAX_HEIGHT = 16_383  # of a WebP picture
@@ -73,7 +73,7 @@ class Writer:
         self.num_frames = clips[0].shape[2]
         side = min(MAX_SIDE, MAX_HEIGHT // self.num_frames, max(64, clips[0].shape[3]))
         self.size = side
-        self.inputs = [panels.to_uint8(clip[0]) for clip in clips]
+        self.inputs = [convert.to_uint8(clip[0]) for clip in clips]
         self.clips: list[dict[str, Any]] = [{"id": str(i), **clip, "views": []} for i, clip in enumerate(chosen)]
         self.temporary = folder / ".players"
         shutil.rmtree(self.temporary, ignore_errors=True)
@@ -82,13 +82,13 @@ class Writer:
 
     def add(self, place: int, model: str, views: dict[str, Tensor]) -> None:
         """A model's views of clip number `place`: its reconstruction under "", others by their titles."""
-        frames = panels.to_uint8(views[""])
+        frames = convert.to_uint8(views[""])
         self._add(place, model, model, "reconstruction", frames)
         error = panels.error_map(frames, self.inputs[place])
         self._add(place, f"{model} error x{panels.ERROR_GAIN}", model, "error", error)
         for title, view in views.items():
             if title:
-                self._add(place, f"{model} {title}", model, "partial", panels.to_uint8(view))
+                self._add(place, f"{model} {title}", model, "partial", convert.to_uint8(view))
 
     def finish(self, digest: str) -> None:
         """Put the new pictures in the place of those before, and write `players.json`, which is the last."""
@@ -104,7 +104,7 @@ class Writer:
         self.temporary.rename(target)
         write_text(target / "players.json", json.dumps(content, indent=2) + "\n")
 
-    def _add(self, place: int, title: str, model: str | None, kind: str, frames: panels.Frames) -> None:
+    def _add(self, place: int, title: str, model: str | None, kind: str, frames: Frames) -> None:
         views = self.clips[place]["views"]
         name = f"{place}/{len(views)}.webp"
         with replacing(self.temporary / name) as temporary:
@@ -112,7 +112,7 @@ class Writer:
         views.append({"title": title, "model": model, "kind": kind, "file": f"players/{name}"})
 
 
-def _strip(frames: panels.Frames, size: int) -> bytes:
+def _strip(frames: Frames, size: int) -> bytes:
     """(T, H, W, 3) → WebP of T frames of size × size, from top to bottom."""
     small = frames.shape[1] < size
     images = [

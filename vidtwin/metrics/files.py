@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vidtwin.errors import UserError
+from vidtwin.video.convert import from_uint8, round_to_uint8
 from vidtwin.video.writing import through_file
 
 Compared = Literal["floats", "8-bit", "mp4v", "h264"]
@@ -26,12 +27,11 @@ def as_compared(clips: Tensor, compared: Compared, fps: float) -> Tensor:
     """
     if compared not in get_args(Compared):
         raise UserError(f"Expected compared to be one of {', '.join(get_args(Compared))}, got {compared!r}.")
-    clips = clips.float().clamp(-1.0, 1.0)
     if compared == "floats":
-        return clips
-    steps = ((clips + 1.0) * 127.5).round()
+        return clips.float().clamp(-1.0, 1.0)
+    steps = round_to_uint8(clips)
     if compared != "8-bit":
         pictures = rearrange(steps, "b c t h w -> b t h w c").to("cpu", torch.uint8).numpy()
         read = torch.stack([torch.from_numpy(through_file(clip, compared, fps)) for clip in pictures])
-        steps = rearrange(read, "b t h w c -> b c t h w").to(clips.device, torch.float32)
-    return steps / 127.5 - 1.0
+        steps = rearrange(read, "b t h w c -> b c t h w").to(clips.device)
+    return from_uint8(steps)

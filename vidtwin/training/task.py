@@ -357,6 +357,7 @@ class AutoencoderTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["model_spec"] = self.autoencoder.spec()
         checkpoint["training"] = {name: getattr(self, name) for name in COUNTS}
+        self.ema.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how a checkpoint of another model differs; outside of `fit` take the autoencoder's weights alone."""

@@ -25,7 +25,8 @@ from vidtwin.training.replay import read as read_dump
 from vidtwin.training.replay import replay as run_again
 from vidtwin.training.sharding import FSDP2Strategy
 from vidtwin.training.task import AutoencoderTask
-from vidtwin.video import panels, write_video
+from vidtwin.video import write_video
+from vidtwin.video.convert import to_uint8
 
 
 class VideoTrainer(Trainer):
@@ -209,4 +210,4 @@ class _PredictionWriter(Callback):
                     if isinstance(posterior, Quantized):
                         tensors[f"{key}.codes"] = posterior.codes[index].to(torch.int32).cpu()
                 save_file(tensors, temporary)
-            write_video(self.out / f"{inside}.mp4", panels.to_uint8(outputs.clip[index]), fps)
+            write_video(self.out / f"{inside}.mp4", to_uint8(outputs.clip[index]), fps)

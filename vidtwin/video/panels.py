@@ -1,4 +1,4 @@
-"""Pictures of clips: rows of input, reconstruction and the reconstruction from each latent alone."""
+"""Draw pictures of clips: views side by side, filmstrips, stills and labels. Does not import torch."""
 
 import io
 import math
@@ -6,13 +6,9 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
-import torch
-from einops import rearrange
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
-Frames = NDArray[np.uint8]  # (T, H, W, 3)
+from .picture import Frames
 
 ERROR_GAIN = 4  # factor of error maps
 LINE_HEIGHT = 16  # pixels per line of a label
@@ -20,13 +16,6 @@ LABEL_WIDTH = 120  # least width in pixels of the labels at the left of a filmst
 MARGIN = 2
 
 
-def to_uint8(clip: Tensor) -> Frames:
-    """Convert (3, T, H, W) in [-1, 1] to (T, H, W, 3), rounded."""
-    frames = rearrange(clip.detach().float().clamp(-1, 1), "c t h w -> t h w c")
-    return ((frames + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
-
-
-@torch.no_grad()
 def error_map(frames: Frames, target: Frames) -> Frames:
     """Compute the absolute error of each value times `ERROR_GAIN`, clipped at 255."""
     error = np.abs(frames.astype(np.int16) - target) * ERROR_GAIN
@@ -79,7 +68,7 @@ def shrink(frames: Frames, side: int) -> Frames:
     return np.stack([np.asarray(image) for image in images])
 
 
-class Moments:
+class StillSampler:
     """Evenly spaced frames of a video of unknown length, sampled in constant memory.
 
     Every `stride`-th frame of each view is kept; when more than `room` are kept, every second one is dropped. `stills`

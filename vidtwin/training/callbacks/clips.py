@@ -1,4 +1,4 @@
-"""Reconstructions in TensorBoard, from before the first step on."""
+"""Log reconstructions to TensorBoard."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ class ClipLogger(Callback):
     """Log the first validation clips as filmstrips and animations: input, reconstruction, each latent alone.
 
     Args:
-        num_clips: Clips shown; 0 shows none.
+        num_clips: Number of clips; 0 logs none.
         fps: Frames per second of the animation.
     """
 
@@ -28,37 +28,29 @@ class ClipLogger(Callback):
         self._logged = 0
 
     def on_validation_batch_end(  # type: ignore[override]
-        self,
-        trainer: Trainer,
-        pl_module: AutoencoderTask,
-        outputs: Reconstruction,
-        batch: dict[str, Any],
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: AutoencoderTask, outputs: Reconstruction, batch: dict[str, Any], *_: Any
     ) -> None:
         wanted = self.num_clips - self._logged
         if wanted <= 0 or trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
         first = slice(0, wanted)
         kept = Reconstruction(outputs.clip[first], {name: z[first] for name, z in outputs.latents.items()})
-        with trainer.precision_plugin.forward_context():  # callbacks run outside of it: bf16 latents, fp32 weights
-            shown_views = views(pl_module.autoencoder, batch["clip"][first], kept)
-        for shown in shown_views:
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    tag = f"val_clips/{self._logged}"
-                    logger.experiment.add_image(
-                        f"{tag}/frames", panels.filmstrip(shown), trainer.global_step, dataformats="HWC"
-                    )
-                    animation = panels.gif(panels.side_by_side(shown), self.fps)
-                    self._add(logger, f"{tag}/video", animation, trainer.global_step)
-            self._logged += 1
+        with trainer.precision_plugin.forward_context():  # callbacks run outside of it
+            clips = views(pl_module.autoencoder, batch["clip"][first], kept)
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        for number, shown in enumerate(clips, self._logged):
+            tag, step = f"val_clips/{number}", trainer.global_step
+            still, animation = panels.filmstrip(shown), panels.gif(panels.side_by_side(shown), self.fps)
+            for board in boards:
+                board.experiment.add_image(f"{tag}/frames", still, step, dataformats="HWC")
+                _add_gif(board, f"{tag}/video", animation, step)
+        self._logged += len(clips)
 
-    @staticmethod
-    def _add(logger: TensorBoardLogger, tag: str, encoded: bytes, step: int) -> None:
-        # SummaryWriter.add_video needs moviepy to make the same GIF; the protocol buffer takes encoded bytes.
-        from tensorboard.compat.proto.summary_pb2 import Summary
 
-        image = Summary.Image(encoded_image_string=encoded, colorspace=3)
-        writer = logger.experiment._get_file_writer()
-        writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+def _add_gif(logger: TensorBoardLogger, tag: str, encoded: bytes, step: int) -> None:
+    # SummaryWriter.add_video needs moviepy to make the same GIF; the protocol buffer takes encoded bytes.
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    image = Summary.Image(encoded_image_string=encoded, colorspace=3)
+    writer = logger.experiment._get_file_writer()
+    writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

@@ -1,4 +1,4 @@
-"""Running average of a model's weights, which reconstructs better than the weights of the last step."""
+"""Average a model's weights over the steps; the average reconstructs better than the weights of the last step."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class WeightAverage:
 
         d = min(decay, (1 + n) / (10 + n)),
 
-    so that a short run, or the start of a long one, does not keep its initial values (the warm-up of TensorFlow's
-    ExponentialMovingAverage and of latent diffusion's). Buffers and frozen parameters are the model's own.
+    so that a short run, or the start of a long one, forgets its initial values (the warm-up in TensorFlow's
+    ExponentialMovingAverage and in latent diffusion). Buffers and frozen parameters are not averaged.
 
     Args:
-        model: Gives the first values.
-        decay: d in the long run, in (0, 1); 0.999 looks back about 1,000 steps.
+        model: Its weights are the first values.
+        decay: d after the warm-up, in (0, 1); 0.999 looks back about 1,000 steps.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -51,7 +51,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def exchange(self, model: nn.Module) -> None:
-        """Swap the model's weights and the average; a second call swaps them back."""
+        """Swap the model's weights and the average."""
         current = dict(model.named_parameters())
         for name, average in self.values.items():
             kept = current[name].detach().clone()
@@ -74,46 +74,46 @@ class WeightAverage:
 class EMA(Callback):
     """Average the autoencoder's weights over the steps, save the average, and evaluate with it.
 
-    `AutoencoderTask` brings it along, as its options `ema_decay` and `use_ema` want it. The average is in checkpoints
-    under `ema`, beside the weights themselves.
+    `AutoencoderTask` adds this callback, configured by its options `ema_decay` and `use_ema`, and stores the average in
+    its checkpoints under `ema`, beside the weights themselves.
 
     Args:
-        decay: Of `WeightAverage`; None keeps no average.
-        evaluate: Validate, test and predict with the averaged weights.
+        decay: As of `WeightAverage`; None keeps no average.
+        evaluate: Validate and predict with the averaged weights.
 
     Attributes:
-        average: The average of the current training; None if there is none.
+        average: The average of the current training, if it keeps one.
     """
 
-    # Not Lightning's EMAWeightAveraging: it copies the whole task, loss included, which sharded weights do not stand;
-    # it stores the average as the model's weights, so that existing checkpoints could not resume; and it updates after
-    # a batch, when callbacks before it may have saved already.
+    # Lightning's EMAWeightAveraging copies the whole task, loss included, which fails for sharded weights; it stores
+    # the average as the model's weights, so existing checkpoints could not resume; and it updates after a batch, when
+    # other callbacks may have saved already.
 
     def __init__(self, decay: float | None = None, evaluate: bool = False) -> None:
         self.decay = decay
         self.evaluate = evaluate
         self.average: WeightAverage | None = None
         self._to_load: dict[str, Any] | None = None
-        self._in_use = False  # the autoencoder has the averaged weights, and the average has its own
+        self._in_use = False  # weights and average are swapped
 
     def setup(self, trainer: Trainer, pl_module: AutoencoderTask, stage: str) -> None:  # type: ignore[override]
         if stage != "fit" and trainer.ckpt_path:
-            self.average = None  # of an earlier training; the task loads the average as weights if it is wanted
+            self.average = None  # that of an earlier training; the task loads the checkpoint's
 
     def on_fit_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
         if self.decay is None:
             if self.evaluate:
-                raise UserError("Expected model.ema_decay (0.999 for one) if model.use_ema is set, got none.")
+                raise UserError("Expected model.ema_decay (such as 0.999) if model.use_ema is set, got none.")
             return
         if trainer.ckpt_path and self._to_load is None:
-            rank_zero_warn("The checkpoint holds no average of the weights (ema): it starts from the weights.")
+            rank_zero_warn("The checkpoint has no averaged weights (ema); the average starts from its weights.")
         self.restore(pl_module, self._to_load)
         self._to_load = None
-        # By the optimizer, so that the average is up to date before any callback saves at the end of the batch.
+        # A hook of the optimizer: the average is up to date before any callback saves at the end of the batch.
         trainer.optimizers[0].register_step_post_hook(lambda *_: self._update(pl_module))
 
     def restore(self, task: AutoencoderTask, state: dict[str, Any] | None) -> None:
-        """Begin a new average at the task's weights, or go on from `state`, the `ema` of a checkpoint."""
+        """Start an average from the task's weights, or from `state`, the `ema` of a checkpoint."""
         if self.decay is not None:
             self.average = WeightAverage(task.autoencoder, self.decay)
             if state is not None:
@@ -127,40 +127,28 @@ class EMA(Callback):
         if trainer.state.fn == "fit":
             self._to_load = checkpoint.get("ema")
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: AutoencoderTask, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Add the average to a checkpoint. Called by the task, since Lightning skips callbacks if `weights_only`."""
         if self.average is None:
             return
         checkpoint["ema"] = self.average.state_dict()
-        if self._in_use:  # saved in a validation, or after one that an error has ended
+        if self._in_use:  # saved in a validation, or after an error in one
             own, average = checkpoint["state_dict"], checkpoint["ema"]["values"]
             for name, value in average.items():
                 key = f"{checkpoints.PREFIX}{name}"
                 own[key], average[name] = value, own[key]
 
-    def _put(self, trainer: Trainer, task: AutoencoderTask, averaged: bool) -> None:
-        """Have the averaged weights in the autoencoder, or its own.
+    def _use_average(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:
+        self._swap(trainer, pl_module, averaged=True)
 
-        Gathered weights are freed before: the average is sharded as the weights are.
-        """
-        placement_of(trainer).reshard(task.autoencoder)
+    def _use_weights(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:
+        self._swap(trainer, pl_module, averaged=False)
+
+    on_validation_epoch_start = on_predict_epoch_start = _use_average  # type: ignore[assignment]
+    on_validation_epoch_end = on_predict_epoch_end = _use_weights  # type: ignore[assignment]
+
+    def _swap(self, trainer: Trainer, task: AutoencoderTask, averaged: bool) -> None:
+        placement_of(trainer).reshard(task.autoencoder)  # the average is sharded as the weights are
         if self.average is not None and self.evaluate and averaged != self._in_use:
             self.average.exchange(task.autoencoder)
             self._in_use = averaged
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        self._put(trainer, pl_module, averaged=True)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        self._put(trainer, pl_module, averaged=False)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        self._put(trainer, pl_module, averaged=True)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        self._put(trainer, pl_module, averaged=False)
-
-    def on_predict_epoch_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        self._put(trainer, pl_module, averaged=True)
-
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        self._put(trainer, pl_module, averaged=False)

@@ -1,4 +1,4 @@
-"""What can go wrong in silence, as curves: latents that collapse or go unused, dead codes, a loader that lags."""
+"""Log silent failures as curves: latents that collapse or go unused, dead codes, a loader that is too slow."""
 
 import math
 import time
@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.profilers import Profiler
 
 from vidtwin.autoencoder import Reconstruction
+from vidtwin.distributed import gather_objects
 from vidtwin.metrics.frames import psnr
 from vidtwin.metrics.latents import LatentStatistics
 from vidtwin.training.task import AutoencoderTask
@@ -17,21 +18,21 @@ from vidtwin.training.task import AutoencoderTask
 class Health(Callback):
     """Log in each validation of a training, over the clips of all ranks in evaluation mode:
 
-    - `val/kl/<latent>`: of Gaussian latents, KL to N(0, 1) in nats per clip; `val/kl/<latent>/<channel>` add up to it.
-    - `val/active_units/<latent>`: the share (0 to 1) of the latent's numbers whose posterior mean varies over the clips
-      by more than 0.01 (Burda et al. 2016, 5.2); `val/active_units/<latent>/<channel>`: the same within a channel.
-      What does not vary tells the decoder nothing of the clip: 0 is a latent that has collapsed.
-    - `val/codebook_usage/<latent>`, `val/dead_codes/<latent>`, `val/perplexity/<latent>`: of quantized latents in place
-      of these two, the share of codes that occur, how many never do, and exp of the entropy of how often each does.
-    - `val/psnr/<latent>_only`: PSNR (dB, mean over clips) of what the latent gives alone, where the model can do that.
+    - `val/kl/<latent>`: KL of a Gaussian latent to N(0, 1) in nats per clip, the sum of `val/kl/<latent>/<channel>`.
+    - `val/active_units/<latent>`: share (0 to 1) of the latent's numbers whose posterior mean has a variance above 0.01
+      over the clips (Burda et al. 2016, 5.2); `val/active_units/<latent>/<channel>`: the same within a channel. The
+      other numbers carry nothing of the clip: at 0 the latent has collapsed.
+    - `val/codebook_usage/<latent>`, `val/dead_codes/<latent>`, `val/perplexity/<latent>`: for quantized latents instead,
+      the share of codes that occur, the number that do not, and exp of the entropy of their frequencies.
+    - `val/psnr/<latent>_only`: PSNR (dB, mean over clips) of the latent decoded alone, if the model supports it.
 
     and in training
 
-    - `train/loader_wait`: seconds per batch that the loop stood still for its loader, mean over the last
-      `trainer.log_every_n_steps` batches, on the rank where it was longest (the others wait for it at the gradients).
+    - `train/loader_wait`: seconds per batch that the loop waited for its loader, mean over the last
+      `trainer.log_every_n_steps` batches, of the slowest rank (the others wait for it at the gradients).
 
     Args:
-        partial: Whether to decode each latent alone: one more decoding of every validation clip for each latent.
+        partial: Decode each latent alone, which costs one decoding of every validation clip per latent.
         max_channels: Latents with more channels (axis 1) are logged as a whole only.
     """
 
@@ -50,13 +51,7 @@ class Health(Callback):
         self._alone = {}
 
     def on_validation_batch_end(  # type: ignore[override]
-        self,
-        trainer: Trainer,
-        pl_module: AutoencoderTask,
-        outputs: Reconstruction,
-        batch: dict[str, Any],
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: AutoencoderTask, outputs: Reconstruction, batch: dict[str, Any], *_: Any
     ) -> None:
         if not _is_logged(trainer):
             return
@@ -66,15 +61,19 @@ class Health(Callback):
             clip = batch["clip"]
             for name, latent in outputs.latents.items():
                 with trainer.precision_plugin.forward_context():  # callbacks run outside of it
-                    alone = pl_module.autoencoder.decode({name: latent}, clip.shape[2])
-                self._alone.setdefault(name, []).extend(psnr(alone, clip).mean(1).tolist())
+                    decoded = pl_module.autoencoder.decode({name: latent}, clip.shape[2])
+                self._alone.setdefault(name, []).extend(psnr(decoded, clip).mean(1).tolist())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
         if not _is_logged(trainer):
             return
-        self._gather(trainer)
+        latents, alone = LatentStatistics(), dict[str, list[float]]()
+        for others, their_clips in gather_objects((self._latents, self._alone)):
+            latents.merge(others)
+            for name, clips in their_clips.items():
+                alone.setdefault(name, []).extend(clips)
         values: dict[str, float] = {}
-        for name, statistics in self._latents.compute().items():
+        for name, statistics in latents.compute().items():
             if "kl" in statistics:
                 values[f"val/kl/{name}"] = float(statistics["kl"].sum())
                 values |= self._per_channel(f"val/kl/{name}", statistics["kl"])
@@ -85,7 +84,7 @@ class Health(Callback):
             if "perplexity" in statistics:
                 for key in ("codebook_usage", "dead_codes", "perplexity"):
                     values[f"val/{key}/{name}"] = float(statistics[key])
-        for name, clips in self._alone.items():
+        for name, clips in alone.items():
             values[f"val/psnr/{name}_only"] = math.fsum(clips) / len(clips)
         if values:
             for logger in trainer.loggers:
@@ -95,18 +94,6 @@ class Health(Callback):
         if len(values) > self.max_channels:
             return {}
         return {f"{name}/{channel}": float(value) for channel, value in enumerate(values)}
-
-    def _gather(self, trainer: Trainer) -> None:
-        """All ranks' clips, in one exchange that each takes part in, whatever it has seen."""
-        if trainer.world_size == 1:
-            return
-        gathered: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(gathered, (self._latents, self._alone))
-        self._latents, self._alone = LatentStatistics(), {}
-        for latents, alone in gathered:
-            self._latents.merge(latents)
-            for name, clips in alone.items():
-                self._alone.setdefault(name, []).extend(clips)
 
     # Training.
 
@@ -127,24 +114,20 @@ class Health(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"train/loader_wait": float(wait)}, max(trainer.global_step - 1, 0))
 
-    def on_train_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        self._detach()
-
-    def on_exception(self, trainer: Trainer, pl_module: AutoencoderTask, exception: BaseException) -> None:  # type: ignore[override]
-        self._detach()
-
-    def _detach(self) -> None:
+    def _detach(self, *_: Any) -> None:
         if self._stopwatch is not None:
             self._stopwatch.detach()
             self._stopwatch = None
 
+    on_train_end = on_exception = _detach  # type: ignore[assignment]
+
 
 class _Stopwatch:
-    """Seconds in `next()` of the training loader, which Lightning's loop reports to the trainer's profiler.
+    """Measure the seconds in `next()` of the training loader, which Lightning reports to the trainer's profiler.
 
-    From the end of one batch's hooks to the start of the next one's would count more: validations, checkpoints, and on
-    a GPU the step itself, for whose end the progress bar waits when it reads the loss. What is not counted either is
-    making the loader's workers; the wait for their first batch is.
+    The time between the hooks of two batches would include validations, checkpoints, and on a GPU the step itself, for
+    which the progress bar waits when it reads the loss. Starting the loader's workers is not counted; the wait for
+    their first batch is.
     """
 
     ACTION = "train_dataloader_next"
@@ -153,7 +136,7 @@ class _Stopwatch:
         self._profiler = profiler
         self._start, self._stop = profiler.start, profiler.stop
         self._seconds = self._began = 0.0
-        # On the object, not by a profiler of our own: Lightning looks at the class of the user's.
+        # Patch the object: Lightning behaves differently for another class of profiler than the user's.
         profiler.start, profiler.stop = self.start, self.stop  # type: ignore[method-assign]
 
     def start(self, action_name: str) -> None:
@@ -167,16 +150,17 @@ class _Stopwatch:
         self._stop(action_name)
 
     def read(self) -> float:
-        """Seconds since the last reading."""
+        """Return the seconds since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def detach(self) -> None:
+        """Restore the profiler."""
         for name in ("start", "stop"):
             vars(self._profiler).pop(name, None)
 
 
 def _is_logged(trainer: Trainer) -> bool:
-    """Validations whose values `AutoencoderTask` logs: not a sanity check of a few clips, but one of all."""
+    """Return whether `AutoencoderTask` logs this validation: not a sanity check of a few clips."""
     whole = not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf")
     return trainer.state.fn == "fit" and whole
