@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 try:
@@ -30,7 +30,7 @@ except ImportError:  # Windows
 from vidtwin.data import SPLITS, ClipSettings, Skip
 from vidtwin.datamodules.clips import ClipDataset, Video
 from vidtwin.datamodules.index import Fault
-from vidtwin.datamodules.loader import init_worker
+from vidtwin.datamodules.loader import WorkerLoader
 from vidtwin.errors import UserError
 from vidtwin.files import intended_name, replacing, write_text
 from vidtwin.video import VideoError, survey
@@ -174,11 +174,10 @@ def _fill(
     missing = [number for number in range(len(ranges)) if number not in records]
     if wanted.format == "clips" and missing:
         _expect_room(folder, sum(ranges[number][1] for number in missing) * clip)
-    loader = DataLoader(
+    loader = WorkerLoader(
         _ShardWriter(folder, source, [(number, *ranges[number]) for number in missing]),
         batch_size=None,
         num_workers=min(workers, len(missing)),
-        worker_init_fn=init_worker,
     )
     places = sum(count for _, count in ranges)
     with tqdm(total=places, desc=f"{wanted.split} {wanted.format}", unit="", disable=None) as bar:
