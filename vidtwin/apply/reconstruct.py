@@ -132,7 +132,7 @@ class Reconstruct:
         with tqdm(total=_count_frames(mine) if shown else None, unit="frame", disable=not shown) as bar:
             done = []
             for entry in mine:
-                done.append(self._reconstruct(session, entry, bar))
+                done.append(self._one(session, entry, bar))
                 if any(row.frames for row in done):
                     self._record(done)
                 if self._full:
