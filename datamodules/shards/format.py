@@ -14,7 +14,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -89,22 +89,7 @@ class Manifest:
     complete: bool = False
 
     def to_json(self) -> str:
-        content = {
-            "schema_version": SCHEMA_VERSION,
-            "format": self.format,
-            "split": self.split,
-            "split_name": self.split_name,
-            "description": self.description,
-            "epochs": self.epochs,
-            "clips": self.clips,
-            "complete": self.complete,
-            "shards": [vars(shard) for shard in self.shards],
-            "left_out": self.left_out,
-            "skipped": {str(place): what for place, what in self.skipped.items()},
-            "replaced": {str(place): what for place, what in self.replaced.items()},
-            "padded": {str(place): frames for place, frames in self.padded.items()},
-        }
-        return json.dumps(content, indent=1) + "\n"
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -125,28 +110,19 @@ class Manifest:
         """Parse a manifest; `UserError` if this version can't read it."""
         try:
             content = json.loads(text)
-            version = content["schema_version"]
-        except (json.JSONDecodeError, TypeError, KeyError):
+            version = content.pop("schema_version")
+        except (json.JSONDecodeError, AttributeError, TypeError, KeyError):
             raise UserError(f"{where}: expected a manifest written by `vidtwin cache`, got something else.") from None
         if version != SCHEMA_VERSION:
             raise UserError(
                 f"{where}: expected schema version {SCHEMA_VERSION}, got {version}; write the cache again, or use the "
                 "version of vidtwin that wrote it."
             )
-        return cls(
-            content["format"],
-            content["split"],
-            content["split_name"],
-            content["description"],
-            content["epochs"],
-            content["clips"],
-            content["left_out"],
-            [Shard(**shard) for shard in content["shards"]],
-            {int(place): as_skip(entry) for place, entry in content["skipped"].items()},
-            {int(place): list(map(as_skip, what)) for place, what in content["replaced"].items()},
-            {int(place): frames for place, frames in content.get("padded", {}).items()},
-            content["complete"],
-        )
+        content["shards"] = [Shard(**shard) for shard in content["shards"]]
+        content["skipped"] = {int(place): as_skip(entry) for place, entry in content["skipped"].items()}
+        content["replaced"] = {int(place): list(map(as_skip, what)) for place, what in content["replaced"].items()}
+        content["padded"] = {int(place): frames for place, frames in content.get("padded", {}).items()}
+        return cls(**content)
 
 
 def as_skip(entry: Sequence[Any]) -> Skip:
