@@ -37,7 +37,7 @@ LAYER = {room: number for number, layer in enumerate(LAYERS) for room in layer}
 _BELOW_DATA = "errors files console distributed listing video data storage.latent_files storage.resumable datamodules"
 BELOW_DATA = tuple(f"vidtwin.{name}" for name in _BELOW_DATA.split())
 # Of vidtwin.benchmark: modules that read a results folder, or write from it.
-WITH_TORCH = ("cost", "downstream", "loaded_model", "measurer", "memory", "pictures", "plan", "players", "rfvd")
+WITH_TORCH = ("cost", "downstream", "loaded_model", "measurer", "memory", "plan", "players", "rfvd")
 WITH_TORCH += ("row_folder", "runner", "sweep")
 PLUGIN = re.compile(r"vidtwin\.(baselines|datamodules)\.\w[\w.]*")
 

@@ -51,16 +51,9 @@ class Measurer:
         self.sweep, self.fabric, self.plan = sweep, fabric, plan
         self.device = fabric.device
         protocol = plan.protocol
-        self.measures = Measures(
-            protocol["compared"],
-            protocol["psnr"],
-            protocol["psnr_epsilon"],
-            protocol["ssim"],
-            protocol["lpips"]["net"],
-            self.fps,
-            sweep.backbones,
-            sweep.vmaf,
-        )
+        compared, psnr, epsilon, ssim = (protocol[key] for key in ("compared", "psnr", "psnr_epsilon", "ssim"))
+        network = protocol["lpips"]["net"]
+        self.measures = Measures(compared, psnr, epsilon, ssim, network, self.fps, sweep.backbones, sweep.vmaf)
         self.measures.setup(*plan.shape[1:])
         for name, reason in self.measures.unavailable.items():  # what was asked for has to be there
             if name == "vmaf" or any(path and str(path) in reason for path in sweep.backbones.values()):
@@ -68,15 +61,14 @@ class Measurer:
         home = str(Path.home())  # a report is passed on
         self.unavailable = {name: text.replace(home, "~") for name, text in self.measures.unavailable.items()}
         self.features: ClipFeatures | None = None
-        if not (sweep.fvd.path and sweep.fvd.sha256):
-            reason = "Expected an I3D network for rFVD, got none; give --fvd.path and --fvd.sha256."
-            self.unavailable["rfvd"] = reason
-        elif plan.shape[1] < MIN_FRAMES:
-            reason = f"Expected clips of at least {MIN_FRAMES} frames for rFVD, got {plan.shape[1]}."
-            self.unavailable["rfvd"] = reason
+        if not (sweep.i3d.path and sweep.i3d.sha256):
+            missing = "Expected an I3D network for rFVD, got none; give --fvd.path and --fvd.sha256."
+            self.unavailable["rfvd"] = missing
+        elif (length := plan.shape[1]) < MIN_FRAMES:
+            self.unavailable["rfvd"] = f"Expected clips of at least {MIN_FRAMES} frames for rFVD, got {length}."
         else:
-            network = FeatureNetwork(sweep.fvd.path, sweep.fvd.sha256, protocol["fvd"]["convention"])
-            self.features = ClipFeatures(network, sweep.folder, plan, self._load_target)
+            i3d = FeatureNetwork(sweep.i3d.path, sweep.i3d.sha256, protocol["fvd"]["convention"])
+            self.features = ClipFeatures(i3d, sweep.folder, plan, self._load_target)
         self.extent = {
             "metrics": [*self.measures.names, *(["rfvd"] if self.features else [])],
             "protocol": plan.digest,
@@ -89,7 +81,7 @@ class Measurer:
     @property
     def fps(self) -> float:
         """Frames per second of files that are written."""
-        return self.sweep.data.eval_fps or 25.0
+        return self.sweep.source.eval_fps or 25.0
 
     def build(self, job: Job) -> LoadedModel:
         """Build a model on the device; `ModelError` if that fails or if it does not take the clips."""
@@ -106,12 +98,12 @@ class Measurer:
     def load(self, chunks: Sequence[Sequence[int]]) -> Iterable[dict[str, Any]]:
         """Load clips: a batch per chunk, see `ClipSource.chunk_loader`."""
         processes = max(1, self.fabric.world_size // max(1, self.sweep.num_nodes))
-        return self.sweep.data.chunk_loader("test", chunks, self.device.type, processes)
+        return self.sweep.source.chunk_loader("test", chunks, self.device.type, processes)
 
     def clip(self, batch: dict[str, Any]) -> Tensor:
         """Return a loaded batch's clips (B, 3, T, H, W) in [-1, 1] on the device."""
         moved = {**batch, "clip": batch["clip"].to(self.device)}
-        clip: Tensor = self.sweep.data.on_after_batch_transfer(moved, 0)["clip"]
+        clip: Tensor = self.sweep.source.on_after_batch_transfer(moved, 0)["clip"]
         return clip
 
     def measure(self, model: LoadedModel, batch: dict[str, Any]) -> dict[str, Any]:
@@ -161,20 +153,15 @@ class Measurer:
 
     def measure_costs(self, model: LoadedModel) -> dict[str, Any]:
         """Measure a model's costs and those of a DiT on its latents, as far as they are asked for."""
-        shape, repeats = self.plan.shape, self.sweep.repeats
-
-        def encode(copy: VideoAutoencoder, clip: Tensor) -> Any:
-            return replace(model, model=copy).encode(clip).mode()
-
-        def decode(copy: VideoAutoencoder, latents: Any, num_frames: int) -> Tensor:
-            return replace(model, model=copy).decode(latents, num_frames)
-
+        shape, repeats, precision = self.plan.shape, self.sweep.repeats, self._precision
         found: dict[str, Any] = {"cost": None, "downstream": None}
         if self.sweep.cost:
+
+            def wrap(copy: VideoAutoencoder) -> LoadedModel:
+                return replace(model, model=copy)
+
             found["cost"] = _catch(
-                lambda: cost.measure(
-                    model.model, shape, self.device, self._precision, repeats=repeats, encode=encode, decode=decode
-                )
+                lambda: cost.measure(model.model, shape, self.device, precision, repeats=repeats, wrap=wrap)
             )
         if self.sweep.downstream:
             shapes = model.latent_shapes(shape)
