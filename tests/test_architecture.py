@@ -120,7 +120,7 @@ def broken_rules(path: Path, root: Path) -> Iterator[str]:
         plugin = entry.room in LINKED and part not in LINKED  # rule 3's
         if part and entry.room in LAYER and entry.room != part and not plugin and LAYER[entry.room] >= LAYER[part]:
             yield report(entry, f"1 says that imports only go down: {entry.room} does not lie below {part}")
-        elif part in ("models", "baselines") and entry.within(*LIGHTNING, "vidtwin.losses"):
+        elif part in ("models", "baselines") and entry.within(*LIGHTNING, "vidtwin.losses", "vidtwin.data"):
             yield report(entry, "2 says that a model or a baseline knows no Lightning, no loss and no data")
         elif (
             part == "baselines" and entry.within("vidtwin.baselines") and not entry.within(f"vidtwin.baselines.{name}")

@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import capture_parser
 from safetensors.torch import load_file
 
-from vidtwin.cli import main, messages
+from vidtwin.cli import benchmark, benchmark_options, main, messages
 from vidtwin.cli.parser import Parser
 from vidtwin.cli.trainer_commands import OPTIONS
 from vidtwin.cli.training import VidTwinCLI
@@ -315,6 +315,23 @@ def test_mistyped_options_are_refused_by_a_list_that_fits_the_parsers():
     for command, inner in commands.items():
         names = {word[2:].partition(".")[0] for word in inner._option_string_actions if word.startswith("--")}
         assert names == set(OPTIONS[command]), command
+    ours = [parser() for parser in (benchmark._sweep_parser, lambda: benchmark._model_parser([]))]
+    words = {word for parser in ours for word in parser._option_string_actions if word.startswith("--")}
+    assert {word[2:].partition(".")[0].rstrip("+") for word in words} | {"trainer"} == benchmark_options.names()
+
+
+@pytest.mark.parametrize("first", ["ckpt_path", "model"])
+def test_the_order_of_options_does_not_choose_the_model(here, run, capsys, first):
+    options = {"ckpt_path": ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]}
+    options["model"] = ["--model.autoencoder", "vidtwin.baselines.references.TemporalMean"]
+    words = [*options.pop(first), *next(iter(options.values()))]
+    data = ["--data=ucf101", "--data.root=data/UCF-101", "--data.num_frames=4", "--data.resolution=32"]
+    assert "another model or size" in fails(capsys, "test", *words, *data, "--results_dir=order")
+
+
+def test_an_unknown_key_of_a_tests_config_is_refused(here, capsys):
+    Path("typo.yaml").write_text(Path("tiny.yaml").read_text() + "protocl: {preset: wfvae}\n")
+    assert "got 'protocl'; did you mean 'protocol'?" in fails(capsys, "test", "-c", "typo.yaml")
 
 
 @pytest.mark.parametrize(

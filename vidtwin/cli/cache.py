@@ -1,6 +1,6 @@
 """`vidtwin cache`: the clips or the video files of a data module as shards.
 
-Nothing heavy is imported at the top: `vidtwin --help` reads the docstring of the command.
+Nothing heavy is imported at the top, for help and refusals.
 """
 
 import argparse
@@ -29,9 +29,18 @@ _OWN = ("splits", "epochs", "format", "verify")
 
 def cache_command(argv: list[str]) -> int:
     """Write decoded clips, or video files, as shards: vidtwin cache OUT --config FILE"""
-    from vidtwin.cli.parser import config_paths, read_config, resolve_short_names, user_errors, wants_help
+    from vidtwin.cli.parser import (
+        check_name,
+        config_paths,
+        read_config,
+        resolve_short_names,
+        user_errors,
+        wants_help,
+    )
 
     argv = resolve_short_names(argv)
+    for option in (word.partition("=")[0] for word in argv if word.startswith("--")):
+        check_name(option, option[2:].partition(".")[0], ("config", "data", "help", "print_config", *_OWN))
     others = set(read_config(config_paths(argv))) - {"data", "out", "config", *_OWN}  # other commands read them
     config = (parser := _parser(sorted(others), light=wants_help(argv))).parse_args(argv)
     if config.get("data") is None:

@@ -1,6 +1,6 @@
 """`vidtwin check`: hold an autoencoder, ours or anyone's, to the promises of the interface.
 
-Nothing heavy is imported at the top: `vidtwin --help` reads the docstring of the command.
+Nothing heavy is imported at the top, for help and refusals.
 """
 
 import argparse

@@ -28,7 +28,7 @@ def add_arguments(parser: Parser, configs: Iterable[str | Path], own: Iterable[s
         own: Options of the command that a config may set.
         shown: Help of --config.
     """
-    parser.add_argument("--config", action=ActionConfigFile, help=shown or argparse.SUPPRESS)
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help=shown or argparse.SUPPRESS)
     parser.add_subclass_arguments(VideoAutoencoder, KEY, as_group=False, required=False, help=argparse.SUPPRESS)
     content = read_config(configs)
     model = content.get("model")

@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -104,6 +105,13 @@ def wants_help(argv: Sequence[str]) -> bool:
 def option_value(argv: Sequence[str], *names: str) -> str | None:
     """Return the last value of `--NAME VALUE` or `--NAME=VALUE`, of any of the names."""
     return next(reversed(_option_values(argv, names)), None)
+
+
+def check_name(option: str, name: str, known: Iterable[str], prefix: str = "") -> None:
+    """Refuse a mistyped option: `name` is not among the `known` names, but close to one; the parser refuses others."""
+    known = list(known)
+    if name not in known and (near := get_close_matches(name, known, n=1)):
+        raise UserError(f"Expected options that exist, got {option}; did you mean {prefix + near[0]!r}?")
 
 
 def config_paths(argv: Sequence[str]) -> list[Path]:

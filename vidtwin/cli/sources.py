@@ -9,7 +9,7 @@ import docstring_parser
 
 
 class Option(NamedTuple):
-    """An argument of a class: its help from the docstring, and the source of its default."""
+    """An argument of a class: its help from the docstring; for a field of a dataclass the source of its default."""
 
     help: str
     default: str
@@ -31,7 +31,6 @@ def _defaults(found: ast.ClassDef) -> dict[str, str]:
     for node in found.body:
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
             arguments = node.args
-            names = [each.arg for each in (*arguments.args[1:], *arguments.kwonlyargs)]
-            return dict.fromkeys(names, "")
+            return dict.fromkeys([each.arg for each in (*arguments.args[1:], *arguments.kwonlyargs)], "")
     fields = [node for node in found.body if isinstance(node, ast.AnnAssign)]
     return {ast.unparse(field.target): ast.unparse(field.value) if field.value else "" for field in fields}
