@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
 from vidtwin.benchmark.protocol import ProtocolSettings
 from vidtwin.benchmark.sweep import FVD, Entry, Sweep
-from vidtwin.cli.benchmark import _read_config
+from vidtwin.cli.benchmark import read_model
 from vidtwin.datamodules.clips import ClipDataset, Video
 from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.metrics.fvd import file_sha256
@@ -229,7 +229,7 @@ def sweep(folder: Path, entries: list[Entry], data: ClipDataModule | None = None
         "downstream": False,
         "progress": False,
         "players": 0,
-        "read_config": partial(_read_config, folders=[]),
+        "read_config": partial(read_model, folders=[]),
     }
     return Sweep(entries, data or NumberedData(), results_dir=str(folder), **given | arguments)
 

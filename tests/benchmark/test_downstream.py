@@ -127,7 +127,7 @@ def test_the_loss_is_the_mean_squared_error_over_all_numbers_of_all_latents():
 
     noise = {"a": torch.randn(1, 2, 3), "b": torch.randn(1, 5)}
     expected = torch.cat([part.flatten() for part in noise.values()]).square().mean()
-    torch.testing.assert_close(downstream._loss(Silent(), noise, noise), expected)
+    torch.testing.assert_close(downstream.compute_loss(Silent(), noise, noise), expected)
 
 
 def test_a_measurement_has_the_keys_of_results_json_and_changes_no_random_number():
@@ -153,7 +153,7 @@ def test_memory_has_the_activations_of_all_layers_but_no_scores_of_attention():
     tokens = 600
     model, latents = LatentDiT({"z": (1, 2 * tokens)}), {"z": torch.randn(1, 1, 2 * tokens)}
     held = [list(model.parameters()), list(model.buffers()), latents]
-    peak = peak_memory(lambda: downstream._loss(model, latents, latents), torch.device("cpu"), held)
+    peak = peak_memory(lambda: downstream.compute_loss(model, latents, latents), torch.device("cpu"), held)
     weights = 4 * sum(p.numel() for p in model.parameters())
     activations = 6 * tokens * 4 * (3 * 512 + 2048 + 2 * 512)  # at least queries, keys, values, FFN and norms
     scores = 6 * 8 * tokens**2 * 4

@@ -494,14 +494,6 @@ def test_a_folder_of_another_protocol_is_refused_by_what_differs(done):
     assert sweeping.calls == []
 
 
-def test_an_error_of_a_process_that_was_killed_is_not_the_next_runs(tmp_path):
-    entries = [Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt"))]
-    stale = tmp_path / "r" / "rows" / "a" / "parts" / "error-1.json"
-    stale.parent.mkdir(parents=True)
-    stale.write_text('{"error": "the device was full"}')
-    assert sweep(tmp_path / "r", entries).run() == 0
-
-
 def test_a_results_folder_that_is_a_file_is_told(tmp_path):
     (tmp_path / "r").write_text("")
     with pytest.raises(UserError, match="Expected a folder for this sweep"):
