@@ -62,7 +62,7 @@ class ClipSource:
         self.dataset = dataset
         self.may_skip = may_skip  # not in training, where another clip stands in for an unreadable one
 
-    def skipped(self, place: int, error: VideoError) -> Skip:
+    def describe(self, place: int, error: VideoError) -> Skip:
         """Return the name of an unreadable clip and the reason."""
         return self.dataset.skip(place % len(self.dataset), error)
 
@@ -71,7 +71,7 @@ class ClipSource:
         name, start = self.dataset.identity(place)
         return [[0, place, name, "", start]]
 
-    def item(self, place: int) -> _Item:
+    def read(self, place: int) -> _Item:
         epoch, index = divmod(place, len(self.dataset))
         item = self.dataset.clip(epoch, index)
         clip = np.ascontiguousarray(item["clip"])
@@ -92,13 +92,13 @@ class VideoSource:
     def __init__(self, videos: list[Video]) -> None:
         self.videos = videos
 
-    def skipped(self, place: int, error: VideoError) -> Skip:
+    def describe(self, place: int, error: VideoError) -> Skip:
         return self.videos[place].name, Fault.of(error, self.videos[place].path).reason
 
     def row_without_item(self, place: int) -> list[list[Any]]:
         return []
 
-    def item(self, place: int) -> _Item:
+    def read(self, place: int) -> _Item:
         video = self.videos[place]
         try:
             content = video.path.read_bytes()
@@ -158,11 +158,11 @@ class ShardWriter(Dataset[Record | str]):
         record = Record(number, Shard(SHARD.format(number), first, count, 0, 0, ""))
         for place in range(first, first + count):
             try:
-                item = self.source.item(place)
+                item = self.source.read(place)
             except VideoError as error:
                 if not self.source.may_skip or not error.lasting:
                     raise  # a disk that fails for a moment must not leave a gap for good
-                record.skipped.append((place, *self.source.skipped(place, error)))
+                record.skipped.append((place, *self.source.describe(place, error)))
                 record.rows += self.source.row_without_item(place)
                 continue
             pieces.append(item.pieces)

@@ -123,7 +123,7 @@ def _write_split(
         videos = data.videos(split)
         source: Source = VideoSource(videos)
         wanted = Manifest(format, split, name, description, 1, len(videos))
-        ranges = list(_by_size([_size(video.path) for video in videos], shard_bytes))
+        ranges = list(_group_by_size([_file_size(video.path) for video in videos], shard_bytes))
     else:
         dataset = data.make_dataset(split)
         source = ClipSource(dataset, may_skip=split != "train")
@@ -239,7 +239,7 @@ class _SplitWriter:
         for record in records:
             writer.writerows(record.rows)
         write_text(self.folder / TABLE, table.getvalue())
-        write_text(self.folder / "index.json", _litdata_index(self.wanted.format, shards))
+        write_text(self.folder / "index.json", _make_litdata_index(self.wanted.format, shards))
         self.found = replace(
             self.wanted,
             shards=shards,
@@ -255,7 +255,7 @@ def _layout(manifest: Manifest) -> dict[str, Any]:
     return {key: getattr(manifest, key) for key in ("format", "split", "epochs", "clips")}
 
 
-def _litdata_index(format: str, shards: list[Shard]) -> str:
+def _make_litdata_index(format: str, shards: list[Shard]) -> str:
     fields = FIELDS[format]
     leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
     tree = {"type": "builtins.dict", "context": json.dumps(list(fields)), "children_spec": [leaf] * len(fields)}
@@ -285,14 +285,14 @@ def _expect_room(folder: Path, wanted: int) -> None:
         )
 
 
-def _size(path: Path) -> int:
+def _file_size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError:
         return 0  # reported when it is read
 
 
-def _by_size(sizes: list[int], limit: int) -> Iterator[tuple[int, int]]:
+def _group_by_size(sizes: list[int], limit: int) -> Iterator[tuple[int, int]]:
     """Group neighbours whose total stays within a limit → first index and count of each group."""
     first, total = 0, 0
     for index, size in enumerate(sizes):

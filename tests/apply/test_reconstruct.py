@@ -316,5 +316,5 @@ def test_a_full_disk_ends_the_command_with_what_is_whole(here, capsys, monkeypat
     assert run("in") == 1
     told = capsys.readouterr().err
     assert "reconstructions/b.mp4: can't be written" in told
-    assert "what is whole stays; --skip_existing goes on" in told
+    assert "complete videos stay; --skip_existing goes on" in told
     assert sorted(path.name for path in Path("reconstructions").glob("*.mp4")) == ["a.mp4"]

@@ -35,13 +35,13 @@ Reconstruct videos of any length, size and frame rate: as many frames, at the sa
   vidtwin reconstruct videos/ --ckpt_path last.ckpt --only structure --accelerator cuda --devices 4
 
 IN are files, folders (all videos below them) or globs. A video goes through in windows of the model's length, one after
-the other, in constant memory; the last one is filled up by repeating the last frame, and cut again. The picture is
-cropped to a square and resized to the model's resolution, or goes through whole: where the model takes any size, or
-by --tile. PSNR and SSIM are printed for each video, means over its frames of 8-bit pictures, against what the model was
-given; they stand in OUT/reconstructions.csv too.
+the other, in constant memory; the last frame pads the last window, and the padding is cut off again. The picture is
+cropped to a square and resized to the model's resolution, or kept whole: by --tile, or if the model takes any size.
+PSNR and SSIM of each video, means over its frames of 8-bit pictures against the model's input, are printed and written
+to OUT/reconstructions.csv.
 
-Exit code: 0 all done, 1 a video failed or is damaged (a line on stderr says which and why; what comes before the damage
-is reconstructed), 2 nothing was made.
+Exit code: 0 all done, 1 a video failed or is damaged (a line on stderr gives the reason; the frames before the damage
+are reconstructed), 2 nothing was made.
 """
 TABLE = "reconstructions.csv"
 _COLUMNS = ("input", "output", "frames", "psnr", "ssim", "note")
@@ -49,7 +49,7 @@ _COLUMNS = ("input", "output", "frames", "psnr", "ssim", "note")
 
 @dataclass
 class Done:
-    """A video that was reconstructed, or not: `frames` is 0."""
+    """Result for a video; `frames` is 0 if it failed."""
 
     input: str
     output: str
@@ -73,14 +73,14 @@ class Reconstruct:
         only: Decode this latent alone (VidTwin: structure or dynamics).
         size: Side of the square that pictures are cropped and resized to, for models that take any size; by default
             those take the whole picture.
-        tile: Keep the whole picture at its size, in tiles of the model's resolution that overlap.
+        tile: Keep the whole picture at its size, in overlapping tiles of the model's resolution.
         tile_size: Side of the tiles in pixels, for models that take any size.
-        overlap: Share of a tile that its neighbours have too.
-        side_by_side: Show the input, the reconstruction and what each latent gives alone next to each other.
+        overlap: Share of a tile that it has in common with its neighbour.
+        side_by_side: Show the input, the reconstruction and the picture of each latent alone next to each other.
         error_map: Show the absolute error, four times enlarged, next to it.
-        batch_size: Windows, or tiles, that the model is given at once.
-        overwrite: Replace outputs that are there.
-        skip_existing: Leave out inputs whose outputs are there.
+        batch_size: Windows, or tiles, per forward pass.
+        overwrite: Replace existing outputs.
+        skip_existing: Leave out inputs whose outputs exist.
         progress: Show a progress bar.
     """
 
@@ -128,14 +128,14 @@ class Reconstruct:
         self._check(session)
         mine = self.inputs[session.rank :: session.world_size]
         shown = self.progress and session.is_main
-        with tqdm(total=_frames_of(mine) if shown else None, unit="frame", disable=not shown) as bar:
+        with tqdm(total=_count_frames(mine) if shown else None, unit="frame", disable=not shown) as bar:
             done = []
             for entry in mine:
-                done.append(self._one(session, entry, bar))
+                done.append(self._reconstruct(session, entry, bar))
                 if any(row.frames for row in done):
                     self._record(done)
                 if self._full:
-                    session.tell("what is whole stays; --skip_existing goes on when there is room")
+                    session.tell("complete videos stay; --skip_existing goes on when there is room")
                     break
         everything = [row for rows in session.gather(done) for row in rows]
         whole = sum(row.frames > 0 for row in everything)
@@ -153,7 +153,7 @@ class Reconstruct:
         if self.tile_size is not None and (self.tile_size < 1 or self.tile_size % model.spatial_multiple):
             raise UserError(f"Expected --tile_size a multiple of {model.spatial_multiple}, got {self.tile_size}.")
 
-    def _one(self, session: "Session", entry: Input, bar: "tqdm[None]") -> Done:
+    def _reconstruct(self, session: "Session", entry: Input, bar: "tqdm[None]") -> Done:
         path = self._target(entry)
         done = Done(str(entry.path), str(path), 0, None, None)
         from vidtwin.apply.meters import Likeness
@@ -164,10 +164,10 @@ class Reconstruct:
             info, wrong = examine(entry.path)
             parts = BeforeDamage(windows(entry.path, session.num_frames, size))
             with VideoWriter(path, info.fps, timed=True, sound=entry.path) as writer:
-                for window, shown in self._shown(session, parts):
+                for window, shown in self._iter_views(session, parts):
                     real = window.frames[: window.num_frames]
                     likeness.add(shown[self._title], real)
-                    for picture, time in zip(self._joined(real, shown), window.times, strict=True):
+                    for picture, time in zip(self._join(real, shown), window.times, strict=True):
                         writer.write(picture, time)
                     done.frames += window.num_frames
                     bar.update(window.num_frames)
@@ -185,18 +185,18 @@ class Reconstruct:
     def _title(self) -> str:
         return f"{self.only} only" if self.only else "reconstruction"
 
-    def _shown(self, session: "Session", parts: Iterable[Window]) -> Iterator[tuple[Window, dict[str, Frames]]]:
-        """Windows with the real frames of their views."""
+    def _iter_views(self, session: "Session", parts: Iterable[Window]) -> Iterator[tuple[Window, dict[str, Frames]]]:
+        """Yield windows with the real frames of their views."""
         waiting: list[Window] = []
         for window in parts:
             waiting.append(window)
             if len(waiting) == self.batch_size:
-                yield from self._batch(session, waiting)
+                yield from self._run_batch(session, waiting)
                 waiting = []
         if waiting:
-            yield from self._batch(session, waiting)
+            yield from self._run_batch(session, waiting)
 
-    def _batch(self, session: "Session", some: list[Window]) -> Iterator[tuple[Window, dict[str, Frames]]]:
+    def _run_batch(self, session: "Session", some: list[Window]) -> Iterator[tuple[Window, dict[str, Frames]]]:
         def run(clips: list[Frames]) -> dict[str, list[Frames]]:
             return session.views(clips, self.only, partial=self.side_by_side)
 
@@ -210,7 +210,7 @@ class Reconstruct:
         for window, shown in zip(some, made, strict=True):
             yield window, {name: clip[: window.num_frames] for name, clip in shown.items()}
 
-    def _joined(self, real: Frames, shown: dict[str, Frames]) -> Frames:
+    def _join(self, real: Frames, shown: dict[str, Frames]) -> Frames:
         from vidtwin.video import panels
 
         if self.side_by_side:
@@ -223,7 +223,7 @@ class Reconstruct:
         return target(self.out, entry.name, ".mp4")
 
     def _record(self, done: list[Done]) -> None:
-        """Put the rows of this process among those that are there, of others and of earlier runs."""
+        """Merge the rows of this process into the table of other processes and earlier runs."""
         from vidtwin.storage.resumable import lock
 
         rows = {row.input: {column: getattr(row, column) for column in _COLUMNS} for row in done}
@@ -240,12 +240,12 @@ class Reconstruct:
             write_text(path, text.getvalue())
 
 
-def _frames_of(inputs: list[Input]) -> int:
+def _count_frames(inputs: list[Input]) -> int:
     total = 0
     for entry in inputs:
         try:
             total += examine(entry.path)[0].num_frames
-        except VideoError:  # told when it is its turn
+        except VideoError:  # reported at its turn
             continue
     return total
 
