@@ -100,7 +100,7 @@ def test_the_output_has_the_latents_shapes_and_each_number_depends_on_each():
         assert (gradient != 0).all()
 
 
-def test_equal_patches_at_two_places_are_told_apart():
+def test_equal_patches_at_two_places_are_distinguished():
     torch.manual_seed(0)
     found = LatentDiT({"z": (1, 4)})({"z": torch.ones(1, 1, 4)})["z"]
     assert not torch.allclose(found[..., :2], found[..., 2:])
@@ -173,12 +173,12 @@ def test_memory_has_the_activations_of_all_layers_but_no_scores_of_attention():
         ({"z": (3, 0)}, {}, r"got z of \(3, 0\)"),
     ],
 )
-def test_wrong_arguments_are_told(shapes, arguments, words):
+def test_wrong_arguments_are_refused(shapes, arguments, words):
     with pytest.raises(UserError, match=words):
         downstream.measure(shapes, "cpu", **arguments)
 
 
-def test_an_unknown_count_is_told():
+def test_an_unknown_count_is_refused():
     with pytest.raises(UserError, match="one of layers, ffn_norm_only, embeddings, got 'all'"):
         on_meta(VECTOR).num_parameters("all")
 

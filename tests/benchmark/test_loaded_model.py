@@ -36,7 +36,7 @@ def test_latents_of_windows_count_for_the_whole_clip():
     assert row["bits_per_pixel"] == 1536 / (FRAMES * SIDE * SIDE)
 
 
-def test_bits_are_unknown_where_a_latent_is_no_choice_of_codes():
+def test_bits_are_unknown_without_codes():
     loaded = LoadedModel("a", "untrained", Pool())
     latents = loaded.describe_latents(loaded.encode(CLIP).mode(), tuple(CLIP.shape[1:]))
     assert latents["grid"]["bits"] is None
