@@ -1,4 +1,4 @@
-"""FLOPs and memory against arithmetic by hand; what a measurement says and leaves alone."""
+"""FLOPs and memory against arithmetic by hand; content of a measurement, and what it leaves unchanged."""
 
 import copy
 import json
@@ -173,12 +173,12 @@ def test_no_weight_is_copied_for_the_count_of_flops():
         ({"clip_shape": (1, 2, 4, 4)}, "Expected a float clip of shape"),
     ],
 )
-def test_wrong_arguments_are_told(arguments, words):
+def test_wrong_arguments_are_refused(arguments, words):
     with pytest.raises(UserError, match=words):
         cost.measure(Flat(), **({"clip_shape": FLAT, "device": "cpu"} | arguments))
 
 
-def test_a_model_that_asks_for_values_is_told_why_its_flops_cannot_be_counted():
+def test_the_flops_of_a_model_that_asks_for_values_are_refused_with_the_reason():
     class Asking(Flat):
         def _encode(self, clip):
             return super()._encode(clip if clip.sum().item() else clip + 1)
@@ -187,7 +187,7 @@ def test_a_model_that_asks_for_values_is_told_why_its_flops_cannot_be_counted():
         cost.measure(Asking(), FLAT, "cpu")
 
 
-def test_out_of_memory_is_told_and_the_model_is_as_it_was():
+def test_out_of_memory_is_reported_and_the_model_is_as_it_was():
     class Large(Flat):
         def _decode(self, latents):
             if latents["numbers"].is_meta:

@@ -315,7 +315,7 @@ def test_mistyped_options_are_refused_by_a_list_that_fits_the_parsers():
     for command, inner in commands.items():
         names = {word[2:].partition(".")[0] for word in inner._option_string_actions if word.startswith("--")}
         assert names == set(OPTIONS[command]), command
-    ours = [parser() for parser in (benchmark._sweep_parser, lambda: benchmark._model_parser([]))]
+    ours = [parser() for parser in (benchmark._make_sweep_parser, lambda: benchmark._make_model_parser([]))]
     words = {word for parser in ours for word in parser._option_string_actions if word.startswith("--")}
     assert {word[2:].partition(".")[0].rstrip("+") for word in words} | {"trainer"} == benchmark_options.names()
 

@@ -79,7 +79,7 @@ def measure(
         }
 
     with _evaluating(model):
-        counts = _count_flops(model, clip_shape, wrap)
+        counts = flops(model, clip_shape, wrap)
         measured = within_memory(run, device, tried)
     return {
         "flops": counts,
@@ -99,14 +99,20 @@ def flops(model: VideoAutoencoder, clip_shape: Sequence[int], wrap: Wrap = lambd
     PyTorch's counter counts matrix products, convolutions and attention, not additions, norms and activations. It runs
     on the meta device, where nothing is computed and where it sees products that a CPU hides in fused kernels.
     """
-    model = _copy_to_meta(model).eval()
-    clip, coder, counts = _make_clips(model, 1, clip_shape), wrap(model), {}
-    with FlopCounterMode(display=False) as counter:
-        latents = coder.encode(clip).mode()
-    counts["encode"] = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        coder.decode(latents, clip_shape[1])
-    counts["decode"] = counter.get_total_flops()
+    name, model, counts = type(model).__name__, _copy_to_meta(model).eval(), {}
+    clip, coder = _make_clips(model, 1, clip_shape), wrap(model)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            latents = coder.encode(clip).mode()
+        counts["encode"] = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            coder.decode(latents, clip_shape[1])
+        counts["decode"] = counter.get_total_flops()
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"Expected {name} to run on the meta device, where FLOPs are counted, got: {' '.join(str(error).split())}; "
+            "keep its forward pass free of what asks for a tensor's values."
+        ) from error
     return counts
 
 
@@ -162,19 +168,6 @@ def _copy_to_meta(model: VideoAutoencoder) -> VideoAutoencoder:
     }
     known |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
     return copy.deepcopy(model, known)
-
-
-def _count_flops(model: VideoAutoencoder, clip_shape: Sequence[int], wrap: Wrap) -> dict[str, int]:
-    try:
-        return flops(model, clip_shape, wrap)
-    except UserError:
-        raise
-    except (RuntimeError, NotImplementedError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(
-            f"Expected {type(model).__name__} to run on the meta device, where FLOPs are counted, got: {line}; keep "
-            "its forward pass free of what asks for a tensor's values."
-        ) from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ modulation by it, so there are none here.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
@@ -75,16 +75,15 @@ class LatentDiT(nn.Module):
             count: Those of the six layers (18,914,304); those of their FFNs and norms alone (12,610,560, as the paper
                 prints); or those that map latents to tokens and back, which depend on the latents.
         """
-        chosen: dict[str, Callable[[], list[nn.Module]]] = {
-            "layers": lambda: [self.layers],
-            "ffn_norm_only": lambda: [
-                part for layer in self.layers for name, part in layer.named_children() if name != "self_attn"
-            ],
-            "embeddings": lambda: [self.embeddings, self.heads],
+        ffn_and_norms = [m for layer in self.layers for name, m in layer.named_children() if name != "self_attn"]
+        modules: dict[str, Iterable[nn.Module]] = {
+            "layers": self.layers,
+            "ffn_norm_only": ffn_and_norms,
+            "embeddings": [self.embeddings, self.heads],
         }
-        if count not in chosen:
-            raise UserError(f"Expected count to be one of {', '.join(chosen)}, got {count!r}.")
-        return sum(p.numel() for module in chosen[count]() for p in module.parameters())
+        if count not in modules:
+            raise UserError(f"Expected count to be one of {', '.join(modules)}, got {count!r}.")
+        return sum(p.numel() for module in modules[count] for p in module.parameters())
 
 
 def count_tokens(latent_shapes: LatentShapes) -> dict[str, int]:
@@ -187,13 +186,13 @@ def flops(model: LatentDiT) -> dict[str, int]:
     """
     noise = {name: torch.empty(1, *shape, device="meta") for name, shape in model.latent_shapes.items()}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        loss = _compute_loss(model.train(), noise, noise)
+        loss = compute_loss(model.train(), noise, noise)
         forward = counter.get_total_flops()
         loss.backward()
     return {"flops_forward": forward, "flops_training_step": counter.get_total_flops()}
 
 
-def _compute_loss(model: LatentDiT, latents: dict[str, Tensor], noise: dict[str, Tensor]) -> Tensor:
+def compute_loss(model: LatentDiT, latents: dict[str, Tensor], noise: dict[str, Tensor]) -> Tensor:
     """Compute the mean squared error of the predicted noise in latents that are half noise."""
     noisy = {name: (latent + noise[name]) / math.sqrt(2) for name, latent in latents.items()}
     found = model(noisy)
@@ -214,7 +213,7 @@ def _train(latent_shapes: LatentShapes, device: torch.device, warmup: int, repea
 
     def step() -> None:
         optimizer.zero_grad()
-        _compute_loss(model, latents, noise).backward()
+        compute_loss(model, latents, noise).backward()
         optimizer.step()
 
     seconds(step, device, warmup - 1, 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import cost, downstream
 from vidtwin.benchmark.loaded_model import LoadedModel
-from vidtwin.benchmark.plan import Job, ModelError, Plan, one_line
+from vidtwin.benchmark.plan import Job, ModelError, Plan, empty_part, one_line
 from vidtwin.benchmark.rfvd import ClipFeatures
 from vidtwin.distributed import forward_context
 from vidtwin.errors import UserError
@@ -41,6 +41,7 @@ class Measurer:
         plan: Clips and protocol.
 
     Attributes:
+        fps: Frames per second of videos that are written.
         unavailable: Metrics that can't be measured here, with the reason.
         features: Features for rFVD; None without its network.
         extent: Settings beside a model that decide a row's numbers; with other ones it is measured again.
@@ -50,6 +51,7 @@ class Measurer:
     def __init__(self, sweep: "Sweep", fabric: Fabric, plan: Plan) -> None:
         self.sweep, self.fabric, self.plan = sweep, fabric, plan
         self.device = fabric.device
+        self.fps: float = sweep.source.eval_fps or 25.0
         protocol = plan.protocol
         compared, psnr, epsilon, ssim = (protocol[key] for key in ("compared", "psnr", "psnr_epsilon", "ssim"))
         network = protocol["lpips"]["net"]
@@ -78,11 +80,6 @@ class Measurer:
         }
         self.costs_extent = [sweep.repeats, sweep.cost, sweep.downstream, cost.device_name(self.device)]
 
-    @property
-    def fps(self) -> float:
-        """Frames per second of files that are written."""
-        return self.sweep.source.eval_fps or 25.0
-
     def build(self, job: Job) -> LoadedModel:
         """Build a model on the device; `ModelError` if that fails or if it does not take the clips."""
         try:
@@ -107,27 +104,22 @@ class Measurer:
         return clip
 
     def measure(self, model: LoadedModel, batch: dict[str, Any]) -> dict[str, Any]:
-        """Measure the clips of a batch at once; if that fails, one by one, so that only bad clips are lost.
-
-        Returns:
-            The part of a row: "clips", "failed", "skipped", "features", "latents", "codes".
-        """
-        part = {**_empty_part(), "skipped": [[name, reason] for _, name, reason in batch["skipped"]]}
-        indices = batch["indices"]
-        if not indices:
-            return part
-        clip = self.clip(batch)
-        try:
-            self._add(part, model, clip, indices)
-        except Exception as error:
-            self._free(error)
-            part |= _empty_part()
-            for place, index in enumerate(indices):
-                try:
-                    self._add(part, model, clip[place : place + 1], [index])
-                except Exception as alone:
-                    self._free(alone)
-                    self._add_failure(part, index, f"{type(alone).__name__}: {one_line(alone)}")
+        """Measure the clips of a batch at once; if that fails, one by one, so that only bad clips are lost."""
+        part, indices = empty_part(), batch["indices"]
+        if indices:
+            clip = self.clip(batch)
+            try:
+                self._add(part, model, clip, indices)
+            except Exception as error:
+                self._free(error)
+                part = empty_part()
+                for place, index in enumerate(indices):
+                    try:
+                        self._add(part, model, clip[place : place + 1], [index])
+                    except Exception as alone:
+                        self._free(alone)
+                        self._add_failure(part, index, f"{type(alone).__name__}: {one_line(alone)}")
+        part["skipped"] = [[name, reason] for _, name, reason in batch["skipped"]]
         return part
 
     def reconstruct(self, model: LoadedModel, clip: Tensor, indices: list[int]) -> tuple[Encoding, Tensor]:
@@ -218,10 +210,6 @@ class Measurer:
     def _load_target(self, index: int) -> Tensor:
         (batch,) = self.load([[index]])
         return self.measures.prepare(self.clip(batch), self.clip(batch))[1]
-
-
-def _empty_part() -> dict[str, Any]:
-    return {"clips": [], "failed": [], "features": [], "latents": None, "codes": {}}
 
 
 def _catch(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

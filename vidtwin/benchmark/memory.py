@@ -106,7 +106,8 @@ def within_memory(run: Callable[[], Result], device: torch.device, tried: str) -
     try:
         return run()
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not out_of_memory and "DefaultCPUAllocator" not in str(error):
             raise
         amount = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
         more = f" when it asked for {amount[1]} more" if amount else ""
@@ -116,7 +117,3 @@ def within_memory(run: Callable[[], Result], device: torch.device, tried: str) -
     raise UserError(
         f"Expected enough memory on {device} for {tried}, got out of memory{more}; free some or take a larger device."
     )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

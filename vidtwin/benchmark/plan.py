@@ -59,6 +59,11 @@ class ModelError(Exception):
     """A model can't be measured; the message is one line."""
 
 
+def empty_part() -> dict[str, Any]:
+    """Return a part of a row without clips: the numbers of a chunk, as `Measurer.measure` adds them."""
+    return {"clips": [], "failed": [], "features": [], "latents": None, "codes": {}, "skipped": []}
+
+
 def digest(value: Any) -> str:
     """Return the first 16 digits of the SHA-256 of a value as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -165,13 +165,8 @@ class Writer:
     def finish(self, digest: str) -> None:
         """Replace the earlier pictures by the new ones, and write `players.json` last."""
         target = self.folder / "players"
-        content = {
-            "digest": digest,
-            "fps": self.fps,
-            "num_frames": self.num_frames,
-            "size": self.size,
-            "clips": self.clips,
-        }
+        content = {"digest": digest, "fps": self.fps, "num_frames": self.num_frames, "size": self.size}
+        content["clips"] = self.clips
         shutil.rmtree(target, ignore_errors=True)
         self.temporary.rename(target)
         write_text(target / "players.json", json.dumps(content, indent=2) + "\n")

@@ -4,8 +4,8 @@
     all parts of a model ──> rows/<name>/clips.csv, results.json
     all rows ──> comparison.json, players, table, plots, report
 
-A chunk's numbers are written when it is measured, so that a sweep goes on where it was ended. Which clips a chunk holds
-does not depend on the number of processes, which share the chunks: their numbers are those of one process.
+A chunk's numbers are written when it is measured, so that an interrupted sweep resumes. Processes share the chunks; the
+clips of a chunk, and with them all numbers, do not depend on the number of processes.
 """
 
 import json
@@ -38,7 +38,7 @@ from vidtwin.storage.resumable import lock
 
 @dataclass
 class ModelConfig:
-    """An autoencoder as configs describe it, before it is built: `class_path` and `init_args`, and its builder."""
+    """An autoencoder of configs before it is built: its `class_path` and `init_args`, and its builder."""
 
     spec: dict[str, Any]
     build: Callable[[], VideoAutoencoder]
@@ -52,12 +52,12 @@ class Entry:
     """One autoencoder of a sweep.
 
     Args:
-        name: Of its row, and of the row's folder.
-        config: A config of `fit`, or several, each over those before it, of which the autoencoder counts. By default
-            the model that the checkpoint holds. A path is looked for beside the sweep's own config first.
+        name: Name of the row and of its folder.
+        config: A config of `fit`, or several, each over those before it, of which the autoencoder counts; by default
+            the model of the checkpoint. Paths are relative to the sweep's config, then to the current folder.
         checkpoint: Trained weights; without them the row is marked as untrained.
         claimed_rate: Compression rate that the model's authors state; 0.002 is 0.2%.
-        windows: Let a model that takes shorter clips have them in windows of its length, and say so in its row.
+        windows: Give clips in windows to a model that takes shorter ones; its row says so.
     """
 
     name: str
@@ -69,11 +69,11 @@ class Entry:
 
 @dataclass
 class FVD:
-    """The network of rFVD. Without one rFVD is unavailable.
+    """Network of rFVD, without which rFVD is unavailable.
 
     Args:
         path: TorchScript file of I3D.
-        sha256: Its SHA-256: the file is a program, and only a known one is run.
+        sha256: SHA-256 of the file: it is a program, and only a known one is run.
     """
 
     path: str | None = None
@@ -85,31 +85,31 @@ class Sweep:
     """Measure every autoencoder on the same test clips and write rows, table, plots, players and report.
 
     Args:
-        autoencoders: The models: {name, config, checkpoint, claimed_rate, windows}.
-        data: The data module, whose test clips are taken.
+        autoencoders: Models: {name, config, checkpoint, claimed_rate, windows}.
+        data: Data module with the test clips.
         protocol: How reconstructions are compared; `preset` is vidtwin, vidtok, tokenbench or wfvae.
-        checkpoints_dir: Folder that relative paths of checkpoints start from.
-        results_dir: Folder of the results. What is complete there is not measured again.
-        dataset: The data set's name as papers call it (MCL-JCV), by which published numbers stand beside.
-        references: Autoencoders without weights that are measured too, by their short names; by default all that are
-            registered as `vidtwin.references`: the clip's mean colour and its temporal mean frame.
-        accelerator: Where to run, as in Lightning: auto, cpu, cuda, ….
-        devices: How many devices, or which; each is a process that takes its share of the chunks.
-        num_nodes: Machines, each with so many devices.
-        precision: Of the models; the metrics are always in full precision.
-        perceptual_backbones: Files with torchvision's weights for LPIPS, by "vgg" and "alex"; by default torch hub's
-            cache.
-        fvd: The network of rFVD.
+        checkpoints_dir: Folder of relative paths of checkpoints.
+        results_dir: Folder of the results. Complete rows in it are not measured again.
+        dataset: Name of the data set in papers (MCL-JCV), by which published numbers are found.
+        references: Short names of autoencoders without weights to measure too; by default all that are registered as
+            `vidtwin.references`: the clip's mean colour and its temporal mean frame.
+        accelerator: Kind of device, as in Lightning: auto, cpu, cuda, ….
+        devices: Number of devices, or which; each is a process that takes its share of the chunks.
+        num_nodes: Number of machines with so many devices.
+        precision: Precision of the models; metrics are always in full precision.
+        perceptual_backbones: Files of torchvision's weights for LPIPS, by "vgg" and "alex" (default: torch hub's
+            cache).
+        fvd: Network of rFVD.
         vmaf: Measure VMAF too; needs the extra `vmaf`.
-        cost: Measure FLOPs, clips a second and peak memory.
-        downstream: Measure what the paper's DiT costs on each model's latents.
+        cost: Measure FLOPs, clips per second and peak memory.
+        downstream: Measure the cost of the paper's DiT on each model's latents.
         repeats: Timed passes of both.
-        players: Clips of each kind, worst and median, that are kept for the report's players.
-        seed: Of the samples of posteriors.
+        players: Number of worst and of median clips to keep for the report's players.
+        seed: Seed of the samples of posteriors.
         progress: Show a progress bar.
-        read_config: Reads the configs of an entry; `UserError` for those without an autoencoder.
-        pictures: Write this many of the first clips as rows/<name>/clip<i>.mp4 and .png for each entry.
-        strict: Refuse entries that can't be built, before anything is written, instead of writing failed rows.
+        read_config: Reader of an entry's configs; raises `UserError` if they have no autoencoder.
+        pictures: Number of first clips to write as rows/<name>/clip<i>.mp4 and .png for each entry.
+        strict: Refuse entries that can't be built before anything is written, instead of writing failed rows.
     """
 
     autoencoders: list[Entry]

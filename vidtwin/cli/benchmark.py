@@ -1,7 +1,4 @@
-"""`vidtwin test`: the command line of a sweep over a list of autoencoders, or over one.
-
-Imported only when it is needed, since it imports torch and lightning.
-"""
+"""Command line of `vidtwin test`: a sweep over a list of autoencoders, or over one. Imports torch and lightning."""
 
 import argparse
 import inspect
@@ -43,21 +40,21 @@ def run(argv: list[str]) -> int:
     argv = resolve_short_names(argv)
     chosen = bool(config_paths(argv)) or any(word.startswith(f"--{model_config.KEY}") for word in argv)
     if not several:
-        argv = [*_model_of_checkpoint(argv), *_rename(argv)]
-    parser = _sweep_parser() if several else _model_parser(config_paths(argv))
+        argv = [*_name_model_of_checkpoint(argv), *_rename(argv)]
+    parser = _make_sweep_parser() if several else _make_model_parser(config_paths(argv))
     config = parser.parse_args(argv)
-    return (_sweep(parser, config, argv) if several else _sweep_of_one(parser, config, chosen)).run()
+    return (_make_sweep(parser, config, argv) if several else _make_single_sweep(parser, config, chosen)).run()
 
 
-def _sweep(parser: Parser, config: Namespace, argv: list[str]) -> Sweep:
+def _make_sweep(parser: Parser, config: Namespace, argv: list[str]) -> Sweep:
     folders = [path.resolve().parent for path in config_paths(argv)]
     with user_errors():
         arguments = parser.instantiate(config).as_dict()
         arguments.pop("config", None)
-        return Sweep(**arguments, read_config=partial(_read_config, folders=folders))
+        return Sweep(**arguments, read_config=partial(read_model, folders=folders))
 
 
-def _sweep_of_one(parser: Parser, config: Namespace, chosen: bool) -> Sweep:
+def _make_single_sweep(parser: Parser, config: Namespace, chosen: bool) -> Sweep:
     """Make the sweep of one entry. `chosen`: whether options or configs name the model, not the checkpoint alone."""
     if config.get("data") is None:
         raise UserError("Expected data to test on; give --data ucf101 --data.root PATH or a --config.")
@@ -68,26 +65,26 @@ def _sweep_of_one(parser: Parser, config: Namespace, chosen: bool) -> Sweep:
     given = ModelConfig(model_config.spec(model), lambda: model_config.build(parser, model))
     name = config.name or given.spec["class_path"].rpartition(".")[2]
     entry = Entry(name, ["the command line"] if chosen else None, config.ckpt_path)
-    own = Namespace({key: config[key] for key in _sweep_options()})
+    own = Namespace({key: config[key] for key in _list_options()})
     with user_errors():
         arguments = parser.instantiate(own).as_dict()
         return Sweep([entry], **arguments, read_config=lambda _: given, pictures=_PICTURES, strict=True)
 
 
-def _sweep_parser() -> Parser:
-    parser = _parser()
+def _make_sweep_parser() -> Parser:
+    parser = _make_parser()
     parser.add_argument("-c", "--config", action=ActionConfigFile, help=CONFIG)
     parser.add_class_arguments(Sweep, fail_untyped=False, sub_configs=True, skip=INTERNAL)
     return parser
 
 
-def _model_parser(configs: Sequence[Path]) -> Parser:
-    parser = _parser()
+def _make_model_parser(configs: Sequence[Path]) -> Parser:
+    parser = _make_parser()
     parser.add_class_arguments(Sweep, fail_untyped=False, sub_configs=True, skip={"autoencoders", "data", *INTERNAL})
     parser.add_subclass_arguments(LightningDataModule, "data", as_group=False, fail_untyped=False, required=False)
     for option in ("ckpt_path", "name"):
         parser.add_argument(f"--{option}", type=str, help=OF_ONE[option])
-    own = [*_sweep_options(), "ckpt_path", "name"]
+    own = [*_list_options(), "ckpt_path", "name"]
     for key in read_config(configs):
         if key not in (known := {*own, *OPTIONS["fit"]}):
             raise UserError(f"Expected keys of `fit` or `test` in a config, got {key!r}{suggestion(key, known)}")
@@ -95,7 +92,7 @@ def _model_parser(configs: Sequence[Path]) -> Parser:
     return parser
 
 
-def _parser() -> Parser:
+def _make_parser() -> Parser:
     return Parser(
         prog="vidtwin test",
         usage=USAGE,
@@ -104,18 +101,18 @@ def _parser() -> Parser:
     )
 
 
-def _sweep_options() -> list[str]:
+def _list_options() -> list[str]:
     return [name for name in inspect.signature(Sweep).parameters if name not in {"autoencoders", *INTERNAL}]
 
 
-def _read_config(paths: Sequence[str], folders: Sequence[Path]) -> ModelConfig:
+def read_model(paths: Sequence[str], folders: Sequence[Path]) -> ModelConfig:
     """Read the model of configs that lie in one of `folders` or below the current one."""
     found = [next((f / path for f in folders if (f / path).is_file()), Path(path)) for path in paths]
     parser, parsed = model_config.parse(found)
     return ModelConfig(model_config.spec(parsed), lambda: model_config.build(parser, parsed))
 
 
-def _model_of_checkpoint(argv: list[str]) -> list[str]:
+def _name_model_of_checkpoint(argv: list[str]) -> list[str]:
     """Return the option that names the checkpoint's model if nothing else does; later options change it."""
     checkpoint = option_value(argv, "ckpt_path")
     if not checkpoint or option_value(argv, "config", "c") or option_value(argv, "model.autoencoder"):
@@ -126,7 +123,7 @@ def _model_of_checkpoint(argv: list[str]) -> list[str]:
 
 def _rename(argv: list[str]) -> list[str]:
     """Rename options of `fit` that measuring has too; `UserError` names those that serve instead of the others."""
-    renamed = _options_of_configs(argv)
+    renamed = _read_options(argv)
     for before, word in zip(["", *argv], argv, strict=False):
         option, equals, value = word.partition("=")
         if before == "--model.use_ema":
@@ -148,7 +145,7 @@ def _rename(argv: list[str]) -> list[str]:
     return renamed
 
 
-def _options_of_configs(argv: list[str]) -> list[str]:
+def _read_options(argv: list[str]) -> list[str]:
     """Return options that configs of `fit` set under other names: accelerator, precision, existing VGG-16 file."""
     options = []
     for content in (read_config([path]) for path in config_paths(argv)):
