@@ -13,9 +13,9 @@ from typing import Any
 
 from vidtwin.benchmark import rows, summary
 from vidtwin.benchmark.rows import Results, Row
-from vidtwin.benchmark.summary import BEST, SECOND, UNAVAILABLE, Cell, Column, Table
+from vidtwin.benchmark.summary import BEST, SECOND, UNAVAILABLE, Cell, Table
 from vidtwin.files import write_text
-from vidtwin.metrics.registry import SHOWN
+from vidtwin.metrics.registry import SHOWN, Column
 
 
 def write(folder: str | Path) -> str:
@@ -167,25 +167,21 @@ def latex(results: Results) -> str:
     head = ["Model", *(_tex_head(column) for column in columns)]
     alignment = "l" + "".join("l" if column.words else "r" for column in columns)
     body = "\n    \\midrule\n".join("\n".join(f"    {line} \\\\" for line in block) for block in blocks if block)
-    return "\n".join(
-        [
-            r"% \usepackage{booktabs}",
-            r"\begin{table}",
-            r"  \centering",
-            r"  \small",
-            rf"  \caption{{{_caption(results, main)}}}",
-            rf"  \label{{tab:vidtwin-{results.protocol_hash}}}",
-            rf"  \begin{{tabular}}{{{alignment}}}",
-            r"    \toprule",
-            rf"    {' & '.join(head)} \\",
-            r"    \midrule",
-            body,
-            r"    \bottomrule",
-            r"  \end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
+    return rf"""% \usepackage{{booktabs}}
+\begin{{table}}
+  \centering
+  \small
+  \caption{{{_caption(results, main)}}}
+  \label{{tab:vidtwin-{results.protocol_hash}}}
+  \begin{{tabular}}{{{alignment}}}
+    \toprule
+    {" & ".join(head)} \\
+    \midrule
+{body}
+    \bottomrule
+  \end{{tabular}}
+\end{{table}}
+"""
 
 
 def escape(text: str) -> str:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from vidtwin.benchmark import published as papers
 from vidtwin.benchmark import rows
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.errors import few
-from vidtwin.metrics.registry import BY_KEY, SHOWN, Metric
+from vidtwin.metrics.registry import BY_KEY, SHOWN, Column, Metric
 
 UNAVAILABLE = "unavailable"
 BEST, SECOND = "best", "second"
@@ -46,32 +47,6 @@ class Cell:
         spread = f"± {self.deviation}" if self.deviation else ""
         count = "" if self.count is None else f"N = {self.count:,}"
         return "; ".join(filter(None, [spread, count, self.small]))
-
-
-@dataclass(frozen=True)
-class Column:
-    """The head of a column.
-
-    Attributes:
-        key: Its name in a program.
-        label: Its name for readers.
-        unit: Stands in brackets after the label.
-        higher: Whether more is better; None if neither is.
-        words: Whether it holds words, not numbers.
-        needs: The conditions under which a metric can be measured.
-    """
-
-    key: str
-    label: str
-    unit: str = ""
-    higher: bool | None = None
-    words: bool = False
-    needs: str = ""
-
-    @property
-    def title(self) -> str:
-        """Label and unit."""
-        return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
 @dataclass
@@ -202,22 +177,20 @@ def quality(results: Results, latents: bool = False) -> Table:
 
 def cost(results: Results) -> Table | None:
     """Build the table of the cost of encoding and decoding one clip; None if no row was timed."""
-    filled = [
-        (Column("encode.flops", "Encode", "FLOPs a clip"), _at("flops.encode", _flops)),
-        (Column("decode.flops", "Decode", "FLOPs a clip"), _at("flops.decode", _flops)),
-        (Column("encode.speed", "Encode", "clips/s", higher=True), _at("encode.clips_per_second")),
-        (Column("decode.speed", "Decode", "clips/s", higher=True), _at("decode.clips_per_second")),
-        (Column("encode.memory", "Encode", "peak memory"), _at("encode.peak_memory_bytes", _bytes)),
-        (Column("decode.memory", "Decode", "peak memory"), _at("decode.peak_memory_bytes", _bytes)),
-    ]
-
-    def settings(found: dict[str, Any]) -> str:
-        return (
-            f"Batches of {found['batch_size']}, median of {found['repeats']} runs after {found['warmup']} to warm up, "
-            f"on {found['device']}; memory counter: {_counter(found)}."
-        )
-
-    return _costs(results, "cost", "Cost of encoding and decoding", filled, [], settings)
+    filled = []
+    for unit, path, text in (
+        ("FLOPs a clip", "flops.{}", _flops),
+        ("clips/s", "{}.clips_per_second", str),
+        ("peak memory", "{}.peak_memory_bytes", _bytes),
+    ):
+        for part in ("encode", "decode"):
+            key, higher = path.format(part), True if unit == "clips/s" else None
+            filled.append((Column(key, part.capitalize(), unit, higher), _at(key, text)))
+    settings = (
+        "Batches of {batch_size}, median of {repeats} runs after {warmup} to warm up, on {device}; memory counter: "
+        "{counter}."
+    )
+    return _costs(results, "cost", "Cost of encoding and decoding", filled, [settings])
 
 
 def downstream(results: Results) -> Table | None:
@@ -239,12 +212,9 @@ def downstream(results: Results) -> Table | None:
     notes = [
         "The paper's DiT (appendix C.2) on each model's latents: patch size 2 on every axis, batch 1, Adam.",
         "The paper's count leaves attention's projections out; it is here to be compared with the paper.",
+        "On {device}; memory counter: {counter}.",
     ]
-
-    def settings(found: dict[str, Any]) -> str:
-        return f"On {found['device']}; memory counter: {_counter(found)}."
-
-    return _costs(results, "downstream", "Cost of a diffusion transformer on the latents", filled, notes, settings)
+    return _costs(results, "downstream", "Cost of a diffusion transformer on the latents", filled, notes)
 
 
 def codebooks(results: Results) -> Table | None:
@@ -273,7 +243,7 @@ def published(results: Results) -> Table | None:
     columns = [
         Column("source", "Source", words=True),
         Column("rate", "Rate", "%", higher=False),
-        *(Column(metric.key, metric.label, metric.unit, metric.higher) for metric in scores),
+        *scores,
         Column("lpips_net", "LPIPS network", words=True),
         Column("protocol", "Protocol", words=True),
     ]
@@ -315,8 +285,7 @@ def _metric(results: Results, metric: Metric) -> tuple[Column, _Fill]:
             return replace(cell, count=found["num_clips"], small="" if found["ranked"] else "not ranked")
         return replace(cell, deviation=metric.text(found["std"]))
 
-    unit = "N" if metric.key == "rfvd" else metric.unit
-    return Column(metric.key, metric.label, unit, metric.higher, needs=metric.needs), fill
+    return replace(metric, unit="N") if metric.key == "rfvd" else metric, fill
 
 
 def _rate(row: Row) -> Cell:
@@ -368,15 +337,8 @@ def _at(path: str, text: Callable[[Any], str] = "{:,}".format) -> Callable[[dict
     return fill
 
 
-def _costs(
-    results: Results,
-    key: str,
-    caption: str,
-    filled: list[tuple[Column, Callable[[dict[str, Any]], Cell]]],
-    notes: list[str],
-    settings: Callable[[dict[str, Any]], str],
-) -> Table | None:
-    """Build a table of what the rows have under `key`, with a note on the settings that rows share."""
+def _costs(results: Results, key: str, caption: str, filled: list[Any], notes: list[str]) -> Table | None:
+    """Build a table of what rows have under `key`; the last note, on settings, is filled for rows that share them."""
     lines = []
     shared: dict[str, list[str]] = {}
     for row in rows.order(results):
@@ -386,32 +348,27 @@ def _costs(
             cells = [Cell("failed", small=str(found["error"]), flag=True), *(Cell() for _ in filled[1:])]
         else:
             cells = [fill(found) for _, fill in filled]
-            shared.setdefault(settings(found), []).append(row["name"])
+            counter = found["memory_counter"]
+            counter += " alone, not what kernels take for themselves" if counter == "tensors" else ""
+            shared.setdefault(notes[-1].format(**found, counter=counter), []).append(row["name"])
         lines.append(Line(row["name"], row["kind"], cells))
-    if not lines:
-        return None
-    notes += [text if len(shared) == 1 else f"{few(names)}: {text}" for text, names in shared.items()]
-    return Table(key, caption, [column for column, _ in filled], lines, notes)
+    *general, _ = notes
+    settings = [text if len(shared) == 1 else f"{few(names)}: {text}" for text, names in shared.items()]
+    return Table(key, caption, [column for column, _ in filled], lines, general + settings) if lines else None
 
 
-def _counter(found: dict[str, Any]) -> str:
-    """Name what counted the memory, and what it does not see."""
-    name = str(found["memory_counter"])
-    return f"{name} alone, not what kernels take for themselves" if name == "tensors" else name
+def scaled(value: float, unit: str = "", binary: bool = False) -> str:
+    """Format a number with a prefix: "12.3 GFLOP", "118 MiB"."""
+    base, prefixes = (1024, ("Ki", "Mi", "Gi", "Ti")) if binary else (1000, ("k", "M", "G", "T", "P"))
+    prefix = ""
+    for larger in prefixes:
+        if value >= base:
+            value, prefix = value / base, larger
+    return f"{value:.4g} {prefix}{unit}".strip()
 
 
-def _flops(value: float) -> str:
-    for power, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= power:
-            return f"{value / power:.3g} {prefix}FLOP"
-    return f"{value:.3g} FLOP"
-
-
-def _bytes(value: float) -> str:
-    for power, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= power:
-            return f"{value / power:.3g} {unit}"
-    return f"{value} B"
+_flops = partial(scaled, unit="FLOP")
+_bytes = partial(scaled, unit="B", binary=True)
 
 
 def _clips(number: int) -> str:
