@@ -380,8 +380,8 @@ def _finish(
     key: str | None = None,
 ) -> None:
     """Add the footer, settle the layout and then label each panel's points where there is room beside its line."""
-    data = results.protocol.get("dataset") or results.protocol["data"].get("data", "video clips")
-    clips = f"{results.comparison['num_clips']:,} clips of {data} that all models have"
+    number, unit = summary.count(results)
+    clips = f"{number:,} {unit} of {summary.data_set(results)} that all models have"
     protocol = f"protocol {results.protocol['name']} ({results.protocol_hash})"
     longest = int(figure.get_size_inches()[0] * 17)
     lines = [_short(line, longest) for line in (key, clips, protocol) if line]
