@@ -87,7 +87,7 @@ def rfvd(value, ranked, num_clips=3):
 
 def marks(results, key):
     """The mark of each marked row in the column of a metric."""
-    table = summary.quality(results)
+    table = summary.quality_table(results)
     place = [column.key for column in table.columns].index(key)
     return {line.name: line.cells[place].mark for line in table.lines if line.cells[place].mark}
 

@@ -297,8 +297,8 @@ def _points(results: Results, metric: Metric, axis: Axis) -> list[Point]:
             continue
         x, y = axis.value(row), summary.mean(results, row["name"], metric.key)
         if x and y is not None and math.isfinite(y):
-            text = f"{row['name']}: {metric.title} {metric.text(y)}, {axis.label} {summary.scaled(x)}"
-            ranked = summary.ranked(results, row, metric.key)
+            text = f"{row['name']}: {metric.title} {metric.text(y)}, {axis.label} {summary.shorten(x)}"
+            ranked = summary.is_ranked(results, row, metric.key)
             found.append(Point(row["name"], x, y, style[row["name"]], ranked, f"{row['kind']}|{text}"))
     return found
 
@@ -354,7 +354,7 @@ def _log_axis(axes: "Axes", values: list[float]) -> None:
     axes.set_xscale("log")
     subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: summary.scaled(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: summary.shorten(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
 

@@ -33,18 +33,18 @@ def write(folder: str | Path) -> str:
 
 def markdown(results: Results) -> str:
     """Render the tables with aligned columns, which read well in a terminal too, and the notes on them."""
-    main, published = summary.quality(results), summary.published(results)
+    main, published = summary.quality_table(results), summary.published_table(results)
     protocol = f"Protocol {results.protocol['name']} ({results.protocol_hash})."
-    lines = [*_aligned(main), "", *_list([protocol, *main.notes])]
+    lines = [*_align(main), "", *_list([protocol, *main.notes])]
     if published:
-        lines += ["", f"{published.caption}:", "", *_aligned(published), ""]
+        lines += ["", f"{published.caption}:", "", *_align(published), ""]
         places = [[column.key for column in published.columns].index(key) for key in ("source", "protocol")]
         cells = [[line.cells[place] for place in places] for line in published.lines]
         lines += _list(dict.fromkeys(f"{source.text}: {match.small}." for source, match in cells if match.small))
     return "\n".join(lines) + "\n"
 
 
-def _aligned(table: Table) -> Iterator[str]:
+def _align(table: Table) -> Iterator[str]:
     lines = [[table.first, *(column.title for column in table.columns)]]
     lines += [[line.name, *(_markdown_cell(cell) for cell in line.cells)] for line in table.lines]
     safe = [[_safe(cell).replace("|", "\\|") for cell in line] for line in lines]
@@ -158,7 +158,7 @@ def _csv_cell(value: Any) -> Any:
 
 def latex(results: Results) -> str:
     r"""Render a `table` environment for `\input`; needs the package booktabs."""
-    main = summary.quality(results, latents=True)
+    main = summary.quality_table(results, latents=True)
     columns = main.columns[:-1]  # the notes are in the caption, or take the place of a failed row's numbers
     blocks = [
         [_tex_row(line.name, line.kind, line.cells) for line in main.lines if line.kind == kind] for kind in rows.KINDS
@@ -233,7 +233,7 @@ def _tex_cell(cell: Cell) -> str:
 
 def _published_blocks(results: Results, columns: Sequence[Column]) -> Iterator[list[str]]:
     """Render published rows in the columns of the measured ones. LPIPS by another network is left out."""
-    table = summary.published(results)
+    table = summary.published_table(results)
     if not table:
         return
     net = results.protocol["lpips"]["net"]

@@ -42,14 +42,18 @@ def render(results: Results) -> str:
     )
     strips: list[str] = []
     data = _data(results, strips)
-    tables = [table for build in (summary.cost, summary.downstream, summary.codebooks) if (table := build(results))]
+    tables = [
+        table
+        for build in (summary.cost_table, summary.downstream_table, summary.codebook_table)
+        if (table := build(results))
+    ]
     return environment.from_string(template).render(
         results=results,
         title=summary.data_set(results),
         facts=_facts(results),
-        quality=summary.quality(results),
+        quality=summary.quality_table(results),
         tables=tables,
-        published=summary.published(results),
+        published=summary.published_table(results),
         protocol=_pairs({"hash": results.protocol_hash, **flat(results.protocol | {"skipped": {}})}),
         models=[(row["name"], _pairs(_facts_of_model(row))) for row in rows.order(results)],
         missing=list(_missing_clips(results)),

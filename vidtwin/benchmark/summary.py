@@ -103,7 +103,7 @@ def mean(results: Results, name: str, key: str) -> float | None:
     return float(found["value"] if key == "rfvd" else found["mean"])
 
 
-def ranked(results: Results, row: Row, key: str) -> bool:
+def is_ranked(results: Results, row: Row, key: str) -> bool:
     """Check whether a row's value may be called better than another's."""
     value = mean(results, row["name"], key)
     if row["kind"] != "trained" or value is None or math.isnan(value):
@@ -144,7 +144,7 @@ def count(results: Results) -> tuple[int, str]:
     return clips, "clips"
 
 
-def percent(rate: float) -> str:
+def format_rate(rate: float) -> str:
     """Format a compression rate."""
     return f"{100 * rate:.4g}"
 
@@ -152,7 +152,7 @@ def percent(rate: float) -> str:
 # --- tables ---
 
 
-def quality(results: Results, latents: bool = False) -> Table:
+def quality_table(results: Results, latents: bool = False) -> Table:
     """Build the main table: rates and quality. `latents` adds a column with the rates of several latents."""
     ordered = rows.order(results)
     filled: list[tuple[Column, _Fill]] = [
@@ -175,7 +175,7 @@ def quality(results: Results, latents: bool = False) -> Table:
     return Table("quality", "Compression rate and quality", columns, lines, notes, sorted_by="psnr")
 
 
-def cost(results: Results) -> Table | None:
+def cost_table(results: Results) -> Table | None:
     """Build the table of the cost of encoding and decoding one clip; None if no row was timed."""
     filled = []
     for unit, path, text in (
@@ -193,7 +193,7 @@ def cost(results: Results) -> Table | None:
     return _costs(results, "cost", "Cost of encoding and decoding", filled, [settings])
 
 
-def downstream(results: Results) -> Table | None:
+def downstream_table(results: Results) -> Table | None:
     """Build the table of the cost of a diffusion transformer on the latents; None if no row has it."""
 
     def tokens(found: dict[str, Any]) -> Cell:
@@ -217,7 +217,7 @@ def downstream(results: Results) -> Table | None:
     return _costs(results, "downstream", "Cost of a diffusion transformer on the latents", filled, notes)
 
 
-def codebooks(results: Results) -> Table | None:
+def codebook_table(results: Results) -> Table | None:
     """Build the table of codes that the clips used; None if no model has a codebook."""
     columns = [
         Column("codebook", "Codebook", words=True),
@@ -234,7 +234,7 @@ def codebooks(results: Results) -> Table | None:
     return Table("codebooks", "Use of the codebooks", columns, lines) if lines else None
 
 
-def published(results: Results) -> Table | None:
+def published_table(results: Results) -> Table | None:
     """Build the table of papers' numbers, each with whether its protocol is the measured one; None without any."""
     found = papers.beside(results.protocol, [row["name"] for row in results.rows])
     if not found:
@@ -252,7 +252,7 @@ def published(results: Results) -> Table | None:
         rate = entry["claimed_rate"] if entry["rate"] is None else entry["rate"]
         cells = [
             _words(entry["source"]),
-            Cell() if rate is None else Cell(percent(rate), rate),
+            Cell() if rate is None else Cell(format_rate(rate), rate),
             *(Cell(metric.text(entry[metric.key]), entry[metric.key]) for metric in scores),
             _words(entry["lpips_net"] or "" if entry["lpips"] is not None else ""),
             _match(entry),
@@ -269,7 +269,7 @@ def published(results: Results) -> Table | None:
 
 def _metric(results: Results, metric: Metric) -> tuple[Column, _Fill]:
     """Make a metric's column; the best and the second value of the ranked rows are marked, equal ones alike."""
-    values = [mean(results, row["name"], metric.key) for row in results.rows if ranked(results, row, metric.key)]
+    values = [mean(results, row["name"], metric.key) for row in results.rows if is_ranked(results, row, metric.key)]
     known = [value for value in values if value is not None]
     places = sorted(set(known), reverse=metric.higher) if len(known) > 1 else []  # the best of one says nothing
     marks = dict(zip(places, (BEST, SECOND), strict=False))
@@ -280,7 +280,7 @@ def _metric(results: Results, metric: Metric) -> tuple[Column, _Fill]:
             return Cell(UNAVAILABLE if metric.key in row["metrics"] else "")
         found = results.comparison["rows"][row["name"]][metric.key]
         cell = Cell(metric.text(value), None if math.isnan(value) else value)
-        cell.mark = marks.get(value, "") if ranked(results, row, metric.key) else ""
+        cell.mark = marks.get(value, "") if is_ranked(results, row, metric.key) else ""
         if metric.key == "rfvd":
             return replace(cell, count=found["num_clips"], small="" if found["ranked"] else "not ranked")
         return replace(cell, deviation=metric.text(found["std"]))
@@ -289,18 +289,18 @@ def _metric(results: Results, metric: Metric) -> tuple[Column, _Fill]:
 
 
 def _rate(row: Row) -> Cell:
-    cell = Cell(percent(row["compression_rate"]), row["compression_rate"])
+    cell = Cell(format_rate(row["compression_rate"]), row["compression_rate"])
     for name, latent in row["latents"].items():
         shape = " x ".join(str(size) for size in latent["shape"])
         bits = "" if latent["bits"] is None else f", {latent['bits']:,.0f} bits"
-        cell.detail.append(f"{name}: {percent(latent['rate'])} %, {shape} = {latent['numbers']:,} numbers{bits}")
+        cell.detail.append(f"{name}: {format_rate(latent['rate'])} %, {shape} = {latent['numbers']:,} numbers{bits}")
     if claimed := row.get("claimed"):
-        cell.small, cell.flag = f"claimed {percent(claimed['rate'])}", not claimed["agrees"]
+        cell.small, cell.flag = f"claimed {format_rate(claimed['rate'])}", not claimed["agrees"]
     return cell
 
 
 def _latent_rates(row: Row) -> Cell:
-    parts = [f"{name} {percent(latent['rate'])}" for name, latent in row["latents"].items()]
+    parts = [f"{name} {format_rate(latent['rate'])}" for name, latent in row["latents"].items()]
     return _words(", ".join(parts) if len(parts) > 1 else "")
 
 
@@ -357,7 +357,7 @@ def _costs(results: Results, key: str, caption: str, filled: list[Any], notes: l
     return Table(key, caption, [column for column, _ in filled], lines, general + settings) if lines else None
 
 
-def scaled(value: float, unit: str = "", binary: bool = False) -> str:
+def shorten(value: float, unit: str = "", binary: bool = False) -> str:
     """Format a number with a prefix: "12.3 GFLOP", "118 MiB"."""
     base, prefixes = (1024, ("Ki", "Mi", "Gi", "Ti")) if binary else (1000, ("k", "M", "G", "T", "P"))
     prefix = ""
@@ -367,8 +367,8 @@ def scaled(value: float, unit: str = "", binary: bool = False) -> str:
     return f"{value:.4g} {prefix}{unit}".strip()
 
 
-_flops = partial(scaled, unit="FLOP")
-_bytes = partial(scaled, unit="B", binary=True)
+_flops = partial(shorten, unit="FLOP")
+_bytes = partial(shorten, unit="B", binary=True)
 
 
 def _clips(number: int) -> str:
@@ -416,7 +416,7 @@ def claims(results: Results) -> Iterator[str]:
     """Say which rows claim another compression rate than they have."""
     for row in rows.order(results):
         if (claimed := row.get("claimed")) and not claimed["agrees"]:
-            rates = percent(claimed["rate"]), percent(row["compression_rate"])
+            rates = format_rate(claimed["rate"]), format_rate(row["compression_rate"])
             yield f"{row['name']} claims a rate of {rates[0]} %; its latents have {rates[1]} %."
 
 
