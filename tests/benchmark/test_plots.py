@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from PIL import Image
 
-from vidtwin.benchmark import plots, protocol, report, rows
+from vidtwin.benchmark import plots, protocol, rows
 
 SVG = "{http://www.w3.org/2000/svg}"
 NAMES = ["rate_quality", "pareto", "per_clip"]
@@ -241,7 +241,7 @@ def test_colours_differ_for_readers_with_colour_blindness_by_lightness_or_marker
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
     assert min(1.05 / (luminance(colour) + 0.05) for colour in plots.COLOURS) >= 4.3
-    assert len(set(plots.MARKERS)) == len(plots.MARKERS) == len(report.MARKERS) == len(plots.COLOURS) + 1
+    assert len(set(plots.MARKERS.values())) == len(plots.MARKERS) == len(plots.COLOURS) + 1
 
 
 def test_labels_of_neighbours_do_not_cover_each_other(tmp_path, monkeypatch):

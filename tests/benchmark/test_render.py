@@ -4,11 +4,13 @@ import csv
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from vidtwin.benchmark import protocol, render, rows, summary
 from vidtwin.errors import UserError
+from vidtwin.metrics.registry import SHOWN
 
 CLIPS = ("a.avi", "b.avi", "c.avi")
 LATENT = {"shape": [1], "rate": 0.001, "numbers": 1, "bits": None}
@@ -85,7 +87,7 @@ def rfvd(value, ranked, num_clips=3):
 
 def marks(results, key):
     """The mark of each marked row in the column of a metric."""
-    table = summary.quality(results)
+    table = summary.quality_table(results)
     place = [column.key for column in table.columns].index(key)
     return {line.name: line.cells[place].mark for line in table.lines if line.cells[place].mark}
 
@@ -361,6 +363,15 @@ def test_a_spreadsheet_shows_words_and_runs_no_formula(folder, word):
 def test_a_plain_number_stays_one(folder, number):
     folder.add("a", checkpoint=number)
     assert folder.csv()["a"]["checkpoint"] == number
+
+
+def test_the_docs_list_the_metrics_of_the_registry():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    rows_of_docs = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    listed = {cells[0]: (cells[2], cells[3]) for cells in rows_of_docs if len(cells) == 4}
+    for metric in SHOWN:
+        name = "LPIPS (vgg), (alex)" if metric.key.startswith("lpips") else metric.label
+        assert listed[name] == ("higher" if metric.higher else "lower", metric.needs)
 
 
 def test_files_hold_what_write_returns(full):

@@ -125,7 +125,7 @@ def test_trained_models_come_first_and_the_others_are_never_ranked(folder, page)
     assert names(page) == [*by_psnr, "CMD", "temporal_mean", "mean_colour", FAILED]
     groups = [int(found["data-group"] or 0) for tag, found in page.elements if tag == "tr" and "data-group" in found]
     assert groups[:7] == [0, 0, 0, 1, 2, 2, 3]
-    quality = summary.quality(rows.read(folder))
+    quality = summary.quality_table(rows.read(folder))
     best = {line.name for line in quality.lines for cell in line.cells if cell.mark == summary.BEST}
     assert best == {by_psnr[0]}  # untrained CMD and the temporal mean have higher PSNR
 
