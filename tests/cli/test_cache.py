@@ -45,7 +45,7 @@ def test_it_takes_the_data_of_a_training_config(root, tmp_path, capsys):
     assert printed.endswith(f"written; use it by --data.cache {out}\n")
     assert len(CachedClips(out / "train", UCF101(str(root), **SMALL).describe("train"))) == 4
     assert cache_command([*arguments, "--verify"]) == 0
-    assert "whole and verified" in capsys.readouterr().out
+    assert "\nverified; use it by" in capsys.readouterr().out
 
 
 def test_short_names_splits_and_video_files(root, tmp_path, capsys):

@@ -448,7 +448,7 @@ def test_folders_of_images_are_videos_on_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["{}/absent"], "Expected a folder of videos, got .*absent, which is none"),
+        (["{}/absent"], "Expected a folder of videos, got .*absent, which is not a folder"),
         (["{}"], r"expected videos \(\.264, .*found none; with --image_folders"),
         ([], "Expected DIR, got none; vidtwin doctor --help"),
         (["{}", "--exclude", "broken,brokn"], "Expected --exclude with some of .*, got 'brokn'; did you mean 'broken'"),

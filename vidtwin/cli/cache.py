@@ -1,7 +1,4 @@
-"""`vidtwin cache`: the clips or the video files of a data module as shards.
-
-Nothing heavy is imported at the top: `vidtwin --help` reads the docstring of the command.
-"""
+"""`vidtwin cache`: write clips or video files of a data module as shards. Import nothing heavy at the top."""
 
 import argparse
 import sys
@@ -19,9 +16,9 @@ Write the clips of a data module as shards, so that trainings read them instead 
   vidtwin cache OUT --data ucf101 --data.root PATH --splits val test
   vidtwin cache OUT --data ucf101 --data.root PATH --format videos
 
-A shard appears when it is whole. After a kill the same command makes those that are missing, to the same bytes.
+Shards are written atomically. After a kill the same command writes the missing ones, to the same bytes.
 --format clips: decoded clips, uint8, for --data.cache OUT or, from object storage, --data streamed --data.url URL.
---format videos: the files as they are, for --data streamed, which decodes them.
+--format videos: the unchanged files, for --data streamed, which decodes them.
 """
 _SPLITS = ["train", "val", "test"]
 _OWN = ("splits", "epochs", "format", "verify")
@@ -32,7 +29,7 @@ def cache_command(argv: list[str]) -> int:
     from vidtwin.cli.parser import config_paths, read_config, resolve_short_names, user_errors, wants_help
 
     argv = resolve_short_names(argv)
-    others = set(read_config(config_paths(argv))) - {"data", "out", "config", *_OWN}  # other commands read them
+    others = set(read_config(config_paths(argv))) - {"data", "out", "config", *_OWN}  # of other commands
     config = (parser := _parser(sorted(others), light=wants_help(argv))).parse_args(argv)
     if config.get("data") is None:
         raise UserError("Expected data to cache; give --data ucf101 --data.root PATH or a --config.")
@@ -45,7 +42,7 @@ def cache_command(argv: list[str]) -> int:
     for written in data.write_cache(config.out, config.splits, config.epochs, config.format, config.verify):
         sys.stdout.write(f"{written}\n")
     use = f"--data.cache {config.out}" if config.format == "clips" else f"--data streamed --data.url {config.out}"
-    sys.stdout.write(f"{'whole and verified' if config.verify else 'written'}; use it by {use}\n")
+    sys.stdout.write(f"{'verified' if config.verify else 'written'}; use it by {use}\n")
     return 0
 
 
@@ -61,7 +58,7 @@ def _parser(ignored: list[str], light: bool) -> "Parser":
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", help="Folder; each split gets a folder in it.")
-    parser.add_argument("--config", action=ActionConfigFile, help="Config as for fit, of which only `data` counts.")
+    parser.add_argument("--config", action=ActionConfigFile, help="Config as for fit; only its `data` is used.")
     shown = "The data module, by its short name or class path; its arguments are --data.NAME VALUE."
     if light:  # help needs no Lightning
         parser.add_argument("--data", metavar="NAME", help=shown)
@@ -78,7 +75,7 @@ def _parser(ignored: list[str], light: bool) -> "Parser":
         "--epochs",
         type=int,
         default=1,
-        help="Epochs of training clips, each with other random clips; a training takes them in turn (default: 1).",
+        help="Epochs of training clips, each with other random clips; training reads them in turn (default: 1).",
     )
     parser.add_argument(
         "--format", choices=["clips", "videos"], default="clips", help="Decoded clips or video files (default: clips)."
@@ -86,7 +83,7 @@ def _parser(ignored: list[str], light: bool) -> "Parser":
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="Compare the checksums of shards that are there, not only their sizes (default: no).",
+        help="Compare the checksums of existing shards, not only their sizes (default: no).",
     )
     for key in ignored:
         parser.add_argument(f"--{key}", type=Any, help=argparse.SUPPRESS)
