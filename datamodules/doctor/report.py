@@ -251,9 +251,9 @@ def _describe_copies(report: dict[str, Any], folder: Path) -> list[str]:
     lines += _list_some("Alike across splits, but hardly moving: copies, or clips of one scene", alike, folder)
     if copies["within"]:
         exact = sum(copy["exact"] for copy in copies["within"])
-        where = " in their own split" if report["splits"] else ""
+        place = " in their own split" if report["splits"] else ""
         count = f"{len(copies['within']):,}, {exact:,} of them the same file (report.json names them)"
-        lines += ["", f"Copies of another video{where}: {count}"]
+        lines += ["", f"Copies of another video{place}: {count}"]
     elif not copies["across"]:
         lines += ["", "Copies of another video: none"]
     return lines

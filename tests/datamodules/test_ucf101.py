@@ -1,4 +1,4 @@
-"""Official lists and folders are read as they are; what is missing is said in one line."""
+"""Official lists and folders are read unchanged; missing files are one line."""
 
 import shutil
 from pathlib import Path
