@@ -6,6 +6,7 @@ are registered in the same way. One in `vidtwin.commands` is a function of the a
 becomes `vidtwin NAME`.
 """
 
+import sys
 import warnings
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -68,7 +69,8 @@ def class_of(class_path: str, base: type) -> Any:
     try:
         cls = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"Expected the class {class_path} to be installed: {error}.") from error
+        near = suggestion(name, dir(sys.modules.get(module)) if isinstance(error, AttributeError) else [])
+        raise UserError(f"Expected the class {class_path} to be installed: {error}{near}") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise UserError(f"Expected a {base.__name__}, got {class_path}.")
     return cls

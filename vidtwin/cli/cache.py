@@ -49,15 +49,11 @@ def cache_command(argv: list[str]) -> int:
 def _parser(ignored: list[str], light: bool) -> "Parser":
     from jsonargparse import ActionConfigFile
 
-    from vidtwin.cli.parser import Parser
+    from vidtwin.cli.parser import command_parser
 
-    parser = Parser(
-        prog="vidtwin cache",
-        usage="vidtwin cache OUT (--config FILE | --data NAME --data.OPTION VALUE ...) [options]",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("out", help="Folder; each split gets a folder in it.")
+    usage = "OUT (--config FILE | --data NAME --data.OPTION VALUE ...) [options]"
+    parser = command_parser("cache", usage, _DESCRIPTION)
+    parser.add_argument("out", metavar="OUT", help="Folder; each split gets a folder in it.")
     parser.add_argument("--config", action=ActionConfigFile, help="Config as for fit; only its `data` is used.")
     shown = "The data module, by its short name or class path; its arguments are --data.NAME VALUE."
     if light:  # help needs no Lightning
@@ -68,22 +64,18 @@ def _parser(ignored: list[str], light: bool) -> "Parser":
         parser.add_subclass_arguments(
             LightningDataModule, "data", as_group=False, fail_untyped=False, required=False, help=shown
         )
-    parser.add_argument(
-        "--splits", nargs="+", choices=_SPLITS, default=_SPLITS, help="Some of train, val, test (default: all)."
-    )
+    parser.add_argument("--splits", nargs="+", choices=_SPLITS, default=_SPLITS, help="Some of train, val, test.")
     parser.add_argument(
         "--epochs",
         type=int,
         default=1,
-        help="Epochs of training clips, each with other random clips; training reads them in turn (default: 1).",
+        help="Epochs of training clips, each with other random clips; training reads them in turn.",
     )
-    parser.add_argument(
-        "--format", choices=["clips", "videos"], default="clips", help="Decoded clips or video files (default: clips)."
-    )
+    parser.add_argument("--format", choices=["clips", "videos"], default="clips", help="Decoded clips or video files.")
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="Compare the checksums of existing shards, not only their sizes (default: no).",
+        help="Compare the checksums of existing shards, not only their sizes.",
     )
     for key in ignored:
         parser.add_argument(f"--{key}", type=Any, help=argparse.SUPPRESS)

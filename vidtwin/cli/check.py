@@ -1,9 +1,8 @@
 """`vidtwin check`: hold any autoencoder to the promises of the interface. Import nothing heavy at the top."""
 
-import argparse
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vidtwin import plugins
 from vidtwin.errors import UserError, suggestion
@@ -73,46 +72,31 @@ def _resolve_class(name: str) -> str:
     from vidtwin.testing import describe
 
     path = plugins.resolve(name, _GROUP)
-    module, _, attribute = path.rpartition(".")
+    module, _, _ = path.rpartition(".")
     if not module:
         known = sorted(plugins.available(_GROUP))
         raise UserError(
             f"Expected one of {', '.join(known)} or a class path (module.Class), got {name!r}{suggestion(name, known)}"
         )
     try:
-        imported = importlib.import_module(module)
+        importlib.import_module(module)
     except Exception as error:
         raise UserError(f"{module} does not import: {describe(error)}.") from error
-    if not hasattr(imported, attribute):
-        raise UserError(f"Expected a class {attribute} in {module}, got none{suggestion(attribute, dir(imported))}")
-    cls = getattr(imported, attribute)
-    if not (isinstance(cls, type) and issubclass(cls, VideoAutoencoder)):
-        raise UserError(f"Expected a subclass of vidtwin.VideoAutoencoder, got {path}, which is {_describe_kind(cls)}.")
+    cls = plugins.class_of(path, VideoAutoencoder)
     if missing := sorted(getattr(cls, "__abstractmethods__", ())):
         raise UserError(f"{path} lacks {', '.join(missing)}; docs/your_own_baseline.md shows each.")
     return path
 
 
-def _describe_kind(thing: Any) -> str:
-    if isinstance(thing, type):
-        bases = [base.__name__ for base in thing.__bases__]
-        return f"a class of {', '.join(bases)}"
-    return f"a {type(thing).__name__}"
-
-
 def _parser() -> "Parser":
-    from vidtwin.cli.parser import Parser
+    from vidtwin.cli.parser import command_parser
 
-    parser = Parser(
-        prog="vidtwin check",
-        usage="vidtwin check (NAME | --config FILE) [--autoencoder.ARGUMENT VALUE ...] [options]",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--num_frames", type=int, help="T of the clip (default: the model's own, or one near 16).")
-    parser.add_argument("--resolution", type=int, help="H = W of the clip (default: the model's own, else about 64).")
-    parser.add_argument("--batch_size", type=int, default=2, help="B of the clip, at least 2 (default: 2).")
-    parser.add_argument("--device", default="cpu", help="Such as cuda or cuda:1 (default: cpu).")
+    usage = "(NAME | --config FILE) [--autoencoder.ARGUMENT VALUE ...] [options]"
+    parser = command_parser("check", usage, _DESCRIPTION)
+    parser.add_argument("--num_frames", type=int, help="T of the clip. By default the model's own, or one near 16.")
+    parser.add_argument("--resolution", type=int, help="H = W of the clip. By default the model's own, else about 64.")
+    parser.add_argument("--batch_size", type=int, default=2, help="B of the clip, at least 2.")
+    parser.add_argument("--device", default="cpu", help="Such as cuda or cuda:1.")
     return parser
 
 
