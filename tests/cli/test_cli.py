@@ -77,7 +77,7 @@ CONFIG = {
 
 
 def fails(capsys, *argv: str) -> str:
-    """Run a command that must fail → its one line."""
+    """Run a command that must fail; return its one line."""
     capsys.readouterr()
     assert main(list(argv)) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vidtwin: error: ")]
@@ -102,7 +102,7 @@ def here(place, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(place):
-    """`vidtwin fit` through the command line → the run's folder."""
+    """Run `vidtwin fit` through the command line; return the run's folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         assert main(["fit", "--config", "tiny.yaml", "--data.root", "data/UCF-101"]) == 0
@@ -110,7 +110,7 @@ def run(place):
 
 
 def events(run: Path) -> dict[str, list[int]]:
-    """Tags of a TensorBoard file with their steps."""
+    """Read the tags of a TensorBoard file with their steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0})
@@ -188,7 +188,7 @@ def test_a_row_without_a_checkpoint_is_marked_as_untrained(here, capsys):
     assert json.loads(Path("untrained/rows/VidTwin/results.json").read_text())["kind"] == "untrained"
 
 
-def test_a_config_that_differs_from_the_checkpoint_wins_and_says_so(here, run, capsys):
+def test_a_config_that_differs_from_the_checkpoint_wins_and_the_difference_is_printed(here, run, capsys):
     argv = ["validate", "--config", "tiny.yaml", "--data.root", "data/UCF-101"]
     argv += ["--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--model.autoencoder.qformer_dropout=0.5"]
     assert main(argv) == 0
@@ -203,7 +203,7 @@ def test_reconstruct_keeps_frames_and_rate_and_uses_the_checkpoints_weights(here
     info = probe(f"plain/{source.stem}.mp4")
     assert (info.num_frames, float(info.fps), info.width, info.height) == (10, 25.0, 32, 32)  # 4 + 4 + 2 frames
     assert probe(f"wide/{source.stem}.mp4").width == 4 * 128  # small frames are shown enlarged
-    # What the trained model gives for the first window, at a scale that the codec's coarse colours leave alone.
+    # Compare with the trained model's first window, at a scale that the codec's chroma subsampling preserves.
     from vidtwin.storage.checkpoints import load_autoencoder
 
     model = load_autoencoder(last)
@@ -360,7 +360,7 @@ def test_a_typo_in_a_config_file_is_one_line(here, capsys):
         assert f"did you mean '{meant}'?" in fails(capsys, "fit", "--config", "typo.yaml")
 
 
-def test_checkpoints_that_do_not_fit_or_are_not_whole_change_nothing(here, run, capsys, tmp_path):
+def test_mismatched_and_damaged_checkpoints_change_nothing(here, run, capsys, tmp_path):
     base = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", str(tmp_path / "results")]
     last = run / "checkpoints" / "last.ckpt"
     line = fails(capsys, *base, "--ckpt_path", str(last), "--model.autoencoder.hidden_size=48")
@@ -381,7 +381,7 @@ def test_checkpoints_that_do_not_fit_or_are_not_whole_change_nothing(here, run, 
     assert not (tmp_path / "results").exists()
 
 
-def test_a_new_run_does_not_start_over_an_old_one(here, run, capsys):
+def test_a_new_run_does_not_replace_an_old_one(here, run, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     argv = ["fit", "--config", "tiny.yaml", "--data.root", "data/UCF-101"]
     assert "go on with it by --ckpt_path" in fails(capsys, *argv)
@@ -429,7 +429,7 @@ def test_a_model_measured_alone_is_complete_in_a_sweep_over_the_same_folder(here
     assert {path: path.read_bytes() for path in rows} == rows
 
 
-def test_an_option_changes_the_model_of_a_checkpoint_and_says_so(here, run, capsys):
+def test_an_option_changes_the_model_of_a_checkpoint_and_the_difference_is_printed(here, run, capsys):
     last = str(run / "checkpoints" / "last.ckpt")
     argv = ["validate", "--ckpt_path", last, "--model.autoencoder.qformer_dropout=0.5", "--data=ucf101"]
     argv += ["--data.root=data/UCF-101", "--data.num_frames=4", "--data.resolution=32", "--data.fps=25"]

@@ -83,6 +83,12 @@ class Parser(ArgumentParser):
         return [*options, *(["--", *bare] if bare else [])]
 
 
+def command_parser(name: str, usage: str, description: str) -> Parser:
+    """Make the parser of a command, whose options follow."""
+    usage = f"vidtwin {name} {usage}"
+    return Parser(prog=f"vidtwin {name}", usage=usage, description=description, formatter_class=Help)
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Raise the `UserError` of a class that is built: jsonargparse wraps it into the types that it tried."""

@@ -8,7 +8,7 @@ from vidtwin.cli import benchmark_options
 from vidtwin.cli.parser import check_name, config_paths, option_value, read_config, wants_help
 from vidtwin.cli.sources import read_options
 
-_SPECIAL = ("best", "last", "hpc")  # what Lightning's --ckpt_path takes beside paths
+_SPECIAL = ("best", "last", "hpc")  # values of Lightning's --ckpt_path that are not paths
 # First parts of the options; a test compares them with the parsers.
 _SHARED = (
     "best_checkpoint", "clip_logger", "config", "data", "guard", "health", "help", "latest_checkpoint", "model",
