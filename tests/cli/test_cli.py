@@ -325,7 +325,7 @@ def test_checkpoints_that_do_not_fit_or_are_not_whole_change_nothing(here, run, 
 def test_a_new_run_does_not_start_over_an_old_one(here, run, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     argv = ["fit", "--config", "tiny.yaml", "--data.root", "data/UCF-101"]
-    assert "go on with it by --ckpt_path" in fails(capsys, *argv)
+    assert "resume it by --ckpt_path" in fails(capsys, *argv)
     resumed = [*argv, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
     assert "warmup_steps=9" in fails(capsys, *resumed, "--model.scheduler.warmup_steps=9")
     assert {path: path.read_bytes() for path in before} == before

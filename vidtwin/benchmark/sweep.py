@@ -266,7 +266,7 @@ class Sweep:
     def _job(self, entry: Entry) -> Job:
         """What the row's identity is, without building the model; a mistake in it becomes the row's error."""
         base = {"windows": entry.windows}
-        checkpoint = hub.below(self.checkpoints, entry.checkpoint) if entry.checkpoint else None
+        checkpoint = hub.join_path(self.checkpoints, entry.checkpoint) if entry.checkpoint else None
         try:
             config = None
             paths = [entry.config] if isinstance(entry.config, str) else entry.config or []

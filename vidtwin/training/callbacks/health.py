@@ -22,8 +22,8 @@ class Health(Callback):
     - `val/active_units/<latent>`: share (0 to 1) of the latent's numbers whose posterior mean has a variance above 0.01
       over the clips (Burda et al. 2016, 5.2); `val/active_units/<latent>/<channel>`: the same within a channel. The
       other numbers carry nothing of the clip: at 0 the latent has collapsed.
-    - `val/codebook_usage/<latent>`, `val/dead_codes/<latent>`, `val/perplexity/<latent>`: for quantized latents instead,
-      the share of codes that occur, the number that do not, and exp of the entropy of their frequencies.
+    - `val/codebook_usage/<latent>`, `val/dead_codes/<latent>`, `val/perplexity/<latent>`: for quantized latents,
+      instead, the share of codes that occur, the number that do not, and exp of the entropy of their frequencies.
     - `val/psnr/<latent>_only`: PSNR (dB, mean over clips) of the latent decoded alone, if the model supports it.
 
     and in training
