@@ -358,7 +358,7 @@ def test_a_training_starts_from_a_folder_but_does_not_go_on_from_it(tmp_path, mo
     own = len(tiny_model().state_dict())
     assert f"{own} of {own} tensors from model" in capsys.readouterr().err
     assert main(["fit", "--config", str(config), "--ckpt_path", "model"]) == 2
-    assert "--init_from begins a new training" in capsys.readouterr().err
+    assert "--init_from starts a new training" in capsys.readouterr().err
 
 
 def test_a_sweep_measures_a_folder_and_knows_it_again(tmp_path):

@@ -52,7 +52,7 @@ def test_a_name_with_brackets_is_a_file_where_there_is_one(tmp_path):
     [
         ("b.mp4", "Expected a video at .*b.mp4, got no such file; in its folder are a.mp4."),
         ("b", "Expected a video at .*b, got no such file.$"),
-        ("none/b.mp4", "there is no folder .*none"),
+        ("none/b.mp4", "the folder .*none does not exist"),
         ("*.mov", r"Expected files that .*\*.mov matches, got none."),
         ("texts", r"Expected videos in .*texts, got 2 .txt."),
         ("empty", "Expected videos in .*empty, got nothing."),

@@ -384,7 +384,7 @@ def test_mismatched_and_damaged_checkpoints_change_nothing(here, run, capsys, tm
 def test_a_new_run_does_not_replace_an_old_one(here, run, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     argv = ["fit", "--config", "tiny.yaml", "--data.root", "data/UCF-101"]
-    assert "go on with it by --ckpt_path" in fails(capsys, *argv)
+    assert "resume it by --ckpt_path" in fails(capsys, *argv)
     resumed = [*argv, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
     assert "warmup_steps=9" in fails(capsys, *resumed, "--model.scheduler.warmup_steps=9")
     assert {path: path.read_bytes() for path in before} == before

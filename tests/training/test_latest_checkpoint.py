@@ -194,8 +194,8 @@ def test_a_run_does_not_write_among_the_checkpoints_of_another(tmp_path, held):
         with pytest.raises(UserError) as error:
             fit(tmp_path, LatestCheckpoint(every_n_steps=2), steps=4, ckpt_path=ckpt_path)
         assert str(error.value) == (
-            f"Expected a new run's folder, got one with {folder / held}; go on with it by --ckpt_path {folder / held} "
-            "or by --resume auto, or name another by --trainer.logger.init_args.name."
+            f"Expected a new run's folder, got one with {folder / held}; resume it by --ckpt_path {folder / held} "
+            "or --resume auto, or name another by --trainer.logger.init_args.name."
         )
     assert names(folder) == sorted([held, ".step-00000004-abcd1234.ckpt"])
     callbacks = [LatestCheckpoint(every_n_steps=1), BestCheckpoint()]
@@ -342,7 +342,7 @@ def test_a_disk_that_fills_up_in_training_ends_it_with_what_is_whole(tmp_path, l
     folder = tmp_path / "checkpoints"
     assert str(error.value) == (
         f"Expected room to write {folder / 'step-00000004.ckpt'}, got 'File too large'; "
-        f"{folder / 'step-00000002.ckpt'} is whole. Free space and go on with --resume auto."
+        f"{folder / 'step-00000002.ckpt'} is intact. Free space and continue with --resume auto."
     )
     assert names(folder) == ["last.ckpt", *step_names(2)]
     written = fit(tmp_path, LatestCheckpoint(every_n_steps=2), steps=6, ckpt_path=checkpoints.newest(folder))

@@ -107,7 +107,7 @@ def test_a_checkpoint_of_another_size_is_named_tensor_by_tensor(trained, tmp_pat
 
 def test_a_checkpoint_of_another_discriminator_is_named_too(trained, tmp_path):
     folder, *_ = trained
-    with pytest.raises(UserError, match=r"unexpected loss\.discriminator\..*--init_from begins a new training"):
+    with pytest.raises(UserError, match=r"unexpected loss\.discriminator\..*--init_from starts a new training"):
         trainer(tmp_path).fit(tiny_task(), Clips(), ckpt_path=folder / "checkpoints" / "last.ckpt")
 
 
@@ -248,14 +248,14 @@ def test_what_is_frozen_is_in_evaluation_mode_too(tmp_path):
 
 
 def test_a_frozen_last_layer_is_refused_at_the_start_where_the_gan_needs_it(tmp_path):
-    with pytest.raises(UserError, match=r"last layer that is trained .* model\.freeze names"):
+    with pytest.raises(UserError, match=r"trained last layer .* model\.freeze names"):
         trainer(tmp_path).fit(tiny_task(gan_start=3, freeze=["decoder"]), Clips())
 
 
 def test_another_freeze_than_the_checkpoints_is_named(trained, tmp_path):
     folder, *_ = trained
     task = tiny_task(gan_start=3, freeze=["encoder"])
-    with pytest.raises(UserError, match=r"another model\.freeze; --init_from begins a new training"):
+    with pytest.raises(UserError, match=r"another model\.freeze; --init_from starts a new training"):
         trainer(tmp_path).fit(task, Clips(), ckpt_path=folder / "checkpoints" / "last.ckpt")
 
 

@@ -52,7 +52,7 @@ class Session:
         return weights.sha256(self.model.state_dict())
 
     def describe(self, size: int | None) -> dict[str, Any]:
-        """Return what a file of results says of the weights and the windows."""
+        """Return the entries on weights and windows for a file of results."""
         return {
             "checkpoint": self.checkpoint,
             "weights_sha256": self.weights_sha256,

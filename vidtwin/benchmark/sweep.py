@@ -263,7 +263,7 @@ class Sweep:
     def _make_job(self, entry: Entry) -> Job:
         """Find a row's identity without building its model; a mistake in the entry becomes the row's error."""
         base = {"windows": entry.windows}
-        checkpoint = hub.below(self.checkpoints, entry.checkpoint) if entry.checkpoint else None
+        checkpoint = hub.join_path(self.checkpoints, entry.checkpoint) if entry.checkpoint else None
         try:
             config = None
             paths = [entry.config] if isinstance(entry.config, str) else entry.config or []
