@@ -1,4 +1,4 @@
-"""Descriptions of the clips of a split, by which a cache is checked to hold the requested clips."""
+"""Describe the clips of a split, to check that a cache holds the requested ones."""
 
 import hashlib
 import json
