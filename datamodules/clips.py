@@ -189,7 +189,8 @@ class VideoClips(ClipDataset):
 
     def _item(self, place: int, start: int, frames: Frames, padded: int) -> dict[str, Any]:
         video = self.videos[place]
-        return {"clip": frames, "label": video.label, "name": video.name, "start_frame": start, "padded": padded}
+        item = {"clip": frames, "label": video.label, "name": video.name, "start_frame": start}
+        return {**item, "padded": padded} if padded else item
 
     def clip(self, epoch: int, index: int) -> dict[str, Any]:
         if not self.replace:

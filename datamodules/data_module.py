@@ -1,6 +1,7 @@
 """Base class of data modules of clips: options, datasets, loaders, unusable videos."""
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,9 +17,9 @@ from vidtwin.errors import UserError
 from vidtwin.listing import excluded_names
 from vidtwin.video import COLOUR, RESIZE_FILTER
 
-from . import description
 from .broken import UnusableVideos, log
 from .clips import ClipDataset, Video, VideoClips
+from .description import describe_clips, describe_videos
 from .index import Fault, survey_all
 from .loader import ChunkLoader, ClipLoader
 from .resumable import ResumableDataModule
@@ -109,9 +110,9 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
             videos = self.videos(split)
         except UserError:  # a cache can be used without them
             videos = None
-        of_clips = description.of_clips(self.settings, split) if format == "clips" else {}
-        of_videos = description.of_videos(self.cache_key(split), self.exclude, videos)
-        return description.as_json({"data": type(self).__name__} | of_clips | of_videos)
+        clips = describe_clips(self.settings, split) if format == "clips" else {}
+        described = clips | describe_videos(self.cache_key(split), self.exclude, videos)
+        return {"data": type(self).__name__, **json.loads(json.dumps(described))}  # as a manifest gives it back
 
     def write_cache(
         self,

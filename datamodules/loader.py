@@ -85,7 +85,7 @@ class ChunkLoader(WorkerLoader):
         self, dataset: "ClipDataset", chunks: Sequence[Sequence[int]], on_skip: Callable[..., None], **kwargs: Any
     ) -> None:
         super().__init__(
-            _Numbered(dataset), batch_sampler=[list(chunk) for chunk in chunks], collate_fn=_collate_chunk, **kwargs
+            _Numbered(dataset), batch_sampler=[list(chunk) for chunk in chunks], collate_fn=collate, **kwargs
         )
         self.on_skip = on_skip
 
@@ -94,26 +94,23 @@ class ChunkLoader(WorkerLoader):
 
     def _report_skipped(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for batch in batches:
-            for _, *entry in batch["skipped"]:
+            skipped, indices = batch.pop("skipped", []), batch.pop("index", torch.empty(0)).tolist()
+            for _, *entry in skipped:
                 self.on_skip(*entry)
-            yield {**batch, "skipped": [(index, name, reason) for index, name, reason, *_ in batch["skipped"]]}
+            yield {**batch, "indices": indices, "skipped": [entry[:3] for entry in skipped]}
 
 
-class _Numbered(Dataset[tuple[int, dict[str, Any]]]):
+class _Numbered(Dataset[dict[str, Any]]):
+    """Clips with their indices, as "index" and before each entry of "skipped"."""
+
     def __init__(self, dataset: "ClipDataset") -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
-        return index, self.dataset[index]
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[int, dict[str, Any]]]:
-        return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
-
-
-def _collate_chunk(items: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
-    batch = collate([{key: value for key, value in item.items() if key != "skipped"} for _, item in items])
-    skipped = [(index, *entry) for index, item in items for entry in item.get("skipped", [])]
-    return {**batch, "indices": [index for index, item in items if "clip" in item], "skipped": skipped}
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return [
+            {**item, "index": index, "skipped": [(index, *entry) for entry in item.get("skipped", [])]}
+            for index, item in zip(indices, self.dataset.__getitems__(indices), strict=True)
+        ]
 
 
 @contextmanager
