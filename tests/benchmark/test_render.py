@@ -123,29 +123,29 @@ def test_rows_come_trained_by_falling_psnr_then_untrained_then_references_then_f
 
 def test_people_see_values_units_and_notes(full):
     head, lines = full.markdown()
-    assert head[:4] == ["Model", "Parameters", "Rate (%)", "PSNR (dB)"]
+    assert head[:4] == ["model", "parameters", "rate (%)", "PSNR (dB)"]
     assert lines["middle"] == {
-        "Model": "middle",
-        "Parameters": "1,234,567",
-        "Rate (%)": "0.1302",
+        "model": "middle",
+        "parameters": "1,234,567",
+        "rate (%)": "0.1302",
         "PSNR (dB)": "25.00 ± 0.33",
         "SSIM": "**0.8100** ± 0.0100",
-        "Clips": "3",
-        "Note": "",
+        "clips": "3",
+        "note": "",
     }
-    assert lines["lucky"]["Note"] == "untrained weights: not ranked"
-    assert lines["mean_colour"]["Note"] == "reference: not ranked"
-    assert lines["broken"]["Note"] == "failed: Expected a checkpoint, got none"
+    assert lines["lucky"]["note"] == "untrained weights: not ranked"
+    assert lines["mean_colour"]["note"] == "reference: not ranked"
+    assert lines["broken"]["note"] == "failed: Expected a checkpoint, got none"
 
 
 def test_columns_that_no_row_has_are_left_out(folder):
     folder.add("a")
-    assert not {"Bits/pixel", "MS-SSIM", "rFVD (N)"} & set(folder.markdown()[0])
+    assert not {"bits/pixel", "MS-SSIM", "rFVD (N)"} & set(folder.markdown()[0])
     folder.add("b", bits_per_pixel=0.0119176, rfvd=rfvd(12.34, True))
     head, lines = folder.markdown()
-    assert {"Bits/pixel", "rFVD (N)"} <= set(head)
-    assert (lines["b"]["Bits/pixel"], lines["b"]["rFVD (N)"]) == ("0.01192", "12.3 (3)")
-    assert (lines["a"]["Bits/pixel"], lines["a"]["rFVD (N)"]) == ("", "")
+    assert {"bits/pixel", "rFVD (N)"} <= set(head)
+    assert (lines["b"]["bits/pixel"], lines["b"]["rFVD (N)"]) == ("0.01192", "12.3 (3)")
+    assert (lines["a"]["bits/pixel"], lines["a"]["rFVD (N)"]) == ("", "")
 
 
 def test_markdown_is_aligned(full):
@@ -169,7 +169,7 @@ def test_notes_name_protocol_missing_clips_weights_claims_and_rfvd(folder):
     assert "LPIPS (vgg) is unavailable: no weights of VGG-16." in text
     assert "a claims a rate of 0.1 %; its latents have 0.1302 %." in text
     assert "rFVD: not ranked below 401." in text
-    assert folder.markdown()[1]["b"]["Note"] == "in 2 windows of 2 frames; 1 clip failed"
+    assert folder.markdown()[1]["b"]["note"] == "in 2 windows of 2 frames; 1 clip failed"
 
 
 def test_numbers_of_the_csv_are_those_of_the_json_to_the_last_digit(folder):
