@@ -18,7 +18,7 @@ NAME = r"a_b & 50% #1 {x} ~^\$"
 
 
 class Folder:
-    """A results folder that is made row by row."""
+    """A results folder, made row by row."""
 
     def __init__(self, path, dataset=None, **data):
         self.path = path
@@ -75,7 +75,7 @@ class Folder:
         return {line["model"]: line for line in csv.DictReader(io.StringIO(render.as_csv(self.results())))}
 
     def markdown(self):
-        """Head and rows of the first table, by the first cell."""
+        """Return head and rows of the first table, by the first cell."""
         lines = [line for line in render.markdown(self.results()).split("\n\n")[0].splitlines() if "|" in line]
         cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
         return cells[0], {line[0]: dict(zip(cells[0], line, strict=True)) for line in cells[2:]}
@@ -86,7 +86,7 @@ def rfvd(value, ranked, num_clips=3):
 
 
 def marks(results, key):
-    """The mark of each marked row in the column of a metric."""
+    """Return the mark of each marked row in the column of a metric."""
     table = summary.quality_table(results)
     place = [column.key for column in table.columns].index(key)
     return {line.name: line.cells[place].mark for line in table.lines if line.cells[place].mark}
@@ -99,7 +99,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def full(folder):
-    """Rows of every kind."""
+    """Add rows of every kind."""
     folder.add("weak", 20.0)
     folder.add("strong", 30.126)
     folder.add("middle", 25.0)
@@ -110,7 +110,7 @@ def full(folder):
 
 
 def tex_rows(text):
-    """Cells of each line of the tabular, without its rules."""
+    """List the cells of each line of the tabular, without its rules."""
     body = text.split(r"\toprule")[1].split(r"\bottomrule")[0]
     lines = [line.strip().removesuffix(r"\\").strip() for line in body.splitlines()]
     return [[cell.strip() for cell in re.split(r"(?<!\\)&", line)] for line in lines if line and line != r"\midrule"]
