@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidtwin.benchmark import rows, summary
-from vidtwin.benchmark.rows import Results, Row, remove_leftovers
-from vidtwin.files import replacing
+from vidtwin.benchmark.rows import Results, Row
+from vidtwin.files import remove_leftovers, replacing
 from vidtwin.metrics.registry import BY_KEY, Metric
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def write(folder: str | Path) -> list[Path]:
     results = rows.read(folder)
     written = []
     paths = {name: [results.folder / "plots" / f"{name}.{kind}" for kind in ("png", "svg")] for name in _PLOTS}
-    remove_leftovers(path for both in paths.values() for path in both)
+    remove_leftovers(results.folder / "plots")
     with _style():
         for name, draw in _PLOTS.items():
             drawn = draw(results)

@@ -15,7 +15,7 @@ from vidtwin.benchmark import rows, summary
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.benchmark.summary import BEST, SECOND, UNAVAILABLE, Cell, Table
 from vidtwin.files import write_text
-from vidtwin.metrics.registry import SHOWN, Column
+from vidtwin.metrics.registry import SHOWN, Column, Metric
 
 
 def write(folder: str | Path) -> str:
@@ -45,7 +45,8 @@ def markdown(results: Results) -> str:
 
 
 def _align(table: Table) -> Iterator[str]:
-    lines = [[table.first, *(column.title for column in table.columns)]]
+    heads = [Column("", table.first), *table.columns]
+    lines = [[head.title if isinstance(head, Metric) else _lower(head.title) for head in heads]]
     lines += [[line.name, *(_markdown_cell(cell) for cell in line.cells)] for line in table.lines]
     safe = [[_safe(cell).replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in safe) for i in range(len(safe[0]))]
@@ -56,6 +57,11 @@ def _align(table: Table) -> Iterator[str]:
         if number == 0:
             rules = ["-" * (w + 1) + ("-" if left else ":") for w, left in zip(widths, words, strict=True)]
             yield f"|{'|'.join(rules)}|"
+
+
+def _lower(title: str) -> str:
+    """Begin a title in lower case, but not an abbreviation."""
+    return title[0].lower() + title[1:] if title[1].islower() else title
 
 
 def _markdown_cell(cell: Cell) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from vidtwin.benchmark.protocol import protocol_hash
 from vidtwin.errors import UserError, few
-from vidtwin.files import intended_name, write_text
+from vidtwin.files import write_text
 from vidtwin.metrics.registry import PER_CLIP
 
 SCHEMA_VERSION = 2
@@ -204,14 +204,6 @@ def compare(results: Results, kept: dict[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "identities": identities,
     }
-
-
-def remove_leftovers(paths: Iterable[Path]) -> None:
-    """Remove the temporary files that a kill left beside `paths`."""
-    for path in paths:
-        for other in path.parent.glob(f".{path.stem}-*{path.suffix}"):
-            if intended_name(other) == path.name:
-                other.unlink(missing_ok=True)
 
 
 def write_comparison(folder: Path, comparison: dict[str, Any]) -> None:
