@@ -1,4 +1,4 @@
-"""What any data module with clips of its own order needs: where training is in it, how many workers, which device."""
+"""Base of data modules that order their clips: the place of training in the order, workers, device."""
 
 import os
 import warnings
@@ -13,7 +13,7 @@ class ResumableDataModule(LightningDataModule):
     """A data module whose training goes on with the very next batch.
 
     Attributes:
-        num_workers: Processes that read, for each device; None: the cores shared by the devices, at most 8.
+        num_workers: Reading processes per device; None shares the cores among the devices, with at most 8 each.
     """
 
     num_workers: int | None
@@ -28,9 +28,9 @@ class ResumableDataModule(LightningDataModule):
             self._sampler = self._start = None  # of an earlier run, or of a checkpoint that was tested
 
     def state_dict(self) -> dict[str, int]:
-        """Where training is in its data: `epoch`, `clips` of it that all ranks consumed, Lightning's count `batches`.
+        """Return the place of training: `epoch`, its `clips` consumed by all ranks, Lightning's count `batches`.
 
-        Lightning saves it in each checkpoint, and a resumed run goes on with the very next batch; with another batch
+        Lightning saves it in each checkpoint, and a resumed run continues with the very next batch; with another batch
         size or number of ranks, with the next clips.
         """
         if self._sampler is None:
@@ -44,7 +44,7 @@ class ResumableDataModule(LightningDataModule):
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
 
     def _go_on(self, sampler: ClipSampler) -> None:
-        """Begin the training clips where training is in them."""
+        """Start the training clips at the place of training."""
         assert self.trainer is not None
         if self._start is None:  # a new run, or a checkpoint that only says which epoch it was
             epoch = getattr(self.trainer.fit_loop.epoch_progress.current, "processed", 0)
@@ -53,12 +53,11 @@ class ResumableDataModule(LightningDataModule):
         sampler.start = self._place
 
     def _place(self) -> Place:
-        """Where training is in its data.
+        """Return the place of training in its data.
 
-        Counted in batches that went through the training step: not in those that workers have ready or that are on
-        the device, and not in Lightning's epochs. These don't keep step with the data: a run that `max_steps` ends
-        counts its last epoch as a whole one, and one that goes on from the end of an epoch may begin with an epoch of
-        no batch or of one.
+        Batches count once they have gone through the training step, not when workers have them ready. Lightning's
+        epochs would not do: a run that `max_steps` ends counts its last epoch as a full one, and one that is resumed
+        at the end of an epoch may begin with an epoch of no batch or of one.
         """
         assert self._sampler is not None
         assert self._start is not None
@@ -71,11 +70,11 @@ class ResumableDataModule(LightningDataModule):
         return getattr(self.trainer.fit_loop.epoch_loop.batch_progress.total, "processed", 0)
 
     def _ranks(self) -> tuple[int, int]:
-        """This process's rank, and how many there are."""
+        """Return this process's rank and the number of ranks."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def workers(self, processes: int | None = None) -> int:
-        """Return the number of processes that read, if so many processes share this machine's cores."""
+        """Return the number of reading processes if `processes` share this machine's cores."""
         if self.num_workers is not None:
             return self.num_workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

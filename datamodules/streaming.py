@@ -1,4 +1,4 @@
-"""The data module of shards that lie in a folder or in object storage (docs/cached_and_streamed.md)."""
+"""Data module of shards in a folder or in object storage (docs/cached_and_streamed.md)."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -17,20 +17,20 @@ from .shards.streamed import RemoteShards, StreamedClips, StreamedVideoClips
 
 
 class Streamed(ClipDataModule):
-    """Clips from shards that `vidtwin cache` has written, in a folder or in object storage.
+    """Clips from shards written by `vidtwin cache`, in a folder or in object storage.
 
-    Shards of decoded clips want the arguments that they were written with. Shards of video files are decoded here, with
-    any; a clip is then the one that the files themselves would give.
+    Shards of decoded clips need the arguments that they were written with. Shards of video files are decoded here, with
+    any arguments, to the clips that the files themselves give.
 
     Args:
-        url: What holds the folders of the splits: s3://BUCKET/PATH, gs://…, azure://…, r2://…, hf://…, a folder, or
-            local:FOLDER for a mounted drive from which shards are copied. All but a folder want `vidtwin[stream]`.
-        cache_dir: Folder of this machine for the shards that were brought here; null: `~/.cache/vidtwin/shards`.
-        cache_gb: Gigabytes to keep there of each split; null: all.
-        lanes: Training clips come from so many shards in turn. A multiple of the number of ranks lets each rank read
-            shards of its own.
-        storage_options: Of litdata's client: credentials, endpoint.
-        **kwargs: Those of `ClipDataModule`.
+        url: Parent of the splits' folders: s3://BUCKET/PATH, gs://…, azure://…, r2://…, hf://…, a folder, or
+            local:FOLDER for a mounted drive from which shards are copied. All but a folder need `vidtwin[stream]`.
+        cache_dir: Folder of this machine for fetched shards; null: `~/.cache/vidtwin/shards`.
+        cache_gb: Gigabytes to keep there per split; null keeps all.
+        lanes: Number of shards from which training clips come in turn. A multiple of the number of ranks lets each rank
+            read shards of its own.
+        storage_options: Options of litdata's client: credentials, endpoint.
+        **kwargs: Arguments of `ClipDataModule`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Streamed(ClipDataModule):
         self._shards: dict[str, RemoteShards] = {}
 
     def shards(self, split: str) -> RemoteShards:
-        """The shards of a split."""
+        """Return the shards of a split."""
         if split not in self._shards:
             limit = None if self.cache_gb is None else int(self.cache_gb * 1e9)
             shards = RemoteShards(f"{self.url.rstrip('/')}/{split}", self.cache_dir, limit, self.storage_options)
@@ -102,12 +102,12 @@ class Streamed(ClipDataModule):
         if split is not None:
             known = shards.manifest.description
             own = {key: value for key, value in self.describe(split).items() if key != "data"}
-            # What the arguments of the written data module say stands in the cache alone.
+            # The cache alone holds the arguments of the data module that wrote it.
             expected = {key: value for key, value in known.items() if key not in ("eval_clips", "tail")} | own
         check(shards.manifest, shards.url, format, expected)
 
     def _check_room(self, remote: RemoteShards) -> None:
-        """A cache below what is read from at a time would bring every shard here again for every clip."""
+        """Raise `UserError` if the limit is below the size of the shards in use: every clip would fetch one again."""
         if remote.limit is None or not remote.remote or remote.manifest.split != "train":
             return
         shards = remote.manifest.shards

@@ -34,7 +34,7 @@ LAYERS = (
 )
 LAYER = {room: number for number, layer in enumerate(LAYERS) for room in layer}
 # All of ours that data modules may use: they know no model, no loss and no metric.
-_BELOW_DATA = "errors files console distributed listing video data storage.latent_files datamodules"
+_BELOW_DATA = "errors files console distributed listing video data storage.latent_files storage.resumable datamodules"
 BELOW_DATA = tuple(f"vidtwin.{name}" for name in _BELOW_DATA.split())
 # Of vidtwin.benchmark: modules that read a results folder, or write from it.
 WITH_TORCH = ("cost", "downstream", "measure", "memory", "players", "runner", "sweep")

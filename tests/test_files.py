@@ -1,13 +1,16 @@
 """A file is whole or not there."""
 
 import errno
+import multiprocessing
 import os
+import signal
 import stat
 from pathlib import Path
 
 import pytest
 
-from vidtwin.files import intended_name, link, replacing, write_text
+from vidtwin import files
+from vidtwin.files import intended_name, link, remove_leftovers, replacing, write_text
 
 
 @pytest.fixture
@@ -160,3 +163,52 @@ def test_the_file_gets_the_permissions_that_open_would_give_it(tmp_path, umask):
 def test_folders_are_made_and_text_is_utf8(tmp_path):
     write_text(tmp_path / "rows" / "a" / "note.txt", "größer, ünï")
     assert (tmp_path / "rows" / "a" / "note.txt").read_bytes() == "größer, ünï".encode()
+
+
+def test_leftovers_of_killed_processes_go_and_files_in_use_stay(tmp_path):
+    for name in (
+        ".a-abcdefgh.mp4",
+        ".a-12345678.mp4",
+        ".a-abcdefgh.png",
+        ".b-abcdefgh.mp4",
+        ".bash-history",
+        "a-b.mp4",
+    ):
+        (tmp_path / name).touch()
+    with replacing(tmp_path / "a.mp4") as temporary:
+        remove_leftovers(tmp_path, "a.mp4")
+        kept = {".a-abcdefgh.png", ".b-abcdefgh.mp4", ".bash-history", "a-b.mp4"}
+        assert set(os.listdir(tmp_path)) == kept | {temporary.name}
+        remove_leftovers(tmp_path)
+        assert set(os.listdir(tmp_path)) == {temporary.name, ".bash-history", "a-b.mp4"}
+    remove_leftovers(tmp_path)
+    assert set(os.listdir(tmp_path)) == {"a.mp4", ".bash-history", "a-b.mp4"}
+
+
+def test_without_locks_old_temporary_files_go(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", fail)
+    (tmp_path / ".a-abcdefgh.mp4").touch()
+    os.utime(tmp_path / ".a-abcdefgh.mp4", (0, 0))
+    with replacing(tmp_path / "a.mp4") as temporary:
+        remove_leftovers(tmp_path)
+        assert os.listdir(tmp_path) == [temporary.name]
+
+
+def die_while_writing(path):
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_kill_left_goes_when_the_file_is_written_again(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=die_while_writing, args=(tmp_path / "a.txt",))
+    process.start()
+    process.join()
+    (left,) = tmp_path.iterdir()
+    write_text(tmp_path / "b.txt", "another")
+    assert left.exists()
+    write_text(tmp_path / "a.txt", "whole")
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "b.txt"]

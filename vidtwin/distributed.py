@@ -1,10 +1,8 @@
-"""Processes that share work without training: started by Lightning Fabric, alone in a folder."""
+"""Start processes that share work without training, by Lightning Fabric."""
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch.distributed
@@ -14,11 +12,6 @@ from lightning.fabric.strategies import DDPStrategy
 from vidtwin.errors import UserError
 from vidtwin.precision import full_precision
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 T = TypeVar("T")
 Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 
@@ -26,7 +19,7 @@ _WAIT = timedelta(hours=12)  # one process may work for long while the others wa
 
 
 def launch(accelerator: str, devices: int | list[int] | str, num_nodes: int, precision: Precision) -> Fabric:
-    """Start the processes, each of which goes on from here; `UserError` for what this machine does not have."""
+    """Start the processes, each of which returns from here; `UserError` if the machine lacks a device."""
     several = num_nodes > 1 or (len(devices) > 1 if isinstance(devices, list) else devices not in (1, "1"))
     started = int(os.environ.get("WORLD_SIZE", 1))
     if not several and started > 1:
@@ -49,7 +42,7 @@ def launch(accelerator: str, devices: int | list[int] | str, num_nodes: int, pre
 
 
 def forward_context(fabric: Fabric, precision: Precision) -> AbstractContextManager[Any]:
-    """In which a model runs: autocast, or for 32-true products without TF32."""
+    """Return the context of a forward pass: autocast, or products without TF32 for 32-true."""
     return full_precision(fabric.device) if precision == "32-true" else fabric.autocast()
 
 
@@ -60,26 +53,3 @@ def gather_objects(value: T) -> list[T]:
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, value)
     return gathered
-
-
-@contextmanager
-def locked(folder: Path, fabric: Fabric, what: str) -> Iterator[None]:
-    """Only one `what` (all its processes) writes to a folder at a time; the lock ends with the process."""
-    file, refused = None, ""
-    if fabric.is_global_zero and (not folder.exists() or folder.is_dir()):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            refused = f"Expected {folder} for this {what} alone, got another one writing to it; wait for its end."
-        except OSError:  # a file system without locks
-            pass
-    try:
-        if refused := fabric.broadcast(refused):
-            raise UserError(refused)
-        yield
-    finally:
-        if file is not None:
-            file.close()

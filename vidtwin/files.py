@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside the target, flushed to disk, then moved over it."""
+"""Write files atomically: beside the target, flushed to disk, then moved over it."""
 
 import errno
 import os
@@ -6,6 +6,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,12 +16,13 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, a quota or a limit says
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit
 _TEMPORARY = re.compile(r"\.(.+)-[a-z0-9_]{8}(\.\w+)")  # mkstemp's alphabet
+_ABANDONED = 3600  # seconds without a change, on a file system without locks
 
 
 def no_room(error: BaseException | None) -> str | None:
-    """What the system said where an error comes of a full disk, a quota or a limit; libraries raise theirs over it."""
+    """Return the system's reason if a full disk, a quota or a limit caused an error, also below errors of libraries."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             return error.strerror
@@ -31,27 +33,21 @@ def no_room(error: BaseException | None) -> str | None:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """One process at a time, the others wait; beside a file that several of them read, change and write."""
-    with path.open("a") as file:
-        if fcntl is not None:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` (same suffix) that becomes `path` if the block ends without an error.
 
-    A kill or a power failure at any moment leaves the previous file, or none; the temporary one is removed on an error.
+    A kill or a power failure at any moment leaves the previous file, or none. The temporary one is removed on an error,
+    and after a kill when the same file is written again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, path.name)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
     temporary = Path(name)
+    if fcntl is None:
+        os.close(handle)  # Windows moves no open file
     try:
+        _lock(handle, wait=True)  # by which `remove_leftovers` knows that it is in use
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0o600
         with temporary.open("rb+") as file:
@@ -60,6 +56,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        if fcntl is not None:
+            os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -69,7 +67,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def link(path: Path, target: Path) -> None:
-    """Make `path` a relative symbolic link to `target` in the same folder; what was there is replaced in one move."""
+    """Make `path` a relative symbolic link to `target` in the same folder, in one move over an earlier `path`."""
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     try:
         temporary.symlink_to(target.name)
@@ -85,13 +83,39 @@ def link(path: Path, target: Path) -> None:
 
 
 def intended_name(path: Path) -> str | None:
-    """What a temporary file that a kill left behind was to be called; None for any other file."""
+    """Return the name of the file that a temporary file was to become; None for any other file."""
     match = _TEMPORARY.fullmatch(path.name)
     return match[1] + match[2] if match else None
 
 
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary files that killed processes left in a folder, of the file `name` or of all its files.
+
+    Files that a living process is writing stay.
+    """
+    for path in folder.glob(".*-*"):
+        target = intended_name(path)
+        if target is not None and name in (None, target):
+            with suppress(OSError), path.open("rb+") as file:  # in use, or moved or removed meanwhile
+                if _lock(file.fileno(), wait=False) or time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()  # under the lock: a process that has just made the file waits for it
+
+
+def _lock(handle: int, wait: bool) -> bool:
+    """Lock an open file → False on a file system without locks; without `wait`, `BlockingIOError` if it is locked."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
 def _flush_folder(folder: Path) -> None:
-    """Without it a power failure may undo the move."""
+    """Flush a folder to disk, or a power failure may undo the move."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -13,47 +13,47 @@ from vidtwin.datamodules.clips import ClipDataset, Key
 from vidtwin.errors import UserError
 from vidtwin.video import VideoError
 
-from .format import MANIFEST, TABLE, Format, Items, Manifest, Shard, expect_shards
+from .format import MANIFEST, TABLE, Format, Items, Manifest, Shard, check_shards
 
 
 def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """The first key in which two descriptions differ, with both values; None if they say the same."""
-    default = {"eval_clips": "middle"}  # not written down, so that older caches stay known
+    """Return "key=found, not key=expected" of the first key in which two descriptions differ; None if they agree."""
+    default = {"eval_clips": "middle"}  # not stored, so that older caches stay valid
     expected, found = default | dict(expected), default | dict(found)
     for key in [*expected, *(key for key in found if key not in expected)]:
         if key == "videos" and (key not in expected or key not in found):
             continue  # the videos themselves are not here
         if expected.get(key) != found.get(key):
-            return f"{key}={json.dumps(expected.get(key))}, it holds {key}={json.dumps(found.get(key))}"
+            return f"{key}={json.dumps(found.get(key))}, not {key}={json.dumps(expected.get(key))}"
     return None
 
 
 class CachedClips(ClipDataset):
-    """Clips that `vidtwin cache` has decoded: bit for bit those of the data set they come from.
+    """Clips decoded by `vidtwin cache`, bit for bit those of their data set.
 
     `dataset[epoch, index]` is the clip of `epoch` modulo the number of cached epochs.
 
     Args:
         folder: `OUT/<split>`.
-        expected: What the clips should be, from `describe`; None: whatever they are.
+        expected: Requested description of the clips, from `describe`; None takes any.
 
     Raises:
-        UserError: There is no cache, it is not finished, of something else, or a shard is not whole. From `clip`
-            `VideoError` for a video that could not be read when the cache was written.
+        UserError: The cache is missing, incomplete, of something else, or a shard is damaged. `clip` raises
+            `VideoError` for a video that was unreadable when the cache was written.
     """
 
     def __init__(self, folder: Path | str, expected: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder / MANIFEST)
         check(self.manifest, str(self.folder), "clips", expected)
-        expect_shards(self.folder, self.manifest)
+        check_shards(self.folder, self.manifest)
         self.split_name = self.manifest.split_name
         self.items = Items(self.manifest, self._locate)
         self._identities: dict[int, tuple[str, int]] | None = None
 
     @property
     def num_videos(self) -> int:
-        """How many videos the clips of an epoch are of."""
+        """Number of videos that the clips of an epoch come from."""
         if self.manifest.description.get("eval_clips") != "all":
             return len(self)
         return len({self.identity(index)[0] for index in range(len(self))})
@@ -88,7 +88,7 @@ class CachedClips(ClipDataset):
 
 
 def check(manifest: Manifest, where: str, format: Format, expected: Mapping[str, Any] | None) -> None:
-    """`UserError` if a manifest is not that of a whole cache of what is expected."""
+    """Raise `UserError` unless a manifest is that of a complete cache of the expected clips."""
     if not manifest.complete:
         raise UserError(f"{where}: expected a finished cache; run `vidtwin cache` again, which goes on with it.")
     if manifest.format != format:
@@ -96,6 +96,6 @@ def check(manifest: Manifest, where: str, format: Format, expected: Mapping[str,
         raise UserError(f"{where}: expected {format}, it holds {manifest.format}; {use}.")
     if expected is not None and (found := difference(expected, manifest.description)):
         raise UserError(
-            f"{where}: expected a cache of {found}; use the arguments it was made with, or write another one by "
-            "`vidtwin cache`."
+            f"{where}: expected the requested clips, got {found}; use the arguments of the cache, or write "
+            "another one by `vidtwin cache`."
         )

@@ -1,6 +1,6 @@
-"""Shards: files of clips or of whole videos, and what a folder of them holds (docs/cached_and_streamed.md).
+"""The file format of shards of clips or of whole videos (docs/cached_and_streamed.md).
 
-    OUT/train/manifest.json     what was stored, the shards with their checksums, what was skipped and why
+    OUT/train/manifest.json     settings, the shards with their checksums, skipped videos with the reason
     OUT/train/clips.csv         name, label and start frame of each clip
     OUT/train/index.json        the same shards as litdata lists them
     OUT/train/chunk-0-<n>.bin   a shard
@@ -14,7 +14,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -30,12 +30,14 @@ Format = Literal["clips", "videos"]
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 TABLE = "clips.csv"
+SHARD = "chunk-0-{}.bin"
 # Fields of an item in alphabetical order, as litdata flattens a dict, with litdata's names of their formats.
 FIELDS: dict[str, dict[str, str]] = {
     "clips": {"clip": "numpy", "label": "int", "name": "str", "start_frame": "int"},
     "videos": {"label": "int", "name": "str", "video": "bytes"},
 }
-_LOOKS = 5  # for a shard that other processes may take away
+_AGAIN = "run `vidtwin cache` again, which makes it anew"
+_ATTEMPTS = 5  # to open a shard that other processes may remove
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class Shard:
     """A file of items.
 
     Attributes:
-        first: Place of its first item among all that were to be stored: epoch by epoch, in each by index.
-        places: How many of these places it covers; some items of them may have been skipped.
-        items: How many it holds.
+        first: Place of its first item among all requested ones, which are ordered by epoch and index.
+        places: Number of places that it covers, with those of skipped items.
+        items: Number of stored items.
         bytes: Size of the file.
     """
 
@@ -59,18 +61,18 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds.
+    """Content of a folder of shards.
 
     Attributes:
-        split_name: Its name in the protocol of an evaluation.
-        description: All that the clips depend on, see `describe`.
-        epochs: How many epochs were stored, each with other random clips.
-        clips: Indices of an epoch, with those that were skipped.
-        left_out: Name → reason of videos that were known to be of no use before, and have no place.
-        skipped: Place → (name, reason) of what could not be read and is not in the shards; with False where the video
-            is whole and merely ends before the clip.
-        replaced: Place → the same for what another clip stands in for, under its own name.
-        padded: Place → how many frames of the clip repeat its last one, where there are any.
+        split_name: Name of the split in the protocol of an evaluation.
+        description: Settings that determine the clips; see `describe`.
+        epochs: Number of stored epochs, each with other random clips.
+        clips: Number of indices per epoch, with skipped ones.
+        left_out: Name → reason of videos that were unusable from the start, and have no place.
+        skipped: Place → (name, reason) of an unreadable item, which no shard holds; with False if the video is intact
+            and merely ends before the clip.
+        replaced: Place → the same for unreadable clips that another one replaces, under its own name.
+        padded: Place → number of the clip's frames that repeat its last one, if any.
     """
 
     format: Format
@@ -87,26 +89,11 @@ class Manifest:
     complete: bool = False
 
     def to_json(self) -> str:
-        content = {
-            "schema_version": SCHEMA_VERSION,
-            "format": self.format,
-            "split": self.split,
-            "split_name": self.split_name,
-            "description": self.description,
-            "epochs": self.epochs,
-            "clips": self.clips,
-            "complete": self.complete,
-            "shards": [vars(shard) for shard in self.shards],
-            "left_out": self.left_out,
-            "skipped": {str(place): what for place, what in self.skipped.items()},
-            "replaced": {str(place): what for place, what in self.replaced.items()},
-            "padded": {str(place): frames for place, frames in self.padded.items()},
-        }
-        return json.dumps(content, indent=1) + "\n"
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
-        """That of a folder; `UserError` if there is none, or none that this version can read."""
+        """Read the manifest of a folder; `UserError` if it is missing or this version can't read it."""
         try:
             text = path.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
@@ -120,47 +107,38 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: str, where: str) -> "Manifest":
-        """`UserError` if the text is none that this version can read."""
+        """Parse a manifest; `UserError` if this version can't read it."""
         try:
             content = json.loads(text)
-            version = content["schema_version"]
-        except (json.JSONDecodeError, TypeError, KeyError):
+            version = content.pop("schema_version")
+        except (json.JSONDecodeError, AttributeError, TypeError, KeyError):
             raise UserError(f"{where}: expected a manifest written by `vidtwin cache`, got something else.") from None
         if version != SCHEMA_VERSION:
             raise UserError(
                 f"{where}: expected schema version {SCHEMA_VERSION}, got {version}; write the cache again, or use the "
                 "version of vidtwin that wrote it."
             )
-        return cls(
-            content["format"],
-            content["split"],
-            content["split_name"],
-            content["description"],
-            content["epochs"],
-            content["clips"],
-            content["left_out"],
-            [Shard(**shard) for shard in content["shards"]],
-            {int(place): as_skip(entry) for place, entry in content["skipped"].items()},
-            {int(place): list(map(as_skip, what)) for place, what in content["replaced"].items()},
-            {int(place): frames for place, frames in content.get("padded", {}).items()},
-            content["complete"],
-        )
+        content["shards"] = [Shard(**shard) for shard in content["shards"]]
+        content["skipped"] = {int(place): as_skip(entry) for place, entry in content["skipped"].items()}
+        content["replaced"] = {int(place): list(map(as_skip, what)) for place, what in content["replaced"].items()}
+        content["padded"] = {int(place): frames for place, frames in content.get("padded", {}).items()}
+        return cls(**content)
 
 
 def as_skip(entry: Sequence[Any]) -> Skip:
-    """A skipped video, from JSON."""
+    """Convert a skipped video from JSON."""
     name, reason, *rest = entry
     return (name, reason, False) if rest else (name, reason)
 
 
 class Items:
-    """The items of a split's shards by their places, mapped into memory: nothing is read but what is used of an item.
+    """Items of a split's shards by their places, mapped into memory: only used bytes are read.
 
-    Nothing stays open from one item to the next, so the object goes into workers as it is.
+    No file stays open between items, so the object can be sent to workers.
 
     Args:
-        manifest: Of the split.
-        locate: A shard → its file on this machine.
+        manifest: Manifest of the split.
+        locate: Return the file of a shard on this machine.
     """
 
     def __init__(self, manifest: Manifest, locate: Callable[[Shard], Path]) -> None:
@@ -174,26 +152,26 @@ class Items:
         } if manifest.skipped else {}  # fmt: skip
 
     def shard_of(self, place: int) -> int:
-        """Number of the shard that covers a place."""
+        """Return the number of the shard that covers a place."""
         return bisect_right(self._firsts, place) - 1
 
     def fields(self, place: int) -> list[NDArray[np.uint8]]:
-        """The fields of an item as they are stored; writing into them changes no file.
+        """Return the fields of an item as stored; writing into them changes no file.
 
         Raises:
-            VideoError: It could not be read when the shards were written.
+            VideoError: The item was unreadable when the shards were written.
         """
         if place in self.manifest.skipped:
             raise VideoError(self.manifest.skipped[place][1])
         number = self.shard_of(place)
         shard = self.manifest.shards[number]
         slot = place - shard.first - sum(missing < place for missing in self._missing.get(number, ()))
-        for attempt in range(_LOOKS):
+        for attempt in range(_ATTEMPTS):
             try:
                 item = self._map(number, shard, slot, self.locate(shard))
                 break
-            except FileNotFoundError:  # another process has taken it away to keep a limit; it comes again
-                if attempt == _LOOKS - 1:
+            except FileNotFoundError:  # another process removed it to keep a limit; it is fetched again
+                if attempt == _ATTEMPTS - 1:
                     raise
         count = len(FIELDS[self.manifest.format])
         edges = 4 * count + np.cumsum([0, *item[: 4 * count].view(np.uint32)])
@@ -208,7 +186,7 @@ class Items:
         return np.memmap(path, np.uint8, "c", begin, (end - begin,)).view(np.ndarray)
 
     def clip(self, place: int) -> dict[str, Any]:
-        """A decoded clip as `ClipDataset.clip` gives it."""
+        """Return a decoded clip as `ClipDataset.clip` does."""
         array, label, name, start = self.fields(place)
         header = array[:8].view(np.uint32)
         begin = 8 + 4 * int(header[1])
@@ -225,39 +203,27 @@ class Items:
         return item
 
     def video(self, place: int) -> tuple[bytes, str, int]:
-        """Content of a video file, its name and its label."""
+        """Return the content of a video file, its name and its label."""
         label, name, content = self.fields(place)
         return bytes(content), bytes(name).decode(), int(label.view(np.int64)[0])
 
 
-def expect_shards(folder: Path, manifest: Manifest) -> None:
-    """`UserError` if a shard is absent or of another size."""
+def check_shards(folder: Path, manifest: Manifest) -> None:
+    """Raise `UserError` if a shard is missing or of another size."""
     for shard in manifest.shards:
-        if not is_whole(folder, shard, checksum=False):
-            raise UserError(
-                f"{folder / shard.file}: expected a shard of the cache, there is no such file; run `vidtwin cache` "
-                "again, which makes it anew."
-            )
+        check_shard(folder / shard.file, shard, checksum=False)
 
 
-def is_whole(folder: Path, shard: Shard, checksum: bool) -> bool:
-    """Whether the file is there; `UserError` if it is damaged."""
-    path = folder / shard.file
+def check_shard(path: Path, shard: Shard, checksum: bool) -> None:
+    """Raise `UserError` if the file of a shard is missing, of another size or, with `checksum`, damaged."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        return False
+        raise UserError(f"{path}: expected a shard of the cache, got no such file; {_AGAIN}.") from None
     if size != shard.bytes:
-        raise UserError(
-            f"{path}: expected {shard.bytes:,} bytes, got {size:,}; delete it and run `vidtwin cache` again, which "
-            "makes it anew."
-        )
+        raise UserError(f"{path}: expected {shard.bytes:,} bytes, got {size:,}; {_AGAIN}.")
     if checksum and _sha256(path) != shard.sha256:
-        raise UserError(
-            f"{path}: expected sha256 {shard.sha256[:16]}…, got another: the file is damaged; delete it and run "
-            "`vidtwin cache` again, which makes it anew."
-        )
-    return True
+        raise UserError(f"{path}: expected sha256 {shard.sha256[:16]}…, got another; {_AGAIN}.")
 
 
 def _sha256(path: Path) -> str:

@@ -1,15 +1,15 @@
 """Clips from shards that lie elsewhere: a folder, or object storage by litdata (docs/cached_and_streamed.md).
 
 The shards are those of writer.py: decoded clips, or video files that the worker decodes. litdata knows the storage
-(s3://, gs://, azure://, r2://, hf://) and brings a shard to this machine; which shards, when and for whom is decided
-here, because litdata's own loader orders an epoch by the numbers of ranks and workers, leaves out clips to make the
-ranks equal, repeats some where these numbers change in mid-epoch, and counts what was loaded, not what was trained on.
+(s3://, gs://, azure://, r2://, hf://) and fetches a shard to this machine. The choice of shards is made here: litdata's
+own loader orders an epoch by the numbers of ranks and workers, drops clips to make the ranks equal, repeats some if
+these numbers change in mid-epoch, and counts loaded clips instead of trained ones.
 
-Here the order of an epoch depends on (seed, epoch) alone, as for files, and so does all that follows from it: equal
-shares of the ranks, a place from which any number of ranks and workers goes on, every evaluation clip once. A shuffle
-of all clips would want all shards at once; so the shuffled shards, one behind the other, are cut into as many lanes of
-equal length as `lanes` says, and the order takes one clip from each lane in turn. A rank then reads from a few shards
-at a time, and from other ones than the other ranks, if their number divides that of the lanes.
+Here the order of an epoch depends on (seed, epoch) alone, as for files. Hence equal shares of the ranks, a place from
+which any number of ranks and workers can resume, and every evaluation clip once. A shuffle of all clips would need all
+shards at once; so the shuffled shards, one after the other, are cut into `lanes` lanes of equal length, and the order
+takes one clip from each lane in turn. A rank then reads from a few shards at a time, and from other ones than the other
+ranks, if their number divides the number of lanes.
 """
 
 import csv
@@ -33,22 +33,22 @@ from vidtwin.errors import UserError
 from vidtwin.video import VideoInfo
 
 from .cached import CachedClips
-from .format import MANIFEST, TABLE, Items, Manifest, Shard, expect_shards
+from .format import MANIFEST, TABLE, Items, Manifest, Shard, check_shards
 
 _ATTEMPTS = 4
-# What does not change when it is asked again.
+# Errors that another attempt does not change.
 _FINAL = re.compile(r"FileNotFound|NoSuch|\b40[34]\b|not found|credentials", re.IGNORECASE)
 _PAUSE = 1.0  # seconds before the second attempt; four times as long before each further one
 
 
 class RemoteShards:
-    """The shards of a split on this machine: where they are, or brought here when they are first asked for.
+    """Shards of a split on this machine: in their own folder, or fetched on first use.
 
     Args:
         url: `OUT/<split>`: a folder, or an address that litdata knows ("local:FOLDER" copies from a mounted drive).
-        cache_dir: Where shards are kept that were brought here, by all processes of this machine.
-        limit: Bytes of this split to keep there; the shards that were not used for longest go first. None: all.
-        options: Of litdata's client for the storage: credentials, endpoint.
+        cache_dir: Folder for fetched shards, shared by all processes of this machine.
+        limit: Bytes of this split to keep there; the least recently used shards go first. None keeps all.
+        options: Options of litdata's client for the storage: credentials, endpoint.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class RemoteShards:
         self.options = options
         self.remote = "://" in url or url.startswith("local:")
         self._client: tuple[int, Any] | None = None  # process, and litdata's downloader in it
-        self._waiting: tuple[int, queue.SimpleQueue[Shard]] | None = None  # process, and what its thread is to fetch
+        self._waiting: tuple[int, queue.SimpleQueue[Shard]] | None = None  # process, and shards for its thread to fetch
         if not self.remote:
             self.folder = Path(url)
             self.manifest = Manifest.read(self.folder / MANIFEST)
-            expect_shards(self.folder, self.manifest)
+            check_shards(self.folder, self.manifest)
             return
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir) as own:
@@ -85,7 +85,7 @@ class RemoteShards:
             return list(csv.DictReader(file))
 
     def __call__(self, shard: Shard) -> Path:
-        """The file of a shard, which it waits for."""
+        """Return the file of a shard, fetched if necessary."""
         path = self.folder / shard.file
         if self.remote:
             try:
@@ -98,7 +98,7 @@ class RemoteShards:
         return path
 
     def prefetch(self, shard: Shard) -> None:
-        """Bring a shard here in the background."""
+        """Fetch a shard in the background."""
         if not self.remote or (self.folder / shard.file).exists():
             return
         if self._waiting is None or self._waiting[0] != os.getpid():
@@ -114,11 +114,11 @@ class RemoteShards:
             shard = waiting.get()
             try:
                 self._ensure(shard, self.folder / shard.file)
-            except Exception:  # told by who needs the shard, and can't go on without it
+            except Exception:  # raised again where the shard is used
                 continue
 
     def _ensure(self, shard: Shard, path: Path) -> None:
-        from filelock import FileLock  # comes with torch
+        from filelock import FileLock
 
         with FileLock(f"{path}.lock"):  # one process fetches, the others wait
             if path.exists() and path.stat().st_size == shard.bytes:
@@ -131,7 +131,7 @@ class RemoteShards:
                 self._keep_limit(self.limit, path)
 
     def _fetch(self, file: str, target: Path, shard: Shard | None = None) -> None:
-        """Download a file, and compare it with what is known of a shard; `UserError` if that failed repeatedly."""
+        """Download a file and verify it if it is a shard; `UserError` after repeated failures."""
         address = f"{self.url}/{file}"
         reason = ""
         for attempt in range(_ATTEMPTS):
@@ -142,7 +142,7 @@ class RemoteShards:
                 # By the storage's own client: the other one that litdata has knows no http:// and no forked processes.
                 with target.open("wb") as stream:
                     downloader.download_fileobj(address, stream)
-                if not target.stat().st_size:  # a storage for which that does nothing
+                if not target.stat().st_size:  # a storage for which that call does nothing
                     target.unlink()  # or it would be taken for the file
                     downloader.download_file(address, str(target))
             except Exception as error:  # each storage has its own
@@ -175,7 +175,7 @@ class RemoteShards:
             if total <= limit:
                 return
             if path != newest:
-                path.unlink(missing_ok=True)  # who has mapped a clip of it keeps that
+                path.unlink(missing_ok=True)  # mapped clips of it stay readable
                 total -= size
 
 
@@ -195,24 +195,24 @@ def _downloader(url: str, options: dict[str, Any] | None) -> Any:
 def _fault(path: Path, shard: Shard | None) -> str:
     """Return the fault of a fetched file, or an empty string if it is intact."""
     if not path.exists():
-        return "nothing came"
+        return "nothing was downloaded"
     if shard is None:
         return ""
     size = path.stat().st_size
     if size != shard.bytes:
-        return f"{size:,} bytes came in place of {shard.bytes:,}"
+        return f"{size:,} bytes, not {shard.bytes:,}"
     with path.open("rb") as file:
         whole = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
-    return "" if whole else "what came has another checksum"
+    return "" if whole else "another checksum"
 
 
 class InterleavedShuffle:
-    """The order of training clips that lie in shards.
+    """Order of training clips in shards.
 
     Args:
         shards: Number of the shard that holds the clip of each index, ascending.
-        lanes: How many shards are read from at a time.
-        seed: Of the order.
+        lanes: Number of shards to read from at a time.
+        seed: Seed of the order.
     """
 
     def __init__(self, shards: NDArray[np.int64], lanes: int, seed: int) -> None:
@@ -223,7 +223,7 @@ class InterleavedShuffle:
         self._following: tuple[int, dict[int, int]] = (-1, {})
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """All indices, each once."""
+        """Return all indices, each once."""
         random, shards = self._shuffled(epoch)
         stream = np.concatenate([self.firsts[s] + random.permutation(self.sizes[s]) for s in shards])
         length = len(stream) // self.lanes
@@ -231,7 +231,7 @@ class InterleavedShuffle:
         return np.concatenate([lanes.T.ravel(), stream[length * self.lanes :]])
 
     def following(self, epoch: int, shard: int) -> int | None:
-        """The shard that a lane goes on with after this one; None at the end."""
+        """Return the shard that follows this one in its lane; None at the end."""
         if self._following[0] != epoch:
             shards = self._shuffled(epoch)[1].tolist()
             self._following = epoch, dict(pairwise(shards))
@@ -243,7 +243,7 @@ class InterleavedShuffle:
 
 
 class _Prefetcher:
-    """Has the shard that comes next brought here when one is begun."""
+    """Prefetch the shard that follows when one is begun."""
 
     def __init__(self, shards: RemoteShards, lanes: InterleavedShuffle) -> None:
         self.shards = shards
@@ -288,11 +288,11 @@ class StreamedClips(CachedClips):
 
 
 class StreamedVideoClips(VideoClips):
-    """Clips of video files in shards that may lie elsewhere: those that `VideoClips` takes of the files themselves.
+    """Clips of video files in shards that may lie elsewhere, equal to those of `VideoClips` from the files.
 
     Args:
-        shards: The shards.
-        lanes: How many shards are read from at a time.
+        shards: Shards of the videos.
+        lanes: Number of shards to read from at a time.
         places: Name of a video → place in the shards.
         videos: The videos with their `info`; the path of each is its name.
         settings: As of `VideoClips`.

@@ -160,7 +160,7 @@ def test_what_was_interrupted_goes_on_to_the_same_bytes(here, monkeypatch, capsy
     monkeypatch.setattr(Interruption, "after", calls)
     assert encode(*words) == 130
     if calls > 1:
-        assert "what was encoded is in latents; the same command goes on" in capsys.readouterr().err
+        assert "complete shards are in latents; the same command goes on" in capsys.readouterr().err
     made = {path.name: path.stat().st_mtime_ns for path in Path("latents").glob("shard-*")}
     assert len(made) == calls - 1
     monkeypatch.setattr(Interruption, "after", None)
@@ -365,7 +365,7 @@ def test_a_full_disk_is_one_line_and_what_is_whole_stays(here, capsys, monkeypat
     assert encode("--clips_per_shard", "2") == 1
     said = capsys.readouterr().err
     assert "Expected to write latents/shard-00001.safetensors, got 'No space left on device'" in said
-    assert "1 of 4 shards are whole in latents; the same command goes on" in said
+    assert "1 of 4 shards are complete in latents; the same command goes on" in said
     monkeypatch.setattr(writer, "write_shard", real)
     assert encode("--clips_per_shard", "2") == 0
 
@@ -378,7 +378,7 @@ def test_latents_that_are_not_finite_are_named_and_the_other_shards_made(here, c
     assert encode("--clips_per_shard", "1", ckpt="nan.ckpt") == 1
     said = capsys.readouterr().err
     assert "black: expected grid of finite numbers in float32, got others in the window from frame 0 on" in said
-    assert "7 of 8 shards are whole" in said
+    assert "7 of 8 shards are complete" in said
 
 
 def test_the_hard_clips_are_encoded_with_their_frames(shared, tmp_path, monkeypatch):

@@ -190,6 +190,19 @@ def test_what_is_there_is_kept_unless_one_asks(here, capsys):
     assert Path("reconstructions/a.mp4").stat().st_mtime_ns > before
 
 
+def test_the_hidden_copy_of_a_killed_run_goes_when_its_video_is_made(here):
+    write_video("in/a.mp4", moving(3), 25)
+    Path("reconstructions").mkdir()
+    for name in (".a-abcdefgh.mp4", ".b-abcdefgh.mp4"):
+        Path("reconstructions", name).write_bytes(b"half")
+    with VideoWriter("reconstructions/c.mp4", 25) as other:  # of another process
+        other.write(moving(1)[0])
+        in_use = other._partial.name
+        assert run("in") == 0
+        hidden = [path.name for path in Path("reconstructions").glob(".*.mp4")]
+        assert sorted(hidden) == sorted([".b-abcdefgh.mp4", in_use])
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -302,5 +315,5 @@ def test_a_full_disk_ends_the_command_with_what_is_whole(here, capsys, monkeypat
     assert run("in") == 1
     told = capsys.readouterr().err
     assert "reconstructions/b.mp4: can't be written" in told
-    assert "finished videos are kept; free space and continue with --skip_existing" in told
+    assert "complete videos stay; --skip_existing goes on" in told
     assert sorted(path.name for path in Path("reconstructions").glob("*.mp4")) == ["a.mp4"]

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from vidtwin.datamodules.clips import ClipDataset
 from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.datamodules.folder import VideoFolder
+from vidtwin.datamodules.shards import sources
 from vidtwin.datamodules.shards import writer as cache_writer
 from vidtwin.datamodules.shards.cached import CachedClips
 from vidtwin.datamodules.shards.format import Manifest
@@ -100,7 +101,7 @@ def test_a_data_module_takes_its_clips_from_a_cache(make, written, small_ucf, tm
     away = UCF101(str(tmp_path), cache=str(written), **SMALL)
     assert batches(away) == batches(online)
     assert away.protocol() == online.protocol()
-    with pytest.raises(UserError, match="expected a cache of num_frames=3, it holds num_frames="):
+    with pytest.raises(UserError, match="expected the requested clips, got num_frames=4, not num_frames=3"):
         make(cache=str(written), num_frames=3).dataset("val")
     with pytest.raises(UserError, match=r"manifest\.json, there is no such file; write it by `vidtwin cache`"):
         make(cache=str(tmp_path)).dataset("val")
@@ -210,43 +211,43 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
     assert contents(tmp_path / "killed") == whole  # nothing else is left behind either
 
 
-def write_beside(out: Path, begin: Any, other_done: Any) -> None:
-    """Begin with the other process; the shard 5 stays half-written until the other one is done."""
-    whole = cache_writer.replacing
+def write_slowly(out: Path, half: Any) -> None:
+    """Stay in the middle of shard 5 for a while."""
+    whole = sources.replacing
 
     @contextmanager
     def slow(path: Path):
         with whole(path) as temporary:
             yield temporary
             if Path(path).name == "chunk-0-5.bin":
-                assert other_done.wait(60)
+                half.set()
+                time.sleep(1.5)
 
-    cache_writer.replacing = slow  # in this process alone
-    begin.wait(60)
+    sources.replacing = slow  # in this process alone
     write_thirty(out, workers=0)
 
 
-def test_two_processes_that_write_one_cache_end_with_the_same_bytes(tmp_path):
+def test_of_two_processes_that_write_one_cache_the_second_waits_and_the_bytes_are_the_same(tmp_path, capfd):
     context = multiprocessing.get_context("fork")
     alone = context.Process(target=write_thirty, args=(tmp_path / "alone", 0))
     alone.start()
     alone.join()
-    begin, done, never = context.Barrier(2), context.Event(), context.Event()
-    never.set()
-    slow = context.Process(target=write_beside, args=(tmp_path / "both", begin, done))
-    quick = context.Process(target=write_beside, args=(tmp_path / "both", begin, never))
-    slow.start()
-    quick.start()
-    quick.join()
-    done.set()
-    slow.join()
-    assert (quick.exitcode, slow.exitcode) == (0, 0)
+    half = context.Event()
+    first = context.Process(target=write_slowly, args=(tmp_path / "both", half))
+    first.start()
+    assert half.wait(60)
+    second = context.Process(target=write_thirty, args=(tmp_path / "both", 0))
+    second.start()
+    second.join()
+    first.join()
+    assert (first.exitcode, second.exitcode) == (0, 0)
     assert contents(tmp_path / "both") == contents(tmp_path / "alone")
+    assert capfd.readouterr().err.count("waiting for the end of another `vidtwin cache`") == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_full_disk_leaves_the_shards_before_it(make, written, tmp_path, monkeypatch, workers):
-    whole = cache_writer.replacing
+    whole = sources.replacing
 
     @contextmanager
     def full(path: Path):
@@ -255,7 +256,7 @@ def test_a_full_disk_leaves_the_shards_before_it(make, written, tmp_path, monkey
         with whole(path) as temporary:
             yield temporary
 
-    monkeypatch.setattr(cache_writer, "replacing", full)
+    monkeypatch.setattr(sources, "replacing", full)
     with pytest.raises(UserError, match="the disk is full; free some of it and run the same command again"):
         write_cache(make(num_workers=workers), tmp_path / "cache", epochs=2, shard_bytes=SHARD)
     assert (tmp_path / "cache/train/chunk-0-2.bin").exists()
@@ -267,30 +268,30 @@ def test_a_full_disk_leaves_the_shards_before_it(make, written, tmp_path, monkey
 
 def test_too_little_room_is_told_before_it_begins(make, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"expected 0\.0 GB of free disk for the clips that are still to be written"):
+    with pytest.raises(UserError, match=r"expected 0\.0 GB of free disk for the clips still to be written"):
         write_cache(make(), tmp_path, ["train"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "difference"),
     [
-        ({"num_frames": 5}, "num_frames=5, it holds num_frames=4"),
-        ({"resolution": 24}, "resolution=24, it holds resolution=16"),
-        ({"fps": 4.0}, "fps=4.0, it holds fps=8.0"),
-        ({"seed": 1}, "seed=1, it holds seed=0"),
-        ({"horizontal_flip": False}, "horizontal_flip=false, it holds horizontal_flip=true"),
-        ({"augment": False}, "augment=false, it holds augment=true"),
-        ({"short_videos": "loop"}, 'short_videos="loop", it holds short_videos="skip"'),
+        ({"num_frames": 5}, "num_frames=4, not num_frames=5"),
+        ({"resolution": 24}, "resolution=16, not resolution=24"),
+        ({"fps": 4.0}, "fps=8.0, not fps=4.0"),
+        ({"seed": 1}, "seed=0, not seed=1"),
+        ({"horizontal_flip": False}, "horizontal_flip=true, not horizontal_flip=false"),
+        ({"augment": False}, "augment=true, not augment=false"),
+        ({"short_videos": "loop"}, 'short_videos="skip", not short_videos="loop"'),
         ({"val_groups": (9,)}, "val_groups="),
     ],
 )
 def test_a_cache_of_something_else_is_refused(make, copied, arguments, difference):
     other = make(**arguments)
-    with pytest.raises(UserError, match="expected a cache of ") as error:
+    with pytest.raises(UserError, match="expected the requested clips, got ") as error:
         CachedClips(copied / "train", other.describe("train"))
     assert difference in str(error.value)
     before = contents(copied)
-    with pytest.raises(UserError, match="expected a cache of "):
+    with pytest.raises(UserError, match="to hold the cached clips of this command, got "):
         write_cache(other, copied, ["train"], epochs=2, shard_bytes=SHARD)
     assert contents(copied) == before
 
@@ -301,26 +302,26 @@ def test_what_is_excluded_is_not_stored_and_belongs_to_the_cache(make, tmp_path)
     write_cache(data, tmp_path / "cache", ["val"])
     cached = CachedClips(tmp_path / "cache/val", data.describe("val"))
     assert cached.clip(0, 0)["name"] == "Bounce/v_Bounce_g25_c02.avi"
-    with pytest.raises(UserError, match="expected a cache of exclude=null, it holds exclude="):
+    with pytest.raises(UserError, match=r"expected the requested clips, got exclude=.*, not exclude=null"):
         CachedClips(tmp_path / "cache/val", make().describe("val"))
     with pytest.raises(UserError, match=r"there is none; set data\.exclude"):
         make(exclude="absent.txt").describe("val")
 
 
 def test_other_epochs_formats_and_folders_are_refused(make, copied, tmp_path):
-    with pytest.raises(UserError, match="a cache of epochs=3, it holds epochs=2"):
+    with pytest.raises(UserError, match="got epochs=2, not epochs=3; give another folder"):
         write_cache(make(), copied, ["train"], epochs=3)
     with pytest.raises(UserError, match="shards of another size"):
         write_cache(make(), copied, ["train"], epochs=2, shard_bytes=2 * SHARD)
-    with pytest.raises(UserError, match='a cache of format="videos", it holds format="clips"'):
+    with pytest.raises(UserError, match='got format="clips", not format="videos"'):
         write_cache(make(), copied, ["val"], format="videos")
     (tmp_path / "other/val").mkdir(parents=True)
     (tmp_path / "other/val/thesis.tex").touch()
-    with pytest.raises(UserError, match="it holds something else"):
+    with pytest.raises(UserError, match=r"Expected an empty folder or one of cached clips, got .* with other files"):
         write_cache(make(), tmp_path / "other", ["val"])
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "other/val/thesis.tex/cache"):
-        with pytest.raises(UserError, match="expected a folder to write a cache into, there is a file; give another"):
+        with pytest.raises(UserError, match="which is a file or inside one; give another"):
             write_cache(make(), out, ["val"])
     with pytest.raises(UserError, match=r"there is no such file; write it by `vidtwin cache`"):
         CachedClips(tmp_path / "nowhere")
@@ -343,7 +344,7 @@ def test_a_cache_serves_without_its_videos(written, small_ucf, tmp_path):
     write_cache(Own(str(moved), **SMALL), tmp_path / "cache", ["val"])
     shutil.rmtree(moved)
     assert len(CachedClips(tmp_path / "cache/val", Own(str(moved), **SMALL).describe("val"))) == 4
-    with pytest.raises(UserError, match=r"val_groups=\[9\], it holds val_groups=\[24, 25\]"):
+    with pytest.raises(UserError, match=r"val_groups=\[24, 25\], not val_groups=\[9\]"):
         CachedClips(tmp_path / "cache/val", Own(str(moved), val_groups=(9,), **SMALL).describe("val"))
 
 
@@ -356,13 +357,13 @@ def test_a_cache_of_videos_that_have_changed_is_refused(make, copied, small_ucf,
     assert len(CachedClips(copied / "train", data.describe("train"))) == 8
     (copied / "train/chunk-0-1.bin").unlink()
     first.write_bytes(second.read_bytes() + b"longer")
-    with pytest.raises(UserError, match=r"expected a cache of videos=.* it holds videos="):
+    with pytest.raises(UserError, match=r"expected the requested clips, got videos=.* not videos="):
         CachedClips(copied / "train", data.describe("train"))
     for out, format in ((copied, "clips"), (tmp_path / "videos", "videos")):
         if format == "videos":
             write_cache(make(), out, ["train"], format="videos")
         before = contents(out)
-        with pytest.raises(UserError, match=r"expected a cache of videos=.*; give another folder, or delete this one"):
+        with pytest.raises(UserError, match=r"got videos=.*; give another folder, or delete this one"):
             write_cache(data, out, ["train"], 2 if format == "clips" else 1, format, shard_bytes=SHARD)  # type: ignore[arg-type]
         assert contents(out) == before
     assert len(CachedClips(copied / "test", data.describe("test"))) == 4  # of which nothing has changed
@@ -372,32 +373,35 @@ def test_an_interrupted_cache_does_not_mix_old_and_new_videos(make, small_ucf, t
     moved = Path(shutil.copytree(small_ucf, tmp_path / "moved"))
     data = UCF101(str(moved), **SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr(cache_writer, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(cache_writer._SplitWriter, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write_cache(data, tmp_path / "cache", ["train"], shard_bytes=SHARD)
     (tmp_path / "cache/train/chunk-0-0.bin").unlink()
     first, second = (Path(video.path) for video in data.videos("train")[:2])
     first.write_bytes(second.read_bytes() + b"longer")
-    with pytest.raises(UserError, match=r"expected a cache of videos=.*; give another folder, or delete this one"):
+    with pytest.raises(UserError, match=r"got videos=.*; give another folder, or delete this one"):
         write_cache(data, tmp_path / "cache", ["train"], shard_bytes=SHARD)
 
 
-def test_damage_is_found_and_mended(make, copied, written):
+def test_damage_is_found_and_mended(make, copied, written, capfd):
     shard = copied / "train/chunk-0-1.bin"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
-    with pytest.raises(UserError, match=r"chunk-0-1\.bin: expected 9,481 bytes, got 9,480; delete it"):
+    with pytest.raises(UserError, match=r"chunk-0-1\.bin: expected 9,481 bytes, got 9,480; run `vidtwin cache` again"):
         CachedClips(copied / "train")
+    done = write_cache(make(), copied, epochs=2, shard_bytes=SHARD)
+    assert [split.made for split in done] == [1, 0, 0]
+    assert "chunk-0-1.bin: expected 9,481 bytes, got 9,480" in capfd.readouterr().err
+    assert contents(copied) == contents(written)
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the right size
     CachedClips(copied / "train")
-    write_cache(make(), copied, epochs=2, shard_bytes=SHARD)
-    with pytest.raises(UserError, match=r"chunk-0-1\.bin: .*the file is damaged; delete it and run"):
-        write_cache(make(), copied, epochs=2, shard_bytes=SHARD, verify=True)
+    assert write_cache(make(), copied, epochs=2, shard_bytes=SHARD)[0].made == 0
+    assert write_cache(make(), copied, epochs=2, shard_bytes=SHARD, verify=True)[0].made == 1
+    assert "chunk-0-1.bin: expected sha256" in capfd.readouterr().err
     shard.unlink()
-    with pytest.raises(UserError, match="there is no such file; run `vidtwin cache` again"):
+    with pytest.raises(UserError, match="got no such file; run `vidtwin cache` again"):
         CachedClips(copied / "train")
-    done = write_cache(make(), copied, epochs=2, shard_bytes=SHARD, verify=True)
-    assert [split.made for split in done] == [1, 0, 0]
+    assert write_cache(make(), copied, epochs=2, shard_bytes=SHARD)[0].made == 1
     assert contents(copied) == contents(written)
 
 
@@ -479,7 +483,7 @@ def test_a_training_clip_that_can_not_be_replaced_ends_the_writing(tmp_path):
             dataset.clip = hopeless
             return dataset
 
-    with pytest.raises(VideoError, match="99 others"):
+    with pytest.raises(UserError, match="99 others"):
         write_cache(Hopeless(num_train=2, **SMALL), tmp_path, ["train"])
 
 

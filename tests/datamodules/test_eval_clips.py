@@ -318,9 +318,9 @@ def test_a_cache_of_other_clips_is_refused_and_an_old_one_goes_on(root, tmp_path
     del manifest["padded"]  # as written before there was such a thing
     path.write_text(json.dumps(manifest))
     assert_same_clips(folder(root, eval_clips="middle", cache=str(tmp_path / "middle")), middle)
-    with pytest.raises(UserError, match='expected a cache of eval_clips="all", it holds eval_clips="middle"'):
+    with pytest.raises(UserError, match='got eval_clips="middle", not eval_clips="all"'):
         folder(root, cache=str(tmp_path / "middle")).dataset("test")
-    for tail, message in (("pad", 'short_videos="pad"'), (None, 'eval_clips="middle", it holds eval_clips="all"')):
+    for tail, message in (("pad", 'short_videos="pad"'), (None, 'eval_clips="all", not eval_clips="middle"')):
         arguments = {"tail": tail} if tail else {"eval_clips": "middle"}
         with pytest.raises(UserError, match=message):
             folder(root, cache=str(tmp_path / "all"), **arguments).dataset("test")

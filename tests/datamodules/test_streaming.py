@@ -86,7 +86,7 @@ def test_videos_are_decoded_by_any_arguments(make, small_ucf):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "difference"), [({"fps": 4.0}, "fps=4.0, it holds fps=8.0"), ({"seed": 1}, "seed=1, it holds seed=0")]
+    ("arguments", "difference"), [({"fps": 4.0}, "fps=8.0, not fps=4.0"), ({"seed": 1}, "seed=0, not seed=1")]
 )
 def test_decoded_clips_want_the_arguments_they_were_made_with(make, arguments, difference):
     with pytest.raises(UserError, match=difference):

@@ -18,22 +18,22 @@ Decode a folder of latents, as `vidtwin encode` writes it: each video becomes OU
   vidtwin decode latents --out decoded
   vidtwin decode latents --out decoded --ckpt_path elsewhere/last.ckpt --devices 4
 
-A video has the frames, the times and the picture's size that were encoded, and no sound. The weights have to be those
-that encoded; without --ckpt_path they are taken from where the manifest says that they were.
+A video has the frames, times and picture size of the encoded one, and no sound. The weights must be those of the
+encoding; without --ckpt_path they are read from the path in the manifest.
 
-Exit code: 0 all done, 1 a part is lacking or damaged (a line on stderr says which and why), 2 nothing was decoded.
+Exit code: 0 all done, 1 a part is missing or damaged (a line on stderr gives the reason), 2 nothing was decoded.
 """
 
 
 @dataclass
 class DecodeOptions:
-    """What is written.
+    """Options of the decoding.
 
     Args:
         out: Folder of the videos.
-        batch_size: Windows that are decoded at once.
-        overwrite: Replace videos that are there.
-        skip_existing: Leave out videos that are there.
+        batch_size: Windows per forward pass.
+        overwrite: Replace existing videos.
+        skip_existing: Leave out existing videos.
         progress: Show a progress bar.
     """
 
@@ -53,7 +53,7 @@ class DecodeOptions:
 def add_options(parser: "ArgumentParser") -> None:
     """Add the options of the command and of the session."""
     add_class_options(parser, DecodeOptions, SessionOptions)
-    parser.add_argument("latents", metavar="LATENTS", help="Folder that `vidtwin encode` has written.")
+    parser.add_argument("latents", metavar="LATENTS", help="Folder written by `vidtwin encode`.")
 
 
 def run(options: "Namespace") -> int:

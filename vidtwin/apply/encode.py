@@ -17,30 +17,30 @@ Encode videos (files, folders, globs) to a folder of latents: a manifest and saf
   vidtwin encode videos/ --out latents --ckpt_path runs/vidtwin/checkpoints/last.ckpt
   vidtwin encode UCF-101 --out latents --ckpt_path last.ckpt --posterior moments --labels folders --devices 4
 
-A video is cut into windows of the model's length; the last frame fills the last one up. A shard appears when it is
-whole: after a kill the same command makes those that are missing, to the same bytes, on any number of devices.
+A video is cut into windows of the model's length; the last frame pads the last one. A shard appears when it is
+complete: after a kill the same command makes the missing ones, to the same bytes, on any number of devices.
 `vidtwin decode LATENTS --out DIR` gives the videos back; LatentDataModule streams the latents to a training.
 
-Exit code: 0 all done, 1 a video or a shard is lacking or damaged (a line on stderr says which and why), 2 nothing was
+Exit code: 0 all done, 1 a video or a shard is missing or damaged (a line on stderr gives the reason), 2 nothing was
 encoded.
 """
 
 
 @dataclass
 class EncodeOptions:
-    """What is encoded, and how it is written.
+    """Options of the encoding.
 
     Args:
         inputs: Video files, folders, globs.
         out: Folder of the latents.
-        size: Side of the square that pictures are cropped and resized to; by default the model's own, or else the whole
-            picture.
-        posterior: Of Gaussian latents the mean, or moments: mean and log-variance.
-        dtype: Of latents that are no codes; codes have the smallest type that holds them.
-        clips_per_shard: Windows of a shard, which are held in memory until it is written.
-        batch_size: Windows that are encoded at once.
-        labels: Take the folder that a video lies in as its class.
-        overwrite: Begin anew where the folder holds latents, these or others.
+        size: Side of the square that pictures are cropped and resized to; by default the model's own, or the whole
+            picture for models of any size.
+        posterior: Part of Gaussian latents to store: the mean, or moments, which are mean and log-variance.
+        dtype: Type of continuous latents; codes have the smallest type that holds them.
+        clips_per_shard: Windows per shard, held in memory until it is written.
+        batch_size: Windows per forward pass.
+        labels: Take the folder of a video as its class.
+        overwrite: Begin anew if the folder holds latents, these or others.
         progress: Show a progress bar.
     """
 

@@ -1,4 +1,4 @@
-"""What a folder of latents is to hold, and what it holds in the end. No model in here."""
+"""Plan the content of a folder of latents, and complete its manifest from the shards. No model is needed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,15 +28,15 @@ from vidtwin.video import VideoError
 def survey_inputs(
     inputs: Sequence[Input], labelled: bool, known: Mapping[str, VideoEntry]
 ) -> tuple[list[VideoEntry], list[str], dict[str, str]]:
-    """Look into the videos, without decoding them.
+    """Survey the videos without decoding them.
 
     Args:
         inputs: The videos.
-        labelled: Take the folders that they lie in as their classes.
-        known: Videos that were surveyed before, by name; taken as they are where the file has not changed.
+        labelled: Take the folders of the videos as their classes.
+        known: Videos surveyed before, by name; taken over if the file has not changed.
 
     Returns:
-        The videos, the names of the classes, and by the name of each video that can't be used the reason.
+        The videos, the names of the classes, and the reason for each unusable video by its name.
     """
     folders = [entry.name.rpartition("/")[0] for entry in inputs]
     if labelled and "" in folders:
@@ -50,7 +50,7 @@ def survey_inputs(
     for entry, folder in zip(bar, folders, strict=True):
         label = classes.index(folder) if labelled else -1
         try:
-            video = _surveyed(entry, known.get(entry.name))
+            video = _survey_video(entry, known.get(entry.name))
         except VideoError as error:
             if not error.lasting:
                 raise UserError(f"Expected to read {entry.path}, the system failed: {error} Try again.") from error
@@ -60,7 +60,7 @@ def survey_inputs(
     return videos, classes, skipped
 
 
-def _surveyed(entry: Input, known: VideoEntry | None) -> VideoEntry:
+def _survey_video(entry: Input, known: VideoEntry | None) -> VideoEntry:
     try:
         size, changed = identity(entry.path)
     except OSError as error:
@@ -79,7 +79,7 @@ def _reason(error: VideoError, path: Path) -> str:
 
 
 def cut(counts: Sequence[int], clips_per_shard: int) -> list[list[Piece]]:
-    """The windows of all videos, one behind the other, cut into shards; `counts` are those of each video."""
+    """Cut the windows of all videos, one after the other, into shards; `counts` holds the number for each video."""
     shards: list[list[Piece]] = []
     room = 0
     for video, count in enumerate(counts):
@@ -95,7 +95,7 @@ def cut(counts: Sequence[int], clips_per_shard: int) -> list[list[Piece]]:
 
 
 def difference(ours: Manifest, theirs: Manifest) -> str | None:
-    """The first thing by which two manifests are of other latents: what the second has and what the first has."""
+    """Return the first difference between the latents of two manifests, "theirs, not ours"; None if they agree."""
     for key in ("class_path", "init_args", "weights_sha256"):
         mine, other = ours.model[key], theirs.model.get(key)
         if mine != other:
@@ -121,7 +121,7 @@ def difference(ours: Manifest, theirs: Manifest) -> str | None:
 
 
 def finish(manifest: Manifest, folder: Path) -> Manifest:
-    """The complete manifest, from the shards: what was found out of each video, statistics and totals."""
+    """Complete a manifest from its shards: results of each video, statistics and totals."""
     shards = []
     videos = list(manifest.videos)
     sums: list[dict[str, Any]] = []
@@ -133,7 +133,7 @@ def finish(manifest: Manifest, folder: Path) -> Manifest:
         sums.append(shard.sums)
         shards.append([replace(p, stored=len(s.num_frames)) for p, s in zip(planned, shard.pieces, strict=True)])
         for piece, stored in zip(planned, shard.pieces, strict=True):
-            videos[piece.video] = _joined(videos[piece.video], stored)
+            videos[piece.video] = _join(videos[piece.video], stored)
             pixels += sum(stored.num_frames) * (stored.height or 0) * (stored.width or 0)
         for name, shape in shard.sizes():
             _, latent, *part = name.split(".")
@@ -166,7 +166,7 @@ def finish(manifest: Manifest, folder: Path) -> Manifest:
     )
 
 
-def _joined(video: VideoEntry, piece: StoredPiece) -> VideoEntry:
+def _join(video: VideoEntry, piece: StoredPiece) -> VideoEntry:
     return replace(
         video,
         num_frames=(video.num_frames or 0) + sum(piece.num_frames),

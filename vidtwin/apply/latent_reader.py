@@ -1,4 +1,4 @@
-"""Decode a folder of latents (vidtwin/latent_files.py) into videos."""
+"""Decode a folder of latents (vidtwin/storage/latent_files.py) into videos."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class LatentReader:
-    """Decodes latents; see `DecodeOptions`.
+    """Decode latents; see `DecodeOptions`.
 
     Args:
-        folder: Of the latents.
-        options: What is written.
-        session_options: By which weights, and where; without a checkpoint, by those that the manifest names.
+        folder: Folder of the latents.
+        options: Options of the decoding.
+        session_options: Weights and devices; without a checkpoint, the manifest's weights.
     """
 
     def __init__(self, folder: str, options: "DecodeOptions", session_options: SessionOptions) -> None:
@@ -44,18 +44,18 @@ class LatentReader:
         self._wanted = {video.name for video in self.videos}
         sources = [Input(Path(video.source), video.name) for video in self.videos]
         check_targets([self._target(video) for video in self.videos], sources, options.overwrite)
-        self.session = Session(self._weights(session_options))
+        self.session = Session(self._choose_weights(session_options))
         self._check_model()
-        self._shard: Shard | None = None  # the last one that was opened
+        self._shard: Shard | None = None  # the last opened one
         self._full = False  # whether the disk is
 
     def run(self) -> int:
-        """Write every video → 0, 1 where a part is lacking, 2 where there is none."""
+        """Write every video → exit code: 1 if a part is missing, 2 if all are."""
         session, manifest = self.session, self.manifest
         if not manifest.complete and session.is_main:
-            session.tell(f"{self.folder} is not complete: `vidtwin encode` goes on with it; what is there is decoded")
+            session.tell(f"{self.folder} is not complete: `vidtwin encode` goes on with it; its shards are decoded")
         places = manifest.places()
-        shares = self._shares()
+        shares = self._assign()
         done = failed = frames = 0
         total = sum(len(places[number]) for number, share in enumerate(shares) if share == session.rank)
         with tqdm(
@@ -74,14 +74,14 @@ class LatentReader:
                 if problem is not None:
                     session.tell(f"{video.name}: {problem}")
                 if self._full:
-                    session.tell("what is whole stays; --skip_existing goes on when there is room")
+                    session.tell("complete videos stay; --skip_existing goes on when there is room")
                     break
         done, failed, frames = map(sum, zip(*session.gather((done, failed, frames)), strict=True))
         if done:
             session.say(f"{done:,} videos, {frames:,} frames -> {self.options.out}")
         return exit_code(done, failed + (not manifest.complete))
 
-    def _weights(self, options: SessionOptions) -> SessionOptions:
+    def _choose_weights(self, options: SessionOptions) -> SessionOptions:
         if options.ckpt_path:
             return options
         model = self.manifest.model
@@ -106,8 +106,8 @@ class LatentReader:
                 f"{self.manifest.settings['num_frames']}; give the --config that encoded."
             )
 
-    def _shares(self) -> list[int]:
-        """Which process decodes each video: neighbours together, since they share shards."""
+    def _assign(self) -> list[int]:
+        """Assign a process to each video: neighbours together, since they share shards."""
         windows = [0] * len(self.manifest.videos)
         for pieces in self.manifest.shards:
             for piece in pieces:
@@ -122,12 +122,12 @@ class LatentReader:
         return target(self.options.out, video.name, ".mp4")
 
     def _decode(self, video: VideoEntry, places: list[tuple[int, int]], bar: "tqdm[Any]") -> tuple[int, str | None]:
-        """Write a video, as far as its shards are whole → frames written, and what is wrong."""
+        """Write a video up to the first damaged shard → number of frames, and the problem if there is one."""
         problem: list[str] = []
-        frames = self._frames(video, places, problem, bar)
+        frames = self._iter_frames(video, places, problem, bar)
         first = next(frames, None)
         if first is None:
-            return 0, (problem[0] if problem else "it has no frame") + "; skipped"
+            return 0, (problem[0] if problem else "no frame") + "; skipped"
         count = 0
         try:
             with VideoWriter(self._target(video), Fraction(video.fps), timed=True) as writer:
@@ -142,33 +142,33 @@ class LatentReader:
             return 0, f"expected to write {self._target(video)}, got {error.strerror or error}"
         return count, f"{problem[0]}; the {count} frames before are decoded" if problem else None
 
-    def _frames(
+    def _iter_frames(
         self, video: VideoEntry, places: list[tuple[int, int]], problem: list[str], bar: "tqdm[Any]"
     ) -> Iterator[tuple[Frames, Fraction]]:
-        """Frames (H, W, 3) with their times; ends at a shard that is not whole, with the reason in `problem`."""
+        """Yield frames (H, W, 3) with their times; end at a damaged shard, with the reason in `problem`."""
         start = 0
         for number, place in places:
             try:
-                shard = self._opened(number)
+                shard = self._open(number)
             except UserError as error:
                 problem.append(str(error).rstrip("."))
                 return
             piece = shard.pieces[place]
             times = unpack_times(piece.times, Fraction(video.fps), start, sum(piece.num_frames))
             start += len(times)
-            yield from zip(self._pictures(shard, place, piece), times, strict=True)
+            yield from zip(self._decode_piece(shard, place, piece), times, strict=True)
             bar.update()
 
-    def _pictures(self, shard: Shard, place: int, piece: StoredPiece) -> Iterator[Frames]:
+    def _decode_piece(self, shard: Shard, place: int, piece: StoredPiece) -> Iterator[Frames]:
         size = self.options.batch_size
         for first in range(0, len(piece.num_frames), size):
             real = piece.num_frames[first : first + size]
-            latents = self._latents(shard, place, first, first + len(real))
+            latents = self._read_latents(shard, place, first, first + len(real))
             clips = self.session.decode(latents, piece.height or 0, piece.width or 0)
             for clip, count in zip(clips, real, strict=True):
                 yield from clip[:count]
 
-    def _latents(self, shard: Shard, place: int, first: int, last: int) -> Latents:
+    def _read_latents(self, shard: Shard, place: int, first: int, last: int) -> Latents:
         held = {name: shard.rows(place, name, first, last) for name in self.manifest.latents}
         codes = {name: rows.long() for name, rows in held.items() if self.manifest.latents[name].kind == "codes"}
         latents: dict[str, Tensor] = {name: rows.float() for name, rows in held.items() if name not in codes}
@@ -178,11 +178,9 @@ class LatentReader:
                 latents |= self.session.model.dequantize(on_device)
         return latents
 
-    def _opened(self, number: int) -> Shard:
+    def _open(self, number: int) -> Shard:
         path = shard_path(self.folder, number)
         if self._shard is None or self._shard.path != path:
             self._shard = None
-            shard = Shard(path, self.manifest.digest)
-            shard.check()
-            self._shard = shard
+            self._shard = Shard(path, self.manifest.digest).check()
         return self._shard

@@ -1,9 +1,9 @@
-"""Encode videos into a folder of latents (vidtwin/latent_files.py).
+"""Encode videos into a folder of latents (vidtwin/storage/latent_files.py).
 
-    inputs ── survey ──> plan: what each shard holds ── every process its share of the shards ──> shards ──> totals
+    inputs ── survey ──> plan: windows of each shard ── each process its share of the shards ──> shards ──> totals
 
-The plan follows from the inputs and the settings alone, and a batch never goes beyond a shard: neither a kill nor the
-number of processes changes a shard.
+The plan depends on the inputs and the settings alone, and a batch never spans two shards: neither a kill nor the number
+of processes changes a shard.
 """
 
 import math
@@ -24,14 +24,13 @@ from vidtwin.apply.options import SessionOptions
 from vidtwin.apply.pieces import PieceReader
 from vidtwin.apply.session import Session
 from vidtwin.apply.windows import Window
-from vidtwin.distributed import locked
 from vidtwin.errors import UserError
-from vidtwin.files import intended_name
 from vidtwin.posteriors import DiagonalGaussian, Posterior, Quantized
 from vidtwin.storage.latent_files import (
     DTYPES,
     LOGVAR,
     MANIFEST,
+    SHARD,
     Latent,
     Manifest,
     Piece,
@@ -39,20 +38,21 @@ from vidtwin.storage.latent_files import (
     StoredPiece,
     VideoEntry,
     code_dtype,
-    own_files,
     pack_times,
-    shard_path,
     tensor_name,
     write_shard,
 )
+from vidtwin.storage.resumable import Resumable, lock
 from vidtwin.video import COLOUR, RESIZE_FILTER
 
 if TYPE_CHECKING:
     from vidtwin.apply.encode import EncodeOptions
 
+_ADVICE = "set another --out, or --overwrite to begin anew"
+
 
 class _Waiting(NamedTuple):
-    """A window that is to be encoded, of a piece of a shard."""
+    """A window to be encoded, of a piece of a shard."""
 
     place: int
     video: str
@@ -60,12 +60,12 @@ class _Waiting(NamedTuple):
 
 
 class LatentWriter:
-    """Encodes videos; see `EncodeOptions`.
+    """Encode videos; see `EncodeOptions`.
 
     Args:
-        options: What is encoded, and how it is written.
-        session_options: By which weights, and where.
-        inputs: The videos.
+        options: Options of the encoding.
+        session_options: Weights and devices.
+        inputs: Videos.
     """
 
     def __init__(self, options: "EncodeOptions", session_options: SessionOptions, inputs: list[Input]) -> None:
@@ -77,14 +77,14 @@ class LatentWriter:
         self.side = self.session.size(options.size)
 
     def run(self) -> int:
-        """Make the shards that are missing → 0, 1 where a video or a shard is lacking."""
+        """Make the missing shards → exit code: 1 if a video or a shard is missing in the end, 2 if all are."""
         planned = self._on_main(self._plan)
         try:
-            with locked(self.folder, self.session.fabric, "encoding"):
+            with lock(self.folder, "encoding", self.session.fabric):
                 return self._run(planned)
         except KeyboardInterrupt:
             if self.session.is_main:
-                self.session.tell(f"what was encoded is in {self.folder}; the same command goes on")
+                self.session.tell(f"complete shards are in {self.folder}; the same command goes on")
             raise
 
     def _run(self, planned: Manifest) -> int:
@@ -101,7 +101,7 @@ class LatentWriter:
         return int(self._on_main(lambda: self._finish(manifest, missing, seconds)))
 
     def _on_main(self, work: Any) -> Any:
-        """What the main process gets, for all of them; its `UserError` too."""
+        """Do `work` in the main process → its result, or `UserError`, in all processes."""
         result, refused = None, None
         if self.session.is_main:
             try:
@@ -112,8 +112,6 @@ class LatentWriter:
         if refused is not None:
             raise UserError(refused)
         return result
-
-    # What is to be encoded.
 
     def _plan(self) -> Manifest:
         session, options = self.session, self.options
@@ -141,14 +139,14 @@ class LatentWriter:
         return Manifest(model, settings, self._latents(), videos, shards, classes, skipped)
 
     def _known(self) -> dict[str, VideoEntry]:
-        """Videos that an earlier run has surveyed."""
+        """Return the videos that an earlier run has surveyed."""
         try:
             return {video.name: video for video in Manifest.read(self.folder).videos}
         except UserError:
             return {}
 
     def _latents(self) -> dict[str, Latent]:
-        """What kinds of latents the model has, from a black clip."""
+        """Find the kinds of the model's latents by encoding a black clip."""
         session = self.session
         side = self.side or 64 + -64 % session.model.spatial_multiple
         black = np.zeros((session.num_frames, side, side, 3), np.uint8)
@@ -162,54 +160,30 @@ class LatentWriter:
         return latents
 
     def _prepare(self, planned: Manifest) -> tuple[Manifest, list[int]]:
-        """The folder is made one of these latents → its manifest, the shards that are missing."""
-        folder = self.folder
-        for path in folder.iterdir():
-            if (intended_name(path) or "").startswith(("shard-", MANIFEST)):
-                path.unlink()  # of a run that was killed
+        """Claim the folder for these latents → its manifest and the missing shards."""
+        store = Resumable(self.folder, SHARD, lambda _, path: Shard(path, planned.digest).check(), "latents", MANIFEST)
         if self.options.overwrite:
-            for path in own_files(folder):
-                path.unlink()
-        held = next(own_files(folder), None)
-        if held is None and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise UserError(f"Expected an empty folder or one of latents, got {folder} with other files; set --out.")
-        earlier = None
-        if held is not None:
-            earlier = self._earlier(planned)
-        if earlier is not None and (found := difference(planned, earlier)):
-            raise UserError(
-                f"Expected {folder} to hold the latents of this command, it has {found}; set another --out, or "
-                "--overwrite to begin anew."
-            )
-        missing = []
-        for number in range(len(planned.shards)):
-            path = shard_path(folder, number)
-            try:
-                Shard(path, planned.digest).check()
-            except UserError as error:
-                if path.exists():
-                    self.session.tell(f"{error} It is made again.")
-                    path.unlink()
-                missing.append(number)
-        if earlier and earlier.complete and earlier.skipped == planned.skipped and not missing:
-            return earlier, []
-        self._writing(folder / MANIFEST, lambda: planned.write(folder))
+            store.clear()
+        store.begin(lambda: self._compare(planned, store), _ADVICE)
+        missing = store.missing(range(len(planned.shards)))
+        with suppress(UserError):  # of a manifest that is missing or damaged
+            earlier = Manifest.read(self.folder)
+            if earlier.complete and earlier.skipped == planned.skipped and not missing:
+                return earlier, []
+        self._write(store.folder / MANIFEST, lambda: planned.write(self.folder))
         return planned, missing
 
-    def _earlier(self, planned: Manifest) -> Manifest | None:
-        """The manifest that is there; None for one that is damaged or lost among shards of this very plan."""
+    def _compare(self, planned: Manifest, store: "Resumable[Shard]") -> str | None:
+        """Compare the folder's manifest to the plan → what differs; one that is damaged is judged by the shards."""
         try:
-            return Manifest.read(self.folder)
+            return difference(planned, Manifest.read(self.folder))
         except UserError as error:
             for number in range(len(planned.shards)):
                 with suppress(UserError):
-                    Shard(shard_path(self.folder, number), planned.digest)
+                    Shard(store.path(number), planned.digest)
                     self.session.tell(f"{error} The shards are of this command: it is written anew.")
                     return None
-            advice = "Set another --out, or --overwrite to begin anew."
-            raise UserError(f"{error} {advice}") from error
-
-    # The share of a process.
+            raise UserError(f"{error} {_ADVICE.capitalize()}.") from error
 
     def _encode(self, manifest: Manifest, numbers: list[int]) -> None:
         reader = PieceReader(manifest, self.inputs, self.side)
@@ -218,14 +192,14 @@ class LatentWriter:
         hidden = None if self.session.is_main and self.options.progress else True
         with tqdm(total=total, desc=f"encoding{shared}", unit="clip", disable=hidden, dynamic_ncols=True) as bar:
             for number in numbers:
-                path = shard_path(self.folder, number)
+                path = self.folder / SHARD.format(number)
                 try:
                     pieces, tensors = self._shard(reader, manifest.shards[number], bar)
-                except UserError as error:  # the other shards can be made for all that
+                except UserError as error:  # the other shards can still be made
                     self.session.tell(f"{path.name} is not made: {error}")
                     reader.reset()
                     continue
-                self._writing(path, lambda: write_shard(path, manifest.digest, pieces, tensors))  # noqa: B023
+                self._write(path, lambda: write_shard(path, manifest.digest, pieces, tensors))  # noqa: B023
 
     def _shard(
         self, reader: PieceReader, planned: list[Piece], bar: "tqdm[Any]"
@@ -258,7 +232,7 @@ class LatentWriter:
         return pieces, {name: torch.stack(tensors) for name, tensors in rows.items()}
 
     def _rows(self, batch: list[_Waiting]) -> dict[str, list[Tensor]]:
-        """What is stored of each window, by the name of its tensor."""
+        """Encode windows → the values to store of each, by the name of its tensor."""
         if not batch:
             return {}
         try:
@@ -289,32 +263,30 @@ class LatentWriter:
             return {"": posterior.mean.to(dtype), LOGVAR: posterior.logvar.to(dtype)}
         return {"": posterior.mode().to(dtype)}
 
-    def _writing(self, path: Path, write: Any) -> None:
+    def _write(self, path: Path, write: Any) -> None:
         try:
             write()
         except OSError as error:
             raise UserError(
-                f"Expected to write {path}, got {(error.strerror or str(error))!r}; the shards that are whole stay, "
-                "and the same command goes on."
+                f"Expected to write {path}, got {(error.strerror or str(error))!r}; complete shards stay, and "
+                "the same command goes on."
             ) from error
-
-    # The end.
 
     def _finish(self, manifest: Manifest, made: list[int], seconds: float) -> int:
         session, folder = self.session, self.folder
-        missing = [number for number in range(len(manifest.shards)) if not shard_path(folder, number).exists()]
+        missing = [number for number in range(len(manifest.shards)) if not (folder / SHARD.format(number)).exists()]
         if missing:
             whole = len(manifest.shards) - len(missing)
-            session.tell(f"{whole} of {len(manifest.shards)} shards are whole in {folder}; the same command goes on")
+            session.tell(f"{whole} of {len(manifest.shards)} shards are complete in {folder}; the same command goes on")
             return 1 if whole else 2
         if not manifest.complete:
             done = finish(manifest, folder)
-            self._writing(folder / MANIFEST, lambda: done.write(folder))
+            self._write(folder / MANIFEST, lambda: done.write(folder))
             manifest = done
         damaged = {video.name: video.damage for video in manifest.videos if video.damage and video.num_frames}
-        empty = {video.name: video.damage or "it gives no frame" for video in manifest.videos if not video.num_frames}
+        empty = {video.name: video.damage or "no frame decodes" for video in manifest.videos if not video.num_frames}
         for name, reason in damaged.items():
-            session.tell(f"{name}: {reason}; what came before is encoded")
+            session.tell(f"{name}: {reason}; the frames before are encoded")
         for name, reason in empty.items():
             session.tell(f"{name}: {reason}; skipped")
         totals = manifest.totals
@@ -324,7 +296,7 @@ class LatentWriter:
         rate = f"compression rate {totals['compression_rate']:.4%}"
         if totals["bits_per_pixel"] is not None:
             rate = f"{totals['bits_per_pixel']:.4g} bits per pixel"
-        speed = f", {new / seconds:.1f} clips/s" if new else ", all there before"
+        speed = f", {new / seconds:.1f} clips/s" if new else ", all encoded before"
         session.say(
             f"{totals['clips']:,} clips of {totals['videos']:,} videos, {rate}, {totals['bytes']:,} bytes{speed} "
             f"-> {folder}"

@@ -1,4 +1,4 @@
-"""The windows of the pieces that a shard of latents is to hold, in constant memory."""
+"""Read the windows of a shard of latents piece by piece, in constant memory."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,11 @@ from vidtwin.video import VideoError
 
 
 class PieceReader:
-    """Windows of pieces in turn; where one goes on after the last one, the video goes on being decoded.
+    """Read the windows of pieces in turn; a piece that follows the last one of its video needs no seeking.
 
     Attributes:
-        fps: Of the video of the piece that was begun.
-        damage: Why its video ended before its time, if it has by now.
+        fps: Frames per second of the current piece's video.
+        damage: Reason why that video ended early; None if it has not.
     """
 
     def __init__(self, manifest: Manifest, inputs: Sequence[Input], side: int | None) -> None:
@@ -47,7 +47,7 @@ class PieceReader:
         return StoredPiece(video.name, piece.first_window)
 
     def windows(self, piece: Piece) -> Iterator[Window]:
-        """Those of the piece that was started; a video's last piece has all that are left."""
+        """Yield the windows of the started piece; a video's last piece has all remaining ones."""
         planned = math.ceil(self.manifest.videos[piece.video].planned_frames / self.length)
         end = piece.first_window + piece.windows
         yield from self._take(None if end == planned else piece.windows)

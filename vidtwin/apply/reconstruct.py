@@ -20,7 +20,8 @@ from vidtwin.apply.outputs import write_views
 from vidtwin.apply.tiling import run_in_tiles
 from vidtwin.apply.windows import Window, batched, examine
 from vidtwin.errors import UserError
-from vidtwin.files import exclusive, write_text
+from vidtwin.files import write_text
+from vidtwin.storage.resumable import lock
 from vidtwin.video import Frames, VideoError, panels
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class Reconstruct:
                 if any(row.frames for row in done):
                     self._record(done)
                 if self._full:
-                    console.log("finished videos are kept; free space and continue with --skip_existing")
+                    console.log("complete videos stay; --skip_existing goes on when there is room")
                     break
         rows = [row for part in session.gather(done) for row in part]
         return exit_code(sum(row.frames > 0 for row in rows), sum(bool(row.note) for row in rows))
@@ -204,7 +205,7 @@ class Reconstruct:
         """Merge the rows of this process into the table, which holds those of other processes and earlier runs."""
         rows = {row.input: {column: getattr(row, column) for column in _COLUMNS} for row in done}
         path = Path(self.out) / TABLE
-        with exclusive(path.with_name(f".{TABLE}.lock")):
+        with lock(path.parent, "table of reconstructions", wait=True):
             earlier: dict[str, dict[str, Any]] = {}
             if path.exists():
                 with path.open(encoding="utf-8", newline="") as file:

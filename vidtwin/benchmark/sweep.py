@@ -27,9 +27,10 @@ from vidtwin.benchmark import protocol, report, rows, table
 from vidtwin.benchmark.measure import AVERAGE, LAST, Subject, fingerprint
 from vidtwin.benchmark.runner import Job, Plan, Runner, one_line
 from vidtwin.data import ClipSource
-from vidtwin.distributed import Precision, launch, locked
+from vidtwin.distributed import Precision, launch
 from vidtwin.errors import UserError, suggestion
 from vidtwin.storage import checkpoints
+from vidtwin.storage.resumable import lock
 
 
 @dataclass
@@ -189,7 +190,7 @@ class Sweep:
         if self.strict:
             self._check_models()
         try:
-            with locked(self.folder, fabric, "sweep"):
+            with lock(self.folder, "sweep", fabric):
                 return self._run(fabric)
         except KeyboardInterrupt:
             self._show(fabric, f"what was measured is in {self.folder}; the same command goes on")

@@ -27,6 +27,7 @@ from vidtwin.errors import UserError
 from vidtwin.files import replacing, write_text
 
 MANIFEST = "manifest.json"
+SHARD = "shard-{:05d}.safetensors"
 SCHEMA_VERSION = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LOGVAR = "logvar"  # "<piece>.<latent>.logvar"
@@ -206,14 +207,7 @@ class Manifest:
 
 def shard_path(folder: str | Path, number: int) -> Path:
     """Return the path of a shard."""
-    return Path(folder) / f"shard-{number:05d}.safetensors"
-
-
-def own_files(folder: Path) -> Iterator[Path]:
-    """Yield the paths of a folder's manifest and shards."""
-    if (folder / MANIFEST).exists():
-        yield folder / MANIFEST
-    yield from sorted(folder.glob("shard-" + "[0-9]" * 5 + ".safetensors"))
+    return Path(folder) / SHARD.format(number)
 
 
 def code_dtype(codebook_size: int) -> torch.dtype:
@@ -303,10 +297,11 @@ class Shard:
         for name in sorted(self.names):
             yield name, self._file.get_slice(name).get_shape()
 
-    def check(self) -> None:
-        """Verify the checksum of the whole shard; raise `UserError` if it differs."""
+    def check(self) -> Self:
+        """Verify the checksum of the whole shard → the shard; raise `UserError` if it differs."""
         if _hash_tensors((name, self._file.get_tensor(name)) for name in sorted(self.names)) != self._digest:
             raise UserError(f"{self.path}: expected a whole shard, its content is damaged (checksum).")
+        return self
 
 
 def channel_statistics(shards: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, list[float]] | None]:

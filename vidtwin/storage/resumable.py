@@ -1,0 +1,156 @@
+"""Folders of numbered units of work that a killed run continues.
+
+A unit is a file that is written atomically (`vidtwin.files.replacing`) and verified before it is kept. One writer at a
+time holds the folder's lock. Its manifest, if it has one, is written last.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from filelock import FileLock, Timeout
+
+from vidtwin.console import log
+from vidtwin.errors import UserError
+from vidtwin.files import remove_leftovers
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+Unit = TypeVar("Unit")
+_MOMENT = 0.5  # seconds
+
+
+@dataclass(frozen=True)
+class Resumable(Generic[Unit]):
+    """Numbered units in a folder.
+
+    Args:
+        folder: Folder of the units.
+        name: Name of a unit's file with a field for its number, such as "shard-{:05d}.safetensors".
+        read: Read and verify unit `number` from its existing file `path`. It raises `UserError` for an invalid file,
+            which is made again, and returns None for one of another identity, which is replaced.
+        kind: Name of the units together in messages, such as "latents".
+        manifest: Name of the manifest, if there is one.
+    """
+
+    folder: Path
+    name: str
+    read: Callable[[int, Path], Unit | None]
+    kind: str = "units"
+    manifest: str | None = None
+
+    def path(self, number: int) -> Path:
+        """Return the path of a unit."""
+        return self.folder / self.name.format(number)
+
+    def get(self, number: int) -> Unit | None:
+        """Return a unit; None if it is missing, of another identity, or invalid, which is logged."""
+        path = self.path(number)
+        if not path.exists():
+            return None
+        try:
+            return self.read(number, path)
+        except UserError as error:
+            log(f"{error} It is made again.")
+            path.unlink(missing_ok=True)
+            return None
+
+    def missing(self, numbers: Iterable[int]) -> list[int]:
+        """Return those of `numbers` that are still to be made."""
+        return [number for number in numbers if self.get(number) is None]
+
+    def begin(self, difference: Callable[[], str | None], advice: str) -> bool:
+        """Claim the folder for the units of one identity, under its lock → whether an earlier run has begun it.
+
+        Args:
+            difference: Compare the identity of the earlier run to this one's → what it has and this one has not, in
+                words; None if they are the same. Called only if there was an earlier run.
+            advice: What to do with a folder of another identity.
+
+        Raises:
+            UserError: The folder belongs to another identity, or holds other files.
+        """
+        begun = any(self._files())
+        if begun and (found := difference()):
+            raise UserError(f"Expected {self.folder} to hold the {self.kind} of this command, got {found}; {advice}.")
+        if not begun and any(not path.name.startswith(".") for path in self.folder.iterdir()):
+            raise UserError(
+                f"Expected an empty folder or one of {self.kind}, got {self.folder} with other files; give another."
+            )
+        remove_leftovers(self.folder)
+        return begun
+
+    def clear(self) -> None:
+        """Remove the manifest and all units."""
+        for path in self._files():
+            path.unlink()
+
+    def _files(self) -> Iterator[Path]:
+        if self.manifest is not None and (self.folder / self.manifest).exists():
+            yield self.folder / self.manifest
+        yield from sorted(self.folder.glob(re.sub(r"\{.*\}", "[0-9]*", self.name)))
+
+
+def read_json(path: Path, **expected: Any) -> dict[str, Any] | None:
+    """Read a JSON object; return None if the file is missing or one of its values is not the `expected` one.
+
+    Raises:
+        UserError: The file is truncated or damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        same = all(content[key] == value for key, value in expected.items())
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: expected a whole JSON file, it is truncated or damaged.") from None
+    return content if same else None
+
+
+@contextmanager
+def lock(folder: Path, writer: str, fabric: "Fabric | None" = None, wait: bool = False) -> Iterator[None]:
+    """Let one writer (all its processes) into a folder at a time; the lock ends with the process.
+
+    Args:
+        folder: Made if it is missing.
+        writer: Name of the work in messages, such as "sweep".
+        fabric: Processes of the writer; the first one locks for all.
+        wait: Wait for another writer to end; a wait of more than a moment is logged.
+
+    Raises:
+        UserError: Another writer holds the lock (without `wait`), or the folder is a file.
+    """
+    held, refused = FileLock(folder / ".lock"), None
+    try:
+        if fabric is None or fabric.is_global_zero:
+            refused = _acquire(held, folder, writer, wait)
+        if fabric is not None:
+            refused = fabric.broadcast(refused)
+        if refused is not None:
+            raise UserError(refused)
+        yield
+    finally:
+        held.release()
+
+
+def _acquire(held: FileLock, folder: Path, writer: str, wait: bool) -> str | None:
+    """Acquire a folder's lock → why not, if it can't be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        return f"Expected a folder for this {writer}, got {folder}, which is a file or inside one; give another."
+    try:
+        held.acquire(timeout=_MOMENT if wait else 0)
+    except Timeout:
+        if not wait:
+            return f"Expected {folder} for this {writer} alone, got another one writing to it; wait for its end."
+        log(f"{folder}: waiting for the end of another {writer} that writes to it")
+        held.acquire()
+    except OSError as error:  # a file system without locks
+        log(f"{folder} can't be locked ({error.strerror}); run one {writer} at a time in it")
+    return None
