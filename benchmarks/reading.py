@@ -20,7 +20,7 @@ import torch
 
 from vidtwin.data import ClipSettings
 from vidtwin.datamodules.clips import Video, VideoClips
-from vidtwin.datamodules.loader import collate, init_worker
+from vidtwin.datamodules.loader import WorkerLoader, collate
 from vidtwin.video import read_clip, survey
 from vidtwin.video.convert import to_clip
 
@@ -125,9 +125,7 @@ def main() -> None:
     videos = [Video(job[0], job[0].name, info=survey(job[0])) for job in jobs]
     for workers in args.workers:
         clips = VideoClips(videos, ClipSettings(FRAMES, SIZE, FPS), "train")
-        loader = torch.utils.data.DataLoader(
-            clips, 4, num_workers=workers, collate_fn=collate, worker_init_fn=init_worker, persistent_workers=True
-        )
+        loader = WorkerLoader(clips, batch_size=4, num_workers=workers, collate_fn=collate, persistent_workers=True)
         speeds = []
         for repetition in range(args.repetitions + 1):
             begin = time.perf_counter()

@@ -20,7 +20,7 @@ from . import description
 from .broken import UnusableVideos, log
 from .clips import ClipDataset, Video, VideoClips
 from .index import Fault, survey_all
-from .loader import ChunkLoader, ClipLoader, init_worker
+from .loader import ChunkLoader, ClipLoader
 from .resumable import ResumableDataModule
 from .sampler import ClipSampler
 from .shards.cached import CachedClips
@@ -186,7 +186,6 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
             chunks,
             on_skip=partial(self._skip, split),
             num_workers=min(self.workers(processes), len(chunks)),
-            worker_init_fn=init_worker,
             pin_memory=device_type == "cuda",
             generator=torch.Generator().manual_seed(self.settings.seed),
         )
@@ -241,7 +240,6 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
             sampler=sampler,
             drop_last=training and len(sampler) >= batch_size,
             num_workers=workers,
-            worker_init_fn=init_worker,
             pin_memory=self._device_type() == "cuda",
             persistent_workers=workers > 0 and split != "test",
             # Its own generator: each iterator draws a seed, which would shift the model's draws in a resumed run.

@@ -14,16 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vidtwin.files import write_text
 from vidtwin.listing import cache_home, identity
 from vidtwin.video import VideoError, VideoInfo, survey
 from vidtwin.video.source import Kind
+
+from .loader import WorkerLoader
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ def survey_all(paths: Sequence[Path], workers: int = 1, show: bool = False) -> l
 def _survey(paths: list[Path], workers: int, show: bool) -> list[Finding]:
     if len(paths) <= _FEW or workers < 1:
         return [_survey_one(path) for path in paths]
-    loader: DataLoader[Any] = DataLoader(
+    loader = WorkerLoader(
         _Surveys(paths),
         batch_size=16,
         num_workers=workers,

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from vidtwin.errors import UserError
 from vidtwin.storage.latent_files import LOGVAR, Manifest, Shard, VideoEntry, shard_path
 
-from .loader import init_worker
+from .loader import WorkerLoader
 from .resumable import ResumableDataModule
 from .sampler import ClipSampler
 
@@ -279,13 +279,12 @@ class LatentDataModule(ResumableDataModule):
         if training and self.trainer:
             self._go_on(sampler)
         workers = self.workers()
-        return DataLoader(
+        return WorkerLoader(
             clips,
             batch_size=self.batch_size,
             sampler=sampler,
             drop_last=training and len(sampler) >= self.batch_size,
             num_workers=workers,
-            worker_init_fn=init_worker,
             pin_memory=self._device_type() == "cuda",
             persistent_workers=workers > 0,
             generator=torch.Generator().manual_seed(self.seed),  # its own, which shifts no other draw

@@ -1,20 +1,40 @@
-"""The loader of clips: processes that decode, and what they could not read."""
+"""Loaders of clips, whose workers outlive a scheduler's SIGTERM and report what they could not read."""
 
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vidtwin.errors import UserError
 
-from .clips import ClipDataset
+if TYPE_CHECKING:
+    from .clips import ClipDataset
 
 
-class ClipLoader(DataLoader[Any]):
+class WorkerLoader(DataLoader[Any]):
+    """A `DataLoader` whose workers outlive a scheduler's SIGTERM.
+
+    A job scheduler sends SIGTERM to all processes; the main one then needs its workers until it has ended its batch.
+    So they start with the signal blocked, and only heed the one by which the main process ends them.
+    """
+
+    def __init__(self, dataset: Dataset[Any], **kwargs: Any) -> None:
+        super().__init__(dataset, worker_init_fn=_init_worker, **kwargs)
+
+    def __iter__(self) -> Any:
+        context = self.multiprocessing_context or multiprocessing.get_context()
+        with _sigterm_blocked(spawning=context.get_start_method() != "fork"):
+            return super().__iter__()
+
+
+class ClipLoader(WorkerLoader):
     """Tells the main process which clips its workers could not read, and leaves out batches of which none is left.
 
     Args:
@@ -51,7 +71,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return {**batch, "skipped": skipped} if skipped else batch
 
 
-class ChunkLoader(DataLoader[Any]):
+class ChunkLoader(WorkerLoader):
     """Batches of given evaluation clips, one for each list of indices, in the order of the lists.
 
     A batch has `"indices": list[int]`, the clips that it holds, in the list's order, and `"skipped": [(index, name,
@@ -65,7 +85,7 @@ class ChunkLoader(DataLoader[Any]):
     """
 
     def __init__(
-        self, dataset: ClipDataset, chunks: Sequence[Sequence[int]], on_skip: Callable[..., None], **kwargs: Any
+        self, dataset: "ClipDataset", chunks: Sequence[Sequence[int]], on_skip: Callable[..., None], **kwargs: Any
     ) -> None:
         super().__init__(
             _Numbered(dataset), batch_sampler=[list(chunk) for chunk in chunks], collate_fn=_collate_chunk, **kwargs
@@ -83,7 +103,7 @@ class ChunkLoader(DataLoader[Any]):
 
 
 class _Numbered(Dataset[tuple[int, dict[str, Any]]]):
-    def __init__(self, dataset: ClipDataset) -> None:
+    def __init__(self, dataset: "ClipDataset") -> None:
         self.dataset = dataset
 
     def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
@@ -99,13 +119,30 @@ def _collate_chunk(items: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
     return {**batch, "indices": [index for index, item in items if "clip" in item], "skipped": skipped}
 
 
-def init_worker(worker: int) -> None:
+@contextmanager
+def _sigterm_blocked(spawning: bool) -> Iterator[None]:
+    """Block SIGTERM in this thread, for the processes started meanwhile to inherit; one that arrives comes afterwards.
+
+    Blocking it in the worker alone would leave a gap, of seconds with `spawning`, in which the signal ends the worker.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    if spawning:
+        resource_tracker.ensure_running()  # its own start, which comes before that of a worker, unblocks SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _init_worker(worker: int) -> None:
     # Each worker has a core; more threads than that only wait for each other.
     torch.set_num_threads(1)
-    # A job scheduler sends SIGTERM to all processes; the main one then needs its workers until it has ended its batch.
-    # It ends them by SIGTERM too, so the signal can't just be ignored: Python would wait for them forever at its exit.
+    # The signal can't just stay blocked: Python, which sends it at its exit, would wait for the workers forever.
     if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a fork server may have been started without
         threading.Thread(target=_end_with_main, daemon=True).start()
 
 

@@ -321,7 +321,7 @@ def test_the_commands_of_the_trainer_take_a_folder(tmp_path, monkeypatch, capsys
     saved(tmp_path / "model")
     argv = ["--ckpt_path", "model", "--data", "tiny.Clips", "--trainer.accelerator=cpu"]
     quiet = ["--trainer.enable_progress_bar=false"]
-    assert main(["test", *argv, *quiet, "--results_dir=results", "--references=[]", "--cost=false"]) == 0
+    assert main(["test", *argv, *quiet, "--results_dir=results", "--references=[]", "--cost=false", "--players=0"]) == 0
     row = json.loads((tmp_path / "results" / "rows" / "VidTwin" / "results.json").read_text())
     assert row["kind"] == "trained"
     assert row["fingerprint"]
@@ -429,7 +429,8 @@ def test_what_the_page_on_weights_shows_runs(shared, tmp_path, monkeypatch):
             if words[0] in ("test", "fit"):
                 words += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
             if words[0] == "test":
-                words += ["--data.num_workers=0", "--data.resolution=64", "--references=[]", "--downstream=false"]
+                words += ["--data.num_workers=0", "--data.resolution=64", "--references=[]"]
+                words += ["--downstream=false", "--players=0"]
             assert main(words) == 0, line
 
 

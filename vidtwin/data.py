@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 from vidtwin.errors import UserError
 
 SPLITS = ("train", "val", "test")
-Rates = float | list[float] | None
 Skip = tuple[str, str] | tuple[str, str, bool]  # name, reason; False if the video is intact and ends before the clip
 
 

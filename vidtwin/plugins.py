@@ -1,12 +1,12 @@
-"""Plug-ins: autoencoders, data modules and commands that installed packages register as entry points.
+"""Find and import plug-ins: autoencoders, data modules and commands of installed packages.
 
 A class needs no registration to be used (`class_path: their_package.TheirTokenizer`). An entry point in the group
-`vidtwin.autoencoders` or `vidtwin.datamodules` gives it a short name and a line in `vidtwin plugins`. One in
-`vidtwin.commands` is a function of the arguments that gives the exit code, and becomes `vidtwin NAME`; the first line
-of its docstring stands in `vidtwin --help`, for which its module is imported, so nothing heavy stands at its top. The
-built-in ones come in by the same door.
+`vidtwin.autoencoders` or `vidtwin.datamodules` gives it a short name and a line in `vidtwin plugins`; the built-in ones
+are registered in the same way. One in `vidtwin.commands` is a function of the arguments that returns the exit code, and
+becomes `vidtwin NAME`.
 """
 
+import sys
 import warnings
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -18,7 +18,7 @@ GROUPS = ("vidtwin.autoencoders", "vidtwin.datamodules", "vidtwin.commands")
 
 
 def available(group: str) -> dict[str, EntryPoint]:
-    """Entry points of a group by short name; nothing is imported."""
+    """Return the entry points of a group by short name, importing none."""
     found: dict[str, EntryPoint] = {}
     for entry in entry_points(group=group):
         if entry.name in found and found[entry.name].value != entry.value:
@@ -32,7 +32,7 @@ def available(group: str) -> dict[str, EntryPoint]:
 
 
 def resolve(name: str, group: str) -> str:
-    """The class path of a short name (`ucf101`, or the class's own name, `UCF101`); any other name as it is."""
+    """Return the class path of a short name (`ucf101`) or class name (`UCF101`); any other name as it is."""
     entries = available(group)
     for short, entry in entries.items():
         if name in (short, entry.value.rpartition(":")[2]):
@@ -41,7 +41,7 @@ def resolve(name: str, group: str) -> str:
 
 
 def load(name: str, group: str) -> Any:
-    """Import the plug-in of a short name. Raises `UserError` that names the plug-in if it is absent or broken."""
+    """Import the plug-in of a short name. Raises `UserError` if it is absent or broken."""
     entries = available(group)
     if name not in entries:
         known = sorted(entries)
@@ -53,7 +53,7 @@ def load(name: str, group: str) -> Any:
 
 
 def load_all(group: str) -> dict[str, Any]:
-    """Every plug-in of a group that imports; a broken one is a warning with its name."""
+    """Import all plug-ins of a group; warn of broken ones by name."""
     loaded = {}
     for name in available(group):
         try:
@@ -69,7 +69,8 @@ def class_of(class_path: str, base: type) -> Any:
     try:
         cls = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"Expected the class {class_path} to be installed: {error}.") from error
+        near = suggestion(name, dir(sys.modules.get(module)) if isinstance(error, AttributeError) else [])
+        raise UserError(f"Expected the class {class_path} to be installed: {error}{near}") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise UserError(f"Expected a {base.__name__}, got {class_path}.")
     return cls

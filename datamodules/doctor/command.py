@@ -1,6 +1,5 @@
-"""`vidtwin doctor DIR`: look at every video before a training does, and write a list of those to leave out."""
+"""`vidtwin doctor`: check every video before a training reads it, and list those to leave out."""
 
-import argparse
 import dataclasses
 import json
 import os
@@ -8,111 +7,138 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from tqdm import tqdm
+
+from vidtwin import listing
 from vidtwin.datamodules.ucf101.lists import class_root
-from vidtwin.errors import UserError
-from vidtwin.listing import is_text
+from vidtwin.errors import UserError, suggestion
+from vidtwin.files import write_text
+from vidtwin.listing import identity, is_text
+
+from . import pool
+from .report import VERDICTS, find_exclusions, make_report, summarize
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
     from .measure import Measurement
 
-EXCLUDED = ("broken", "duplicates")
+USAGE = "DIR [options]"
+DESCRIPTION = """\
+Decode every video of a folder, report the broken, short, cut and duplicate ones, and list those to leave out.
+
+  vidtwin doctor data/UCF-101
+  vidtwin doctor videos --out results --num_frames 16 --fps 8 --exclude broken,duplicates,static
+
+Nothing in DIR is changed. A second run measures only what is new or changed.
+"""
 SECONDS_PER_MEGABYTE = 30.0
 
 Key = tuple[str, int, int]  # name, bytes, time of the last change
 
 
-def doctor_command(argv: list[str]) -> int:
-    """Check a folder of videos and list those to leave out: vidtwin doctor DIR"""
+@dataclass
+class DoctorOptions:
+    """Choose the clips that a training will take, and the verdicts that exclude a video.
+
+    Args:
+        dir: Folder of videos, at any depth.
+        out: Folder of the results.
+        workers: Processes, by default one per core.
+        num_frames: Frames of a clip.
+        fps: Frames per second of a clip.
+        split: Which official split of UCF-101.
+        image_folders: Treat folders of numbered images as videos too.
+        exclude: Verdicts that put a video on exclude.txt, separated by commas: broken, duplicates, cuts, short, slow,
+            static.
+        time_limit: Seconds after which a video is given up, in addition to 30 s per MB.
+    """
+
+    dir: str
+    out: str = "doctor"
+    workers: int | None = None
+    num_frames: int = 16
+    fps: float = 8.0
+    split: Literal[1, 2, 3] = 1
+    image_folders: bool = False
+    exclude: str = "broken,duplicates"
+    time_limit: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "num_frames"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"Expected --{name} of at least 1, got {value}.")
+        for name in ("fps", "time_limit"):
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise UserError(f"Expected --{name} above 0, got {value:g}.")
+        for verdict in self.excluded:
+            if verdict not in VERDICTS:
+                near = suggestion(verdict, VERDICTS)
+                raise UserError(f"Expected --exclude with some of {', '.join(VERDICTS)}, got {verdict!r}{near}")
+
+    @property
+    def excluded(self) -> list[str]:
+        """Verdicts that exclude a video."""
+        return [verdict for verdict in self.exclude.split(",") if verdict]
+
+
+def add_options(parser: "ArgumentParser") -> None:
+    """Add the options of the command."""
+    parser.add_argument("dir", metavar="DIR", help="Folder of videos, at any depth.")
+    parser.add_class_arguments(DoctorOptions, skip={"dir"})
+
+
+def run(options: "Namespace") -> int:
+    """Run the command → exit code."""
+    given = DoctorOptions(**{field.name: options[field.name] for field in dataclasses.fields(DoctorOptions)})
     try:
-        arguments = _parser().parse_args(argv)
-    except SystemExit as end:  # --help
-        return int(end.code or 0)
-    try:
-        return _run(arguments)
+        return _run(given)
     except KeyboardInterrupt:
         sys.stderr.write(
-            f"vidtwin: interrupted; what was measured is in {arguments.out / 'measurements.jsonl'}, and the same "
-            "command goes on with the rest\n"
+            f"vidtwin: interrupted; the measurements so far are in {Path(given.out) / 'measurements.jsonl'}, and the "
+            "same command goes on with the rest\n"
         )
         return 130
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"vidtwin doctor: {message}; see vidtwin doctor --help.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="vidtwin doctor",
-        description="Decode every video of a folder; say what is broken, short, cut, doubled; list what to leave out. "
-        "A second run measures only what is new or changed.",
-    )
-    parser.add_argument(
-        "dir", type=Path, metavar="DIR", help="folder of videos, at any depth; nothing in it is changed"
-    )
-    parser.add_argument("--out", type=Path, default=Path("doctor"), help="folder of the results (default: doctor)")
-    parser.add_argument("--workers", type=_count, default=_cores(), help="processes (default: one for each core)")
-    parser.add_argument("--num_frames", type=_count, default=16, help="frames of a clip (default: 16)")
-    parser.add_argument("--fps", type=_positive, default=8.0, help="frames per second of a clip (default: 8)")
-    parser.add_argument("--split", type=int, choices=(1, 2, 3), default=1, help="which split of UCF-101 (default: 1)")
-    parser.add_argument("--image_folders", action="store_true", help="folders of numbered images are videos too")
-    parser.add_argument(
-        "--exclude",
-        type=_kinds,
-        default=list(EXCLUDED),
-        metavar="KIND,…",
-        help="what exclude.txt lists: broken, duplicates, cuts, short, slow, static (default: broken,duplicates)",
-    )
-    parser.add_argument(
-        "--time_limit",
-        type=_positive,
-        default=300.0,
-        metavar="SECONDS",
-        help=f"after which a video is given up, beside {SECONDS_PER_MEGABYTE:g} s for each MB of it (default: 300)",
-    )
-    return parser
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    paths, root, others = find_videos(arguments.dir, arguments.image_folders)
-    # Only now: `vidtwin --help` imports this module, and neither numpy nor FFmpeg is light.
-    from vidtwin.files import write_text
-
-    from .report import exclusions, make_report, summary
+def _run(options: DoctorOptions) -> int:
+    paths, root, others = find_videos(Path(options.dir), options.image_folders)
+    # Only now: neither numpy nor FFmpeg is light, and `--help` and refusals need none of them.
     from .splits import find_copies, split_names
 
-    measured = _measure_all(paths, arguments.out, arguments.workers, arguments.time_limit)
+    out = Path(options.out)
+    workers = options.workers or _count_cores()
+    measured = _measure_all(paths, out, workers, options.time_limit)
     videos = [measured[name] for name in sorted(measured)]
-    splits, check = split_names([video.name for video in videos], root, arguments.split)
-    given = {**vars(arguments), "dir": str(arguments.dir), "out": str(arguments.out), "root": str(root)}
+    splits, check = split_names([video.name for video in videos], root, options.split)
+    given = dataclasses.asdict(options) | {"workers": workers, "exclude": options.excluded, "root": str(root)}
     report = make_report(videos, splits, check, find_copies(videos, splits), others, given)
-    excluded = exclusions(report, arguments.exclude)
-    write_text(arguments.out / "report.json", json.dumps(report, indent=1) + "\n")  # ASCII holds any file's name
-    write_text(arguments.out / "exclude.txt", exclusion_list(excluded, root, arguments.exclude))
-    sys.stdout.write(_printable(summary(report, arguments.out, len(excluded))) + "\n")
+    excluded = find_exclusions(report, options.excluded)
+    write_text(out / "report.json", json.dumps(report, indent=1) + "\n")  # ASCII holds any file's name
+    write_text(out / "exclude.txt", format_exclusions(excluded, root, options.excluded))
+    sys.stdout.write(_escape(summarize(report, out, len(excluded))) + "\n")
     return 0
 
 
-def _printable(text: str) -> str:
-    """With escapes for what the terminal's encoding lacks: names of files may hold any bytes."""
+def _escape(text: str) -> str:
+    """Escape characters that the terminal's encoding lacks, since file names may hold any bytes."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def find_videos(folder: Path, image_folders: bool) -> tuple[dict[str, Path], Path, Counter[str]]:
-    """Name → path of each video, the folder to which names are relative, and the suffixes of what is no video.
+    """Find videos: paths by name, the folder to which names are relative, and a count of the other files' suffixes.
 
-    A folder that holds `UCF-101` stands for that, as it does for the data module.
+    A folder that holds `UCF-101` stands for it, as it does for the data module.
     """
-    from vidtwin import listing
     from vidtwin.video import VIDEO_SUFFIXES
 
     if not folder.is_dir():
-        raise UserError(f"Expected a folder of videos, got {folder}, which is none.")
+        raise UserError(f"Expected a folder of videos, got {folder}, which is not a folder.")
     root = class_root(folder)
     paths, others = listing.find_videos(root, image_folders)
     if not paths:
@@ -121,12 +147,11 @@ def find_videos(folder: Path, image_folders: bool) -> tuple[dict[str, Path], Pat
     return {path.relative_to(root).as_posix(): path for path in paths}, root, others
 
 
-def exclusion_list(excluded: dict[str, str], root: Path, kinds: Sequence[str]) -> str:
-    """Lines of a name, a tab and the reason, which the data modules read."""
-
+def format_exclusions(excluded: dict[str, str], root: Path, kinds: Sequence[str]) -> str:
+    """Write lines of a name, a tab and the reason, which the data modules read."""
     lines = [
-        f"# Videos of {root} that `vidtwin doctor` would leave out: {', '.join(kinds)}.",
-        "# One a line, relative to that folder, then a tab and the reason.",
+        f"# Videos of {root} to leave out, by `vidtwin doctor`: {', '.join(kinds)}.",
+        "# One per line, relative to that folder, then a tab and the reason.",
     ]
     for name, reason in sorted(excluded.items()):
         if name.startswith("#") or any(letter in name for letter in "\t\r\n") or not is_text(name):
@@ -137,13 +162,8 @@ def exclusion_list(excluded: dict[str, str], root: Path, kinds: Sequence[str]) -
 
 
 def _measure_all(paths: dict[str, Path], out: Path, workers: int, time_limit: float) -> "dict[str, Measurement]":
-    """Measure every video that no earlier run has measured as it now is."""
-    from tqdm import tqdm
-
-    from vidtwin.listing import identity
-
+    """Measure the videos that are new or have changed since an earlier run; return the measurements of all."""
     from .measure import Measurement, measure
-    from .pool import Lost, run
 
     done: dict[str, Measurement] = {}
     missing: list[Key] = []
@@ -152,27 +172,27 @@ def _measure_all(paths: dict[str, Path], out: Path, workers: int, time_limit: fl
     for name, path in paths.items():
         try:
             key = (name, *identity(path))
-        except OSError:  # gone or forbidden: measuring says so
+        except OSError:  # gone or forbidden: measuring reports it
             key = (name, 0, 0)
         if key in known:
             done[name] = known[key]
         else:
             missing.append(key)
-    missing.sort(key=lambda key: -key[1])  # the largest first, so that none is left alone at the end
+    missing.sort(key=lambda key: -key[1])  # the largest first, so that no worker ends with a long one alone
     jobs = [(paths[name], name) for name, _, _ in missing]
     limits = [time_limit + size / 1e6 * SECONDS_PER_MEGABYTE for _, size, _ in missing]
     if done:
         sys.stderr.write(f"{len(done):,} of {len(paths):,} videos were measured before ({journal}).\n")
     bar = tqdm(total=sum(size for _, size, _ in missing), unit="B", unit_scale=True, disable=None)
     broken = 0
-    with _open_journal(journal, known) as file, closing(run(measure, jobs, limits, workers)) as results, bar:
+    with _open_journal(journal, known) as file, closing(pool.run(measure, jobs, limits, workers)) as results, bar:
         for index, result in results:
             name, size, changed = missing[index]
-            if isinstance(result, Lost):
+            if isinstance(result, pool.Failure):
                 fault = "timeout" if result.timeout else "crash"
                 result = Measurement(name, size, changed, fault, result.reason, lasting=False)
             if result.lasting:  # else the next run tries again
-                file.write(_line(result))
+                file.write(_format_line(result))
                 file.flush()
             done[name] = result
             broken += result.fault is not None
@@ -182,7 +202,7 @@ def _measure_all(paths: dict[str, Path], out: Path, workers: int, time_limit: fl
 
 
 def _read_journal(journal: Path) -> "dict[Key, Measurement]":
-    """Measurements of earlier runs. A line that a kill cut off, or that another version wrote, counts for nothing."""
+    """Read the measurements of earlier runs, skipping lines that a kill cut off or another version wrote."""
     from .measure import FIELDS, VERSION, Measurement
 
     known = {}
@@ -201,44 +221,20 @@ def _read_journal(journal: Path) -> "dict[Key, Measurement]":
     return known
 
 
-def _line(measurement: "Measurement") -> str:
+def _format_line(measurement: "Measurement") -> str:
     from .measure import VERSION
 
     return json.dumps({"version": VERSION, **dataclasses.asdict(measurement)}) + "\n"  # ASCII holds any file's name
 
 
 def _open_journal(journal: Path, known: "dict[Key, Measurement]") -> TextIO:
-    """Ready for more lines; half a line at its end is gone."""
-    from vidtwin.files import write_text
-
+    """Open the journal for more lines, after dropping half a line at its end."""
     try:
-        write_text(journal, "".join(map(_line, known.values())))
+        write_text(journal, "".join(map(_format_line, known.values())))
         return journal.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"Expected to write into {journal.parent}: {error.strerror}; set --out.") from None
 
 
-def _cores() -> int:
+def _count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
-
-
-def _kinds(text: str) -> list[str]:
-    allowed = ("broken", "duplicates", "cuts", "short", "slow", "static")
-    kinds = [kind for kind in text.split(",") if kind]
-    if wrong := [kind for kind in kinds if kind not in allowed]:
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(allowed)}, got {', '.join(wrong)}")
-    return kinds

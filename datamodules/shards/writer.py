@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vidtwin.data import SPLITS, ClipSettings
 from vidtwin.datamodules.clips import ClipDataset, Video
-from vidtwin.datamodules.loader import init_worker
+from vidtwin.datamodules.loader import WorkerLoader
 from vidtwin.errors import UserError
 from vidtwin.files import write_text
 from vidtwin.storage.resumable import Resumable, lock
@@ -214,11 +213,10 @@ class _SplitWriter:
 
     def _write(self, missing: list[int]) -> Iterator[Record]:
         earlier = {number: self._record(number) for number in missing}
-        loader = DataLoader(
+        loader = WorkerLoader(
             ShardWriter(self.folder, self.source, [(number, *self.ranges[number]) for number in missing]),
             batch_size=None,
             num_workers=min(self.workers, len(missing)),
-            worker_init_fn=init_worker,
         )
         for record in loader:
             if isinstance(record, str):

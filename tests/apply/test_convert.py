@@ -115,6 +115,17 @@ def test_averaged_weights_are_taken_by_option(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["training"]["weights"] == "average"
 
 
+def test_a_config_is_read_with_its_bases(tmp_path):
+    path, _, _ = trained(tmp_path / "run")
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(CONFIG))
+    loss = {"init_args": {"pixel": "l2"}}
+    (tmp_path / "own.yaml").write_text(f"base: base.yaml\n{yaml.safe_dump({'model': {'loss': loss}})}")
+    assert convert(path, tmp_path / "out", "--config", tmp_path / "own.yaml") == 0
+    record = VidTwin.from_pretrained(tmp_path / "out").training_record
+    assert record["loss"] == CONFIG["model"]["loss"] | loss
+    assert record["trainer"]["max_steps"] == CONFIG["trainer"]["max_steps"]
+
+
 def test_a_config_of_another_model_is_refused_where_it_is_given_and_passed_over_where_it_lies(tmp_path, capsys):
     other = {"model": {"autoencoder": {"class_path": "cmd"}}, "data": {"class_path": "folder"}}
     path, _, _ = trained(tmp_path / "run", **other)

@@ -315,5 +315,5 @@ def test_a_full_disk_ends_the_command_with_what_is_whole(here, capsys, monkeypat
     assert run("in") == 1
     told = capsys.readouterr().err
     assert "reconstructions/b.mp4: can't be written" in told
-    assert "complete videos stay; --skip_existing goes on" in told
+    assert "finished videos are kept; free space and continue with --skip_existing" in told
     assert sorted(path.name for path in Path("reconstructions").glob("*.mp4")) == ["a.mp4"]

@@ -214,8 +214,23 @@ def test_colours_and_markers_tell_models_and_kinds_apart(folder):
     marks = [(style["color"], style["marker"]) for style in styles.values()]
     assert len(set(marks)) == 14
     assert styles["fresh"]["markerfacecolor"] == "white"
-    assert styles["m03"]["markerfacecolor"] == styles["m03"]["color"] != plots.REFERENCE
-    assert styles["mean_colour"]["color"] == plots.REFERENCE
+    grey = plots.PALETTE["reference"]
+    assert styles["m03"]["markerfacecolor"] == styles["m03"]["color"] != grey
+    assert styles["mean_colour"]["color"] == grey
+
+
+def test_forty_nine_models_have_a_colour_and_marker_of_their_own(folder):
+    listed = [{"name": f"{index}", "kind": "trained"} for index in range(49)]
+    results = rows.Results(folder.path, folder.protocol, folder.hash, listed, {}, {"rows": {}})
+    assert len(set(plots.looks(results).values())) == 49
+
+
+def test_a_point_says_its_numbers_on_hovering(full):
+    root = ElementTree.parse(full.path / "plots" / "pareto.svg").getroot()
+    titles = {(group.get("class"), group.findtext(f"{SVG}title")) for group in root.iter(f"{SVG}g")}
+    assert ("trained", "$a_1$ & <b>: PSNR (dB) 31.00, compression rate (%) 6.85") in titles
+    assert ("reference", "mean_colour: PSNR (dB) 13.00, compression rate (%) 0.0001") in titles
+    assert ("trained", "VidTwin: PSNR (dB) 28.00, FLOPs to encode and decode a clip 2 G") in titles
 
 
 def test_colours_differ_for_readers_with_colour_blindness_by_lightness_or_marker():
@@ -226,7 +241,7 @@ def test_colours_differ_for_readers_with_colour_blindness_by_lightness_or_marker
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
     assert min(1.05 / (luminance(colour) + 0.05) for colour in plots.COLOURS) >= 4.3
-    assert len(set(plots.MARKERS)) == len(plots.MARKERS) == len(plots.COLOURS)
+    assert len(set(plots.MARKERS.values())) == len(plots.MARKERS) == len(plots.COLOURS) + 1
 
 
 def test_labels_of_neighbours_do_not_cover_each_other(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from benchmark.fixture_results import (
     write_results,
 )
 
-from vidtwin.benchmark import plots, published, report, report_tables, rows
-from vidtwin.benchmark.report_command import report_command
+from vidtwin.benchmark import plots, published, report, rows, summary
+from vidtwin.cli import commands
 from vidtwin.errors import UserError
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 class Page(HTMLParser):
@@ -122,8 +125,8 @@ def test_trained_models_come_first_and_the_others_are_never_ranked(folder, page)
     assert names(page) == [*by_psnr, "CMD", "temporal_mean", "mean_colour", FAILED]
     groups = [int(found["data-group"] or 0) for tag, found in page.elements if tag == "tr" and "data-group" in found]
     assert groups[:7] == [0, 0, 0, 1, 2, 2, 3]
-    quality = report_tables.quality(rows.read(folder))
-    best = {line.name for line in quality.lines for cell in line.cells if cell.best}
+    quality = summary.quality_table(rows.read(folder))
+    best = {line.name for line in quality.lines for cell in line.cells if cell.mark == summary.BEST}
     assert best == {by_psnr[0]}  # untrained CMD and the temporal mean have higher PSNR
 
 
@@ -137,7 +140,7 @@ def test_a_cell_is_the_mean_over_the_common_clips_and_not_the_rows_own(folder, p
         with (folder / "rows" / line[0].strip() / "clips.csv").open(newline="") as file:
             values = [float(clip["psnr"]) for clip in csv.DictReader(file) if clip["name"] != HOSTILE_CLIP]
         mean = math.fsum(values) / len(values)
-        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
         assert line[place].strip() == f"{mean:.2f}± {spread:.2f}"
 
 
@@ -146,14 +149,14 @@ def test_a_cell_is_the_mean_over_the_common_clips_and_not_the_rows_own(folder, p
     [
         "VidTwin lacks 1 clip that others have",
         f"LPIPS (vgg) is unavailable: {WHY_NO_LPIPS}.",
-        "VidTwin claims a rate of 0.15 %; its latents have 0.205 %.",
+        "VidTwin claims a rate of 0.15 %; its latents have 0.2046 %.",
         "rFVD: not ranked below 401 clips.",
         "N = 6; not ranked",
         "untrained weights: not ranked",
         "reference: not ranked",
         "in 2 windows of 3 frames",
         "Expected a checkpoint of iVideoGPT, got one of <CMD>; give its own.",
-        "structure: 0.153 %, 4 x 8 x 4 x 4 = 512 numbers",
+        "structure: 0.1535 %, 4 x 8 x 4 x 4 = 512 numbers",
         "18,914,304",
         "12,610,560",
         "out of memory",
@@ -200,7 +203,7 @@ def test_numbers_that_are_not_finite_are_words_in_the_json(tmp_path):
     path.write_text(re.sub(r"(?m)^(a,v_Archery_g00000.*?,12,6,[^,]*),[^,]*", r"\1,nan", path.read_text()))
     page = page_of(folder)
     assert data_of(page)["clips"]["values"]["psnr"][0][0] == "NaN"
-    assert "not a number" in page.tables["quality"][1][2]
+    assert "not a number" in page.tables["quality"][1][3]
 
 
 @pytest.mark.parametrize(
@@ -220,36 +223,45 @@ def test_a_folder_with_little_in_it_has_a_page_too(tmp_path, models):
     assert "<strong" not in (folder / "report.html").read_text()
 
 
-def test_forty_nine_models_have_a_colour_and_marker_of_their_own():
-    marks = [report._mark(index, {"kind": "trained"}) for index in range(49)]
-    assert len({(mark["colour"], mark["marker"]) for mark in marks}) == 49
-
-
 def test_published_numbers_say_whether_the_protocol_is_theirs(folder, monkeypatch):
     numbers = {"psnr": 28.14, "ssim": 0.8044, "lpips": 0.2414, "rfvd": 389.0, "claimed_rate": 0.002, "rate": None}
-    paper = {"method": "VidTwin", "source": "main table", "dataset": "MCL-JCV", **numbers}
+    paper = {"method": "VidTwin", "source": "main table", "dataset": "MCL-JCV", "lpips_net": "vgg", **numbers}
     known = [
         paper | {"matches": False, "differs": ["fps 25 for 8", "resolution 224 for 8"], "unknown": ["posterior"]},
         paper | {"matches": True, "differs": [], "unknown": []},
         paper | {"matches": False, "differs": [], "unknown": ["tail"]},
     ]
     monkeypatch.setattr(published, "beside", lambda protocol, methods: known)
+    monkeypatch.setattr(plots, "drawings", lambda results: [])
     page = Page(report.render(rows.read(folder)))
     assert [re.sub(r"\s+", " ", line[-1]).strip() for line in page.tables["published"][1:]] == [
-        "protocol differsdiffers: fps 25 for 8, resolution 224 for 8; not stated: posterior",
+        "differsfps 25 for 8, resolution 224 for 8; not stated: posterior",
         "matches",
-        "protocol not knownnot stated: tail",
+        "not statednot stated: tail",
     ]
-    assert page.tables["published"][1][3].strip() == "0.2"
+    assert page.tables["published"][1][2].strip() == "0.2"
 
 
-def test_the_page_shows_the_plots_that_are_written_as_files(folder, page):
-    pictures = [found for tag, found in page.elements if tag == "img"]
-    shown = {base64.b64decode((found["src"] or "").partition(",")[2]) for found in pictures}
-    assert {path.read_bytes() for path in plots.write(folder) if path.suffix == ".svg"} <= shown
+def test_the_page_shows_the_written_plots_in_its_own_colours(folder, page):
+    plots.write(folder)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    drawn = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg role=.*?</svg>", text, re.DOTALL)]
+    shown = [[each.text for each in svg.iter(f"{SVG}text")] for svg in drawn]
+    for name in ("rate_quality", "per_clip"):
+        written = ElementTree.parse(folder / "plots" / f"{name}.svg").getroot()
+        words = [each.text for each in written.iter(f"{SVG}text")]
+        assert any(set(words) <= set(found) for found in shown)
+    assert not [each.attrib for svg in drawn for each in svg.iter() if re.search("#[0-9a-f]{6}", str(each.attrib))]
+    ids = [{each.get("id") for each in svg.iter() if each.get("id")} for svg in drawn]
+    assert len(set.union(*ids)) == sum(map(len, ids))
+
+
+def test_the_plots_axes_are_all_costs_with_and_without_the_references(page):
     labels = [found["aria-label"] for _, found in page.elements if found.get("class") == "drawing scroll"]
-    assert labels[:3] == ["Quality against rate", "PSNR against cost", "SSIM against cost"]
-    assert len(labels) == len(shown)
+    costs = ["compression rate (%)", "bits per pixel", "parameters", "FLOPs to encode and decode a clip"]
+    assert labels == [*costs, "tokens of the latents in a DiT", "PSNR of the clips"]
+    kinds = [found["class"] for tag, found in page.elements if tag == "div" and found.get("class") in ("all", "models")]
+    assert kinds == ["all", "models"] * 3  # references have a rate, parameters and clips
 
 
 @pytest.mark.parametrize(
@@ -268,7 +280,7 @@ def test_players_are_pictures_of_the_results_folder(tmp_path, file, message):
 def test_the_command_makes_everything_again_from_the_files_of_the_sweep(tmp_path, capsys):
     folder = write_results(tmp_path / "results")
     before = {path for path in folder.rglob("*") if path.is_file()}
-    assert report_command([str(folder)]) == 0
+    assert commands.run("report", [str(folder)]) == 0
     printed = capsys.readouterr().out
     made = {path for path in folder.rglob("*") if path.is_file()} - before
     named = {folder / name for name in ("comparison.json", "table.csv", "table.md", "table.tex", "report.html")}
@@ -276,17 +288,17 @@ def test_the_command_makes_everything_again_from_the_files_of_the_sweep(tmp_path
     assert any(path.parent.name == "plots" for path in made)
     assert all(f"{path}\n" in printed for path in made)
     first = {path: path.read_bytes() for path in made}
-    assert report_command([str(folder)]) == 0
+    assert commands.run("report", [str(folder)]) == 0
     assert {path: path.read_bytes() for path in made} == first
 
 
 def test_a_mistake_is_one_line_that_names_the_file(tmp_path):
     def told(arguments: list[str]) -> str:
         with pytest.raises(UserError) as error:
-            report_command(arguments)
+            commands.run("report", arguments)
         return str(error.value)
 
-    assert "see vidtwin report --help" in told([])
+    assert "vidtwin report --help" in told([])
     assert "which does not exist" in told([str(tmp_path / "absent")])
     assert "Expected rows/<name>/results.json" in told([str(tmp_path)])
     folder = write_results(tmp_path / "results", {"a": ("trained", 0.1, 20.0), "b": ("trained", 0.2, 21.0)})
@@ -300,7 +312,5 @@ def test_a_mistake_is_one_line_that_names_the_file(tmp_path):
 
 
 def test_help_says_what_is_read_and_written(capsys):
-    with pytest.raises(SystemExit) as end:
-        report_command(["--help"])
-    assert end.value.code == 0
+    assert commands.run("report", ["--help"]) == 0
     assert {"RESULTS", "report.html", "comparison.json"} <= set(re.findall(r"[\w.]+", capsys.readouterr().out))

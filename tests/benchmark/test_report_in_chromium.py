@@ -168,13 +168,27 @@ def test_players_advance_in_step(opened):
     assert opened.frames() == [0] * 9
 
 
-def test_the_plots_are_loaded_and_follow_the_choice(opened):
+def test_the_plots_follow_the_axis_and_hide_the_references_and_their_squeezing(opened):
     page = opened.page
-    assert page.locator(".drawing:visible").count() == 1
-    page.locator("#plots").select_option("SSIM against cost")
-    opened.wait("[...document.querySelectorAll('.drawing img')].every((each) => each.naturalWidth > 400)")
-    (shown,) = page.locator(".drawing:visible img").all()
-    assert shown.get_attribute("alt").startswith("SSIM of each model against its cost")
+    points = page.locator(".drawing g.trained:has(use):visible")
+    references = page.locator(".drawing g.reference:has(use):visible")
+    assert (points.count(), references.count()) == (3 * 3 + 1, 0)  # rFVD has one row
+    page.locator("#references").check()
+    assert references.count() == 2 * 3
+    page.locator("#plots").select_option("tokens of the latents in a DiT")
+    assert references.count() == 0  # they are no tokens
+    (shown,) = page.locator(".drawing svg:visible").all()
+    assert "tokens of the latents in a DiT" in shown.text_content()
+
+
+def test_plots_have_the_colours_of_the_scheme(browser, file):
+    found = []
+    for scheme in ("light", "dark"):
+        opened = Opened(browser, file, color_scheme=scheme)
+        colours = "(each) => [getComputedStyle(each).fill, getComputedStyle(each.querySelector('path')).fill]"
+        found.append(opened.page.locator(".drawing svg:visible").evaluate(colours))
+        opened.page.close()
+    assert found == [["rgb(22, 25, 29)", "rgb(255, 255, 255)"], ["rgb(232, 235, 238)", "rgb(20, 23, 26)"]]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

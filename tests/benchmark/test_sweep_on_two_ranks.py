@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_rank_sweep
-from sweeping import Interruption, contents
+from sweeping import Coded, Interruption, NumberedData, contents
 
 from vidtwin.benchmark import plots, report
 
@@ -45,7 +45,7 @@ def test_two_processes_give_the_files_of_one(folder):
     assert two == one
 
 
-def test_two_processes_go_on_where_one_was_ended(folder):
+def test_two_processes_resume_a_sweep_of_one(folder):
     assert contents(folder / "resumed") == contents(folder / "one")
 
 
@@ -61,12 +61,37 @@ def test_a_model_that_fails_on_all_clips_of_one_process_is_not_failed(folder):
     assert row["metrics"]["rfvd"]["num_clips"] == row["num_clips"] == 7
 
 
-def test_a_clip_that_can_not_be_read_and_models_that_fail_are_told_by_either_process(folder):
-    told = (folder / "stderr").read_text()
-    assert "picky fails on v0.avi at frame 0: RuntimeError: this clip breaks the encoder" in told
-    assert "codes fails on v3.avi at frame 10: " in told
-    assert "broken failed: RuntimeError: this clip breaks the encoder" in told
-    assert "skipped v2.avi: cut off" in told
+def test_a_clip_that_can_not_be_read_and_models_that_fail_are_logged_by_either_process(folder):
+    logged = (folder / "stderr").read_text()
+    assert "picky fails on v0.avi at frame 0: RuntimeError: this clip breaks the encoder" in logged
+    assert "codes fails on v3.avi at frame 10: " in logged
+    assert "broken failed: RuntimeError: this clip breaks the encoder" in logged
+    assert "skipped v2.avi: cut off" in logged
+
+
+def test_a_video_that_one_process_cannot_read_is_skipped_in_each_row_and_logged_once_a_sweep(folder):
+    for name in ("good", "picky", "codes"):
+        row = json.loads((folder / "two" / "rows" / name / "results.json").read_text())
+        assert row["skipped"] == {"v2.avi": "cut off"}
+    # Sweep "resumed" has its chunk from the process that was ended, but for the models after it.
+    assert (folder / "stderr").read_text().count("skipped v2.avi: cut off") == 2
+
+
+def test_codes_are_counted_over_the_clips_of_both_processes(folder):
+    clips = NumberedData(11, num_frames=10).dataset("test")
+    codes = {}
+    for index in (0, 1, 2, 3, 5, 6, 8, 9, 10):  # clip 4 can't be read, the model fails on 7
+        clip = torch.from_numpy(clips.clip(0, index)["clip"]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        codes[index] = Coded().encode(clip)["grid"].codes.flatten()
+    found = json.loads((folder / "two" / "rows" / "codes" / "results.json").read_text())["codebooks"]["grid"]
+    assert found["perplexity"] == pytest.approx(perplexity(list(codes.values())), rel=1e-12)
+    first = [each for index, each in codes.items() if index // 2 % 2 == 0]
+    assert found["perplexity"] != pytest.approx(perplexity(first), rel=1e-6)
+
+
+def perplexity(codes: list[torch.Tensor]) -> float:
+    shares = torch.cat(codes).bincount(minlength=2).double()
+    return float(torch.special.entr(shares / shares.sum()).sum().exp())
 
 
 def test_both_processes_have_the_exit_code_and_the_refusal(folder):

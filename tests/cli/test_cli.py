@@ -3,19 +3,25 @@
 import csv
 import json
 import struct
+import sys
 import zlib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from jsonargparse import capture_parser
 from safetensors.torch import load_file
 
-from vidtwin.cli import main
+from vidtwin.cli import benchmark, benchmark_options, main, messages
+from vidtwin.cli.parser import Parser
+from vidtwin.cli.trainer_commands import OPTIONS
+from vidtwin.cli.training import VidTwinCLI
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.video import iter_frames, panels, probe, write_video
 
-QUICK = ["--cost=false", "--downstream=false"]
+QUICK = ["--cost=false", "--downstream=false", "--players=0"]
 CONFIG = {
     "model": {
         "autoencoder": {
@@ -71,7 +77,7 @@ CONFIG = {
 
 
 def fails(capsys, *argv: str) -> str:
-    """Run a command that must fail → its one line."""
+    """Run a command that must fail; return its one line."""
     capsys.readouterr()
     assert main(list(argv)) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vidtwin: error: ")]
@@ -96,7 +102,7 @@ def here(place, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(place):
-    """`vidtwin fit` through the command line → the run's folder."""
+    """Run `vidtwin fit` through the command line; return the run's folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         assert main(["fit", "--config", "tiny.yaml", "--data.root", "data/UCF-101"]) == 0
@@ -104,7 +110,7 @@ def run(place):
 
 
 def events(run: Path) -> dict[str, list[int]]:
-    """Tags of a TensorBoard file with their steps."""
+    """Read the tags of a TensorBoard file with their steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0})
@@ -182,7 +188,7 @@ def test_a_row_without_a_checkpoint_is_marked_as_untrained(here, capsys):
     assert json.loads(Path("untrained/rows/VidTwin/results.json").read_text())["kind"] == "untrained"
 
 
-def test_a_config_that_differs_from_the_checkpoint_wins_and_says_so(here, run, capsys):
+def test_a_config_that_differs_from_the_checkpoint_wins_and_the_difference_is_printed(here, run, capsys):
     argv = ["validate", "--config", "tiny.yaml", "--data.root", "data/UCF-101"]
     argv += ["--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--model.autoencoder.qformer_dropout=0.5"]
     assert main(argv) == 0
@@ -197,7 +203,7 @@ def test_reconstruct_keeps_frames_and_rate_and_uses_the_checkpoints_weights(here
     info = probe(f"plain/{source.stem}.mp4")
     assert (info.num_frames, float(info.fps), info.width, info.height) == (10, 25.0, 32, 32)  # 4 + 4 + 2 frames
     assert probe(f"wide/{source.stem}.mp4").width == 4 * 128  # small frames are shown enlarged
-    # What the trained model gives for the first window, at a scale that the codec's coarse colours leave alone.
+    # Compare with the trained model's first window, at a scale that the codec's chroma subsampling preserves.
     from vidtwin.storage.checkpoints import load_autoencoder
 
     model = load_autoencoder(last)
@@ -245,7 +251,7 @@ def test_predict_keeps_all_clips_of_a_video_apart(here, run):
         (["fit", "--config", "tiny.yaml", "--data.resolutoin", "3"], "did you mean 'resolution'?"),
         (["fit", "--model.autoencoder", "vidtwim"], "did you mean 'vidtwin'?"),
         (["fit", "--model.autoencoder.class_path", "vidtwin.models.vidtwin.VidTwim"], "did you mean 'VidTwin'?"),
-        (["fit", "--config", "tiny.yaml", "--model.autoencoder.depth", "deep"], "Got value: deep"),
+        (["fit", "--config", "tiny.yaml", "--model.autoencoder.depth", "deep"], "depth: Expected int, got deep."),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         (["fit", "--config", "tiny.yaml", "--data.root", "nowhere"], "nowhere"),
         (["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--ckpt_path", "no.ckpt"], "no.ckpt"),
@@ -264,9 +270,12 @@ def test_predict_keeps_all_clips_of_a_video_apart(here, run):
         (["fit", "--config", "tiny.yaml", "--trainer.logger", "TensorBordLogger"], "did you mean 'TensorBoardLogger'?"),
         (
             ["fit", "--config", "tiny.yaml", "--model.loss.discriminator", "vidtwin.losses.discriminator.Patch2d"],
-            "model.loss: discriminator: Problem with given class_path",
+            "model.loss.discriminator: Expected a class in vidtwin.losses.discriminator, got 'Patch2d'; did you mean",
         ),
-        (["fit", "--config", "tiny.yaml", "--model.loss.pixel", "l3"], "model.loss.pixel: Expected"),
+        (
+            ["fit", "--config", "tiny.yaml", "--model.loss.pixel", "l3"],
+            "model.loss.pixel: Expected Literal['l1', 'l2'], got l3.",
+        ),
         (["fit", "--config", "tiny.yaml", "--trainer.precision", "bf17"], "bf16-mixed, 32-true"),
         (["fit", "--config", "tiny.yaml", "--data.root=data/UCF-101", "--trainer.accelerator", "gpuu"], "gpuu"),
         (["fit", "--config", "tiny.yaml", "--data.root=data/UCF-101", "--data.num_workers=-1"], "num_workers"),
@@ -292,6 +301,56 @@ def test_a_mistake_is_one_line_that_says_what_to_do(here, capsys, argv, expected
     assert expected in fails(capsys, *argv)
 
 
+def test_a_message_of_another_wording_passes_through_in_one_line():
+    parser = Parser()
+    parser.add_argument("--resolution", type=int)
+    error = KeyError("There is no\n  'resolutoin' here")
+    assert str(messages.shorten("Wording\n  of another  version", parser, None)) == "Wording of another version."
+    assert str(messages.shorten(error.args[0], parser, error)).endswith("here; did you mean 'resolution'?")
+
+
+def test_mistyped_options_are_refused_by_a_list_that_fits_the_parsers():
+    parser = capture_parser(lambda: VidTwinCLI(["fit"]))
+    (commands,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
+    for command, inner in commands.items():
+        names = {word[2:].partition(".")[0] for word in inner._option_string_actions if word.startswith("--")}
+        assert names == set(OPTIONS[command]), command
+    ours = [parser() for parser in (benchmark._make_sweep_parser, lambda: benchmark._make_model_parser([]))]
+    words = {word for parser in ours for word in parser._option_string_actions if word.startswith("--")}
+    assert {word[2:].partition(".")[0].rstrip("+") for word in words} | {"trainer"} == benchmark_options.names()
+
+
+@pytest.mark.parametrize("first", ["ckpt_path", "model"])
+def test_the_order_of_options_does_not_choose_the_model(here, run, capsys, first):
+    options = {"ckpt_path": ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]}
+    options["model"] = ["--model.autoencoder", "vidtwin.baselines.references.TemporalMean"]
+    words = [*options.pop(first), *next(iter(options.values()))]
+    data = ["--data=ucf101", "--data.root=data/UCF-101", "--data.num_frames=4", "--data.resolution=32"]
+    assert "another model or size" in fails(capsys, "test", *words, *data, "--results_dir=order")
+
+
+def test_an_unknown_key_of_a_tests_config_is_refused(here, capsys):
+    Path("typo.yaml").write_text(Path("tiny.yaml").read_text() + "protocl: {preset: wfvae}\n")
+    assert "got 'protocl'; did you mean 'protocol'?" in fails(capsys, "test", "-c", "typo.yaml")
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [("sys.exit(2)", 2), ("sys.exit()", 0), ("return 3", 3), ("sys.exit('broken')", None), ("sys.exit(9)", None)],
+)
+def test_a_commands_exit_counts_only_as_argparse_ends(tmp_path, monkeypatch, end, code):
+    (tmp_path / "their_command.py").write_text(f"import sys\n\ndef run(argv):\n    {end}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "their_command", raising=False)
+    entry = EntryPoint("theirs", "their_command:run", "vidtwin.commands")
+    monkeypatch.setattr("vidtwin.plugins.entry_points", lambda group: [entry])
+    if code is not None:
+        assert main(["theirs"]) == code
+    else:
+        with pytest.raises(SystemExit):
+            main(["theirs"])
+
+
 def test_a_typo_in_a_config_file_is_one_line(here, capsys):
     for text, meant in {
         "trainer: {max_stesp: 3}": "max_steps",
@@ -301,7 +360,7 @@ def test_a_typo_in_a_config_file_is_one_line(here, capsys):
         assert f"did you mean '{meant}'?" in fails(capsys, "fit", "--config", "typo.yaml")
 
 
-def test_checkpoints_that_do_not_fit_or_are_not_whole_change_nothing(here, run, capsys, tmp_path):
+def test_mismatched_and_damaged_checkpoints_change_nothing(here, run, capsys, tmp_path):
     base = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", str(tmp_path / "results")]
     last = run / "checkpoints" / "last.ckpt"
     line = fails(capsys, *base, "--ckpt_path", str(last), "--model.autoencoder.hidden_size=48")
@@ -322,7 +381,7 @@ def test_checkpoints_that_do_not_fit_or_are_not_whole_change_nothing(here, run, 
     assert not (tmp_path / "results").exists()
 
 
-def test_a_new_run_does_not_start_over_an_old_one(here, run, capsys):
+def test_a_new_run_does_not_replace_an_old_one(here, run, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     argv = ["fit", "--config", "tiny.yaml", "--data.root", "data/UCF-101"]
     assert "resume it by --ckpt_path" in fails(capsys, *argv)
@@ -370,7 +429,7 @@ def test_a_model_measured_alone_is_complete_in_a_sweep_over_the_same_folder(here
     assert {path: path.read_bytes() for path in rows} == rows
 
 
-def test_an_option_changes_the_model_of_a_checkpoint_and_says_so(here, run, capsys):
+def test_an_option_changes_the_model_of_a_checkpoint_and_the_difference_is_printed(here, run, capsys):
     last = str(run / "checkpoints" / "last.ckpt")
     argv = ["validate", "--ckpt_path", last, "--model.autoencoder.qformer_dropout=0.5", "--data=ucf101"]
     argv += ["--data.root=data/UCF-101", "--data.num_frames=4", "--data.resolution=32", "--data.fps=25"]

@@ -42,7 +42,7 @@ SMALL = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]
-QUICK = ["--trainer.accelerator=cpu", "--name=row", "--cost=false", "--downstream=false"]
+QUICK = ["--trainer.accelerator=cpu", "--name=row", "--cost=false", "--downstream=false", "--players=0"]
 
 
 # What all baselines' configs are run with, and the sizes that those in full size get.

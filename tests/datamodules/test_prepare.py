@@ -1,4 +1,4 @@
-"""`vidtwin prepare ucf101`: whatever it gets, training finds all of UCF-101 or is told what is wrong with it."""
+"""`vidtwin prepare ucf101` makes all of UCF-101 from any input, or names the problems and makes nothing."""
 
 import csv
 import io
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from vidtwin.cli import commands
 from vidtwin.datamodules.ucf101 import UCF101
-from vidtwin.datamodules.ucf101.prepare import prepare_command
 from vidtwin.errors import UserError
 
 HANDSTAND = "HandstandPushups/v_HandStandPushups_g{}_c01.avi"
@@ -36,7 +36,7 @@ def lists(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def archives(lists: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two .zip files as UCF-101's: the lists, and 13,320 files that are no videos but have their names."""
+    """Write two .zip files like UCF-101's: the lists, and 13,320 small files with the names of the videos."""
     folder = tmp_path_factory.mktemp("archives")
     names = [line.split()[0] for k in ("train", "test") for line in (lists / f"{k}list01.txt").read_text().splitlines()]
     videos = write_zip(folder / "UCF101.zip", {f"UCF-101/{name}": name.encode() for name in names})
@@ -53,12 +53,12 @@ def prepared(archives: list[Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def copy(prepared: Path, tmp_path: Path) -> Path:
-    """Of `prepared`, by hard links: replace a file, don't write into it."""
+    """Copy `prepared` by hard links: replace a file, don't write into it."""
     return shutil.copytree(prepared, tmp_path / "data", copy_function=os.link)
 
 
 def prepare(out: Path, *arguments: Path | str) -> int:
-    return prepare_command(["ucf101", "--out", str(out), *map(str, arguments)])
+    return commands.run("prepare", ["ucf101", "--out", str(out), *map(str, arguments)])
 
 
 def failure(out: Path, *arguments: Path | str) -> str:
@@ -98,7 +98,7 @@ def write_tar(path: Path, files: dict[str, bytes], links: Iterable[tuple[str, st
 
 
 def write_rar(path: Path, files: dict[str, bytes], method: int = 0x30) -> Path:
-    """A RAR archive of version 3: 0x30 stores the files as they are, 0x33 claims that they are compressed."""
+    """Write a RAR archive of version 3: method 0x30 stores the files, 0x33 claims that they are compressed."""
 
     def block(kind: int, flags: int, fields: bytes) -> bytes:
         head = struct.pack("<BHH", kind, flags, 7 + len(fields)) + fields
@@ -132,7 +132,7 @@ def test_archives_become_the_data_set_that_training_reads(prepared: Path) -> Non
     ]
 
 
-def test_a_second_run_checks_what_is_there_and_unpacks_nothing(
+def test_a_second_run_checks_the_existing_files_and_unpacks_nothing(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (copy / "ucf101_manifest.csv").stat().st_mtime_ns
@@ -153,7 +153,7 @@ def test_a_second_run_checks_what_is_there_and_unpacks_nothing(
     assert f"1 videos have another ({SOME[0]}); unpack these again" in failure(copy, "--verify")
 
 
-def test_each_thing_that_is_wrong_with_the_videos_is_named(copy: Path) -> None:
+def test_each_problem_of_the_videos_is_named(copy: Path) -> None:
     videos = copy / "UCF-101"
     (videos / SOME[0]).unlink()
     (videos / SOME[1]).rename(videos / "ApplyLipstick" / "v_ApplyEyeMakeup_g09_c02.avi")
@@ -196,7 +196,7 @@ def test_wrong_lists_are_named(
     assert contents(tmp_path / "data") == set()
 
 
-def test_some_of_the_videos_are_refused_or_make_lists_of_their_own(lists: Path, tmp_path: Path) -> None:
+def test_some_of_the_videos_are_refused_or_get_shorter_lists(lists: Path, tmp_path: Path) -> None:
     # As mirrors have it: folders of splits, and files that are no part of the data set.
     videos = write_tar(tmp_path / "mirror.tar.gz", {**fake(SOME, "m/train/"), "m/train.csv": b"", "m/._v_.avi": b""})
     out = tmp_path / "data"
@@ -222,7 +222,7 @@ def test_some_of_the_videos_are_refused_or_make_lists_of_their_own(lists: Path, 
     assert contents(out) == {"UCF-101", "ucfTrainTestlist", "ucfTrainTestlist_full", "ucf101_manifest.csv"}
 
 
-def test_lists_that_were_cut_are_whole_again_when_the_videos_are(copy: Path, lists: Path) -> None:
+def test_shortened_lists_are_complete_again_when_the_videos_are(copy: Path, lists: Path) -> None:
     (copy / "UCF-101").rename(copy.parent / "whole")
     prepare(copy, lists, write_tar(copy.parent / "some.tar", fake(SOME)), "--partial")
     assert "ucfTrainTestlist_full" in contents(copy)
@@ -247,12 +247,12 @@ def test_a_rar_archive_of_stored_files_needs_no_program(
     assert "expected one of the programs unrar, unar, " in said
     assert "install one, or unpack the archive by other means and give the folder" in said
     damaged = tmp_path / "damaged.rar"
+    damaged.write_bytes(stored.read_bytes()[:-20])
+    assert "damaged.rar: expected an intact archive" in failure(tmp_path / "other", damaged, lists, "--partial")
     damaged.write_bytes(stored.read_bytes().replace(SOME[2].encode(), SOME[2].upper().encode()))
-    assert "damaged.rar: expected a whole archive" in failure(tmp_path / "other", damaged, lists, "--partial")
+    assert "damaged.rar: expected an intact archive" in failure(tmp_path / "other", damaged, lists, "--partial")
     damaged.write_bytes(stored.read_bytes().replace(SOME[2].encode() * 2, SOME[2].encode() + SOME[2].upper().encode()))
-    assert "damaged.rar: expected a whole archive" in failure(tmp_path / "other", damaged, lists, "--partial")
-    monkeypatch.setitem(sys.modules, "rarfile", None)
-    assert "pip install rarfile" in failure(tmp_path / "other", stored, lists, "--partial")
+    assert "damaged.rar: expected an intact archive" in failure(tmp_path / "other", damaged, lists, "--partial")
 
 
 def test_a_compressed_rar_archive_is_unpacked_by_the_first_program_that_can(
@@ -277,7 +277,7 @@ def test_a_compressed_rar_archive_is_unpacked_by_the_first_program_that_can(
     monkeypatch.setenv("PATH", f"{programs}:/bin:/usr/bin")
     prepare(tmp_path / "data", archive, lists, "--partial")
     assert [row["path"] for row in manifest(tmp_path / "data")] == sorted(SOME)
-    monkeypatch.setattr("vidtwin.datamodules.ucf101.prepare._RAR_TOOLS", {"unrar": ["x", "", "", "", "{folder}"]})
+    monkeypatch.setattr("vidtwin.datamodules.ucf101.archives._RAR_TOOLS", {"unrar": ["x", "", "", "", "{folder}"]})
     assert "unrar says: unknown method" in failure(tmp_path / "other", archive, lists, "--partial")
 
 
@@ -302,19 +302,22 @@ def test_no_archive_writes_outside_of_its_place_or_leaves_links(lists: Path, tmp
     assert not any(path.is_symlink() for path in (tmp_path / "data").rglob("*"))
 
 
-def test_archives_that_are_damaged_or_none_leave_nothing(archives: list[Path], lists: Path, tmp_path: Path) -> None:
+def test_damaged_archives_and_other_files_leave_nothing(archives: list[Path], lists: Path, tmp_path: Path) -> None:
     half = tmp_path / "half.zip"
     half.write_bytes(archives[1].read_bytes()[:500_000])
     flipped = write_zip(tmp_path / "flipped.zip", fake(SOME))
     flipped.write_bytes(flipped.read_bytes().replace(SOME[2].encode() * 2, SOME[2].encode() + SOME[2].upper().encode()))
+    tar = write_tar(tmp_path / "cut.tar", {f"UCF-101/{SOME[0]}": os.urandom(100_000)})
+    tar.write_bytes(tar.read_bytes()[:50_000])
     packed = write_tar(tmp_path / "packed.tar.gz", {f"UCF-101/{SOME[0]}": os.urandom(100_000)})
     packed.write_bytes(packed.read_bytes()[:50_000])
     page = tmp_path / "page.rar"
     page.write_text("<html>404</html>")
     for path, message in (
-        (half, "half.zip: expected a whole archive, it can't be unpacked"),
-        (flipped, "flipped.zip: expected a whole archive, it can't be unpacked (Bad CRC-32"),
-        (packed, "packed.tar.gz: expected a whole archive, it can't be unpacked"),
+        (half, "half.zip: expected an intact archive, it can't be unpacked"),
+        (flipped, "flipped.zip: expected an intact archive, it can't be unpacked (Bad CRC-32"),
+        (tar, "cut.tar: expected an intact archive, it can't be unpacked"),
+        (packed, "packed.tar.gz: expected an intact archive, it can't be unpacked"),
         (page, "got a file that begins with b'<html>4'"),
         (tmp_path / "absent.rar", "Expected an archive or a folder at"),
         (tmp_path / "lists_only", "13,320 missing videos"),
@@ -329,7 +332,7 @@ def test_archives_that_are_damaged_or_none_leave_nothing(archives: list[Path], l
     assert "1 .avi files with other names than UCF-101's (c/strange.avi)" in said
 
 
-def test_a_folder_that_is_unpacked_already_stays_as_it_is(lists: Path, tmp_path: Path) -> None:
+def test_an_unpacked_folder_is_left_unchanged(lists: Path, tmp_path: Path) -> None:
     for name, content in fake(SOME).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -344,9 +347,9 @@ def test_a_folder_that_is_unpacked_already_stays_as_it_is(lists: Path, tmp_path:
 def test_a_kill_leaves_nothing_half_made(lists: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     code = (
-        "import os, sys\nfrom vidtwin.datamodules.ucf101 import prepare\n"
+        "import os, sys\nfrom vidtwin.cli import main\nfrom vidtwin.datamodules.ucf101 import prepare\n"
         f"prepare._arrange = lambda *_: os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
-        "prepare.prepare_command(sys.argv[1:])"
+        "main(['prepare', *sys.argv[1:]])"
     )
     videos = write_tar(tmp_path / "some.tar", fake(SOME))
     command = [sys.executable, "-c", code, "ucf101", "--out", str(out), str(lists), str(videos), "--partial"]
@@ -358,10 +361,10 @@ def test_a_kill_leaves_nothing_half_made(lists: Path, tmp_path: Path) -> None:
     assert contents(out) == set()
 
 
-def test_the_command_says_in_one_line_what_it_wants(prepared: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line(prepared: Path, tmp_path: Path) -> None:
     assert "to unpack, since" in failure(tmp_path)
-    with pytest.raises(UserError, match=r"invalid choice: 'ucf-101'.*see vidtwin prepare ucf101 --help"):
-        prepare_command(["ucf-101"])
+    with pytest.raises(UserError, match=r"invalid choice: 'ucf-101'"):
+        commands.run("prepare", ["ucf-101"])
     table = tmp_path / "ucf101_manifest.csv"
     table.write_text("path,label\n")
     (tmp_path / "UCF-101").symlink_to(prepared / "UCF-101")

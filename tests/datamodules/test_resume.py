@@ -1,6 +1,7 @@
 """A resumed training goes on with the very next batch; ranks have equally many; workers outlive a SIGTERM."""
 
 import multiprocessing
+import signal
 import subprocess
 import sys
 import warnings
@@ -335,15 +336,20 @@ def test_an_iterator_draws_nothing_from_the_global_generator(make, workers):
 
 def test_workers_outlive_a_schedulers_sigterm_and_end_with_the_main_process(make):
     loader = make(num_workers=2, batch_size=1).train_dataloader()
+    may_start, init = multiprocessing.Event(), loader.worker_init_fn
+    loader.worker_init_fn = lambda worker: (may_start.wait(60), init(worker))
     others = set(multiprocessing.active_children())
     batches = iter(loader)
-    next(batches)
     workers = set(multiprocessing.active_children()) - others
-    pids = [worker.pid for worker in workers]
-    subprocess.run([sys.executable, "-c", f"import os; [os.kill(pid, 15) for pid in {pids}]"], check=True)
+    send = f"import os; [os.kill(pid, 15) for pid in {[worker.pid for worker in workers]}]"
+    subprocess.run([sys.executable, "-c", send], check=True)  # to workers that have not begun
+    may_start.set()
+    next(batches)
+    subprocess.run([sys.executable, "-c", send], check=True)
     assert len(list(batches)) == 7
-    assert len(pids) == 2
+    assert len(workers) == 2
     for worker in workers:  # what Python does at its exit, without a limit of time
         worker.terminate()
         worker.join(10)
     assert [worker.exitcode for worker in workers] == [0, 0]
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])  # the main process still gets it

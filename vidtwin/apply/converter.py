@@ -3,18 +3,19 @@
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 
 from vidtwin import hub, plugins, weights
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.errors import UserError, suggestion
 from vidtwin.storage import checkpoints
+
+ReadConfig = Callable[[Path], dict[str, Any]]
 
 _GROUP = "vidtwin.autoencoders"
 _TRAINER = ("max_steps", "max_epochs", "precision", "devices", "num_nodes", "strategy", "accumulate_grad_batches")
@@ -51,7 +52,7 @@ def summarize(model: VideoAutoencoder) -> list[str]:
 
 
 def record_training(
-    checkpoint: dict[str, Any], path: Path, average: bool, config: Path | None = None
+    checkpoint: dict[str, Any], path: Path, average: bool, read_config: ReadConfig, config: Path | None = None
 ) -> dict[str, Any]:
     """Make a record of a training from its checkpoint and its config, as plain values.
 
@@ -59,6 +60,7 @@ def record_training(
         checkpoint: Content of the checkpoint.
         path: Its path.
         average: Whether the averaged weights are taken.
+        read_config: Reads a config with its bases.
         config: The config; None takes config.yaml of the run's folder, if there is one.
     """
     found = {key: checkpoint[key] for key in ("epoch", "global_step") if isinstance(checkpoint.get(key), int)}
@@ -67,7 +69,9 @@ def record_training(
     record |= counts if isinstance(counts, dict) else {}
     beside = path.resolve().parent.parent / "config.yaml"
     source = config or (beside if beside.is_file() else None)
-    return record | (_read_settings(source, checkpoint, explicit=config is not None) if source else {})
+    if source is None:
+        return record
+    return record | _select_settings(read_config(source), source, checkpoint, explicit=config is not None)
 
 
 def released_class(name: str) -> type[VideoAutoencoder]:
@@ -103,7 +107,7 @@ def _load(
         model = checkpoints.load_autoencoder(path, config.use_ema)
         checkpoints.check(path)
         of_training = Path(config.config) if config.config else None
-        model.training_record = record_training(checkpoint, path, config.use_ema, of_training)
+        model.training_record = record_training(checkpoint, path, config.use_ema, config.read_config, of_training)
         return model
     for name in ("use_ema", "config"):
         if config[name]:
@@ -123,13 +127,9 @@ def _is_ours(config: Path) -> bool:
     return True
 
 
-def _read_settings(path: Path, checkpoint: dict[str, Any], explicit: bool) -> dict[str, Any]:
-    """Read the settings of data, loss, optimizer and trainer from a config of `fit`."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"Expected the YAML of a training in {path}, got: {' '.join(str(error).split())}.") from error
-    model = (content if isinstance(content, dict) else {}).get("model")
+def _select_settings(content: dict[str, Any], path: Path, checkpoint: dict[str, Any], explicit: bool) -> dict[str, Any]:
+    """Select the settings of data, loss, optimizer and trainer in the content of a config of `fit`."""
+    model = content.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("autoencoder"), dict):
         raise UserError(f"Expected model.autoencoder in {path}, got none; give the --config of the training.")
     ours, theirs = checkpoint["model_spec"]["class_path"], model["autoencoder"].get("class_path")

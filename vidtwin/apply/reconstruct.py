@@ -133,7 +133,7 @@ class Reconstruct:
                 if any(row.frames for row in done):
                     self._record(done)
                 if self._full:
-                    console.log("complete videos stay; --skip_existing goes on when there is room")
+                    console.log("finished videos are kept; free space and continue with --skip_existing")
                     break
         rows = [row for part in session.gather(done) for row in part]
         return exit_code(sum(row.frames > 0 for row in rows), sum(bool(row.note) for row in rows))

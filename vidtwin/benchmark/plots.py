@@ -6,18 +6,19 @@ matplotlib without pyplot: no window, no state that outlives a call. It is impor
 import io
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidtwin.benchmark import report_tables, rows
+from vidtwin.benchmark import rows, summary
 from vidtwin.benchmark.rows import Results, Row, remove_leftovers
 from vidtwin.files import replacing
-from vidtwin.metrics.registry import Metric
+from vidtwin.metrics.registry import BY_KEY, Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,10 +26,22 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
-# Told apart with every common colour blindness and on white paper; the report's pages have the same, in this order.
+# Distinct for every common colour blindness and on white paper. The page has them as variables of these names.
 COLOURS = ("#0072b2", "#c84f00", "#00805d", "#a23f8c", "#86690a", "#4b3fae", "#303740")
-MARKERS = ("o", "s", "^", "D", "v", "P", "*")
-REFERENCE = "#79828c"
+PALETTE = {f"c{index}": colour for index, colour in enumerate(COLOURS)} | {"reference": "#79828c"}
+# Markers of matplotlib with their outlines around (0, 0), about 10 wide, for the page. References have the last one.
+MARKERS = {
+    "o": "M5 0A5 5 0 1 1 -5 0A5 5 0 1 1 5 0Z",
+    "s": "M-4.4 -4.4H4.4V4.4H-4.4Z",
+    "^": "M0 -5.4L5.2 4.2H-5.2Z",
+    "D": "M0 -6.2L5.2 0L0 6.2L-5.2 0Z",
+    "v": "M0 5.4L5.2 -4.2H-5.2Z",
+    "P": "M-1.8 -5.4H1.8V-1.8H5.4V1.8H1.8V5.4H-1.8V1.8H-5.4V-1.8H-1.8Z",
+    "*": "M0 -6L1.6 -2.2L5.7 -1.9L2.6 0.8L3.5 4.9L0 2.7L-3.5 4.9L-2.6 0.8L-5.7 -1.9L-1.6 -2.2Z",
+    "X": "M-5 -3.2L-3.2 -5L0 -1.8L3.2 -5L5 -3.2L1.8 0L5 3.2L3.2 5L0 1.8L-3.2 5L-5 3.2L-1.8 0Z",
+}
+GRID, SOFT = "#e3e6e9", "#5b646d"
+_ON_PAGE = {"#ffffff": "page", "#000000": "ink", GRID: "line", SOFT: "soft"} | {c: name for name, c in PALETTE.items()}
 DPI = 150
 
 _STYLE: Any = {
@@ -38,7 +51,7 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.titlesize": 10,
     "axes.grid": True,
-    "grid.color": "#e3e6e9",
+    "grid.color": GRID,
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "svg.fonttype": "none",  # text stays text
@@ -48,15 +61,40 @@ _STYLE: Any = {
 
 
 @dataclass(frozen=True)
+class Axis:
+    """A cost of a model: less is better."""
+
+    label: str
+    value: Callable[[Row], float | None]
+
+
+def _flops(row: Row) -> float | None:
+    flops = rows.look_up(row, "cost.flops")
+    return float(flops["encode"] + flops["decode"]) if flops else None
+
+
+RATE = Axis("compression rate (%)", lambda row: 100 * float(row["compression_rate"]))
+FLOPS = Axis("FLOPs to encode and decode a clip", _flops)
+AXES = (
+    RATE,
+    Axis("bits per pixel", lambda row: rows.look_up(row, "bits_per_pixel")),
+    Axis("parameters", lambda row: rows.look_up(row, "parameters")),
+    FLOPS,
+    Axis("tokens of the latents in a DiT", lambda row: rows.look_up(row, "downstream.tokens")),
+)
+
+
+@dataclass(frozen=True)
 class Point:
     """A model in a panel.
 
     Attributes:
         name: Of the row.
-        x: Cost: rate in %, or FLOPs.
+        x: Cost.
         y: Quality.
         style: Arguments of `Axes.plot`.
         ranked: Whether it may stand on a Pareto front.
+        gid: Kind of the row and text on hovering, which `_svg` makes a class and a title.
     """
 
     name: str
@@ -64,6 +102,7 @@ class Point:
     y: float
     style: dict[str, Any]
     ranked: bool
+    gid: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,17 +111,16 @@ class Drawing:
 
     Attributes:
         label: Its name in the list of plots.
-        description: For readers who can't see it.
-        svg: The file's text.
+        svgs: Elements whose colours are the page's variables: of all rows and, if there are references, which lie far
+            away and squeeze the models, of the others alone.
     """
 
     label: str
-    description: str
-    svg: str
+    svgs: list[str]
 
 
 def write(folder: str | Path) -> list[Path]:
-    """Write `plots/{rate_quality,pareto,per_clip}.{png,svg}` of a results folder → their paths.
+    """Write `plots/{rate_quality,pareto,per_clip}.{png,svg}` of a results folder; return their paths.
 
     A plot without numbers is not written; an older one and temporary files that a kill left are removed.
     """
@@ -104,19 +142,27 @@ def write(folder: str | Path) -> list[Path]:
 
 
 def drawings(results: Results) -> list[Drawing]:
-    """Draw what the page shows: the plots of `write`, and each metric against its cost."""
-    plots: list[tuple[str, str, _Draw]] = [("Quality against rate", "rate_quality", _rate_quality)]
-    for metric in report_tables.columns(results):
-        name = "pareto" if metric.key == "psnr" else f"pareto_{metric.key}"
-        plots.append((f"{metric.label} against cost", name, partial(_pareto, key=metric.key)))
-    plots.append(("PSNR of the clips", "per_clip", _per_clip))
+    """Draw the page's plots: every metric against each cost that is known, and the spread over the clips."""
+    metrics = summary.measured_metrics(results)
+    references = [row for row in results.rows if row["kind"] == "reference"]
+    models = replace(results, rows=[row for row in results.rows if row["kind"] != "reference"])
+    draws: dict[str, tuple[_Draw, bool]] = {
+        axis.label: (partial(_against, pairs=[(metric, axis) for metric in metrics]), any(map(axis.value, references)))
+        for axis in AXES
+    }
+    draws["PSNR of the clips"] = _per_clip, bool(references)
+    found: list[Drawing] = []
     with _style():
-        return [Drawing(label, drawn[1], _svg(*drawn, name)) for label, name, draw in plots if (drawn := draw(results))]
+        for label, (draw, with_references) in draws.items():
+            drawn = [each for each in (draw(results), draw(models) if with_references else None) if each]
+            svgs = [_for_page(_svg(*each, label), f"plot{len(found)}{i}") for i, each in enumerate(drawn)]
+            found += [Drawing(label, svgs)] if svgs else []
+    return found
 
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """Set our style for a while, whatever a user's matplotlibrc says."""
+    """Set our style for a while, independently of the user's matplotlibrc."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -126,7 +172,7 @@ def _style() -> Iterator[None]:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which of (cost, quality) no other beats: one of no higher cost and no lower quality, better in one of them.
+    """Find the Pareto front of (cost, quality): the points that no other beats in one and equals in the other.
 
     Returns:
         Their places in `points`, by rising cost; equal points are there together.
@@ -140,53 +186,59 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def styles(results: Results) -> dict[str, dict[str, Any]]:
-    """By row its colour and marker: filled if trained, hollow if untrained, a grey cross for a reference."""
-    found: dict[str, dict[str, Any]] = {}
+def looks(results: Results) -> dict[str, tuple[str, str]]:
+    """Choose each row's colour (a name in PALETTE) and marker."""
+    found: dict[str, tuple[str, str]] = {}
+    *markers, cross = MARKERS
     for index, row in enumerate(row for row in rows.order(results) if row["kind"] != "failed"):
-        if row["kind"] == "reference":
-            found[row["name"]] = {"color": REFERENCE, "marker": "X", "markerfacecolor": REFERENCE}
-            continue
-        colour = COLOURS[index % len(COLOURS)]
         # Both change from one model to the next, so that 49 have one of their own.
-        marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
-        filled = colour if row["kind"] == "trained" else "white"
-        found[row["name"]] = {"color": colour, "marker": marker, "markerfacecolor": filled}
+        number = (index + index // len(COLOURS)) % len(markers)
+        found[row["name"]] = f"c{index % len(COLOURS)}", markers[number]
+        if row["kind"] == "reference":
+            found[row["name"]] = "reference", cross
     return found
 
 
-# --- the three plots: a figure, and in words what it shows ---
+def styles(results: Results) -> dict[str, dict[str, Any]]:
+    """Choose each row's arguments of `Axes.plot`: filled if trained, hollow if untrained, grey for a reference."""
+    hollow = [row["name"] for row in results.rows if row["kind"] == "untrained"]
+    return {
+        name: {
+            "color": PALETTE[colour],
+            "marker": marker,
+            "markerfacecolor": "white" if name in hollow else PALETTE[colour],
+        }
+        for name, (colour, marker) in looks(results).items()
+    }
+
+
+# --- the plots: a figure, and its description ---
 
 
 def _rate_quality(results: Results) -> tuple["Figure", str] | None:
-    metrics = [metric for metric in report_tables.metrics(results) if metric.key in ("psnr", "ssim", "lpips", "rfvd")]
-    panels = [(metric, points) for metric in metrics if (points := _points(results, metric, _rate))]
-    if not panels:
-        return None
-    figure = _figure(len(panels), columns=2)
-    for axes, (metric, points) in zip(figure.axes, panels, strict=True):
-        _scatter(axes, points, _metric_title(results, metric), "compression rate (%), ← better")
-    _finish(figure, results, [(points, []) for _, points in panels])
-    shown = ", ".join(metric.label for metric, _ in panels)
-    return figure, f"{shown} of each model against its compression rate"
+    metrics = [metric for metric in summary.metrics(results) if metric.key in ("psnr", "ssim", "lpips", "rfvd")]
+    return _against(results, [(metric, RATE) for metric in metrics])
 
 
-def _pareto(results: Results, key: str = "psnr") -> tuple["Figure", str] | None:
-    metric = next((metric for metric in report_tables.metrics(results) if metric.key == key), None)
-    if metric is None:
-        return None
-    sides = [(_rate, "compression rate (%), ← better"), (_flops, "FLOPs to encode and decode a clip, ← better")]
-    panels = [(label, points) for cost, label in sides if (points := _points(results, metric, cost))]
+def _pareto(results: Results) -> tuple["Figure", str] | None:
+    return _against(results, [(BY_KEY["psnr"], axis) for axis in (RATE, FLOPS)])
+
+
+def _against(results: Results, pairs: Sequence[tuple[Metric, Axis]]) -> tuple["Figure", str] | None:
+    """Draw a panel with its Pareto front for each pair that any row has both numbers of."""
+    panels = [(metric, axis, points) for metric, axis in pairs if (points := _points(results, metric, axis))]
     if not panels:
         return None
     figure = _figure(len(panels), columns=2)
     drawn = []
-    for axes, (label, points) in zip(figure.axes, panels, strict=True):
-        _scatter(axes, points, _metric_title(results, metric), label)
+    for axes, (metric, axis, points) in zip(figure.axes, panels, strict=True):
+        _scatter(axes, points, _metric_title(results, metric), f"{axis.label}, ← better")
         drawn.append((points, _front(axes, [point for point in points if point.ranked], metric.higher)))
     _finish(figure, results, drawn)
+    metrics = ", ".join(dict.fromkeys(metric.label for metric, _, _ in panels))
+    costs = " and ".join(dict.fromkeys(axis.label for _, axis, _ in panels))
     line = "the line joins trained models that no other one beats in both"
-    return figure, f"{metric.label} of each model against its cost; {line}"
+    return figure, f"{metrics} of each model against its {costs}; {line}"
 
 
 def _per_clip(results: Results) -> tuple["Figure", str] | None:
@@ -236,26 +288,18 @@ _PLOTS: dict[str, _Draw] = {
 # --- what they are made of ---
 
 
-def _rate(row: Row) -> float | None:
-    return 100 * float(row["compression_rate"])
-
-
-def _flops(row: Row) -> float | None:
-    flops = (row.get("cost") or {}).get("flops")
-    return float(flops["encode"] + flops["decode"]) if flops else None
-
-
-def _points(results: Results, metric: Metric, cost: Callable[[Row], float | None]) -> list[Point]:
-    """Rows that have both numbers; without a cost above 0 there is no place on a logarithmic axis."""
+def _points(results: Results, metric: Metric, axis: Axis) -> list[Point]:
+    """List the rows that have both numbers; without a cost above 0 there is no place on a logarithmic axis."""
     style = styles(results)
     found = []
     for row in rows.order(results):
         if row["kind"] == "failed":
             continue
-        x, y = cost(row), report_tables.mean(results, row["name"], metric.key)
+        x, y = axis.value(row), summary.mean(results, row["name"], metric.key)
         if x and y is not None and math.isfinite(y):
-            ranked = report_tables.ranked(results, row, metric.key)
-            found.append(Point(row["name"], x, y, style[row["name"]], ranked))
+            text = f"{row['name']}: {metric.title} {metric.text(y)}, {axis.label} {summary.shorten(x)}"
+            ranked = summary.is_ranked(results, row, metric.key)
+            found.append(Point(row["name"], x, y, style[row["name"]], ranked, f"{row['kind']}|{text}"))
     return found
 
 
@@ -283,7 +327,16 @@ def _figure(panels: int, columns: int, height: float = 3.4) -> "Figure":
 
 def _scatter(axes: "Axes", points: list[Point], title: str, label: str) -> None:
     for point in points:
-        axes.plot(point.x, point.y, linestyle="none", markersize=7, markeredgewidth=1.4, zorder=3, **point.style)
+        axes.plot(
+            point.x,
+            point.y,
+            linestyle="none",
+            markersize=7,
+            markeredgewidth=1.4,
+            zorder=3,
+            gid=point.gid,
+            **point.style,
+        )
     axes.set_title(title, loc="left")
     axes.set_xlabel(label)
     _log_axis(axes, [point.x for point in points])
@@ -291,7 +344,7 @@ def _scatter(axes: "Axes", points: list[Point], title: str, label: str) -> None:
 
 
 def _log_axis(axes: "Axes", values: list[float]) -> None:
-    """Numbers at 1, 2 and 5 where a decade is wide, at decades alone where it is narrow."""
+    """Write numbers at 1, 2 and 5 if a decade is wide, at decades alone if it is narrow."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     low, high = min(values), max(values)
@@ -301,20 +354,13 @@ def _log_axis(axes: "Axes", values: list[float]) -> None:
     axes.set_xscale("log")
     subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: summary.shorten(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _tick(value: float) -> str:
-    for power, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= power:
-            return f"{value / power:g} {prefix}"
-    return f"{value:g}"
-
-
 def _front(axes: "Axes", ranked: list[Point], higher: bool) -> list[tuple[float, float]]:
-    """Draw the Pareto front → the corners of its line."""
+    """Draw the Pareto front; return the corners of its line."""
     front = [ranked[index] for index in pareto([(point.x, point.y if higher else -point.y) for point in ranked])]
     if not front:
         return []
@@ -323,7 +369,7 @@ def _front(axes: "Axes", ranked: list[Point], higher: bool) -> list[tuple[float,
         corners += [(point.x, corners[-1][1]), (point.x, point.y)]
     corners.append((axes.get_xlim()[1], front[-1].y))  # a higher cost can't lose what a lower one reaches
     x, y = zip(*corners, strict=True)
-    axes.plot(x, y, color="#5b646d", linewidth=1.2, linestyle=(0, (4, 2)), zorder=2)
+    axes.plot(x, y, color=SOFT, linewidth=1.2, linestyle=(0, (4, 2)), zorder=2)
     return corners
 
 
@@ -334,19 +380,21 @@ def _finish(
     key: str | None = None,
 ) -> None:
     """Add the footer, settle the layout and then label each panel's points where there is room beside its line."""
-    data = results.protocol.get("dataset") or results.protocol["data"].get("data", "video clips")
-    clips = f"{results.comparison['num_clips']:,} clips of {data} that all models have"
+    number, unit = summary.count(results)
+    clips = f"{number:,} {unit} of {summary.data_set(results)} that all models have"
     protocol = f"protocol {results.protocol['name']} ({results.protocol_hash})"
     longest = int(figure.get_size_inches()[0] * 17)
     lines = [_short(line, longest) for line in (key, clips, protocol) if line]
-    figure.supxlabel("\n".join(lines), fontsize=7, color="#5b646d", x=0.01, ha="left")
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    figure.supxlabel("\n".join(lines), fontsize=7, color=SOFT, x=0.01, ha="left")
+    engine = figure.get_layout_engine()
+    if engine:
+        engine.execute(figure)
+    figure.set_layout_engine(None)  # otherwise saving lays it out and draws it once more
     for axes, (points, corners) in zip(figure.axes, panels, strict=False):
         _label(axes, points, corners)
 
 
-# Where a label may stand, in points from its marker: near first, the right side first.
+# Places of a label, in points from its marker: near first, the right side first.
 _PLACES = [
     (x * distance, y * distance)
     for distance in (7, 14, 24, 36)
@@ -355,7 +403,7 @@ _PLACES = [
 
 
 def _label(axes: "Axes", points: list[Point], corners: list[tuple[float, float]]) -> None:
-    """Write each model's name beside its point, where it covers the least of what is there already."""
+    """Write each model's name at the place beside its point that covers the least of the rest."""
     from matplotlib.transforms import Bbox
 
     renderer: Any = axes.get_figure(root=True).canvas.get_renderer()  # type: ignore[union-attr]
@@ -387,7 +435,7 @@ def _label(axes: "Axes", points: list[Point], corners: list[tuple[float, float]]
 def _annotate(axes: "Axes", point: Point, place: tuple[float, float]) -> "Annotation":
     x, y = place
     far = math.hypot(x, y) > 20
-    return axes.annotate(
+    label = axes.annotate(
         _short(point.name),
         (point.x, point.y),
         xytext=place,
@@ -399,7 +447,11 @@ def _annotate(axes: "Axes", point: Point, place: tuple[float, float]) -> "Annota
         va="center" if abs(y) < 1 else "bottom" if y > 0 else "top",
         arrowprops={"arrowstyle": "-", "color": point.style["color"], "linewidth": 0.6} if far else None,
         zorder=4,
+        gid=point.gid,
     )
+    if label.arrow_patch:
+        label.arrow_patch.set_gid(point.gid)
+    return label
 
 
 def _overlap(one: "Bbox", other: "Bbox") -> float:
@@ -417,7 +469,7 @@ def _short(text: str, longest: int = 28) -> str:
 
 
 def _save(figure: "Figure", description: str, path: Path) -> None:
-    """Write a PNG or SVG, the same bytes each time, with a description for those who can't see it."""
+    """Write a PNG or SVG, the same bytes each time, with a description for readers who can't see it."""
     with replacing(path) as temporary:
         if path.suffix == ".png":
             figure.savefig(temporary, dpi=DPI, metadata=_metadata(path.stem, description))
@@ -431,7 +483,26 @@ def _svg(figure: "Figure", description: str, name: str) -> str:
     text = buffer.getvalue().decode()
     # matplotlib writes the title; browsers and screen readers look for the description beside it.
     text = text.replace("</title>", f"</title>\n <desc>{escape(description)}</desc>", 1)
+    pattern = r"""<g id=(["'])(trained|untrained|reference)\|(.*?)\1>"""
+    text = re.sub(pattern, r'<g class="\2"><title>\3</title>', text)
     return text.replace("<svg ", '<svg role="img" ', 1)
+
+
+def _for_page(svg: str, name: str) -> str:
+    """Make an SVG an element of the page: with the page's colours, ids of its own and no style attributes.
+
+    The page's security policy forbids those; the same properties are allowed as attributes of their own.
+    """
+
+    def adapt(tag: re.Match[str]) -> str:
+        text = re.sub(
+            r' style="([^"]*)"', lambda style: re.sub(r"([\w-]+): ([^;]+);?", r'\1="\2"', f" {style[1]}"), tag[0]
+        )
+        text = re.sub(r'( id="|url\(#|href="#)', rf"\1{name}-", text)
+        return re.sub("#[0-9a-f]{6}\\b", lambda colour: f"var(--{_ON_PAGE[colour[0]]})", text)
+
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg[svg.index("<svg ") :], flags=re.DOTALL)
+    return re.sub(r"<[^<>]+>", adapt, svg)
 
 
 def _metadata(name: str, description: str) -> dict[str, str]:

@@ -1,16 +1,14 @@
-"""`vidtwin report`: table, plots and page of a results folder, from its files alone.
+"""`vidtwin report`: table, plots and page of a results folder, from its files alone."""
 
-Nothing heavy is imported at the top: `vidtwin --help` reads the docstring of the command.
-"""
-
-import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-from vidtwin.errors import UserError
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
-_DESCRIPTION = """\
+USAGE = "RESULTS"
+DESCRIPTION = """\
 Make again what can be made from the files of a results folder: the means over the clips that all rows have, the table,
 the plots and the page.
 
@@ -23,26 +21,18 @@ disk and asks the network for nothing.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"vidtwin report: {message}; see vidtwin report --help.")
+def add_options(parser: "ArgumentParser") -> None:
+    """Add the folder."""
+    parser.add_argument("results", metavar="RESULTS", help="Folder that `vidtwin test` wrote.")
 
 
-def report_command(argv: list[str]) -> int:
-    """Make table, plots and page of a results folder again: vidtwin report RESULTS"""
-    parser = _Parser(
-        "vidtwin report",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("results", type=Path, metavar="RESULTS", help="folder that `vidtwin test` wrote")
-    folder = parser.parse_args(argv).results
+def run(options: "Namespace") -> int:
+    """Run the command → exit code."""
+    from vidtwin.benchmark import plots, render, report, rows
 
-    from vidtwin.benchmark import plots, report, rows, table
-
+    folder = Path(options.results)
     rows.write_comparison(folder, rows.read(folder).comparison)
-    sys.stdout.write(f"{table.write(folder)}\n")
+    sys.stdout.write(f"{render.write(folder)}\n")
     written = [folder / "comparison.json", *(folder / f"table.{kind}" for kind in ("csv", "md", "tex"))]
     for path in [*written, *plots.write(folder), report.write(folder)]:
         sys.stdout.write(f"{path}\n")

@@ -1,6 +1,6 @@
-"""The rows of a results folder: what one model's measurement left, and means over the clips that all models have.
+"""The rows of a results folder: one model's measurement each, and means over the clips that all models have.
 
-protocol.json                             under which protocol, the same for every row
+protocol.json                             the protocol, the same for every row
 rows/<name>/results.json, clips.csv       the model, its rates, costs and means; a line for each clip
 comparison.json                           means over the common clips
 players/players.json                      clips kept for the report's players
@@ -32,16 +32,16 @@ _IDENTITY = ("model", "name", "start_frame", "num_frames")
 
 @dataclass
 class Results:
-    """What a results folder holds.
+    """The content of a results folder.
 
     Attributes:
-        folder: Where it lies.
-        protocol: Of all rows.
+        folder: Its path.
+        protocol: That of all rows.
         protocol_hash: Its hash.
         rows: Each `results.json`, by name.
         clips: By a row's name, its clips' numbers.
         comparison: Means over the clips that all measured rows have; see `compare`.
-        players: What `players.json` holds; empty if there is none.
+        players: The content of `players.json`; empty without it.
     """
 
     folder: Path
@@ -79,7 +79,7 @@ def read(folder: str | Path) -> Results:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a results folder; `UserError` for a file that is absent or cut off."""
+    """Read a JSON object of a results folder; `UserError` for a file that is absent or cut off."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_row(path: Path) -> Row:
-    """One `results.json` of this version's form."""
+    """Read one `results.json` of this version's form."""
     row = read_json(path)
     if row.get("schema_version") != SCHEMA_VERSION or row.get("kind") not in KINDS:
         raise UserError(
@@ -106,7 +106,7 @@ def read_row(path: Path) -> Row:
 
 
 def read_clips(folder: Path, row: Row) -> list[Clip]:
-    """`clips.csv` in a row's own folder, numbers as numbers; `UserError` if it is cut off."""
+    """Read `clips.csv` in a row's own folder, numbers as numbers; `UserError` if it is cut off."""
     path = folder / "clips.csv"
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -148,31 +148,31 @@ def write_row(folder: Path, row: Row, clips: list[Clip]) -> None:
 
 
 def key_of(clip: Clip) -> Key:
-    """Which clip it is, in every model's row."""
+    """Return the name and start of a clip, by which it is the same in every model's row."""
     return clip["name"], clip["start_frame"]
 
 
 def common_clips(clips: dict[str, list[Clip]]) -> set[Key]:
-    """Those that every row has."""
+    """Find the clips that every row has."""
     sets = [{key_of(clip) for clip in rows} for rows in clips.values()]
     return set.intersection(*sets) if sets else set()
 
 
 def digest_of(keys: Iterable[Key]) -> str:
-    """SHA-256 of a list of clips in order of their names."""
+    """Compute the SHA-256 of a list of clips in order of their names."""
     return hashlib.sha256("".join(f"{name}\t{start}\n" for name, start in sorted(keys)).encode()).hexdigest()
 
 
 def compare(results: Results, kept: dict[str, Any]) -> dict[str, Any]:
-    """Means of each row over the clips that all measured rows have.
+    """Average each row over the clips that all measured rows have.
 
     Args:
         results: The rows and their clips.
         kept: An earlier comparison. Its rFVD, which needs the clips' features, holds while the clips are the same.
 
     Returns:
-        "num_clips", "clips_sha256", "left_out" (by row, which clips of the others it lacks), "rows" (by row, "mean"
-        and "std" of each metric; "rfvd" as in `results.json`).
+        "num_clips", "num_videos" that they are of, "clips_sha256", "left_out" (by row, the clips of the others that it
+        lacks), "rows" (by row, "mean" and "std" of each metric; "rfvd" as in `results.json`).
     """
     common = common_clips(results.clips)
     every: set[Key] = {key_of(clip) for clips in results.clips.values() for clip in clips}
@@ -198,6 +198,7 @@ def compare(results: Results, kept: dict[str, Any]) -> dict[str, Any]:
                 rows[name]["rfvd"] = row["metrics"]["rfvd"]
     return {
         "num_clips": len(common),
+        "num_videos": len({name for name, _ in common}),
         "clips_sha256": digest,
         "left_out": left_out,
         "rows": rows,
@@ -218,11 +219,11 @@ def write_comparison(folder: Path, comparison: dict[str, Any]) -> None:
     write_text(folder / "comparison.json", json.dumps(comparison, indent=2) + "\n")
 
 
-def means(clips: Sequence[Clip], protocol: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation of each metric over clips, weighted as the protocol says; `{}` without clips.
+def means(clips: Sequence[Clip], protocol: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Compute mean and sample standard deviation of each metric, weighted as the protocol says; `{}` without clips.
 
     "clip": each clip counts once. "frame": by its number of frames. "video": the clips of a video are averaged by
-    their frames, then each video counts once; where PSNR is of one MSE a video, it is of the mean of the clips' MSE.
+    their frames, then each video counts once; PSNR of one MSE per video is that of the mean of the clips' MSE.
     """
     if not clips:
         return {}
@@ -237,32 +238,53 @@ def means(clips: Sequence[Clip], protocol: dict[str, Any]) -> dict[str, dict[str
     else:
         units = [{name: clip[name] for name in names} for clip in clips]
         weights = [clip["num_frames"] if average == "frame" else 1 for clip in clips]
-    return {name: _mean([unit[name] for unit in units], weights) for name in names}
+    return {
+        name: {"mean": _mean(values, weights), "std": _deviation(values, weights)}
+        for name in names
+        for values in [[unit[name] for unit in units]]
+    }
 
 
 def psnr_of(mse: float, epsilon: float) -> float:
-    """−10 log10(MSE + epsilon), at most 100 dB, as `vidtwin.metrics.frames.decibels`."""
+    """Compute −10 log10(MSE + epsilon), at most 100 dB, as `vidtwin.metrics.frames.decibels`."""
     return -10.0 * math.log10(max(mse + epsilon, 1e-10))
 
 
 def _of_video(clips: list[Clip], names: list[str], protocol: dict[str, Any]) -> dict[str, float]:
     frames = [clip["num_frames"] for clip in clips]
-    values = {name: _mean([clip[name] for clip in clips], frames)["mean"] for name in names}
+    values = {name: _mean([clip[name] for clip in clips], frames) for name in names}
     if protocol["psnr"] == "video":
-        values["psnr"] = psnr_of(_mean([clip["mse"] for clip in clips], frames)["mean"], protocol["psnr_epsilon"])
+        values["psnr"] = psnr_of(_mean([clip["mse"] for clip in clips], frames), protocol["psnr_epsilon"])
     return values
 
 
-def _mean(values: list[float], weights: list[int]) -> dict[str, float]:
-    """fsum: the mean is the same to the last bit whatever the order of the clips."""
-    total = sum(weights)
-    mean = math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / total
-    square = math.fsum((value - mean) ** 2 * weight for value, weight in zip(values, weights, strict=True)) / total
-    return {"mean": mean, "std": math.sqrt(square)}
+def _mean(values: list[float], weights: list[int]) -> float:
+    """Average by fsum: the mean is the same to the last bit whatever the order of the clips."""
+    return math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _deviation(values: list[float], weights: list[int]) -> float | None:
+    """Estimate the standard deviation of which `values` are a sample; None for a single one.
+
+    With weights it stays unbiased, as the frames of one clip are no sample of their own: equal weights divide by n - 1.
+    """
+    if len(values) < 2:
+        return None
+    mean, total = _mean(values, weights), sum(weights)
+    square = math.fsum((value - mean) ** 2 * weight for value, weight in zip(values, weights, strict=True))
+    return math.sqrt(square / (total - sum(weight**2 for weight in weights) / total))
+
+
+def look_up(found: dict[str, Any], path: str) -> Any:
+    """Return what stands at a dotted path of nested dictionaries; None if any part is absent."""
+    value: Any = found
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def order(results: Results) -> list[Row]:
-    """Trained models by falling PSNR over the common clips, then untrained ones, references and those that failed."""
+    """Order trained models by falling PSNR over the common clips, then untrained, references, failed."""
 
     def place(row: Row) -> tuple[int, float, str]:
         found = results.comparison["rows"].get(row["name"], {}).get("psnr")

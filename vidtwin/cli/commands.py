@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import Any
 
 from vidtwin import plugins
+from vidtwin.cli import bases
+from vidtwin.cli.messages import Answered
 from vidtwin.errors import UserError, suggestion
 
 GROUP = "vidtwin.commands"
@@ -54,7 +56,7 @@ TABLE: dict[str, tuple[str, str]] = {
     ),
     "doctor": (
         "Check a folder of videos and list those to leave out: vidtwin doctor DIR",
-        "vidtwin.datamodules.doctor.command:doctor_command",
+        "vidtwin.datamodules.doctor.command",
     ),
     "encode": (
         "Encode videos to latents on disk: vidtwin encode IN... --out LATENTS --ckpt_path last.ckpt",
@@ -66,7 +68,7 @@ TABLE: dict[str, tuple[str, str]] = {
     ),
     "prepare": (
         "Unpack and check a data set: vidtwin prepare ucf101 UCF101.rar UCF101TrainTestSplits-RecognitionTask.zip",
-        "vidtwin.datamodules.ucf101.prepare:prepare_command",
+        "vidtwin.datamodules.ucf101.prepare",
     ),
     "reconstruct": (
         "Reconstruct videos: vidtwin reconstruct a.mp4 b.mp4 --ckpt_path last.ckpt",
@@ -78,7 +80,7 @@ TABLE: dict[str, tuple[str, str]] = {
     ),
     "report": (
         "Make table, plots and page of a results folder again: vidtwin report RESULTS",
-        "vidtwin.benchmark.report_command:report_command",
+        "vidtwin.benchmark.report_command",
     ),
 }
 
@@ -92,41 +94,42 @@ def summaries() -> dict[str, str]:
 
 def run(name: str, argv: list[str]) -> int:
     """Run a command → exit code. Raises `UserError` for invalid input."""
-    try:
-        if name in TABLE:
-            module, _, function = TABLE[name][1].partition(":")
-            loaded = import_module(module)
+    if name in TABLE:
+        module, _, function = TABLE[name][1].partition(":")
+        loaded = import_module(module)
+        try:
             return int(getattr(loaded, function)(argv) if function else _run_module(name, loaded, argv))
-        if name in plugins.available(GROUP):
-            return int(plugins.load(name, GROUP)(argv))
-    except SystemExit as end:  # --help ends this way, with 0; argparse of other packages with 2
-        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning, after Ctrl-C
-            raise KeyboardInterrupt from end
-        return int(end.code or 0)
+        except Answered:
+            return 0
+    if name in plugins.available(GROUP):
+        command = plugins.load(name, GROUP)
+        try:
+            return int(command(argv))
+        except SystemExit as end:  # as argparse ends: with 0 after --help, with 2 after a mistake
+            if end.code not in (None, 0, 2):
+                raise
+            return int(end.code or 0)
     raise UserError(f"Expected a command, got {name!r}{suggestion(name, summaries())}")
 
 
 def _run_module(name: str, module: Any, argv: list[str]) -> int:
-    from vidtwin.cli.parser import Help, Parser, config_paths, read_config, wants_help
+    from vidtwin.cli.parser import command_parser, config_paths, read_config, wants_help
 
-    parser = Parser(
-        prog=f"vidtwin {name}",
-        usage=f"vidtwin {name} {module.USAGE}",
-        description=module.DESCRIPTION,
-        formatter_class=Help,
-    )
+    parser = command_parser(name, module.USAGE, module.DESCRIPTION)
     module.add_options(parser)
     known, unknown = parser.split_unknown(argv)
-    asks = wants_help(argv)
-    if asks or not hasattr(module, "add_more_options"):
-        words = known if hasattr(module, "TAKES_UNKNOWN") else argv
+    judges_unknown = hasattr(module, "TAKES_UNKNOWN")
+    words = known if judges_unknown else argv
     if hasattr(module, "add_more_options"):
-        module.add_more_options(parser, parser.parse_words([w for w in known if w not in ("-h", "--help")]), asks)
-        words = argv
+        needed = [word for word in known if word not in ("-h", "--help")]
+        module.add_more_options(parser, parser.parse_words(needed), wants_help(argv))
+        words = argv  # which the parser then knows in full
     options = parser.parse_words(words)
     read_config(config_paths(argv))  # refuses a missing file before torch is imported
-    options.read_model = _read_model
-    return int(module.run(options, unknown) if hasattr(module, "TAKES_UNKNOWN") else module.run(options))
+    if "config" in options:
+        options.read_model = _read_model
+        options.read_config = lambda path: read_config(bases.chain(path))
+    return int(module.run(options, unknown) if judges_unknown else module.run(options))
 
 
 def _read_model(config: str) -> Any:

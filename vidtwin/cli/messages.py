@@ -1,13 +1,19 @@
-"""Turn jsonargparse's messages into one line each, with a suggestion. Import nothing heavy."""
+"""Turn jsonargparse's errors into one line each, with a suggestion. Import nothing heavy.
+
+Its exceptions have no attributes, but their causes do: the module that lacks a class, the module that is absent, the
+error of an inner parser. Text is parsed only if nothing else carries the information; a wording of another version
+passes through in one line.
+"""
 
 import argparse
 import inspect
 import pkgutil
 import re
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from types import ModuleType
 
-from vidtwin.errors import suggestion
+from vidtwin.errors import UserError, suggestion
 
 # Classes that a config may name derive from these; those that are not imported yet have no names to suggest.
 _ROOTS = (
@@ -19,86 +25,124 @@ _ROOTS = (
     ("lightning.pytorch", "Callback"),
     ("lightning.pytorch.loggers", "Logger"),
 )
+_REQUIRED = "the following arguments are required: "  # argparse's wording, as is the next
+_UNRECOGNIZED = "unrecognized arguments: "
 
 
-def shorten(message: str, parser: argparse.ArgumentParser) -> str:
-    """jsonargparse's message as one line: the innermost reason, and what was probably meant."""
-    text = re.sub(r"\s+", " ", message).strip().rstrip(".")
-    if match := re.search(r"arguments are required: (\w+)\.model\.autoencoder", text):
-        wanted = "--ckpt_path FILE" if match[1] != "fit" else "--config FILE or --model.autoencoder NAME"
-        return f"Expected an autoencoder to {match[1]}, got none; give {wanted}."
-    if match := re.search(r"arguments are required: (.+)$", text):
-        bare = [str(action.metavar or action.dest) for action in parser._actions if not action.option_strings]
-        dests = {action.dest: str(action.metavar or action.dest) for action in parser._actions}
-        words = [word if word in bare else f"--{word.lstrip('-')}" for word in match[1].split(", ")]
-        words = [dests[word[2:]] if dests.get(word[2:]) in bare else word for word in words]
-        return f"Expected {' and '.join(words)}, got none; {parser.prog} --help says what it is."
-    if "Union subtypes" in text:
-        text = _innermost(text)
-    text = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", text)
-    text = text.replace("unrecognized arguments:", "Expected options that exist, got")
-    text = re.sub(r"Expected a dot import path string: (\S+)", r"Expected a class path, got '\1'", text)
-    # An inner parser's error comes back through the outer one's, with its suggestion.
-    return text if text.endswith("'?") else text + _meant(text, parser)
+class Answered(SystemExit):
+    """Ended by a parser that has printed its answer: --help, --print_config."""
+
+
+class OptionError(UserError):
+    """A mistake in an option; the parser of a class raises it to the parser of the command.
+
+    Attributes:
+        key: The option, "" if it is not known.
+        reason: The message without the option.
+    """
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"{key}: {reason}" if key else reason)
+        self.key = key
+        self.reason = reason
+
+
+def shorten(message: str, parser: argparse.ArgumentParser, error: Exception | None) -> OptionError:
+    """Make one line of a parser's message: the innermost reason, with a suggestion."""
+    text = " ".join(message.split()).rstrip(".")
+    key = ""
+    if match := re.match(r'Parser key "([\w.]+)": ', text):
+        key, text = match[1], text[match.end() :]
+    for cause in _causes(error):
+        if isinstance(cause, OptionError):
+            return OptionError(".".join(filter(None, (key, cause.key))), cause.reason)
+        if reason := _reason(cause):
+            return OptionError(key, reason)
+    if text.startswith(_REQUIRED):
+        return OptionError(key, _require(text.removeprefix(_REQUIRED).split(", "), parser))
+    if text.startswith(_UNRECOGNIZED):
+        text = text.removeprefix(_UNRECOGNIZED)
+        near = suggestion(re.split(r"[ =]", text)[0].lstrip("-"), _options(parser) if text.startswith("-") else [])
+        return OptionError(key, f"Expected options that exist, got {text}{near}")
+    if isinstance(error, KeyError) and (quoted := re.findall(r"'([\w.]+)'", text)):
+        names = [name.rpartition(".")[2] for name in _options(parser)]
+        return OptionError(key, text + suggestion(quoted[-1].rpartition(".")[2], names))
+    text = _innermost(text)
+    if match := re.fullmatch(r"Expected a dot import path string: (\S+)", text):
+        classes = [cls.__name__ for cls in _classes()]
+        return OptionError(key, f"Expected a class path, got {match[1]!r}{suggestion(match[1], classes)}")
+    text = re.sub(r"^Expected an? (?:<class '(\w+)'>|typing\.(.+))\. Got value: ", r"Expected \1\2, got ", text)
+    return OptionError(key, f"{text}.")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _reason(cause: BaseException) -> str | None:
+    """Explain a cause by its attributes; None if they say nothing."""
+    if isinstance(cause, UserError):
+        return str(cause)
+    if isinstance(cause, argparse.ArgumentError):
+        return f"{cause}."
+    if isinstance(cause, AttributeError) and isinstance(cause.obj, ModuleType) and cause.name:
+        names = [name for name, _ in inspect.getmembers(cause.obj, inspect.isclass)]
+        return f"Expected a class in {cause.obj.__name__}, got {cause.name!r}{suggestion(cause.name, names)}"
+    if isinstance(cause, ModuleNotFoundError) and cause.name:
+        package, _, name = cause.name.rpartition(".")
+        paths = getattr(sys.modules.get(package), "__path__", [])
+        near = suggestion(name, [module.name for module in pkgutil.iter_modules(paths)])
+        return f"Expected a module that is installed, got {cause.name!r}{near}"
+    return None
+
+
+def _require(names: list[str], parser: argparse.ArgumentParser) -> str:
+    command, _, option = names[0].partition(".")
+    if option == "model.autoencoder":
+        wanted = "--ckpt_path FILE" if command != "fit" else "--config FILE or --model.autoencoder NAME"
+        return f"Expected an autoencoder to {command}, got none; give {wanted}."
+    shown = {
+        name: "--" + action.dest if action.option_strings else str(action.metavar or action.dest)
+        for action in parser._actions
+        for name in (action.dest, str(action.metavar))
+    }
+    words = [shown.get(name, f"--{name.lstrip('-')}") for name in names]
+    return f"Expected {' and '.join(words)}, got none; {parser.prog} --help says what it is."
 
 
 def _innermost(text: str) -> str:
-    """Of the reasons why a value fits none of several types, the one about the type that was meant."""
-    key = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
-    reasons, _, given = text.rpartition("Errors: - ")[2].partition(" Given value type: ")
+    """Of the reasons why a value fits none of several types, choose the one about the type that was meant."""
+    _, found, rest = text.partition("Errors: - ")
+    if not found:
+        return text
+    reasons, _, given = rest.partition(" Given value type: ")
     value = given.partition("Given value: ")[2].partition(" - Expected a ")[0]
     named = [reason for reason in reasons.split(" - ") if not re.match(r"Expected an? (<class|typing)", reason)]
     choices = re.findall(r"'([\w.-]+)'", " ".join(re.findall(r"typing\.Literal\[.*?\]", reasons)))
     if named:
-        reason = re.sub(r'^Parser key "[\w.]+": ', "", named[0])
-    elif choices:
-        reason = f"Expected one of {', '.join(choices)}, got {value}"
-    else:
-        kinds = re.findall(r"<class '([\w.]+)'>", reasons)
-        reason = f"Expected {' or '.join(kind.rpartition('.')[2] for kind in kinds)}, got {value}"
-    return f"{key}: {reason}".rstrip(".")
-
-
-def _meant(text: str, parser: argparse.ArgumentParser) -> str:
-    """The end of the message: the nearest thing that exists, or a full stop."""
-    if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
-        return suggestion(match[2], dir(sys.modules[match[1]]) if match[1] in sys.modules else [])
-    if match := re.search(r"No module named '([\w.]+)\.(\w+)'", text):
-        paths = getattr(sys.modules.get(match[1]), "__path__", [])
-        return suggestion(match[2], [module.name for module in pkgutil.iter_modules(paths)])
-    if match := re.search(r"File does not exist: '(.+?)'", text):
-        path = Path(match[1])
-        return suggestion(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
-    if match := re.search(r"Expected a class path, got '(\w+)'", text):
-        return suggestion(match[1], [cls.__name__ for cls in _classes()])
-    if match := re.search(r"got --([\w.-]+)", text):
-        return suggestion(match[1].replace("-", "_"), [name.lstrip("-") for name in _options(parser)])
-    if match := re.search(r"[Oo]ption '([\w.]+)'", text):
-        names = [name.rpartition(".")[2] for name in _options(parser)]
-        return suggestion(match[1].rpartition(".")[2], sorted({*names, *_arguments()}))
-    return "."
+        return named[0]
+    if choices:
+        return f"Expected one of {', '.join(choices)}, got {value}"
+    kinds = re.findall(r"<class '([\w.]+)'>", reasons)
+    return f"Expected {' or '.join(kind.rpartition('.')[2] for kind in kinds)}, got {value}" if kinds else text
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:
-    """Every option of the parser and of its subcommands."""
-    names = set(parser._option_string_actions)
+    """Return the options of the parser and of its subcommands, without dashes."""
+    parsers = [parser]
     for action in parser._actions:
-        if isinstance(action.choices, dict):
-            for sub in action.choices.values():
-                names |= set(sub._option_string_actions)
-    return names
+        parsers += action.choices.values() if isinstance(action.choices, dict) else []
+    names = {name.lstrip("-") for each in parsers for name in each._option_string_actions}
+    return {name for name in names if not name.endswith(".help")}
 
 
 def _classes() -> list[type]:
-    """All classes that a config may name and that are imported so far."""
+    """Return all classes that a config may name and that are imported so far."""
     found: list[type] = []
     waiting = [getattr(sys.modules[module], name) for module, name in _ROOTS if module in sys.modules]
     while waiting:
         found.append(waiting.pop())
         waiting += found[-1].__subclasses__()
     return found
-
-
-def _arguments() -> set[str]:
-    """Names of their arguments, which are no options of the parser."""
-    return {name for cls in _classes() for name in inspect.signature(cls).parameters}

@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,8 +33,12 @@ class Parser(ArgumentParser):
         return super().parse_string(bases.remove(content), *args, **keywords)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise one line with a suggestion, where jsonargparse prints its usage and a tree of reasons."""
-        raise UserError(messages.shorten(message, self)) from ex
+        """Raise one line with a suggestion; jsonargparse would print its usage and a tree of reasons."""
+        raise messages.shorten(message, self, ex) from ex
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End the command after --help and the like; `commands.run` lets no other SystemExit pass as success."""
+        raise messages.Answered(status)
 
     def parse_words(self, argv: Sequence[str]) -> Namespace:
         """Parse `argv`, in which positional words may stand anywhere and `--flag` means `--flag=true`."""
@@ -78,6 +83,12 @@ class Parser(ArgumentParser):
         return [*options, *(["--", *bare] if bare else [])]
 
 
+def command_parser(name: str, usage: str, description: str) -> Parser:
+    """Make the parser of a command, whose options follow."""
+    usage = f"vidtwin {name} {usage}"
+    return Parser(prog=f"vidtwin {name}", usage=usage, description=description, formatter_class=Help)
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Raise the `UserError` of a class that is built: jsonargparse wraps it into the types that it tried."""
@@ -102,13 +113,20 @@ def option_value(argv: Sequence[str], *names: str) -> str | None:
     return next(reversed(_option_values(argv, names)), None)
 
 
+def check_name(option: str, name: str, known: Iterable[str], prefix: str = "") -> None:
+    """Refuse a mistyped option: `name` is not among the `known` names, but close to one; the parser refuses others."""
+    known = list(known)
+    if name not in known and (near := get_close_matches(name, known, n=1)):
+        raise UserError(f"Expected options that exist, got {option}; did you mean {prefix + near[0]!r}?")
+
+
 def config_paths(argv: Sequence[str]) -> list[Path]:
     """Return the files that are given by --config, in their order."""
     return [Path(path) for path in _option_values(argv, ("config", "c"))]
 
 
 def read_config(paths: Iterable[str | Path]) -> dict[str, Any]:
-    """Merge the keys of config files and of their `model`. Raises `UserError` for a missing or broken file."""
+    """Merge config files, each over those before it. Raises `UserError` for a missing or broken file."""
     merged: dict[str, Any] = {}
     for path in map(Path, paths):
         if not path.is_file():
@@ -118,11 +136,18 @@ def read_config(paths: Iterable[str | Path]) -> dict[str, Any]:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"Expected YAML in {path}, got {' '.join(str(error).split())}.") from error
-        for key, value in (content if isinstance(content, dict) else {}).items():
-            both = key == "model" and isinstance(value, dict) and isinstance(merged.get(key), dict)
-            merged[key] = merged[key] | value if both else value
+        merged = _merge(merged, content if isinstance(content, dict) else {})
     merged.pop("base", None)
     return merged
+
+
+def _merge(old: Any, new: Any) -> Any:
+    """Merge nested keys; arguments of one class do not go to another."""
+    if not (isinstance(old, dict) and isinstance(new, dict)) or old.get("class_path") != new.get(
+        "class_path", old.get("class_path")
+    ):
+        return new
+    return old | {key: _merge(old.get(key), value) for key, value in new.items()}
 
 
 def resolve_short_names(argv: Sequence[str]) -> list[str]:

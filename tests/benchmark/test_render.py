@@ -1,16 +1,19 @@
-"""The table of a results folder: its numbers, its ranks, and what it says to people and to LaTeX."""
+"""The table of a results folder: its numbers and ranks, in Markdown, CSV and LaTeX."""
 
 import csv
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from vidtwin.benchmark import protocol, rows, table
+from vidtwin.benchmark import protocol, render, rows, summary
 from vidtwin.errors import UserError
+from vidtwin.metrics.registry import SHOWN
 
 CLIPS = ("a.avi", "b.avi", "c.avi")
+LATENT = {"shape": [1], "rate": 0.001, "numbers": 1, "bits": None}
 NAME = r"a_b & 50% #1 {x} ~^\$"
 
 
@@ -19,8 +22,9 @@ class Folder:
 
     def __init__(self, path, dataset=None, **data):
         self.path = path
+        average = data.pop("average", None)
         of_data = {"data": "UCF101", "num_frames": 4, "resolution": 32, "fps": 8.0, "split": "test"} | data
-        self.protocol = protocol.ProtocolSettings().resolve(of_data, "32-true", dataset=dataset)
+        self.protocol = protocol.ProtocolSettings(average=average).resolve(of_data, "32-true", dataset=dataset)
         self.hash = protocol.write(self.protocol, path)
 
     def add(self, name, psnr=30.0, kind="trained", clips=CLIPS, rfvd=None, ssim=0.8, lpips=None, **more):
@@ -68,17 +72,24 @@ class Folder:
         return rows.read(self.path)
 
     def csv(self):
-        return {line["model"]: line for line in csv.DictReader(io.StringIO(table.as_csv(self.results())))}
+        return {line["model"]: line for line in csv.DictReader(io.StringIO(render.as_csv(self.results())))}
 
     def markdown(self):
         """Head and rows of the first table, by the first cell."""
-        lines = [line for line in table.markdown(self.results()).split("\n\n")[0].splitlines() if "|" in line]
+        lines = [line for line in render.markdown(self.results()).split("\n\n")[0].splitlines() if "|" in line]
         cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
         return cells[0], {line[0]: dict(zip(cells[0], line, strict=True)) for line in cells[2:]}
 
 
 def rfvd(value, ranked, num_clips=3):
     return {"value": value, "num_clips": num_clips, "ranked": ranked, "note": "" if ranked else "not ranked below 401"}
+
+
+def marks(results, key):
+    """The mark of each marked row in the column of a metric."""
+    table = summary.quality_table(results)
+    place = [column.key for column in table.columns].index(key)
+    return {line.name: line.cells[place].mark for line in table.lines if line.cells[place].mark}
 
 
 @pytest.fixture
@@ -112,53 +123,53 @@ def test_rows_come_trained_by_falling_psnr_then_untrained_then_references_then_f
 
 def test_people_see_values_units_and_notes(full):
     head, lines = full.markdown()
-    assert head[:4] == ["model", "parameters", "rate (%)", "PSNR (dB)"]
+    assert head[:4] == ["Model", "Parameters", "Rate (%)", "PSNR (dB)"]
     assert lines["middle"] == {
-        "model": "middle",
-        "parameters": "1,234,567",
-        "rate (%)": "0.1302",
-        "PSNR (dB)": "25.00",
-        "SSIM": "**0.8100**",
-        "clips": "3",
-        "note": "",
+        "Model": "middle",
+        "Parameters": "1,234,567",
+        "Rate (%)": "0.1302",
+        "PSNR (dB)": "25.00 ± 0.33",
+        "SSIM": "**0.8100** ± 0.0100",
+        "Clips": "3",
+        "Note": "",
     }
-    assert lines["lucky"]["note"] == "untrained weights: not ranked"
-    assert lines["mean_colour"]["note"] == "reference: not ranked"
-    assert lines["broken"]["note"] == "failed: Expected a checkpoint, got none"
+    assert lines["lucky"]["Note"] == "untrained weights: not ranked"
+    assert lines["mean_colour"]["Note"] == "reference: not ranked"
+    assert lines["broken"]["Note"] == "failed: Expected a checkpoint, got none"
 
 
 def test_columns_that_no_row_has_are_left_out(folder):
     folder.add("a")
-    assert not {"bits/pixel", "MS-SSIM", "rFVD (N)"} & set(folder.markdown()[0])
+    assert not {"Bits/pixel", "MS-SSIM", "rFVD (N)"} & set(folder.markdown()[0])
     folder.add("b", bits_per_pixel=0.0119176, rfvd=rfvd(12.34, True))
     head, lines = folder.markdown()
-    assert {"bits/pixel", "rFVD (N)"} <= set(head)
-    assert (lines["b"]["bits/pixel"], lines["b"]["rFVD (N)"]) == ("0.01192", "12.3 (3)")
-    assert (lines["a"]["bits/pixel"], lines["a"]["rFVD (N)"]) == ("", "")
+    assert {"Bits/pixel", "rFVD (N)"} <= set(head)
+    assert (lines["b"]["Bits/pixel"], lines["b"]["rFVD (N)"]) == ("0.01192", "12.3 (3)")
+    assert (lines["a"]["Bits/pixel"], lines["a"]["rFVD (N)"]) == ("", "")
 
 
 def test_markdown_is_aligned(full):
-    lines = table.markdown(full.results()).split("\n\n")[0].splitlines()
+    lines = render.markdown(full.results()).split("\n\n")[0].splitlines()
     assert len({len(line) for line in lines}) == 1
 
 
 def test_a_name_cannot_break_the_markdown_table(folder):
     folder.add("a|b <script>")
-    line = table.markdown(folder.results()).splitlines()[2]
+    line = render.markdown(folder.results()).splitlines()[2]
     assert line.startswith(r"| a\|b \<script> |")
 
 
 def test_notes_name_protocol_missing_clips_weights_claims_and_rfvd(folder):
     folder.add("a", clips=CLIPS[:2], claimed={"rate": 0.001, "agrees": False}, rfvd=rfvd(3.0, False, 2))
     folder.add("b", windows={"num_frames": 2, "windows": 2}, failed_clips=[{"name": "x", "start_frame": 0}])
-    text = table.markdown(folder.results())
+    text = render.markdown(folder.results())
     assert f"Protocol vidtwin ({folder.hash})." in text
     assert "Means over the 2 clips that all measured rows have" in text
     assert "a lacks 1 clip that others have: c.avi." in text
     assert "LPIPS (vgg) is unavailable: no weights of VGG-16." in text
-    assert "a claims a rate of 0.1 %; its latents have 0.13 %." in text
+    assert "a claims a rate of 0.1 %; its latents have 0.1302 %." in text
     assert "rFVD: not ranked below 401." in text
-    assert folder.markdown()[1]["b"]["note"] == "in 2 windows of 2 frames; 1 clip failed"
+    assert folder.markdown()[1]["b"]["Note"] == "in 2 windows of 2 frames; 1 clip failed"
 
 
 def test_numbers_of_the_csv_are_those_of_the_json_to_the_last_digit(folder):
@@ -243,37 +254,33 @@ def test_means_are_over_the_clips_that_all_rows_have(folder):
 
 
 def test_best_and_second_are_of_trained_rows_alone(full):
-    found = table.marks(full.results())
-    assert {name: mark for (name, metric), mark in found.items() if metric == "psnr"} == {
-        "strong": "best",
-        "middle": "second",
-    }
-    lines = {cells[0]: cells for cells in tex_rows(table.latex(full.results()))}
+    assert marks(full.results(), "psnr") == {"strong": "best", "middle": "second"}
+    lines = {cells[0]: cells for cells in tex_rows(render.latex(full.results()))}
     place = next(i for i, head in enumerate(lines["Model"]) if head.startswith("PSNR"))
     psnr = {name: cells[place] for name, cells in lines.items() if len(cells) > place}
-    assert psnr["strong"] == r"\textbf{30.13}"
-    assert psnr["middle"] == r"\underline{25.00}"
-    assert (psnr["weak"], psnr["lucky (untrained)"], psnr[r"mean\_colour"]) == ("20.00", "40.00", "35.00")
+    assert psnr["strong"] == r"\textbf{30.13} $\pm$ 0.33"
+    assert psnr["middle"] == r"\underline{25.00} $\pm$ 0.33"
+    others = [psnr[name].split()[0] for name in ("weak", "lucky (untrained)", r"mean\_colour")]
+    assert others == ["20.00", "40.00", "35.00"]
 
 
 def test_smaller_is_better_for_rfvd_and_an_unranked_one_is_not_marked(folder):
     folder.add("a", rfvd=rfvd(5.0, True))
     folder.add("b", rfvd=rfvd(9.0, True))
     folder.add("c", rfvd=rfvd(1.0, False))
-    found = table.marks(folder.results())
-    assert {name: mark for (name, metric), mark in found.items() if metric == "rfvd"} == {"a": "best", "b": "second"}
+    assert marks(folder.results(), "rfvd") == {"a": "best", "b": "second"}
 
 
 def test_one_trained_row_is_not_called_the_best(folder):
     folder.add("a")
     folder.add("b", 50.0, "reference")
-    assert table.marks(folder.results()) == {}
-    assert "bold" not in table.latex(folder.results())
+    assert marks(folder.results(), "psnr") == marks(folder.results(), "ssim") == {}
+    assert "bold" not in render.latex(folder.results())
 
 
 def test_latex_is_whole(full):
-    full.add("two", latents={name: {"rate": 0.001, "numbers": 1, "bits": None} for name in ("structure", "dynamics")})
-    text = table.latex(full.results())
+    full.add("two", latents=dict.fromkeys(("structure", "dynamics"), LATENT))
+    text = render.latex(full.results())
     lines = tex_rows(text)
     columns = re.search(r"\\begin\{tabular\}\{([lr]+)\}", text)[1]
     for cells in lines:
@@ -297,23 +304,25 @@ def test_latex_is_whole(full):
 
 def test_latex_escapes_what_a_name_may_hold(folder):
     folder.add(NAME.replace("\\", "!"))
-    assert r"a\_b \& 50\% \#1 \{x\} \textasciitilde{}\textasciicircum{}!\$ & 1,234,567" in table.latex(folder.results())
-    assert table.escape(NAME).endswith(r"\textasciicircum{}\textbackslash{}\$")
-    assert table.escape("[t]\n*") == "{[}t] {*}"
+    assert r"a\_b \& 50\% \#1 \{x\} \textasciitilde{}\textasciicircum{}!\$ & 1,234,567" in render.latex(
+        folder.results()
+    )
+    assert render.escape(NAME).endswith(r"\textasciicircum{}\textbackslash{}\$")
+    assert render.escape("[t]\n*") == "{[}t] {*}"
 
 
 def test_published_numbers_stand_below_only_where_the_data_set_has_a_name(tmp_path):
     plain, named = Folder(tmp_path / "plain"), Folder(tmp_path / "named", "MCL-JCV")
     for each in (plain, named):
         each.add("VidTwin")
-    assert "Published" not in table.markdown(plain.results()) + table.latex(plain.results())
-    text = table.markdown(named.results())
+    assert "Published" not in render.markdown(plain.results()) + render.latex(plain.results())
+    text = render.markdown(named.results())
     assert "Published numbers, of other protocols: not comparable:" in text
     assert re.search(
-        r"\| VidTwin +\| VidTwin main table +\| +0.205 \| +28.14 \| 0.8044 \| 0.2414 \| vgg +\| +389.0 \|", text
+        r"\| VidTwin +\| VidTwin main table +\| +0.205 \| +28.14 \| 0.8044 \| 0.2414 \| +389.0 \| vgg +\|", text
     )
     assert re.search(r"- VidTwin main table: frames 16 for 4, .*; not stated: ", text)
-    lines = tex_rows(table.latex(named.results()))
+    lines = tex_rows(render.latex(named.results()))
     place = lines.index([r"\multicolumn{6}{l}{\emph{Published, of other protocols}}"])
     assert lines[place + 1][0] == "VidTwin (VidTwin main table)"
     assert lines[place + 1][3] == "28.14"
@@ -323,24 +332,61 @@ def test_published_numbers_stand_below_only_where_the_data_set_has_a_name(tmp_pa
 def test_published_lpips_of_another_network_is_not_put_into_the_latex_column(tmp_path):
     folder = Folder(tmp_path, "WebVid-10M")
     folder.add("CogVideoX", lpips=0.5)
-    text = table.latex(folder.results())
+    text = render.latex(folder.results())
     assert "35.76" in text
     assert "0.0277" not in text
 
 
+def test_a_mean_over_videos_counts_videos_and_not_their_clips(tmp_path):
+    folder = Folder(tmp_path, average="video")
+    folder.add("a", clips=("a.avi", "b.avi"))
+    assert "- Means over the 2 videos of the 2 clips that all measured rows have, ±" in render.markdown(
+        folder.results()
+    )
+    assert "means over the $N = 2$ videos of the 2 clips of 4 frames of 32" in render.latex(folder.results())
+
+
+def test_the_deviation_of_one_clip_is_not_known(folder):
+    folder.add("a", clips=CLIPS[:1])
+    assert folder.markdown()[1]["a"]["PSNR (dB)"] == "29.67"
+    assert folder.csv()["a"]["psnr_std"] == ""
+    assert "deviation" not in render.markdown(folder.results()) + render.latex(folder.results())
+
+
+@pytest.mark.parametrize("word", ["=1+1", "+sum", "-2+3", "@cmd", "\t=1"])
+def test_a_spreadsheet_shows_words_and_runs_no_formula(folder, word):
+    folder.add("a", checkpoint=word)
+    assert folder.csv()["a"]["checkpoint"] == f"'{word}"
+
+
+@pytest.mark.parametrize("number", ["-5", "+1.5", "-.5e-3"])
+def test_a_plain_number_stays_one(folder, number):
+    folder.add("a", checkpoint=number)
+    assert folder.csv()["a"]["checkpoint"] == number
+
+
+def test_the_docs_list_the_metrics_of_the_registry():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    rows_of_docs = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    listed = {cells[0]: (cells[2], cells[3]) for cells in rows_of_docs if len(cells) == 4}
+    for metric in SHOWN:
+        name = "LPIPS (vgg), (alex)" if metric.key.startswith("lpips") else metric.label
+        assert listed[name] == ("higher" if metric.higher else "lower", metric.needs)
+
+
 def test_files_hold_what_write_returns(full):
-    text = table.write(full.path)
+    text = render.write(full.path)
     assert (full.path / "table.md").read_text() == text
-    assert (full.path / "table.csv").read_text() == table.as_csv(full.results())
-    assert (full.path / "table.tex").read_text() == table.latex(full.results())
+    assert (full.path / "table.csv").read_text() == render.as_csv(full.results())
+    assert (full.path / "table.tex").read_text() == render.latex(full.results())
 
 
 def test_a_folder_of_failures_alone_is_a_table_too(folder):
     folder.fail("a", "Expected weights & got none")
-    assert "failed: Expected weights & got none" in table.write(folder.path)
+    assert "failed: Expected weights & got none" in render.write(folder.path)
     assert r"Expected weights \& got none" in (folder.path / "table.tex").read_text()
 
 
 def test_a_folder_without_rows_says_what_writes_them(folder):
     with pytest.raises(UserError, match="`vidtwin test` writes them"):
-        table.write(folder.path)
+        render.write(folder.path)

@@ -1,0 +1,233 @@
+"""Measure a model on chunks of clips: reconstructions, metrics, features, codes; and what it costs."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from vidtwin.autoencoder import VideoAutoencoder
+from vidtwin.benchmark import cost, downstream
+from vidtwin.benchmark.loaded_model import LoadedModel
+from vidtwin.benchmark.plan import Job, ModelError, Plan, empty_part, one_line
+from vidtwin.benchmark.rfvd import ClipFeatures
+from vidtwin.distributed import forward_context
+from vidtwin.errors import UserError
+from vidtwin.metrics.fvd import MIN_FRAMES, FeatureNetwork
+from vidtwin.metrics.measures import Measures
+from vidtwin.posteriors import Encoding, Quantized
+
+if TYPE_CHECKING:
+    from vidtwin.benchmark.sweep import Sweep
+
+MAX_TOKENS, MAX_TOKENS_ON_CPU = 20_000, 4_000  # of which a DiT's training step is timed
+
+
+class DeviceError(Exception):
+    """The process can't use its device any more, such as after an assertion in a kernel."""
+
+
+class Measurer:
+    """Measure one model at a time in this process.
+
+    Args:
+        sweep: Settings and data.
+        fabric: Processes and the device.
+        plan: Clips and protocol.
+
+    Attributes:
+        fps: Frames per second of videos that are written.
+        unavailable: Metrics that can't be measured here, with the reason.
+        features: Features for rFVD; None without its network.
+        extent: Settings beside a model that decide a row's numbers; with other ones it is measured again.
+        costs_extent: Settings that decide its costs.
+    """
+
+    def __init__(self, sweep: "Sweep", fabric: Fabric, plan: Plan) -> None:
+        self.sweep, self.fabric, self.plan = sweep, fabric, plan
+        self.device = fabric.device
+        self.fps: float = sweep.source.eval_fps or 25.0
+        protocol = plan.protocol
+        compared, psnr, epsilon, ssim = (protocol[key] for key in ("compared", "psnr", "psnr_epsilon", "ssim"))
+        network = protocol["lpips"]["net"]
+        self.measures = Measures(compared, psnr, epsilon, ssim, network, self.fps, sweep.backbones, sweep.vmaf)
+        self.measures.setup(*plan.shape[1:])
+        for name, reason in self.measures.unavailable.items():  # what was asked for has to be there
+            if name == "vmaf" or any(path and str(path) in reason for path in sweep.backbones.values()):
+                raise UserError(reason)
+        home = str(Path.home())  # a report is passed on
+        self.unavailable = {name: text.replace(home, "~") for name, text in self.measures.unavailable.items()}
+        self.features: ClipFeatures | None = None
+        if not (sweep.i3d.path and sweep.i3d.sha256):
+            missing = "Expected an I3D network for rFVD, got none; give --fvd.path and --fvd.sha256."
+            self.unavailable["rfvd"] = missing
+        elif (length := plan.shape[1]) < MIN_FRAMES:
+            self.unavailable["rfvd"] = f"Expected clips of at least {MIN_FRAMES} frames for rFVD, got {length}."
+        else:
+            i3d = FeatureNetwork(sweep.i3d.path, sweep.i3d.sha256, protocol["fvd"]["convention"])
+            self.features = ClipFeatures(i3d, sweep.folder, plan, self._load_target)
+        self.extent = {
+            "metrics": [*self.measures.names, *(["rfvd"] if self.features else [])],
+            "protocol": plan.digest,
+            "batch": len(plan.chunks[0]),
+            "device": self.device.type,
+            **({"seed": sweep.seed} if protocol["posterior"] == "sample" else {}),
+        }
+        self.costs_extent = [sweep.repeats, sweep.cost, sweep.downstream, cost.device_name(self.device)]
+
+    def build(self, job: Job) -> LoadedModel:
+        """Build a model on the device; `ModelError` if that fails or if it does not take the clips."""
+        try:
+            model = job.build()
+            model.check(self.plan.shape[1], self.plan.shape[2])
+            model.model.eval().requires_grad_(False).to(self.device)
+        except UserError as error:
+            raise ModelError(one_line(error)) from error
+        except Exception as error:
+            raise ModelError(f"{type(error).__name__}: {one_line(error)}") from error
+        return model
+
+    def load(self, chunks: Sequence[Sequence[int]]) -> Iterable[dict[str, Any]]:
+        """Load clips: a batch per chunk, see `ClipSource.chunk_loader`."""
+        processes = max(1, self.fabric.world_size // max(1, self.sweep.num_nodes))
+        return self.sweep.source.chunk_loader("test", chunks, self.device.type, processes)
+
+    def clip(self, batch: dict[str, Any]) -> Tensor:
+        """Return a loaded batch's clips (B, 3, T, H, W) in [-1, 1] on the device."""
+        moved = {**batch, "clip": batch["clip"].to(self.device)}
+        clip: Tensor = self.sweep.source.on_after_batch_transfer(moved, 0)["clip"]
+        return clip
+
+    def measure(self, model: LoadedModel, batch: dict[str, Any]) -> dict[str, Any]:
+        """Measure the clips of a batch at once; if that fails, one by one, so that only bad clips are lost."""
+        part, indices = empty_part(), batch["indices"]
+        if indices:
+            clip = self.clip(batch)
+            try:
+                self._add(part, model, clip, indices)
+            except Exception as error:
+                self._free(error)
+                part = empty_part()
+                for place, index in enumerate(indices):
+                    try:
+                        self._add(part, model, clip[place : place + 1], [index])
+                    except Exception as alone:
+                        self._free(alone)
+                        self._add_failure(part, index, f"{type(alone).__name__}: {one_line(alone)}")
+        part["skipped"] = [[name, reason] for _, name, reason in batch["skipped"]]
+        return part
+
+    def reconstruct(self, model: LoadedModel, clip: Tensor, indices: list[int]) -> tuple[Encoding, Tensor]:
+        """Encode and decode clips by the protocol; samples of posteriors are seeded by the first clip's index."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.sweep.seed * 1_000_003 + indices[0])
+            with self._precision():
+                encoding = model.encode(clip)
+                latents = encoding.sample() if self.plan.protocol["posterior"] == "sample" else encoding.mode()
+                return encoding, model.decode(latents, clip.shape[2])
+
+    @torch.inference_mode()
+    def views(self, model: LoadedModel, batch: dict[str, Any], place: int) -> dict[str, Tensor]:
+        """Return the reconstruction ("") of a batch's clip, and by title that of each latent alone, if models can."""
+        clip = self.clip(batch)
+        encoding, prediction = self.reconstruct(model, clip, batch["indices"])
+        shown = {"": prediction}
+        if model.model.partial_latents:
+            with self._precision():
+                for name, latent in encoding.mode().items():
+                    shown[f"{name} only"] = model.decode({name: latent}, clip.shape[2])
+        return {title: view[place].float().cpu() for title, view in shown.items()}
+
+    def measure_costs(self, model: LoadedModel) -> dict[str, Any]:
+        """Measure a model's costs and those of a DiT on its latents, as far as they are asked for."""
+        shape, repeats, precision = self.plan.shape, self.sweep.repeats, self._precision
+        found: dict[str, Any] = {"cost": None, "downstream": None}
+        if self.sweep.cost:
+
+            def wrap(copy: VideoAutoencoder) -> LoadedModel:
+                return replace(model, model=copy)
+
+            found["cost"] = _catch(
+                lambda: cost.measure(model.model, shape, self.device, precision, repeats=repeats, wrap=wrap)
+            )
+        if self.sweep.downstream:
+            shapes = model.latent_shapes(shape)
+            limit = MAX_TOKENS if self.device.type == "cuda" else MAX_TOKENS_ON_CPU
+            measured = _catch(lambda: downstream.measure(shapes, self.device, repeats=repeats, max_tokens=limit))
+            if "error" in measured:  # tokens and FLOPs need no run
+                measured = _catch(lambda: downstream.counts(shapes)) | measured
+            found["downstream"] = measured
+        return found
+
+    @torch.inference_mode()
+    def _add(self, part: dict[str, Any], model: LoadedModel, clip: Tensor, indices: list[int]) -> None:
+        """Measure clips and add their numbers to a part."""
+        encoding, prediction = self.reconstruct(model, clip, indices)
+        broken = [not bool(each.isfinite().all()) for each in prediction]
+        prediction = prediction.nan_to_num()  # a file has no NaN: the clip fails, but its neighbours are measured
+        prediction, target = self.measures.prepare(prediction.float(), clip)
+        values = {name: value.tolist() for name, value in self.measures.values(prediction, target).items()}
+        features = self.features.measure(prediction, target, indices) if self.features else None
+        latents = model.describe_latents(encoding.mode(), tuple(clip.shape[1:]))
+        if part["latents"] not in (None, latents):
+            raise RuntimeError(f"latents of other sizes from clip to clip: {part['latents']}, {latents}")
+        part["latents"] = latents
+        windows = model.count_windows(clip.shape[2])
+        for place, index in enumerate(indices):
+            numbers = {metric: value[place] for metric, value in values.items()}
+            bad = ", ".join(metric for metric, number in numbers.items() if not math.isfinite(number))
+            if broken[place] or bad:
+                subject = "pixels" if broken[place] else bad
+                self._add_failure(part, index, f"{subject} of its reconstruction are not finite")
+                continue
+            name, start = self.plan.keys[index]
+            part["clips"].append({"name": name, "start_frame": start, "num_frames": clip.shape[2], **numbers})
+            if features is not None:
+                part["features"].append(features[place])
+            _count_codes(part["codes"], encoding, slice(place * windows, (place + 1) * windows))
+
+    def _add_failure(self, part: dict[str, Any], index: int, reason: str) -> None:
+        name, start = self.plan.keys[index]
+        part["failed"].append({"name": name, "start_frame": start, "reason": reason})
+
+    def _free(self, error: Exception) -> None:
+        """Free the memory that an error holds; `DeviceError` if the device is unusable after it."""
+        error.__traceback__ = None  # which holds the tensors
+        if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+            raise DeviceError(one_line(error)) from error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        # 32-true means it: without TensorFloat-32, which PyTorch's convolutions have on CUDA by default.
+        return forward_context(self.fabric, self.sweep.precision)
+
+    def _load_target(self, index: int) -> Tensor:
+        (batch,) = self.load([[index]])
+        return self.measures.prepare(self.clip(batch), self.clip(batch))[1]
+
+
+def _catch(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of `run`, or its error."""
+    try:
+        return run()
+    except UserError as error:
+        return {"error": one_line(error)}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {one_line(error)}"}
+
+
+def _count_codes(counts: dict[str, Any], encoding: Encoding, clips: slice) -> None:
+    """Add the codes that occur in some clips of a batch: {"size", "counts": {code: times}} by latent."""
+    for name, posterior in encoding.items():
+        if not isinstance(posterior, Quantized):
+            continue
+        codes, times = posterior.codes[clips].flatten().cpu().unique(return_counts=True)
+        known = counts.setdefault(name, {"size": posterior.codebook_size, "counts": {}})["counts"]
+        for code, number in zip(codes.tolist(), times.tolist(), strict=True):
+            known[str(code)] = known.get(str(code), 0) + number

@@ -1,0 +1,74 @@
+"""A sweep's plan: the clips in chunks, and the rows to measure."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vidtwin.benchmark import rows
+from vidtwin.benchmark.loaded_model import LoadedModel
+
+
+@dataclass
+class Plan:
+    """Clips of a sweep and the protocol by which they are measured.
+
+    Attributes:
+        chunks: Indices of the clips that are measured together.
+        keys: Name and start frame of each clip.
+        shape: Shape (3, T, H, W) of a clip.
+        protocol: Content of `protocol.json`.
+        digest: Hash of the protocol.
+    """
+
+    chunks: list[list[int]]
+    keys: list[rows.Key]
+    shape: tuple[int, int, int, int]
+    protocol: dict[str, Any]
+    digest: str
+
+    def __post_init__(self) -> None:
+        self.index_of = {key: index for index, key in enumerate(self.keys)}
+
+    def clips(self, chunk: int) -> list[list[Any]]:
+        """Return name and start frame of a chunk's clips."""
+        return [list(self.keys[index]) for index in self.chunks[chunk]]
+
+
+@dataclass
+class Job:
+    """A row to measure.
+
+    Attributes:
+        name: Name of the row.
+        identity: Settings of the model that decide the row's numbers, known before it is built.
+        build: Build the model; raises any error of the model's own.
+        error: Reason why it can't be built, if it is known before.
+        claimed_rate: Compression rate stated by its authors.
+    """
+
+    name: str
+    identity: dict[str, Any]
+    build: Callable[[], LoadedModel]
+    error: str | None = None
+    claimed_rate: float | None = None
+
+
+class ModelError(Exception):
+    """A model can't be measured; the message is one line."""
+
+
+def empty_part() -> dict[str, Any]:
+    """Return a part of a row without clips: the numbers of a chunk, as `Measurer.measure` adds them."""
+    return {"clips": [], "failed": [], "features": [], "latents": None, "codes": {}, "skipped": []}
+
+
+def digest(value: Any) -> str:
+    """Return the first 16 digits of the SHA-256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,272 @@
+"""The tables of a results folder as files: Markdown for people, CSV for machines, LaTeX for papers.
+
+The page has the same tables; its template lays them out.
+"""
+
+import csv
+import io
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vidtwin.benchmark import rows, summary
+from vidtwin.benchmark.rows import Results, Row
+from vidtwin.benchmark.summary import BEST, SECOND, UNAVAILABLE, Cell, Table
+from vidtwin.files import write_text
+from vidtwin.metrics.registry import SHOWN, Column
+
+
+def write(folder: str | Path) -> str:
+    """Write `table.csv`, `table.md` and `table.tex` of a results folder; return the table as Markdown."""
+    results = rows.read(folder)
+    text = markdown(results)
+    write_text(results.folder / "table.csv", as_csv(results))
+    write_text(results.folder / "table.md", text)
+    write_text(results.folder / "table.tex", latex(results))
+    return text
+
+
+# --- Markdown ---
+
+
+def markdown(results: Results) -> str:
+    """Render the tables with aligned columns, which read well in a terminal too, and the notes on them."""
+    main, published = summary.quality_table(results), summary.published_table(results)
+    protocol = f"Protocol {results.protocol['name']} ({results.protocol_hash})."
+    lines = [*_align(main), "", *_list([protocol, *main.notes])]
+    if published:
+        lines += ["", f"{published.caption}:", "", *_align(published), ""]
+        places = [[column.key for column in published.columns].index(key) for key in ("source", "protocol")]
+        cells = [[line.cells[place] for place in places] for line in published.lines]
+        lines += _list(dict.fromkeys(f"{source.text}: {match.small}." for source, match in cells if match.small))
+    return "\n".join(lines) + "\n"
+
+
+def _align(table: Table) -> Iterator[str]:
+    lines = [[table.first, *(column.title for column in table.columns)]]
+    lines += [[line.name, *(_markdown_cell(cell) for cell in line.cells)] for line in table.lines]
+    safe = [[_safe(cell).replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(len(line[i]) for line in safe) for i in range(len(safe[0]))]
+    words = [True, *(column.words for column in table.columns)]
+    for number, line in enumerate(safe):
+        cells = [c.ljust(w) if left else c.rjust(w) for c, w, left in zip(line, widths, words, strict=True)]
+        yield f"| {' | '.join(cells)} |"
+        if number == 0:
+            rules = ["-" * (w + 1) + ("-" if left else ":") for w, left in zip(widths, words, strict=True)]
+            yield f"|{'|'.join(rules)}|"
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = f"**{cell.text}**" if cell.mark == BEST else cell.text
+    text += f" ± {cell.deviation}" if cell.deviation else ""
+    return text + ("" if cell.count is None else f" ({cell.count:,})")
+
+
+def _list(notes: Iterable[str]) -> list[str]:
+    return [f"- {_safe(note)}" for note in notes]
+
+
+def _safe(text: str) -> str:
+    """Put text on one line; no name becomes an HTML element."""
+    return " ".join(text.split()).replace("<", "\\<")
+
+
+# --- CSV ---
+
+_PARTS, _SPREAD = ("encode", "decode"), ("median", "min", "max")
+_TIMED = ("batch_size", "warmup", "repeats", "memory_counter", "device", "error")
+_DIT = (
+    *("tokens", "parameters", "parameters_ffn_norm_only", "embedding_parameters"),
+    *("flops_forward", "flops_training_step", *(f"seconds_per_step.{each}" for each in _SPREAD)),
+    *("peak_memory_bytes", "memory_counter", "device", "error"),
+)
+# Columns by the place in `results.json` that fills them, before and after those of the metrics.
+_BEFORE = {
+    "class_path": "model.class_path",
+    **{key: key for key in ("checkpoint", "fingerprint", "weights", "parameters")},
+    **{key: key for key in ("compression_rate", "bits_per_pixel")},
+    "claimed_rate": "claimed.rate",
+    "claimed_rate_agrees": "claimed.agrees",
+    "window_frames": "windows.num_frames",
+    "num_clips": "num_clips",
+}
+_AFTER = {
+    **{f"{part}_flops": f"cost.flops.{part}" for part in _PARTS},
+    **{f"{part}_clips_per_second_{x}": f"cost.{part}.clips_per_second.{x}" for part in _PARTS for x in _SPREAD},
+    **{f"{part}_peak_memory_bytes": f"cost.{part}.peak_memory_bytes" for part in _PARTS},
+    **{f"cost_{key}": f"cost.{key}" for key in _TIMED},
+    **{f"dit_{path.replace('.', '_')}": f"downstream.{path}" for path in _DIT},
+}
+
+
+def as_csv(results: Results) -> str:
+    """Write every number as the JSON files have it, with the same header for every folder but for its latents.
+
+    Metrics are means and standard deviations over the clips that all measured rows have ("num_common_clips"). PSNR is
+    in dB, rates are latent numbers / clip numbers (0.002 is 0.2%), FLOPs of one clip, memory in bytes, time in seconds.
+    A cell is empty if its row has no such number; "unavailable" is a metric without its network.
+    """
+    ordered = rows.order(results)
+    latents = dict.fromkeys(name for row in ordered for name in row.get("latents") or {})
+    lines = [_record(results, row, latents) for row in ordered]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _csv_cell(value) for key, value in line.items()} for line in lines)
+    return buffer.getvalue()
+
+
+def _record(results: Results, row: Row, latents: Iterable[str]) -> dict[str, Any]:
+    measured = row["kind"] != "failed"
+    record = {"model": row["name"], "kind": row["kind"], "note": summary.note(row)}
+    record |= {key: rows.look_up(row, path) for key, path in _BEFORE.items()}
+    record["num_common_clips"] = results.comparison["num_clips"] if measured else None
+    record["num_failed_clips"] = len(row.get("failed_clips") or []) if measured else None
+    compared = results.comparison["rows"].get(row["name"], {})
+    for metric in SHOWN:
+        found = compared.get(metric.key, UNAVAILABLE if metric.key in row.get("metrics", {}) else None)
+        found = found if isinstance(found, dict) else {"mean": found, "value": found}
+        if metric.per_clip:
+            record |= {f"{metric.key}_{part}": found.get(part) for part in ("mean", "std")}
+        else:
+            record[metric.key] = found["value"]
+            record |= {f"{metric.key}_{part}": found.get(part) for part in ("num_clips", "ranked", "note")}
+    record |= {key: rows.look_up(row, path) for key, path in _AFTER.items()}
+    for name in latents:
+        latent = (row.get("latents") or {}).get(name, {})
+        record |= {f"latent.{name}.{key}": latent.get(key) for key in ("rate", "numbers", "bits")}
+    return record | {
+        "device": row.get("device"),
+        "protocol": results.protocol["name"],
+        "protocol_hash": row["protocol_hash"],
+    }
+
+
+def _csv_cell(value: Any) -> Any:
+    """Write words that a spreadsheet would take for a formula with an apostrophe, as which it shows them."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    number = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula and not re.fullmatch(number, value, re.IGNORECASE) else value
+
+
+# --- LaTeX ---
+
+
+def latex(results: Results) -> str:
+    r"""Render a `table` environment for `\input`; needs the package booktabs."""
+    main = summary.quality_table(results, latents=True)
+    columns = main.columns[:-1]  # the notes are in the caption, or take the place of a failed row's numbers
+    blocks = [
+        [_tex_row(line.name, line.kind, line.cells) for line in main.lines if line.kind == kind] for kind in rows.KINDS
+    ]
+    blocks += list(_published_blocks(results, columns))
+    head = ["Model", *(_tex_head(column) for column in columns)]
+    alignment = "l" + "".join("l" if column.words else "r" for column in columns)
+    body = "\n    \\midrule\n".join("\n".join(f"    {line} \\\\" for line in block) for block in blocks if block)
+    return rf"""% \usepackage{{booktabs}}
+\begin{{table}}
+  \centering
+  \small
+  \caption{{{_caption(results, main)}}}
+  \label{{tab:vidtwin-{results.protocol_hash}}}
+  \begin{{tabular}}{{{alignment}}}
+    \toprule
+    {" & ".join(head)} \\
+    \midrule
+{body}
+    \bottomrule
+  \end{{tabular}}
+\end{{table}}
+"""
+
+
+def escape(text: str) -> str:
+    """Escape text for LaTeX, on one line."""
+    return " ".join(text.split()).translate(_ESCAPES)
+
+
+_ESCAPES = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        '"': "''",
+        "[": "{[}",  # at a row's start it would belong to the line break before it, as would the star
+        "*": "{*}",
+        "∞": r"$\infty$",
+        "±": r"$\pm$",
+        "\u00d7": r"$\times$",
+        "≈": r"$\approx$",
+        "…": r"\ldots{}",
+    }
+)
+
+
+def _tex_head(column: Column) -> str:
+    arrow = "" if column.higher is None else r" $\uparrow$" if column.higher else r" $\downarrow$"
+    return escape(column.title) + arrow
+
+
+def _tex_row(name: str, kind: str, cells: Sequence[Cell]) -> str:
+    *numbers, note = cells
+    if kind == "failed":
+        reason = escape(textwrap.shorten(note.text, 80, placeholder=" …"))
+        return escape(name) + (rf" & \multicolumn{{{len(numbers)}}}{{l}}{{{reason}}}" if numbers else f": {reason}")
+    first = escape(name) + (" (untrained)" if kind == "untrained" else "")
+    return " & ".join([first, *map(_tex_cell, numbers)])
+
+
+def _tex_cell(cell: Cell) -> str:
+    text = "--" if cell.text == UNAVAILABLE else escape(cell.text)
+    text = {BEST: rf"\textbf{{{text}}}", SECOND: rf"\underline{{{text}}}"}.get(cell.mark, text)
+    text += rf" $\pm$ {escape(cell.deviation)}" if cell.deviation else ""
+    return text + ("" if cell.count is None else f" ({cell.count:,})")
+
+
+def _published_blocks(results: Results, columns: Sequence[Column]) -> Iterator[list[str]]:
+    """Render published rows in the columns of the measured ones. LPIPS by another network is left out."""
+    table = summary.published_table(results)
+    if not table:
+        return
+    net = results.protocol["lpips"]["net"]
+    for kind, title in (("trained", "Published, of this protocol"), ("reference", "Published, of other protocols")):
+        lines = []
+        for line in (line for line in table.lines if line.kind == kind):
+            found = {column.key: cell for column, cell in zip(table.columns, line.cells, strict=True)}
+            if found["lpips_net"].text != net:
+                del found["lpips"]
+            name = f"{escape(line.name)} ({escape(found['source'].text)})"
+            lines.append(" & ".join([name, *(_tex_cell(found.get(column.key, Cell())) for column in columns)]))
+        if lines:
+            yield [rf"\multicolumn{{{1 + len(columns)}}}{{l}}{{\emph{{{title}}}}}", *lines]
+
+
+def _caption(results: Results, main: Table) -> str:
+    number, unit = summary.count(results)
+    clips = escape(f"{unit} of {summary.clip_format(results)}").replace(" x ", r" $\times$ ")
+    cells = [cell for line in main.lines for cell in line.cells]
+    sentences = [
+        f"Compression rate and reconstruction quality on {escape(summary.data_set(results))}: means over the "
+        f"$N = {number}$ {clips} that all models have"
+        + (r", $\pm$ their standard deviation" if any(cell.deviation for cell in cells) else ""),
+        f"Protocol {escape(results.protocol['name'])} ({results.protocol_hash})",
+    ]
+    if any(cell.mark for cell in cells):
+        sentences.append("Among trained models the best value is bold, the second underlined")
+    if any(cell.text == UNAVAILABLE for cell in cells):
+        sentences.append("--: unavailable")
+    sentences += [f"rFVD: {escape(remark)}" for remark in summary.rfvd_remarks(results)]
+    sentences += [escape(claim.rstrip(".")) for claim in summary.claims(results)]
+    for row in results.rows:
+        if windows := row.get("windows"):
+            number, length = windows["windows"], windows["num_frames"]
+            sentences.append(f"{escape(row['name'])} codes {number} windows of {length} frames")
+    return ". ".join(sentences) + "."

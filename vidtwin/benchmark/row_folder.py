@@ -1,0 +1,220 @@
+"""The folder of a row: the parts of a measurement, the complete row that they are joined to, and earlier rows.
+
+rows/<name>/parts/000000.json                      numbers of a chunk's clips, until the row is complete
+rows/<name>/results.json, clips.csv, features.npy  the row; results.json is written last
+rows/<name>/costs.json                             costs and the settings by which they were measured
+rows/<name>/earlier/<identity>/                    a complete row that another one has replaced
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidtwin.benchmark import rows
+from vidtwin.benchmark.plan import Job, ModelError, Plan, digest, empty_part
+from vidtwin.benchmark.rfvd import from_text
+from vidtwin.console import log
+from vidtwin.errors import UserError
+from vidtwin.files import replacing, write_text
+from vidtwin.metrics.fvd import NUM_FEATURES
+from vidtwin.storage.resumable import Resumable, read_json
+
+RESULTS, FEATURES, COSTS, PICTURES = "results.json", "features.npy", "costs.json", "clip[0-9]*.*"
+
+
+class RowFolder:
+    """Files of a row, and whether they are the ones that are wanted.
+
+    Args:
+        results: Results folder.
+        job: The row to measure.
+        plan: Clips and protocol.
+        extent: Settings beside the model that decide the row's numbers.
+        costs_extent: Settings that decide its costs.
+    """
+
+    def __init__(self, results: Path, job: Job, plan: Plan, extent: dict[str, Any], costs_extent: list[Any]) -> None:
+        self.results, self.job, self.plan = results, job, plan
+        self.name = job.name
+        self.folder = results / "rows" / job.name
+        self.identity = digest([digest(job.identity), extent])
+        costs_identity = digest([self.identity, costs_extent])
+        self.parts = Resumable(
+            self.folder / "parts",
+            "{:06d}.json",
+            lambda chunk, path: read_json(path, identity=self.identity, chunk=plan.clips(chunk)),
+        )
+        self.costs = Resumable(self.folder, COSTS, lambda _, path: read_json(path, identity=costs_identity))
+        self.costs_identity = costs_identity
+
+    def is_complete(self) -> bool:
+        """Return whether an up-to-date row exists, if need be one that was put aside; log the reason if not."""
+        if not self.job.error:
+            self._restore()
+        if not (self.folder / RESULTS).exists():
+            return False
+        try:
+            row = self._read_intact(self.folder)
+        except UserError as error:
+            log(f"{self.name} is measured again: {error}")
+            return False
+        if row["kind"] == "failed":
+            log(f"{self.name} failed before and is tried again")
+        elif row.get("identity") != self.identity:
+            if not self.job.error:
+                log(f"{self.name} is measured again: the row there is of another checkpoint, model or set of metrics")
+        elif row["failed_clips"]:
+            log(f"{self.name} failed on {len(row['failed_clips'])} clips, which are tried again")
+        else:
+            return True
+        return False
+
+    def read(self) -> rows.Row | None:
+        """Read the row; None if it is missing or damaged."""
+        try:
+            return rows.read_row(self.folder / RESULTS)
+        except UserError:
+            return None
+
+    def update(self, row: rows.Row) -> None:
+        """Write `results.json` alone."""
+        write_text(self.folder / RESULTS, json.dumps(row, indent=2) + "\n")
+
+    def write_part(self, chunk: int, part: dict[str, Any]) -> None:
+        """Write the numbers of a chunk."""
+        content = part | {"identity": self.identity, "chunk": self.plan.clips(chunk)}
+        write_text(self.parts.path(chunk), json.dumps(content) + "\n")
+
+    def write_costs(self, costs: dict[str, Any]) -> None:
+        """Write the costs."""
+        write_text(self.costs.path(0), json.dumps(costs | {"identity": self.costs_identity}) + "\n")
+
+    def find_failure(self, chunks: Iterable[int]) -> str | None:
+        """Return the reason why a model failed on every clip of some chunks; None if it did not or if one is missing.
+
+        It is the model then, not the clips. All processes read the same parts, so their number changes nothing.
+        """
+        found = [self.parts.get(chunk) for chunk in chunks]
+        if any(part is None or part["clips"] for part in found):
+            return None
+        return next((clip["reason"] for part in found if part for clip in part["failed"]), None)
+
+    def join(self) -> dict[str, Any]:
+        """Join all parts to one, features as arrays; `ModelError` if a part or every clip is missing."""
+        joined = empty_part()
+        for chunk in range(len(self.plan.chunks)):
+            part = self.parts.get(chunk)
+            if part is None:
+                raise ModelError(f"part {chunk} of it, which was measured, is missing; run the sweep again")
+            for key in ("clips", "failed", "skipped"):
+                joined[key] += part[key]
+            joined["features"] += map(from_text, part["features"])
+            joined["latents"] = part["latents"] or joined["latents"]
+            for latent, found in part["codes"].items():
+                known = joined["codes"].setdefault(latent, {"size": found["size"], "counts": Counter()})
+                known["counts"].update(found["counts"])
+        if not joined["clips"]:
+            self.remove_parts()  # so that they are tried again
+            reason = joined["failed"][0]["reason"] if joined["failed"] else "no clip could be read"
+            raise ModelError(f"none of the clips could be measured; {reason}")
+        return joined
+
+    def write(self, row: rows.Row, part: dict[str, Any]) -> None:
+        """Write a row in place of another one; the parts of clips that failed are removed to be tried again."""
+        self._put_aside()
+        for picture in self.folder.glob(PICTURES):
+            picture.unlink()
+        if part["features"]:
+            with replacing(self.folder / FEATURES) as temporary, temporary.open("wb") as file:
+                np.save(file, np.stack(part["features"]))
+        rows.write_row(self.results, row, [{"model": self.name, **clip} for clip in part["clips"]])
+        if not part["failed"]:
+            self.remove_parts()
+        failed = {self.plan.index_of[rows.key_of(clip)] for clip in part["failed"]}
+        for number, chunk in enumerate(self.plan.chunks):
+            if not failed.isdisjoint(chunk):
+                self.parts.path(number).unlink()
+
+    def write_failed(self, error: str) -> None:
+        """Write a row with an error; a row whose checkpoint is missing stays."""
+        row = self.read()
+        if self.job.error and row and row["kind"] != "failed":
+            log(f"{self.name}: the row that is there stays, of its own checkpoint")
+            return
+        self._put_aside()
+        self.update(
+            {
+                "schema_version": rows.SCHEMA_VERSION,
+                "name": self.name,
+                "kind": "failed",
+                "error": error,
+                "model": self.job.identity.get("model"),
+                "protocol": self.plan.protocol,
+                "protocol_hash": self.plan.digest,
+            }
+        )
+
+    def remove_parts(self) -> None:
+        """Remove all parts."""
+        if self.parts.folder.exists():
+            shutil.rmtree(self.parts.folder)
+
+    def _read_intact(self, folder: Path) -> rows.Row:
+        """Read a row all of whose files are there; `UserError` names one that is not."""
+        row = rows.read_row(folder / RESULTS)
+        if row["kind"] == "failed":
+            return row
+        clips = rows.read_clips(folder, row)
+        if isinstance(row["metrics"].get("rfvd"), dict):
+            try:
+                shape = np.load(folder / FEATURES, mmap_mode="r").shape
+            except (OSError, ValueError) as error:
+                raise UserError(f"Expected the features of its clips, got none that can be read ({error}).") from error
+            if shape != (len(clips), NUM_FEATURES):
+                raise UserError(f"Expected features of {len(clips)} clips, got {shape}.")
+        return row
+
+    def _restore(self) -> None:
+        """Take back a row that was put aside, if it is the one that is wanted now."""
+        earlier = self.folder / "earlier" / self.identity
+        try:
+            self._read_intact(earlier)
+        except UserError:
+            return
+        row = self.read()
+        if row and row.get("identity") == self.identity:
+            return
+        self._put_aside()
+        _move_row(earlier, self.folder)
+        log(f"{self.name}: the row that was put aside is taken back")
+
+    def _put_aside(self) -> None:
+        """Put a complete row of another checkpoint, model or set of metrics aside before another replaces it."""
+        row = self.read()
+        if row is None or row["kind"] == "failed" or row.get("identity") == self.identity:
+            return
+        target = self.folder / "earlier" / str(row.get("identity") or row["fingerprint"] or "row")
+        _move_row(self.folder, target)
+        log(f"{self.name}: the earlier row is kept in {target}")
+
+
+def _move_row(source: Path, target: Path) -> None:
+    """Move a row's files; `results.json`, which says that a row is complete, leaves first and arrives last."""
+    target.mkdir(parents=True, exist_ok=True)
+    content = (source / RESULTS).read_bytes()
+    (source / RESULTS).unlink()
+    for name in (FEATURES, "clips.csv"):
+        (target / name).unlink(missing_ok=True)
+        if (source / name).exists():
+            (source / name).replace(target / name)
+    for path in target.glob(PICTURES):
+        path.unlink()
+    for path in source.glob(PICTURES):
+        path.replace(target / path.name)
+    with replacing(target / RESULTS) as temporary:
+        temporary.write_bytes(content)
