@@ -1,4 +1,4 @@
-"""The data interface: batches of clips, the settings that choose them, and what the core asks of a data module."""
+"""Interface of the data: batches of clips, the settings that choose them, and the methods of data modules."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ Skip = tuple[str, str] | tuple[str, str, bool]  # name, reason; False if the vid
 
 
 class Clip(TypedDict, total=False):
-    """One clip of a dataset. One that cannot be read has `skipped` alone."""
+    """One clip of a dataset; an unreadable one has `skipped` alone."""
 
     clip: Tensor  # uint8 (T, H, W, 3)
-    label: int  # -1: none
+    label: int  # -1 if there is no class
     name: str
     start_frame: int  # frame of the file that is shown first
     padded: int  # frames at the end that repeat the one before
@@ -26,7 +26,7 @@ class Clip(TypedDict, total=False):
 
 
 class Batch(TypedDict):
-    """Clips on the device. With their names and start frames they identify what was measured."""
+    """Clips on the device, identified by their names and start frames."""
 
     clip: Tensor  # float32 (B, 3, T, H, W) in [-1, 1]
     label: Tensor  # int64 (B,)
@@ -38,7 +38,7 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """Which clips to take of a video. All of them are options of each data module of clips (`--data.num_frames`).
+    """Choice of the clips of a video. All settings are options of each data module of clips (`--data.num_frames`).
 
     Args:
         num_frames: Frames per clip, T.
@@ -117,10 +117,10 @@ class NamedClips(Protocol):
 
 
 class ClipSource(ABC):
-    """Interface of data modules whose evaluation clips are fixed and known by name.
+    """Interface of data modules whose evaluation clips are fixed and identified by name.
 
-    Training needs no more than a `LightningDataModule` whose batches are `Batch`es. Sweeps, results, the cache and the
-    sharing of unreadable videos between ranks need this interface.
+    Training only needs a `LightningDataModule` whose batches are `Batch`es. Sweeps, results, the cache and the exchange
+    of unreadable videos between ranks need this interface.
 
     Attributes:
         settings: Settings of the clips.

@@ -14,9 +14,8 @@ import yaml
 from jsonargparse import capture_parser
 from safetensors.torch import load_file
 
-from vidtwin.cli import benchmark, benchmark_options, main, messages
+from vidtwin.cli import benchmark, main, messages, options
 from vidtwin.cli.parser import Parser
-from vidtwin.cli.trainer_commands import OPTIONS
 from vidtwin.cli.training import VidTwinCLI
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.video import iter_frames, panels, probe, write_video
@@ -314,10 +313,10 @@ def test_mistyped_options_are_refused_by_a_list_that_fits_the_parsers():
     (commands,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
     for command, inner in commands.items():
         names = {word[2:].partition(".")[0] for word in inner._option_string_actions if word.startswith("--")}
-        assert names == set(OPTIONS[command]), command
+        assert names == set(options.NAMES[command]), command
     ours = [parser() for parser in (benchmark._make_sweep_parser, lambda: benchmark._make_model_parser([]))]
     words = {word for parser in ours for word in parser._option_string_actions if word.startswith("--")}
-    assert {word[2:].partition(".")[0].rstrip("+") for word in words} | {"trainer"} == benchmark_options.names()
+    assert {word[2:].partition(".")[0].rstrip("+") for word in words} | {"trainer"} == options.names_of_test()
 
 
 @pytest.mark.parametrize("first", ["ckpt_path", "model"])

@@ -12,9 +12,8 @@ from lightning import LightningDataModule
 
 from vidtwin.benchmark.sweep import Entry, ModelConfig, Sweep
 from vidtwin.cli import model_config
-from vidtwin.cli.benchmark_options import CONFIG, DESCRIPTION, INTERNAL, OF_ONE, USAGE
+from vidtwin.cli.options import CONFIG, DESCRIPTION, INTERNAL, NAMES, OF_ONE, USAGE
 from vidtwin.cli.parser import Parser, config_paths, option_value, read_config, resolve_short_names, user_errors
-from vidtwin.cli.trainer_commands import OPTIONS
 from vidtwin.errors import UserError, suggestion
 from vidtwin.storage import checkpoints
 
@@ -86,7 +85,7 @@ def _make_model_parser(configs: Sequence[Path]) -> Parser:
         parser.add_argument(f"--{option}", type=str, help=OF_ONE[option])
     own = [*_list_options(), "ckpt_path", "name"]
     for key in read_config(configs):
-        if key not in (known := {*own, *OPTIONS["fit"]}):
+        if key not in (known := {*own, *NAMES["fit"]}):
             raise UserError(f"Expected keys of `fit` or `test` in a config, got {key!r}{suggestion(key, known)}")
     model_config.add_arguments(parser, configs, own, CONFIG)
     return parser

@@ -4,29 +4,18 @@ from collections.abc import Callable
 from functools import partial
 
 from vidtwin.apply.options import check_weights
-from vidtwin.cli import benchmark_options
+from vidtwin.cli import options
 from vidtwin.cli.parser import check_name, config_paths, option_value, read_config, wants_help
 from vidtwin.cli.sources import read_options
 
 _SPECIAL = ("best", "last", "hpc")  # values of Lightning's --ckpt_path that are not paths
-# First parts of the options; a test compares them with the parsers.
-_SHARED = (
-    "best_checkpoint", "clip_logger", "config", "data", "guard", "health", "help", "latest_checkpoint", "model",
-    "print_config", "seed_everything", "trainer",
-)  # fmt: skip
-OPTIONS = {
-    "fit": (*_SHARED, "ckpt_path", "init_from", "resume"),
-    "validate": (*_SHARED, "ckpt_path", "verbose", "weights_only"),
-    "predict": (*_SHARED, "ckpt_path", "out"),
-    "replay": (*_SHARED, "dump"),
-}
 
 
 def _run(command: str, argv: list[str]) -> int:
     if not wants_help(argv):
         refuse(command, argv)
     elif command == "test":
-        benchmark_options.print_help()
+        options.print_help_of_test()
         return 0
     from vidtwin.cli.training import run
 
@@ -35,7 +24,7 @@ def _run(command: str, argv: list[str]) -> int:
 
 def refuse(command: str, argv: list[str]) -> None:
     """Raise `UserError` for missing files and mistyped options, as far as the classes' arguments are not needed."""
-    known = OPTIONS[command] if command in OPTIONS else benchmark_options.names()
+    known = options.NAMES[command] if command in options.NAMES else options.names_of_test()
     for option in (word.partition("=")[0] for word in argv if word.startswith("--")):
         first, _, rest = option.removeprefix("--").rstrip("+").partition(".")
         check_name(option, first, known)

@@ -1,10 +1,21 @@
-"""The options of `vidtwin test`, read from their sources, so that help and refusals import nothing heavy."""
+"""Names of the options of the heavy commands, and the help of `vidtwin test` from its sources. Import nothing heavy."""
 
 import argparse
 
 from vidtwin.cli.parser import Parser
 from vidtwin.cli.sources import read_options
 
+# First parts of the options; a test compares them with the parsers.
+_SHARED = (
+    "best_checkpoint", "clip_logger", "config", "data", "guard", "health", "help", "latest_checkpoint", "model",
+    "print_config", "seed_everything", "trainer",
+)  # fmt: skip
+NAMES = {
+    "fit": (*_SHARED, "ckpt_path", "init_from", "resume"),
+    "validate": (*_SHARED, "ckpt_path", "verbose", "weights_only"),
+    "predict": (*_SHARED, "ckpt_path", "out"),
+    "replay": (*_SHARED, "dump"),
+}
 DESCRIPTION = """\
 Measure one autoencoder, or several, on the same clips under one protocol, and write rows, table, plots and a report.
 
@@ -28,14 +39,14 @@ CONFIG = "Config of a sweep, or of `fit`, of which the autoencoder and the data 
 _GROUPS = {"protocol": ("vidtwin.benchmark.protocol", "ProtocolSettings"), "fvd": ("vidtwin.benchmark.sweep", "FVD")}
 
 
-def names() -> set[str]:
-    """Return the first part of each option."""
+def names_of_test() -> set[str]:
+    """Return the first part of each option of `test`."""
     sweep = set(read_options("vidtwin.benchmark.sweep", "Sweep")) - INTERNAL
     return {"config", "help", "print_config", "trainer", *sweep, *(name.partition(".")[0] for name in OF_ONE)}
 
 
-def print_help() -> None:
-    """Print every option but those of the model's and the data's classes."""
+def print_help_of_test() -> None:
+    """Print every option of `test` but those of the model's and the data's classes."""
     parser = Parser(
         prog="vidtwin test",
         usage=USAGE,
