@@ -21,6 +21,7 @@ from vidtwin.apply.tiling import run_in_tiles
 from vidtwin.apply.windows import Window, batched, examine
 from vidtwin.errors import UserError
 from vidtwin.files import write_text
+from vidtwin.storage.resumable import lock
 from vidtwin.video import Frames, VideoError, panels
 
 if TYPE_CHECKING:
@@ -202,8 +203,6 @@ class Reconstruct:
 
     def _record(self, done: list[Done]) -> None:
         """Merge the rows of this process into the table, which holds those of other processes and earlier runs."""
-        from vidtwin.storage.resumable import lock
-
         rows = {row.input: {column: getattr(row, column) for column in _COLUMNS} for row in done}
         path = Path(self.out) / TABLE
         with lock(path.parent, "table of reconstructions", wait=True):

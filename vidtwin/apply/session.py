@@ -33,7 +33,6 @@ class Session:
         num_frames: T of the windows into which a video is cut.
     """
 
-    tell = staticmethod(console.log)
     gather = staticmethod(gather_objects)
 
     def __init__(self, options: SessionOptions) -> None:
