@@ -425,7 +425,7 @@ def test_names_of_any_bytes_end_no_scan(tmp_path: Path, capsys: pytest.CaptureFi
     with (out / "measurements.jsonl").open("ab") as file:
         file.write('{"name": "gr\u00f6'.encode()[:-1])  # cut off within a letter
     assert set(scan(videos, out)["videos"]) == {"größe.mp4", odd.name}
-    with pytest.raises(UserError, match=r"expected names in UTF-8, 1 are none \('caf\\udce9.mp4'\); rename these"):
+    with pytest.raises(UserError, match=r"expected names in UTF-8, 1 are not \('caf\\udce9.mp4'\); rename these"):
         VideoFolder(str(videos)).videos("train")
 
 
