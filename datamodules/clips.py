@@ -219,9 +219,7 @@ class VideoClips(ClipDataset):
         info = self._info(place)
         fps = self._usable_rates(info)[0]
         try:
-            self._check_rate(info, fps)
-            if not self.pad:
-                self._last_start(info, fps)
+            (self._check_rate if self.pad else self._last_start)(info, fps)
         except VideoError as error:
             return Fault.of(error, info.path)
         return None

@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
+from vidtwin.console import log
 from vidtwin.data import SPLITS, ClipSettings, ClipSource
 from vidtwin.errors import UserError
 from vidtwin.listing import excluded_names
 from vidtwin.video import COLOUR, RESIZE_FILTER
 
-from .broken import UnusableVideos, log
+from .broken import UnusableVideos
 from .clips import ClipDataset, Video, VideoClips
 from .description import describe_clips, describe_videos
 from .index import Fault, survey_all
@@ -163,9 +164,7 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
             processes: Number of processes on this machine that share its cores, each with its own loader.
         """
         if split not in ("val", "test"):
-            raise UserError(
-                f"Expected chunks of the split val or test, whose clips are always the same, got {split!r}."
-            )
+            raise UserError(f"Expected chunks of the split val or test, whose clips are fixed, got {split!r}.")
         if processes < 1:
             raise UserError(f"Expected at least one process, got {processes}.")
         dataset = self.dataset(split)
@@ -227,11 +226,10 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
                 "remove some from it."
             )
         if self._reports:
-            left_out = len(videos) - len(listed)
-            foreign = ""
-            if not left_out and excluded:
-                foreign = f"; it names {min(excluded)}, but this split has names such as {videos[0].name}"
-            log(f"{split}: data.exclude leaves out {left_out} of {len(videos)} videos{foreign}")
+            line = f"{split}: data.exclude leaves out {len(videos) - len(listed)} of {len(videos)} videos"
+            if len(videos) == len(listed) and excluded:
+                line += f"; it names {min(excluded)}, but this split has names such as {videos[0].name}"
+            log(line)
         return listed
 
     @property

@@ -156,7 +156,7 @@ class VideoFolder(ClipDataModule):
         """Find the videos under a folder, sorted."""
         if not folder.is_dir():
             option = "data.root or data.splits" if self.splits else "data.root"
-            raise UserError(f"Expected a folder of videos at {folder}, there is none; set {option}.")
+            raise UserError(f"Expected a folder of videos at {folder}, got no folder; set {option}.")
         paths, _ = find_videos(folder, self.image_folders)
         if not paths:
             raise UserError(
@@ -164,7 +164,7 @@ class VideoFolder(ClipDataModule):
                 "data.image_folders if each is a folder of images."
             )
         if odd := [ascii(str(path.relative_to(folder))) for path in paths if not is_text(str(path))]:
-            raise UserError(f"{folder}: expected names in UTF-8, got {len(odd):,} others ({few(odd)}); rename these.")
+            raise UserError(f"{folder}: expected names in UTF-8, {len(odd):,} are not ({few(odd)}); rename these.")
         return paths
 
     def _read_checked(self, file: Path) -> Listed:
@@ -210,16 +210,18 @@ class VideoFolder(ClipDataModule):
         return name if place == name else place  # not a second copy of a million names
 
     def _read(self, file: Path) -> Listed:
-        if file == self.csv or file.suffix.lower() == ".csv":
-            return self._read_csv(file)
-        if self._columns != ["path"]:
-            raise UserError(
-                f"{file}: expected {{path}} alone in data.path_template for a list of paths, got {self.path_template}."
-            )
         try:
+            if file == self.csv or file.suffix.lower() == ".csv":
+                return self._read_csv(file)
+            if self._columns != ["path"]:
+                raise UserError(
+                    f"{file}: expected {{path}} alone in data.path_template for a list of paths, got "
+                    f"{self.path_template}."
+                )
             lines = file.read_text(encoding="utf-8-sig").splitlines()
         except FileNotFoundError:
-            raise UserError(f"Expected a list of videos at {file}, there is none; set data.splits.") from None
+            option = "data.splits" if self.splits else "data.csv"
+            raise UserError(f"Expected a list of videos at {file}, got no file; set {option}.") from None
         names = [self.path_template.format(path=line.strip()) for line in lines if line.strip()]
         return names, [""] * len(names), [""] * len(names)
 
@@ -227,35 +229,28 @@ class VideoFolder(ClipDataModule):
         """Read a .csv file; only the needed part of its millions of rows is kept."""
         listed: Listed = ([], [], [])
         names, labels, splits = listed
-        try:
-            with file.open(newline="", encoding="utf-8-sig") as handle:
-                rows = csv_files.reader(handle)
-                header = next(rows, [])
-                if labels_only and "label" not in header:
-                    return listed
-                at = {column: place for place, column in enumerate(header)}
-                lacking = [column for column in self._columns if column not in at]
-                if header and lacking:
-                    columns = f"the column{'s' * (len(self._columns) > 1)} {', '.join(self._columns)}"
+        with file.open(newline="", encoding="utf-8-sig") as handle:
+            rows = csv_files.reader(handle)
+            header = next(rows, [])
+            if labels_only and "label" not in header:
+                return listed
+            at = {column: place for place, column in enumerate(header)}
+            if header and not set(self._columns) <= set(header):
+                columns = f"the column{'s' * (len(self._columns) > 1)} {', '.join(self._columns)}"
+                raise UserError(
+                    f"{file}: expected {columns} (and optionally label and split), got the columns {header}; correct "
+                    "the file or data.path_template."
+                )
+            for row in filter(None, rows):
+                if len(row) < len(header):
                     raise UserError(
-                        f"{file}: expected {columns} (and, if wanted, label and split), got the columns {header}; "
-                        "correct the file or data.path_template."
+                        f"{file}: expected {len(header)} columns in line {rows.line_num}, got {len(row)}; correct the "
+                        "file."
                     )
-                for row in rows:
-                    if not row:
-                        continue
-                    if len(row) < len(header):
-                        raise UserError(
-                            f"{file}: expected {len(header)} columns in line {rows.line_num}, got {len(row)}; "
-                            "correct the file."
-                        )
-                    if not labels_only:
-                        names.append(self.path_template.format_map({c: row[at[c]] for c in self._columns}))
-                        splits.append(sys.intern(row[at["split"]]) if "split" in at else "")
-                    labels.append(sys.intern(row[at["label"]]) if "label" in at else "")
-        except FileNotFoundError:
-            option = "data.splits" if self.splits else "data.csv"
-            raise UserError(f"Expected a CSV file at {file}, there is none; set {option}.") from None
+                if not labels_only:
+                    names.append(self.path_template.format_map({c: row[at[c]] for c in self._columns}))
+                    splits.append(sys.intern(row[at["split"]]) if "split" in at else "")
+                labels.append(sys.intern(row[at["label"]]) if "label" in at else "")
         if not labels_only and not names:
             raise UserError(f"{file}: expected rows of the columns {', '.join(self._columns)}, got no rows.")
         return listed

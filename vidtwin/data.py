@@ -74,11 +74,8 @@ class ClipSettings:
         rates, fps = self.rates, self.fps
         if not rates or any(rate is not None and rate <= 0 for rate in rates) or (None in rates and len(rates) > 1):
             raise UserError(f"Expected data.fps above 0, a list of such rates, or null for every frame, got {fps}.")
-        for key, first, second in (
-            ("short_videos", "skip", "loop"),
-            ("eval_clips", "middle", "all"),
-            ("tail", "drop", "pad"),
-        ):
+        choices = {"short_videos": ("skip", "loop"), "eval_clips": ("middle", "all"), "tail": ("drop", "pad")}
+        for key, (first, second) in choices.items():
             if (value := getattr(self, key)) not in (first, second):
                 raise UserError(f"Expected data.{key} to be {first} or {second}, got {value!r}.")
         if self.tail == "pad" and self.eval_clips == "middle":

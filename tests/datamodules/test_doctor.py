@@ -426,7 +426,7 @@ def test_names_may_hold_any_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[
     with (out / "measurements.jsonl").open("ab") as file:
         file.write('{"name": "gr\u00f6'.encode()[:-1])  # cut off within a letter
     assert set(scan(videos, out)["videos"]) == {"größe.mp4", odd.name}
-    with pytest.raises(UserError, match=r"expected names in UTF-8, 1 are none \('caf\\udce9.mp4'\); rename these"):
+    with pytest.raises(UserError, match=r"expected names in UTF-8, 1 are not \('caf\\udce9.mp4'\); rename these"):
         VideoFolder(str(videos)).videos("train")
 
 
