@@ -127,13 +127,13 @@ def write(folder: str | Path) -> list[Path]:
     results = rows.read(folder)
     written = []
     paths = {name: [results.folder / "plots" / f"{name}.{kind}" for kind in ("png", "svg")] for name in _PLOTS}
-    remove_leftovers(results.folder / "plots")
     with _style():
         for name, draw in _PLOTS.items():
             drawn = draw(results)
             if drawn is None:
                 for path in paths[name]:
                     path.unlink(missing_ok=True)
+                    remove_leftovers(path.parent, path.name)
                 continue
             for path in paths[name]:
                 _save(*drawn, path)
