@@ -95,7 +95,7 @@ def _make_model_parser(configs: Sequence[Path]) -> Parser:
     parser.add_argument("--ckpt_path", type=str, help="Trained weights; without them the row is marked as untrained.")
     parser.add_argument("--name", type=str, help="Name of the row (default: the autoencoder's class).")
     own = [*_list_options(), "ckpt_path", "name"]
-    model_config.add_arguments(parser, configs, own, "Config of `fit`, of which the autoencoder and the data count.")
+    model_config.add_arguments(parser, configs, own, "Config of `fit`: autoencoder, data, accelerator, precision.")
     (action,) = (action for action in parser._actions if action.dest == model_config.KEY)
     action.help = "The model, by name or class path (default: that of the checkpoint)."  # hidden in other commands
     return parser
