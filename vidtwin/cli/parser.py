@@ -85,7 +85,7 @@ class Parser(ArgumentParser):
 
 def command_parser(name: str, usage: str, description: str) -> Parser:
     """Make the parser of a command, whose options follow."""
-    usage = f"vidtwin {name} {usage}"
+    usage = f"vidtwin {name} {usage}".rstrip()
     return Parser(prog=f"vidtwin {name}", usage=usage, description=description, formatter_class=Help)
 
 
