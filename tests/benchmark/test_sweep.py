@@ -650,7 +650,7 @@ def test_the_help_of_a_sweep_describes_its_options(config, capsys):
         "Folder of the results",
         "--protocol.preset",
         "Posterior",
-        "--fvd.help",
+        "--fvd",
         "Timed passes",
     ):
         assert text.lower() in shown.lower(), text
