@@ -111,6 +111,8 @@ class UCF101(ClipDataModule):
         return [name for name in sorted(self._list_files()) if (_group(name) in _TEST_GROUPS) == (split == "test")]
 
     def _hold_out(self, names: list[str], keep: bool) -> list[str]:
+        if not self.val_groups and not keep:
+            return names
         groups = sorted({_group(name) for name in names})
         if not set(groups) & set(self.val_groups) or set(groups) <= set(self.val_groups):
             raise UserError(
