@@ -95,7 +95,7 @@ class LightningParser(Parser, LightningArgumentParser):
             # Lightning's Union[int, float] may be (float, int), in which 1 batch becomes 1.0, all of them; `|` doesn't.
             types = list(get_args(getattr(action, "_typehint", None)))
             if int in types and float in types and types.index(float) < types.index(int):
-                action._typehint = reduce(operator.or_, sorted(types, key=lambda each: each is not int))
+                cast(Any, action)._typehint = reduce(operator.or_, sorted(types, key=lambda each: each is not int))
         return added
 
 

@@ -28,8 +28,8 @@ def check_trainer(trainer: Trainer) -> None:
     """Raise `UserError` for options of Lightning's Trainer that the task has under its own names."""
     if (parts := trainer.accumulate_grad_batches) != 1:
         raise UserError(
-            f"Expected trainer.accumulate_grad_batches 1, got {parts}; --model.accumulation {parts} splits each batch of "
-            f"data.batch_size clips into {parts} parts."
+            f"Expected trainer.accumulate_grad_batches 1, got {parts}; --model.accumulation {parts} splits each batch "
+            f"of data.batch_size clips into {parts} parts."
         )
     if trainer.gradient_clip_val is not None or trainer.gradient_clip_algorithm is not None:
         raise UserError(

@@ -51,7 +51,7 @@ class VideoTrainer(Trainer):
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if kwargs.get("enable_checkpointing") is False and any(isinstance(each, Checkpoint) for each in callbacks):
             raise UserError(
-                "Expected trainer.enable_checkpointing true, got false; a training needs its checkpoints to go back to, "
+                "Expected trainer.enable_checkpointing true, got false: a training goes back to its checkpoints; "
                 "--latest_checkpoint.every_n_steps N and --latest_checkpoint.keep 1 save fewer."
             )
         wanted: list[type[Callback]] = [SkippedVideos, StepGuard, Preemption]
