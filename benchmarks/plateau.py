@@ -144,7 +144,7 @@ def evaluate(model: VidTwin, clips: Tensor) -> float:
 def train(model: VidTwin, clips: Tensor, test: Tensor, args: argparse.Namespace, seed: int) -> dict[int, float]:
     """Train a model → test PSNR (dB) by step."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.betas), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.betas), weight_decay=1e-4, eps=1e-15)
 
     def rate(step: int) -> float:
         cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - args.warmup) / max(1, args.steps - args.warmup))

@@ -133,7 +133,10 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",)):
+        splits: tuple[str, ...] = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",))
+        if stage == "fit" and self.trainer and self.trainer.limit_val_batches == 0:
+            splits = ("train",)  # a training without validation needs no clips for it
+        for split in splits:
             self.dataset(split)
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -35,7 +35,8 @@ class UCF101(ClipDataModule):
         root: Folder of the class folders, or a folder that holds it as `UCF-101`.
         split: Official split, 1 to 3.
         lists: Folder of the lists; by default `ucfTrainTestlist` beside `root` or in it.
-        val_groups: Groups of the train list that are held out for validation.
+        val_groups: Groups of the train list that are held out for validation; [] for none, with
+            --trainer.limit_val_batches 0.
         **kwargs: Those of `ClipDataModule`.
     """
 
@@ -111,6 +112,8 @@ class UCF101(ClipDataModule):
         return [name for name in sorted(self._list_files()) if (_group(name) in _TEST_GROUPS) == (split == "test")]
 
     def _hold_out(self, names: list[str], keep: bool) -> list[str]:
+        if not self.val_groups and not keep:
+            return names
         groups = sorted({_group(name) for name in names})
         if not set(groups) & set(self.val_groups) or set(groups) <= set(self.val_groups):
             raise UserError(

@@ -5,9 +5,11 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vidtwin.baselines.ivideogpt import ContextAttention, IVideoGPT
@@ -415,6 +417,35 @@ def test_dropout_acts_in_training_only_and_on_future_frames_only():
         first, second = model(clip).clip, model(clip).clip
     assert torch.equal(first[:, :, :2], second[:, :, :2])
     assert not torch.allclose(first[:, :, 2:], second[:, :, 2:])
+
+
+@pytest.mark.parametrize("kept", ["att", "dropout"])
+def test_attention_weights_and_their_result_are_dropped(kept):
+    torch.manual_seed(0)
+    block = ContextAttention(32, 2, 1, 0.5).train()
+    if kept == "att":
+        block.dropout.p = 0.0
+    else:
+        block.att.dropout = 0.0
+    x, context = torch.randn(2, 1, 32, 2, 2)
+    assert not torch.equal(block(x, context), block(x, context))
+    block.eval()
+    assert torch.equal(block(x, context), block(x, context))
+
+
+def test_attention_to_the_context_is_dropped_by_a_tenth_unless_stated():
+    blocks = [module for module in on_meta().modules() if isinstance(module, ContextAttention)]
+    assert {(block.att.dropout, block.dropout.p) for block in blocks} == {(0.1, 0.1)}
+
+
+@pytest.mark.parametrize(("side", "inner"), [(24, 16), (16, 24)])
+def test_clips_are_resized_as_pillow_does_by_bicubic_interpolation(side, inner):
+    clip = clip_of(2, side=side).float()
+    resized = IVideoGPT._resize(clip, inner)
+    for frame, wanted in zip(resized.movedim(2, 1).flatten(0, 2), clip.movedim(2, 1).flatten(0, 2), strict=True):
+        picture = Image.fromarray(wanted.numpy()).resize((inner, inner), Image.Resampling.BICUBIC)
+        torch.testing.assert_close(frame, torch.tensor(np.asarray(picture)), rtol=1e-4, atol=1e-5)
+    assert IVideoGPT._resize(clip.bfloat16(), inner).dtype == torch.float32
 
 
 def test_recomputing_levels_gives_the_same_gradients():

@@ -161,6 +161,69 @@ def test_base_follows_the_papers_table_6():
     assert config["trainer"]["max_steps"] == 100_000
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_eps_is_far_below_the_gradients_if_the_loss_is_a_mean(name):
+    model = parsed(name)["model"]
+    mean = model["loss"]["init_args"]["reduction"] == "mean"
+    assert model["optimizer"]["init_args"]["eps"] == (1e-15 if mean else 1e-8)
+    if model["loss"]["init_args"].get("discriminator"):  # whose loss is the same in both
+        assert model["discriminator_optimizer"]["init_args"]["eps"] == 1e-8
+
+
+@pytest.mark.parametrize(
+    ("name", "figures", "warmup"),
+    [
+        ("vidtwin_small", {"lr": 1.6e-4, "betas": [0.9, 0.99], "weight_decay": 1e-4}, (5000, 0.0, 0.0)),
+        ("vidtwin_base", {"lr": 1.6e-4, "betas": [0.9, 0.99], "weight_decay": 1e-4}, (5000, 0.0, 0.0)),
+        ("vidtwin_large", {"lr": 1.6e-4, "betas": [0.9, 0.99], "weight_decay": 1e-4}, (5000, 0.0, 0.0)),
+        ("vidtwin_released", {"lr": 1.5e-5, "betas": [0.0, 0.9], "weight_decay": 1e-4}, (5000, 0.6666667, 0.0)),
+        ("baselines/magvit2", {"lr": 0.8e-4, "betas": [0.0, 0.99], "weight_decay": 0.0}, (500, 0.0, 0.0)),
+        ("baselines/magvit2_continuous", {"lr": 0.8e-4, "betas": [0.0, 0.99], "weight_decay": 0.0}, (500, 0.0, 0.0)),
+        ("baselines/ivideogpt", {"lr": 5e-4, "betas": [0.9, 0.999], "weight_decay": 0.0}, (500, 0.0, 1.0)),
+    ],
+)
+def test_the_discriminator_has_its_own_rate(name, figures, warmup):
+    model = parsed(f"{name}.yaml")["model"]
+    given = model["discriminator_optimizer"]["init_args"]
+    assert {key: given[key] for key in figures} == figures
+    schedule = model["discriminator_scheduler"]["init_args"]
+    assert tuple(schedule[key] for key in ("warmup_steps", "start_factor", "end_factor")) == warmup
+
+
+def test_1_is_one_batch_and_a_fraction_stays_one(tmp_path):
+    path = tmp_path / "limits.yaml"
+    path.write_text("trainer: {limit_train_batches: 1, limit_val_batches: 1.0, limit_test_batches: 1}")
+    argv = ["fit", f"--config={CONFIGS / 'demo.yaml'}", f"--config={path}", "--print_config"]
+    with redirect_stdout(io.StringIO()) as text:
+        assert main([*argv, "--trainer.limit_predict_batches", "1", "--trainer.overfit_batches=0.5"]) == 0
+    names = [*(f"limit_{split}_batches" for split in ("train", "val", "test", "predict")), "overfit_batches"]
+    given = [yaml.safe_load(text.getvalue())["trainer"][name] for name in names]
+    assert [(type(value), value) for value in given] == [(int, 1), (float, 1.0), (int, 1), (int, 1), (float, 0.5)]
+
+
+def test_configs_take_the_short_names_of_classes(tmp_path):
+    path = tmp_path / "short.yaml"
+    model = "model:\n  autoencoder:\n    class_path: cmd  # a baseline\n"
+    path.write_text(f"{model}data: {{class_path: 'ucf101', init_args: {{root: a}}}}\n")
+    config = parsed("demo.yaml", str(path))
+    assert config["model"]["autoencoder"]["class_path"] == "vidtwin.baselines.cmd.CMD"
+    assert config["data"]["class_path"] == "vidtwin.datamodules.ucf101.UCF101"
+
+
+@pytest.mark.parametrize(("key", "name", "near"), [("data", "ucf10", "ucf101"), ("model.autoencoder", "cmdd", "cmd")])
+def test_an_unknown_short_name_lists_the_others(key, name, near, tmp_path, capsys):
+    path = tmp_path / "unknown.yaml"
+    content: Any = {"class_path": name}
+    for part in reversed(key.split(".")):
+        content = {part: content}
+    path.write_text(yaml.safe_dump(content))
+    assert main(["fit", f"--config={path}", "--print_config"]) == 2
+    error = capsys.readouterr().err
+    assert f"{key}: Expected one of " in error
+    assert f"got {name!r}; did you mean {near!r}?" in error
+    assert error.count("\n") == 1
+
+
 def test_the_overlay_for_gpus_composes():
     trainer = parsed("vidtwin_base.yaml", "trainer/gpu.yaml")["trainer"]
     assert (trainer["precision"], trainer["accelerator"], trainer["max_steps"]) == ("bf16-mixed", "gpu", 100_000)
@@ -194,14 +257,36 @@ def test_magvit2s_discriminator_is_trained_on_half_of_the_released_loss():
     ("name", "figures"),
     [
         ("magvit2", {"lr": 1e-4, "betas": [0.0, 0.99], "pixel": "l2", "pixel_weight": 5.0, "perceptual_weight": 0.1}),
-        ("magvit2", {"adversarial_weight": 0.1, "adaptive_weight": False, "adversarial": "non_saturating"}),
+        (
+            "magvit2",
+            {
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "adversarial_weight": 0.1,
+                "adaptive_weight": False,
+                "adversarial": "non_saturating",
+            },
+        ),
         ("magvit2", {"latent_channels": 18, "channels": 128, "multipliers": [1, 2, 2, 4], "num_blocks": 4}),
         ("magvit2_continuous", {"latent_channels": 5, "quantizer": "kl", "first_frame": "even"}),
         ("cmd", {"lr": 1e-5, "betas": [0.5, 0.9], "weight_decay": 0.0, "pixel_weight": 4.0, "perceptual_weight": 4.0}),
-        ("cmd", {"perceptual_frames": 1, "patch_size": 16, "motion_channels": 32, "hidden_size": 384, "depth": 8}),
+        (
+            "cmd",
+            {
+                "eps": 1e-8,
+                "perceptual_frames": 1,
+                "patch_size": 16,
+                "motion_channels": 32,
+                "hidden_size": 384,
+                "depth": 8,
+            },
+        ),
         ("cmd_patch4", {"patch_size": 4, "motion_channels": 8}),
         ("ivideogpt", {"lr": 5e-4, "weight_decay": 0.0, "leading_frames": 2, "perceptual_weight": 1.0}),
-        ("ivideogpt", {"adversarial_weight": 0.8, "adversarial": "hinge", "adaptive_reference": "perceptual"}),
+        (
+            "ivideogpt",
+            {"eps": 1e-8, "adversarial_weight": 0.8, "adversarial": "hinge", "adaptive_reference": "perceptual"},
+        ),
         ("ivideogpt", {"adversarial_start": 250_000, "inner_resolution": 256, "codebook_size": 8192}),
         ("ivideogpt_64", {"resolution": 64, "channels": [128, 256, 512], "attention_resolution": 16}),
     ],

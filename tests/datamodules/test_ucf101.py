@@ -75,6 +75,13 @@ def test_the_real_tree_loads(shared: Path) -> None:
         UCF101(str(shared / "data" / "ucf_like" / "UCF-101")).videos("train")
 
 
+def test_no_group_is_held_out_for_a_training_without_validation(small_ucf: Path) -> None:
+    data, usual = UCF101(str(small_ucf), val_groups=[]), UCF101(str(small_ucf), val_groups=[9])
+    assert sorted(names(data, "train")) == sorted(names(usual, "train") + names(usual, "val"))
+    with pytest.raises(UserError, match=r"some, but not all .* data\.val_groups=\[\]"):
+        data.videos("val")
+
+
 def test_bad_data_are_described_in_one_line(small_ucf: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()

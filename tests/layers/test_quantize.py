@@ -43,6 +43,13 @@ def test_each_vector_gets_the_nearest_entry(vectors):
     torch.testing.assert_close(quantizer.lookup(codes), value)
 
 
+def test_distances_are_exact_in_bf16_autocast():
+    quantizer = VectorQuantizer(16, 1)
+    quantizer.embedding.weight.data = 1 + torch.arange(16.0)[:, None] / 512  # four to a number of bf16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quantizer(quantizer.embedding.weight.detach()).codes.tolist() == list(range(16))
+
+
 def test_commitment_moves_the_vectors_codebook_the_entries_and_the_value_passes_straight_through(vectors):
     quantizer = VectorQuantizer(7, 6).double()
     z = vectors.requires_grad_()

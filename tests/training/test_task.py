@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from tiny import Clips, Poisoned, baseline_task, tiny_model, tiny_task, trainer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
@@ -117,11 +118,44 @@ def test_a_checkpoint_of_another_discriminator_is_named_too(trained, tmp_path):
         ({}, {"warmup_steps": 7}, "warmup_steps=7 and 7 steps"),
         ({}, {"gan_start": 7}, "adversarial_start=7 and trainer.max_steps=7"),
         ({"max_steps": -1, "max_epochs": 1}, {}, "max_steps above 0, got -1"),
+        ({"accumulate_grad_batches": 2}, {}, "--model.accumulation 2 splits each batch"),
+        ({"gradient_clip_val": 1.0}, {}, "got 1.0 and None; --model.gradient_clip_norm NORM"),
+        ({"gradient_clip_algorithm": "value"}, {}, "--model.gradient_clip_norm NORM"),
+        ({}, {"scheduler": lambda o: ReduceLROnPlateau(o)}, "counts steps, got ReduceLROnPlateau"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, arguments, task_arguments, message):
     with pytest.raises(UserError, match=message):
         trainer(tmp_path, **arguments).fit(tiny_task(**task_arguments), Clips())
+
+
+def test_training_without_checkpoints_names_the_options_that_save_fewer(tmp_path):
+    with pytest.raises(UserError, match=r"got false; .* --latest_checkpoint\.every_n_steps N"):
+        trainer(tmp_path, enable_checkpointing=False, callbacks=[LatestCheckpoint()])
+    assert trainer(tmp_path, enable_checkpointing=False).checkpoint_callback is None
+
+
+def test_a_training_without_validation_needs_no_clips_for_it(tmp_path):
+    class TrainingAlone(Clips):
+        def make_dataset(self, split):
+            if split == "val":
+                raise UserError("Expected videos in split val, got none.")
+            return super().make_dataset(split)
+
+    saved = [each(dirpath=str(tmp_path / "checkpoints")) for each in (LatestCheckpoint, BestCheckpoint)]
+    run = trainer(tmp_path, max_steps=3, limit_val_batches=0, num_sanity_val_steps=-1, callbacks=saved)
+    run.fit(tiny_task(), TrainingAlone())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last.ckpt", "step-00000003.ckpt"]
+    with pytest.raises(UserError, match="videos in split val"):
+        trainer(tmp_path / "b").fit(tiny_task(), TrainingAlone())
+
+
+@pytest.mark.parametrize("player", ["optimizer", "discriminator_optimizer"])
+def test_another_optimizer_than_the_checkpoints_is_refused(trained, tmp_path, player):
+    folder, *_ = trained
+    task = tiny_task(gan_start=3, **{player: lambda p: torch.optim.SGD(p, lr=0.1)})
+    with pytest.raises(UserError, match="with SGD, got one with another class"):
+        trainer(tmp_path).fit(task, Clips(), ckpt_path=folder / "checkpoints" / "last.ckpt")
 
 
 def test_fp16_is_refused():

@@ -13,8 +13,10 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+from vidtwin import plugins
 from vidtwin.errors import UserError, suggestion
 
+SHORT_NAMES = {"data": "vidtwin.datamodules", "model.autoencoder": "vidtwin.autoencoders"}
 # Classes that a config may name derive from these; those that are not imported yet have no names to suggest.
 _ROOTS = (
     ("vidtwin.autoencoder", "VideoAutoencoder"),
@@ -70,6 +72,9 @@ def shorten(message: str, parser: argparse.ArgumentParser, error: Exception | No
     text = _innermost(text)
     if match := re.fullmatch(r"Expected a dot import path string: (\S+)", text):
         classes = [cls.__name__ for cls in _classes()]
+        if known := sorted(plugins.available(SHORT_NAMES[key])) if key in SHORT_NAMES else []:
+            near = suggestion(match[1], [*known, *classes])
+            return OptionError(key, f"Expected one of {', '.join(known)} or a class path, got {match[1]!r}{near}")
         return OptionError(key, f"Expected a class path, got {match[1]!r}{suggestion(match[1], classes)}")
     text = re.sub(r"^Expected an? (?:<class '(\w+)'>|typing\.(.+))\. Got value: ", r"Expected \1\2, got ", text)
     return OptionError(key, f"{text}.")

@@ -15,7 +15,7 @@ from vidtwin import plugins
 from vidtwin.cli import bases, messages
 from vidtwin.errors import UserError, suggestion
 
-SHORT_NAMES = {"--data": "vidtwin.datamodules", "--model.autoencoder": "vidtwin.autoencoders"}
+_CLASS_NAME = re.compile(r"""(\bclass_path["']?\s*:\s*["']?)(\w+)(?=["']?\s*(?:[,}#]|$))""", re.MULTILINE)
 
 
 class Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -30,7 +30,7 @@ class Parser(ArgumentParser):
         super().__init__(*args, allow_abbrev=allow_abbrev, **keywords)
 
     def parse_string(self, content: str, *args: Any, **keywords: Any) -> Namespace:
-        return super().parse_string(bases.remove(content), *args, **keywords)
+        return super().parse_string(_resolve_class_names(bases.remove(content)), *args, **keywords)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise one line with a suggestion; jsonargparse would print its usage and a tree of reasons."""
@@ -154,13 +154,24 @@ def resolve_short_names(argv: Sequence[str]) -> list[str]:
     resolved = list(argv)
     for index, word in enumerate(argv):
         option, equals, value = word.partition("=")
-        if option not in SHORT_NAMES:
+        group = messages.SHORT_NAMES.get(option.removeprefix("--"))
+        if group is None:
             continue
         if equals:
-            resolved[index] = f"{option}={_resolve(value, SHORT_NAMES[option])}"
+            resolved[index] = f"{option}={_resolve(value, group)}"
         elif index + 1 < len(argv):
-            resolved[index + 1] = _resolve(argv[index + 1], SHORT_NAMES[option])
+            resolved[index + 1] = _resolve(argv[index + 1], group)
     return resolved
+
+
+def _resolve_class_names(content: str) -> str:
+    """Replace `class_path: ucf101` in the text of a config by the class path; lines keep their numbers."""
+
+    def replace(match: re.Match[str]) -> str:
+        found = {plugins.resolve(match[2], group) for group in messages.SHORT_NAMES.values()} - {match[2]}
+        return match[1] + (found.pop() if found else match[2])
+
+    return _CLASS_NAME.sub(replace, content)
 
 
 def _resolve(name: str, group: str) -> str:

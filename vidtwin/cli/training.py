@@ -5,15 +5,17 @@ Imported by `vidtwin.cli` only when a command needs it, since it imports torch a
 
 import json
 import logging
+import operator
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import reduce
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, cast, get_args
 
 import yaml
 from jsonargparse import Namespace
@@ -84,7 +86,17 @@ def _ending_by_sigterm() -> Iterator[None]:
 
 
 class LightningParser(Parser, LightningArgumentParser):
-    """Parse as every command does, with Lightning's classes."""
+    """Parse as every command does, with Lightning's classes; 1 is an integer wherever int and float are possible."""
+
+    def add_class_arguments(self, *args: Any, **keywords: Any) -> Any:
+        added = super().add_class_arguments(*args, **keywords)
+        for action in self._actions:
+            # Types are tried in their order. `Union` caches its members in the order of whoever came first, so that
+            # Lightning's Union[int, float] may be (float, int), in which 1 batch becomes 1.0, all of them; `|` doesn't.
+            types = list(get_args(getattr(action, "_typehint", None)))
+            if int in types and float in types and types.index(float) < types.index(int):
+                cast(Any, action)._typehint = reduce(operator.or_, sorted(types, key=lambda each: each is not int))
+        return added
 
 
 class _SaveConfig(SaveConfigCallback):

@@ -24,6 +24,20 @@ def freeze(autoencoder: nn.Module, parts: Sequence[str]) -> None:
         modules[part].requires_grad_(False)
 
 
+def check_trainer(trainer: Trainer) -> None:
+    """Raise `UserError` for options of Lightning's Trainer that the task has under its own names."""
+    if (parts := trainer.accumulate_grad_batches) != 1:
+        raise UserError(
+            f"Expected trainer.accumulate_grad_batches 1, got {parts}; --model.accumulation {parts} splits each batch "
+            f"of data.batch_size clips into {parts} parts."
+        )
+    if trainer.gradient_clip_val is not None or trainer.gradient_clip_algorithm is not None:
+        raise UserError(
+            f"Expected no trainer.gradient_clip_val and gradient_clip_algorithm, got {trainer.gradient_clip_val} and "
+            f"{trainer.gradient_clip_algorithm}; --model.gradient_clip_norm NORM clips each player's gradient."
+        )
+
+
 def check_training(autoencoder: VideoAutoencoder, loss: AutoencoderLoss, trainer: Trainer) -> None:
     """Raise `UserError` for a training without trainable weights, or with invalid steps, precision or GAN."""
     if not any(p.requires_grad for p in autoencoder.parameters()):

@@ -1,20 +1,65 @@
 """Make learning-rate schedules that end with the training, and take steps at a scaled rate."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from vidtwin.errors import UserError
 from vidtwin.schedules import WarmupCosine
+
+# Options that most of torch's optimizers share, so that they do not identify one.
+_COMMON = {"params", "param_names", "lr", "initial_lr", "weight_decay", "decoupled_weight_decay", "maximize"}
+_COMMON |= {"foreach", "fused", "capturable", "differentiable"}
 
 
 def make_schedule(optimizer: Optimizer, make: LRSchedulerCallable, max_steps: int | None) -> LRScheduler:
     """Make an optimizer's schedule, which ends at `max_steps`; None ends it after the warm-up."""
     scheduler = make(optimizer)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise UserError(
+            "Expected a schedule that counts steps, got ReduceLROnPlateau, which waits for validations; set "
+            "--model.scheduler (and discriminator_scheduler) vidtwin.schedules.WarmupCosine."
+        )
     if isinstance(scheduler, WarmupCosine):
         scheduler.set_total_steps(scheduler.warmup_steps + 1 if max_steps is None else max_steps)
     return scheduler
+
+
+def check_resumed(
+    optimizers: Sequence[Optimizer], schedulers: Sequence[LRScheduler], groups: Sequence[Any], schedules: Sequence[Any]
+) -> None:
+    """Raise `UserError` if a checkpoint is of other optimizers or schedules.
+
+    Args:
+        optimizers: Those of the config.
+        schedulers: Likewise.
+        groups: `param_groups` of each optimizer in the checkpoint.
+        schedules: State of each schedule in the checkpoint.
+    """
+    for optimizer, (held, *_) in zip(optimizers, groups, strict=True):
+        if _options(held) != _options(optimizer.param_groups[0]):
+            raise UserError(_describe(optimizer, _options(held)))
+    for scheduler, state in zip(schedulers, schedules, strict=True):
+        if other := set(state) - set(vars(scheduler)):
+            raise UserError(_describe(scheduler, other))
+
+
+def _options(group: dict[str, Any]) -> set[str]:
+    """Return the options that identify an optimizer; Adam and AdamW differ by a value alone."""
+    decoupled = {"decoupled_weight_decay"} if group.get("decoupled_weight_decay") else set()
+    return set(group) - _COMMON | decoupled
+
+
+def _describe(own: Optimizer | LRScheduler, held: set[str]) -> str:
+    return (
+        f"Expected a checkpoint of a training with {type(own).__name__}, got one with another class (of "
+        f"{', '.join(sorted(held))}); --init_from starts a new training from its weights."
+    )
 
 
 def resume_rates(scheduler: LRScheduler) -> None:

@@ -36,7 +36,7 @@ from vidtwin.training.buffers import copy_buffers, restore_buffers, share_buffer
 from vidtwin.training.callbacks.ema import EMA
 from vidtwin.training.checks import check_training, freeze
 from vidtwin.training.finite import bad_gradients, bad_terms, find_reason
-from vidtwin.training.optimization import list_gradients, make_schedule, resume_rates, step_at
+from vidtwin.training.optimization import check_resumed, list_gradients, make_schedule, resume_rates, step_at
 from vidtwin.training.sharding import Placement, placement_of
 
 Batch = dict[str, Any]
@@ -51,7 +51,8 @@ class AutoencoderTask(LightningModule):
     Args:
         autoencoder: The model.
         loss: Its training loss; None is L1, LPIPS and KL with the paper's weights.
-        optimizer: Optimizer of the autoencoder (and of the loss's log-variance if that is learned).
+        optimizer: Optimizer of the autoencoder (and of the loss's log-variance if that is learned). Adam's `eps` of
+            1e-8 is as large as the gradients of a large model under the loss's reduction "mean"; 1e-15 is far below.
         scheduler: Learning-rate schedule of `optimizer`, stepped once per step.
         discriminator_optimizer: Optimizer of the loss's discriminator.
         discriminator_scheduler: Schedule of `discriminator_optimizer`, stepped once per step of the generator.
@@ -75,7 +76,7 @@ class AutoencoderTask(LightningModule):
         self,
         autoencoder: VideoAutoencoder,
         loss: AutoencoderLoss | None = None,
-        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1.6e-4, weight_decay=1e-4),
+        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1.6e-4, weight_decay=1e-4, eps=1e-15),
         scheduler: LRSchedulerCallable = lambda o: WarmupCosine(o),
         discriminator_optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1.6e-4, weight_decay=1e-4),
         discriminator_scheduler: LRSchedulerCallable = lambda o: WarmupCosine(o),
@@ -107,6 +108,7 @@ class AutoencoderTask(LightningModule):
         self.rate_scale = 1.0
         self.config: dict[str, Any] | None = None
         self.seed: int | None = None
+        self._resumed: tuple[list[Any], list[Any]] | None = None  # of the checkpoint: param_groups, schedules
         self._validation_terms: dict[str, MeanMetric] = {}
 
     # Configure.
@@ -145,9 +147,13 @@ class AutoencoderTask(LightningModule):
         max_steps = None if getattr(self.trainer, "fast_dev_run", False) else self.trainer.max_steps
         optimizers = [make_optimizer(parameters) for parameters, make_optimizer, _ in players]
         makers = [make_scheduler for *_, make_scheduler in players]
-        return optimizers, [
+        schedulers = [
             make_schedule(optimizer, make, max_steps) for optimizer, make in zip(optimizers, makers, strict=True)
         ]
+        if self._resumed is not None:
+            check_resumed(optimizers, schedulers, *self._resumed)
+            self._resumed = None
+        return optimizers, schedulers
 
     def _generator_parameters(self) -> list[nn.Parameter] | list[dict[str, Any]]:
         parameters = [p for p in self.autoencoder.parameters() if p.requires_grad]
@@ -367,6 +373,8 @@ class AutoencoderTask(LightningModule):
             return
         trained = sum(p.requires_grad for p in self.autoencoder.parameters()) + (self.loss.logvar is not None)
         checkpoints.check_resumable(checkpoint, self.state_dict(), trained)
+        groups = [state["param_groups"] for state in checkpoint["optimizer_states"]]
+        self._resumed = groups, checkpoint["lr_schedulers"]
         for name in COUNTS:  # missing in checkpoints of older versions
             setattr(self, name, checkpoint.get("training", {}).get(name, getattr(self, name)))
 

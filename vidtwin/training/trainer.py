@@ -21,6 +21,7 @@ from vidtwin.training.callbacks.guard import StepGuard
 from vidtwin.training.callbacks.preemption import Preemption
 from vidtwin.training.callbacks.progress import ProgressBar
 from vidtwin.training.callbacks.skipped import SkippedVideos
+from vidtwin.training.checks import check_trainer
 from vidtwin.training.replay import read as read_dump
 from vidtwin.training.replay import replay as run_again
 from vidtwin.training.sharding import FSDP2Strategy
@@ -48,6 +49,11 @@ class VideoTrainer(Trainer):
             kwargs["inference_mode"] = False  # weights gathered in inference mode can't be trained
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if kwargs.get("enable_checkpointing") is False and any(isinstance(each, Checkpoint) for each in callbacks):
+            raise UserError(
+                "Expected trainer.enable_checkpointing true, got false: a training goes back to its checkpoints; "
+                "--latest_checkpoint.every_n_steps N and --latest_checkpoint.keep 1 save fewer."
+            )
         wanted: list[type[Callback]] = [SkippedVideos, StepGuard, Preemption]
         if kwargs.get("enable_progress_bar") is not False:
             wanted.append(ProgressBar)
@@ -89,6 +95,7 @@ class VideoTrainer(Trainer):
                 The discriminator is new. Ignored if a run is resumed.
         """
         task = self._task(model)
+        check_trainer(self)
         if ckpt_path and resume:
             raise UserError(f"Expected --ckpt_path or --resume, got both ({ckpt_path} and {resume}).")
         if resume:
