@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vidtwin.apply.inputs import Input, check_folder, check_targets, target
+from vidtwin.apply.inputs import Input, check_folder, check_targets
 from vidtwin.apply.options import SessionOptions, exit_code
 from vidtwin.apply.session import Session
 from vidtwin.errors import UserError
-from vidtwin.files import no_room
+from vidtwin.files import inside, no_room
 from vidtwin.posteriors import Latents
 from vidtwin.storage.latent_files import Manifest, Shard, StoredPiece, VideoEntry, shard_path, unpack_times
 from vidtwin.video import Frames, VideoWriter
@@ -85,20 +85,21 @@ class LatentReader:
         if options.ckpt_path:
             return options
         model = self.manifest.model
-        path = str(model["checkpoint"])
+        path = str(model.get("checkpoint"))
         if not path.startswith("hf://") and not Path(path).exists():
             raise UserError(f"Expected the weights that {self.folder} names at {path}, got none; give --ckpt_path.")
-        return replace(options, ckpt_path=path, config=options.config or model["config"], use_ema=model["use_ema"])
+        config = options.config or model.get("config")
+        return replace(options, ckpt_path=path, config=config, use_ema=bool(model.get("use_ema")))
 
     def _check_model(self) -> None:
         model, stored = self.session.model, self.manifest.model
         ours, theirs = self.session.weights_sha256, stored["weights_sha256"]
         if (model.class_path, ours) != (stored["class_path"], theirs):
-            averaged = " with --use_ema true" if stored["use_ema"] else ""
+            averaged = " with --use_ema true" if stored.get("use_ema") else ""
             raise UserError(
                 f"Expected the latents of {type(model).__name__} {ours[:8]}, {self.folder} holds those of "
                 f"{stored['class_path'].rpartition('.')[2]} {theirs[:8]}; give the weights that encoded, "
-                f"{stored['checkpoint']}{averaged}."
+                f"{stored.get('checkpoint')}{averaged}."
             )
         if self.session.num_frames != self.manifest.settings["num_frames"]:
             raise UserError(
@@ -119,7 +120,7 @@ class LatentReader:
         return shares
 
     def _target(self, video: VideoEntry) -> Path:
-        return target(self.options.out, video.name, ".mp4")
+        return inside(self.options.out, f"{video.name}.mp4")
 
     def _decode(self, video: VideoEntry, places: list[tuple[int, int]], bar: "tqdm[Any]") -> tuple[int, str | None]:
         """Write a video up to the first damaged shard → number of frames, and the problem if there is one."""

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vidtwin.benchmark import rows
-from vidtwin.files import replacing, write_text
+from vidtwin.files import inside, replacing, write_text
 from vidtwin.video import Frames, convert, panels
 
 MAX_SIDE = 160  # pixels of a frame: a page with ten models stays below 20 MB
@@ -75,7 +75,7 @@ class Writer:
         self.size = side
         self.inputs = [convert.to_uint8(clip[0]) for clip in clips]
         self.clips: list[dict[str, Any]] = [{"id": str(i), **clip, "views": []} for i, clip in enumerate(chosen)]
-        self.temporary = folder / ".players"
+        self.temporary = inside(folder, ".players")
         shutil.rmtree(self.temporary, ignore_errors=True)
         for place, frames in enumerate(self.inputs):
             self._add(place, "input", None, "input", frames)
@@ -92,7 +92,7 @@ class Writer:
 
     def finish(self, digest: str) -> None:
         """Put the new pictures in the place of those before, and write `players.json`, which is the last."""
-        target = self.folder / "players"
+        target = inside(self.folder, "players")
         content = {
             "digest": digest,
             "fps": self.fps,

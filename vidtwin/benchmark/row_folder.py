@@ -21,7 +21,7 @@ from vidtwin.benchmark.plan import Job, ModelError, Plan, digest
 from vidtwin.benchmark.rfvd import from_text
 from vidtwin.console import log
 from vidtwin.errors import UserError
-from vidtwin.files import replacing, write_text
+from vidtwin.files import inside, replacing, write_text
 from vidtwin.metrics.fvd import NUM_FEATURES
 from vidtwin.metrics.latents import LatentStatistics
 from vidtwin.storage.resumable import Resumable, read_json
@@ -64,11 +64,11 @@ class RowFolder:
     def __init__(self, results: Path, job: Job, plan: Plan, extent: dict[str, Any], costs_extent: list[Any]) -> None:
         self.results, self.job, self.plan = results, job, plan
         self.name = job.name
-        self.folder = results / "rows" / job.name
+        self.folder = inside(results, f"rows/{job.name}")
         self.identity = digest([digest(job.identity), extent])
         costs_identity = digest([self.identity, costs_extent])
         self.parts = Resumable(
-            self.folder / "parts",
+            inside(self.folder, "parts"),
             "{:06d}.json",
             lambda chunk, path: read_json(path, identity=self.identity, chunk=plan.clips(chunk)),
         )
@@ -207,7 +207,7 @@ class RowFolder:
 
     def _restore(self) -> None:
         """Take back a row that was put aside, if it is the one that is wanted now."""
-        earlier = self.folder / "earlier" / self.identity
+        earlier = inside(self.folder, f"earlier/{self.identity}")
         try:
             self._read_intact(earlier)
         except UserError:
@@ -224,7 +224,7 @@ class RowFolder:
         row = self.read()
         if row is None or row["kind"] == "failed" or row.get("identity") == self.identity:
             return
-        target = self.folder / "earlier" / str(row.get("identity") or row["fingerprint"] or "row")
+        target = inside(self.folder, f"earlier/{row.get('identity') or row['fingerprint'] or 'row'}")
         _move_row(self.folder, target)
         log(f"{self.name}: the earlier row is kept in {target}")
 
