@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from vidtwin.apply.session import Session
 from vidtwin.errors import UserError
 from vidtwin.files import inside, no_room
 from vidtwin.posteriors import Latents
-from vidtwin.storage.latent_files import Manifest, Shard, StoredPiece, VideoEntry, shard_path, unpack_times
+from vidtwin.storage.latent_files import MANIFEST, Manifest, Shard, StoredPiece, VideoEntry, shard_path, unpack_times
 from vidtwin.video import Frames, VideoWriter
 
 if TYPE_CHECKING:
@@ -88,8 +89,12 @@ class LatentReader:
         path = str(model.get("checkpoint"))
         if not path.startswith("hf://") and not Path(path).exists():
             raise UserError(f"Expected the weights that {self.folder} names at {path}, got none; give --ckpt_path.")
-        config = options.config or model.get("config")
-        return replace(options, ckpt_path=path, config=config, use_ema=bool(model.get("use_ema")))
+        options = replace(options, ckpt_path=path, use_ema=bool(model.get("use_ema")))
+        if options.config or not model.get("config"):
+            return options
+        # The user has not asked for that config: its classes have to be trusted.
+        read_model = options.read_model and partial(options.read_model, source=self.folder / MANIFEST)
+        return replace(options, config=model["config"], read_model=read_model)
 
     def _check_model(self) -> None:
         model, stored = self.session.model, self.manifest.model
