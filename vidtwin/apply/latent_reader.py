@@ -125,7 +125,8 @@ class LatentReader:
         return shares
 
     def _target(self, video: VideoEntry) -> Path:
-        return inside(self.options.out, f"{video.name}.mp4")
+        path = inside(self.options.out, video.name)
+        return path.with_name(f"{path.name}.mp4")
 
     def _decode(self, video: VideoEntry, places: list[tuple[int, int]], bar: "tqdm[Any]") -> tuple[int, str | None]:
         """Write a video up to the first damaged shard → number of frames, and the problem if there is one."""

@@ -207,7 +207,7 @@ class RowFolder:
 
     def _restore(self) -> None:
         """Take back a row that was put aside, if it is the one that is wanted now."""
-        earlier = inside(self.folder, f"earlier/{self.identity}")
+        earlier = self._earlier(self.identity)
         try:
             self._read_intact(earlier)
         except UserError:
@@ -219,12 +219,15 @@ class RowFolder:
         _move_row(earlier, self.folder)
         log(f"{self.name}: the row that was put aside is taken back")
 
+    def _earlier(self, identity: str) -> Path:
+        return inside(inside(self.folder, "earlier"), identity)
+
     def _put_aside(self) -> None:
         """Put a complete row of another checkpoint, model or set of metrics aside before another replaces it."""
         row = self.read()
         if row is None or row["kind"] == "failed" or row.get("identity") == self.identity:
             return
-        target = inside(self.folder, f"earlier/{row.get('identity') or row['fingerprint'] or 'row'}")
+        target = self._earlier(str(row.get("identity") or row["fingerprint"] or "row"))
         _move_row(self.folder, target)
         log(f"{self.name}: the earlier row is kept in {target}")
 
