@@ -82,7 +82,7 @@ def wait_for_start(process: subprocess.Popen[str]) -> list[str]:
     lines: list[str] = []
     for line in process.stderr:
         lines.append(line)
-        if "go on from" in line or "goes on from" in line:
+        if "resuming from" in line or "starting a new run" in line:
             break
     stream = process.stderr
     threading.Thread(target=lambda: lines.extend(stream), daemon=True).start()

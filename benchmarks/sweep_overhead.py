@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torchvision
 
-from vidtwin.benchmark import rows
-from vidtwin.benchmark import sweep as engine
+from vidtwin.benchmark.measurer import Measurer
 from vidtwin.benchmark.runner import Runner
-from vidtwin.cli import benchmark as sweep_command
+from vidtwin.benchmark.sweep import Sweep
+from vidtwin.cli import benchmark
 
 
 def write_backbones(folder: Path) -> list[str]:
@@ -42,7 +42,10 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self.inner = 0.0
 
-    def wrap(self, name: str, function: Any) -> Any:
+    def wrap(self, owner: type, method: str, name: str) -> None:
+        """Time a method of a class."""
+        function = getattr(owner, method)
+
         def timed(*args: Any, **kwargs: Any) -> Any:
             began, outside = time.perf_counter(), self.inner
             self.inner = 0.0
@@ -54,7 +57,7 @@ class Clock:
             self.inner = outside + took
             return result
 
-        return timed
+        setattr(owner, method, timed)
 
 
 def main() -> None:
@@ -62,41 +65,37 @@ def main() -> None:
     if argv and argv[0] == "--seeded_backbones":
         argv = [*argv[2:], *write_backbones(Path(argv[1]))]
     clock, memory = Clock(), []
-    runner = Runner
+    measure = Measurer.measure
 
-    forward, measure, built = runner._forward, runner._measure_chunk, runner._built
-    runner._forward = clock.wrap("model", forward)  # type: ignore[method-assign]
-    runner._built = clock.wrap("building and loading", built)  # type: ignore[method-assign]
-
-    def chunk(self: Any, *args: Any) -> Any:
+    def measure_chunk(self: Measurer, *args: Any) -> dict[str, Any]:
         part = measure(self, *args)
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return part
 
-    runner._measure_chunk = clock.wrap("metrics and bookkeeping", chunk)  # type: ignore[method-assign]
-    runner._measure_chunks = clock.wrap("clips and writing", runner._measure_chunks)  # type: ignore[method-assign]
-    finish = runner._measured
+    Measurer.measure = measure_chunk  # type: ignore[method-assign]
+    clock.wrap(Measurer, "reconstruct", "model")
+    clock.wrap(Measurer, "build", "building and loading")
+    clock.wrap(Measurer, "measure", "metrics and bookkeeping")
+    clock.wrap(Runner, "measure_row", "clips and writing")
+    measure_row = Runner.measure_row
 
-    def measured(self: Any, job: Any, *args: Any) -> Any:
+    def report_row(self: Runner, row: Any, bar: Any) -> None:
         clock.seconds.clear()
         memory.clear()
-        error = finish(self, job, *args)
-        times = dict(clock.seconds)
-        work = sum(seconds for name, seconds in times.items() if name != "building and loading")
-        if work:
-            own = work - times.get("model", 0.0)
-            half = memory[len(memory) // 2] if memory else 0.0
+        measure_row(self, row, bar)
+        times = clock.seconds
+        if "model" in times:
+            own = sum(times.values()) - times["model"] - times.get("building and loading", 0.0)
             print(
-                f"{job.name}: "
+                f"{row.name}: "
                 + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
                 + f"; on top of the model {own / times['model']:.1%}"
-                + f"; peak memory at half the clips {half:.0f} MB, at the end {memory[-1]:.0f} MB"
+                + f"; peak memory at half the clips {memory[len(memory) // 2]:.0f} MB, at the end {memory[-1]:.0f} MB"
             )
-        return error
 
-    runner._measured = measured  # type: ignore[method-assign]
-    engine.Sweep._write_all = lambda self, *_: rows.read(self.folder)  # type: ignore[method-assign]
-    sys.exit(sweep_command.run([*argv, "--cost=false", "--downstream=false", "--players=0", "--progress=false"]))
+    Runner.measure_row = report_row  # type: ignore[method-assign]
+    Sweep.write_outputs = lambda self, runner: None  # type: ignore[method-assign]
+    sys.exit(benchmark.run([*argv, "--cost=false", "--downstream=false", "--players=0", "--progress=false"]))
 
 
 if __name__ == "__main__":

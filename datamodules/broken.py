@@ -1,12 +1,10 @@
 """Unusable videos of a data set: each reported once with its reason, and a budget of broken ones."""
 
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from tqdm import tqdm
-
+from vidtwin.console import log
 from vidtwin.data import SPLITS
 from vidtwin.errors import UserError
 
@@ -61,18 +59,15 @@ class UnusableVideos:
         for name, fault in faults.items():
             if not fault.lasting:  # others may have read it, and would then have another epoch
                 raise UserError(
-                    f"Expected to read {name}, the system failed: {fault.reason}; try again, or leave it out by "
-                    "data.exclude."
+                    f"Expected to read {name}, the system failed: {fault.reason}; try again or list it in data.exclude."
                 )
         self.restart(split, total, {name: fault.reason for name, fault in faults.items()})
         self._broken[split] = {name for name, fault in faults.items() if fault.broken}
         self.check(split)
         if len(faults) == total:
             name, fault = next(iter(faults.items()))
-            raise UserError(
-                f"Expected usable videos in split {split}, got none of {total}; {name}: {fault.reason}"
-                f"{_ADVICE if fault.kind == 'short' else '.'}"
-            )
+            reason = fault.reason + (_ADVICE if fault.kind == "short" else ".")
+            raise UserError(f"Expected usable videos in split {split}, got none of {total}; {name}: {reason}")
         if faults and report:
             for name, fault in list(faults.items())[:_REPORTED]:
                 log(f"skipped {name}: {fault.reason}")
@@ -80,10 +75,8 @@ class UnusableVideos:
                 log(f"skipped {len(faults) - _REPORTED} more, which `vidtwin doctor` lists")
             counts = Counter(fault.kind for fault in faults.values())
             kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-            log(
-                f"{split}: {total - len(faults)} of {total} videos can be used; {kinds}"
-                f"{_ADVICE if counts['short'] else ''}"
-            )
+            advice = _ADVICE if counts["short"] else ""
+            log(f"{split}: {total - len(faults)} of {total} videos can be used; {kinds}{advice}")
 
     def add(self, split: str, name: str, reason: str, broken: bool = True) -> None:
         """Register and log a video that could not be read while training or evaluating; only once.
@@ -91,7 +84,7 @@ class UnusableVideos:
         Args:
             split: Name of the split.
             name: Name of the video.
-            reason: Why it could not be read.
+            reason: Reason why it could not be read.
             broken: Count it against the budget; False if the video merely ends before the clip.
         """
         if name in (self._broken if broken else self.reasons)[split]:
@@ -122,8 +115,3 @@ class UnusableVideos:
                 f"{len(broken)} of {total} ({some}{more}); raise data.max_broken, or find them all by `vidtwin doctor` "
                 "and leave them out by data.exclude."
             )
-
-
-def log(line: str) -> None:
-    """Print a line to stderr, above a progress bar if there is one."""
-    tqdm.write(f"vidtwin: {line}", file=sys.stderr)

@@ -1,14 +1,15 @@
-"""Clips of videos for training and evaluation: which frames of which video.
+"""Choose the frames of clips for training and evaluation.
 
-All that is random depends on (seed, epoch, index) alone: the sampler hands out (epoch, index) pairs, so workers (also
-persistent ones) need no state, and their number and that of the ranks changes no clip. What training has seen is
-therefore a place in one endless order of clips, (epoch, clips of it), which a checkpoint holds.
+Everything random depends on (seed, epoch, index) alone: the sampler yields (epoch, index) pairs, so workers need no
+state, and neither their number nor that of the ranks changes a clip. The progress of training is therefore a place in
+one endless order of clips, (epoch, clips of it), which a checkpoint holds.
 
-A video that can't be used is named once, with its reason, and never replaced under its name. What `survey` finds (a
-file that does not open, is truncated, too short) is left out before an epoch is made, so that its length and the ranks'
-shares are right. What only decoding finds is skipped when it is met: training takes another clip instead, drawn by
-(seed, epoch, index) too; evaluation has a clip less. A video that is cut into clips all along may turn out to end in
-its last clip, a little before what its container promises: that clip is padded or left out, and nothing is wrong.
+A video that can't be used is reported once, with its reason, and never replaced under its name. Faults found by
+`survey` (a file that does not open, is truncated, or too short) are left out of the epochs, so that their length and
+the ranks' shares are right. Damage that only decoding finds is skipped when it is met: training takes another clip
+instead, also drawn by (seed, epoch, index); evaluation has a clip less. A video cut into consecutive clips may end
+within the last one, a little before the end that its container promises: that clip is padded or left out, without an
+error.
 """
 
 import math
@@ -33,15 +34,15 @@ from .index import Fault
 from .sampler import shuffled
 
 Key = int | tuple[int, int]
+Crop = tuple[float, float]
 
-# Such a rate is asked of a video whose own one is a little lower: 30 of NTSC's 29.97.
-_NEAR = Fraction(1002, 1000)
+_NEAR = Fraction(1002, 1000)  # a rate may exceed that of the video by so little: 30 of NTSC's 29.97
 _ATTEMPTS = 100  # clips that are drawn one after the other before training gives up
 
 
 @dataclass(frozen=True)
 class Video:
-    """One video of a data set: its file, its name in results, its class (-1: none), what is in it if that is known."""
+    """One video of a data set: its file, its name in results, its class (-1: none), its properties if surveyed."""
 
     path: Path
     name: str
@@ -50,18 +51,16 @@ class Video:
 
 
 class EndedError(VideoError):
-    """A video that ends before the clip that its container promised, and is whole for all that."""
+    """An intact video that ends before a clip that its container promised."""
 
 
 class ClipDataset(Dataset[dict[str, Any]], ABC):
-    """One clip for each index, in training another one in each epoch.
+    """Dataset of one clip per index, in training another one in each epoch.
 
-    `dataset[epoch, index]` (or `dataset[index]`, epoch 0) is `{"clip": uint8 (T, H, W, 3), "label": int, "name": str,
-    "start_frame": int, "padded": int}`, the last of them how many frames at the clip's end repeat the one before; and
-    if files were met that can't be read, `"skipped": [(name, reason), …]`; in evaluation that alone.
+    `dataset[epoch, index]` (or `dataset[index]`, epoch 0) is a `vidtwin.data.Clip`.
 
     Attributes:
-        split_name: Name of the split in the protocol, where the clips know it themselves.
+        split_name: Name of the split in the protocol, if the clips themselves have one.
     """
 
     split_name: str | None = None
@@ -71,27 +70,25 @@ class ClipDataset(Dataset[dict[str, Any]], ABC):
 
     @abstractmethod
     def clip(self, epoch: int, index: int) -> dict[str, Any]:
-        """One clip, as numpy array, with its label, name and start frame; `VideoError` if there is none to be had.
+        """Return a clip, as numpy array, with its label, name and start frame; `VideoError` if none can be read.
 
-        Without "padded" no frame repeats the end.
+        "padded" may be missing for 0.
         """
 
     @abstractmethod
     def identity(self, index: int) -> tuple[str, int]:
-        """Name and start frame of an evaluation clip, without decoding it."""
+        """Return name and start frame of an evaluation clip, without decoding it."""
 
     def skip(self, index: int, error: VideoError) -> Skip:
-        """What to tell of an evaluation clip that can't be read."""
+        """Return the entry of "skipped" for an evaluation clip that can't be read."""
         return self.identity(index)[0], str(error)
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """All indices in the order in which an epoch of training takes them, all ranks together."""
+        """Return all indices in the order in which an epoch of training takes them, all ranks together."""
         return shuffled(len(self), seed, epoch)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        item = self.clip(epoch, index)
-        return {"padded": 0, **item, "clip": torch.from_numpy(np.ascontiguousarray(item["clip"]))}
+        return _with_tensor(self.clip(*_split(key)))
 
     def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any]]:
         """Return the items of a batch, as a `DataLoader` asks for them."""
@@ -102,20 +99,20 @@ class VideoClips(ClipDataset):
     """Clips of video files.
 
     Training takes a random start, a random square crop, one of the rates and, with `horizontal_flip`, the mirror image
-    of every second clip. Evaluation takes the clip in the middle of the video, or all clips one behind the other,
-    centre-cropped, at the first rate.
+    of every second clip. Evaluation takes the clip in the middle of the video, or all consecutive clips, cropped at the
+    centre, at the first rate.
 
-    Clip k of "all" has the frames that are shown from k·T / fps on: joined, they are the video at that rate from its
-    first frame on. `start_frame` is the frame of the file that is shown first, so no two clips share one.
+    Clip k of "all" has the frames that are shown from k·T / fps on: joined, the clips are the video at that rate from
+    its first frame on. `start_frame` is the frame of the file that is shown first, so no two clips share one.
 
     Args:
         videos: The videos; those without `info` are surveyed on first use.
-        settings: Which clips to take.
-        split: Its clips; only "train" draws them, and takes another one for one that cannot be read.
+        settings: Choice of the clips.
+        split: Only "train" draws clips, and replaces those that can't be read.
 
     Raises:
         VideoError: From `clip`, for a file that can't be read, is too short for a clip, or (in evaluation) has fewer
-            frames per second than the clip; with `replace`, for a hundred of them.
+            frames per second than the clip; in training, after a hundred of them in turn.
     """
 
     def __init__(self, videos: list[Video], settings: ClipSettings, split: str = "test") -> None:
@@ -141,7 +138,7 @@ class VideoClips(ClipDataset):
         return self.videos[place].name, start
 
     def leave_out(self, names: Collection[str]) -> None:
-        """Take no clip of these videos."""
+        """Remove these videos."""
         self.videos = [video for video in self.videos if video.name not in names]
         self._ends = None
 
@@ -151,19 +148,18 @@ class VideoClips(ClipDataset):
         except VideoError as error:
             if self.replace:
                 raise
-            return {"skipped": [self.skip(key[1] if isinstance(key, tuple) else key, error)]}
+            return {"skipped": [self.skip(_split(key)[1], error)]}
 
     def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any]]:
         """Return the items of a batch.
 
-        Clips that follow each other in a video are read at once: where a file is decoded from its beginning, doing so
-        for each clip anew would take time that grows as the square of the video's length.
+        Consecutive clips of a video are read at once: if a file has to be decoded from its beginning, doing so for each
+        clip would take time that grows as the square of the video's length.
         """
         if not self.consecutive:
             return super().__getitems__(keys)
         runs: list[list[int]] = []
-        for key in keys:
-            index = key[1] if isinstance(key, tuple) else key
+        for _, index in map(_split, keys):
             if runs and index == runs[-1][-1] + 1 and self._place(index)[1] > 0:
                 runs[-1].append(index)
             else:
@@ -174,31 +170,34 @@ class VideoClips(ClipDataset):
         return items
 
     def _together(self, run: list[int]) -> list[dict[str, Any]] | None:
-        """The items of neighbouring clips of a video; None if they are not all there."""
+        """Return the items of consecutive clips of a video; None unless all can be read."""
         place, number = self._place(run[0])
         info, length = self._info(place), len(run) * self.num_frames
         fps = self._usable_rates(info)[0]
         promised = self._num_shown(info, fps) - number * self.num_frames
         try:
             self._check_rate(info, fps)
-            frames = self._read(info, self._start(info, fps, number)[1], min(length, promised), fps, CENTRE, False)
+            frames = self._read(info, self._start(info, fps, number)[1], min(length, promised), fps)
         except VideoError:
             return None
         padded = max(0, length - promised)
-        clips = np.split(_extended(frames, padded), len(run))
-        items = []
-        for index, clip in zip(run, clips, strict=True):
-            name, start = self.identity(index)
-            item = {"clip": torch.from_numpy(clip), "label": self.videos[place].label, "name": name}
-            items.append({**item, "start_frame": start, "padded": padded if index == run[-1] else 0})
-        return items
+        clips = np.split(_pad(frames, padded), len(run))
+        return [
+            _with_tensor(self._item(place, self.identity(index)[1], clip, padded if index == run[-1] else 0))
+            for index, clip in zip(run, clips, strict=True)
+        ]
+
+    def _item(self, place: int, start: int, frames: Frames, padded: int) -> dict[str, Any]:
+        video = self.videos[place]
+        item = {"clip": frames, "label": video.label, "name": video.name, "start_frame": start}
+        return {**item, "padded": padded} if padded else item
 
     def clip(self, epoch: int, index: int) -> dict[str, Any]:
         if not self.replace:
             return self._draw(index, np.random.default_rng((self.seed, epoch, index)))
         skipped: list[Skip] = []
         for attempt in range(_ATTEMPTS):
-            # The first one draws as if there were no others.
+            # The first attempt draws as if there were no others.
             random = np.random.default_rng((self.seed, epoch, index, attempt) if attempt else (self.seed, epoch, index))
             chosen = int(random.integers(len(self.videos))) if attempt else index
             try:
@@ -216,13 +215,11 @@ class VideoClips(ClipDataset):
         return (video.name, reason, False) if isinstance(error, EndedError) else (video.name, reason)
 
     def fault(self, place: int) -> Fault | None:
-        """Why no clip of this video can be taken, as far as that can be told without decoding it."""
+        """Return the reason why no clip of this video can be taken, if one is known without decoding; or None."""
         info = self._info(place)
         fps = self._usable_rates(info)[0]
         try:
-            self._check_rate(info, fps)
-            if not self.pad:
-                self._last_start(info, fps)
+            (self._check_rate if self.pad else self._last_start)(info, fps)
         except VideoError as error:
             return Fault.of(error, info.path)
         return None
@@ -235,7 +232,7 @@ class VideoClips(ClipDataset):
         return video.info
 
     def _place(self, index: int) -> tuple[int, int]:
-        """The place of a clip's video, and which one of its clips it is."""
+        """Return the place of a clip's video, and the clip's number in it."""
         if not self.consecutive:
             return index, 0
         if not 0 <= index < len(self):
@@ -245,104 +242,96 @@ class VideoClips(ClipDataset):
         return place, index - (int(ends[place - 1]) if place else 0)
 
     def _clip_ends(self) -> NDArray[np.int64]:
-        """How many clips the videos have up to each of them, itself included."""
+        """Return the cumulative numbers of clips of the videos."""
         if self._ends is None:
             counts = [self._num_clips(self._info(place)) for place in range(len(self.videos))]
             self._ends = np.cumsum(counts, dtype=np.int64)
         return self._ends
 
     def _num_clips(self, info: VideoInfo) -> int:
-        """Consecutive clips of a video."""
+        """Count the consecutive clips of a video."""
         shown = self._num_shown(info, self._usable_rates(info)[0])
         if self.pad:
             return math.ceil(shown / self.num_frames)
         return max(shown // self.num_frames, int(self.loop))
 
     def _num_shown(self, info: VideoInfo, fps: float | None) -> int:
-        """Frames of a whole video at the clip's rate: the last one stays until its end."""
+        """Count the frames of a whole video at the clip's rate: the last one is shown until its end."""
         return math.ceil(info.num_frames * self._rate(info, fps) / info.fps)
 
     def _start(self, info: VideoInfo, fps: float | None, number: int) -> tuple[int, Fraction]:
-        """The frame that the `number`-th consecutive clip begins with, and its time in seconds."""
+        """Return the first frame of the `number`-th consecutive clip, and its time in seconds."""
         time = number * self.num_frames / self._rate(info, fps)
         return math.floor(time * info.fps), time
 
     def _draw(self, index: int, random: np.random.Generator) -> dict[str, Any]:
         position, x, y, mirror, rate = random.random(5) if self.training else (0.5, 0.5, 0.5, 1.0, 0.0)
         place, number = self._place(index)
-        video, info = self.videos[place], self._info(place)
+        info = self._info(place)
         rates = self._usable_rates(info)
         fps = rates[int(rate * len(rates))]
         padded = 0
         if self.consecutive:
-            start, frames, padded = self._consecutive(info, fps, number)
+            start, frames, padded = self._read_consecutive(info, fps, number)
         else:
             try:
-                start, frames = self._chosen(info, fps, position, (x, y))
+                start, frames = self._read_at(info, fps, position, (x, y))
             except VideoError as error:
                 if error.decodable is None or not 0 < info.num_frames - error.decodable <= HEADER_EXCESS:
                     raise
-                # The container promised a little more than there is: choose again from what was decoded.
+                # The container promised a little too much: choose again from the frames that were decoded.
                 info = replace(info, num_frames=error.decodable)
-                start, frames = self._chosen(info, fps, position, (x, y))
+                start, frames = self._read_at(info, fps, position, (x, y))
         if self.horizontal_flip and mirror < 0.5:
             frames = frames[:, :, ::-1]
-        item = {"clip": frames, "label": video.label, "name": video.name, "start_frame": start}
-        return {**item, "padded": padded} if padded else item
+        return self._item(place, start, frames, padded)
 
-    def _chosen(
-        self, info: VideoInfo, fps: float | None, position: float, crop: tuple[float, float]
-    ) -> tuple[int, Frames]:
+    def _read_at(self, info: VideoInfo, fps: float | None, position: float, crop: Crop) -> tuple[int, Frames]:
+        """Read the clip at a position from 0 to 1 → first frame, pictures."""
         last = self._last_start(info, fps)
         start = min(int(position * (last + 1)), last) if self.training else last // 2
         return start, self._read(info, start / info.fps, self.num_frames, fps, crop, self.loop)
 
-    def _consecutive(self, info: VideoInfo, fps: float | None, number: int) -> tuple[int, Frames, int]:
-        """A clip of those that a video is cut into → first frame, pictures, how many of them repeat the last one."""
+    def _read_consecutive(self, info: VideoInfo, fps: float | None, number: int) -> tuple[int, Frames, int]:
+        """Read a clip of those that a video is cut into → first frame, pictures, number of padded ones."""
         self._check_rate(info, fps)
         start, time = self._start(info, fps, number)
         promised = least = self.num_frames
         if self.pad:
             promised = min(promised, self._num_shown(info, fps) - number * self.num_frames)
-            # A container may promise a little more than there is, which is then padded too.
+            # Frames that the container promised in excess are padded too.
             least = max(1, promised - HEADER_EXCESS - 1)
         loop = self.loop and not self.pad and number == 0
         for length in range(promised, least - 1, -1):
             try:
-                frames = self._read(info, time, length, fps, CENTRE, loop)
+                frames = self._read(info, time, length, fps, loop=loop)
             except VideoError as error:
                 if error.decodable is None or info.num_frames - error.decodable > HEADER_EXCESS:
                     raise
                 ended = error
                 continue
             padded = self.num_frames - length
-            return start, _extended(frames, padded), padded
+            return start, _pad(frames, padded), padded
         raise EndedError(str(ended), ended.decodable, ended.kind) from None
 
     def _read(
-        self,
-        info: VideoInfo,
-        time: Fraction,
-        num_frames: int,
-        fps: float | None,
-        crop: tuple[float, float],
-        loop: bool,
+        self, info: VideoInfo, time: Fraction, length: int, fps: float | None, crop: Crop = CENTRE, loop: bool = False
     ) -> Frames:
         source, rate = self.content(info), None if fps is None else self._rate(info, fps)
         try:
-            return read_clip(source, time, num_frames, rate, self.resolution, crop, loop, info.fps)
+            return read_clip(source, time, length, rate, self.resolution, crop, loop, info.fps)
         except VideoError as error:
-            if isinstance(source, bytes):  # which don't know the name
+            if isinstance(source, bytes):  # whose name the error lacks
                 reason = str(error).partition(": ")[2]
                 raise VideoError(f"{info.path}: {reason}", error.decodable, error.kind, error.lasting) from None
             raise
 
     def content(self, info: VideoInfo) -> Source:
-        """What to read a video from."""
+        """Return the source that a video is read from."""
         return info.path
 
     def _usable_rates(self, info: VideoInfo) -> list[float | None]:
-        """The rates to draw from for a video: those that it can give; in evaluation the first."""
+        """Return the rates to draw from for a video: those that it supports; in evaluation the first."""
         if not self.training or len(self.rates) == 1:
             return self.rates[:1]
         given = [rate for rate in self.rates if rate is not None and rate <= info.fps * _NEAR]
@@ -351,14 +340,14 @@ class VideoClips(ClipDataset):
         return [rate for rate in given if self._span(info, rate) < info.num_frames] or [max(given)]
 
     def _rate(self, info: VideoInfo, fps: float | None) -> Fraction:
-        """Frames per second of a clip; in evaluation at most the video's, since 30 of 29.97 would repeat some."""
+        """Return a clip's frames per second; in evaluation at most the video's, as 30 of 29.97 would repeat some."""
         if fps is None:
             return info.fps
         rate = Fraction(fps).limit_denominator(10**7)
         return rate if self.training else min(rate, info.fps)
 
     def _span(self, info: VideoInfo, fps: float | None) -> int:
-        """Frames of the video from the first to the last of a clip."""
+        """Return the frames of the video from the first to the last of a clip."""
         return int((self.num_frames - 1) * info.fps / self._rate(info, fps))
 
     def _check_rate(self, info: VideoInfo, fps: float | None) -> None:
@@ -370,7 +359,7 @@ class VideoClips(ClipDataset):
             )
 
     def _last_start(self, info: VideoInfo, fps: float | None) -> int:
-        """The last frame of the video at which a clip can begin."""
+        """Return the last frame of the video at which a clip can begin; `VideoError` if there is none."""
         self._check_rate(info, fps)
         span = self._span(info, fps)
         if info.num_frames <= span and not self.loop:
@@ -383,6 +372,14 @@ class VideoClips(ClipDataset):
         return max(0, info.num_frames - 1 - span)
 
 
-def _extended(frames: Frames, padded: int) -> Frames:
-    """Frames (T, H, W, 3) with so many copies of the last one behind them."""
+def _split(key: Key) -> tuple[int, int]:
+    return key if isinstance(key, tuple) else (0, key)
+
+
+def _with_tensor(item: dict[str, Any]) -> dict[str, Any]:
+    return {"padded": 0, **item, "clip": torch.from_numpy(np.ascontiguousarray(item["clip"]))}
+
+
+def _pad(frames: Frames, padded: int) -> Frames:
+    """Append copies of the last of (T, H, W, 3) frames."""
     return np.concatenate([frames, np.repeat(frames[-1:], padded, axis=0)]) if padded else frames

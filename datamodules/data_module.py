@@ -1,6 +1,7 @@
-"""Base class of data modules of clips: options, datasets, loaders, and the report of unusable videos."""
+"""Base class of data modules of clips: options, datasets, loaders, unusable videos."""
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,18 +12,18 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
+from vidtwin.console import log
 from vidtwin.data import SPLITS, ClipSettings, ClipSource
 from vidtwin.errors import UserError
 from vidtwin.listing import excluded_names
-from vidtwin.video import COLOUR, RESIZE_FILTER, VideoInfo
+from vidtwin.video import COLOUR, RESIZE_FILTER
 
-from . import description
-from .broken import UnusableVideos, log
+from .broken import UnusableVideos
 from .clips import ClipDataset, Video, VideoClips
+from .description import describe_clips, describe_videos
 from .index import Fault, survey_all
 from .loader import ChunkLoader, ClipLoader
 from .resumable import ResumableDataModule
-from .sampler import ClipSampler
 from .shards.cached import CachedClips
 from .shards.writer import Written, write_cache
 from .transforms import to_batch
@@ -32,19 +33,18 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
     """Base of the data modules of clips.
 
     Workers hand out clips as uint8 (B, T, H, W, 3); on the device a batch is a `vidtwin.data.Batch`. A subclass lists
-    its videos (`videos`), or creates the dataset itself (`make_dataset`). Splits are called "train", "val" and "test";
+    its videos (`videos`), or creates the dataset itself (`make_dataset`). The splits are "train", "val" and "test";
     prediction takes "test".
 
     Args:
         batch_size: Clips per batch and device in training.
-        eval_batch_size: The same in evaluation; null: `batch_size`.
-        num_workers: Processes that decode, for each device; null: the cores shared by the devices, at most 8.
-        max_broken: Share of a split's videos that may be unreadable, truncated or corrupt; more stop the run. One may
-            be, unless the share is 0.
-        exclude: Text file of videos to leave out, as `vidtwin doctor` writes it: a name on each line, after a tab
-            anything.
-        cache: Folder that `vidtwin cache` has written, from which the clips are taken instead of being decoded.
-        **kwargs: Those of `ClipSettings`.
+        eval_batch_size: Clips per batch and device in evaluation; null: `batch_size`.
+        num_workers: Decoding processes per device; null shares the cores among the devices, with at most 8 each.
+        max_broken: Share of a split's videos that may be unreadable, truncated or corrupt; more stop the run. One
+            video may be broken unless the share is 0.
+        exclude: Text file of videos to leave out, as `vidtwin doctor` writes it: a name per line, a tab, and anything.
+        cache: Folder written by `vidtwin cache`, from which clips are read instead of being decoded.
+        **kwargs: Arguments of `ClipSettings`.
 
     Attributes:
         unusable: Videos that cannot be used, and the budget of broken ones.
@@ -60,33 +60,29 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
         cache: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers)
         self.settings = ClipSettings(**kwargs)
-        if batch_size < 1:
-            raise UserError(f"Expected data.batch_size of at least 1, got {batch_size}.")
-        if num_workers is not None and num_workers < 0:
-            raise UserError(f"Expected data.num_workers of at least 0, or null for one a core, got {num_workers}.")
-        self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
-        self.num_workers = num_workers
-        self.exclude = exclude
-        self.cache = cache
+        self.exclude, self.cache = exclude, cache
         self.unusable = UnusableVideos(max_broken)
         self.skipped = self.unusable.reasons
         self._datasets: dict[str, ClipDataset] = {}
 
     @abstractmethod
     def videos(self, split: str) -> list[Video]:
-        """List the videos of a split, reading no other; `UserError` if the data are missing."""
+        """List the videos of a split, without reading other splits; `UserError` if the data are missing."""
 
     def make_dataset(self, split: str) -> ClipDataset:
         """Create the clips of a split; unusable videos are reported and left out."""
         listed = self._included(split)
-        findings = survey_all([video.path for video in listed], self.workers(), show=self._reports)
-        faults = {v.name: found for v, found in zip(listed, findings, strict=True) if isinstance(found, Fault)}
-        usable = [
-            replace(v, info=found) for v, found in zip(listed, findings, strict=True) if isinstance(found, VideoInfo)
-        ]
+        surveyed = survey_all([video.path for video in listed], self.workers(), show=self._reports)
+        faults: dict[str, Fault] = {}
+        usable = []
+        for video, found in zip(listed, surveyed, strict=True):
+            if isinstance(found, Fault):
+                faults[video.name] = found
+            else:
+                usable.append(replace(video, info=found))
         clips = VideoClips(usable, self.settings, split)
         faults |= {video.name: fault for i, video in enumerate(clips.videos) if (fault := clips.fault(i))}
         self.unusable.sift(split, len(listed), faults, self._reports)
@@ -106,23 +102,18 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
         return clips
 
     def cache_key(self, split: str) -> dict[str, Any]:
-        """Return the subclass's arguments on which its clips depend: they identify a cache."""
+        """Return the arguments of the subclass that identify a cache: those on which its clips depend."""
         return {}
 
     def describe(self, split: str, format: Literal["clips", "videos"] = "clips") -> dict[str, Any]:
         """Describe everything on which the clips, or the video files, of a split depend."""
-        source = {"data": type(self).__name__}
-        if format == "clips":
-            source |= description.of_clips(self.settings, split)
-        return description.as_json(
-            source | description.of_videos(self.cache_key(split), self.exclude, self._videos_here(split))
-        )
-
-    def _videos_here(self, split: str) -> list[Video] | None:
         try:
-            return self.videos(split)
+            videos = self.videos(split)
         except UserError:  # a cache can be used without them
-            return None
+            videos = None
+        clips = describe_clips(self.settings, split) if format == "clips" else {}
+        described = clips | describe_videos(self.cache_key(split), self.exclude, videos)
+        return {"data": type(self).__name__, **json.loads(json.dumps(described))}  # as a manifest gives it back
 
     def write_cache(
         self,
@@ -136,7 +127,7 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
         return write_cache(self, out, splits, epochs, format, verify)
 
     def prepare_data(self) -> None:
-        """Report missing data before anything else is fetched or built."""
+        """Report missing data before anything is fetched or built."""
         if self.trainer and self.trainer.state.fn:
             self.setup(self.trainer.state.fn.value)
 
@@ -173,9 +164,7 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
             processes: Number of processes on this machine that share its cores, each with its own loader.
         """
         if split not in ("val", "test"):
-            raise UserError(
-                f"Expected chunks of the split val or test, whose clips are always the same, got {split!r}."
-            )
+            raise UserError(f"Expected chunks of the split val or test, whose clips are fixed, got {split!r}.")
         if processes < 1:
             raise UserError(f"Expected at least one process, got {processes}.")
         dataset = self.dataset(split)
@@ -194,7 +183,7 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
         return to_batch(batch)
 
     def protocol(self) -> dict[str, Any]:
-        """Describe the test clips: equal protocols mean equal clips. Reads the headers of the test videos."""
+        """Describe the test clips, after reading the headers of their videos: equal protocols mean equal clips."""
         dataset = self.dataset("test")
         identities = [dataset.identity(index) for index in range(len(dataset))]
         listing = "".join(f"{name}\t{start}\n" for name, start in identities)
@@ -219,32 +208,10 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
         return split
 
     def _loader(self, split: str) -> DataLoader[Any]:
-        training = split == "train"
-        dataset = self.dataset(split)
-        rank, world_size = self._ranks()
-        if not training and len(dataset) < world_size:
-            # A rank without a clip would leave the others waiting when means are taken over all ranks.
-            raise UserError(
-                f"Expected at least one clip of the {self.split_name(split)} split for each of {world_size} ranks, "
-                f"got {len(dataset)}; use fewer devices or more clips."
-            )
-        batch_size = self.batch_size if training else self.eval_batch_size
-        sampler = ClipSampler(len(dataset), training, self.settings.seed, rank, world_size, batch_size, dataset.order)
-        if training and self.trainer:
-            self._go_on(sampler)
-        workers = self.workers()
-        return ClipLoader(
-            dataset,
-            on_skip=partial(self._skip, split),
-            batch_size=batch_size,
-            sampler=sampler,
-            drop_last=training and len(sampler) >= batch_size,
-            num_workers=workers,
-            pin_memory=self._device_type() == "cuda",
-            persistent_workers=workers > 0 and split != "test",
-            # Its own generator: each iterator draws a seed, which would shift the model's draws in a resumed run.
-            generator=torch.Generator().manual_seed(self.settings.seed),
-        )
+        clips = self.dataset(split)
+        batch_size = self.batch_size if split == "train" else self.eval_batch_size
+        options = self._loader_options(split, clips, batch_size, self.settings.seed, clips.order)
+        return ClipLoader(clips, on_skip=partial(self._skip, split), **options)
 
     def _included(self, split: str) -> list[Video]:
         """List the videos of a split without the excluded ones."""
@@ -255,14 +222,14 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
         listed = [video for video in videos if video.name not in excluded]
         if not listed:
             raise UserError(
-                f"Expected videos in split {split}, data.exclude={self.exclude} leaves none of {len(videos)}."
+                f"Expected videos in split {split}, got none of {len(videos)}: data.exclude={self.exclude} names all; "
+                "remove some from it."
             )
         if self._reports:
-            left_out = len(videos) - len(listed)
-            foreign = ""
-            if not left_out and excluded:
-                foreign = f"; it names {min(excluded)}, where this split has {videos[0].name}"
-            log(f"{split}: data.exclude leaves out {left_out} of {len(videos)} videos{foreign}")
+            line = f"{split}: data.exclude leaves out {len(videos) - len(listed)} of {len(videos)} videos"
+            if len(videos) == len(listed) and excluded:
+                line += f"; it names {min(excluded)}, but this split has names such as {videos[0].name}"
+            log(line)
         return listed
 
     @property

@@ -1,7 +1,6 @@
-"""Descriptions of the clips of a split, by which a cache is checked to hold the requested clips."""
+"""Describe the clips of a split, to check that a cache holds the requested ones."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from vidtwin.video import RESIZE_FILTER
 from .clips import Video
 
 
-def of_clips(settings: ClipSettings, split: str) -> dict[str, Any]:
+def describe_clips(settings: ClipSettings, split: str) -> dict[str, Any]:
     """Describe the settings on which the clips of a split depend."""
     drawn = settings.draws(split)
     described: dict[str, Any] = {
@@ -31,7 +30,7 @@ def of_clips(settings: ClipSettings, split: str) -> dict[str, Any]:
     return described
 
 
-def of_videos(key: dict[str, Any], exclude: str | None, videos: Sequence[Video] | None) -> dict[str, Any]:
+def describe_videos(key: dict[str, Any], exclude: str | None, videos: Sequence[Video] | None) -> dict[str, Any]:
     """Describe the videos of a split, but not their location, so that a cache can be moved and used without them.
 
     Args:
@@ -41,22 +40,20 @@ def of_videos(key: dict[str, Any], exclude: str | None, videos: Sequence[Video] 
     """
     described = dict(key)
     if exclude:
-        names = "\n".join(sorted(excluded_names(Path(exclude))))
-        described["exclude"] = f"names of sha256 {hashlib.sha256(names.encode()).hexdigest()[:16]}"
-    if videos is None:
-        return described
-    lines = "".join(f"{video.name}\t{video.label}\t{_size(video.path)}\n" for video in videos)
-    checksum = hashlib.sha256(lines.encode()).hexdigest()[:16]
-    return {**described, "videos": f"{len(videos)}, names, labels and sizes of sha256 {checksum}"}
+        checksum = _hash("\n".join(sorted(excluded_names(Path(exclude)))))
+        described["exclude"] = f"names of sha256 {checksum}"
+    if videos is not None:
+        checksum = _hash("".join(f"{video.name}\t{video.label}\t{_size(video.path)}\n" for video in videos))
+        described["videos"] = f"{len(videos)}, names, labels and sizes of sha256 {checksum}"
+    return described
 
 
-def as_json(description: dict[str, Any]) -> dict[str, Any]:
-    """Return a description as it is read back from JSON."""
-    return dict(json.loads(json.dumps(description)))
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _size(path: Path) -> int | None:
-    """Size in bytes. The modification time is left out: a copy of a video is the same video."""
+    """Return the size in bytes. The modification time is left out: a copy of a video is the same video."""
     try:
         return identity(path)[0]
     except OSError:  # a list may name a missing file

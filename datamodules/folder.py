@@ -1,7 +1,6 @@
-"""Any folder of videos, with or without lists that say which they are."""
+"""Data module of a folder of videos, with or without lists of them."""
 
 import csv as csv_files
-import hashlib
 import os
 import string
 import sys
@@ -17,35 +16,36 @@ from vidtwin.video import VIDEO_SUFFIXES
 
 from .clips import Video
 from .data_module import ClipDataModule
+from .sampler import hash_to_unit
 
-Listed = tuple[list[str], list[str], list[str]]  # paths, labels and splits of a list's videos; "" where it gives none
+Listed = tuple[list[str], list[str], list[str]]  # paths, labels and splits of a list's videos; "" if it gives none
 
 
 class VideoFolder(ClipDataModule):
-    """Every video under a folder, or those that lists name.
+    """Every video under a folder, or those named by lists.
 
-    Without lists a video's label is the place of its parent folder among all of them in alphabetical order. Where no
-    split is given the name alone decides on which side a video falls, by its SHA-256: adding videos moves no other.
+    Without lists a video's label is the rank of its parent folder among all of them in alphabetical order. If no split
+    is given, it follows from the SHA-256 of the video's name, so adding videos moves no other.
 
-    A video that a list names and that is not there is found out when it is read; a list of which none is there is an
-    error at once, and so is a video that comes twice, or in training and in another split.
+    A missing video of a list is reported when it is read. It is an error if all videos of a list are missing, or if a
+    video comes twice, or in training and in another split.
 
     Args:
-        root: Folder; videos are found in it at any depth, by their suffix. Links to folders are followed; hidden files
-            and folders (whose names begin with a dot) are left out.
-        csv: File with the columns of `path_template` and, if wanted, `label` (integers, or words that are numbered in
+        root: Folder that is searched at any depth for videos, by their suffix. Links to folders are followed; hidden
+            files and folders (whose names begin with a dot) are left out.
+        csv: File with the columns of `path_template` and optionally `label` (integers, or words that are numbered in
             alphabetical order) and `split` (train, val or test).
-        splits: For each split what its videos are, under `root`: a folder, a .csv file like `csv`, whose column `split`
-            is not used, or a .txt file with a path a line. Labels are numbered over all splits together; in a folder
-            they are the names of the folders right in it, in a .txt file there are none. Without "val" it is the share
+        splits: The videos of each split, under `root`: a folder, a .csv file like `csv`, whose column `split` is
+            ignored, or a .txt file with a path per line. Labels are numbered over all splits together; in a folder they
+            are the names of its subfolders, and a .txt file has none. If "val" is left out, it is the share
             `val_fraction` of "train".
         path_template: A video's path, under `root` or absolute, from the columns of a .csv file; `{path}` is a line of
-            a .txt file. Columns are text: `{time_start:0>6}` fills one up with zeros.
-        image_folders: Folders of numbered images are videos too, and their subfolders are not searched. Lists may name
-            such folders in any case.
-        val_fraction: Share of the videos held out for validation where no split is given.
-        test_fraction: Share of the videos held out for testing where no split is given.
-        **kwargs: Those of `ClipDataModule`.
+            a .txt file. Columns are text: `{time_start:0>6}` pads one with zeros.
+        image_folders: Treat folders of numbered images as videos, too, and do not search their subfolders. Lists may
+            always name such folders.
+        val_fraction: Share of the videos held out for validation if no split is given.
+        test_fraction: Share of the videos held out for testing if no split is given.
+        **kwargs: Arguments of `ClipDataModule`.
     """
 
     def __init__(
@@ -71,17 +71,15 @@ class VideoFolder(ClipDataModule):
         self.root = Path(root)
         self.csv = Path(csv) if csv else None
         self.splits = {split: self.root / place for split, place in (splits or {}).items()}
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
-        self.path_template = path_template
-        self.image_folders = image_folders
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.path_template, self.image_folders = path_template, image_folders
         self._columns = _columns_of(path_template)
         self._prefix = os.path.join(os.path.abspath(root), "")
         self._videos: dict[str, list[Video]] = {}
 
     def videos(self, split: str) -> list[Video]:
         if split not in self._videos:
-            self._videos |= self._named(split) if self.splits else self._divided()
+            self._videos |= self._list_split(split) if self.splits else self._divide()
         videos = self._videos[split]
         if not videos:
             counts = {name: len(videos) for name, videos in self._videos.items()}
@@ -96,71 +94,69 @@ class VideoFolder(ClipDataModule):
         shares = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}
         return {"splits": splits, "csv": self.csv.name if self.csv else None, **shares}
 
-    def _divided(self) -> dict[str, list[Video]]:
-        """All videos by their splits, where one folder or file has them all."""
-        parts: dict[str, list[Video]] = {split: [] for split in SPLITS}
+    def _divide(self) -> dict[str, list[Video]]:
+        """Divide the videos of one folder or file into splits."""
+        rows: Iterable[tuple[str, int, str]]
         if self.csv is None:
-            videos = self._found(self.root)
-            folders = {folder: label for label, folder in enumerate(sorted({path.parent for path in videos}))}
-            for path in videos:
-                name = path.relative_to(self.root).as_posix()
-                parts[self._split_of(name, self.test_fraction)].append(Video(path, name, folders[path.parent]))
-            return parts
-        names, words, given = self._listed(self.csv)
-        wrong = sorted(set(given) - set(SPLITS)) if any(given) else []
-        if wrong:
-            raise UserError(
-                f"{self.csv}: expected train, val or test in the column split, got {', '.join(map(repr, wrong))}."
-            )
-        number = _numbering(words)
-        for name, word, split in zip(names, words, given, strict=True):
-            video = Video(self.root / name, name, number[word])
-            parts[split or self._split_of(name, self.test_fraction)].append(video)
+            paths = self._find(self.root)
+            labels = {folder: label for label, folder in enumerate(sorted({path.parent for path in paths}))}
+            rows = ((path.relative_to(self.root).as_posix(), labels[path.parent], "") for path in paths)
+        else:
+            names, words, given = self._read_checked(self.csv)
+            wrong = sorted(set(given) - set(SPLITS)) if any(given) else []
+            if wrong:
+                raise UserError(
+                    f"{self.csv}: expected train, val or test in the column split, got {', '.join(map(repr, wrong))}."
+                )
+            numbers = _number(words)
+            rows = zip(names, map(numbers.__getitem__, words), given, strict=True)
+        parts: dict[str, list[Video]] = {split: [] for split in SPLITS}
+        for name, label, split in rows:
+            parts[split or self._draw_split(name, self.test_fraction)].append(Video(self.root / name, name, label))
         return parts
 
-    def _named(self, split: str) -> dict[str, list[Video]]:
-        """The videos of a split of `splits`; those of "train" and "val" together where one is a part of the other."""
+    def _list_split(self, split: str) -> dict[str, list[Video]]:
+        """List the videos of a split of `splits`; of "train" and "val" together if one is a part of the other."""
         held_out = split != "test" and "val" not in self.splits
         source = "train" if held_out else split
         if source not in self.splits:
             raise UserError(
-                f"Expected data.splits to say where the split {split} is, it names {', '.join(self.splits)} alone; "
-                f"add {split} to it."
+                f"Expected data.splits to name the split {split}, got {', '.join(self.splits)} alone; add {split}."
             )
         place = self.splits[source]
         if place.suffix.lower() in (".csv", ".txt"):
-            names, words, _ = self._listed(place)
+            names, words, _ = self._read_checked(place)
             paths: Iterable[Path] = (self.root / name for name in names)
         else:
             if not place.is_relative_to(self.root):
                 raise UserError(f"Expected data.splits to name folders under data.root={self.root}, got {place}.")
-            paths = self._found(place)
+            paths = self._find(place)
             names = [path.relative_to(self.root).as_posix() for path in paths]
             words = [path.relative_to(place).parts[0] if path.parent != place else "" for path in paths]
         if source == "train":
             self._check_apart(names)
-        number = _numbering({*words, *self._words()}) if any(words) else {"": -1}
-        videos = [Video(path, name, number[word]) for path, name, word in zip(paths, names, words, strict=True)]
+        numbers = _number({*words, *self._label_words()}) if any(words) else {"": -1}
+        videos = [Video(path, name, numbers[word]) for path, name, word in zip(paths, names, words, strict=True)]
         if not held_out:
             return {split: videos}
         parts: dict[str, list[Video]] = {"train": [], "val": []}
         for video in videos:
-            parts[self._split_of(video.name, 0)].append(video)
+            parts[self._draw_split(video.name, 0)].append(video)
         return parts
 
-    def _words(self) -> Iterator[str]:
-        """The labels of all of `splits`: a class has one number, whichever split is asked for and lacks others."""
+    def _label_words(self) -> Iterator[str]:
+        """Yield the labels of all `splits`, so that a class has one number, even if a split lacks others."""
         for place in self.splits.values():
             if place.is_dir():
                 yield from (entry.name for entry in os.scandir(place) if entry.is_dir() and not is_hidden(entry.name))
             elif place.suffix.lower() == ".csv" and place.is_file():
                 yield from self._read_csv(place, labels_only=True)[1]
 
-    def _found(self, folder: Path) -> list[Path]:
-        """Videos under a folder, sorted."""
+    def _find(self, folder: Path) -> list[Path]:
+        """Find the videos under a folder, sorted."""
         if not folder.is_dir():
             option = "data.root or data.splits" if self.splits else "data.root"
-            raise UserError(f"Expected a folder of videos at {folder}, there is none; set {option}.")
+            raise UserError(f"Expected a folder of videos at {folder}, got no folder; set {option}.")
         paths, _ = find_videos(folder, self.image_folders)
         if not paths:
             raise UserError(
@@ -168,18 +164,18 @@ class VideoFolder(ClipDataModule):
                 "data.image_folders if each is a folder of images."
             )
         if odd := [ascii(str(path.relative_to(folder))) for path in paths if not is_text(str(path))]:
-            raise UserError(f"{folder}: expected names in UTF-8, {len(odd):,} are none ({few(odd)}); rename these.")
+            raise UserError(f"{folder}: expected names in UTF-8, {len(odd):,} are not ({few(odd)}); rename these.")
         return paths
 
-    def _listed(self, file: Path) -> Listed:
-        """What a list has, each video once and not all of them absent: the reader names each that is not there."""
+    def _read_checked(self, file: Path) -> Listed:
+        """Read a list that names each video once; not all may be missing, while single ones are reported later."""
         names, labels, splits = self._read(file)
         if not any((self.root / name).exists() for name in names):
             raise UserError(
-                f"{file}: expected its {len(names):,} videos in {self.root}, none of them is there ({few(names)}); set "
+                f"{file}: expected its {len(names):,} videos in {self.root}, all are missing ({few(names)}); set "
                 "data.root or data.path_template."
             )
-        twice = [name for name, times in Counter(map(self._spelling, names)).items() if times > 1]
+        twice = [name for name, times in Counter(map(self._normalize, names)).items() if times > 1]
         if twice:
             raise UserError(
                 f"{file}: expected each video once, {len(twice):,} come twice or more ({few(sorted(twice))}); leave "
@@ -188,8 +184,8 @@ class VideoFolder(ClipDataModule):
         return names, labels, splits
 
     def _check_apart(self, names: Sequence[str]) -> None:
-        """Nothing that is trained on may be in another split, as far as there are lists or folders of the others."""
-        train = {self._spelling(name) for name in names}
+        """Raise `UserError` if a training video is in another split whose list or folder exists."""
+        train = set(map(self._normalize, names))
         for split, place in self.splits.items():
             if split == "train":
                 continue
@@ -197,7 +193,7 @@ class VideoFolder(ClipDataModule):
                 folder = os.path.join(os.path.abspath(place), "")
                 shared = [n for n in train if os.path.normpath(os.path.join(self._prefix, n)).startswith(folder)]
             elif place.is_file():
-                shared = [name for name in map(self._spelling, self._read(place)[0]) if name in train]
+                shared = [name for name in map(self._normalize, self._read(place)[0]) if name in train]
             else:
                 continue
             if shared:
@@ -206,67 +202,61 @@ class VideoFolder(ClipDataModule):
                     f"in {split} too ({few(sorted(shared))}); take them out of one, or correct data.splits."
                 )
 
-    def _spelling(self, name: str) -> str:
-        """A video's path under `root`, in the one way of writing it."""
+    def _normalize(self, name: str) -> str:
+        """Return a video's normalized path under `root`."""
         place = os.path.normpath(name)
         if os.path.isabs(place):
             place = place.removeprefix(self._prefix)
         return name if place == name else place  # not a second copy of a million names
 
     def _read(self, file: Path) -> Listed:
-        if file == self.csv or file.suffix.lower() == ".csv":
-            return self._read_csv(file)
-        if self._columns != ["path"]:
-            raise UserError(
-                f"{file}: expected {{path}} alone in data.path_template for a list of paths, got {self.path_template}."
-            )
         try:
+            if file == self.csv or file.suffix.lower() == ".csv":
+                return self._read_csv(file)
+            if self._columns != ["path"]:
+                raise UserError(
+                    f"{file}: expected {{path}} alone in data.path_template for a list of paths, got "
+                    f"{self.path_template}."
+                )
             lines = file.read_text(encoding="utf-8-sig").splitlines()
         except FileNotFoundError:
-            raise UserError(f"Expected a list of videos at {file}, there is none; set data.splits.") from None
+            option = "data.splits" if self.splits else "data.csv"
+            raise UserError(f"Expected a list of videos at {file}, got no file; set {option}.") from None
         names = [self.path_template.format(path=line.strip()) for line in lines if line.strip()]
         return names, [""] * len(names), [""] * len(names)
 
     def _read_csv(self, file: Path, labels_only: bool = False) -> Listed:
-        """What a .csv file lists. Of millions of rows only what is needed is kept."""
-        names: list[str] = []
-        labels: list[str] = []
-        splits: list[str] = []
-        try:
-            with file.open(newline="", encoding="utf-8-sig") as handle:
-                rows = csv_files.reader(handle)
-                header = next(rows, [])
-                if labels_only and "label" not in header:
-                    return names, labels, splits
-                at = {column: place for place, column in enumerate(header)}
-                lacking = [column for column in self._columns if column not in at]
-                if header and lacking:
-                    columns = f"the column{'s' * (len(self._columns) > 1)} {', '.join(self._columns)}"
+        """Read a .csv file; only the needed part of its millions of rows is kept."""
+        listed: Listed = ([], [], [])
+        names, labels, splits = listed
+        with file.open(newline="", encoding="utf-8-sig") as handle:
+            rows = csv_files.reader(handle)
+            header = next(rows, [])
+            if labels_only and "label" not in header:
+                return listed
+            at = {column: place for place, column in enumerate(header)}
+            if header and not set(self._columns) <= set(header):
+                columns = f"the column{'s' * (len(self._columns) > 1)} {', '.join(self._columns)}"
+                raise UserError(
+                    f"{file}: expected {columns} (and optionally label and split), got the columns {header}; correct "
+                    "the file or data.path_template."
+                )
+            for row in filter(None, rows):
+                if len(row) < len(header):
                     raise UserError(
-                        f"{file}: expected {columns} (and, if wanted, label and split), got the columns {header}; "
-                        "correct the file or data.path_template."
+                        f"{file}: expected {len(header)} columns in line {rows.line_num}, got {len(row)}; correct the "
+                        "file."
                     )
-                for row in rows:
-                    if not row:
-                        continue
-                    if len(row) < len(header):
-                        raise UserError(
-                            f"{file}: expected {len(header)} columns in line {rows.line_num}, got {len(row)}; "
-                            "correct the file."
-                        )
-                    if not labels_only:
-                        names.append(self.path_template.format_map({c: row[at[c]] for c in self._columns}))
-                        splits.append(sys.intern(row[at["split"]]) if "split" in at else "")
-                    labels.append(sys.intern(row[at["label"]]) if "label" in at else "")
-        except FileNotFoundError:
-            option = "data.splits" if self.splits else "data.csv"
-            raise UserError(f"Expected a CSV file at {file}, there is none; set {option}.") from None
+                if not labels_only:
+                    names.append(self.path_template.format_map({c: row[at[c]] for c in self._columns}))
+                    splits.append(sys.intern(row[at["split"]]) if "split" in at else "")
+                labels.append(sys.intern(row[at["label"]]) if "label" in at else "")
         if not labels_only and not names:
             raise UserError(f"{file}: expected rows of the columns {', '.join(self._columns)}, got no rows.")
-        return names, labels, splits
+        return listed
 
-    def _split_of(self, name: str, test_fraction: float) -> str:
-        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    def _draw_split(self, name: str, test_fraction: float) -> str:
+        place = hash_to_unit(name)
         if place < test_fraction:
             return "test"
         return "val" if place < test_fraction + self.val_fraction else "train"
@@ -274,11 +264,9 @@ class VideoFolder(ClipDataModule):
 
 def _columns_of(template: str) -> list[str]:
     try:
-        columns = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        columns, reason = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None], ""
     except ValueError as error:
         columns, reason = [], f" ({error})"
-    else:
-        reason = ""
     if not columns or not all(columns):
         raise UserError(
             f"Expected data.path_template with columns in braces, such as {{page_dir}}/{{videoid}}.mp4, got "
@@ -287,8 +275,8 @@ def _columns_of(template: str) -> list[str]:
     return list(dict.fromkeys(columns))
 
 
-def _numbering(labels: Iterable[str]) -> dict[str, int]:
-    """Integers as they are, words by alphabetical order, -1 for none."""
+def _number(labels: Iterable[str]) -> dict[str, int]:
+    """Number labels: integers keep their value, words follow the alphabet, and "" is -1."""
     words = sorted(set(labels) - {""})
     integers = all(word.removeprefix("-").isdecimal() for word in words)
     return {"": -1} | {word: int(word) if integers else number for number, word in enumerate(words)}

@@ -1,8 +1,8 @@
-"""What is in the videos of a data set: surveyed once, in parallel, and remembered.
+"""Survey the videos of a data set once, in parallel, and cache the results.
 
-Which videos can be used has to be known before the first batch, on all ranks alike: the length of an epoch depends on
-it. `survey` demuxes a file, which takes a tenth of decoding it; the results are kept in a file of the user's cache
-folder (`$VIDTWIN_CACHE`, by default `~/.cache/vidtwin`) and hold as long as a video keeps its size and time of change.
+All ranks have to know the usable videos before the first batch, since the length of an epoch depends on them. `survey`
+demuxes a file, which takes a tenth of decoding it; the results are stored in the user's cache folder (`$VIDTWIN_CACHE`,
+by default `~/.cache/vidtwin`) and stay valid as long as a video keeps its size and modification time.
 """
 
 import csv
@@ -10,14 +10,13 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vidtwin.files import write_text
@@ -29,19 +28,18 @@ from .loader import WorkerLoader
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2  # to be raised when `survey` says something else of the same file
+_VERSION = 2  # to be raised when `survey` returns something else for the same file
 _FEW = 64  # files that are surveyed without starting processes
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a video can't be used.
+    """The reason why a video can't be used.
 
     Attributes:
-        kind: "unreadable", "truncated" and "corrupt" are faults of the file; "short" and "slow" only hold it against
-            the clips that were asked for.
-        reason: For people: a line without the file's name.
-        lasting: Whether it is there the next time too; not where a disk or a network failed.
+        kind: As of `VideoError`.
+        reason: One line without the file's name.
+        lasting: As of `VideoError`.
     """
 
     kind: Kind
@@ -50,80 +48,65 @@ class Fault:
 
     @classmethod
     def of(cls, error: VideoError, path: Path) -> "Fault":
+        """Take the fault of the video at `path` from an error."""
         text = str(error).removeprefix(f"{path}: ").removeprefix(f"{path.absolute()}: ")
         return cls(error.kind, text.strip().rstrip("."), error.lasting)
 
     @property
     def broken(self) -> bool:
+        """Return whether the file is at fault, not the choice of clips."""
         return self.kind in ("unreadable", "truncated", "corrupt")
 
 
-Finding = VideoInfo | Fault
-_Key = tuple[int, int]  # size in bytes and time of change in ns
+Survey = VideoInfo | Fault
+_Key = tuple[int, int]  # size in bytes and modification time in ns
 
 
-def survey_all(paths: Sequence[Path], workers: int = 1, show: bool = False) -> list[Finding]:
-    """`survey` of each video, from the cache where it is known.
+def survey_all(paths: Sequence[Path], workers: int = 1, show: bool = False) -> list[Survey]:
+    """Survey each video, or take the result from the cache.
 
     Args:
         paths: Video files, or folders of images.
         workers: Processes to survey with.
-        show: Show a progress bar where it takes a while.
+        show: Show a progress bar if it takes a while.
     """
     if not paths:
         return []
     file = _cache_file(paths)
-    known = _read(file)
+    cached = _read(file)
     paths = [path.absolute() for path in paths]
     keys = [_key(path) for path in paths]
-    absent = Fault("unreadable", "there is no such file")
+    missing = Fault("unreadable", "there is no such file")
     waiting = {
-        path: key for path, key in zip(paths, keys, strict=True) if key and known.get(str(path), ((), ()))[0] != key
+        path: key for path, key in zip(paths, keys, strict=True) if key and cached.get(str(path), ((), ()))[0] != key
     }
-    for (path, key), finding in zip(waiting.items(), _survey(list(waiting), workers, show), strict=True):
-        known[str(path)] = (key, finding)
+    for (path, key), found in zip(waiting.items(), _survey(list(waiting), workers, show), strict=True):
+        cached[str(path)] = (key, found)
     if waiting:
-        _write(file, known)
-    return [absent if key is None else known[str(path)][1] for path, key in zip(paths, keys, strict=True)]
+        _write(file, cached)
+    return [missing if key is None else cached[str(path)][1] for path, key in zip(paths, keys, strict=True)]
 
 
-def _survey(paths: list[Path], workers: int, show: bool) -> list[Finding]:
-    if len(paths) <= _FEW or workers < 1:
-        return [_survey_one(path) for path in paths]
+def _survey(paths: list[Path], workers: int, show: bool) -> Iterator[Survey]:
     loader = WorkerLoader(
-        _Surveys(paths),
+        paths,  # type: ignore[arg-type]
         batch_size=16,
-        num_workers=workers,
-        collate_fn=list,
+        num_workers=workers if len(paths) > _FEW else 0,
+        collate_fn=_survey_each,
         generator=torch.Generator(),  # or what draws after this would depend on whether the cache knew the videos
     )
-    findings = []
-    with tqdm(
-        total=len(paths),
-        desc="surveying videos",
-        unit="video",
-        disable=None if show else True,
-        delay=1,
-        dynamic_ncols=True,
-    ) as bar:
+    shown = {"desc": "surveying videos", "unit": "video", "delay": 1, "dynamic_ncols": True}
+    with tqdm(total=len(paths), disable=None if show else True, **shown) as bar:
         for batch in loader:
-            findings += batch
+            yield from batch
             bar.update(len(batch))
-    return findings
 
 
-class _Surveys(Dataset[Finding]):
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Finding:
-        return _survey_one(self.paths[index])
+def _survey_each(paths: list[Path]) -> list[Survey]:
+    return [_survey_one(path) for path in paths]
 
 
-def _survey_one(path: Path) -> Finding:
+def _survey_one(path: Path) -> Survey:
     try:
         return survey(path)
     except VideoError as error:
@@ -138,50 +121,47 @@ def _key(path: Path) -> _Key | None:
 
 
 def _cache_file(paths: Sequence[Path]) -> Path:
-    """One file for each folder that holds data sets or parts of one."""
+    """Return the cache of a data set: one file per common folder of videos."""
     folder = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
     return cache_home() / f"videos-{hashlib.sha256(folder.encode()).hexdigest()[:16]}.tsv"
 
 
-def _read(file: Path) -> dict[str, tuple[_Key, Finding]]:
-    """What was found earlier, by path; nothing where the file is not there or is another version's."""
-    known: dict[str, tuple[_Key, Finding]] = {}
+def _read(file: Path) -> dict[str, tuple[_Key, Survey]]:
+    """Read earlier surveys by path; none if the file is missing, damaged or of another version."""
+    cached: dict[str, tuple[_Key, Survey]] = {}
     try:
         with file.open(newline="", encoding="utf-8") as handle:
             rows = csv.reader(handle, dialect="excel-tab")
             if next(rows, None) != [str(_VERSION)]:
                 return {}
             for path, size, changed, kind, *values in rows:
-                finding: Finding
+                found: Survey
                 if kind:
-                    finding = Fault(cast(Kind, kind), values[0])
+                    found = Fault(cast(Kind, kind), values[0])
                 else:
                     count, fps, duration, width, height = values
-                    finding = VideoInfo(Path(path), int(count), Fraction(fps), float(duration), int(width), int(height))
-                known[path] = ((int(size), int(changed)), finding)
+                    found = VideoInfo(Path(path), int(count), Fraction(fps), float(duration), int(width), int(height))
+                cached[path] = ((int(size), int(changed)), found)
     except (OSError, ValueError) as error:
         if not isinstance(error, FileNotFoundError):
             log.info("%s is not used: %s", file, error)
         return {}
-    return known
+    return cached
 
 
-def _write(file: Path, known: dict[str, tuple[_Key, Finding]]) -> None:
+def _write(file: Path, cached: dict[str, tuple[_Key, Survey]]) -> None:
     buffer = io.StringIO()
     rows = csv.writer(buffer, dialect="excel-tab", lineterminator="\n")
     rows.writerow([_VERSION])
-    for path, (key, finding) in known.items():
-        if isinstance(finding, Fault):
-            if not finding.lasting:
+    for path, (key, found) in cached.items():
+        if isinstance(found, Fault):
+            if not found.lasting:
                 continue
-            rows.writerow([path, *key, finding.kind, finding.reason])
+            rows.writerow([path, *key, found.kind, found.reason])
         else:
-            values = (finding.num_frames, finding.fps, finding.duration, finding.width, finding.height)
+            values = (found.num_frames, found.fps, found.duration, found.width, found.height)
             rows.writerow([path, *key, "", *values])
     try:
         write_text(file, buffer.getvalue())
-    except (
-        OSError,
-        UnicodeEncodeError,
-    ) as error:  # a read-only home, a name that is no text
+    except (OSError, UnicodeEncodeError) as error:  # a read-only home, a name that is not UTF-8
         log.info("%s is not written: %s", file, error)

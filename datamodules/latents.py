@@ -1,10 +1,9 @@
-"""Latents that `vidtwin encode` has written, to train on (docs/latents.md)."""
+"""Data module of latents written by `vidtwin encode` (docs/latents.md)."""
 
-import hashlib
 import warnings
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,22 +18,22 @@ from vidtwin.storage.latent_files import LOGVAR, Manifest, Shard, VideoEntry, sh
 
 from .loader import WorkerLoader
 from .resumable import ResumableDataModule
-from .sampler import ClipSampler
+from .sampler import hash_to_unit
 
 _OPEN = 32  # shards that a worker holds mapped
 
 
 class LatentClips(Dataset[dict[str, Any]]):
-    """The windows of the chosen videos of a folder of latents, in the order of the videos.
+    """Windows of the chosen videos of a folder of latents, in the order of the videos.
 
     `dataset[epoch, index]` (or `dataset[index]`, epoch 0) is `{"latents": {name: float32 (...)}, "codes": {name: int64
-    (...)}, "label": int, "name": str, "start_frame": int, "num_frames": int}`. Of a shard only that window is read.
+    (...)}, "label": int, "name": str, "start_frame": int, "num_frames": int}`. It reads no other window of the shard.
 
     Args:
-        folder: Of the latents.
-        chosen: Which videos.
-        posterior: "mean", or "sample": a draw by (seed, epoch, index).
-        seed: Of the samples.
+        folder: Folder of the latents.
+        chosen: Returns whether to take a video.
+        posterior: "mean", or "sample": drawn by (seed, epoch, index).
+        seed: Seed of the samples.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class LatentClips(Dataset[dict[str, Any]]):
         self.posterior, self.seed = posterior, seed
         if not self.manifest.complete:
             raise UserError(
-                f"Expected whole latents in {folder}, they are not complete; run `vidtwin encode` again, which goes on."
+                f"Expected complete latents in {folder}, got unfinished ones; run `vidtwin encode` again to resume."
             )
         self.digest = self.manifest.digest
         wanted = [chosen(video) for video in self.manifest.videos]
@@ -63,11 +62,11 @@ class LatentClips(Dataset[dict[str, Any]]):
         self.ends: NDArray[np.int64] = np.cumsum(self.pieces[:, 4])
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         for number in np.unique(self.pieces[:, 0]).tolist():
-            self._opened(number)  # each of them whole, before an epoch begins
+            self._open(number)  # refuses a truncated one before an epoch begins
 
     @property
     def videos(self) -> list[VideoEntry]:
-        """Those of which there are windows."""
+        """Videos that have windows."""
         return [self.manifest.videos[video] for video in np.unique(self.pieces[:, 2]).tolist()]
 
     def __len__(self) -> int:
@@ -80,7 +79,7 @@ class LatentClips(Dataset[dict[str, Any]]):
         at = bisect_right(self.ends, index)
         shard_number, place, video_number, first_window, stored = self.pieces[at].tolist()
         row = index - (int(self.ends[at]) - stored)
-        shard = self._opened(shard_number)
+        shard = self._open(shard_number)
         video = self.manifest.videos[video_number]
         random = torch.Generator()
         if self.posterior == "sample":
@@ -95,47 +94,41 @@ class LatentClips(Dataset[dict[str, Any]]):
             if self.posterior == "sample" and latent.kind == "gaussian":
                 logvar = shard.rows(place, name, row, row + 1, LOGVAR)[0].float()
                 latents[name] = value + torch.exp(0.5 * logvar) * torch.randn(value.shape, generator=random)
-        held = {"latents": latents} if latents else {}
-        return held | ({"codes": codes} if codes else {}) | {
-            "label": video.label,
-            "name": video.name,
-            "start_frame": (first_window + row) * self.manifest.settings["num_frames"],
-            "num_frames": shard.pieces[place].num_frames[row],
-        }  # fmt: skip
+        values = {key: value for key, value in (("latents", latents), ("codes", codes)) if value}
+        start, num_frames = (first_window + row) * self.manifest.settings["num_frames"], shard.pieces[place].num_frames
+        return {**values, "label": video.label, "name": video.name, "start_frame": start, "num_frames": num_frames[row]}
 
-    def _opened(self, number: int) -> Shard:
-        shard = self._shards.pop(number, None)
-        if shard is None:
-            shard = Shard(shard_path(self.folder, number), self.digest)
-        self._shards[number] = shard
+    def _open(self, number: int) -> Shard:
+        shard = self._shards.pop(number, None) or Shard(shard_path(self.folder, number), self.digest)
+        self._shards[number] = shard  # the last one in the order of use
         if len(self._shards) > _OPEN:
             self._shards.popitem(last=False)
         return shard
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a worker, which maps the shards itself."""
+        """Leave out the shards, which a worker maps itself."""
         return self.__dict__ | {"_shards": OrderedDict()}
 
 
 class LatentDataModule(ResumableDataModule):
-    """Batches of latents that `vidtwin encode` has written:
+    """Data module of latents written by `vidtwin encode`. A batch is
 
         {"latents": {name: float32 (B, ...)}, "codes": {name: int64 (B, ...)}, "label": int64 (B,), "name": list[str],
-         "start_frame": int64 (B,), "num_frames": int64 (B,), of which the others repeat a video's end}
+         "start_frame": int64 (B,), "num_frames": int64 (B,), real frames, after which a video's last one is repeated}
 
-    with "latents" where there are some that are no codes, and "codes" where there are some. The order of training
-    depends on (seed, epoch) alone; ranks have equal shares, and a resumed run goes on with the very next batch.
+    without "latents" if all are codes, and without "codes" if none are. The order of training depends on (seed, epoch)
+    alone; ranks have equal shares, and a resumed run continues with the very next batch.
 
     Args:
         root: Folder of the latents.
-        val_root: Folder of those for validation, encoded by the same weights.
-        val_share: In place of `val_root`, the share of the videos of `root` that is for validation; which ones depends
-            on their names alone.
+        val_root: Folder of latents for validation, encoded by the same weights.
+        val_share: Instead of `val_root`, the share of the videos of `root` that is held out for validation; the choice
+            depends on their names alone.
         batch_size: Windows per batch and device.
-        num_workers: Processes that read, for each device; null: the cores shared by the devices, at most 8.
-        seed: Of the order and of the samples.
-        posterior: The mean of a Gaussian latent, or a "sample" of it, another one in each epoch of training; that
-            needs latents that were encoded with --posterior moments.
+        num_workers: Reading processes per device; null shares the cores among the devices, with at most 8 each.
+        seed: Seed of the order and of the samples.
+        posterior: The "mean" of a Gaussian latent, or a "sample", drawn anew in each epoch of training; samples need
+            latents encoded with --posterior moments.
         normalize: Give each channel (axis 1) mean 0 and standard deviation 1, by the statistics of `root`; codes stay.
             `denormalize` undoes it.
     """
@@ -151,11 +144,7 @@ class LatentDataModule(ResumableDataModule):
         posterior: Literal["mean", "sample"] = "mean",
         normalize: bool = True,
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise UserError(f"Expected data.batch_size of at least 1, got {batch_size}.")
-        if num_workers is not None and num_workers < 0:
-            raise UserError(f"Expected data.num_workers of at least 0, or null for one a core, got {num_workers}.")
+        super().__init__(batch_size, num_workers)
         if not 0 <= val_share < 1:
             raise UserError(f"Expected data.val_share from 0 to below 1, got {val_share}.")
         if val_root is not None and val_share:
@@ -163,9 +152,8 @@ class LatentDataModule(ResumableDataModule):
         if posterior not in ("mean", "sample"):
             raise UserError(f"Expected data.posterior to be mean or sample, got {posterior!r}.")
         self.root, self.val_root, self.val_share = root, val_root, val_share
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.seed, self.normalize = seed, normalize
         self.posterior: Literal["mean", "sample"] = posterior
-        self.normalize = normalize
         self._datasets: dict[str, LatentClips] = {}
 
     def setup(self, stage: str) -> None:
@@ -174,9 +162,9 @@ class LatentDataModule(ResumableDataModule):
             self.dataset(split)
 
     def dataset(self, split: str) -> LatentClips:
-        """The windows of "train" or "val", made when first asked for; "val" may be empty."""
+        """Return the windows of "train" or "val", created on first use; "val" may be empty."""
         if split not in self._datasets:
-            self._datasets[split] = self._made(split)
+            self._datasets[split] = self._create(split)
         return self._datasets[split]
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -185,7 +173,7 @@ class LatentDataModule(ResumableDataModule):
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if len(self.dataset("val")):
             return self._loader("val")
-        # Nothing was asked for by data.val_root or data.val_share.
+        # Neither data.val_root nor data.val_share is set.
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
         return []
 
@@ -195,63 +183,62 @@ class LatentDataModule(ResumableDataModule):
         return batch
 
     def normalized(self, latents: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Latents (B, C, ...) by name, each channel with mean 0 and standard deviation 1; a constant one only moved."""
+        """Give each channel of latents (B, C, ...) mean 0 and standard deviation 1; a constant one is only shifted."""
         return {name: (value - mean) / std for name, (value, mean, std) in self._scales(latents).items()}
 
     def denormalize(self, latents: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the autoencoder decodes, from latents as the batches have them; without `normalize` they are it."""
+        """Turn the latents of a batch into those that the autoencoder decodes: undo `normalize`, if it is set."""
         if not self.normalize:
             return latents
         return {name: value * std + mean for name, (value, mean, std) in self._scales(latents).items()}
 
     def _scales(self, latents: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Each latent with mean and standard deviation in a shape that fits it."""
+        """Return each latent with its mean and standard deviation, in a shape that broadcasts."""
         statistics = self.dataset("train").manifest.statistics
         key = "sample_std" if self.posterior == "sample" else "std"
         scales = {}
         for name, value in latents.items():
             held = statistics[name]
-            assert held is not None  # looked at when the data were set up
+            assert held is not None  # checked when the data were set up
             shape = (1, -1, *[1] * (value.ndim - 2)) if value.ndim > 1 else (1,)
             mean, std = (value.new_tensor(held[k]).reshape(shape) for k in ("mean", key if key in held else "std"))
             scales[name] = value, mean, torch.where(std > 0, std, 1.0)
         return scales
 
-    def _made(self, split: str) -> LatentClips:
-        from_root = split == "train" or self.val_root is None
-        folder = self.root if from_root else str(self.val_root)
-        validated = split == "val"
-        clips = LatentClips(
-            folder,
-            (lambda video: self._is_for_validation(video.name) == validated) if from_root else (lambda video: True),
-            self.posterior,
-            self.seed,
-        )
+    def _create(self, split: str) -> LatentClips:
+        shared = split == "train" or self.val_root is None
+        folder = self.root if shared else str(self.val_root)
+
+        def chosen(video: VideoEntry) -> bool:
+            return not shared or (hash_to_unit(video.name) < self.val_share) == (split == "val")
+
+        clips = LatentClips(folder, chosen, self.posterior, self.seed)
         if split == "train" and not len(clips):
             raise UserError(f"Expected latents to train on in {folder}, got none; lower data.val_share.")
         if split == "val" and self.val_share and not len(clips):
             raise UserError(
-                f"Expected videos for validation, data.val_share={self.val_share:g} takes none of the "
-                f"{len(clips.manifest.videos)} in {folder}; raise it, or give data.val_root."
+                f"Expected videos for validation, got none of the {len(clips.manifest.videos)} in {folder} by "
+                f"data.val_share={self.val_share:g}; raise it, or set data.val_root."
             )
         self._check(clips)
-        if not from_root:
+        if not shared:
             self._check_same_model(clips.manifest)
         return clips
-
-    def _is_for_validation(self, name: str) -> bool:
-        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-        return number < self.val_share * 2**64
 
     def _check(self, clips: LatentClips) -> None:
         manifest, folder = clips.manifest, clips.folder
         for name, latent in manifest.latents.items():
             if latent.shape is None:
-                raise UserError(f"{_differing(clips.videos, name, folder)}; encode with --size, so that they stack.")
+                sizes = {(video.height, video.width): video.name for video in reversed(clips.videos)}
+                examples = [f"{example} ({height}x{width})" for (height, width), example in sizes.items()][-2:]
+                raise UserError(
+                    f"Expected {name} of one shape in {folder}, got others for pictures such as those of "
+                    f"{' and '.join(examples[::-1])}; encode with --size, so that they stack."
+                )
             if latent.kind == "gaussian" and self.posterior == "sample" and manifest.settings["posterior"] != "moments":
                 raise UserError(
-                    f"Expected moments of {name} for data.posterior=sample, {folder} holds means alone; encode with "
-                    "--posterior moments, or take data.posterior=mean."
+                    f"Expected moments of {name} for data.posterior=sample, got means alone in {folder}; encode with "
+                    "--posterior moments, or set data.posterior=mean."
                 )
 
     def _check_same_model(self, validated: Manifest) -> None:
@@ -267,34 +254,5 @@ class LatentDataModule(ResumableDataModule):
                 )
 
     def _loader(self, split: str) -> DataLoader[Any]:
-        training = split == "train"
         clips = self.dataset(split)
-        rank, world_size = self._ranks()
-        if not training and len(clips) < world_size:
-            raise UserError(
-                f"Expected at least one window for validation for each of {world_size} ranks, got {len(clips)}; use "
-                "fewer devices or more videos."
-            )
-        sampler = ClipSampler(len(clips), training, self.seed, rank, world_size, self.batch_size)
-        if training and self.trainer:
-            self._go_on(sampler)
-        workers = self.workers()
-        return WorkerLoader(
-            clips,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=training and len(sampler) >= self.batch_size,
-            num_workers=workers,
-            pin_memory=self._device_type() == "cuda",
-            persistent_workers=workers > 0,
-            generator=torch.Generator().manual_seed(self.seed),  # its own, which shifts no other draw
-        )
-
-
-def _differing(videos: Sequence[VideoEntry], latent: str, folder: Path) -> str:
-    """Two videos whose latents differ."""
-    sizes: dict[tuple[int | None, int | None], str] = {}
-    for video in videos:
-        sizes.setdefault((video.height, video.width), video.name)
-    some = [f"{name} ({height}x{width})" for (height, width), name in sizes.items()]
-    return f"Expected {latent} of one shape in {folder}, it has others for pictures as of {' and '.join(some[:2])}"
+        return WorkerLoader(clips, **self._loader_options(split, clips, self.batch_size, self.seed))

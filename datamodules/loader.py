@@ -22,7 +22,7 @@ class WorkerLoader(DataLoader[Any]):
     """A `DataLoader` whose workers outlive a scheduler's SIGTERM.
 
     A job scheduler sends SIGTERM to all processes; the main one then needs its workers until it has ended its batch.
-    So they start with the signal blocked, and only heed the one by which the main process ends them.
+    So they start with the signal blocked, and only obey the one by which the main process ends them.
     """
 
     def __init__(self, dataset: Dataset[Any], **kwargs: Any) -> None:
@@ -35,12 +35,12 @@ class WorkerLoader(DataLoader[Any]):
 
 
 class ClipLoader(WorkerLoader):
-    """Tells the main process which clips its workers could not read, and leaves out batches of which none is left.
+    """Loader that reports clips that its workers could not read, and leaves out batches without a readable clip.
 
     Args:
         dataset: The clips.
         on_skip: Called with each entry of "skipped": name, reason, and False if the video merely ends before the clip.
-        **kwargs: Those of `DataLoader`.
+        **kwargs: Arguments of `DataLoader`.
     """
 
     def __init__(self, dataset: Dataset[Any], on_skip: Callable[..., None], **kwargs: Any) -> None:
@@ -48,9 +48,9 @@ class ClipLoader(WorkerLoader):
         self.on_skip = on_skip
 
     def __iter__(self) -> Any:
-        return self._readable(super().__iter__())  # starts the workers at once, not at the first batch
+        return self._report_skipped(super().__iter__())  # starts the workers at once, not at the first batch
 
-    def _readable(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _report_skipped(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         some, skipped = False, []
         for batch in batches:
             skipped = batch.pop("skipped", [])
@@ -59,12 +59,12 @@ class ClipLoader(WorkerLoader):
             if "clip" in batch:
                 some = True
                 yield batch
-        if skipped and not some:  # where a first pass or means are shared, other ranks would wait for this one
+        if skipped and not some:  # other ranks, which exchange means, would wait for this one
             raise UserError(f"Expected readable clips on each rank, got none; {skipped[0][0]}: {skipped[0][1]}.")
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of the items that have a clip, and under "skipped" what could not be read, if there is any."""
+    """Join the items that have a clip to a batch; add what could not be read, if anything, as "skipped"."""
     skipped = [entry for item in items for entry in item.get("skipped", [])]
     whole = [{key: value for key, value in item.items() if key != "skipped"} for item in items if "clip" in item]
     batch: dict[str, Any] = default_collate(whole) if whole else {}
@@ -72,58 +72,52 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class ChunkLoader(WorkerLoader):
-    """Batches of given evaluation clips, one for each list of indices, in the order of the lists.
-
-    A batch has `"indices": list[int]`, the clips that it holds, in the list's order, and `"skipped": [(index, name,
-    reason), …]` of those that could not be read. One of which none can be read has these two keys alone.
+    """Loader of given evaluation clips: one batch per list of indices, as `ClipDataModule.chunk_loader` describes it.
 
     Args:
         dataset: The clips.
         chunks: Indices of the clips of each batch.
-        on_skip: As of `ClipLoader`.
-        **kwargs: Those of `DataLoader`.
+        on_skip: As in `ClipLoader`.
+        **kwargs: Arguments of `DataLoader`.
     """
 
     def __init__(
         self, dataset: "ClipDataset", chunks: Sequence[Sequence[int]], on_skip: Callable[..., None], **kwargs: Any
     ) -> None:
         super().__init__(
-            _Numbered(dataset), batch_sampler=[list(chunk) for chunk in chunks], collate_fn=_collate_chunk, **kwargs
+            _Numbered(dataset), batch_sampler=[list(chunk) for chunk in chunks], collate_fn=collate, **kwargs
         )
         self.on_skip = on_skip
 
     def __iter__(self) -> Any:
-        return self._chunks(super().__iter__())
+        return self._report_skipped(super().__iter__())
 
-    def _chunks(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _report_skipped(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for batch in batches:
-            for _, *entry in batch["skipped"]:
+            skipped, indices = batch.pop("skipped", []), batch.pop("index", torch.empty(0)).tolist()
+            for _, *entry in skipped:
                 self.on_skip(*entry)
-            yield {**batch, "skipped": [(index, name, reason) for index, name, reason, *_ in batch["skipped"]]}
+            yield {**batch, "indices": indices, "skipped": [entry[:3] for entry in skipped]}
 
 
-class _Numbered(Dataset[tuple[int, dict[str, Any]]]):
+class _Numbered(Dataset[dict[str, Any]]):
+    """Clips with their indices, as "index" and before each entry of "skipped"."""
+
     def __init__(self, dataset: "ClipDataset") -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
-        return index, self.dataset[index]
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[int, dict[str, Any]]]:
-        return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
-
-
-def _collate_chunk(items: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
-    batch = collate([{key: value for key, value in item.items() if key != "skipped"} for _, item in items])
-    skipped = [(index, *entry) for index, item in items for entry in item.get("skipped", [])]
-    return {**batch, "indices": [index for index, item in items if "clip" in item], "skipped": skipped}
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return [
+            {**item, "index": index, "skipped": [(index, *entry) for entry in item.get("skipped", [])]}
+            for index, item in zip(indices, self.dataset.__getitems__(indices), strict=True)
+        ]
 
 
 @contextmanager
 def _sigterm_blocked(spawning: bool) -> Iterator[None]:
-    """Block SIGTERM in this thread, for the processes started meanwhile to inherit; one that arrives comes afterwards.
+    """Block SIGTERM in this thread and the processes it starts; a signal to this one is delivered at the end.
 
-    Blocking it in the worker alone would leave a gap, of seconds with `spawning`, in which the signal ends the worker.
+    If only the workers blocked it, one that is still starting would be ended by it; with `spawning` that takes seconds.
     """
     if not hasattr(signal, "sigwaitinfo"):
         yield

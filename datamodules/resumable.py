@@ -2,9 +2,13 @@
 
 import os
 import warnings
+from collections.abc import Callable, Sized
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
+
+from vidtwin.errors import UserError
 
 from .sampler import ClipSampler, Place
 
@@ -16,10 +20,13 @@ class ResumableDataModule(LightningDataModule):
         num_workers: Reading processes per device; None shares the cores among the devices, with at most 8 each.
     """
 
-    num_workers: int | None
-
-    def __init__(self) -> None:
+    def __init__(self, batch_size: int, num_workers: int | None) -> None:
         super().__init__()
+        if batch_size < 1:
+            raise UserError(f"Expected data.batch_size of at least 1, got {batch_size}.")
+        if num_workers is not None and num_workers < 0:
+            raise UserError(f"Expected data.num_workers of at least 0, or null for one a core, got {num_workers}.")
+        self.batch_size, self.num_workers = batch_size, num_workers
         self._sampler: ClipSampler | None = None  # of the training clips, in `fit`
         self._start: tuple[Place, int] | None = None  # a place in the data, and Lightning's count of batches there
 
@@ -85,3 +92,30 @@ class ResumableDataModule(LightningDataModule):
         if self.trainer:
             return self.trainer.strategy.root_device.type
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def _loader_options(
+        self, split: str, clips: Sized, batch_size: int, seed: int, order: Callable[[int, int], Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the arguments of a split's `DataLoader`: this rank's share of the clips, workers, memory."""
+        training = split == "train"
+        rank, world_size = self._ranks()
+        if not training and len(clips) < world_size:
+            # A rank without a clip would leave the others waiting when means are taken over all ranks.
+            raise UserError(
+                f"Expected at least one clip of the {split} split for each of {world_size} ranks, got {len(clips)}; "
+                "use fewer devices or more clips."
+            )
+        sampler = ClipSampler(len(clips), training, seed, rank, world_size, batch_size, order)
+        if training and self.trainer:
+            self._go_on(sampler)
+        workers = self.workers()
+        return {
+            "batch_size": batch_size,
+            "sampler": sampler,
+            "drop_last": training and len(sampler) >= batch_size,
+            "num_workers": workers,
+            "pin_memory": self._device_type() == "cuda",
+            "persistent_workers": workers > 0 and split != "test",
+            # Its own generator: each iterator draws a seed, which would shift the model's draws in a resumed run.
+            "generator": torch.Generator().manual_seed(seed),
+        }

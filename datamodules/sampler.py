@@ -1,5 +1,6 @@
-"""In which order clips are taken, and by which rank."""
+"""Order of the clips, and their division among the ranks."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -14,25 +15,30 @@ Place = tuple[int, int]  # an epoch, and how many of its clips all ranks togethe
 
 
 def shuffled(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The numbers below `count` in an order that depends on (seed, epoch) alone."""
+    """Shuffle the numbers below `count`, depending on (seed, epoch) alone."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
+def hash_to_unit(name: str) -> float:
+    """Map a name to a number from 0 to 1 by its SHA-256, to divide videos into splits by their names alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
 class ClipSampler(DistributedSampler[Any]):
-    """Hands out (epoch, index) pairs: this rank's share of the clips.
+    """Sampler of (epoch, index) pairs: this rank's share of the clips.
 
-    Training takes them in the order that `order` makes of (seed, epoch). A step takes the next clips of it, rank r the
-    r-th of every `world_size`; what is left at the end of an epoch and fills no step is left out, other clips in each
-    epoch. So ranks always have equally many batches, and a place in the order means the same for any batch size and
-    number of ranks.
+    Training takes them in the order given by `order(seed, epoch)`. A step takes the next clips of it, rank r the r-th
+    of every `world_size`; clips left at the end of an epoch that fill no step are left out, others in each epoch. So
+    ranks always have equally many batches, and a place in the order means the same for any batch size and number of
+    ranks.
 
-    Evaluation gives rank r the clips r, r + world_size, …: none is repeated or lost.
+    Evaluation gives rank r the clips r, r + world_size, …, so none is repeated or lost.
 
-    A `DistributedSampler` only so that Lightning, which calls `set_epoch`, does not wrap it into another one.
+    It is a `DistributedSampler` only so that Lightning calls `set_epoch` and does not wrap it into another one.
 
     Attributes:
-        start: Tells the place where iterating over the training clips begins; None is the start of `set_epoch`'s epoch.
-            It goes on for as many steps as an epoch has, from the middle of one into the next.
+        start: Returns the place where an iteration over the training clips begins; None begins with `set_epoch`'s
+            epoch. An iteration has as many steps as an epoch, and may run from the middle of one into the next.
     """
 
     def __init__(
@@ -73,7 +79,7 @@ class ClipSampler(DistributedSampler[Any]):
                 yield epoch, int(index)
 
     def after(self, place: Place, steps: int) -> Place:
-        """Where that many training steps lead; an epoch too short for another one is over."""
+        """Return the place after a number of training steps; an epoch too short for another step is over."""
         epoch, clips = place
         left = max(0, self.num_clips - clips) // self.clips_per_step
         if steps < left:

@@ -1,8 +1,8 @@
-"""Moving textures made by numpy: data without a download, for demos and tests.
+"""Render moving textures with numpy: data without a download, for demos and tests.
 
 A scene is a coloured random field with the amplitude spectrum of natural images that pans and zooms slowly, and a few
-soft-edged textured sprites that move before it. How they move is the class. `Synthetic` renders clips on the fly;
-`python -m vidtwin.datamodules.synthetic OUT` writes a small data set in UCF-101's layout.
+textured sprites with soft edges that move in front of it. Their motion is the class. `Synthetic` renders clips on the
+fly; `python -m vidtwin.datamodules.synthetic OUT` writes a small data set in UCF-101's layout.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .data_module import ClipDataModule
 
 Array = NDArray[np.float32]
 FILE_FPS = 25
-_GENERATOR = 1  # to be raised when the same arguments give other pictures
+_GENERATOR = 1  # to be raised if the same arguments give other pictures
 _TEST_GROUPS = range(1, 8)
 
 
@@ -36,7 +37,7 @@ def _bounce(time: Array, v: Array) -> tuple[Array, Array, Array]:
 
 
 def _drift(time: Array, v: Array) -> tuple[Array, Array, Array]:
-    # Leaves at one edge and comes back at the other.
+    # Leaves at one edge and returns at the other.
     x = (v[0] + v[2] * time + 1.4) % 2.8 - 1.4
     return x, 0.8 * (v[1] - 1) + 0.1 * np.sin(time * v[3]), np.ones_like(time)
 
@@ -74,7 +75,7 @@ MOTIONS: dict[str, Motion] = {
 
 
 def _field(random: np.random.Generator, side: int, slope: float, channels: int) -> Array:
-    """A periodic random field (side, side, channels) of amplitude 1 / f^slope, mean 0 and deviation 1 per channel."""
+    """Make a periodic random field (side, side, channels): amplitude 1 / f^slope, mean 0, deviation 1 per channel."""
     fy, fx = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]
     frequency = np.hypot(fy, fx)
     frequency[0, 0] = np.inf
@@ -85,22 +86,22 @@ def _field(random: np.random.Generator, side: int, slope: float, channels: int) 
 
 
 def _texture(random: np.random.Generator, side: int, colour: Array, contrast: float, slope: float) -> Array:
-    """A texture (side, side, 3) in 0…255 about a colour (3,) in 0…1: light varies most, hue a little."""
+    """Make a texture (side, side, 3) in 0…255 about a colour (3,) in 0…1; light varies most, hue a little."""
     light = _field(random, side, slope, 1)
     tint = _field(random, side, slope + 0.2, 3) * 0.35
-    # Through a sigmoid, so that dark and bright scenes keep their texture instead of running into black and white.
+    # A sigmoid, so that dark and bright scenes keep their texture instead of being clipped.
     return (255 / (1 + np.exp(-contrast * (light + tint)) * (1 / colour - 1))).astype(np.float32)
 
 
 def _colour(random: np.random.Generator) -> Array:
-    """A random mean colour (3,) in 0…1, anything from dark to bright and from grey to vivid."""
+    """Draw a mean colour (3,) in 0…1, from dark to bright and from grey to vivid."""
     hue, saturation, light = random.uniform(0, 2 * np.pi), random.uniform(0, 0.45), random.uniform(0.15, 0.85)
     wheel = np.cos(hue + np.array([0, 2, 4]) * np.pi / 3)
     return (light + saturation * wheel * (0.3 + light) * 0.6).clip(0.04, 0.96).astype(np.float32)
 
 
 def _sample(texture: Array, rows: Array, columns: Array) -> Array:
-    """Bilinear samples on the grid rows × columns of a periodic texture; apart on each axis, which makes it cheap."""
+    """Sample a periodic texture bilinearly on the grid rows × columns, one axis after the other, which is cheap."""
     side = texture.shape[0]
     for axis, places in enumerate((rows, columns)):
         low = np.floor(places).astype(np.int64)
@@ -117,7 +118,7 @@ def _sample(texture: Array, rows: Array, columns: Array) -> Array:
 def render(
     random: np.random.Generator, motion: str, times: Sequence[float] | NDArray[np.floating], size: tuple[int, int]
 ) -> Iterator[NDArray[np.uint8]]:
-    """The frames of one random scene at the given times in seconds, uint8 (H, W, 3) each; `size` is (width, height)."""
+    """Yield a random scene's frames, uint8 (H, W, 3), at times in seconds; `size` is (width, height)."""
     width, height = size
     time = np.asarray(times, dtype=np.float32)
     short = min(size)
@@ -142,7 +143,7 @@ class _Sprite:
         self, random: np.random.Generator, motion: str, time: Array, size: tuple[int, int], background: Array
     ) -> None:
         colours = [_colour(random) for _ in range(4)]
-        colour = max(colours, key=lambda c: float(np.abs(c - background).sum()))  # seen against the background
+        colour = max(colours, key=lambda c: float(np.abs(c - background).sum()))  # stands out from the background
         side = 64
         axis = np.linspace(-1, 1, side, dtype=np.float32)
         power, aspect = random.uniform(1.6, 5.0), random.uniform(0.6, 1.0)
@@ -151,7 +152,7 @@ class _Sprite:
         alpha = ((0.92 - distance) / 0.12).clip(0, 1)
         shade = 1.12 - 0.35 * np.hypot(axis[None] + 0.35, axis[:, None] + 0.35)  # lit from the upper left
         skin = (_texture(random, side, colour, random.uniform(0.6, 1.1), 1.8) * shade[..., None]).clip(0, 255)
-        # Colour times opacity and opacity: sampled together, no fringe appears at the edge.
+        # Premultiplied by opacity, so that sampling leaves no fringe at the edge.
         self.patch = np.concatenate([skin * alpha[..., None], alpha[..., None]], axis=2).astype(np.float32)
         radius = random.uniform(0.12, 0.24) * min(size)
         numbers = random.uniform([0, 0, 0.35, 0], [2, 2, 1.0, 1]).astype(np.float32)
@@ -178,20 +179,12 @@ class _Sprite:
 
 
 class SyntheticClips(ClipDataset):
-    """Rendered clips; with `training` new scenes in every epoch."""
+    """Rendered clips; training draws new scenes in every epoch."""
 
-    def __init__(
-        self,
-        length: int,
-        split: str,
-        settings: ClipSettings,
-        classes: list[str],
-    ) -> None:
-        self.length = length
-        self.split = split
+    def __init__(self, length: int, split: str, settings: ClipSettings, classes: list[str]) -> None:
+        self.length, self.split, self.classes = length, split, classes
         self.num_frames, self.resolution, self.seed = settings.num_frames, settings.resolution, settings.seed
         self.rates = [FILE_FPS if rate is None else rate for rate in settings.rates]
-        self.classes = classes
         self.training = settings.draws(split)
 
     def __len__(self) -> int:
@@ -205,7 +198,7 @@ class SyntheticClips(ClipDataset):
         scene = epoch if self.training else 0
         random = np.random.default_rng((self.seed, SPLITS.index(self.split), scene, index))
         rate = self.rates[0]
-        if self.training and len(self.rates) > 1:  # from numbers of its own, so that a rate changes no scene
+        if self.training and len(self.rates) > 1:  # from its own generator, so that it changes no scene
             rate = float(np.random.default_rng((self.seed, scene, index)).choice(self.rates))
         times = np.arange(self.num_frames) / rate
         frames = np.stack(list(render(random, self.classes[label], times, (self.resolution, self.resolution))))
@@ -214,14 +207,14 @@ class SyntheticClips(ClipDataset):
 
 
 class Synthetic(ClipDataModule):
-    """Clips of moving textures that are rendered as they are asked for: no files.
+    """Clips of moving textures, rendered on the fly without files.
 
     Args:
-        num_train: Training clips per epoch; each epoch renders others, or with `augment: false` the first one's.
+        num_train: Training clips per epoch; each epoch renders new ones, or with `augment: false` those of the first.
         num_val: Validation clips, always the same.
         num_test: Test clips, always the same.
-        num_classes: How many kinds of motion, at most 6.
-        **kwargs: Those of `ClipDataModule`.
+        num_classes: Number of kinds of motion, at most 6.
+        **kwargs: Arguments of `ClipDataModule`.
     """
 
     def __init__(
@@ -233,7 +226,7 @@ class Synthetic(ClipDataModule):
                 f"Expected data.eval_clips: middle for rendered clips, which have no end, got {self.eval_clips}."
             )
         self.lengths = {"train": num_train, "val": num_val, "test": num_test}
-        self.classes = _motions(num_classes)
+        self.classes = _choose_motions(num_classes)
 
     def videos(self, split: str) -> list[Video]:
         raise UserError("Synthetic clips have no files.")
@@ -245,17 +238,11 @@ class Synthetic(ClipDataModule):
         return {"generator": _GENERATOR, "seed": self.settings.seed, "lengths": self.lengths, "classes": self.classes}
 
     def protocol(self) -> dict[str, Any]:
-        return {
-            **super().protocol(),
-            "crop": "none",
-            "resize": "none",
-            "colour": "rendered",
-            "clip": "rendered",
-            "seed": self.settings.seed,
-        }
+        rendered = {"crop": "none", "resize": "none", "colour": "rendered", "clip": "rendered"}
+        return {**super().protocol(), **rendered, "seed": self.settings.seed}
 
 
-def _motions(num_classes: int) -> list[str]:
+def _choose_motions(num_classes: int) -> list[str]:
     if not 1 <= num_classes <= len(MOTIONS):
         raise UserError(f"Expected 1 to {len(MOTIONS)} classes of motion, got {num_classes}.")
     return sorted(list(MOTIONS)[:num_classes])
@@ -270,18 +257,18 @@ def write_ucf_like(
     frames: int = 60,
     seed: int = 0,
 ) -> Path:
-    """Write a data set in UCF-101's layout, lists included: real .avi files (MPEG-4, 25 frames per second).
+    """Write a data set in UCF-101's layout with its lists: .avi files of MPEG-4 with 25 frames per second.
 
-    It appears under its name only when it is complete. One that was made with the same arguments is left as it is.
+    It appears under its name only when it is complete. One made with the same arguments is left as it is.
 
     Args:
         root: Folder that will hold `UCF-101` and `ucfTrainTestlist`.
-        classes: How many kinds of motion, at most 6.
+        classes: Number of kinds of motion, at most 6.
         groups: Groups per class, 3 to 25, spread over g01 to g25: 1 to 7 are the test data, as in UCF-101.
         clips: Videos per group and class.
         size: Width and height in pixels.
         frames: Frames per video.
-        seed: Of all content.
+        seed: Seed of all content.
 
     Raises:
         UserError: `root` holds something else; nothing is overwritten.
@@ -289,7 +276,7 @@ def write_ucf_like(
     root = Path(root)
     if not 3 <= groups <= 25:
         raise UserError(f"Expected 3 to 25 groups, got {groups}: UCF-101 has g01 to g25.")
-    names = _motions(classes)
+    names = _choose_motions(classes)
     recipe = {
         "generator": _GENERATOR, "classes": classes, "groups": groups, "clips": clips, "size": list(size),
         "frames": frames, "seed": seed,
@@ -302,13 +289,23 @@ def write_ucf_like(
         return root
     partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
     try:
-        _write_lists(partial, names, _group_numbers(groups), clips)
+        lists: dict[str, list[str]] = {"classInd": [], "trainlist01": [], "testlist01": []}
+        of_class = [int(number) for number in np.linspace(1, 25, groups).round()]
         for label, name in enumerate(names):
-            for group in _group_numbers(groups):
-                for clip in range(1, clips + 1):
-                    random = np.random.default_rng((seed, label, group, clip))
-                    pictures = render(random, name, np.arange(frames) / FILE_FPS, size)
-                    write_video(partial / "UCF-101" / _file(name, group, clip), pictures, FILE_FPS, codec="mpeg4")
+            lists["classInd"].append(f"{label + 1} {name}")
+            for group, clip in product(of_class, range(1, clips + 1)):
+                random = np.random.default_rng((seed, label, group, clip))
+                file = f"{name}/v_{name}_g{group:02d}_c{clip:02d}.avi"
+                pictures = render(random, name, np.arange(frames) / FILE_FPS, size)
+                write_video(partial / "UCF-101" / file, pictures, FILE_FPS, codec="mpeg4")
+                if group in _TEST_GROUPS:
+                    lists["testlist01"].append(file)  # without a label, like the official one
+                else:
+                    lists["trainlist01"].append(f"{file} {label + 1}")
+        (partial / "ucfTrainTestlist").mkdir()
+        for list_name, lines in lists.items():
+            path = partial / "ucfTrainTestlist" / f"{list_name}.txt"
+            path.write_bytes("".join(f"{line}\r\n" for line in lines).encode())
         (partial / "synthetic.json").write_text(json.dumps(recipe) + "\n")
         root.parent.mkdir(parents=True, exist_ok=True)
         if root.exists():
@@ -319,34 +316,9 @@ def write_ucf_like(
     return root
 
 
-def _write_lists(root: Path, names: list[str], groups: list[int], clips: int) -> None:
-    """The official lists: CRLF, labels from 1 in the train list and none in the test list."""
-    train, test = [], []
-    for label, name in enumerate(names, start=1):
-        for group in groups:
-            files = [_file(name, group, clip) for clip in range(1, clips + 1)]
-            if group in _TEST_GROUPS:
-                test += files
-            else:
-                train += [f"{file} {label}" for file in files]
-    class_ids = [f"{label} {name}" for label, name in enumerate(names, start=1)]
-    folder = root / "ucfTrainTestlist"
-    folder.mkdir(parents=True)
-    for file, lines in {"classInd": class_ids, "trainlist01": train, "testlist01": test}.items():
-        (folder / f"{file}.txt").write_bytes("".join(f"{line}\r\n" for line in lines).encode())
-
-
-def _group_numbers(groups: int) -> list[int]:
-    return [int(number) for number in np.linspace(1, 25, groups).round()]
-
-
-def _file(name: str, group: int, clip: int) -> str:
-    return f"{name}/v_{name}_g{group:02d}_c{clip:02d}.avi"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m vidtwin.datamodules.synthetic", description="Write a small UCF-101.")
-    parser.add_argument("out", type=Path, help="folder that will hold UCF-101 and ucfTrainTestlist")
+    parser.add_argument("root", metavar="OUT", type=Path, help="folder that will hold UCF-101 and ucfTrainTestlist")
     parser.add_argument("--classes", type=int, default=4)
     parser.add_argument("--groups", type=int, default=25)
     parser.add_argument("--clips", type=int, default=3, help="videos per group and class")
@@ -355,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        root = write_ucf_like(args.out, args.classes, args.groups, args.clips, tuple(args.size), args.frames, args.seed)
+        root = write_ucf_like(**vars(args))
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2

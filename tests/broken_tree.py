@@ -1,4 +1,4 @@
-"""A folder of small videos, some of which can't be used."""
+"""Write a folder of small videos, some of them unusable."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ BAD = {"empty.avi", "text.mp4", "half.avi", "damaged.mp4", "short.avi"}
 
 
 def pictures(count: int, level: int = 0) -> list[np.ndarray]:
-    """Frames of moving noise above a bottom of one brightness, which tells videos apart."""
+    """Draw moving noise above a bottom of one brightness, by which videos differ."""
     noise = np.random.default_rng(level).integers(0, 256, (32, 48 + 3 * count, 3), dtype=np.uint8)
     frames = [np.ascontiguousarray(noise[:, 3 * k : 3 * k + 48]) for k in range(count)]
     for frame in frames:
@@ -27,7 +27,7 @@ def damage(path: Path, start: float, end: float) -> None:
 
 
 def write_tree(root: Path) -> Path:
-    """Twelve whole videos, four broken ones of three kinds, and one that is short."""
+    """Write twelve intact videos, four broken ones of three kinds, and a short one."""
     for k in range(12):
         write_video(root / f"good{k}.avi", pictures(40, k), 25, "mpeg4")
     (root / "empty.avi").touch()

@@ -166,7 +166,7 @@ def main() -> int:
     parser.add_argument("--copies", type=int, default=500)
     args = parser.parse_args()
     outcomes = run(args.folder, range(args.copies))
-    print("| damage | copies | unreadable | truncated | corrupt | short | as before | changed, no sign from FFmpeg |")
+    print("| damage | copies | unreadable | truncated | corrupt | short | unchanged | changed without an error |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for kind in KINDS:
         own = [outcome for outcome in outcomes if outcome.kind == kind]

@@ -1,4 +1,4 @@
-"""Clips, autoencoders and checkpoints of a moment, for tests of sweeps over several models.
+"""Small clips, autoencoders and checkpoints for tests of sweeps.
 
 The first pixel of each clip is its number, by which a model fails on chosen clips.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
 from vidtwin.benchmark.protocol import ProtocolSettings
 from vidtwin.benchmark.sweep import FVD, Entry, Sweep
-from vidtwin.cli.benchmark import _read_config
+from vidtwin.cli.benchmark import read_model
 from vidtwin.datamodules.clips import ClipDataset, Video
 from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.metrics.fvd import file_sha256
@@ -23,11 +23,11 @@ from vidtwin.posteriors import DiagonalGaussian, Encoding, Latents, Quantized
 FRAMES, SIDE = 8, 32
 
 calls: list[list[int]] = []
-"""The numbers of the clips of each call of an encoder in this process."""
+"""Numbers of the clips of each call of an encoder in this process."""
 
 
 class Interruption:
-    """Ends the process's `after`-th next call of an encoder by `error`; None: never."""
+    """Interrupt the process's `after`-th next call of an encoder by `error`; None: never."""
 
     after: int | None = None
     error: type[BaseException] = KeyboardInterrupt
@@ -87,12 +87,12 @@ class NumberedData(ClipDataModule):
         return []
 
     def make_dataset(self, split: str) -> ClipDataset:
-        self.unusable.restart(split, 100)  # one that is unreadable is no large share
+        self.unusable.restart(split, 100)  # so that an unreadable one is a small share
         return NumberedClips(self.count, self.num_frames, self.resolution, self.unreadable)
 
 
 def numbers_of(clip: Tensor) -> list[int]:
-    """The clips' numbers by their first pixels."""
+    """Read the clips' numbers from their first pixels."""
     return [round(value) for value in ((clip[:, 0, 0, 0, 0] + 1) * 127.5).tolist()]
 
 
@@ -101,10 +101,10 @@ class Pool(VideoAutoencoder):
 
     Args:
         pool: Side of a block.
-        frames: The clip length that it takes alone; None: any.
+        frames: Length of clips; None: any.
         raise_on: Numbers of the clips on which it raises; [-1]: all.
-        nan_on: Those of which it makes NaN.
-        sigma: Of the posterior.
+        nan_on: Numbers of the clips that it reconstructs as NaN.
+        sigma: Standard deviation of the posterior.
     """
 
     latent_names = ("grid",)
@@ -156,7 +156,7 @@ class Pool(VideoAutoencoder):
 
 
 class Coded(Pool):
-    """The same with each number rounded to -0.5 or 0.5: one bit."""
+    """`Pool` with each number rounded to -0.5 or 0.5: one bit."""
 
     def _posterior(self, mean: Tensor) -> Any:
         codes = (mean > 0).long()
@@ -170,7 +170,7 @@ class Coded(Pool):
 
 
 class Two(Pool):
-    """Two latents, of which one alone can be decoded: the mean over the clip's time, and what differs from it."""
+    """Two latents that can be decoded alone: the mean over the clip's time, and the difference to it."""
 
     latent_names = ("still", "moving")
     partial_latents = True
@@ -191,7 +191,7 @@ class Two(Pool):
 
 
 def checkpoint(path: Path, scale: float = 0.9, model: VideoAutoencoder | None = None, **arguments: Any) -> str:
-    """A checkpoint of `Pool` (or of another model), as `vidtwin fit` writes it, as far as a sweep reads it."""
+    """Write a checkpoint of `Pool` (or of another model) with what a sweep reads of it → its path."""
     model = model or Pool(**arguments)
     if isinstance(model, Pool):
         model.scale.data.fill_(scale)
@@ -202,7 +202,7 @@ def checkpoint(path: Path, scale: float = 0.9, model: VideoAutoencoder | None = 
 
 
 class Features(torch.nn.Module):
-    """400 numbers of a clip by fixed random weights, called as StyleGAN-V's I3D is."""
+    """400 features of a clip by fixed random weights, with the arguments of StyleGAN-V's I3D."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,13 +215,13 @@ class Features(torch.nn.Module):
 
 
 def feature_network(path: Path) -> FVD:
-    """`Features` as a TorchScript file."""
+    """Write `Features` as a TorchScript file."""
     torch.jit.script(Features()).save(str(path))
     return FVD(str(path), file_sha256(path))
 
 
 def sweep(folder: Path, entries: list[Entry], data: ClipDataModule | None = None, **arguments: Any) -> Sweep:
-    """A sweep on a CPU that measures no costs and shows no progress."""
+    """Make a sweep on a CPU without costs and progress."""
     given: dict[str, Any] = {
         "protocol": ProtocolSettings(posterior="mode", ssim="uniform7"),
         "accelerator": "cpu",
@@ -229,7 +229,7 @@ def sweep(folder: Path, entries: list[Entry], data: ClipDataModule | None = None
         "downstream": False,
         "progress": False,
         "players": 0,
-        "read_config": partial(_read_config, folders=[]),
+        "read_config": partial(read_model, folders=[]),
     }
     return Sweep(entries, data or NumberedData(), results_dir=str(folder), **given | arguments)
 
@@ -238,7 +238,7 @@ FILES = ("protocol.json", "comparison.json", "table.csv", "table.md", "table.tex
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """What has to be the same whoever measured and however often it was ended."""
+    """Read the files that do not depend on processes and interruptions."""
     paths = [folder / name for name in FILES] + sorted(folder.glob("rows/*/clips.csv"))
     paths += sorted(folder.glob("rows/*/results.json"))
     return {str(path.relative_to(folder)): path.read_text() for path in paths}

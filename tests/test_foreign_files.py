@@ -329,3 +329,9 @@ def test_every_class_that_a_file_names_is_looked_at(content, trusted):
         return
     with pytest.raises(UserError, match=r"^Expected a class of vidtwin or of an installed plug-in in a file, got "):
         plugins.check_trusted(content, "a file")
+
+
+def test_a_config_that_a_file_names_is_not_read(evil):
+    for content in ({"loss": "other.yaml"}, {"class_path": "cmd", "init_args": {"part": "other.yaml"}}):
+        with pytest.raises(UserError, match=r"Expected dump\.pt to name no other config, got other\.yaml"):
+            plugins.check_trusted(content, "dump.pt")

@@ -1,4 +1,4 @@
-"""Run by test_sweep_on_two_ranks.py: sweeps on two processes of which Lightning starts the second.
+"""Sweeps on two processes, of which Lightning starts the second; run by test_sweep_on_two_ranks.py.
 
 python two_rank_sweep.py FOLDER
 """
@@ -18,7 +18,7 @@ from vidtwin.metrics.fvd import file_sha256
 
 
 def prepare(folder: Path) -> None:
-    """Checkpoints of models of which some fail, and the network of rFVD."""
+    """Write checkpoints of models, some of which fail, and the network of rFVD."""
     checkpoint(folder / "good.ckpt")
     checkpoint(folder / "picky.ckpt", raise_on=[0, 1, 2])
     checkpoint(folder / "codes.ckpt", model=Coded(raise_on=[7]))
@@ -27,7 +27,7 @@ def prepare(folder: Path) -> None:
 
 
 def run(folder: Path, name: str, **arguments: Any) -> int:
-    """A sweep over the prepared models on eleven clips of which one can't be read → exit code."""
+    """Run a sweep over the prepared models on eleven clips, one of them unreadable → exit code."""
     names = ["good", "picky", "codes", "broken", "absent"]
     entries = [Entry(each, checkpoint=str(folder / f"{each}.ckpt")) for each in names]
     fvd = FVD(str(folder / "i3d.pt"), file_sha256(folder / "i3d.pt"))

@@ -1,4 +1,4 @@
-"""The data interface: batches of clips, the settings that choose them, and what the core asks of a data module."""
+"""Interface of the data: batches of clips, the settings that choose them, and the methods of data modules."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,15 +11,14 @@ from torch.utils.data import DataLoader
 from vidtwin.errors import UserError
 
 SPLITS = ("train", "val", "test")
-Rates = float | list[float] | None
 Skip = tuple[str, str] | tuple[str, str, bool]  # name, reason; False if the video is intact and ends before the clip
 
 
 class Clip(TypedDict, total=False):
-    """One clip of a dataset. One that cannot be read has `skipped` alone."""
+    """One clip of a dataset; an unreadable one has `skipped` alone."""
 
     clip: Tensor  # uint8 (T, H, W, 3)
-    label: int  # -1: none
+    label: int  # -1 if there is no class
     name: str
     start_frame: int  # frame of the file that is shown first
     padded: int  # frames at the end that repeat the one before
@@ -27,7 +26,7 @@ class Clip(TypedDict, total=False):
 
 
 class Batch(TypedDict):
-    """Clips on the device. With their names and start frames they identify what was measured."""
+    """Clips on the device, identified by their names and start frames."""
 
     clip: Tensor  # float32 (B, 3, T, H, W) in [-1, 1]
     label: Tensor  # int64 (B,)
@@ -39,7 +38,7 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """Which clips to take of a video. All of them are options of each data module of clips (`--data.num_frames`).
+    """Choice of the clips of a video. All settings are options of each data module of clips (`--data.num_frames`).
 
     Args:
         num_frames: Frames per clip, T.
@@ -75,11 +74,8 @@ class ClipSettings:
         rates, fps = self.rates, self.fps
         if not rates or any(rate is not None and rate <= 0 for rate in rates) or (None in rates and len(rates) > 1):
             raise UserError(f"Expected data.fps above 0, a list of such rates, or null for every frame, got {fps}.")
-        for key, first, second in (
-            ("short_videos", "skip", "loop"),
-            ("eval_clips", "middle", "all"),
-            ("tail", "drop", "pad"),
-        ):
+        choices = {"short_videos": ("skip", "loop"), "eval_clips": ("middle", "all"), "tail": ("drop", "pad")}
+        for key, (first, second) in choices.items():
             if (value := getattr(self, key)) not in (first, second):
                 raise UserError(f"Expected data.{key} to be {first} or {second}, got {value!r}.")
         if self.tail == "pad" and self.eval_clips == "middle":
@@ -118,10 +114,10 @@ class NamedClips(Protocol):
 
 
 class ClipSource(ABC):
-    """Interface of data modules whose evaluation clips are fixed and known by name.
+    """Interface of data modules whose evaluation clips are fixed and identified by name.
 
-    Training needs no more than a `LightningDataModule` whose batches are `Batch`es. Sweeps, results, the cache and the
-    sharing of unreadable videos between ranks need this interface.
+    Training only needs a `LightningDataModule` whose batches are `Batch`es. Sweeps, results, the cache and the exchange
+    of unreadable videos between ranks need this interface.
 
     Attributes:
         settings: Settings of the clips.

@@ -3,8 +3,8 @@
     save_pretrained ──> folder ── push_to_hub ──> owner/name ── from_pretrained ──> model
 
 config.json holds everything needed to use the weights: the class and its arguments, the preprocessing of videos, the
-training record as far as it is known, and the SHA-256 of the weights, which is verified on loading. It is written last
-and removed first, so a folder that has it is complete. Loading runs no code from the files.
+record of the training, and the SHA-256 of the weights, which is verified on loading. It is written last and removed
+first, so a folder that has it is complete. Loading runs no code from the files.
 """
 
 import json
@@ -44,7 +44,7 @@ _CARD = """\
 {% endif %}
 A video autoencoder of `vidtwin` ({{ class_path }}): {{ parameters }} parameters. It takes {{ frames }}\
 {% if resolution %} of {{ resolution }} x {{ resolution }} pixels{% endif %}, RGB in [-1, 1], as
-(batch, 3, frames, height, width), and gives the latents {{ latents }}{% if rate %}: {{ rate }} of the clip's \
+(batch, 3, frames, height, width), and encodes to the latents {{ latents }}{% if rate %}: {{ rate }} of the clip's \
 numbers{% endif %}.
 
 ```python
@@ -55,8 +55,8 @@ latents = model.encode(clip).mode()
 clip = model.decode(latents)
 ```
 
-`vidtwin reconstruct VIDEO --ckpt_path {{ ckpt_path }}` does it with files. `config.json` holds the arguments, how a
-video becomes a clip (`preprocessing`), what is known of the training (`training`), and the SHA-256 of the weights.
+`vidtwin reconstruct VIDEO --ckpt_path {{ ckpt_path }}` does the same for files. `config.json` holds the arguments, the
+`preprocessing` of videos, a record of the `training`, and the SHA-256 of the weights.
 """
 
 
@@ -236,7 +236,7 @@ def is_pretrained(path: str | Path) -> bool:
     return _HUB_ADDRESS.fullmatch(str(path)) is not None or Path(path).is_dir()
 
 
-def below(folder: str | Path, path: str) -> str:
+def join_path(folder: str | Path, path: str) -> str:
     """Join a path to `folder`; return an address on the Hub unchanged."""
     return path if _HUB_ADDRESS.fullmatch(path) else str(Path(folder) / path)
 
@@ -256,7 +256,7 @@ def fetch(name: str | Path, revision: str | None = None, **options: Any) -> Path
     address = _HUB_ADDRESS.fullmatch(text)
     if not address and Path(text).is_dir():
         if revision is not None:
-            raise UserError(f"Expected no revision of the folder {text}, got {revision!r}; it is one of the Hub's ids.")
+            raise UserError(f"Expected no revision of the folder {text}, got {revision!r}; only the Hub has revisions.")
         return Path(text)
     repo, inner = (address[1], address[2]) if address else (text, None)
     if revision and inner and revision != inner:

@@ -114,5 +114,5 @@ def excluded_names(file: Path) -> set[str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise UserError(f"Expected a list of videos to leave out at {file}, there is none; set data.exclude.") from None
+        raise UserError(f"Expected a list of videos to exclude at {file}, got no file; set data.exclude.") from None
     return {line.partition("\t")[0] for line in lines if line.strip() and not line.startswith("#")}

@@ -1,12 +1,11 @@
-"""Plug-ins: autoencoders, data modules and commands that installed packages register as entry points.
+"""Find and import plug-ins: autoencoders, data modules and commands of installed packages.
 
 A class needs no registration to be used (`class_path: their_package.TheirTokenizer`). An entry point in the group
-`vidtwin.autoencoders` or `vidtwin.datamodules` gives it a short name and a line in `vidtwin plugins`. One in
-`vidtwin.commands` is a function of the arguments that gives the exit code, and becomes `vidtwin NAME`; the first line
-of its docstring stands in `vidtwin --help`, for which its module is imported, so nothing heavy stands at its top. The
-built-in ones come in by the same door.
+`vidtwin.autoencoders` or `vidtwin.datamodules` gives it a short name and a line in `vidtwin plugins`; the built-in ones
+are registered in the same way. One in `vidtwin.commands` is a function of the arguments that returns the exit code, and
+becomes `vidtwin NAME`.
 
-Files that come from others (checkpoints, folders of weights, latents) name classes, too. `check_trusted` lets these be
+Files that come from others (checkpoints, folders of weights, latents) name classes, too. `check_trusted` accepts those
 of vidtwin, of registered plug-ins and of modules that the user has named or imported (docs/security.md).
 """
 
@@ -48,7 +47,7 @@ def entry_points(group: str) -> list[EntryPoint]:
 
 
 def available(group: str) -> dict[str, EntryPoint]:
-    """Entry points of a group by short name; nothing is imported."""
+    """Return the entry points of a group by short name, importing none."""
     found: dict[str, EntryPoint] = {}
     for entry in entry_points(group=group):
         if entry.name in found and found[entry.name].value != entry.value:
@@ -62,7 +61,7 @@ def available(group: str) -> dict[str, EntryPoint]:
 
 
 def resolve(name: str, group: str) -> str:
-    """The class path of a short name (`ucf101`, or the class's own name, `UCF101`); any other name as it is."""
+    """Return the class path of a short name (`ucf101`) or class name (`UCF101`); any other name as it is."""
     entries = available(group)
     for short, entry in entries.items():
         if name in (short, entry.value.rpartition(":")[2]):
@@ -71,7 +70,7 @@ def resolve(name: str, group: str) -> str:
 
 
 def load(name: str, group: str) -> Any:
-    """Import the plug-in of a short name. Raises `UserError` that names the plug-in if it is absent or broken."""
+    """Import the plug-in of a short name. Raises `UserError` if it is absent or broken."""
     entries = available(group)
     if name not in entries:
         known = sorted(entries)
@@ -83,7 +82,7 @@ def load(name: str, group: str) -> Any:
 
 
 def load_all(group: str) -> dict[str, Any]:
-    """Every plug-in of a group that imports; a broken one is a warning with its name."""
+    """Import all plug-ins of a group; warn of broken ones by name."""
     loaded = {}
     for name in available(group):
         try:
@@ -123,10 +122,12 @@ def check_trusted(content: Any, source: str | Path) -> None:
     elif isinstance(content, list | tuple):
         for value in content:
             check_trusted(value, source)
+    elif isinstance(content, str) and content.endswith((".yaml", ".yml", ".json")) and os.path.isfile(content):
+        raise UserError(f"Expected {source} to name no other config, got {content}; give --config yourself.")
     elif isinstance(content, str) and _DOTTED.fullmatch(content):
         top = content.partition(".")[0]
-        if top not in sys.modules and find_spec(top):
-            check_trusted({"class_path": content}, source)  # some arguments are functions or classes by their names
+        if top not in sys.modules and find_spec(top):  # some arguments are functions or classes by their names
+            check_trusted({"class_path": content}, source)
 
 
 def _is_trusted(module: str) -> bool:
@@ -146,7 +147,8 @@ def class_of(class_path: str, base: type) -> Any:
     try:
         cls = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"Expected the class {class_path} to be installed: {error}.") from error
+        near = suggestion(name, dir(sys.modules.get(module)) if isinstance(error, AttributeError) else [])
+        raise UserError(f"Expected the class {class_path} to be installed: {error}{near}") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise UserError(f"Expected a {base.__name__}, got {class_path}.")
     return cls

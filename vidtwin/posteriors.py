@@ -1,7 +1,8 @@
 """Posterior distributions of latents, with a sample, a mode and regularization terms.
 
 An autoencoder's `encode` returns an :class:`Encoding`, which maps each latent's name to its posterior. Training decodes
-`encoding.sample()`, evaluation decodes `encoding.mode()`.
+`encoding.sample()`, validation and the commands on videos decode `encoding.mode()`, `vidtwin test` what
+`protocol.posterior` says (by default a sample).
 """
 
 import math
@@ -22,7 +23,7 @@ class Posterior(ABC):
 
     @abstractmethod
     def mode(self) -> Tensor:
-        """Return the most likely latent of shape (B, ...), which evaluation stores, decodes and measures."""
+        """Return the most likely latent of shape (B, ...), which is stored on disk."""
 
     @abstractmethod
     def regularization(self) -> dict[str, Tensor]:

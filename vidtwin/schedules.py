@@ -1,4 +1,4 @@
-"""Learning-rate schedules, counted in steps (one step = one batch that updated the generator)."""
+"""Learning-rate schedules, counted in steps (one step is one batch that updated the generator)."""
 
 import math
 from typing import Any
@@ -17,8 +17,8 @@ class WarmupCosine(LRScheduler):
         optimizer: Its learning rate is the peak.
         warmup_steps: Steps of the warm-up.
         total_steps: Steps until the end of the cosine; None takes the trainer's max_steps.
-        start_factor: Rate at step 0, as a share of the peak.
-        end_factor: Rate at the end, as a share of the peak.
+        start_factor: Rate at step 0, relative to the peak.
+        end_factor: Rate at the end, relative to the peak.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class WarmupCosine(LRScheduler):
         super().__init__(optimizer)
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Fill in `total_steps` where it was left to the trainer; a warm-up beyond the end is a `UserError`."""
+        """Set `total_steps` if it is None; raise `UserError` if the warm-up does not end before it."""
         if self.total_steps is None:
             self.total_steps = total_steps
         if self.warmup_steps >= self.total_steps:
@@ -47,11 +47,11 @@ class WarmupCosine(LRScheduler):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands. Its shape is the config's: a run resumed with more steps ends its cosine there."""
+        """Return the step alone; the shape is the config's, so a run resumed with more steps has a longer cosine."""
         return {name: value for name, value in super().state_dict().items() if name in ("last_epoch", "_step_count")}
 
     def factor(self, step: int) -> float:
-        """The share of the peak rate at a step."""
+        """Return the rate at a step, relative to the peak."""
         if step < self.warmup_steps:
             return self.start_factor + (1 - self.start_factor) * step / self.warmup_steps
         if self.total_steps is None:

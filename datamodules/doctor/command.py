@@ -20,7 +20,7 @@ from vidtwin.files import write_text
 from vidtwin.listing import identity, is_text
 
 from . import pool
-from .report import VERDICTS, exclusions, make_report, summary
+from .report import VERDICTS, find_exclusions, make_report, summarize
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -117,28 +117,28 @@ def _run(options: DoctorOptions) -> int:
     splits, check = split_names([video.name for video in videos], root, options.split)
     given = dataclasses.asdict(options) | {"workers": workers, "exclude": options.excluded, "root": str(root)}
     report = make_report(videos, splits, check, find_copies(videos, splits), others, given)
-    excluded = exclusions(report, options.excluded)
+    excluded = find_exclusions(report, options.excluded)
     write_text(out / "report.json", json.dumps(report, indent=1) + "\n")  # ASCII holds any file's name
     write_text(out / "exclude.txt", format_exclusions(excluded, root, options.excluded))
-    sys.stdout.write(_printable(summary(report, out, len(excluded))) + "\n")
+    sys.stdout.write(_escape(summarize(report, out, len(excluded))) + "\n")
     return 0
 
 
-def _printable(text: str) -> str:
-    """With escapes for what the terminal's encoding lacks: names of files may hold any bytes."""
+def _escape(text: str) -> str:
+    """Escape characters that the terminal's encoding lacks, since file names may hold any bytes."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def find_videos(folder: Path, image_folders: bool) -> tuple[dict[str, Path], Path, Counter[str]]:
-    """Name → path of each video, the folder to which names are relative, and the suffixes of what is no video.
+    """Find videos: paths by name, the folder to which names are relative, and a count of the other files' suffixes.
 
-    A folder that holds `UCF-101` stands for that, as it does for the data module.
+    A folder that holds `UCF-101` stands for it, as it does for the data module.
     """
     from vidtwin.video import VIDEO_SUFFIXES
 
     if not folder.is_dir():
-        raise UserError(f"Expected a folder of videos, got {folder}, which is none.")
+        raise UserError(f"Expected a folder of videos, got {folder}, which is not a folder.")
     root = class_root(folder)
     paths, others = listing.find_videos(root, image_folders)
     if not paths:
@@ -148,11 +148,10 @@ def find_videos(folder: Path, image_folders: bool) -> tuple[dict[str, Path], Pat
 
 
 def format_exclusions(excluded: dict[str, str], root: Path, kinds: Sequence[str]) -> str:
-    """Lines of a name, a tab and the reason, which the data modules read."""
-
+    """Write lines of a name, a tab and the reason, which the data modules read."""
     lines = [
-        f"# Videos of {root} that `vidtwin doctor` would leave out: {', '.join(kinds)}.",
-        "# One a line, relative to that folder, then a tab and the reason.",
+        f"# Videos of {root} to leave out, by `vidtwin doctor`: {', '.join(kinds)}.",
+        "# One per line, relative to that folder, then a tab and the reason.",
     ]
     for name, reason in sorted(excluded.items()):
         if name.startswith("#") or any(letter in name for letter in "\t\r\n") or not is_text(name):
@@ -163,7 +162,7 @@ def format_exclusions(excluded: dict[str, str], root: Path, kinds: Sequence[str]
 
 
 def _measure_all(paths: dict[str, Path], out: Path, workers: int, time_limit: float) -> "dict[str, Measurement]":
-    """Measure every video that no earlier run has measured as it now is."""
+    """Measure the videos that are new or have changed since an earlier run; return the measurements of all."""
     from .measure import Measurement, measure
 
     done: dict[str, Measurement] = {}
@@ -173,13 +172,13 @@ def _measure_all(paths: dict[str, Path], out: Path, workers: int, time_limit: fl
     for name, path in paths.items():
         try:
             key = (name, *identity(path))
-        except OSError:  # gone or forbidden: measuring says so
+        except OSError:  # gone or forbidden: measuring reports it
             key = (name, 0, 0)
         if key in known:
             done[name] = known[key]
         else:
             missing.append(key)
-    missing.sort(key=lambda key: -key[1])  # the largest first, so that none is left alone at the end
+    missing.sort(key=lambda key: -key[1])  # the largest first, so that no worker ends with a long one alone
     jobs = [(paths[name], name) for name, _, _ in missing]
     limits = [time_limit + size / 1e6 * SECONDS_PER_MEGABYTE for _, size, _ in missing]
     if done:
@@ -189,11 +188,11 @@ def _measure_all(paths: dict[str, Path], out: Path, workers: int, time_limit: fl
     with _open_journal(journal, known) as file, closing(pool.run(measure, jobs, limits, workers)) as results, bar:
         for index, result in results:
             name, size, changed = missing[index]
-            if isinstance(result, pool.Lost):
+            if isinstance(result, pool.Failure):
                 fault = "timeout" if result.timeout else "crash"
                 result = Measurement(name, size, changed, fault, result.reason, lasting=False)
             if result.lasting:  # else the next run tries again
-                file.write(_line(result))
+                file.write(_format_line(result))
                 file.flush()
             done[name] = result
             broken += result.fault is not None
@@ -203,7 +202,7 @@ def _measure_all(paths: dict[str, Path], out: Path, workers: int, time_limit: fl
 
 
 def _read_journal(journal: Path) -> "dict[Key, Measurement]":
-    """Measurements of earlier runs. A line that a kill cut off, or that another version wrote, counts for nothing."""
+    """Read the measurements of earlier runs, skipping lines that a kill cut off or another version wrote."""
     from .measure import FIELDS, VERSION, Measurement
 
     known = {}
@@ -222,16 +221,16 @@ def _read_journal(journal: Path) -> "dict[Key, Measurement]":
     return known
 
 
-def _line(measurement: "Measurement") -> str:
+def _format_line(measurement: "Measurement") -> str:
     from .measure import VERSION
 
     return json.dumps({"version": VERSION, **dataclasses.asdict(measurement)}) + "\n"  # ASCII holds any file's name
 
 
 def _open_journal(journal: Path, known: "dict[Key, Measurement]") -> TextIO:
-    """Ready for more lines; half a line at its end is gone."""
+    """Open the journal for more lines, after dropping half a line at its end."""
     try:
-        write_text(journal, "".join(map(_line, known.values())))
+        write_text(journal, "".join(map(_format_line, known.values())))
         return journal.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"Expected to write into {journal.parent}: {error.strerror}; set --out.") from None

@@ -1,4 +1,4 @@
-"""What `vidtwin doctor` measures of one video: its faults, what its container says, motion, cuts and a fingerprint."""
+"""Measure one video for `vidtwin doctor`: faults, container, motion, cuts and a fingerprint."""
 
 import dataclasses
 import hashlib
@@ -21,36 +21,36 @@ from vidtwin.video import VideoError, decode, survey
 from vidtwin.video.picture import orientation
 from vidtwin.video.source import COUNTED_FORMATS, open_video
 
-VERSION = 1  # to be raised when the same file would be measured otherwise, by the reader too
+VERSION = 1  # raise it when the same file would give other numbers, also because of the reader
 FINGERPRINT_FRAMES = 8
-MOTION_STEP = Fraction(1, 8)  # seconds between the two pictures of which motion is the difference
+MOTION_STEP = Fraction(1, 8)  # seconds between the two pictures whose difference is motion
 CUT_RISE = 9.0  # percent of the range of values; chosen on real clips, docs/doctor.md says which
 
 _THUMBNAIL = 32  # side in pixels
-_UNEVEN = 0.25  # frames further apart or nearer than the mean by this share make a variable rate
+_UNEVEN = 0.25  # share of the mean by which the time between frames of a variable rate differs
 
 
 @dataclass
 class Measurement:
-    """One video as it was found. What could not be measured, because the file is broken before it, is None.
+    """Measurements of one video; None for those that a fault of the file prevented.
 
     Attributes:
         name: Relative to the scanned folder.
-        mtime_ns: With name and size it tells whether the file is still the one that was measured.
-        fault: "unreadable", "truncated", "corrupt" or "empty", "crash" (it ended its process) or "timeout"; None: none.
+        mtime_ns: With name and size it shows whether the file has changed since.
+        fault: "unreadable", "truncated", "corrupt", "crash" (it ended its process) or "timeout"; None if intact.
         reason: One line on the fault.
-        lasting: Whether the next attempt would find the same fault; not where the system failed, not the file.
-        width: Of the stored picture; the shown one is upright and has square pixels.
+        lasting: Whether the next attempt would find the same fault; False if the system failed and not the file.
+        width: Of the stored picture; the shown picture is upright and has square pixels.
         rotation: Degrees that the stored picture is turned counterclockwise to be shown.
         aspect: Width of a stored pixel divided by its height, as "10:11".
         matrix: Colour matrix, as FFmpeg numbers them (2: untagged, 1: BT.709, 5 and 6: BT.601).
         colour_range: 0: untagged, 1: limited, 2: full.
-        header_frames: What the header promises; 0: nothing.
-        frames: Decoded ones, without an error or up to it.
+        header_frames: Number of frames according to the header; 0 if it has none.
+        frames: Decoded frames, up to the first error.
         variable_rate: Whether times between frames differ.
-        keyframes: With one alone, a seek saves nothing.
-        disordered: Whether timestamps don't rise, so that frames have to be counted.
-        luma: Mean in 0..255.
+        keyframes: Number of keyframes; with a single one, a seek saves nothing.
+        disordered: Whether timestamps are absent or not rising, so that frames have to be counted.
+        luma: Mean luma in 0..255.
         motion: Mean absolute difference of luma thumbnails (32x32, in 0..255) that are shown 1/8 s apart.
         cuts: Seconds at which a new scene begins.
         fingerprint: A difference hash (64 bits, hexadecimal) of the middle of each of eight equal parts.
@@ -91,12 +91,12 @@ FIELDS = frozenset(entry.name for entry in dataclasses.fields(Measurement))
 
 
 def measure(path: Path, name: str) -> Measurement:
-    """Survey and decode one video. Never raises because of what is in it."""
+    """Survey and decode one video; no content of a file raises."""
     found = Measurement(name, 0, 0)
     try:
         found.bytes, found.mtime_ns = identity(path)
         found.sha256 = _digest(path)
-        _measure(path, found)
+        _decode(path, found)
     except VideoError as error:
         found.fault, found.frames = error.kind, error.decodable
         found.reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{error.kind}: ")
@@ -107,13 +107,13 @@ def measure(path: Path, name: str) -> Measurement:
     except MemoryError:
         found.fault, found.lasting = "unreadable", False
         found.reason = "there was not enough memory to measure it"
-    except Exception as error:  # of thousands of files one that finds a bug must not end the scan of the others
+    except Exception as error:  # one file of thousands that meets a bug must not end the scan
         found.fault = "unreadable"
         found.reason = f"it can't be measured: {type(error).__name__}: {error}".replace(f"{path}", name)
     return found
 
 
-def _measure(path: Path, found: Measurement) -> None:
+def _decode(path: Path, found: Measurement) -> None:
     with open_video(path) as (container, stream):
         found.container, found.codec = container.format.name, stream.codec_context.name
         found.width, found.height, found.header_frames = stream.width, stream.height, stream.frames
@@ -121,27 +121,27 @@ def _measure(path: Path, found: Measurement) -> None:
     found.aspect = f"{aspect.numerator}:{aspect.denominator}"
     info = survey(path)
     found.fps, found.seconds = float(info.fps), info.duration
-    picture = _Pictures(info.duration)
+    content = _Content(info.duration)
     stamps = _Stamps()
     keyframes = frames = 0
     for time, frame in decode(path):
         if not frames:
-            _describe(frame, aspect, found)
+            _read_format(frame, aspect, found)
         frames += 1
         keyframes += bool(frame.key_frame)
         stamps.add(frame)
-        picture.add(float(time), frame)
+        content.add(float(time), frame)
     if not frames:
-        raise VideoError(f"{path}: not one of its {info.num_frames} frames decodes.", 0, "corrupt")
-    picture.end(1 / float(info.fps))
-    found.frames, found.keyframes, found.seconds = frames, keyframes, picture.seconds
+        raise VideoError(f"{path}: none of its {info.num_frames} frames decodes.", 0, "corrupt")
+    content.end(1 / float(info.fps))
+    found.frames, found.keyframes, found.seconds = frames, keyframes, content.seconds
     found.disordered = stamps.disordered
-    found.variable_rate = found.container not in COUNTED_FORMATS and stamps.uneven()
-    found.luma, found.motion = picture.luma, picture.motion
-    found.cuts, found.fingerprint = picture.cuts(), picture.fingerprint
+    found.variable_rate = found.container not in COUNTED_FORMATS and stamps.is_uneven()
+    found.luma, found.motion = content.luma, content.motion
+    found.cuts, found.fingerprint = content.cuts(), content.fingerprint
 
 
-def _describe(frame: VideoFrame, aspect: Fraction, found: Measurement) -> None:
+def _read_format(frame: VideoFrame, aspect: Fraction, found: Measurement) -> None:
     found.pixel_format = frame.format.name
     found.matrix, found.colour_range = int(frame.colorspace), int(frame.color_range)
     found.rotation = frame.rotation
@@ -164,16 +164,16 @@ class _Stamps:
             self._steps.append(frame.pts - self._last)
         self._last = frame.pts if frame.pts is not None else self._last
 
-    def uneven(self) -> bool:
-        """Ticks may be coarse (1 ms in Matroska): one of them is no variation."""
+    def is_uneven(self) -> bool:
+        """Return whether the times between frames vary by more than one tick (1 ms in Matroska)."""
         if self.disordered or not self._steps:
             return False
         mean = statistics.fmean(self._steps)
         return max(abs(step - mean) for step in self._steps) > max(_UNEVEN * mean, 1)
 
 
-class _Pictures:
-    """What is seen: collected frame by frame, in little memory."""
+class _Content:
+    """Motion, luma, cuts and fingerprint, collected frame by frame in little memory."""
 
     def __init__(self, duration: float) -> None:
         self._duration = duration
@@ -194,33 +194,33 @@ class _Pictures:
         scored = self._scenes(frame)
         self._times.append(time)
         self._differences.append(float(scored.metadata.get("lavfi.scd.mafd", 0)))
-        self._until(time)
+        self._show_until(time)
         self._shown = time, frame
 
     def end(self, length: float) -> None:
-        """The last frame is shown for `length` seconds."""
+        """Finish after the last frame, which is shown for `length` seconds."""
         assert self._shown is not None
         self.seconds = self._shown[0] + length
-        self._until(self.seconds)
-        while len(self.fingerprint) < FINGERPRINT_FRAMES:  # shorter than its container says
+        self._show_until(self.seconds)
+        while len(self.fingerprint) < FINGERPRINT_FRAMES:  # the video is shorter than its container says
             self.fingerprint.append(_difference_hash(self._small(self._shown[1])))
 
-    def _until(self, time: float) -> None:
-        """The frame that was shown last stays until `time`."""
+    def _show_until(self, time: float) -> None:
+        """Account for the last frame, which is shown until `time`."""
         if self._shown is None:
             return
         frame = self._shown[1]
-        steps = math.ceil(time / MOTION_STEP)  # wild timestamps make it large: no loop over it
+        steps = math.ceil(time / MOTION_STEP)  # bad timestamps make it large: no loop over it
         if steps > self._steps:
             thumbnail = self._thumbnail(frame).astype(np.float32)
             self._lumas.append(float(thumbnail.mean()))
             if self._seen is not None:
                 self._motion += float(np.abs(thumbnail - self._seen).mean())
             self._seen, self._steps = thumbnail, steps
-        while len(self.fingerprint) < FINGERPRINT_FRAMES and self._middle() < time:
+        while len(self.fingerprint) < FINGERPRINT_FRAMES and self._next_middle() < time:
             self.fingerprint.append(_difference_hash(self._small(frame)))
 
-    def _middle(self) -> float:
+    def _next_middle(self) -> float:
         return (len(self.fingerprint) + 0.5) / FINGERPRINT_FRAMES * self._duration
 
     @property
@@ -229,26 +229,26 @@ class _Pictures:
 
     @property
     def motion(self) -> float | None:
-        """None: the video is over before 1/8 s. A frame that stays for long adds steps without motion."""
+        """None if the video lasts less than 1/8 s. A frame that is shown for long adds steps without motion."""
         steps = self._steps - 1
         return self._motion / steps if steps > 0 else None
 
     def cuts(self) -> list[float]:
-        """Times of frames that differ from the one before by far more than their neighbours do.
+        """Return the times of frames that differ from the one before by far more than their neighbours do.
 
-        FFmpeg's own score compares with the frame before alone: where a converted rate repeats frames, each movement
-        after a repeated frame would be a cut. So one repeated frame is looked through, on both sides.
+        FFmpeg's own score compares with the frame before alone: if a converted rate repeats frames, each movement
+        after a repeated frame would be a cut. So one repeated frame is ignored on both sides.
         """
         changes = self._differences
         return [
             round(self._times[index], 3)
             for index in range(1, len(changes))
-            if changes[index] - max(_next(changes, index, -1), _next(changes, index, 1)) >= CUT_RISE
+            if changes[index] - max(_change_beside(changes, index, step) for step in (-1, 1)) >= CUT_RISE
         ]
 
 
-def _next(changes: "array[float]", index: int, direction: int) -> float:
-    """The change beside `index`; where that is of a repeated frame, the one behind it."""
+def _change_beside(changes: "array[float]", index: int, direction: int) -> float:
+    """Return the change beside `index`, or the one behind it if a repeated frame lies between."""
     beside = [changes[i] for i in (index + direction, index + 2 * direction) if 0 < i < len(changes)]
     if not beside:
         return 0.0
@@ -256,12 +256,12 @@ def _next(changes: "array[float]", index: int, direction: int) -> float:
 
 
 def _difference_hash(luma: NDArray[np.uint8]) -> str:
-    """Whether each pixel of (8, 9) is darker than its right neighbour: 64 bits, the same at any size and quality."""
+    """Hash (8, 9) pixels: whether each is darker than its right neighbour, 64 bits for any size and quality."""
     return np.packbits(luma[:, 1:] > luma[:, :-1]).tobytes().hex()
 
 
 class _Luma:
-    """Frames → their luma as uint8 (height, width), upright, 0 black and 255 white whatever the tagged range."""
+    """Convert frames to luma, uint8 (height, width), upright, 0 black and 255 white for any tagged range."""
 
     def __init__(self, width: int, height: int) -> None:
         self._upright = _Filter(("scale", f"{width}:{height}:flags=area:out_range=full"), ("format", "gray"))
@@ -276,7 +276,7 @@ class _Luma:
 
 
 class _Filter:
-    """A chain of FFmpeg's filters that gives one frame for one; it is built anew where frames change their layout."""
+    """A chain of FFmpeg's filters, one frame in and one out, built anew when frames change their layout."""
 
     def __init__(self, *nodes: tuple[str, str | None]) -> None:
         self._nodes = nodes

@@ -1,4 +1,8 @@
-"""Worker processes that may die or hang: whatever a job does to its worker, the other jobs go on."""
+"""Run jobs in worker processes that may die or hang: whatever a job does to its worker, the other jobs go on.
+
+Each worker has a pipe of its own, so that a process that is killed at any moment holds no lock that others wait for.
+Pools with one shared queue can then stop (concurrent.futures, pebble) or lose a job (multiprocessing, pebble).
+"""
 
 import multiprocessing
 import signal
@@ -16,8 +20,8 @@ from vidtwin.errors import UserError
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A job without a result: its worker ended by itself, or was ended when the job's time was over."""
+class Failure:
+    """A job without a result: its worker died, or was killed when the job's time was over."""
 
     reason: str
     timeout: bool
@@ -26,18 +30,19 @@ class Lost:
 def run(
     function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], limits: Sequence[float], workers: int
 ) -> Generator[tuple[int, Any], None, None]:
-    """`function(*job)` for every job, in new processes → (index of the job, result or `Lost`), as they come.
+    """Call `function(*job)` for every job in new processes; yield the job's index and its result or `Failure`.
 
-    Closing the generator, or an error in it, ends the workers. They ignore Ctrl-C, which a terminal sends to all.
+    Results come in the order in which they are ready. Closing the generator, or an error in it, ends the workers. They
+    ignore Ctrl-C, which a terminal sends to all processes.
 
     Args:
-        function: Importable by its name; its result can be pickled.
+        function: Importable by its name, with results that can be pickled.
         jobs: Arguments of each call.
         limits: Seconds that each call may take.
-        workers: How many processes.
+        workers: Number of processes.
 
     Raises:
-        UserError: A worker ended before it had a job.
+        UserError: A worker died before it had a job.
     """
     waiting = deque(range(len(jobs)))
     active: list[_Worker] = []
@@ -46,7 +51,7 @@ def run(
     before = signal.getsignal(signal.SIGINT)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        # Python loses a KeyboardInterrupt that comes while it frees an object; then the loop finds this.
+        # Python drops a KeyboardInterrupt that is raised while it frees an object; then the loop sees this.
         interrupts.append(number)
         if callable(before):
             before(number, frame)
@@ -63,24 +68,24 @@ def run(
             due = min((worker.deadline for worker in active), default=now)
             answers = set(wait([worker.pipe for worker in active], timeout=min(max(0.0, due - now), 1.0)))
             for worker in list(active):
-                lost: Lost | None = None
+                failure: Failure | None = None
                 if worker.pipe in answers:
                     try:
                         result = worker.pipe.recv()
                     except (EOFError, OSError):
-                        lost = Lost(f"its worker process {_end(worker.process)}", timeout=False)
+                        failure = Failure(f"its worker process {_describe_end(worker.process)}", timeout=False)
                     else:
                         if worker.job is not None:
                             yield worker.job, result
                         worker.rest()
                 elif time.monotonic() >= worker.deadline:
-                    lost = Lost(f"not done after {worker.limit:.0f} s", timeout=True)
-                if lost is not None:
+                    failure = Failure(f"not done after {worker.limit:.0f} s", timeout=True)
+                if failure is not None:
                     active.remove(worker)
                     worker.end()
                     if worker.job is None:
-                        raise UserError(f"Expected worker processes to start; {lost.reason}. Lower --workers.")
-                    yield worker.job, lost
+                        raise UserError(f"Expected worker processes to start; {failure.reason}. Lower --workers.")
+                    yield worker.job, failure
                 elif worker.ready and worker.job is None:
                     if waiting:
                         index = waiting.popleft()
@@ -96,16 +101,16 @@ def run(
 
 
 class _Worker:
-    """One process, the pipe to it, and what it is doing."""
+    """One process, the pipe to it, and its job."""
 
-    START_LIMIT = 300.0  # seconds to import what the function needs: file systems of clusters can be slow
+    START_LIMIT = 300.0  # seconds to import the function's modules: file systems of clusters can be slow
 
     def __init__(self, function: Callable[..., Any]) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit the others' pipes
         self.pipe, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=_serve, args=(theirs, function), daemon=True)
         self.process.start()
-        theirs.close()  # else its end would not be noticed
+        theirs.close()  # otherwise the pipe would stay open when the process dies
         self.ready = False
         self.job: int | None = None
         self.limit = self.START_LIMIT
@@ -115,7 +120,7 @@ class _Worker:
         self.job, self.limit, self.deadline = index, limit, time.monotonic() + limit
         try:
             self.pipe.send(job)
-        except OSError:  # it has died; the next wait finds that out
+        except OSError:  # it has died, which the next wait reports
             self.deadline = float("inf")
 
     def rest(self) -> None:
@@ -128,7 +133,7 @@ class _Worker:
 
 
 def _serve(pipe: Connection, function: Callable[..., Any]) -> None:
-    """What a worker does, until the other end of its pipe is closed."""
+    """Answer jobs until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         pipe.send(None)
@@ -138,7 +143,7 @@ def _serve(pipe: Connection, function: Callable[..., Any]) -> None:
         pass
 
 
-def _end(process: BaseProcess) -> str:
+def _describe_end(process: BaseProcess) -> str:
     process.join(timeout=10)
     code = process.exitcode
     if code is None:

@@ -1,4 +1,4 @@
-"""From measurements to verdicts, to the report and to what people read of it."""
+"""Turn measurements into verdicts, report.json and the printed summary."""
 
 import dataclasses
 from collections import Counter
@@ -24,14 +24,14 @@ _BAR = 32  # characters
 _SHOWN = 20  # lines of each list
 
 
-def verdicts_of(video: "Measurement", num_frames: int, fps: float) -> list[str]:
-    """What is to be known before a video is used for clips of `num_frames` at `fps`; empty: nothing."""
+def judge(video: "Measurement", num_frames: int, fps: float) -> list[str]:
+    """Judge a video for clips of `num_frames` at `fps`; an empty list means that nothing is wrong."""
     if video.fault is not None:
         return ["broken"]
     assert video.frames is not None
     assert video.fps is not None
     found = []
-    if video.frames <= _span(video, num_frames, fps):
+    if video.frames <= _count_span(video, num_frames, fps):
         found.append("short")
     if video.fps * 1.001 < fps:
         found.append("slow")
@@ -43,28 +43,28 @@ def verdicts_of(video: "Measurement", num_frames: int, fps: float) -> list[str]:
 
 
 def cut_share(video: "Measurement", num_frames: int, fps: float) -> float | None:
-    """Share of the possible clips that hold a scene cut; None: the video has no clip."""
+    """Return the share of the possible clips that contain a cut; None if the video has no clip."""
     if video.fault is not None or video.fps is None or video.frames is None:
         return None
-    starts = video.frames - _span(video, num_frames, fps)  # a clip may begin at the frames 0 .. starts - 1
+    starts = video.frames - _count_span(video, num_frames, fps)  # a clip may begin at frames 0 .. starts - 1
     if starts <= 0:
         return None
     duration = (num_frames - 1) / fps
     covered, reached = 0.0, 0.0
-    for cut in sorted(video.cuts):  # cut by it: clips that begin in (cut - duration, cut)
+    for cut in sorted(video.cuts):  # it cuts clips that begin in (cut - duration, cut)
         first, last = max(reached, cut - duration), min(cut, starts / video.fps)
         if last > first:
             covered, reached = covered + last - first, last
     return min(1.0, covered / (starts / video.fps))
 
 
-def _span(video: "Measurement", num_frames: int, fps: float) -> int:
-    """Frames of the video from a clip's first frame to its last."""
+def _count_span(video: "Measurement", num_frames: int, fps: float) -> int:
+    """Count the video's frames from a clip's first frame to its last."""
     return int((num_frames - 1) * (video.fps or 0.0) / fps)
 
 
 def histogram(values: Sequence[float], edges: Sequence[float]) -> list[int]:
-    """How many values lie from each edge to the next; the last bin is open."""
+    """Count the values from each edge to the next; the last bin is open."""
     counts = [0] * len(edges)
     for value in values:
         counts[max(0, sum(value >= edge for edge in edges) - 1)] += 1
@@ -79,30 +79,30 @@ def make_report(
     others: Counter[str],
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything that report.json holds.
+    """Make the content of report.json.
 
     Args:
-        others: Suffix → how many files have it and were not scanned.
-        arguments: Those of the command line: num_frames, fps, exclude and so on.
+        others: Number of files that were not scanned, by suffix.
+        arguments: Of the command line: num_frames, fps, exclude and so on.
     """
     num_frames, fps = arguments["num_frames"], arguments["fps"]
     rows = []
     for video in videos:
         row = dataclasses.asdict(video)
         row["split"] = splits.get(video.name)
-        row["verdicts"] = verdicts_of(video, num_frames, fps)
+        row["verdicts"] = judge(video, num_frames, fps)
         row["cut_share"] = cut_share(video, num_frames, fps)
         rows.append(row)
     by_name = {row["name"]: row for row in rows}
     for copy in copies["across"]:
         by_name[copy["name"]]["verdicts"].append("duplicates")
-    whole = [video for video in videos if video.fault is None]
+    intact = [video for video in videos if video.fault is None]
     shares = [row["cut_share"] for row in rows if row["cut_share"] is not None]
     values = {
-        "fps": [video.fps for video in whole],
-        "length": [video.seconds for video in whole],
-        "size": [min(video.shown_width or 0, video.shown_height or 0) for video in whole],
-        "motion": [video.motion for video in whole if video.motion is not None],
+        "fps": [video.fps for video in intact],
+        "length": [video.seconds for video in intact],
+        "size": [min(video.shown_width or 0, video.shown_height or 0) for video in intact],
+        "motion": [video.motion for video in intact if video.motion is not None],
     }
     verdicts = Counter(verdict for row in rows for verdict in row["verdicts"])
     return {
@@ -111,13 +111,13 @@ def make_report(
         "totals": {
             "videos": len(videos),
             "bytes": sum(video.bytes for video in videos),
-            "frames": sum(video.frames or 0 for video in whole),
-            "seconds": round(sum(video.seconds or 0.0 for video in whole), 3),
+            "frames": sum(video.frames or 0 for video in intact),
+            "seconds": round(sum(video.seconds or 0.0 for video in intact), 3),
             "no_verdict": sum(not row["verdicts"] for row in rows),
             **{verdict: verdicts[verdict] for verdict in VERDICTS},
             "cut_share": round(sum(shares) / len(shares), 4) if shares else None,
         },
-        "notes": _notes(whole),
+        "notes": _count_notes(intact),
         "splits": dict(sorted(Counter(splits.values()).items())),
         "split_check": split_check,
         "copies": copies,
@@ -130,31 +130,31 @@ def make_report(
     }
 
 
-def _notes(whole: "Sequence[Measurement]") -> dict[str, int]:
-    """What changes how a video is read, but is no fault."""
+def _count_notes(intact: "Sequence[Measurement]") -> dict[str, int]:
+    """Count properties that change how a video is read, but are not faults."""
     return {
-        "variable frame rate": sum(bool(v.variable_rate) for v in whole),
-        "timestamps absent or not rising (frames are counted)": sum(bool(v.disordered) for v in whole),
-        "one keyframe (a seek saves nothing)": sum(v.keyframes == 1 for v in whole),
-        "fewer frames than the header promises": sum((v.header_frames or 0) > (v.frames or 0) for v in whole),
-        "stored turned": sum(bool(v.rotation) for v in whole),
-        "pixels not square": sum(v.aspect not in (None, "1:1") for v in whole),
-        "BT.709 or full range": sum(v.matrix == 1 or v.colour_range == 2 for v in whole),
+        "variable frame rate": sum(bool(v.variable_rate) for v in intact),
+        "timestamps absent or not rising (frames are counted)": sum(bool(v.disordered) for v in intact),
+        "one keyframe (a seek saves nothing)": sum(v.keyframes == 1 for v in intact),
+        "fewer frames than the header promises": sum((v.header_frames or 0) > (v.frames or 0) for v in intact),
+        "stored turned": sum(bool(v.rotation) for v in intact),
+        "pixels not square": sum(v.aspect not in (None, "1:1") for v in intact),
+        "BT.709 or full range": sum(v.matrix == 1 or v.colour_range == 2 for v in intact),
     }
 
 
-def exclusions(report: dict[str, Any], kinds: Sequence[str]) -> dict[str, str]:
-    """Name → reason, of the videos with one of the verdicts `kinds`."""
+def find_exclusions(report: dict[str, Any], kinds: Sequence[str]) -> dict[str, str]:
+    """Return the reason for each video with one of the verdicts `kinds`, by name."""
     copies = {copy["name"]: copy for copy in report["copies"]["across"]}
     found = {}
     for row in report["videos"]:
-        reasons = [_reason(row, verdict, copies) for verdict in row["verdicts"] if verdict in kinds]
+        reasons = [_explain(row, verdict, copies) for verdict in row["verdicts"] if verdict in kinds]
         if reasons:
             found[row["name"]] = "; ".join(reasons)
     return found
 
 
-def _reason(row: dict[str, Any], verdict: str, copies: dict[str, Any]) -> str:
+def _explain(row: dict[str, Any], verdict: str, copies: dict[str, Any]) -> str:
     if verdict == "broken":
         return f"{row['fault']}: {row['reason']}"
     if verdict == "duplicates":
@@ -168,8 +168,8 @@ def _reason(row: dict[str, Any], verdict: str, copies: dict[str, Any]) -> str:
     return f"{verdict}: {row['frames']} frames at {row['fps']:.4g} per second"
 
 
-def summary(report: dict[str, Any], folder: Path, excluded: int) -> str:
-    """What people read: `folder` is where the report lies."""
+def summarize(report: dict[str, Any], folder: Path, excluded: int) -> str:
+    """Write the printed summary of a report that lies in `folder`."""
     totals, arguments = report["totals"], report["arguments"]
     clip = f"a clip of {arguments['num_frames']} frames at {arguments['fps']:g} fps"
     lines = [
@@ -178,7 +178,7 @@ def summary(report: dict[str, Any], folder: Path, excluded: int) -> str:
     ]
     if report["other_files"]:
         listed = ", ".join(f"{count} {suffix}" for suffix, count in report["other_files"].items())
-        lines.append(f"not scanned, since their suffix is none of a video: {listed}")
+        lines.append(f"not scanned, since their suffix is not of a video: {listed}")
     listed = ", ".join(f"{count:,} {name}" for name, count in report["splits"].items())
     lines.append(f"splits: {listed or 'none known (no ucfTrainTestlist, no folders train, val, test)'}")
     lines += ["", f"{totals['no_verdict']:>7,} without any of the following"]
@@ -188,37 +188,39 @@ def summary(report: dict[str, Any], folder: Path, excluded: int) -> str:
         "slow": f"slow: fewer than {arguments['fps']:g} frames per second",
         "static": "static: black or frozen",
         "cuts": "cuts: more than one scene",
-        "duplicates": "duplicates: what they show is in another split too",
+        "duplicates": "duplicates: another split shows the same",
     }
     lines += [f"{totals[verdict]:>7,} {meaning}" for verdict, meaning in meanings.items()]
     if totals["cuts"]:
         lines.append(f"        {totals['cut_share']:.1%} of all possible clips hold a cut")
     notes = {text: count for text, count in report["notes"].items() if count}
     if notes:
-        lines += ["", "No faults, but good to know:"]
+        lines += ["", "Not faults, but useful to know:"]
         lines += [f"{count:>7,} {text}" for text, count in notes.items()]
     for kind, entry in report["histograms"].items():
-        lines += ["", f"{kind} ({entry['unit']})", *_bars(entry)]
-    lines += _list("Broken", [f"{r['name']}: {r['fault']}: {r['reason']}" for r in _with(report, "broken")], folder)
-    lines += _list(
+        lines += ["", f"{kind} ({entry['unit']})", *_draw_bars(entry)]
+    lines += _list_some(
+        "Broken", [f"{r['name']}: {r['fault']}: {r['reason']}" for r in _rows_with(report, "broken")], folder
+    )
+    lines += _list_some(
         "With cuts, at seconds",
         [
             f"{r['name']}: {', '.join(f'{cut:.2f}' for cut in r['cuts'][:6])}{', …' if len(r['cuts']) > 6 else ''}"
-            for r in _with(report, "cuts")
+            for r in _rows_with(report, "cuts")
         ],
         folder,
     )
-    lines += _copies(report, folder) + _splits(report)
-    lines += ["", *_next(report, folder, excluded)]
+    lines += _describe_copies(report, folder) + _describe_splits(report)
+    lines += ["", *_suggest_next(report, folder, excluded)]
     return "\n".join(lines)
 
 
-def _with(report: dict[str, Any], verdict: str) -> list[dict[str, Any]]:
+def _rows_with(report: dict[str, Any], verdict: str) -> list[dict[str, Any]]:
     return [row for row in report["videos"] if verdict in row["verdicts"]]
 
 
-def _bars(entry: dict[str, Any]) -> list[str]:
-    """One line for each bin from the first to the last that is not empty."""
+def _draw_bars(entry: dict[str, Any]) -> list[str]:
+    """Draw one line per bin, from the first to the last that is not empty."""
     edges, counts = entry["edges"], entry["counts"]
     filled = [index for index, count in enumerate(counts) if count]
     lines = []
@@ -229,7 +231,7 @@ def _bars(entry: dict[str, Any]) -> list[str]:
     return lines or ["  none"]
 
 
-def _list(title: str, entries: Sequence[str], folder: Path) -> list[str]:
+def _list_some(title: str, entries: Sequence[str], folder: Path) -> list[str]:
     if not entries:
         return []
     more = len(entries) - _SHOWN
@@ -237,27 +239,27 @@ def _list(title: str, entries: Sequence[str], folder: Path) -> list[str]:
     return ["", f"{title}:", *(f"  {entry}" for entry in entries[:_SHOWN]), *tail]
 
 
-def _copies(report: dict[str, Any], folder: Path) -> list[str]:
+def _describe_copies(report: dict[str, Any], folder: Path) -> list[str]:
     copies = report["copies"]
 
     def line(copy: dict[str, Any]) -> str:
         how = "is the same file as" if copy["exact"] else "shows the same as"
         return f"{copy['name']} ({copy['split']}) {how} {copy['copy_of']} ({copy['copy_split']})"
 
-    lines = _list("Copies across splits", [line(copy) for copy in copies["across"]], folder)
+    lines = _list_some("Copies across splits", [line(copy) for copy in copies["across"]], folder)
     alike = [line(copy) for copy in copies["alike"]]
-    lines += _list("Alike across splits, but hardly moving: copies, or clips of one scene", alike, folder)
+    lines += _list_some("Alike across splits, but hardly moving: copies, or clips of one scene", alike, folder)
     if copies["within"]:
         exact = sum(copy["exact"] for copy in copies["within"])
-        where = " in their own split" if report["splits"] else ""
+        place = " in their own split" if report["splits"] else ""
         count = f"{len(copies['within']):,}, {exact:,} of them the same file (report.json names them)"
-        lines += ["", f"Copies of another video{where}: {count}"]
+        lines += ["", f"Copies of another video{place}: {count}"]
     elif not copies["across"]:
         lines += ["", "Copies of another video: none"]
     return lines
 
 
-def _splits(report: dict[str, Any]) -> list[str]:
+def _describe_splits(report: dict[str, Any]) -> list[str]:
     check = report["split_check"]
     if check is None:
         return []
@@ -273,7 +275,7 @@ def _splits(report: dict[str, Any]) -> list[str]:
     return lines if check["problems"] else [*lines, "  every listed file is there, no group is in train and test"]
 
 
-def _next(report: dict[str, Any], folder: Path, excluded: int) -> list[str]:
+def _suggest_next(report: dict[str, Any], folder: Path, excluded: int) -> list[str]:
     totals = report["totals"]
     lines = [f"All measurements: {folder / 'report.json'}"]
     if excluded:

@@ -1,4 +1,4 @@
-"""Which split a video is in, whether UCF-101's lists fit the files, and which videos are copies of others."""
+"""Find the split of each video, check UCF-101's lists against the files, and find copies."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -16,43 +16,43 @@ from .measure import FINGERPRINT_FRAMES, Measurement
 FOLDERS = ("train", "val", "test")
 
 # Chosen on real clips and re-encodings of them; docs/doctor.md has the distances.
-COPY_BITS = 6  # of 64, in which the same picture may differ
+COPY_BITS = 6  # of 64 that may differ in the same picture
 COPY_FRAMES = FINGERPRINT_FRAMES // 2 + 1
-COPY_LENGTH = 0.05  # by which copies' lengths may differ, as a share of the longer
+COPY_LENGTH = 0.05  # share of the longer length by which copies may differ
 STILL = 1.0  # motion below which all clips of one scene look the same
 
-_PLAIN = 4  # bits: a picture with fewer of either kind, such as a black one, is like any other plain picture
+_PLAIN = 4  # bits: pictures with fewer zeros or ones, such as black ones, all look alike
 _UCF_NAME = re.compile(r"v_(\w+)_g(\d+)_c\d+\.avi")
 
 
 def split_names(names: Sequence[str], root: Path, number: int) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """Name → split, and the check of UCF-101's lists if there are some. Videos without a split are left out.
+    """Return the split of each video that has one, by name, and the check of UCF-101's lists if they exist.
 
     Args:
         names: Relative to `root`.
         number: Which of UCF-101's three splits.
     """
     lists = find_lists(root)
-    ours = sum("/" in name and _matched(name) is not None for name in names)
-    if lists is not None and 2 * ours > len(names):
+    named = sum("/" in name and _match(name) is not None for name in names)
+    if lists is not None and 2 * named > len(names):
         check = check_ucf(names, lists)
-        listed = {name: side for side in ("test", "train") for name in _listed(lists, side, number)}
+        listed = {name: side for side in ("test", "train") for name in _read_list(lists, side, number)}
         return {name: listed[name] for name in names if name in listed}, {**check, "number": number}
     return {name: name.split("/")[0] for name in names if name.split("/")[0] in FOLDERS and "/" in name}, None
 
 
 def check_ucf(names: Sequence[str], lists: Path) -> dict[str, Any]:
-    """Whether lists and files fit: `problems`, one line each, and the counts of each split beside the official ones."""
+    """Compare lists and files: return `problems`, one line each, and each split's counts beside the official ones."""
     present = set(names)
     problems: list[str] = []
     splits: dict[str, Any] = {}
-    classes = _classes(lists)
+    classes = _read_classes(lists)
     for number, official in OFFICIAL.items():
-        train, test = _listed(lists, "train", number), _listed(lists, "test", number)
+        train, test = _read_list(lists, "train", number), _read_list(lists, "test", number)
         if not train and not test:
             continue
         shared = {_group(name) for name in train} & {_group(name) for name in test}
-        validation = sum(int(match[2]) in VALIDATION_GROUPS for match in map(_matched, train) if match)
+        validation = sum(int(match[2]) in VALIDATION_GROUPS for match in map(_match, train) if match)
         splits[str(number)] = {
             "train": len(train),
             "test": len(test),
@@ -84,39 +84,40 @@ def check_ucf(names: Sequence[str], lists: Path) -> dict[str, Any]:
             problems.append(f"{len(wrong)} {what}: {few(wrong)}")
     return {
         "lists": str(lists),
-        "line_ends": _line_ends(lists),
+        "line_ends": _find_line_ends(lists),
         "classes": len(classes),
-        "other_spelling": sorted({f"{n.split('/')[0]}/v_{m[1]}_…" for n in names if (m := _matched(n)) and _odd(n, m)}),
+        "other_spelling": sorted(set(filter(None, map(_find_other_spelling, names)))),
         "splits": splits,
         "problems": problems,
     }
 
 
-def _odd(name: str, match: re.Match[str]) -> bool:
-    """Whether the class in a file's name is not that of its folder (HandstandPushups/v_HandStandPushups_…)."""
-    return "/" in name and match[1] != name.split("/")[0]
+def _find_other_spelling(name: str) -> str | None:
+    """Return how a file spells its class if not as its folder does (HandstandPushups/v_HandStandPushups_…)."""
+    folder, match = name.split("/")[0], _match(name)
+    return f"{folder}/v_{match[1]}_…" if match and "/" in name and match[1] != folder else None
 
 
-def _matched(name: str) -> re.Match[str] | None:
+def _match(name: str) -> re.Match[str] | None:
     return _UCF_NAME.fullmatch(name.rpartition("/")[2])
 
 
 def _group(name: str) -> tuple[str, str]:
-    match = _matched(name)
+    match = _match(name)
     return (name.split("/")[0], match[2]) if match else (name, "")
 
 
-def _listed(lists: Path, side: str, number: int) -> list[str]:
+def _read_list(lists: Path, side: str, number: int) -> list[str]:
     path = lists / f"{side}list{number:02d}.txt"
     return [line.split()[0] for line in read_lines(path)] if path.is_file() else []
 
 
-def _classes(lists: Path) -> set[str]:
+def _read_classes(lists: Path) -> set[str]:
     path = lists / "classInd.txt"
     return {line.split()[-1] for line in read_lines(path)} if path.is_file() else set()
 
 
-def _line_ends(lists: Path) -> str:
+def _find_line_ends(lists: Path) -> str:
     contents = [path.read_bytes() for path in lists.glob("*.txt")]
     windows = sum(content.count(b"\r\n") for content in contents)
     lines = sum(content.count(b"\n") for content in contents)
@@ -124,13 +125,13 @@ def _line_ends(lists: Path) -> str:
 
 
 def find_copies(measurements: Sequence[Measurement], splits: dict[str, str]) -> dict[str, Any]:
-    """Videos that show what another one shows.
+    """Find videos that show the same as another one.
 
     Returns:
         `across`: for each video that has a copy in a split that matters more (test, then validation), `{"name",
         "split", "copy_of", "copy_split", "exact"}`; `within`: likewise for each with an earlier copy in its own split
         (`exact` files first); `alike`: pairs across splits that look the same and hardly move: copies, or two clips of
-        one scene, which a fingerprint can't tell.
+        one scene, which a fingerprint does not distinguish.
     """
     usable = sorted((m for m in measurements if m.fault is None), key=lambda m: m.seconds or 0.0)
     rank = {name: FOLDERS.index(splits[name]) if name in splits else -1 for name in (m.name for m in usable)}
@@ -161,7 +162,7 @@ def find_copies(measurements: Sequence[Measurement], splits: dict[str, str]) -> 
 def _same_files(
     usable: Sequence[Measurement], splits: dict[str, str]
 ) -> Iterator[tuple[Measurement, Measurement, bool]]:
-    """Each file with the first one of each split that has the same content."""
+    """Yield each file with the first one of each split that has the same content."""
     firsts: dict[str | None, dict[str | None, Measurement]] = {}
     ordered = sorted(usable, key=lambda m: m.name)
     for m in ordered:
@@ -173,17 +174,17 @@ def _same_files(
 
 
 def _same_pictures(usable: Sequence[Measurement]) -> Iterator[tuple[Measurement, Measurement, bool]]:
-    """Pairs of which most frames are the same; `usable` by length. Memory grows with the videos, not with the pairs."""
+    """Yield pairs with mostly equal frames from `usable`, sorted by length, in memory that grows with the videos."""
     if not usable:
         return
     prints = np.array([[int(word, 16) for word in m.fingerprint] for m in usable], dtype=np.uint64)
     ones = np.bitwise_count(prints)
-    telling = (ones >= _PLAIN) & (ones <= 64 - _PLAIN)
+    distinct = (ones >= _PLAIN) & (ones <= 64 - _PLAIN)
     lengths = np.array([m.seconds or 0.0 for m in usable])
     ends = np.searchsorted(lengths, lengths / (1 - COPY_LENGTH), side="right")
     for index, end in enumerate(ends):
         later = slice(index + 1, int(end))
         near: NDArray[np.bool_] = np.bitwise_count(prints[later] ^ prints[index]) <= COPY_BITS
-        same = (near & telling[later] & telling[index]).sum(axis=1) >= COPY_FRAMES
+        same = (near & distinct[later] & distinct[index]).sum(axis=1) >= COPY_FRAMES
         for other in np.flatnonzero(same):
             yield usable[index], usable[index + 1 + int(other)], False

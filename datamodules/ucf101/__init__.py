@@ -9,7 +9,7 @@ __all__ = ["UCF101"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the data module on first use: `prepare` and `doctor` need the lists without torch."""
+    """Import the data module on first use, since `prepare` and `doctor` read the lists without torch."""
     if name == "UCF101":
         from .data_module import UCF101
 

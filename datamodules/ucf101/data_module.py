@@ -26,16 +26,16 @@ class UCF101(ClipDataModule):
         ucfTrainTestlist/{classInd,trainlist01,testlist01,…}.txt     beside root or in it
 
     A group (`g01` to `g25`) holds the clips of one source video. The groups `val_groups` of the train list are held out
-    as validation data; the test list is read by `test` and `predict` alone. Labels are those of classInd.txt, from 0.
+    as validation data; only `test` and `predict` read the test list. Labels are those of classInd.txt, from 0.
 
-    Without lists labels are the places of the class folders in alphabetical order, and groups 1 to 7 are the test data,
-    as in the official split 1.
+    Without lists, labels number the class folders in alphabetical order, and groups 1 to 7 are the test data, as in the
+    official split 1.
 
     Args:
-        root: Folder of the class folders, or the folder that holds it as `UCF-101`.
+        root: Folder of the class folders, or a folder that holds it as `UCF-101`.
         split: Official split, 1 to 3.
-        lists: Folder of the lists; null looks for `ucfTrainTestlist` beside `root` and in it.
-        val_groups: Groups of the train list that are kept for validation.
+        lists: Folder of the lists; by default `ucfTrainTestlist` beside `root` or in it.
+        val_groups: Groups of the train list that are held out for validation.
         **kwargs: Those of `ClipDataModule`.
     """
 
@@ -58,13 +58,13 @@ class UCF101(ClipDataModule):
 
     def videos(self, split: str) -> list[Video]:
         lists = self._find_lists()
-        names = self._listed(lists, "test" if split == "test" else "train") if lists else self._grouped(split)
+        names = self._read_list(lists, "test" if split == "test" else "train") if lists else self._pick_groups(split)
         if split != "test":
-            names = self._held_out(names, keep=split == "val")
-        labels = self._labels(lists)
+            names = self._hold_out(names, keep=split == "val")
+        labels = self._number_classes(lists)
         unknown = sorted({name.split("/")[0] for name in names} - set(labels))
         if unknown:
-            raise UserError(f"{lists}/classInd.txt: expected all classes of the lists, it lacks {few(unknown)}.")
+            raise UserError(f"{lists}/classInd.txt: expected all classes of the lists, got none for {few(unknown)}.")
         return [Video(self.root / name, name, labels[name.split("/")[0]]) for name in names]
 
     def split_name(self, split: str) -> str:
@@ -76,13 +76,11 @@ class UCF101(ClipDataModule):
     def _find_lists(self) -> Path | None:
         return find_lists(self.root) if self._given_lists is None else Path(self._given_lists)
 
-    def _present(self) -> set[str]:
-        """Names `Class/video.avi` of the videos on disk."""
+    def _list_files(self) -> set[str]:
+        """Return the names `Class/video.avi` of the videos on disk."""
         if self._files is None:
             if not self.root.is_dir():
-                raise UserError(
-                    f"Expected UCF-101's class folders in {self.root}, there is no such folder; set data.root."
-                )
+                raise UserError(f"Expected UCF-101's class folders in {self.root}, got no such folder; set data.root.")
             files = {
                 f"{path.parent.name}/{path.name}"
                 for path in self.root.glob("*/*.avi")
@@ -95,10 +93,10 @@ class UCF101(ClipDataModule):
             self._files = files
         return self._files
 
-    def _listed(self, lists: Path, kind: str) -> list[str]:
-        """Names of an official list. Its file names don't follow from the class names (HandstandPushups)."""
+    def _read_list(self, lists: Path, kind: str) -> list[str]:
+        """Return the names of an official list, which do not follow from the class names (HandstandPushups)."""
         path = lists / f"{kind}list{self.split:02d}.txt"
-        present = self._present()
+        present = self._list_files()
         names = [line.split()[0] for line in _lines(path)]
         absent = [name for name in names if name not in present]
         if absent:
@@ -108,11 +106,11 @@ class UCF101(ClipDataModule):
             )
         return names
 
-    def _grouped(self, split: str) -> list[str]:
+    def _pick_groups(self, split: str) -> list[str]:
         log.info("No ucfTrainTestlist at %s: groups 1 to 7 are the test data, labels follow the folders.", self.root)
-        return [name for name in sorted(self._present()) if (_group(name) in _TEST_GROUPS) == (split == "test")]
+        return [name for name in sorted(self._list_files()) if (_group(name) in _TEST_GROUPS) == (split == "test")]
 
-    def _held_out(self, names: list[str], keep: bool) -> list[str]:
+    def _hold_out(self, names: list[str], keep: bool) -> list[str]:
         groups = sorted({_group(name) for name in names})
         if not set(groups) & set(self.val_groups) or set(groups) <= set(self.val_groups):
             raise UserError(
@@ -121,9 +119,9 @@ class UCF101(ClipDataModule):
             )
         return [name for name in names if (_group(name) in self.val_groups) == keep]
 
-    def _labels(self, lists: Path | None) -> dict[str, int]:
+    def _number_classes(self, lists: Path | None) -> dict[str, int]:
         if lists is None:
-            return {name: label for label, name in enumerate(sorted({f.split("/")[0] for f in self._present()}))}
+            return {name: label for label, name in enumerate(sorted({f.split("/")[0] for f in self._list_files()}))}
         pairs = (line.split() for line in _lines(lists / "classInd.txt"))
         return {name: int(number) - 1 for number, name in pairs}
 

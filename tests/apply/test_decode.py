@@ -251,7 +251,7 @@ def test_a_full_disk_ends_the_command_which_goes_on_by_skip_existing(here, capsy
     with monkeypatch.context() as patch:
         patch.setattr(VideoWriter, "write", full)
         assert decode() == 2
-    assert "complete videos stay; --skip_existing goes on" in capsys.readouterr().err
+    assert "finished videos are kept; free space and continue" in capsys.readouterr().err
     assert not list(Path("decoded").rglob("*.mp4"))
     assert decode() == 0
     Path("decoded/run/long.mp4").unlink()

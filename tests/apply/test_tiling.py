@@ -5,26 +5,26 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from vidtwin.apply.tiling import in_tiles, ramp, starts
+from vidtwin.apply.tiling import make_ramp, place_tiles, run_in_tiles
 from vidtwin.errors import UserError
 
 
 @pytest.mark.parametrize(("side", "tile", "overlap"), [(720, 224, 56), (224, 224, 56), (225, 224, 56), (100, 64, 0)])
-def test_tiles_cover_the_side_and_share_what_is_asked_for(side, tile, overlap):
-    places = starts(side, tile, overlap)
+def test_tiles_cover_the_side_and_overlap_enough(side, tile, overlap):
+    places = place_tiles(side, tile, overlap)
     assert places[0] == 0
     assert places[-1] == side - tile
     for before, after in pairwise(places):
         assert before + tile - after >= overlap
 
 
-def test_one_tile_is_enough_for_what_is_smaller():
-    assert starts(10, 64, 16) == [0]
+def test_one_tile_covers_a_smaller_side():
+    assert place_tiles(10, 64, 16) == [0]
 
 
 @pytest.mark.parametrize("shape", [(2, 100, 150, 3), (1, 20, 150, 3), (3, 64, 64, 3), (1, 7, 9, 3)])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_what_is_left_as_it_is_comes_back_bit_for_bit(shape, batch_size):
+def test_unchanged_tiles_are_joined_bit_for_bit(shape, batch_size):
     frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     sizes = []
 
@@ -33,17 +33,17 @@ def test_what_is_left_as_it_is_comes_back_bit_for_bit(shape, batch_size):
         assert all(clip.shape == (shape[0], 64, 64, 3) for clip in clips)
         return {"same": clips, "negative": [255 - clip for clip in clips]}
 
-    made = in_tiles(frames, 64, 16, same, batch_size)
+    made = run_in_tiles(frames, 64, 16, same, batch_size)
     assert np.array_equal(made["same"], frames)
     assert np.array_equal(made["negative"], 255 - frames)
     assert max(sizes) <= batch_size
 
 
-def test_where_neighbours_differ_the_seam_is_a_straight_line_over_the_overlap():
+def test_different_neighbours_are_blended_linearly_over_the_overlap():
     """The first tile is black and the second white: by the definition of the weights, pixel for pixel."""
     frames = np.zeros((1, 64, 112, 3), np.uint8)
     colours = iter([0, 255])
-    made = in_tiles(frames, 64, 16, lambda clips: {"x": [np.full_like(clip, next(colours)) for clip in clips]})["x"]
+    made = run_in_tiles(frames, 64, 16, lambda clips: {"x": [np.full_like(clip, next(colours)) for clip in clips]})["x"]
     row = made[0, 30, :, 0].astype(int)
     first, second = np.zeros(112), np.zeros(112)
     for place in range(64):
@@ -57,10 +57,10 @@ def test_where_neighbours_differ_the_seam_is_a_straight_line_over_the_overlap():
 
 
 def test_weights_grow_from_both_ends():
-    assert ramp(5, 1).tolist() == [0.5, 1, 1, 1, 0.5]
-    assert ramp(3, 0).tolist() == [1, 1, 1]
+    assert make_ramp(5, 1).tolist() == [0.5, 1, 1, 1, 0.5]
+    assert make_ramp(3, 0).tolist() == [1, 1, 1]
 
 
 def test_an_overlap_of_a_whole_tile_is_refused():
     with pytest.raises(UserError, match="below 8 pixels, got 8"):
-        in_tiles(np.zeros((1, 9, 9, 3), np.uint8), 8, 8, lambda clips: {})
+        run_in_tiles(np.zeros((1, 9, 9, 3), np.uint8), 8, 8, lambda clips: {})

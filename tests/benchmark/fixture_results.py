@@ -29,7 +29,7 @@ FAILED = "iVideoGPT"
 
 
 def settings(**data: Any) -> dict[str, Any]:
-    """A protocol on six-frame clips of UCF101; `data` changes what the data module says."""
+    """A protocol on six-frame clips of UCF101; `data` changes the data module's description."""
     of_data = {
         "data": "UCF101",
         "split": "test",
@@ -57,13 +57,13 @@ def write_results(
     """Write a results folder.
 
     Args:
-        folder: Where to; made if it is not there.
+        folder: Its path; made if absent.
         models: By name its kind, rate and mean PSNR.
         num_clips: Of each model but the first, which has no numbers of the last clip; its last name holds markup.
         failed: Whether one more row failed.
         players: Whether worst and median clip of the first model are kept as strips.
         rfvd: Whether rFVD was measured, on too few clips to be ranked.
-        lpips: Whether there were weights for LPIPS.
+        lpips: Whether LPIPS was measured.
     """
     described = settings()
     digest = protocol.write(described, folder)

@@ -29,7 +29,7 @@ README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmark.md"
 SWEEPS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 PAPER_SWEEPS = [name for name in SWEEPS if name != "demo"]  # demo's models are tiny as they are
 
-# What makes each model small; how it is made of these sizes, and its latents' sizes, stay the config's own.
+# Arguments that make each model small; its structure and its latents' sizes stay those of the config.
 SMALL: dict[str, dict[str, Any]] = {
     "VidTwin": {"resolution": 32, "patch_size": 4, "hidden_size": 48, "depth": 1, "num_heads": 4},
     "MAGVIT2": {"channels": 8, "num_blocks": 1},
@@ -200,7 +200,7 @@ def test_the_checkpoints_are_where_the_commands_in_the_header_leave_them(name, c
         ("fps40", [0.0020]),
     ],
 )
-def test_claimed_rates_are_those_of_the_paper_and_agree_where_they_should(name, rates):
+def test_claimed_rates_are_those_of_the_paper_and_agree_if_they_should(name, rates):
     entries = sweep(name)["autoencoders"]
     assert [entry.get("claimed_rate") for entry in entries] == rates
     for entry in entries:
@@ -229,8 +229,8 @@ def test_forty_frames_a_second_of_videos_with_25_are_refused(tmp_path, monkeypat
     write_videos(tmp_path / "slow", 25)
     argv = ["test", "--config", str(FOLDER / "fps40.yaml"), f"--data.root={tmp_path / 'slow'}", *OPTIONS]
     assert main(argv) == 2
-    told = capsys.readouterr().err
-    assert "expected at least data.fps=40 frames per second, the video has 25" in told
+    logged = capsys.readouterr().err
+    assert "expected at least data.fps=40 frames per second, the video has 25" in logged
     assert not (tmp_path / "runs").exists()
 
 

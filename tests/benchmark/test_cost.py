@@ -1,7 +1,8 @@
-"""FLOPs and memory against arithmetic by hand; what a measurement says and leaves alone."""
+"""FLOPs and memory against arithmetic by hand; content of a measurement, and what it leaves unchanged."""
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -120,19 +121,15 @@ def test_measuring_leaves_weights_modes_and_random_numbers_as_they_were():
 def test_each_timed_pass_runs_once_in_evaluation_in_the_precision_and_without_the_counter_of_memory():
     seen = []
 
-    def encode(model, clip):
-        if not clip.is_meta:
-            counting = any(isinstance(mode, TensorMemory) for mode in _get_current_dispatch_mode_stack())
-            seen.append((model.training, torch.is_autocast_enabled("cpu"), counting))
-        return cost.encode_whole(model, clip)
+    class Watched(Flat):
+        def _encode(self, clip):
+            if not clip.is_meta:
+                counting = any(isinstance(mode, TensorMemory) for mode in _get_current_dispatch_mode_stack())
+                seen.append((self.training, torch.is_autocast_enabled("cpu"), counting))
+            return super()._encode(clip)
 
-    found = cost.measure(
-        *(Flat(), FLAT, "cpu"),
-        precision=lambda: torch.autocast("cpu", torch.bfloat16),
-        warmup=1,
-        repeats=2,
-        encode=encode,
-    )
+    precision = partial(torch.autocast, "cpu", torch.bfloat16)
+    found = cost.measure(Watched(), FLAT, "cpu", precision, warmup=1, repeats=2)
     assert seen == [(False, True, False)] * 4 + [(False, True, True)]  # one makes the latents for decoding
     assert found["flops"]["encode"] == 2 * 96 * 4
 
@@ -143,13 +140,17 @@ def test_a_model_of_half_precision_gets_clips_of_its_own():
 
 
 def test_a_model_that_takes_a_clip_in_windows_is_measured_on_all_of_them():
-    def encode(model, clip):
-        return [model.encode(part).mode() for part in clip.split(2, dim=2)]
+    class Windows:
+        def __init__(self, model):
+            self.model = model
 
-    def decode(model, latents, num_frames):
-        return torch.cat([model.decode(part, 2) for part in latents], dim=2)[:, :, :num_frames]
+        def encode(self, clip):
+            return self.model.encode(torch.cat(clip.split(2, dim=2)))
 
-    found = cost.measure(Flat(), (3, 4, 4, 4), "cpu", encode=encode, decode=decode)
+        def decode(self, latents, num_frames):
+            return torch.cat(self.model.decode(latents, 2).split(1), dim=2)[:, :, :num_frames]
+
+    found = cost.measure(Flat(), (3, 4, 4, 4), "cpu", wrap=Windows)
     assert found["flops"] == {"encode": 2 * 2 * 96 * 4, "decode": 2 * 2 * 96 * 4}
     # Two clips of 96 numbers, and again as one.
     assert found["decode"]["peak_memory_bytes"] == WEIGHTS + 2 * (4 + 96 + 96) * 4
@@ -172,12 +173,12 @@ def test_no_weight_is_copied_for_the_count_of_flops():
         ({"clip_shape": (1, 2, 4, 4)}, "Expected a float clip of shape"),
     ],
 )
-def test_wrong_arguments_are_told(arguments, words):
+def test_wrong_arguments_are_refused(arguments, words):
     with pytest.raises(UserError, match=words):
         cost.measure(Flat(), **({"clip_shape": FLAT, "device": "cpu"} | arguments))
 
 
-def test_a_model_that_asks_for_values_is_told_why_its_flops_cannot_be_counted():
+def test_the_flops_of_a_model_that_asks_for_values_are_refused_with_the_reason():
     class Asking(Flat):
         def _encode(self, clip):
             return super()._encode(clip if clip.sum().item() else clip + 1)
@@ -186,15 +187,16 @@ def test_a_model_that_asks_for_values_is_told_why_its_flops_cannot_be_counted():
         cost.measure(Asking(), FLAT, "cpu")
 
 
-def test_out_of_memory_is_told_and_the_model_is_as_it_was():
-    def decode(model, latents, num_frames):
-        if latents["numbers"].is_meta:
-            return cost.decode_whole(model, latents, num_frames)
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+def test_out_of_memory_is_reported_and_the_model_is_as_it_was():
+    class Large(Flat):
+        def _decode(self, latents):
+            if latents["numbers"].is_meta:
+                return super()._decode(latents)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
 
-    model = Flat().train()
-    with pytest.raises(UserError, match=r"for 2 clips of \(3, 2, 4, 4\) at a time through Flat, .* 3.00 GiB more"):
-        cost.measure(model, FLAT, "cpu", batch_size=2, decode=decode)
+    model = Large().train()
+    with pytest.raises(UserError, match=r"for 2 clips of \(3, 2, 4, 4\) at a time through Large, .* 3.00 GiB more"):
+        cost.measure(model, FLAT, "cpu", batch_size=2)
     assert model.training
 
 

@@ -100,7 +100,7 @@ def test_the_output_has_the_latents_shapes_and_each_number_depends_on_each():
         assert (gradient != 0).all()
 
 
-def test_equal_patches_at_two_places_are_told_apart():
+def test_equal_patches_at_two_places_are_distinguished():
     torch.manual_seed(0)
     found = LatentDiT({"z": (1, 4)})({"z": torch.ones(1, 1, 4)})["z"]
     assert not torch.allclose(found[..., :2], found[..., 2:])
@@ -127,7 +127,7 @@ def test_the_loss_is_the_mean_squared_error_over_all_numbers_of_all_latents():
 
     noise = {"a": torch.randn(1, 2, 3), "b": torch.randn(1, 5)}
     expected = torch.cat([part.flatten() for part in noise.values()]).square().mean()
-    torch.testing.assert_close(downstream._loss(Silent(), noise, noise), expected)
+    torch.testing.assert_close(downstream.compute_loss(Silent(), noise, noise), expected)
 
 
 def test_a_measurement_has_the_keys_of_results_json_and_changes_no_random_number():
@@ -153,7 +153,7 @@ def test_memory_has_the_activations_of_all_layers_but_no_scores_of_attention():
     tokens = 600
     model, latents = LatentDiT({"z": (1, 2 * tokens)}), {"z": torch.randn(1, 1, 2 * tokens)}
     held = [list(model.parameters()), list(model.buffers()), latents]
-    peak = peak_memory(lambda: downstream._loss(model, latents, latents), torch.device("cpu"), held)
+    peak = peak_memory(lambda: downstream.compute_loss(model, latents, latents), torch.device("cpu"), held)
     weights = 4 * sum(p.numel() for p in model.parameters())
     activations = 6 * tokens * 4 * (3 * 512 + 2048 + 2 * 512)  # at least queries, keys, values, FFN and norms
     scores = 6 * 8 * tokens**2 * 4
@@ -173,12 +173,12 @@ def test_memory_has_the_activations_of_all_layers_but_no_scores_of_attention():
         ({"z": (3, 0)}, {}, r"got z of \(3, 0\)"),
     ],
 )
-def test_wrong_arguments_are_told(shapes, arguments, words):
+def test_wrong_arguments_are_refused(shapes, arguments, words):
     with pytest.raises(UserError, match=words):
         downstream.measure(shapes, "cpu", **arguments)
 
 
-def test_an_unknown_count_is_told():
+def test_an_unknown_count_is_refused():
     with pytest.raises(UserError, match="one of layers, ffn_norm_only, embeddings, got 'all'"):
         on_meta(VECTOR).num_parameters("all")
 

@@ -85,7 +85,7 @@ def profiled(run, file):
     return max(itertools.accumulate(event["args"]["Bytes"] for event in changes))
 
 
-def test_where_kernels_need_nothing_for_themselves_the_profiler_sees_the_same_peak(tmp_path):
+def test_if_kernels_need_no_memory_of_their_own_the_profiler_sees_the_same_peak(tmp_path):
     model, clip = tiny_model().eval(), torch.zeros(2, 3, 4, 32, 32)
     weights = [*model.parameters(), *model.buffers()]
     held = sum(tensor.nbytes for tensor in [*weights, clip])
@@ -109,7 +109,7 @@ def test_a_gradient_that_stands_before_is_held_too():
         (MemoryError(), "out of memory;"),
     ],
 )
-def test_out_of_memory_is_told_with_what_was_tried(error, words):
+def test_out_of_memory_is_reported_with_what_was_tried(error, words):
     def run():
         raise error
 
@@ -118,7 +118,7 @@ def test_out_of_memory_is_told_with_what_was_tried(error, words):
     assert raised.value.__context__ is None  # nothing keeps the tensors of the frames that it went through
 
 
-def test_a_real_request_that_no_machine_can_meet_is_told():
+def test_a_real_request_that_no_machine_can_meet_is_reported():
     with pytest.raises(UserError, match="got out of memory when it asked for 4398046511104000 bytes more"):
         within_memory(lambda: torch.empty(2**40 * 1000), CPU, "a petabyte")
 

@@ -1,4 +1,4 @@
-"""Plots of a results folder: which panels and points they have, which of them win, and that they are files as told."""
+"""Plots of a results folder: their panels, points, Pareto fronts and files."""
 
 import itertools
 import random
@@ -9,14 +9,14 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from PIL import Image
 
-from vidtwin.benchmark import plots, protocol, report, rows
+from vidtwin.benchmark import plots, protocol, rows
 
 SVG = "{http://www.w3.org/2000/svg}"
 NAMES = ["rate_quality", "pareto", "per_clip"]
 
 
 class Folder:
-    """A results folder that is made row by row."""
+    """A results folder, made row by row."""
 
     def __init__(self, path):
         self.path = path
@@ -47,7 +47,7 @@ class Folder:
         rows.write_row(self.path, row, measured)
 
     def texts(self, plot):
-        """What is written in a plot, as text."""
+        """List the texts in a plot."""
         root = ElementTree.parse(self.path / "plots" / f"{plot}.svg").getroot()
         return ["".join(element.itertext()) for element in root.iter(f"{SVG}text")]
 
@@ -124,7 +124,7 @@ def test_panels_are_of_the_metrics_that_were_measured(full, folder):
     ]
 
 
-def test_an_rfvd_of_few_clips_is_told_to_be_unranked(folder):
+def test_an_rfvd_of_few_clips_is_called_unranked(folder):
     folder.add("a", rfvd={"value": 5.0, "num_clips": 5, "ranked": False, "note": "few"})
     plots.write(folder.path)
     assert "rFVD of 5 clips, too few to rank, ↓ better" in folder.texts("rate_quality")
@@ -140,7 +140,7 @@ def test_the_cost_in_flops_has_a_panel_where_it_is_known(full, folder):
 
 def test_equal_folders_give_equal_bytes(full, tmp_path):
     first = {path.name: path.read_bytes() for path in full.path.glob("plots/*")}
-    # As in another process, with whatever else matplotlib was told to do there.
+    # In another process, with other settings of matplotlib.
     code = "import sys, matplotlib; matplotlib.rcParams['font.size'] = 20; from vidtwin.benchmark import plots; "
     subprocess.run([sys.executable, "-c", code + "plots.write(sys.argv[1])", str(full.path)], check=True)
     assert {path.name: path.read_bytes() for path in full.path.glob("plots/*")} == first
@@ -241,7 +241,7 @@ def test_colours_differ_for_readers_with_colour_blindness_by_lightness_or_marker
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
     assert min(1.05 / (luminance(colour) + 0.05) for colour in plots.COLOURS) >= 4.3
-    assert len(set(plots.MARKERS)) == len(plots.MARKERS) == len(report.MARKERS) == len(plots.COLOURS) + 1
+    assert len(set(plots.MARKERS.values())) == len(plots.MARKERS) == len(plots.COLOURS) + 1
 
 
 def test_labels_of_neighbours_do_not_cover_each_other(tmp_path, monkeypatch):

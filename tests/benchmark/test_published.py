@@ -27,7 +27,7 @@ STATED = {
     "data.resize": "area",
     "data.colour": "BT.601",
 }
-# What the measured protocol has instead, and how it is told.
+# The measured protocol's value instead, and its description.
 CHANGES = {
     "compared": ("8-bit", "compared floats for 8-bit"),
     "psnr": ("clip", "PSNR of one MSE a frame for clip"),
@@ -85,7 +85,7 @@ def measured(changes=()):
 
 @pytest.fixture
 def known(monkeypatch):
-    """What `published.csv` is taken to hold."""
+    """Replace the content of `published.csv`."""
 
     def hold(*entries):
         monkeypatch.setattr(published, "read", lambda: list(entries))
@@ -111,16 +111,16 @@ def test_every_field_that_decides_a_number_is_among_the_changes():
 @pytest.mark.parametrize("key", CHANGES)
 def test_a_single_change_is_the_one_difference(known, key):
     known(paper())
-    value, told = CHANGES[key]
+    value, message = CHANGES[key]
     (entry,) = published.beside(measured({key: value}))
     assert entry["matches"] is False
     assert len(entry["differs"]) == 1
-    assert entry["differs"][0].startswith(told)
+    assert entry["differs"][0].startswith(message)
     assert entry["unknown"] == []
 
 
 @pytest.mark.parametrize("key", STATED)
-def test_what_a_source_does_not_state_is_no_match(known, key):
+def test_a_key_that_a_source_does_not_state_is_no_match(known, key):
     known(paper({name: value for name, value in STATED.items() if name != key}))
     (entry,) = published.beside(measured())
     assert entry["matches"] is False
@@ -128,7 +128,7 @@ def test_what_a_source_does_not_state_is_no_match(known, key):
     assert len(entry["unknown"]) == 1
 
 
-def test_what_the_data_module_does_not_state_is_no_match(known):
+def test_a_key_that_the_data_module_does_not_state_is_no_match(known):
     known(paper())
     protocol = measured()
     del protocol["data"]["tail"]

@@ -4,11 +4,13 @@ import csv
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from vidtwin.benchmark import protocol, render, rows, summary
 from vidtwin.errors import UserError
+from vidtwin.metrics.registry import SHOWN
 
 CLIPS = ("a.avi", "b.avi", "c.avi")
 LATENT = {"shape": [1], "rate": 0.001, "numbers": 1, "bits": None}
@@ -16,7 +18,7 @@ NAME = r"a_b & 50% #1 {x} ~^\$"
 
 
 class Folder:
-    """A results folder that is made row by row."""
+    """A results folder, made row by row."""
 
     def __init__(self, path, dataset=None, **data):
         self.path = path
@@ -73,7 +75,7 @@ class Folder:
         return {line["model"]: line for line in csv.DictReader(io.StringIO(render.as_csv(self.results())))}
 
     def markdown(self):
-        """Head and rows of the first table, by the first cell."""
+        """Return head and rows of the first table, by the first cell."""
         lines = [line for line in render.markdown(self.results()).split("\n\n")[0].splitlines() if "|" in line]
         cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
         return cells[0], {line[0]: dict(zip(cells[0], line, strict=True)) for line in cells[2:]}
@@ -84,8 +86,8 @@ def rfvd(value, ranked, num_clips=3):
 
 
 def marks(results, key):
-    """The mark of each marked row in the column of a metric."""
-    table = summary.quality(results)
+    """Return the mark of each marked row in the column of a metric."""
+    table = summary.quality_table(results)
     place = [column.key for column in table.columns].index(key)
     return {line.name: line.cells[place].mark for line in table.lines if line.cells[place].mark}
 
@@ -97,7 +99,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def full(folder):
-    """Rows of every kind."""
+    """Add rows of every kind."""
     folder.add("weak", 20.0)
     folder.add("strong", 30.126)
     folder.add("middle", 25.0)
@@ -108,7 +110,7 @@ def full(folder):
 
 
 def tex_rows(text):
-    """Cells of each line of the tabular, without its rules."""
+    """List the cells of each line of the tabular, without its rules."""
     body = text.split(r"\toprule")[1].split(r"\bottomrule")[0]
     lines = [line.strip().removesuffix(r"\\").strip() for line in body.splitlines()]
     return [[cell.strip() for cell in re.split(r"(?<!\\)&", line)] for line in lines if line and line != r"\midrule"]
@@ -121,29 +123,29 @@ def test_rows_come_trained_by_falling_psnr_then_untrained_then_references_then_f
 
 def test_people_see_values_units_and_notes(full):
     head, lines = full.markdown()
-    assert head[:4] == ["Model", "Parameters", "Rate (%)", "PSNR (dB)"]
+    assert head[:4] == ["model", "parameters", "rate (%)", "PSNR (dB)"]
     assert lines["middle"] == {
-        "Model": "middle",
-        "Parameters": "1,234,567",
-        "Rate (%)": "0.1302",
+        "model": "middle",
+        "parameters": "1,234,567",
+        "rate (%)": "0.1302",
         "PSNR (dB)": "25.00 ± 0.33",
         "SSIM": "**0.8100** ± 0.0100",
-        "Clips": "3",
-        "Note": "",
+        "clips": "3",
+        "note": "",
     }
-    assert lines["lucky"]["Note"] == "untrained weights: not ranked"
-    assert lines["mean_colour"]["Note"] == "reference: not ranked"
-    assert lines["broken"]["Note"] == "failed: Expected a checkpoint, got none"
+    assert lines["lucky"]["note"] == "untrained weights: not ranked"
+    assert lines["mean_colour"]["note"] == "reference: not ranked"
+    assert lines["broken"]["note"] == "failed: Expected a checkpoint, got none"
 
 
 def test_columns_that_no_row_has_are_left_out(folder):
     folder.add("a")
-    assert not {"Bits/pixel", "MS-SSIM", "rFVD (N)"} & set(folder.markdown()[0])
+    assert not {"bits/pixel", "MS-SSIM", "rFVD (N)"} & set(folder.markdown()[0])
     folder.add("b", bits_per_pixel=0.0119176, rfvd=rfvd(12.34, True))
     head, lines = folder.markdown()
-    assert {"Bits/pixel", "rFVD (N)"} <= set(head)
-    assert (lines["b"]["Bits/pixel"], lines["b"]["rFVD (N)"]) == ("0.01192", "12.3 (3)")
-    assert (lines["a"]["Bits/pixel"], lines["a"]["rFVD (N)"]) == ("", "")
+    assert {"bits/pixel", "rFVD (N)"} <= set(head)
+    assert (lines["b"]["bits/pixel"], lines["b"]["rFVD (N)"]) == ("0.01192", "12.3 (3)")
+    assert (lines["a"]["bits/pixel"], lines["a"]["rFVD (N)"]) == ("", "")
 
 
 def test_markdown_is_aligned(full):
@@ -167,7 +169,7 @@ def test_notes_name_protocol_missing_clips_weights_claims_and_rfvd(folder):
     assert "LPIPS (vgg) is unavailable: no weights of VGG-16." in text
     assert "a claims a rate of 0.1 %; its latents have 0.1302 %." in text
     assert "rFVD: not ranked below 401." in text
-    assert folder.markdown()[1]["b"]["Note"] == "in 2 windows of 2 frames; 1 clip failed"
+    assert folder.markdown()[1]["b"]["note"] == "in 2 windows of 2 frames; 1 clip failed"
 
 
 def test_numbers_of_the_csv_are_those_of_the_json_to_the_last_digit(folder):
@@ -361,6 +363,15 @@ def test_a_spreadsheet_shows_words_and_runs_no_formula(folder, word):
 def test_a_plain_number_stays_one(folder, number):
     folder.add("a", checkpoint=number)
     assert folder.csv()["a"]["checkpoint"] == number
+
+
+def test_the_docs_list_the_metrics_of_the_registry():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    rows_of_docs = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    listed = {cells[0]: (cells[2], cells[3]) for cells in rows_of_docs if len(cells) == 4}
+    for metric in SHOWN:
+        name = "LPIPS (vgg), (alex)" if metric.key.startswith("lpips") else metric.label
+        assert listed[name] == ("higher" if metric.higher else "lower", metric.needs)
 
 
 def test_files_hold_what_write_returns(full):

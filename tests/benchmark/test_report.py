@@ -1,4 +1,4 @@
-"""The page of a results folder, read as a browser reads it: what stands in it, in which order, with which notes."""
+"""The page of a results folder as a browser reads it: its content, order and notes."""
 
 import base64
 import csv
@@ -125,7 +125,7 @@ def test_trained_models_come_first_and_the_others_are_never_ranked(folder, page)
     assert names(page) == [*by_psnr, "CMD", "temporal_mean", "mean_colour", FAILED]
     groups = [int(found["data-group"] or 0) for tag, found in page.elements if tag == "tr" and "data-group" in found]
     assert groups[:7] == [0, 0, 0, 1, 2, 2, 3]
-    quality = summary.quality(rows.read(folder))
+    quality = summary.quality_table(rows.read(folder))
     best = {line.name for line in quality.lines for cell in line.cells if cell.mark == summary.BEST}
     assert best == {by_psnr[0]}  # untrained CMD and the temporal mean have higher PSNR
 
@@ -293,22 +293,22 @@ def test_the_command_makes_everything_again_from_the_files_of_the_sweep(tmp_path
 
 
 def test_a_mistake_is_one_line_that_names_the_file(tmp_path):
-    def told(arguments: list[str]) -> str:
+    def message(arguments: list[str]) -> str:
         with pytest.raises(UserError) as error:
             commands.run("report", arguments)
         return str(error.value)
 
-    assert "vidtwin report --help" in told([])
-    assert "which does not exist" in told([str(tmp_path / "absent")])
-    assert "Expected rows/<name>/results.json" in told([str(tmp_path)])
+    assert "vidtwin report --help" in message([])
+    assert "which does not exist" in message([str(tmp_path / "absent")])
+    assert "Expected rows/<name>/results.json" in message([str(tmp_path)])
     folder = write_results(tmp_path / "results", {"a": ("trained", 0.1, 20.0), "b": ("trained", 0.2, 21.0)})
     path = folder / "rows" / "a" / "results.json"
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
-    assert str(path) in told([str(folder)])
-    assert "run the sweep again" in told([str(folder)])
+    assert str(path) in message([str(folder)])
+    assert "run the sweep again" in message([str(folder)])
     path.write_text(whole.replace(json.loads(whole)["protocol_hash"], "0" * 16))
-    assert "others: a" in told([str(folder)])
+    assert "others: a" in message([str(folder)])
 
 
 def test_help_says_what_is_read_and_written(capsys):

@@ -40,7 +40,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Opened:
-    """A page with all that it said and asked for."""
+    """A page with its messages and requests."""
 
     def __init__(self, browser: Any, file: Path, width: int = 1400, **options: Any) -> None:
         self.said: list[str] = []
@@ -56,7 +56,7 @@ class Opened:
         return self.page.locator(f"#{table} tbody th").all_inner_texts()
 
     def wait(self, condition: str) -> None:
-        """Until a condition holds; the page's policy forbids Playwright's own way, which is `eval`."""
+        """Wait until a condition holds; the page's policy forbids Playwright's own way, which is `eval`."""
         for _ in range(200):
             if self.page.evaluate(condition):
                 return
@@ -67,7 +67,7 @@ class Opened:
         self.wait("screens.length === 9 && screens.every((each) => each.ready)")
 
     def frames(self) -> list[int]:
-        """Which frame each player shows, read from its grey."""
+        """Read from its grey which frame each player shows."""
         greys = self.page.evaluate(
             """[...document.querySelectorAll("#views canvas")].map((each) => {
               const pen = new OffscreenCanvas(1, 1).getContext("2d");
@@ -105,7 +105,7 @@ def test_a_click_on_a_header_sorts_and_another_one_turns_it_round(opened):
     assert head(opened, "Rate").get_attribute("aria-sort") == "descending"
 
 
-def test_what_has_no_number_comes_last_in_both_directions(opened):
+def test_rows_without_a_number_come_last_in_both_directions(opened):
     for first in ("ascending", "descending"):
         head(opened, "Bits").locator("button").click()
         assert head(opened, "Bits").get_attribute("aria-sort") == first

@@ -128,7 +128,7 @@ def test_a_clips_file_that_ends_anywhere_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["protocol.json", "comparison.json", "players/players.json", "rows/CMD/results.json"])
-def test_reading_a_folder_tells_which_file_is_cut_off(tmp_path, name):
+def test_reading_a_folder_names_the_file_that_is_cut_off(tmp_path, name):
     folder = write_results(tmp_path / "r", num_clips=3)
     rows.write_comparison(folder, rows.read(folder).comparison)
     path = folder / name

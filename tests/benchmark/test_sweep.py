@@ -1,4 +1,4 @@
-"""A sweep: what its rows say, where it goes on after an end, what a failure costs, and how it is called."""
+"""Sweeps: content of rows, resumption, failures, and the command line."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def by_hand(model: Pool, index: int) -> dict[str, float]:
     return {"mse": errors.mean(), "psnr": (-10 * np.log10(errors + 1e-8)).mean()}
 
 
-# What rows say.
+# Content of rows.
 
 
 def test_a_sweep_measures_what_the_models_reconstruct_and_writes_all_files(tmp_path, with_pictures, capsys):
@@ -141,7 +141,7 @@ def test_a_model_without_a_checkpoint_is_untrained_and_its_weights_are_the_same_
     assert lines(tmp_path / "a", "raw") == lines(tmp_path / "b", "raw")
 
 
-def test_the_running_average_is_measured_where_there_is_one_and_the_protocol_may_ask_for_either(tmp_path):
+def test_the_running_average_is_measured_if_there_is_one_and_the_protocol_may_ask_for_either(tmp_path):
     path = checkpoint(tmp_path / "a.ckpt", 0.9)
     held = torch.load(path)
     torch.save(held | {"ema": {"values": {"scale": torch.tensor(0.5)}}}, path)
@@ -180,7 +180,7 @@ def test_costs_are_measured_with_the_row(tmp_path):
     assert cost["encode"]["clips_per_second"]["median"] > 0
 
 
-# Where it goes on.
+# Resumption.
 
 
 @pytest.mark.parametrize(("after", "error"), [(0, KeyboardInterrupt), (1, SystemExit), (4, KeyboardInterrupt)])
@@ -270,11 +270,11 @@ def test_a_row_of_another_checkpoint_is_kept_aside(tmp_path, capfd):
     assert (tmp_path / "r" / "table.csv").read_text() != table
 
 
-# What a failure costs.
+# Failures.
 
 
 def failing_entries(folder: Path) -> dict[str, tuple[Entry, str]]:
-    """By name an entry that fails and what its error says."""
+    """Return entries that fail, each with a part of its error, by name."""
     whole = checkpoint(folder / "whole.ckpt")
     damaged = folder / "damaged.ckpt"
     content = bytearray(Path(whole).read_bytes())
@@ -326,20 +326,20 @@ def test_a_model_that_fails_is_a_row_with_one_line_and_the_others_are_measured(t
     good = Entry("good", checkpoint=checkpoint(tmp_path / "good.ckpt"))
     folder = tmp_path / "r"
     assert sweep(folder, [*(entry for entry, _ in cases.values()), good]).run() == 1
-    told = capfd.readouterr().err.splitlines()
+    logged = capfd.readouterr().err.splitlines()
     for name, (_, text) in cases.items():
         found = row(folder, name)
         assert found["kind"] == "failed"
         assert text in found["error"]
         assert "\n" not in found["error"]
-        assert told.count(f"vidtwin: {name} failed: {found['error']}") == 1
-    assert len(told) == len(cases) + 1 + 3, told  # the clips, and where they are not the preset's
+        assert logged.count(f"vidtwin: {name} failed: {found['error']}") == 1
+    assert len(logged) == len(cases) + 1 + 3, logged  # the clips, and differences to the preset's
     assert row(folder, "good")["num_clips"] == 6
     assert comparison(folder)["num_clips"] == 6
     sweeping.calls.clear()
     assert sweep(folder, [*(entry for entry, _ in cases.values()), good]).run() == 1
-    told = capfd.readouterr().err
-    assert all(f"{name} failed before and is tried again" in told for name in cases)
+    logged = capfd.readouterr().err
+    assert all(f"{name} failed before and is tried again" in logged for name in cases)
     assert [5] not in sweeping.calls or len(sweeping.calls) <= 18  # those that raise alone
 
 
@@ -392,13 +392,13 @@ def test_a_model_that_fails_on_one_clip_lacks_it_and_the_comparison_leaves_it_ou
     assert row(tmp_path / "r", "good")["num_clips"] == 6
     sweeping.calls.clear()
     assert sweep(tmp_path / "r", entries, NumberedData(eval_batch_size=batch)).run() == 0
-    # What failed may have been a neighbour's doing: its chunk, and no other, is tried again.
+    # A failure may have been a neighbour's doing: its chunk, and no other, is tried again.
     chunk = range(number // batch * batch, number // batch * batch + batch)
     assert number in {index for call in sweeping.calls for index in call} <= set(chunk)
     assert comparison(tmp_path / "r") == compared
 
 
-def test_a_clip_that_cannot_be_read_is_told_and_left_out(tmp_path, capfd):
+def test_a_clip_that_cannot_be_read_is_logged_and_left_out(tmp_path, capfd):
     entries = [Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt"))]
     assert sweep(tmp_path / "r", entries, NumberedData(unreadable=[0, 1, 4])).run() == 0
     found = row(tmp_path / "r", "a")
@@ -419,14 +419,14 @@ def test_players_that_fail_keep_nothing_else_from_being_written(tmp_path, monkey
     def broken(*arguments: Any) -> None:
         raise RuntimeError("no room\non the device")
 
-    monkeypatch.setattr(Measurer, "views", broken)
+    monkeypatch.setattr(Measurer, "make_views", broken)
     entries = [Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt"))]
     assert sweep(tmp_path / "r", entries, players=1).run() == 0
-    assert "no players of a: no room on the device" in capfd.readouterr().err
+    assert "no players of a: RuntimeError: no room on the device" in capfd.readouterr().err
     assert (tmp_path / "r" / "table.csv").exists()
 
 
-# Folders that someone has touched.
+# Folders that someone has changed.
 
 
 @pytest.fixture
@@ -448,7 +448,7 @@ def done(tmp_path: Path) -> tuple[Path, list[Entry], dict[str, str]]:
         ("players/players.json", 4, "players.json is cut off or damaged, and is made again"),
     ],
 )
-def test_a_file_that_was_cut_off_is_told_and_made_again(done, capfd, name, measured, text, share):
+def test_a_file_that_was_cut_off_is_logged_and_made_again(done, capfd, name, measured, text, share):
     folder, entries, before = done
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: int(len(content) * share)])
@@ -460,7 +460,7 @@ def test_a_file_that_was_cut_off_is_told_and_made_again(done, capfd, name, measu
     assert json.loads((folder / "players" / "players.json").read_text())["clips"]
 
 
-def test_a_cut_off_protocol_is_told(done, capfd):
+def test_a_cut_off_protocol_is_refused(done, capfd):
     folder, entries, _ = done
     (folder / "protocol.json").write_text('{"name": "vid')
     with pytest.raises(UserError, match=r"Expected JSON in .*protocol\.json, got a file that is cut off"):
@@ -494,15 +494,7 @@ def test_a_folder_of_another_protocol_is_refused_by_what_differs(done):
     assert sweeping.calls == []
 
 
-def test_an_error_of_a_process_that_was_killed_is_not_the_next_runs(tmp_path):
-    entries = [Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt"))]
-    stale = tmp_path / "r" / "rows" / "a" / "parts" / "error-1.json"
-    stale.parent.mkdir(parents=True)
-    stale.write_text('{"error": "the device was full"}')
-    assert sweep(tmp_path / "r", entries).run() == 0
-
-
-def test_a_results_folder_that_is_a_file_is_told(tmp_path):
+def test_a_results_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "r").write_text("")
     with pytest.raises(UserError, match="Expected a folder for this sweep"):
         sweep(tmp_path / "r", [Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt"))]).run()
@@ -616,7 +608,7 @@ def test_as_many_clips_are_held_at_once_whatever_their_number(tmp_path, monkeypa
     assert alive(12) == alive(4)
 
 
-# How it is called.
+# Command line.
 
 
 @pytest.fixture
@@ -658,7 +650,7 @@ def test_the_help_of_a_sweep_describes_its_options(config, capsys):
         "Folder of the results",
         "--protocol.preset",
         "Posterior",
-        "--fvd.help",
+        "--fvd",
         "Timed passes",
     ):
         assert text.lower() in shown.lower(), text
@@ -718,10 +710,10 @@ def test_a_model_that_fails_is_exit_code_1(config, tmp_path):
 def test_a_wrong_argument_is_one_line_and_exit_code_2(config, change, text, capfd):
     config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | change))
     assert main(["test", "--config", str(config)]) == 2
-    told = capfd.readouterr().err.splitlines()
-    assert told[-1].startswith("vidtwin: error: ")
-    assert text in told[-1]
-    assert sum("error" in line for line in told) == 1
+    logged = capfd.readouterr().err.splitlines()
+    assert logged[-1].startswith("vidtwin: error: ")
+    assert text in logged[-1]
+    assert sum("error" in line for line in logged) == 1
 
 
 def test_an_option_that_changes_no_clips_number_measures_no_clip_again(done):

@@ -45,7 +45,7 @@ def test_two_processes_give_the_files_of_one(folder):
     assert two == one
 
 
-def test_two_processes_go_on_where_one_was_ended(folder):
+def test_two_processes_resume_a_sweep_of_one(folder):
     assert contents(folder / "resumed") == contents(folder / "one")
 
 
@@ -61,12 +61,12 @@ def test_a_model_that_fails_on_all_clips_of_one_process_is_not_failed(folder):
     assert row["metrics"]["rfvd"]["num_clips"] == row["num_clips"] == 7
 
 
-def test_a_clip_that_can_not_be_read_and_models_that_fail_are_told_by_either_process(folder):
-    told = (folder / "stderr").read_text()
-    assert "picky fails on v0.avi at frame 0: RuntimeError: this clip breaks the encoder" in told
-    assert "codes fails on v3.avi at frame 10: " in told
-    assert "broken failed: RuntimeError: this clip breaks the encoder" in told
-    assert "skipped v2.avi: cut off" in told
+def test_a_clip_that_can_not_be_read_and_models_that_fail_are_logged_by_either_process(folder):
+    logged = (folder / "stderr").read_text()
+    assert "picky fails on v0.avi at frame 0: RuntimeError: this clip breaks the encoder" in logged
+    assert "codes fails on v3.avi at frame 10: " in logged
+    assert "broken failed: RuntimeError: this clip breaks the encoder" in logged
+    assert "skipped v2.avi: cut off" in logged
 
 
 def test_a_video_that_one_process_cannot_read_is_skipped_in_each_row_and_logged_once_a_sweep(folder):

@@ -1,8 +1,6 @@
-"""`vidtwin check` in process: promises by name, exit codes, one line for each mistake, help without torch."""
+"""`vidtwin check` in process: promises by name, exit codes, one line per mistake."""
 
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -206,7 +204,7 @@ def check(capsys, *words):
     ],
     ids=["short name", "class name", "vidtwin", "file in the current folder", "some latents discrete"],
 )
-def test_a_model_that_keeps_its_promises_gives_0_and_says_what_it_is(capsys, words, expected):
+def test_a_model_that_keeps_its_promises_exits_with_0_and_is_summarized(capsys, words, expected):
     code, printed = check(capsys, *words)
     assert code == 0, printed
     assert printed.err == ""
@@ -231,7 +229,7 @@ def test_without_num_frames_the_clip_has_a_length_that_the_model_takes(capsys, n
     assert printed.out.startswith(f"their_models.{name} on a clip of {frames} frames of 16 x 16 pixels\n")
 
 
-def test_of_a_config_only_the_autoencoder_is_built(capsys, folder):
+def test_only_the_autoencoder_of_a_config_is_built(capsys, folder):
     (folder / "part.yaml").write_text("class_path: their_broken.Loss\n")
     (folder / "fit.yaml").write_text(
         "model: {autoencoder: {class_path: their_models.Good}, loss: part.yaml, scheduler: {class_path: absent.X}}\n"
@@ -261,7 +259,7 @@ def test_of_a_config_only_the_autoencoder_is_built(capsys, folder):
         "OneFrameFewer": ["FAILED   clip lengths: a clip of 5 frames (padded to 6) comes back in its shape"],
     }.items(),
 )
-def test_a_broken_promise_gives_1_and_is_named_with_what_to_do(capsys, name, lines):
+def test_a_broken_promise_exits_with_1_and_is_named_with_advice(capsys, name, lines):
     code, printed = check(capsys, f"their_models.{name}", *SMALL)
     assert code == 1, printed
     broken = [line for line in printed.out.splitlines() if line.startswith("FAILED")]
@@ -271,7 +269,7 @@ def test_a_broken_promise_gives_1_and_is_named_with_what_to_do(capsys, name, lin
     assert ", 1 broken, " in printed.out
 
 
-def test_an_exception_of_the_users_code_is_shown_with_its_line_and_what_needs_it_is_not_asked(capsys, folder):
+def test_an_exception_of_the_users_code_is_shown_with_its_line_and_later_promises_are_skipped(capsys, folder):
     _, printed = check(capsys, "their_models.Raises", *SMALL)
     number = next(
         n
@@ -291,9 +289,9 @@ def test_an_exception_of_the_users_code_is_shown_with_its_line_and_what_needs_it
         (["vidtwn"], "did you mean 'vidtwin'?"),
         (["absent_package.Model"], "absent_package does not import: ModuleNotFoundError("),
         (["their_broken.Model"], "their_broken does not import: OSError('no driver'), raised at their_broken.py:3."),
-        (["their_models.Goods"], "Expected a class Goods in their_models, got none; did you mean 'Good'?"),
-        (["their_models.Plain"], "got their_models.Plain, which is a class of Module."),
-        (["their_models.function"], "Expected a subclass of vidtwin.VideoAutoencoder, got their_models.function"),
+        (["their_models.Goods"], "module 'their_models' has no attribute 'Goods'; did you mean 'Good'?"),
+        (["their_models.Plain"], "Expected a VideoAutoencoder, got their_models.Plain."),
+        (["their_models.function"], "Expected a VideoAutoencoder, got their_models.function"),
         (["their_models.Abstract"], "their_models.Abstract lacks _decode, _latent_shapes, last_layer"),
         (
             ["their_models.Unbuildable"],
@@ -316,7 +314,7 @@ def test_an_exception_of_the_users_code_is_shown_with_its_line_and_what_needs_it
         (["--config", "absent.yaml"], "absent.yaml"),
     ],
 )
-def test_a_command_that_is_not_usable_is_one_line_and_2(capsys, words, message):
+def test_an_invalid_command_is_one_line_and_exit_code_2(capsys, words, message):
     code, printed = check(capsys, *words)
     assert code == 2, printed
     assert message in printed.err
@@ -324,7 +322,7 @@ def test_a_command_that_is_not_usable_is_one_line_and_2(capsys, words, message):
     assert "ok " not in printed.out
 
 
-def test_a_model_of_many_operations_is_told_of(capsys, monkeypatch):
+def test_a_model_of_many_operations_is_announced_as_slow(capsys, monkeypatch):
     # Each number in the 2 latents of 2 x 2 patches is a product with 3 x 8 x 8 numbers, and so is each way back.
     flops = 2 * 2 * (4 * 2 * 2 * 2) * (3 * 8 * 8)
     monkeypatch.setattr("vidtwin.cli.check._LARGE_FLOPS", flops - 1)
@@ -336,7 +334,7 @@ def test_a_model_of_many_operations_is_told_of(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["KnowsNoMeta", "Raises"])
-def test_of_a_model_whose_operations_cannot_be_counted_the_parameters_tell(capsys, monkeypatch, name):
+def test_parameters_decide_if_operations_cannot_be_counted(capsys, monkeypatch, name):
     monkeypatch.setattr("vidtwin.cli.check._LARGE_PARAMETERS", 772)
     _, printed = check(capsys, f"their_models.{name}", *SMALL)
     assert printed.out.splitlines()[1].startswith("773 parameters: this takes minutes")
@@ -344,7 +342,7 @@ def test_of_a_model_whose_operations_cannot_be_counted_the_parameters_tell(capsy
     assert "this takes minutes" not in check(capsys, f"their_models.{name}", *SMALL)[1].out
 
 
-def test_at_full_size_cmd_is_told_of_and_the_example_of_the_help_is_not(capsys, monkeypatch):
+def test_cmd_at_full_size_is_announced_as_slow_and_the_example_of_the_help_is_not(capsys, monkeypatch):
     from vidtwin.baselines.cmd import CMD
     from vidtwin.cli.check import _DESCRIPTION, _cost
 
@@ -358,7 +356,7 @@ def test_at_full_size_cmd_is_told_of_and_the_example_of_the_help_is_not(capsys, 
     assert "this takes minutes" not in printed.out
 
 
-def test_a_broken_short_name_says_what_is_broken(capsys, monkeypatch):
+def test_a_broken_plug_in_is_named_with_its_error(capsys, monkeypatch):
     from importlib.metadata import EntryPoint
 
     entry = EntryPoint("theirs", "their_broken:Model", "vidtwin.autoencoders")
@@ -369,7 +367,7 @@ def test_a_broken_short_name_says_what_is_broken(capsys, monkeypatch):
     assert "OSError('no driver'), raised at their_broken.py:3" in printed.err
 
 
-def test_what_the_check_changed_is_put_back_even_where_it_stops_early():
+def test_a_check_that_stops_early_restores_the_model():
     import their_models
 
     model = their_models.Counts().train()
@@ -393,22 +391,13 @@ def test_every_promise_is_answered_once_and_needs_only_earlier_ones():
         assert set(needs) <= set(names[:index])
 
 
-def test_help_says_what_it_does_and_an_autoencoders_help_lists_its_arguments(capsys):
+def test_help_describes_the_command_and_the_arguments_of_an_autoencoder(capsys):
     code, printed = check(capsys, "--help")
     assert code == 0
-    for part in ("vidtwin check (NAME | --config FILE)", "1 one broken", "(default: 2)", "--autoencoder.help"):
+    for part in ("vidtwin check (NAME | --config FILE)", "1 one broken", "default: 2)", "--autoencoder.help"):
         assert part in printed.out
     code, printed = check(capsys, "their_models.Good", "--autoencoder.help")
     assert code == 0
     assert "channels" in printed.out
     assert main(["--help"]) == 0
     assert "check         Hold an autoencoder to the promises" in capsys.readouterr().out
-
-
-def test_the_module_imports_nothing_heavy():
-    code = textwrap.dedent("""
-        import sys, vidtwin.cli.check
-        print(sorted({"torch", "lightning", "jsonargparse"} & set(sys.modules)))
-    """)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -14,9 +14,8 @@ import yaml
 from jsonargparse import capture_parser
 from safetensors.torch import load_file
 
-from vidtwin.cli import main, messages
-from vidtwin.cli.parser import Parser
-from vidtwin.cli.trainer_commands import OPTIONS
+from vidtwin.cli import benchmark, main, messages, options
+from vidtwin.cli.parser import Parser, read_config
 from vidtwin.cli.training import VidTwinCLI
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.video import iter_frames, panels, probe, write_video
@@ -77,7 +76,7 @@ CONFIG = {
 
 
 def fails(capsys, *argv: str) -> str:
-    """Run a command that must fail → its one line."""
+    """Run a command that must fail; return its one line."""
     capsys.readouterr()
     assert main(list(argv)) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vidtwin: error: ")]
@@ -102,7 +101,7 @@ def here(place, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(place):
-    """`vidtwin fit` through the command line → the run's folder."""
+    """Run `vidtwin fit` through the command line; return the run's folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         assert main(["fit", "--config", "tiny.yaml", "--data.root", "data/UCF-101"]) == 0
@@ -110,7 +109,7 @@ def run(place):
 
 
 def events(run: Path) -> dict[str, list[int]]:
-    """Tags of a TensorBoard file with their steps."""
+    """Read the tags of a TensorBoard file with their steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0})
@@ -188,7 +187,7 @@ def test_a_row_without_a_checkpoint_is_marked_as_untrained(here, capsys):
     assert json.loads(Path("untrained/rows/VidTwin/results.json").read_text())["kind"] == "untrained"
 
 
-def test_a_config_that_differs_from_the_checkpoint_wins_and_says_so(here, run, capsys):
+def test_a_config_that_differs_from_the_checkpoint_wins_and_the_difference_is_printed(here, run, capsys):
     argv = ["validate", "--config", "tiny.yaml", "--data.root", "data/UCF-101"]
     argv += ["--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--model.autoencoder.qformer_dropout=0.5"]
     assert main(argv) == 0
@@ -203,7 +202,7 @@ def test_reconstruct_keeps_frames_and_rate_and_uses_the_checkpoints_weights(here
     info = probe(f"plain/{source.stem}.mp4")
     assert (info.num_frames, float(info.fps), info.width, info.height) == (10, 25.0, 32, 32)  # 4 + 4 + 2 frames
     assert probe(f"wide/{source.stem}.mp4").width == 4 * 128  # small frames are shown enlarged
-    # What the trained model gives for the first window, at a scale that the codec's coarse colours leave alone.
+    # Compare with the trained model's first window, at a scale that the codec's chroma subsampling preserves.
     from vidtwin.storage.checkpoints import load_autoencoder
 
     model = load_autoencoder(last)
@@ -263,7 +262,8 @@ def test_predict_keeps_all_clips_of_a_video_apart(here, run):
         (["reconstruct", "nothing.mp4", "--ckpt_path", "no.ckpt"], "Expected a video at nothing.mp4"),
         (["fit", "--model.autoencoder", "vidtwin"], "--data ucf101"),
         (["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--name", "../up"], "that can be a folder's"),
-        (["plugins", "extra"], "Expected no arguments"),
+        (["plugins", "extra"], "Expected options that exist, got extra."),
+        (["configs", "a", "b"], "Expected options that exist, got b."),
         (["fit", "--config", "tiny.yml"], "did you mean 'tiny.yaml'?"),
         (["fit", "--config", "tiny.yaml", "--data", "vidtwin.datamodule.ucf101.UCF101"], "did you mean 'datamodules'?"),
         (["fit", "--config", "tiny.yaml", "--model.optimizer", "torch.optim.AdmW"], "did you mean 'AdamW'?"),
@@ -309,12 +309,45 @@ def test_a_message_of_another_wording_passes_through_in_one_line():
     assert str(messages.shorten(error.args[0], parser, error)).endswith("here; did you mean 'resolution'?")
 
 
+def test_configs_are_merged_key_by_key_but_not_from_one_class_to_another(tmp_path):
+    loss = {"class_path": "Loss", "init_args": {"weight": 1, "pixel": "l1"}}
+    contents = [
+        {"model": {"loss": loss, "ema": 0.9}, "trainer": {"max_steps": 3}},
+        {"base": "a.yaml", "model": {"loss": {"init_args": {"pixel": "l2"}}}, "trainer": {"devices": 2}},
+        {"model": {"loss": {"class_path": "Other", "init_args": {"scale": 2}}}},
+    ]
+    paths = [tmp_path / f"{number}.yaml" for number in range(3)]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_text(yaml.safe_dump(content))
+    both = {"class_path": "Loss", "init_args": {"weight": 1, "pixel": "l2"}}
+    trainer = {"max_steps": 3, "devices": 2}
+    assert read_config(paths[:2]) == {"model": {"loss": both, "ema": 0.9}, "trainer": trainer}
+    assert read_config(paths)["model"]["loss"] == contents[2]["model"]["loss"]
+
+
 def test_mistyped_options_are_refused_by_a_list_that_fits_the_parsers():
     parser = capture_parser(lambda: VidTwinCLI(["fit"]))
     (commands,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
     for command, inner in commands.items():
         names = {word[2:].partition(".")[0] for word in inner._option_string_actions if word.startswith("--")}
-        assert names == set(OPTIONS[command]), command
+        assert names == set(options.NAMES[command]), command
+    ours = [parser() for parser in (benchmark._make_sweep_parser, lambda: benchmark._make_model_parser([]))]
+    words = {word for parser in ours for word in parser._option_string_actions if word.startswith("--")}
+    assert {word[2:].partition(".")[0].rstrip("+") for word in words} | {"trainer"} == options.names_of_test()
+
+
+@pytest.mark.parametrize("first", ["ckpt_path", "model"])
+def test_the_order_of_options_does_not_choose_the_model(here, run, capsys, first):
+    options = {"ckpt_path": ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]}
+    options["model"] = ["--model.autoencoder", "vidtwin.baselines.references.TemporalMean"]
+    words = [*options.pop(first), *next(iter(options.values()))]
+    data = ["--data=ucf101", "--data.root=data/UCF-101", "--data.num_frames=4", "--data.resolution=32"]
+    assert "another model or size" in fails(capsys, "test", *words, *data, "--results_dir=order")
+
+
+def test_an_unknown_key_of_a_tests_config_is_refused(here, capsys):
+    Path("typo.yaml").write_text(Path("tiny.yaml").read_text() + "protocl: {preset: wfvae}\n")
+    assert "got 'protocl'; did you mean 'protocol'?" in fails(capsys, "test", "-c", "typo.yaml")
 
 
 @pytest.mark.parametrize(
@@ -343,7 +376,7 @@ def test_a_typo_in_a_config_file_is_one_line(here, capsys):
         assert f"did you mean '{meant}'?" in fails(capsys, "fit", "--config", "typo.yaml")
 
 
-def test_checkpoints_that_do_not_fit_or_are_not_whole_change_nothing(here, run, capsys, tmp_path):
+def test_mismatched_and_damaged_checkpoints_change_nothing(here, run, capsys, tmp_path):
     base = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", str(tmp_path / "results")]
     last = run / "checkpoints" / "last.ckpt"
     line = fails(capsys, *base, "--ckpt_path", str(last), "--model.autoencoder.hidden_size=48")
@@ -364,10 +397,10 @@ def test_checkpoints_that_do_not_fit_or_are_not_whole_change_nothing(here, run, 
     assert not (tmp_path / "results").exists()
 
 
-def test_a_new_run_does_not_start_over_an_old_one(here, run, capsys):
+def test_a_new_run_does_not_replace_an_old_one(here, run, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     argv = ["fit", "--config", "tiny.yaml", "--data.root", "data/UCF-101"]
-    assert "go on with it by --ckpt_path" in fails(capsys, *argv)
+    assert "resume it by --ckpt_path" in fails(capsys, *argv)
     resumed = [*argv, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
     assert "warmup_steps=9" in fails(capsys, *resumed, "--model.scheduler.warmup_steps=9")
     assert {path: path.read_bytes() for path in before} == before
@@ -412,7 +445,7 @@ def test_a_model_measured_alone_is_complete_in_a_sweep_over_the_same_folder(here
     assert {path: path.read_bytes() for path in rows} == rows
 
 
-def test_an_option_changes_the_model_of_a_checkpoint_and_says_so(here, run, capsys):
+def test_an_option_changes_the_model_of_a_checkpoint_and_the_difference_is_printed(here, run, capsys):
     last = str(run / "checkpoints" / "last.ckpt")
     argv = ["validate", "--ckpt_path", last, "--model.autoencoder.qformer_dropout=0.5", "--data=ucf101"]
     argv += ["--data.root=data/UCF-101", "--data.num_frames=4", "--data.resolution=32", "--data.fps=25"]

@@ -12,7 +12,7 @@ def heavy():
     return sorted({"torch", "lightning"} & set(sys.modules))
 
 for command in TABLE:
-    if command not in ("fit", "validate", "test", "predict", "replay"):
+    if command not in ("fit", "validate", "predict", "replay"):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             code = main([command, "--help"])
         assert code == 0 and command in printed.getvalue() and not heavy(), (command, code, heavy())
@@ -31,6 +31,10 @@ refusals = {
     "fit --confg absent.yaml": "did you mean 'config'?",
     "validate --ckpt_path absent.ckpt": "got none at absent.ckpt",
     "test --config absent.yaml": "Expected a config at absent.yaml",
+    "test --resultsdir results": "did you mean 'results_dir'?",
+    "fit --trainer.max_step 3": "did you mean 'trainer.max_steps'?",
+    "cache out --epocs 2": "did you mean 'epochs'?",
+    "fit --data absent.yaml": "Expected a config at absent.yaml",
     "predict --ckpt_path absent.ckpt": "got none at absent.ckpt",
     "replay absent.pt": "got none at absent.pt",
 }

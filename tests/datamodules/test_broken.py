@@ -152,11 +152,11 @@ def test_an_exclusion_list_leaves_videos_out_without_counting_them(tree, tmp_pat
     (tmp_path / "other.txt").write_text("videos/empty.avi\n")
     with pytest.raises(UserError, match="broken"):
         folder(tree, exclude=str(tmp_path / "other.txt")).dataset("train")
-    assert "leaves out 0 of 17 videos; it names videos/empty.avi, where this split has" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"list of videos to leave out at .*no\.txt, there is none"):
+    assert "leaves out 0 of 17 videos; it names videos/empty.avi, but this split has" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"list of videos to exclude at .*no\.txt, got no file"):
         folder(tree, exclude=str(tmp_path / "no.txt")).dataset("train")
     listing.write_text("".join(f"{path.name}\n" for path in tree.iterdir()))
-    with pytest.raises(UserError, match=r"leaves none of 17"):
+    with pytest.raises(UserError, match=r"got none of 17: data\.exclude="):
         folder(tree, exclude=str(listing)).dataset("train")
 
 

@@ -91,7 +91,7 @@ def test_a_chunk_loader_wants_fixed_clips_that_there_are(root):
     data = folder(root)
     assert data.chunk_loader("test", [[0]], "cuda").pin_memory
     assert not data.chunk_loader("test", [[0]]).pin_memory
-    with pytest.raises(UserError, match="split val or test, whose clips are always the same, got 'train'"):
+    with pytest.raises(UserError, match="split val or test, whose clips are fixed, got 'train'"):
         data.chunk_loader("train", [[0]])
     with pytest.raises(UserError, match="indices below 8 of clips of the split test, got 8"):
         data.chunk_loader("test", [[0], [8]])

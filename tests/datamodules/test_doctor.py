@@ -1,4 +1,4 @@
-"""What `vidtwin doctor` says of videos whose faults, motion, cuts and copies are known, and of the real ones."""
+"""`vidtwin doctor` on videos with known faults, motion, cuts and copies, and on the real ones."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ SIZE = (48, 64)  # height and width
 
 
 def texture(seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """A picture with large, smooth areas, as real ones have, uint8 (H, W, 3)."""
+    """Draw a picture with large, smooth areas, as real ones have, uint8 (H, W, 3)."""
     coarse = np.random.default_rng(seed).uniform(20, 235, (4, 5, 3))
     rows, columns = np.linspace(0, 3, size[0]), np.linspace(0, 4, size[1])
     upper, left = np.minimum(rows.astype(int), 2), np.minimum(columns.astype(int), 3)
@@ -42,32 +42,32 @@ def texture(seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
 
 
 def scene(seed: int, frames: int = 50, step: int = 2) -> Iterator[np.ndarray]:
-    """A camera that pans over a texture by `step` pixels a frame."""
+    """Pan a camera over a texture by `step` pixels per frame."""
     wide = texture(seed, (SIZE[0], SIZE[1] + frames * step))
     for frame in range(frames):
         yield wide[:, frame * step : frame * step + SIZE[1]]
 
 
-def here(function: Any, jobs: Any, limits: Any, workers: int) -> Iterator[tuple[int, Any]]:
-    """`pool.run` without processes, which take a second to start."""
+def run_in_process(function: Any, jobs: Any, limits: Any, workers: int) -> Iterator[tuple[int, Any]]:
+    """Replace `pool.run` without processes, which take a second to start."""
     for index, job in enumerate(jobs):
         yield index, function(*job)
 
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "run", here)
+    monkeypatch.setattr(pool, "run", run_in_process)
 
 
 def scan(folder: Path, out: Path, *options: str) -> dict[str, Any]:
-    """Run the command → its report, with the videos by name."""
+    """Run the command; return its report with the videos by name."""
     assert commands.run("doctor", [str(folder), "--out", str(out), *options]) == 0
     report = json.loads((out / "report.json").read_text())
     return {**report, "videos": {row["name"]: row for row in report["videos"]}}
 
 
 def listed(out: Path) -> dict[str, str]:
-    """Name → reason, as the data modules read the list."""
+    """Read the exclusion list as the data modules do: reasons by name."""
     lines = (out / "exclude.txt").read_text().splitlines()
     return dict(line.split("\t", 1) for line in lines if line and not line.startswith("#"))
 
@@ -193,8 +193,8 @@ def test_a_file_that_kills_or_holds_its_worker_is_named_and_the_scan_goes_on(
     assert rows["hangs.mp4"]["reason"] == "not done after 3 s"
     assert set(listed(tmp_path / "out")) == {"kills.mp4", "exits.mp4", "hangs.mp4"}
     assert "3 broken" in capsys.readouterr().out
-    # Such a verdict may come from a machine under load: it is not kept.
-    monkeypatch.setattr(pool, "run", here)
+    # A machine under load may cause such a verdict, so it is not kept.
+    monkeypatch.setattr(pool, "run", run_in_process)
     assert scan(videos, tmp_path / "out")["totals"]["broken"] == 0
 
 
@@ -213,7 +213,7 @@ def test_ctrl_c_keeps_what_was_measured(
 
     def interrupted(function: Any, jobs: Any, limits: Any, workers: int) -> Iterator[tuple[int, Any]]:
         counted.append(len(jobs))
-        yield from list(here(function, jobs, limits, workers))[:2]
+        yield from list(run_in_process(function, jobs, limits, workers))[:2]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pool, "run", interrupted)
@@ -225,7 +225,7 @@ def test_ctrl_c_keeps_what_was_measured(
         file.write('{"name": "half a li')  # a kill in the middle of a line
     assert commands.run("doctor", command) == 130
     assert counted == [3, 1]
-    monkeypatch.setattr(pool, "run", here)
+    monkeypatch.setattr(pool, "run", run_in_process)
     assert scan(tmp_path / "videos", tmp_path / "out")["totals"]["videos"] == 3
 
 
@@ -256,9 +256,9 @@ def test_ctrl_c_in_a_terminal_ends_all_processes(tmp_path: Path) -> None:
     assert "whole.mp4" in journal.read_text()
 
 
-def test_an_interrupt_that_python_loses_ends_the_scan_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    lost: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: lost.append(number))  # raises nothing
+def test_an_interrupt_that_python_drops_ends_the_scan_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: dropped.append(number))  # raises nothing
     try:
         jobs = pool.run(time.sleep, [(0,), (60,)], [100.0, 100.0], 2)
         next(jobs)
@@ -267,7 +267,7 @@ def test_an_interrupt_that_python_loses_ends_the_scan_too(monkeypatch: pytest.Mo
             next(jobs)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert lost
+    assert dropped
 
 
 def test_a_second_run_measures_what_is_new_or_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +275,7 @@ def test_a_second_run_measures_what_is_new_or_changed(tmp_path: Path, monkeypatc
 
     def counting(function: Any, jobs: Any, limits: Any, workers: int) -> Iterator[tuple[int, Any]]:
         measured[:] = sorted(name for _, name in jobs)
-        return here(function, jobs, limits, workers)
+        return run_in_process(function, jobs, limits, workers)
 
     monkeypatch.setattr(pool, "run", counting)
     videos, out = tmp_path / "videos", tmp_path / "out"
@@ -294,10 +294,10 @@ def test_a_second_run_measures_what_is_new_or_changed(tmp_path: Path, monkeypatc
     assert third["videos"]["0.mp4"]["fingerprint"] == first["videos"]["0.mp4"]["fingerprint"]
 
 
-def test_what_the_system_could_not_do_is_tried_again(
+def test_failures_of_the_system_are_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pool, "run", here)
+    monkeypatch.setattr(pool, "run", run_in_process)
     videos, out = tmp_path / "videos", tmp_path / "out"
     for name in ("whole", "disk", "handles", "memory"):
         write_video(videos / f"{name}.mp4", scene(0, 20), 10)
@@ -334,8 +334,8 @@ def test_what_the_system_could_not_do_is_tried_again(
     assert {name for name, row in scan(videos, out)["videos"].items() if row["fault"]} == {"text.mp4"}
 
 
-def test_verdicts_of_another_version_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "run", here)
+def test_measurements_of_another_version_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "run", run_in_process)
     videos, out = tmp_path / "videos", tmp_path / "out"
     for name in ("old", "new", "unknown"):
         write_video(videos / f"{name}.mp4", scene(0, 20), 10)
@@ -355,7 +355,7 @@ def test_verdicts_of_another_version_are_made_anew(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.usefixtures("in_process")
-def test_the_list_holds_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_holds_the_requested_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     videos, out = tmp_path / "videos", tmp_path / "out"
     write_video(videos / "train" / "fine.mp4", scene(0), 10)
     write_video(videos / "train" / "cut.mp4", [*scene(1, 25), *scene(2, 25)], 10)
@@ -404,7 +404,7 @@ def test_the_list_holds_what_was_asked_for(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.usefixtures("in_process")
-def test_names_that_a_list_cannot_hold_are_named_in_it(tmp_path: Path) -> None:
+def test_names_that_a_list_cannot_hold_are_comments_in_it(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "#odd.mp4").write_bytes(b"")
     (tmp_path / "videos" / "two\tparts.mp4").write_bytes(b"")
@@ -415,7 +415,7 @@ def test_names_that_a_list_cannot_hold_are_named_in_it(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
-def test_names_of_any_bytes_end_no_scan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_may_hold_any_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     videos, out = tmp_path / "videos", tmp_path / "out"
     write_video(videos / "größe.mp4", scene(0), 10)
     odd = Path(os.fsdecode(os.fsencode(videos) + b"/caf\xe9.mp4"))
@@ -426,7 +426,7 @@ def test_names_of_any_bytes_end_no_scan(tmp_path: Path, capsys: pytest.CaptureFi
     with (out / "measurements.jsonl").open("ab") as file:
         file.write('{"name": "gr\u00f6'.encode()[:-1])  # cut off within a letter
     assert set(scan(videos, out)["videos"]) == {"größe.mp4", odd.name}
-    with pytest.raises(UserError, match=r"expected names in UTF-8, 1 are none \('caf\\udce9.mp4'\); rename these"):
+    with pytest.raises(UserError, match=r"expected names in UTF-8, 1 are not \('caf\\udce9.mp4'\); rename these"):
         VideoFolder(str(videos)).videos("train")
 
 
@@ -448,7 +448,7 @@ def test_folders_of_images_are_videos_on_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["{}/absent"], "Expected a folder of videos, got .*absent, which is none"),
+        (["{}/absent"], "Expected a folder of videos, got .*absent, which is not a folder"),
         (["{}"], r"expected videos \(\.264, .*found none; with --image_folders"),
         ([], "Expected DIR, got none; vidtwin doctor --help"),
         (["{}", "--exclude", "broken,brokn"], "Expected --exclude with some of .*, got 'brokn'; did you mean 'broken'"),
@@ -457,12 +457,12 @@ def test_folders_of_images_are_videos_on_request(tmp_path: Path) -> None:
         (["{}", "--work", "2"], "Expected options that exist, got --work 2; did you mean 'workers'"),
     ],
 )
-def test_what_is_wrong_with_a_command_is_one_line(tmp_path: Path, argv: list[str], message: str) -> None:
+def test_a_mistake_is_one_line(tmp_path: Path, argv: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         commands.run("doctor", [word.format(tmp_path) for word in argv])
 
 
-def test_help_is_no_error_and_importing_is_light(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_succeeds_and_importing_is_light(capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.run("doctor", ["--help"]) == 0
     assert "--image_folders" in capsys.readouterr().out
     heavy = "{'torch', 'lightning', 'av', 'numpy'}"
@@ -483,7 +483,7 @@ def copies_of(*videos: tuple[str, Path], **splits: str) -> dict[str, Any]:
 
 
 def test_a_copy_is_found_and_another_clip_of_its_scene_is_not(tmp_path: Path) -> None:
-    """The same wall; what moves before it is the same in the copies, and elsewhere in the other clip."""
+    """All show one wall; copies show the same movement before it, the other clip another one."""
 
     def clip(direction: int, size: int = 1) -> Iterator[np.ndarray]:
         for frame in range(50):
@@ -509,7 +509,7 @@ def test_a_copy_is_found_and_another_clip_of_its_scene_is_not(tmp_path: Path) ->
     assert found["alike"] == []
 
 
-def test_what_hardly_moves_is_told_but_not_called_a_copy(tmp_path: Path) -> None:
+def test_still_lookalikes_are_listed_but_not_called_copies(tmp_path: Path) -> None:
     a = write_video(tmp_path / "a.mp4", [texture(0)] * 30, 10)
     b = write_video(tmp_path / "b.mp4", [texture(0)] * 30, 10, crf="30")
     black = [write_video(tmp_path / f"{n}.mp4", [np.zeros((*SIZE, 3), np.uint8)] * n, 10) for n in (30, 31)]

@@ -72,12 +72,12 @@ def test_bad_input_is_described_in_one_line(tmp_path: Path) -> None:
     for name, text in contents.items():
         (tmp_path / f"{name}.csv").write_text(text)
     for folder, csv, message in (
-        (tmp_path / "absent", None, r"there is none; set data\.root"),
+        (tmp_path / "absent", None, r"got no folder; set data\.root"),
         (tmp_path / "empty", None, r"found none; set data\.root"),
-        (root, "no.csv", r"no\.csv, there is none; set data\.csv"),
+        (root, "no.csv", r"no\.csv, got no file; set data\.csv"),
         (root, "columns.csv", r"expected the column path .* got the columns \['file'\]"),
         (root, "rows.csv", "got no rows"),
-        (root, "absent.csv", r"expected its 2 videos .* none of them is there \(d/0\.mp4, c/9\.mp4\); set data\.root"),
+        (root, "absent.csv", r"expected its 2 videos .* all are missing \(d/0\.mp4, c/9\.mp4\); set data\.root"),
         (root, "short.csv", "expected 2 columns in line 2, got 1"),
         (root, "split.csv", "expected train, val or test in the column split, got 'training'"),
     ):
@@ -171,10 +171,13 @@ def test_only_what_a_split_needs_has_to_be_there(tmp_path: Path) -> None:
     write(tmp_path, "train/walk/a.mp4")
     data = VideoFolder(str(tmp_path), splits={"train": "train", "val": "val", "test": "test.txt"})
     assert listed(data, "train") == [("train/walk/a.mp4", 0)]
-    for split, message in (("val", r"folder of videos at .*val, .* or data\.splits"), ("test", r"test\.txt, there is")):
+    for split, message in (
+        ("val", r"folder of videos at .*val, .* or data\.splits"),
+        ("test", r"test\.txt, got no file"),
+    ):
         with pytest.raises(UserError, match=message):
             data.videos(split)
-    with pytest.raises(UserError, match=r"data\.splits to say where the split test is, it names train alone; add test"):
+    with pytest.raises(UserError, match=r"data\.splits to name the split test, got train alone; add test"):
         VideoFolder(str(tmp_path), splits={"train": "train"}).videos("test")
     with pytest.raises(UserError, match=r"in split val, got none .* change data\.val_fraction"):
         VideoFolder(str(tmp_path), splits={"train": "train"}, val_fraction=0).videos("val")

@@ -274,7 +274,7 @@ def test_latents_that_are_not_complete_are_refused(tmp_path):
     write(tmp_path)
     path = tmp_path / "manifest.json"
     path.write_text(path.read_text().replace('"complete": true', '"complete": false'))
-    with pytest.raises(UserError, match="they are not complete; run `vidtwin encode` again"):
+    with pytest.raises(UserError, match="got unfinished ones; run `vidtwin encode` again"):
         made(tmp_path).setup("fit")
 
 
@@ -293,7 +293,7 @@ def test_shapes_that_differ_are_told_with_what_to_do(tmp_path):
         ({"val_share": 0.1, "val_root": "x"}, "data.val_root or data.val_share, got both"),
         ({"posterior": "mode"}, "data.posterior to be mean or sample"),
         ({"posterior": "sample"}, "Expected moments of grid for data.posterior=sample"),
-        ({"val_share": 1e-9}, "data.val_share=1e-09 takes none of the 5"),
+        ({"val_share": 1e-9}, "got none of the 5 in .* by data.val_share=1e-09"),
         ({"val_share": 1 - 1e-9}, "Expected latents to train on"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`vidtwin prepare ucf101`: whatever it gets, training finds all of UCF-101 or is told what is wrong with it."""
+"""`vidtwin prepare ucf101` makes all of UCF-101 from any input, or names the problems and makes nothing."""
 
 import csv
 import io
@@ -36,7 +36,7 @@ def lists(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def archives(lists: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two .zip files as UCF-101's: the lists, and 13,320 files that are no videos but have their names."""
+    """Write two .zip files like UCF-101's: the lists, and 13,320 small files with the names of the videos."""
     folder = tmp_path_factory.mktemp("archives")
     names = [line.split()[0] for k in ("train", "test") for line in (lists / f"{k}list01.txt").read_text().splitlines()]
     videos = write_zip(folder / "UCF101.zip", {f"UCF-101/{name}": name.encode() for name in names})
@@ -53,7 +53,7 @@ def prepared(archives: list[Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def copy(prepared: Path, tmp_path: Path) -> Path:
-    """Of `prepared`, by hard links: replace a file, don't write into it."""
+    """Copy `prepared` by hard links: replace a file, don't write into it."""
     return shutil.copytree(prepared, tmp_path / "data", copy_function=os.link)
 
 
@@ -98,7 +98,7 @@ def write_tar(path: Path, files: dict[str, bytes], links: Iterable[tuple[str, st
 
 
 def write_rar(path: Path, files: dict[str, bytes], method: int = 0x30) -> Path:
-    """A RAR archive of version 3: 0x30 stores the files as they are, 0x33 claims that they are compressed."""
+    """Write a RAR archive of version 3: method 0x30 stores the files, 0x33 claims that they are compressed."""
 
     def block(kind: int, flags: int, fields: bytes) -> bytes:
         head = struct.pack("<BHH", kind, flags, 7 + len(fields)) + fields
@@ -132,7 +132,7 @@ def test_archives_become_the_data_set_that_training_reads(prepared: Path) -> Non
     ]
 
 
-def test_a_second_run_checks_what_is_there_and_unpacks_nothing(
+def test_a_second_run_checks_the_existing_files_and_unpacks_nothing(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (copy / "ucf101_manifest.csv").stat().st_mtime_ns
@@ -153,7 +153,7 @@ def test_a_second_run_checks_what_is_there_and_unpacks_nothing(
     assert f"1 videos have another ({SOME[0]}); unpack these again" in failure(copy, "--verify")
 
 
-def test_each_thing_that_is_wrong_with_the_videos_is_named(copy: Path) -> None:
+def test_each_problem_of_the_videos_is_named(copy: Path) -> None:
     videos = copy / "UCF-101"
     (videos / SOME[0]).unlink()
     (videos / SOME[1]).rename(videos / "ApplyLipstick" / "v_ApplyEyeMakeup_g09_c02.avi")
@@ -196,7 +196,7 @@ def test_wrong_lists_are_named(
     assert contents(tmp_path / "data") == set()
 
 
-def test_some_of_the_videos_are_refused_or_make_lists_of_their_own(lists: Path, tmp_path: Path) -> None:
+def test_some_of_the_videos_are_refused_or_get_shorter_lists(lists: Path, tmp_path: Path) -> None:
     # As mirrors have it: folders of splits, and files that are no part of the data set.
     videos = write_tar(tmp_path / "mirror.tar.gz", {**fake(SOME, "m/train/"), "m/train.csv": b"", "m/._v_.avi": b""})
     out = tmp_path / "data"
@@ -222,7 +222,7 @@ def test_some_of_the_videos_are_refused_or_make_lists_of_their_own(lists: Path, 
     assert contents(out) == {"UCF-101", "ucfTrainTestlist", "ucfTrainTestlist_full", "ucf101_manifest.csv"}
 
 
-def test_lists_that_were_cut_are_whole_again_when_the_videos_are(copy: Path, lists: Path) -> None:
+def test_shortened_lists_are_complete_again_when_the_videos_are(copy: Path, lists: Path) -> None:
     (copy / "UCF-101").rename(copy.parent / "whole")
     prepare(copy, lists, write_tar(copy.parent / "some.tar", fake(SOME)), "--partial")
     assert "ucfTrainTestlist_full" in contents(copy)
@@ -302,7 +302,7 @@ def test_no_archive_writes_outside_of_its_place_or_leaves_links(lists: Path, tmp
     assert not any(path.is_symlink() for path in (tmp_path / "data").rglob("*"))
 
 
-def test_archives_that_are_damaged_or_none_leave_nothing(archives: list[Path], lists: Path, tmp_path: Path) -> None:
+def test_damaged_archives_and_other_files_leave_nothing(archives: list[Path], lists: Path, tmp_path: Path) -> None:
     half = tmp_path / "half.zip"
     half.write_bytes(archives[1].read_bytes()[:500_000])
     flipped = write_zip(tmp_path / "flipped.zip", fake(SOME))
@@ -332,7 +332,7 @@ def test_archives_that_are_damaged_or_none_leave_nothing(archives: list[Path], l
     assert "1 .avi files with other names than UCF-101's (c/strange.avi)" in said
 
 
-def test_a_folder_that_is_unpacked_already_stays_as_it_is(lists: Path, tmp_path: Path) -> None:
+def test_an_unpacked_folder_is_left_unchanged(lists: Path, tmp_path: Path) -> None:
     for name, content in fake(SOME).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -361,7 +361,7 @@ def test_a_kill_leaves_nothing_half_made(lists: Path, tmp_path: Path) -> None:
     assert contents(out) == set()
 
 
-def test_the_command_says_in_one_line_what_it_wants(prepared: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line(prepared: Path, tmp_path: Path) -> None:
     assert "to unpack, since" in failure(tmp_path)
     with pytest.raises(UserError, match=r"invalid choice: 'ucf-101'"):
         commands.run("prepare", ["ucf-101"])

@@ -1,4 +1,4 @@
-"""Official lists and folders are read as they are; what is missing is said in one line."""
+"""Official lists and folders are read unchanged; missing files are one line."""
 
 import shutil
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_bad_data_are_described_in_one_line(small_ucf: Path, tmp_path: Path) -> 
             UCF101(str(short)),
             r"expected its 12 videos .* 2 are absent \(Drift/v_Drift_g17_c01\.avi, .*prepare ucf101 --partial",
         ),
-        (UCF101(str(no_class)), r"classInd\.txt: .* lacks Drift"),
+        (UCF101(str(no_class)), r"classInd\.txt: .* got none for Drift"),
         (UCF101(str(small_ucf), val_groups=[9, 17, 25]), r"some, but not all .* groups \[9, 17, 25\]"),
     ):
         with pytest.raises(UserError, match=message) as caught:

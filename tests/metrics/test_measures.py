@@ -158,7 +158,7 @@ def test_the_nets_that_the_protocols_is_not_are_extra_columns(
 
 
 @pytest.mark.usefixtures("no_backbone")
-def test_what_is_not_available_is_left_out_and_says_why() -> None:
+def test_an_unavailable_metric_is_left_out_and_says_why() -> None:
     measures = Measures(vmaf=True)
     measures.setup(num_frames=1, height=10, width=10)
     assert measures.names == tuple(measures(*clips(1, 1, 10))) == ("mse", "psnr")

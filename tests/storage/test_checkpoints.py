@@ -181,8 +181,8 @@ def test_a_real_write_that_finds_no_room_names_what_is_whole(tmp_path, kept):
     with file_size_limit(limit), pytest.raises(UserError) as error:
         writer.save_checkpoint({**large, "global_step": 24}, second)
     assert str(error.value) == (
-        f"Expected room to write {second}, got 'File too large'; {first} is whole. "
-        "Free space and go on with --resume auto."
+        f"Expected room to write {second}, got 'File too large'; {first} is intact. "
+        "Free space and continue with --resume auto."
     )
     assert error.value.__cause__ is not None
     assert contents(tmp_path) == before
@@ -196,7 +196,7 @@ def test_a_full_disk_is_a_users_error_in_whatever_torch_wraps_it(tmp_path, monke
         checkpoints.AtomicCheckpointIO().save_checkpoint({}, tmp_path / "best.ckpt")
     assert str(error.value) == (
         f"Expected room to write {tmp_path / 'best.ckpt'}, got {os.strerror(code)!r}. "
-        "Free space and go on with --resume auto."
+        "Free space and continue with --resume auto."
     )
     assert contents(tmp_path) == {}
 
@@ -370,12 +370,12 @@ def test_damaged_ones_are_passed_over_and_named(tmp_path):
     path, reports = found(checkpoints.newest, tmp_path)
     assert path == whole
     assert all(str(name) in line for name, line in zip([cut, tmp_path / "best.ckpt", flipped], reports, strict=True))
-    assert all(line.startswith("passed over: Expected ") for line in reports)
+    assert all(line.startswith("skipped: Expected ") for line in reports)
     assert "without its global_step" in reports[1]
     path, reports = found(checkpoints.history, tmp_path)
     assert path == [whole]
     assert len(reports) == 2
-    with pytest.warns(UserWarning, match="passed over: ") as caught:
+    with pytest.warns(UserWarning, match="skipped: ") as caught:
         assert checkpoints.newest(tmp_path) == whole
     assert len(caught) == 3
     whole.unlink()

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite updates nothing, is told, replayed, undone, and ends the training."""
+"""Steps with a non-finite loss or gradient: skipped, logged, replayed, rolled back, and the end of the training."""
 
 import math
 from pathlib import Path
@@ -56,7 +56,7 @@ def saved(folder: Path, every: int = 2) -> LatestCheckpoint:
     return LatestCheckpoint(every_n_steps=every, keep=3, dirpath=str(folder / "checkpoints"))
 
 
-def test_a_poisoned_batch_changes_nothing_is_no_step_and_is_named(tmp_path, capfd):
+def test_a_poisoned_batch_is_logged_and_skipped_without_any_change(tmp_path, capfd):
     watcher = Watcher()
     discriminator = PatchDiscriminator2d(channels=8, num_layers=1, norm="batch")
     task = tiny_task(gan_start=1, loss={"discriminator": discriminator, "lecam_weight": 0.1}, ema_decay=0.9)
@@ -208,8 +208,8 @@ def test_a_dump_is_replayed_to_the_same_end(tmp_path, capfd):
     text = "\n".join(report)
     assert "the largest is inf in autoencoder.decoder.linear.weight" in text
     assert "weights: 1 not finite, first autoencoder.decoder.linear.weight" in text
-    assert "first module whose output is not finite: autoencoder.decoder.linear" in text
-    assert report[-1].startswith("it breaks here too: loss: pixel is ")
+    assert "first module with a non-finite output: autoencoder.decoder.linear" in text
+    assert report[-1].startswith("reproduced: loss: pixel is ")
     assert any(line.startswith("clip clip") and ": from -" in line for line in report)
 
 
@@ -229,10 +229,10 @@ def test_a_replayed_step_draws_the_same_numbers(tmp_path):
     torch.rand(7)  # whatever state the global generator is in
     report = replay(task, kept.content)
     assert f"train/total = {kept.loss:.6g}" in report
-    assert report[-1].startswith("here it is finite")
+    assert report[-1].startswith("not reproduced")
 
 
-def test_a_poisoned_training_is_told_and_replayed_from_the_command_line(tmp_path, capsys):
+def test_a_poisoned_step_is_logged_and_replayed_from_the_command_line(tmp_path, capsys):
     config = write_config(tmp_path, "tiny.Poisoned")
     assert main(["fit", "--config", str(config)]) == 0
     dumps = sorted((tmp_path / "runs" / "tiny" / "version_0" / "nonfinite").iterdir())
@@ -242,8 +242,8 @@ def test_a_poisoned_training_is_told_and_replayed_from_the_command_line(tmp_path
     assert main(["replay", str(dumps[0])]) == 0
     report = capsys.readouterr().out
     assert "clip clip3.avi: 12288 of 12288 numbers are not finite" in report
-    assert "first module whose output is not finite: autoencoder.encoder.patch_embed" in report
-    assert report.splitlines()[-1].startswith("it breaks here too: loss: pixel is nan")
+    assert "first module with a non-finite output: autoencoder.encoder.patch_embed" in report
+    assert report.splitlines()[-1].startswith("reproduced: loss: pixel is nan")
 
 
 def test_a_buffer_that_is_put_anew_is_restored_too(tmp_path):

@@ -1,4 +1,4 @@
-"""Run a command on videos. Import nothing heavy: refusals answer without torch."""
+"""Run a command on videos. Imports torch only after all refusals."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def run_in_session(command: type, options: "Namespace") -> int:
-    """Build a command from its options and run it in a session → exit code; torch is imported after all refusals."""
+    """Build a command from its options and run it in a session → exit code."""
     session_options = build(SessionOptions, options)
     session_options.check()
     work: Any = build(command, options)

@@ -1,4 +1,4 @@
-"""`vidtwin convert`: its options. The work is in converter.py, which imports torch."""
+"""`vidtwin convert`: options. converter.py does the work and imports torch."""
 
 import inspect
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ Turn weights into the folder that from_pretrained and --ckpt_path take: config.j
   vidtwin convert runs/vidtwin/checkpoints/last.ckpt my_vidtwin --use_ema
 
 IN is one of
-  a checkpoint of `vidtwin fit`: the class and its arguments stand in it. What is known of the training (steps, data,
-    loss) goes into config.json, from the checkpoint and from config.yaml beside its folder, or --config; of paths the
-    last part alone;
-  released weights: --model says of which class, by default vidtwin. Further options are the arguments of that class's
-    from_official, such as --num_heads of vidtwin: `vidtwin convert --model NAME --help` lists them.
+  a checkpoint of `vidtwin fit`, which holds the class and its arguments. A record of the training (steps, data, loss)
+    is written to config.json, from the checkpoint and from config.yaml beside its folder, or --config; paths are
+    reduced to their last part;
+  released weights, of the class that --model names (by default vidtwin). Further options are the arguments of that
+    class's from_official, such as --num_heads of vidtwin: `vidtwin convert --model NAME --help` lists them.
 
-Exit code: 0 written, 2 not; then OUT is as it was.
+Exit code: 0 written, 2 failed, with OUT unchanged.
 """
-TAKES_UNKNOWN = True  # the names of the options that --model brings
+TAKES_UNKNOWN = True  # the options of the class of --model
 _DEFAULT = "vidtwin"
 
 
@@ -40,12 +40,12 @@ def add_options(parser: "ArgumentParser") -> None:
     )
     parser.add_argument("--model", type=str | None, default=None, help=f"Class of released weights ({_DEFAULT}).")
     parser.add_argument("--use_ema", type=bool, default=False, help="Take the averaged weights of a checkpoint.")
-    parser.add_argument("--config", type=str | None, default=None, help="The config that a checkpoint was trained by.")
-    parser.add_argument("--overwrite", type=bool, default=False, help="Replace the weights that OUT holds.")
+    parser.add_argument("--config", type=str | None, default=None, help="Config with which a checkpoint was trained.")
+    parser.add_argument("--overwrite", type=bool, default=False, help="Replace the weights in OUT.")
 
 
 def add_more_options(parser: "ArgumentParser", options: "Namespace", wants_help: bool) -> None:
-    """Add the options of the class of weights, after refusing what can be refused without it."""
+    """Add the options of the class of weights, after all checks that do not import it."""
     if wants_help and options.model is None:
         return
     if not wants_help:

@@ -1,7 +1,4 @@
-"""Weights of other forms → a folder of `save_pretrained`.
-
-Imported only when the command needs it, since it imports torch and lightning.
-"""
+"""Convert checkpoints and released weights to a folder of `save_pretrained`. Imports torch and lightning."""
 
 import shutil
 import sys
@@ -25,25 +22,25 @@ _TRAINER = ("max_steps", "max_epochs", "precision", "devices", "num_nodes", "str
 
 
 def convert(options: Namespace, cls: type[VideoAutoencoder], arguments: dict[str, Any], given: list[str]) -> None:
-    """Write the folder of weights, and print what is in it.
+    """Write the folder of weights, and print a summary.
 
     Args:
-        options: Of the command.
+        options: Options of the command.
         cls: Class of released weights.
-        arguments: Of its `from_official`.
-        given: Names of those that the user gave.
+        arguments: Arguments of its `from_official`.
+        given: Names of the arguments that the user gave.
     """
     source, out = map(Path, options.places)
-    model = _converted(cls, source, options, arguments, given)
-    with _folder(out) as stage:
+    model = _load(cls, source, options, arguments, given)
+    with _stage(out) as stage:
         model.save_pretrained(stage)
-    for line in summary(model):
+    for line in summarize(model):
         sys.stdout.write(f"{line}\n")
     sys.stdout.write(f"-> {out}\n")
 
 
-def summary(model: VideoAutoencoder) -> list[str]:
-    """Class, parameters, rate and SHA-256 of the weights, a line each."""
+def summarize(model: VideoAutoencoder) -> list[str]:
+    """Return class, parameters, rate and SHA-256 of the weights, a line each."""
     side = model.resolution or -(-256 // model.spatial_multiple) * model.spatial_multiple
     shape = (3, model.temporal.usual_length, side, side)
     numbers = " + ".join(f"{name} {'x'.join(map(str, size))}" for name, size in model.latent_shapes(shape).items())
@@ -54,14 +51,14 @@ def summary(model: VideoAutoencoder) -> list[str]:
     ]
 
 
-def training_record(
+def record_training(
     checkpoint: dict[str, Any], path: Path, average: bool, read_config: ReadConfig, config: Path | None = None
 ) -> dict[str, Any]:
-    """Collect what a checkpoint of `fit` and the config of its training record, as plain values.
+    """Make a record of a training from its checkpoint and its config, as plain values.
 
     Args:
-        checkpoint: As it was read.
-        path: Where it lies.
+        checkpoint: Content of the checkpoint.
+        path: Its path.
         average: Whether the averaged weights are taken.
         read_config: Reads a config with its bases.
         config: The config; None takes config.yaml of the run's folder, if there is one.
@@ -74,11 +71,11 @@ def training_record(
     source = config or (beside if beside.is_file() else None)
     if source is None:
         return record
-    return record | _settings(read_config(source), source, checkpoint, explicit=config is not None)
+    return record | _select_settings(read_config(source), source, checkpoint, explicit=config is not None)
 
 
 def released_class(name: str) -> type[VideoAutoencoder]:
-    """The class of released weights by its short name or class path."""
+    """Return the class of released weights by its short name or class path."""
     path = plugins.resolve(name, _GROUP)
     able = [short for short, cls in plugins.load_all(_GROUP).items() if callable(getattr(cls, "from_official", None))]
     if "." not in path:
@@ -91,26 +88,26 @@ def released_class(name: str) -> type[VideoAutoencoder]:
     return cls
 
 
-def _converted(
+def _load(
     cls: type[VideoAutoencoder], path: Path, config: Namespace, arguments: dict[str, Any], given: list[str]
 ) -> VideoAutoencoder:
-    """The model of IN, with its `training_record`."""
+    """Load the model of IN, with its `training_record`."""
     if path.is_dir() and (path / hub.CONFIG).is_file() and _is_ours(path / hub.CONFIG):
         raise UserError(f"Expected weights of another form, got {path}, which save_pretrained has written.")
     if not path.exists():
-        weights.read(path)  # says what is there instead
+        weights.read(path)  # raises an error that lists similar files
     checkpoint = None if path.is_dir() or path.suffix == ".safetensors" else weights.read(path, lazily=True)
     if isinstance(checkpoint, dict) and "model_spec" in checkpoint:
         options = [*given, *(["model"] if config.model else [])]
         if options:
             raise UserError(
-                f"Expected no --{options[0]} with {path}, a checkpoint of `vidtwin fit`: its class and arguments stand "
-                "in it."
+                f"Expected no --{options[0]} with {path}, a checkpoint of `vidtwin fit`, which holds its class and "
+                "arguments."
             )
         model = checkpoints.load_autoencoder(path, config.use_ema)
         checkpoints.check(path)
         of_training = Path(config.config) if config.config else None
-        model.training_record = training_record(checkpoint, path, config.use_ema, config.read_config, of_training)
+        model.training_record = record_training(checkpoint, path, config.use_ema, config.read_config, of_training)
         return model
     for name in ("use_ema", "config"):
         if config[name]:
@@ -130,8 +127,8 @@ def _is_ours(config: Path) -> bool:
     return True
 
 
-def _settings(content: dict[str, Any], path: Path, checkpoint: dict[str, Any], explicit: bool) -> dict[str, Any]:
-    """Collect data, loss, optimizer and the like of a config of `fit`, the content of `path`."""
+def _select_settings(content: dict[str, Any], path: Path, checkpoint: dict[str, Any], explicit: bool) -> dict[str, Any]:
+    """Select the settings of data, loss, optimizer and trainer in the content of a config of `fit`."""
     model = content.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("autoencoder"), dict):
         raise UserError(f"Expected model.autoencoder in {path}, got none; give the --config of the training.")
@@ -139,7 +136,7 @@ def _settings(content: dict[str, Any], path: Path, checkpoint: dict[str, Any], e
     if plugins.resolve(str(theirs), _GROUP) != ours:
         if explicit:
             raise UserError(f"Expected the --config that {ours} was trained by, got one of {theirs}.")
-        return {}  # of another run, whose files lie side by side
+        return {}  # the config of another run
     data = content.get("data")
     trainer = content.get("trainer")
     settings = {name: value for name, value in model.items() if name != "autoencoder"}
@@ -152,7 +149,7 @@ def _settings(content: dict[str, Any], path: Path, checkpoint: dict[str, Any], e
 
 
 def _without_paths(value: Any) -> Any:
-    """Paths tell others nothing but how a disk is laid out: their last part stays."""
+    """Reduce paths to their last part, so that they do not disclose the layout of a disk."""
     if isinstance(value, dict):
         return {name: _without_paths(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -163,17 +160,17 @@ def _without_paths(value: Any) -> Any:
 
 
 @contextmanager
-def _folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` whose files become those of `out` if the block ends without an error."""
+def _stage(out: Path) -> Iterator[Path]:
+    """Yield a folder beside `out` whose files are moved to `out` if the block ends without an error."""
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as stage:
-        inner = Path(stage) / out.name  # with the rights that a new folder has
+        inner = Path(stage) / out.name  # with the permissions of a new folder
         inner.mkdir()
         yield inner
         if not out.exists():
             inner.rename(out)
             return
-        (out / hub.CONFIG).unlink(missing_ok=True)  # from here to the last move it does not load
+        (out / hub.CONFIG).unlink(missing_ok=True)  # until the last move `out` does not load
         for name in (hub.WEIGHTS, hub.CARD, hub.CONFIG):
             shutil.move(inner / name, out / name)

@@ -20,7 +20,7 @@ from vidtwin import console
 from vidtwin.apply.command import run_in_session
 from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
 from vidtwin.apply.options import SessionOptions, add_class_options, check_counts, exit_code
-from vidtwin.apply.outputs import align, format_number, write_png, write_views
+from vidtwin.apply.outputs import align, format_measures, write_png, write_views
 from vidtwin.apply.windows import Window
 from vidtwin.files import write_text
 from vidtwin.video import Frames, panels
@@ -198,15 +198,15 @@ def average(videos: list[Video]) -> dict[str, dict[str, float | None]]:
 
 def format_table(videos: list[Video]) -> str:
     """Format a line per view, videos one after the other, and the means if there are several."""
-    rows = [("video", "view", "frames", "PSNR", "SSIM", "change", "numbers")]
-    named = [(video.name, str(video.num_frames), {name: asdict(view) for name, view in video.views.items()})
-             for video in videos]  # fmt: skip
+    rows: list[tuple[str, ...]] = [("video", "view", "frames", "PSNR", "SSIM", "change", "numbers")]
+    tables = [(video.name, str(video.num_frames), {name: vars(view) for name, view in video.views.items()})
+              for video in videos]  # fmt: skip
     if len(videos) > 1:
-        named.append((f"mean of {len(videos)}", "", {name: dict(values) for name, values in average(videos).items()}))
-    for title, frames, views in named:
+        tables.append((f"mean of {len(videos)}", "", average(videos)))
+    for title, frames, views in tables:
         for name, view in views.items():
             share = view.get("share")
-            cells = (format_number(view["psnr"], 2), format_number(view["ssim"], 4), format_number(view["change"], 2))
+            cells = format_measures({measure: view[measure] for measure in _MEASURES})
             rows.append((title, name, frames, *cells, "" if share is None else f"{share:.1%}"))
             title = frames = ""
     return align(rows, left=2)

@@ -1,4 +1,4 @@
-"""`vidtwin export`: its options. The work is in exporter.py, which imports torch."""
+"""`vidtwin export`: options. exporter.py does the work and imports torch."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -20,22 +20,22 @@ Write encoder and decoder as programs that run without vidtwin: torch.export (.p
   vidtwin export --ckpt_path runs/vidtwin/checkpoints/last.ckpt --out exported
   vidtwin export --ckpt_path my_vidtwin --out exported --format onnx --resolution 224
 
-  encoder   clip (B, 3, T, H, W) in [-1, 1] -> the latents by name (the posterior's mode); of one that is chosen from a
-            codebook its integer codes too, as NAME.codes
+  encoder   clip (B, 3, T, H, W) in [-1, 1] -> the latents by name (the posterior's mode); for a codebook the integer
+            codes too, as NAME.codes
   decoder   the latents by name -> clip
 
-B is any number where the model can be traced so, else --batch_size; the manifest says which. Each program is read back
-from its file and run on random clips beside the model. One that does not agree goes to OUT/failed/. OUT/manifest.json
-holds names, shapes and types of inputs and outputs, how a video becomes a clip, the weights' SHA-256, versions, and how
-far the programs are from the model.
+B is any number if the model can be traced so, else --batch_size; the manifest says which. Each program is read back
+from its file and compared with the model on random clips. One that differs goes to OUT/failed/. OUT/manifest.json holds
+names, shapes and types of inputs and outputs, the preprocessing of videos, the weights' SHA-256, versions, and the
+differences between programs and model.
 
-Exit code: 0 all written and in agreement, 1 a program is not, 2 nothing was written.
+Exit code: 0 all written and equal, 1 a program differs, 2 nothing was written.
 """
 
 
 @dataclass
 class ExportOptions:
-    """Choose what to export, and where to.
+    """Choose the model and the programs to export.
 
     Args:
         ckpt_path: Trained weights: a checkpoint of `vidtwin fit`, a folder that `save_pretrained` or `vidtwin convert`
@@ -44,10 +44,10 @@ class ExportOptions:
         format: torch (.pt2), onnx, or both.
         use_ema: Take the averaged weights of a checkpoint.
         num_frames: T of the clips; by default the model's own, or one near 16.
-        resolution: H = W of the clips, where the model fixes none; by default 256.
-        batch_size: B of the random clips of the comparison, and of the programs where B must be fixed.
-        tolerance: How far a number of a program may be from the model's, over the largest one (at least 1).
-        overwrite: Replace the programs that are in `out`.
+        resolution: H = W of the clips, if the model fixes none; by default 256.
+        batch_size: B of the random clips of the comparison, and of programs with a fixed B.
+        tolerance: Maximum difference between a program and the model, relative to the largest number (at least 1).
+        overwrite: Replace the programs in `out`.
     """
 
     ckpt_path: str | None = None
@@ -74,14 +74,14 @@ class ExportOptions:
         return ["torch", "onnx"] if self.format == "both" else [self.format]
 
     def check(self) -> None:
-        """Raise `UserError` if libraries or weights are missing, or files of an export are in the way."""
+        """Raise `UserError` if libraries or weights are missing, or files of an export exist."""
         if "onnx" in self.formats and (missing := [name for name in ONNX if importlib.util.find_spec(name) is None]):
             raise UserError(f"Expected {', '.join(missing)} for --format onnx; pip install 'vidtwin[export]'.")
         folder = Path(str(self.out))
         check_folder(folder)
         there = [name for name in FILES if (folder / name).exists()]
         if there and not self.overwrite:
-            raise UserError(f"Expected no {there[0]} in {folder}; give --overwrite to replace what is there.")
+            raise UserError(f"Expected no {there[0]} in {folder}; give --overwrite to replace the files.")
         check_weights(self.ckpt_path)
 
 

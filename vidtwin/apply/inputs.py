@@ -1,4 +1,4 @@
-"""The videos that a command's arguments mean, and the files that it makes of them. No torch in here."""
+"""Find the videos of a command's arguments, and check the files to write. Imports no torch."""
 
 import glob
 import os
@@ -17,8 +17,7 @@ class Input:
 
     Attributes:
         path: File, or folder of numbered images.
-        name: Where what is made of it lies below the folder of outputs, without a suffix: "a", or "class/a" of a folder
-            that was given; no other input has it.
+        name: Unique path of its outputs below their folder, without a suffix: "a", or "class/a" of a folder.
     """
 
     path: Path
@@ -26,14 +25,15 @@ class Input:
 
 
 def find(given: Sequence[str | Path]) -> list[Input]:
-    """Files, folders (all videos below them) and globs → videos, sorted within each, each file once.
+    """Find videos: files, folders (all videos below them) and globs, sorted within each, each file once.
 
-    Raises `UserError` where one means nothing: a file that is absent, a folder or glob without a video.
+    Raises:
+        UserError: A file is missing, a folder or glob has no video, or two videos have the same name.
     """
-    found: dict[Path, Path] = {}  # what they really are → as they were given, with the folder that names start from
-    below: dict[Path, Path] = {}
+    found: dict[Path, Path] = {}  # resolved → as given
+    below: dict[Path, Path] = {}  # resolved → folder from which its name starts
     for word in given:
-        for path, root in _meant(Path(word)):
+        for path, root in _expand(Path(word)):
             real = path.resolve()
             if real not in found:
                 found[real], below[real] = path, root
@@ -54,12 +54,12 @@ def find(given: Sequence[str | Path]) -> list[Input]:
 
 
 def target(out: str | Path, name: str, suffix: str) -> Path:
-    """`OUT/class/a.mp4`. Not `with_suffix`, for which "a.b" has one."""
+    """Return the path of an output, such as `OUT/class/a.mp4`. (`with_suffix` would cut "a.b".)"""
     return Path(out) / f"{name}{suffix}"
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise `UserError` where no folder of outputs can be: a file in its place or above it, no right to write."""
+    """Raise `UserError` if `path` can't be a folder of outputs: it or a parent is a file or may not be written."""
     folder = Path(path)
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
@@ -72,7 +72,7 @@ def check_folder(path: str | Path) -> None:
 
 
 def check_targets(targets: Iterable[Path], inputs: Iterable[Input] = (), overwrite: bool = False) -> None:
-    """Raise `UserError` where a file to be written is an input, or is there and may not be replaced."""
+    """Raise `UserError` if a file to write is an input, or exists and may not be replaced."""
     sources = {entry.path.resolve(): entry.path for entry in inputs}
     there = []
     for path in targets:
@@ -85,26 +85,26 @@ def check_targets(targets: Iterable[Path], inputs: Iterable[Input] = (), overwri
         raise UserError(f"Expected outputs that do not exist yet, got {there[0]}{more}; --overwrite replaces them.")
 
 
-def _meant(path: Path) -> list[tuple[Path, Path]]:
-    """Videos, each with the folder that its name starts from."""
+def _expand(path: Path) -> list[tuple[Path, Path]]:
+    """Return the videos of an argument, each with the folder from which its name starts."""
     if path.is_dir():
-        return _in_folder(path)
+        return _search_folder(path)
     if path.is_file():
         return [(path, path.parent)]
     if glob.has_magic(str(path)):
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         if matches:
-            return [entry for match in matches for entry in _meant(match)]
+            return [entry for match in matches for entry in _expand(match)]
         raise UserError(f"Expected files that {path} matches, got none.")
     if path.parent.is_dir():
         near = sorted(entry.name for entry in path.parent.iterdir() if path.suffix and entry.suffix == path.suffix)[:5]
         among = f"; in its folder are {', '.join(near)}" if near else ""
     else:
-        among = f"; there is no folder {path.parent}"
+        among = f"; the folder {path.parent} does not exist"
     raise UserError(f"Expected a video at {path}, got no such file{among}.")
 
 
-def _in_folder(folder: Path) -> list[tuple[Path, Path]]:
+def _search_folder(folder: Path) -> list[tuple[Path, Path]]:
     videos, others = find_videos(folder, image_folders=True)
     if videos:
         return [(video, folder) for video in videos]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vidtwin import console
 from vidtwin.apply.inputs import Input, check_folder, check_targets
 from vidtwin.apply.options import SessionOptions, exit_code
 from vidtwin.apply.session import Session
@@ -54,7 +55,7 @@ class LatentReader:
         """Write every video → exit code: 1 if a part is missing, 2 if all are."""
         session, manifest = self.session, self.manifest
         if not manifest.complete and session.is_main:
-            session.tell(f"{self.folder} is not complete: `vidtwin encode` goes on with it; its shards are decoded")
+            console.log(f"{self.folder} is not complete: `vidtwin encode` goes on with it; its shards are decoded")
         places = manifest.places()
         shares = self._assign()
         done = failed = frames = 0
@@ -73,9 +74,9 @@ class LatentReader:
                 done, frames = done + bool(written), frames + written
                 failed += problem is not None
                 if problem is not None:
-                    session.tell(f"{video.name}: {problem}")
+                    console.log(f"{video.name}: {problem}")
                 if self._full:
-                    session.tell("complete videos stay; --skip_existing goes on when there is room")
+                    console.log("finished videos are kept; free space and continue with --skip_existing")
                     break
         done, failed, frames = map(sum, zip(*session.gather((done, failed, frames)), strict=True))
         if done:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vidtwin import console
 from vidtwin.apply.inputs import Input
 from vidtwin.apply.latent_plan import cut, difference, finish, survey_inputs
 from vidtwin.apply.options import SessionOptions
@@ -84,7 +85,7 @@ class LatentWriter:
                 return self._run(planned)
         except KeyboardInterrupt:
             if self.session.is_main:
-                self.session.tell(f"complete shards are in {self.folder}; the same command goes on")
+                console.log(f"complete shards are in {self.folder}; the same command goes on")
             raise
 
     def _run(self, planned: Manifest) -> int:
@@ -95,7 +96,7 @@ class LatentWriter:
         try:
             self._encode(manifest, missing[begin:end])
         except UserError as error:
-            session.tell(str(error))
+            console.log(str(error))
         session.fabric.barrier()
         seconds = time.perf_counter() - start
         return int(self._on_main(lambda: self._finish(manifest, missing, seconds)))
@@ -117,7 +118,7 @@ class LatentWriter:
         session, options = self.session, self.options
         videos, classes, skipped = survey_inputs(self.inputs, options.labels == "folders", self._known())
         for name, reason in skipped.items():
-            session.tell(f"{name}: {reason}; skipped")
+            console.log(f"{name}: {reason}; skipped")
         if not videos:
             raise UserError(f"Expected a video that can be read, got none of {len(self.inputs)}; nothing was written.")
         settings = {
@@ -181,7 +182,7 @@ class LatentWriter:
             for number in range(len(planned.shards)):
                 with suppress(UserError):
                     Shard(store.path(number), planned.digest)
-                    self.session.tell(f"{error} The shards are of this command: it is written anew.")
+                    console.log(f"{error} The shards are of this command: it is written anew.")
                     return None
             raise UserError(f"{error} {_ADVICE.capitalize()}.") from error
 
@@ -196,7 +197,7 @@ class LatentWriter:
                 try:
                     pieces, tensors = self._shard(reader, manifest.shards[number], bar)
                 except UserError as error:  # the other shards can still be made
-                    self.session.tell(f"{path.name} is not made: {error}")
+                    console.log(f"{path.name} is not made: {error}")
                     reader.reset()
                     continue
                 self._write(path, lambda: write_shard(path, manifest.digest, pieces, tensors))  # noqa: B023
@@ -277,7 +278,7 @@ class LatentWriter:
         missing = [number for number in range(len(manifest.shards)) if not (folder / SHARD.format(number)).exists()]
         if missing:
             whole = len(manifest.shards) - len(missing)
-            session.tell(f"{whole} of {len(manifest.shards)} shards are complete in {folder}; the same command goes on")
+            console.log(f"{whole} of {len(manifest.shards)} shards are complete in {folder}; the same command goes on")
             return 1 if whole else 2
         if not manifest.complete:
             done = finish(manifest, folder)
@@ -286,9 +287,9 @@ class LatentWriter:
         damaged = {video.name: video.damage for video in manifest.videos if video.damage and video.num_frames}
         empty = {video.name: video.damage or "no frame decodes" for video in manifest.videos if not video.num_frames}
         for name, reason in damaged.items():
-            session.tell(f"{name}: {reason}; the frames before are encoded")
+            console.log(f"{name}: {reason}; the frames before are encoded")
         for name, reason in empty.items():
-            session.tell(f"{name}: {reason}; skipped")
+            console.log(f"{name}: {reason}; skipped")
         totals = manifest.totals
         if not totals["clips"]:
             raise UserError(f"Expected a video that can be decoded, got none of {len(self.inputs)}.")

@@ -46,7 +46,7 @@ class Quality:
                 self.ssim.add(metrics.ssim(shown, wanted).double().numpy())
 
     def values(self) -> dict[str, float | None]:
-        """Return `psnr` and `ssim`; None if there is none."""
+        """Return `psnr` and `ssim`; None if frames have no such value."""
         return {"psnr": self.psnr.value, "ssim": self.ssim.value}
 
 

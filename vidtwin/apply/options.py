@@ -1,4 +1,4 @@
-"""Share options between the commands on videos. Import nothing heavy: `--help` and refusals answer without torch."""
+"""Share options between the commands on videos. Imports no torch, so that `--help` and refusals are quick."""
 
 import inspect
 from collections.abc import Callable
@@ -24,13 +24,13 @@ class SessionOptions:
     Args:
         ckpt_path: Trained weights: a checkpoint of `vidtwin fit`, a folder that `save_pretrained` or `vidtwin convert`
             wrote, or hf://OWNER/NAME. If their class is of a module of your own, give --trust_module MODULE, too.
-        config: Config of `fit` whose autoencoder takes the weights; by default the one that they were saved with.
+        config: Config of `fit` with the autoencoder; by default the model that is saved with the weights.
         use_ema: Take the averaged weights of a checkpoint.
-        accelerator: Where to run, as in Lightning: auto, cpu, cuda, ….
-        devices: How many devices, or which; each is a process that takes its share of the work.
-        num_nodes: Machines, each with so many devices.
-        precision: Of the model.
-        read_model: Reads the model of `config`; the command line hands it in.
+        accelerator: As in Lightning: auto, cpu, cuda, ….
+        devices: Number of devices, or their indices; each runs a process with its share of the work.
+        num_nodes: Number of machines, each with this many devices.
+        precision: Precision of the model.
+        read_model: Reads the model of `config`; set by the command line.
     """
 
     ckpt_path: str | None = None
@@ -43,7 +43,7 @@ class SessionOptions:
     read_model: ReadModel | None = None
 
     def check(self) -> None:
-        """Raise `UserError` if no weights are named: before anything else is looked at."""
+        """Raise `UserError` if no weights are given."""
         if not self.ckpt_path:
             raise UserError("Expected trained weights, got none; give --ckpt_path PATH.")
 

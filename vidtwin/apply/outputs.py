@@ -1,6 +1,6 @@
-"""Write what the commands on videos share: videos, stills and tables of measures. Imports no torch."""
+"""Write videos, stills and tables of measures for the commands on videos. Imports no torch."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -74,9 +74,10 @@ def write_png(path: Path, image: Frames) -> None:
         temporary.write_bytes(panels.png(image))
 
 
-def format_number(value: float | None, digits: int) -> str:
-    """Format a number; None is empty."""
-    return "" if value is None else f"{value:.{digits}f}"
+def format_measures(values: Mapping[str, float | None]) -> list[str]:
+    """Format PSNR, SSIM and change by their names, such as "psnr" or "psnr_a"; None is empty."""
+    digits = {"psnr": 2, "ssim": 4, "change": 2}
+    return ["" if value is None else f"{value:.{digits[name.partition('_')[0]]}f}" for name, value in values.items()]
 
 
 def align(rows: Sequence[tuple[str, ...]], left: int) -> str:

@@ -1,4 +1,4 @@
-"""Encoder and decoder of an autoencoder as modules that torch.export can trace: tensors by name in and out."""
+"""Wrap encoder and decoder of an autoencoder as modules that torch.export can trace: tensors by name in and out."""
 
 import io
 import logging
@@ -50,7 +50,7 @@ class DecoderProgram(nn.Module):
 
 @dataclass
 class Part:
-    """A program to be: its name, its module and a batch of inputs by name."""
+    """Part of the model to export: name, module and a batch of inputs by name."""
 
     name: str
     module: nn.Module
@@ -66,20 +66,20 @@ class Part:
         return {"latents": dict.fromkeys(self.inputs, batch)}
 
 
-def traced(part: Part, inputs: Latents, dynamic: bool) -> tuple[ExportedProgram | None, str | None]:
-    """The program, or why there is none; with `dynamic` one of any number of clips."""
+def trace(part: Part, inputs: Latents, dynamic: bool) -> tuple[ExportedProgram | None, str | None]:
+    """Trace a part → the program or the reason of its failure; with `dynamic` for any number of clips."""
     try:
         with quiet(), torch.no_grad():
             axes = part.axes() if dynamic else None
             return torch.export.export(part.module, part.arguments(inputs), dynamic_shapes=axes), None
     except UserError:
         raise
-    except Exception as error:  # torch.export has a dozen
-        return None, reason_of(error)
+    except Exception as error:  # torch.export raises many kinds
+        return None, summarize_error(error)
 
 
-def pruned(program: ExportedProgram) -> ExportedProgram:
-    """Without the values of weights that the program does not use: the encoder's file has no decoder in it."""
+def prune(program: ExportedProgram) -> ExportedProgram:
+    """Empty the weights that the program does not use, so that the encoder's file does not hold the decoder."""
     used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
     signature = program.graph_signature
     for inputs in (signature.inputs_to_parameters, signature.inputs_to_buffers):
@@ -91,8 +91,8 @@ def pruned(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-def reason_of(error: BaseException) -> str:
-    """One line of what is often many: the operator, if one is named, and the innermost reason."""
+def summarize_error(error: BaseException) -> str:
+    """Reduce an error to one line: the operator, if one is named, and the innermost reason."""
     chain = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(inner)
@@ -105,7 +105,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what the exporters print of passes that they skip."""
+    """Suppress the exporters' output about skipped passes."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):

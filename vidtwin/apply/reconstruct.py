@@ -17,10 +17,11 @@ from vidtwin.apply.command import run_in_session
 from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
 from vidtwin.apply.options import SessionOptions, add_class_options, check_counts, exit_code
 from vidtwin.apply.outputs import write_views
-from vidtwin.apply.tiling import in_tiles
+from vidtwin.apply.tiling import run_in_tiles
 from vidtwin.apply.windows import Window, batched, examine
 from vidtwin.errors import UserError
 from vidtwin.files import write_text
+from vidtwin.storage.resumable import lock
 from vidtwin.video import Frames, VideoError, panels
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Done:
         return f"{self.input} -> {self.output}  {self.frames} frames  {'  '.join(quality)}"
 
 
+@dataclass
 class Reconstruct:
     """Reconstruct videos.
 
@@ -86,48 +88,43 @@ class Reconstruct:
         progress: Show a progress bar.
     """
 
-    def __init__(
-        self,
-        inputs: list[str],
-        out: str = "reconstructions",
-        only: str | None = None,
-        size: int | None = None,
-        tile: bool = False,
-        tile_size: int | None = None,
-        overlap: float = 0.25,
-        side_by_side: bool = False,
-        error_map: bool = False,
-        batch_size: int = 1,
-        overwrite: bool = False,
-        skip_existing: bool = False,
-        progress: bool = True,
-    ) -> None:
-        self.out = Path(out)
-        self.only, self.side_by_side, self.error_map = only, side_by_side, error_map
-        self.size, self.tile, self.tile_size, self.overlap = size, tile, tile_size, overlap
-        self.batch_size, self.progress = batch_size, progress
-        check_counts(batch_size=batch_size)
-        if tile and size is not None:
+    inputs: list[str]
+    out: str = "reconstructions"
+    only: str | None = None
+    size: int | None = None
+    tile: bool = False
+    tile_size: int | None = None
+    overlap: float = 0.25
+    side_by_side: bool = False
+    error_map: bool = False
+    batch_size: int = 1
+    overwrite: bool = False
+    skip_existing: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_counts(batch_size=self.batch_size)
+        if self.tile and self.size is not None:
             raise UserError("Expected --size or --tile, got both: tiles keep the picture's own size.")
-        if tile_size is not None and not tile:
+        if self.tile_size is not None and not self.tile:
             raise UserError("Expected --tile with --tile_size, got --tile_size alone.")
-        if not 0 <= overlap <= 0.5:
-            raise UserError(f"Expected --overlap from 0 to 0.5 of a tile, got {overlap}.")
-        if only is not None and side_by_side:
+        if not 0 <= self.overlap <= 0.5:
+            raise UserError(f"Expected --overlap from 0 to 0.5 of a tile, got {self.overlap}.")
+        if self.only is not None and self.side_by_side:
             raise UserError("Expected --only or --side_by_side, got both; the latter shows each latent alone.")
-        if overwrite and skip_existing:
+        if self.overwrite and self.skip_existing:
             raise UserError("Expected --overwrite or --skip_existing, got both.")
-        check_folder(out)
-        self.inputs = find(inputs)
+        check_folder(self.out)
+        self.entries = find(self.inputs)
         self._full = False  # the disk, by the last video
-        if skip_existing:
-            self.inputs = [entry for entry in self.inputs if not self._target(entry).exists()]
-        check_targets(map(self._target, self.inputs), self.inputs, overwrite)
+        if self.skip_existing:
+            self.entries = [entry for entry in self.entries if not self._target(entry).exists()]
+        check_targets(map(self._target, self.entries), self.entries, self.overwrite)
 
     def run(self, session: "Session") -> int:
         """Reconstruct this process's share of the videos → exit code, the same for all processes."""
         self._check(session)
-        mine = self.inputs[session.rank :: session.world_size]
+        mine = self.entries[session.rank :: session.world_size]
         shown = self.progress and session.is_main
         with tqdm(total=_count_frames(mine) if shown else None, unit="frame", disable=not shown) as bar:
             done = []
@@ -187,7 +184,7 @@ class Reconstruct:
         if self.tile:
             side = session.model.resolution or self.tile_size or session.usual_tile
             overlap = round(side * self.overlap)
-            made = [in_tiles(window.frames, side, overlap, run, self.batch_size) for window in some]
+            made = [run_in_tiles(window.frames, side, overlap, run, self.batch_size) for window in some]
         else:
             by_name = run([window.frames for window in some])
             made = [{name: clips[place] for name, clips in by_name.items()} for place in range(len(some))]
@@ -206,11 +203,9 @@ class Reconstruct:
 
     def _record(self, done: list[Done]) -> None:
         """Merge the rows of this process into the table, which holds those of other processes and earlier runs."""
-        from vidtwin.storage.resumable import lock
-
         rows = {row.input: {column: getattr(row, column) for column in _COLUMNS} for row in done}
-        path = self.out / TABLE
-        with lock(self.out, "table of reconstructions", wait=True):
+        path = Path(self.out) / TABLE
+        with lock(path.parent, "table of reconstructions", wait=True):
             earlier: dict[str, dict[str, Any]] = {}
             if path.exists():
                 with path.open(encoding="utf-8", newline="") as file:

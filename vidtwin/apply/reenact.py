@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 from vidtwin import console
 from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
 from vidtwin.apply.options import SessionOptions, add_class_options, build, check_counts, check_weights, exit_code
-from vidtwin.apply.outputs import align, format_number, write_frames, write_png
-from vidtwin.apply.windows import VideoWindows, Window
+from vidtwin.apply.outputs import align, format_measures, write_frames, write_png
+from vidtwin.apply.windows import VideoWindows, Window, batched
 from vidtwin.errors import UserError, suggestion
 from vidtwin.files import write_text
 from vidtwin.video import Frames, VideoWriter, panels
@@ -175,8 +175,9 @@ class _Crossing:
         self.rows = {"all": [(step,) * len(names) for step in steps], **alone}
         self.num_frames = 0
         self.quantized: list[str] = []
-        self.inputs = (FrameChange(), FrameChange())
-        self.meters = {blend: (Quality(), Quality(), FrameChange()) for blend in self.labels}
+        # By view: quality against A and B, which inputs have not, and change.
+        views = ("input A", "input B", *self.labels.values())
+        self.meters = {name: ((Quality(), Quality()), FrameChange()) for name in views}
 
     def write(self) -> list[str]:
         """Write all pictures → problems, a line each."""
@@ -197,19 +198,24 @@ class _Crossing:
             first = movers[self.pair.asked]
             grid, interpolation = (open_writer(name, first, sound=False) for name in ("grid", "interpolation"))
             for pair in zip(*streams, strict=False):
-                decoded, inputs = self._decode(pair)
-                self._measure(decoded, inputs)
-                self.num_frames += len(inputs[0])
-                times = [window.times[: len(inputs[0])] for window in pair]
+                length = min(window.num_frames for window in pair)
+                self.num_frames += length
+                times = [window.times[:length] for window in pair]
+                decoded = self._decode(pair, length)
+                shown = {f"input {letter}": w.frames[:length] for letter, w in zip("AB", pair, strict=True)}
+                shown |= {label: decoded[blend] for blend, label in self.labels.items()}
+                self._measure(shown)
+                sampler.add(shown)
                 for blend, writer in writers.items():
                     write_frames(writer, decoded[blend], times[movers[blend]])
-                write_frames(grid, self._draw_grid(decoded, inputs), times[first])
-                sampler.add(self._label(decoded, inputs))
+                rows = [dict(row) for row in batched(shown.items(), 2)]
+                write_frames(grid, panels.grid(rows, self._caption()), times[first])
                 picture = self._draw_interpolation(decoded)
                 write_frames(interpolation, picture, times[first])
                 if not middle:
                     middle = [picture[len(picture) // 2]]
-        write_png(target(options.out, "grid", ".png"), panels.filmstrip(sampler.stills(), options.num_frames))
+        still = panels.filmstrip(self._order(sampler.stills()), options.num_frames)
+        write_png(target(options.out, "grid", ".png"), still)
         write_png(target(options.out, "interpolation", ".png"), middle[0])
         problems = [f"{writer.path}: {writer.lost_sound}" for writer in writers.values() if writer.lost_sound]
         return problems + [
@@ -218,8 +224,8 @@ class _Crossing:
             if stream.damage
         ]
 
-    def _decode(self, pair: tuple[Window, ...]) -> tuple[dict[Blend, Frames], list[Frames]]:
-        """Decode all blends of a window → their frames and those of the inputs, as many as both videos have."""
+    def _decode(self, pair: tuple[Window, ...], length: int) -> dict[Blend, Frames]:
+        """Decode the first `length` frames of all blends of a window."""
         from vidtwin.posteriors import Quantized
 
         shapes = [window.frames.shape[1:3] for window in pair]
@@ -228,35 +234,27 @@ class _Crossing:
             raise UserError(f"Expected two videos of one size, got {first} and {second}; give both one by --size.")
         encodings = [self.session.encode([window.frames]) for window in pair]
         self.quantized = [name for name in self.names if isinstance(encodings[0][name], Quantized)]
-        length = min(window.num_frames for window in pair)
         wanted = dict.fromkeys([*self.labels, *(blend for row in self.rows.values() for blend in row)])
         latents = {blend: blend_latents(encodings, blend) for blend in wanted}
-        decoded = {blend: self.session.decode(z, *shapes[0])[0][:length] for blend, z in latents.items()}
-        return decoded, [window.frames[:length] for window in pair]
+        return {blend: self.session.decode(z, *shapes[0])[0][:length] for blend, z in latents.items()}
 
-    def _measure(self, decoded: dict[Blend, Frames], inputs: list[Frames]) -> None:
-        for change, frames in zip(self.inputs, inputs, strict=True):
-            change.add(frames)
-        for blend, (to_a, to_b, change) in self.meters.items():
-            to_a.add(decoded[blend], inputs[0])
-            to_b.add(decoded[blend], inputs[1])
-            change.add(decoded[blend])
+    def _measure(self, shown: dict[str, Frames]) -> None:
+        for name, (qualities, change) in self.meters.items():
+            change.add(shown[name])
+            if not name.startswith("input"):
+                for letter, quality in zip("AB", qualities, strict=True):
+                    quality.add(shown[name], shown[f"input {letter}"])
 
     def _name_sources(self, blend: Blend) -> list[str]:
         return [f"{name} of {'AB'[round(share)]}" for name, share in zip(self.names, blend, strict=True)]
 
-    def _label(self, decoded: dict[Blend, Frames], inputs: list[Frames]) -> dict[str, Frames]:
-        """Return the rows of the still by their labels."""
-        shown = {}
-        for letter, video, frames, end in zip("AB", self.pair.videos, inputs, self.ends, strict=True):
-            shown[f"input {letter}\n{_shorten(video.name)}"] = frames
-            shown[self.labels[end]] = decoded[end]
-        return shown | {self.labels[blend]: decoded[blend] for blend in self.pair.crossings}
-
-    def _draw_grid(self, decoded: dict[Blend, Frames], inputs: list[Frames]) -> Frames:
-        rows = [dict(zip(("input A", "input B"), inputs, strict=True))]
-        rows += [{self.labels[blend]: decoded[blend] for blend in pair} for pair in (self.ends, self.pair.crossings)]
-        return panels.grid(rows, self._caption())
+    def _order(self, stills: dict[str, Frames]) -> dict[str, Frames]:
+        """Put each reconstruction below its input, with the video's name, and the crossings at the end."""
+        rows = {}
+        for letter, video in zip("AB", self.pair.videos, strict=True):
+            rows[f"input {letter}\n{_shorten(video.name)}"] = stills.pop(f"input {letter}")
+            rows[f"reconstruction {letter}"] = stills.pop(f"reconstruction {letter}")
+        return rows | stills
 
     def _draw_interpolation(self, decoded: dict[Blend, Frames]) -> Frames:
         rows = []
@@ -273,22 +271,17 @@ class _Crossing:
         """Format a line per view."""
         rows = [("view", "PSNR to A", "SSIM to A", "PSNR to B", "SSIM to B", "change")]
         for name, values in self.results()["views"].items():
-            cells = [format_number(values[f"{measure}_{letter}"], digits) for letter in "ab"
-                     for measure, digits in (("psnr", 2), ("ssim", 4))]  # fmt: skip
-            rows.append((name, *cells, format_number(values["change"], 2)))
+            rows.append((name, *format_measures(values)))
         first, second = (video.path for video in self.pair.videos)
         return f"A = {first}, B = {second}, {self.num_frames} frames\n\n{align(rows, left=1)}"
 
     def results(self) -> dict[str, Any]:
         """Return the content of reenact.json."""
         views: dict[str, dict[str, float | None]] = {}
-        missing = dict.fromkeys(("psnr_a", "ssim_a", "psnr_b", "ssim_b"))
-        for letter, change in zip("AB", self.inputs, strict=True):
-            views[f"input {letter}"] = {**missing, "change": change.value}
-        for blend, (to_a, to_b, change) in self.meters.items():
-            values = {f"{name}_{letter}": value for letter, quality in (("a", to_a), ("b", to_b))
+        for label, (qualities, change) in self.meters.items():
+            values = {f"{name}_{letter}": value for letter, quality in zip("ab", qualities, strict=True)
                       for name, value in quality.values().items()}  # fmt: skip
-            views[self.labels[blend].replace("\n", ", ")] = {**values, "change": change.value}
+            views[label.replace("\n", ", ")] = {**values, "change": change.value}
         return {
             "schema_version": 1,
             **self.session.describe(self.size),

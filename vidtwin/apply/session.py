@@ -33,7 +33,6 @@ class Session:
         num_frames: T of the windows into which a video is cut.
     """
 
-    tell = staticmethod(console.log)
     gather = staticmethod(gather_objects)
 
     def __init__(self, options: SessionOptions) -> None:
@@ -52,7 +51,7 @@ class Session:
         return weights.sha256(self.model.state_dict())
 
     def describe(self, size: int | None) -> dict[str, Any]:
-        """Return what a file of results says of the weights and the windows."""
+        """Return the entries on weights and windows for a file of results."""
         return {
             "checkpoint": self.checkpoint,
             "weights_sha256": self.weights_sha256,

@@ -1,4 +1,4 @@
-"""What a model costs: its arithmetic, counted without running it; its speed and its memory, by running it."""
+"""Cost of a model: its arithmetic, counted without running it; its speed and its memory, by running it."""
 
 import copy
 import platform
@@ -18,18 +18,7 @@ from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark.memory import counter_name, peak_memory, within_memory
 from vidtwin.errors import UserError
 
-Encode = Callable[[VideoAutoencoder, Tensor], Any]
-Decode = Callable[[VideoAutoencoder, Any, int], Tensor]
-
-
-def encode_whole(model: VideoAutoencoder, clip: Tensor) -> Any:
-    """Clips (B, 3, T, H, W) → latents."""
-    return model.encode(clip).mode()
-
-
-def decode_whole(model: VideoAutoencoder, latents: Any, num_frames: int) -> Tensor:
-    """Latents → clips (B, 3, num_frames, H, W)."""
-    return model.decode(latents, num_frames)
+Wrap = Callable[[VideoAutoencoder], Any]
 
 
 def measure(
@@ -40,24 +29,22 @@ def measure(
     batch_size: int = 1,
     warmup: int = 2,
     repeats: int = 5,
-    encode: Encode = encode_whole,
-    decode: Decode = decode_whole,
+    wrap: Wrap = lambda model: model,
 ) -> dict[str, Any]:
-    """FLOPs, clips a second and peak memory of encoding and decoding: `cost` of results.json.
+    """Measure FLOPs, clips per second and peak memory of encoding and decoding: `cost` of results.json.
 
-    The model stands on `device` and is left as it was. Memory has the weights and what goes in and comes out.
+    The model stands on `device` and is left as it was. Memory includes weights, inputs and outputs.
 
     Args:
         model: In any mode; it is measured in evaluation.
-        clip_shape: (3, T, H, W) of a clip.
-        device: Where to run.
-        precision: Gives the context in which the model runs, such as `lambda: torch.autocast("cuda")`.
-        batch_size: Clips at a time.
-        warmup: Passes before those that are timed.
-        repeats: Passes that are timed.
-        encode: How clips (B, 3, T, H, W) become latents, of any nesting; another than the model's own for a model
-            that takes a clip in windows. It is called with a copy of the model too, on the meta device.
-        decode: How latents become clips; likewise.
+        clip_shape: Shape (3, T, H, W) of a clip.
+        device: Device of the measurement.
+        precision: Makes the context in which the model runs, such as `lambda: torch.autocast("cuda")`.
+        batch_size: Clips per pass.
+        warmup: Passes before the timed ones.
+        repeats: Timed passes.
+        wrap: Gives a model the `encode(clips)` and `decode(latents, num_frames)` to measure, if they are not its own,
+            such as for clips in windows. It is called with a copy of the model on the meta device too.
     """
     device = torch.device(device)
     for name, value, least in (("batch_size", batch_size, 1), ("warmup", warmup, 0), ("repeats", repeats, 1)):
@@ -66,32 +53,33 @@ def measure(
     if astray := {str(p.device) for p in model.parameters() if p.device.type != device.type}:
         raise UserError(f"Expected a model on {device}, got weights on {', '.join(sorted(astray))}; move it first.")
     tried = f"{batch_size} clips of {tuple(clip_shape)} at a time through {type(model).__name__}"
+    coder = wrap(model)
 
     @torch.inference_mode()
     def run() -> dict[str, Any]:
-        clips = _clips(model, batch_size, clip_shape).to(device)
+        clips = _make_clips(model, batch_size, clip_shape).to(device)
         weights = [*model.parameters(), *model.buffers()]
 
-        def encoding() -> Any:
+        def encode() -> Any:
             with precision():
-                return encode(model, clips)
+                return coder.encode(clips).mode()
 
-        latents = encoding()
+        latents = encode()
 
-        def decoding() -> Tensor:
+        def decode() -> Any:
             with precision():
-                return decode(model, latents, clip_shape[1])
+                return coder.decode(latents, clip_shape[1])
 
         return {
             part: {
                 "clips_per_second": spread([batch_size / s for s in seconds(step, device, warmup, repeats)]),
                 "peak_memory_bytes": peak_memory(step, device, [weights, given]),
             }
-            for part, step, given in (("encode", encoding, clips), ("decode", decoding, latents))
+            for part, step, given in (("encode", encode, clips), ("decode", decode, latents))
         }
 
     with _evaluating(model):
-        counts = _flops_or_reason(model, clip_shape, encode, decode)
+        counts = flops(model, clip_shape, wrap)
         measured = within_memory(run, device, tried)
     return {
         "flops": counts,
@@ -105,29 +93,31 @@ def measure(
 
 
 @torch.no_grad()
-def flops(
-    model: VideoAutoencoder, clip_shape: Sequence[int], encode: Encode = encode_whole, decode: Decode = decode_whole
-) -> dict[str, int]:
-    """Floating-point operations of `encode` and `decode` for one clip (3, T, H, W); a multiply–add is two.
+def flops(model: VideoAutoencoder, clip_shape: Sequence[int], wrap: Wrap = lambda model: model) -> dict[str, int]:
+    """Count floating-point operations of `encode` and `decode` for one clip (3, T, H, W); a multiply–add is two.
 
-    Matrix products, convolutions and attention are counted, by PyTorch's own counter; additions, norms and activations
-    are not. On the meta device, where nothing is computed: it shows the counter every product, also those that a CPU
-    hides in fused kernels.
+    PyTorch's counter counts matrix products, convolutions and attention, not additions, norms and activations. It runs
+    on the meta device, where nothing is computed and where it sees products that a CPU hides in fused kernels.
     """
-    model = _on_meta(model).eval()
-    clip = _clips(model, 1, clip_shape)
-    counts = {}
-    with FlopCounterMode(display=False) as counter:
-        latents = encode(model, clip)
-    counts["encode"] = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        decode(model, latents, clip_shape[1])
-    counts["decode"] = counter.get_total_flops()
+    name, model, counts = type(model).__name__, _copy_to_meta(model).eval(), {}
+    clip, coder = _make_clips(model, 1, clip_shape), wrap(model)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            latents = coder.encode(clip).mode()
+        counts["encode"] = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            coder.decode(latents, clip_shape[1])
+        counts["decode"] = counter.get_total_flops()
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"Expected {name} to run on the meta device, where FLOPs are counted, got: {' '.join(str(error).split())}; "
+            "keep its forward pass free of what asks for a tensor's values."
+        ) from error
     return counts
 
 
 def seconds(run: Callable[[], object], device: torch.device, warmup: int, repeats: int) -> list[float]:
-    """Wall time of each of `repeats` calls after `warmup` others, until the device has done its work."""
+    """Measure the wall time of `repeats` calls after `warmup` others, each until the device has done its work."""
     times = []
     for index in range(warmup + repeats):
         _synchronize(device)
@@ -140,12 +130,12 @@ def seconds(run: Callable[[], object], device: torch.device, warmup: int, repeat
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
+    """Return median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def device_name(device: torch.device | str) -> str:
-    """The hardware by name: `cpu (Intel(R) Xeon(R) …)`, `NVIDIA H100 80GB HBM3`."""
+    """Return the name of the hardware: `cpu (Intel(R) Xeon(R) …)`, `NVIDIA H100 80GB HBM3`."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -162,8 +152,8 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _clips(model: nn.Module, batch_size: int, clip_shape: Sequence[int]) -> Tensor:
-    """Noise in [-1, 1] in the weights' type; no values for a model on the meta device."""
+def _make_clips(model: nn.Module, batch_size: int, clip_shape: Sequence[int]) -> Tensor:
+    """Make noise in [-1, 1] in the weights' type; without values for a model on the meta device."""
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if first.is_meta:
         return torch.empty(batch_size, *clip_shape, dtype=first.dtype, device="meta")
@@ -171,8 +161,8 @@ def _clips(model: nn.Module, batch_size: int, clip_shape: Sequence[int]) -> Tens
     return (2 * noise - 1).to(first.dtype)
 
 
-def _on_meta(model: VideoAutoencoder) -> VideoAutoencoder:
-    """A copy without values, made without a second copy of the weights."""
+def _copy_to_meta(model: VideoAutoencoder) -> VideoAutoencoder:
+    """Copy a model without values, and without a second copy of the weights in between."""
     known: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
     }
@@ -180,22 +170,9 @@ def _on_meta(model: VideoAutoencoder) -> VideoAutoencoder:
     return copy.deepcopy(model, known)
 
 
-def _flops_or_reason(model: VideoAutoencoder, clip_shape: Sequence[int], encode: Encode, decode: Decode) -> Any:
-    try:
-        return flops(model, clip_shape, encode, decode)
-    except UserError:
-        raise
-    except (RuntimeError, NotImplementedError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(
-            f"Expected {type(model).__name__} to run on the meta device, where FLOPs are counted, got: {line}; keep "
-            "its forward pass free of what asks for a tensor's values."
-        ) from error
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation inside, each part as it was afterwards."""
+    """Put a model in evaluation mode, and each of its parts back into its own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,17 +1,16 @@
-"""What a diffusion transformer on a model's latents costs: the DiT of VidTwin's appendix C.2.
+"""Cost of a diffusion transformer on a model's latents: the DiT of VidTwin's appendix C.2.
 
     each latent ── patches of 2 on every axis ── Linear ──> its tokens
     all tokens, one after the other ── 6 × (attention, FFN) ── Linear of each latent ──> the noise in it
 
-6 layers, 8 heads, width 512, FFN 2048, "a total of 12,610,560 parameters". That is what PyTorch's own
-`TransformerEncoderLayer` holds in its FFNs and norms: its attention, 1,050,624 parameters a layer, is left out by
-profilers that know only certain modules. All six layers have 18,914,304. The paper's count has room neither for an
-embedding of the time step nor for a modulation by it, so there are none here.
+6 layers, 8 heads, width 512, FFN 2048, "a total of 12,610,560 parameters". PyTorch's `TransformerEncoderLayer` has as
+many in its FFNs and norms: profilers that know only certain modules leave out its attention, 1,050,624 parameters per
+layer. All six layers have 18,914,304. The paper's count leaves no room for an embedding of the time step or a
+modulation by it, so there are none here.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
@@ -37,7 +36,7 @@ class LatentDiT(nn.Module):
     Attention runs without dropout, as DiTs have it. Positions are fixed sines and cosines over the one sequence.
 
     Args:
-        latent_shapes: By name, without a batch axis, channels first, as `VideoAutoencoder.latent_shapes` gives them.
+        latent_shapes: Shapes by name, see `VideoAutoencoder.latent_shapes`.
     """
 
     positions: Tensor
@@ -57,7 +56,7 @@ class LatentDiT(nn.Module):
         self.register_buffer("positions", positions.float(), persistent=False)
 
     def forward(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Latents by name, each (B, C, ...) → as many numbers of the same shapes."""
+        """Map latents by name, each (B, C, ...), to as many numbers of the same shapes."""
         patches = [fold(latents[name]) for name in self.latent_shapes]
         embedded = [embed(part) for embed, part in zip(self.embeddings, patches, strict=True)]
         x = torch.cat(embedded, dim=1) + self.positions
@@ -70,26 +69,25 @@ class LatentDiT(nn.Module):
         }
 
     def num_parameters(self, count: Literal["layers", "ffn_norm_only", "embeddings"] = "layers") -> int:
-        """How many parameters there are, trainable all of them.
+        """Count parameters, all of which are trainable.
 
         Args:
             count: Those of the six layers (18,914,304); those of their FFNs and norms alone (12,610,560, as the paper
-                prints); or those of what turns latents into tokens and back, which depends on the latents.
+                prints); or those that map latents to tokens and back, which depend on the latents.
         """
-        chosen: dict[str, Callable[[], list[nn.Module]]] = {
-            "layers": lambda: [self.layers],
-            "ffn_norm_only": lambda: [
-                part for layer in self.layers for name, part in layer.named_children() if name != "self_attn"
-            ],
-            "embeddings": lambda: [self.embeddings, self.heads],
+        ffn_and_norms = [m for layer in self.layers for name, m in layer.named_children() if name != "self_attn"]
+        modules: dict[str, Iterable[nn.Module]] = {
+            "layers": self.layers,
+            "ffn_norm_only": ffn_and_norms,
+            "embeddings": [self.embeddings, self.heads],
         }
-        if count not in chosen:
-            raise UserError(f"Expected count to be one of {', '.join(chosen)}, got {count!r}.")
-        return sum(p.numel() for module in chosen[count]() for p in module.parameters())
+        if count not in modules:
+            raise UserError(f"Expected count to be one of {', '.join(modules)}, got {count!r}.")
+        return sum(p.numel() for module in modules[count] for p in module.parameters())
 
 
 def count_tokens(latent_shapes: LatentShapes) -> dict[str, int]:
-    """Tokens of each latent: patches of 2 on every axis but the first, an odd axis padded; a vector is one token."""
+    """Count each latent's tokens: patches of 2 on every axis but the first, an odd axis padded; a vector is one."""
     for name, shape in latent_shapes.items():
         if not shape or any(size < 1 for size in shape):
             raise UserError(f"Expected a latent of shape (channels, ...), got {name} of {tuple(shape)}.")
@@ -99,7 +97,7 @@ def count_tokens(latent_shapes: LatentShapes) -> dict[str, int]:
 
 
 def fold(latent: Tensor) -> Tensor:
-    """(B, C, A1, ..., Ak) → patches (B, N, C·2^k); odd axes get a zero at their end."""
+    """Fold a latent (B, C, A1, ..., Ak) to patches (B, N, C·2^k); odd axes are padded by a zero."""
     axes = latent.ndim - 2
     padding = [(0, -size % PATCH) for size in reversed(latent.shape[2:])]
     latent = F.pad(latent, tuple(chain.from_iterable(padding)))
@@ -111,7 +109,7 @@ def fold(latent: Tensor) -> Tensor:
 
 
 def unfold(patches: Tensor, shape: Sequence[int]) -> Tensor:
-    """Patches (B, N, C·2^k) → the latent (B, *shape) they were cut from."""
+    """Unfold patches (B, N, C·2^k) to the latent (B, *shape) that they were cut from."""
     axes = len(shape) - 1
     grid = [-(-size // PATCH) for size in shape[1:]]
     latent = patches.reshape(len(patches), *grid, shape[0], *[PATCH] * axes)
@@ -121,14 +119,8 @@ def unfold(patches: Tensor, shape: Sequence[int]) -> Tensor:
     return latent[(slice(None), slice(None), *(slice(size) for size in shape[1:]))]
 
 
-@contextmanager
-def _gradients() -> Iterator[None]:
-    """Gradients inside, also where the caller is in inference mode."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-@_gradients()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def measure(
     latent_shapes: LatentShapes,
     device: torch.device | str,
@@ -136,22 +128,22 @@ def measure(
     repeats: int = 3,
     max_tokens: int = 20_000,
 ) -> dict[str, Any]:
-    """Tokens, FLOPs, peak memory and time of one training step on one clip: `downstream` of results.json.
+    """Measure tokens, FLOPs, peak memory and time of one training step on one clip: `downstream` of results.json.
 
-    A step is of a denoising objective: to latents of noise more noise is added, which the DiT finds, by the mean
-    squared error over all numbers of all latents; forward pass, backward pass, Adam, in single precision. Attention
-    is PyTorch's for the device, which does not store N² scores. Its N² products count in the FLOPs, once forward and
-    twice backward; that kernels compute the forward ones again in the backward pass does not.
+    The objective is denoising: noise is added to random latents, and the DiT predicts it, by the mean squared error
+    over all numbers of all latents; forward pass, backward pass, Adam, in single precision. Attention is PyTorch's for
+    the device, which does not store N² scores. Its N² products count in the FLOPs, once forward and twice backward;
+    that kernels repeat the forward ones in the backward pass does not.
 
-    Memory has the weights, gradients, both of Adam's moments, activations and the latents.
+    Memory includes weights, gradients, both of Adam's moments, activations and the latents.
 
     Args:
-        latent_shapes: By name, without a batch axis, channels first.
-        device: Where to train.
-        warmup: Steps before the one whose memory is counted, which comes before those that are timed; the first makes
-            Adam's moments.
-        repeats: Steps that are timed.
-        max_tokens: More are refused: attention's time grows with their square.
+        latent_shapes: Shapes by name, without batch axis, channels first.
+        device: Device of the training.
+        warmup: Steps before the one whose memory is counted, which comes before the timed ones; the first makes Adam's
+            moments.
+        repeats: Timed steps.
+        max_tokens: Maximum number of tokens: attention's time grows with its square.
     """
     device = torch.device(device)
     for name, value in (("warmup", warmup), ("repeats", repeats), ("max_tokens", max_tokens)):
@@ -167,14 +159,14 @@ def measure(
     tried = f"a training step of a DiT on {tokens:,} tokens"
     return {
         **counts(latent_shapes),
-        **within_memory(lambda: _trained(latent_shapes, device, warmup, repeats), device, tried),
+        **within_memory(lambda: _train(latent_shapes, device, warmup, repeats), device, tried),
         "memory_counter": counter_name(device),
         "device": device_name(device),
     }
 
 
 def counts(latent_shapes: LatentShapes) -> dict[str, Any]:
-    """What of `measure` needs no run: tokens, parameters and FLOPs."""
+    """Count what needs no run: tokens, parameters and FLOPs."""
     with torch.device("meta"):
         model = LatentDiT(latent_shapes)
     return {
@@ -188,27 +180,27 @@ def counts(latent_shapes: LatentShapes) -> dict[str, Any]:
 
 
 def flops(model: LatentDiT) -> dict[str, int]:
-    """Floating-point operations of a forward pass and of a training step of one clip, for a model on the meta device.
+    """Count floating-point operations of a forward pass and of a training step on one clip, on the meta device.
 
-    In training mode, where no fused layer hides products from the counter, and with attention as plain products.
+    It is in training mode, in which no fused layer hides products from the counter, with attention as plain products.
     """
     noise = {name: torch.empty(1, *shape, device="meta") for name, shape in model.latent_shapes.items()}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        loss = _loss(model.train(), noise, noise)
+        loss = compute_loss(model.train(), noise, noise)
         forward = counter.get_total_flops()
         loss.backward()
     return {"flops_forward": forward, "flops_training_step": counter.get_total_flops()}
 
 
-def _loss(model: LatentDiT, latents: dict[str, Tensor], noise: dict[str, Tensor]) -> Tensor:
-    """Squared error of the noise that is found in latents halfway to it, mean over all numbers."""
+def compute_loss(model: LatentDiT, latents: dict[str, Tensor], noise: dict[str, Tensor]) -> Tensor:
+    """Compute the mean squared error of the predicted noise in latents that are half noise."""
     noisy = {name: (latent + noise[name]) / math.sqrt(2) for name, latent in latents.items()}
     found = model(noisy)
     errors = [(found[name] - noise[name]).square().sum() for name in found]
     return torch.stack(errors).sum() / sum(part.numel() for part in noise.values())
 
 
-def _trained(latent_shapes: LatentShapes, device: torch.device, warmup: int, repeats: int) -> dict[str, Any]:
+def _train(latent_shapes: LatentShapes, device: torch.device, warmup: int, repeats: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
         torch.default_generator.manual_seed(0)
@@ -221,7 +213,7 @@ def _trained(latent_shapes: LatentShapes, device: torch.device, warmup: int, rep
 
     def step() -> None:
         optimizer.zero_grad()
-        _loss(model, latents, noise).backward()
+        compute_loss(model, latents, noise).backward()
         optimizer.step()
 
     seconds(step, device, warmup - 1, 1)

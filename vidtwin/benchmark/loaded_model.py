@@ -102,22 +102,14 @@ class LoadedModel:
             if name in codes:
                 size, entries = codes[name]
                 bits = windows * math.prod(size) * math.log2(entries)
-            found[name] = {
-                "shape": shape,
-                "numbers": numbers,
-                "rate": numbers / math.prod(clip_shape),
-                "bits": bits,
-            }
+            rate = numbers / math.prod(clip_shape)
+            found[name] = {"shape": shape, "numbers": numbers, "rate": rate, "bits": bits}
         return found
 
     def describe(
-        self,
-        latents: dict[str, dict[str, Any]],
-        clip_shape: tuple[int, ...],
-        codes: LatentStatistics,
-        device: torch.device,
+        self, latents: dict[str, Any], clip_shape: tuple[int, ...], codes: dict[str, Any], device: torch.device
     ) -> dict[str, Any]:
-        """Build the part of a row about the model: rates of the encoded latents, parameters, codebooks."""
+        """Describe the model for its row: rates of the encoded latents, parameters, use of the codebooks."""
         rate = sum(latent["numbers"] for latent in latents.values()) / math.prod(clip_shape)
         bits = [latent["bits"] for latent in latents.values()]
         windows = self.count_windows(clip_shape[1])
@@ -137,14 +129,7 @@ class LoadedModel:
             "compression_rate": rate,
             "bits_per_pixel": None if None in bits else sum(bits) / math.prod(clip_shape[1:]),
             "claimed": compare_claim(rate, self.claimed_rate),
-            "codebooks": {
-                name: {
-                    "size": int(found["codebook_size"]),
-                    "dead_codes": int(found["dead_codes"]),
-                    "perplexity": float(found["perplexity"]),
-                }
-                for name, found in codes.compute().items()
-            },
+            "codebooks": _describe_codebooks(codes),
             "device": device_name(device),
             "versions": {"vidtwin": vidtwin.__version__, "torch": torch.__version__},
         }
@@ -159,6 +144,16 @@ def compare_claim(rate: float, claimed: float | None) -> dict[str, Any] | None:
     if claimed is None:
         return None
     return {"rate": claimed, "agrees": abs(rate - claimed) <= CLAIM_TOLERANCE * claimed}
+
+
+def _describe_codebooks(codes: dict[str, Any]) -> dict[str, Any]:
+    statistics = LatentStatistics()
+    for name, found in codes.items():
+        counts = torch.zeros(found["size"], dtype=torch.int64)
+        counts[[int(code) for code in found["counts"]]] = torch.tensor(list(found["counts"].values()))
+        statistics.sums[name] = {"codes": counts}
+    keys = {"size": "codebook_size", "dead_codes": "dead_codes", "perplexity": "perplexity"}
+    return {name: {key: use[value].item() for key, value in keys.items()} for name, use in statistics.compute().items()}
 
 
 def fingerprint(path: str | Path) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import cost, downstream
 from vidtwin.benchmark.loaded_model import LoadedModel
-from vidtwin.benchmark.plan import Job, ModelError, Plan, one_line
+from vidtwin.benchmark.plan import Job, ModelError, Plan, format_error, make_empty_part
 from vidtwin.benchmark.rfvd import ClipFeatures
 from vidtwin.distributed import forward_context
 from vidtwin.errors import UserError
@@ -41,6 +41,7 @@ class Measurer:
         plan: Clips and protocol.
 
     Attributes:
+        fps: Frames per second of videos that are written.
         unavailable: Metrics that can't be measured here, with the reason.
         features: Features for rFVD; None without its network.
         extent: Settings beside a model that decide a row's numbers; with other ones it is measured again.
@@ -50,17 +51,11 @@ class Measurer:
     def __init__(self, sweep: "Sweep", fabric: Fabric, plan: Plan) -> None:
         self.sweep, self.fabric, self.plan = sweep, fabric, plan
         self.device = fabric.device
+        self.fps: float = sweep.source.eval_fps or 25.0
         protocol = plan.protocol
-        self.measures = Measures(
-            protocol["compared"],
-            protocol["psnr"],
-            protocol["psnr_epsilon"],
-            protocol["ssim"],
-            protocol["lpips"]["net"],
-            self.fps,
-            sweep.backbones,
-            sweep.vmaf,
-        )
+        compared, psnr, epsilon, ssim = (protocol[key] for key in ("compared", "psnr", "psnr_epsilon", "ssim"))
+        network = protocol["lpips"]["net"]
+        self.measures = Measures(compared, psnr, epsilon, ssim, network, self.fps, sweep.backbones, sweep.vmaf)
         self.measures.setup(*plan.shape[1:])
         for name, reason in self.measures.unavailable.items():  # what was asked for has to be there
             if name == "vmaf" or any(path and str(path) in reason for path in sweep.backbones.values()):
@@ -68,15 +63,14 @@ class Measurer:
         home = str(Path.home())  # a report is passed on
         self.unavailable = {name: text.replace(home, "~") for name, text in self.measures.unavailable.items()}
         self.features: ClipFeatures | None = None
-        if not (sweep.fvd.path and sweep.fvd.sha256):
-            reason = "Expected an I3D network for rFVD, got none; give --fvd.path and --fvd.sha256."
-            self.unavailable["rfvd"] = reason
-        elif plan.shape[1] < MIN_FRAMES:
-            reason = f"Expected clips of at least {MIN_FRAMES} frames for rFVD, got {plan.shape[1]}."
-            self.unavailable["rfvd"] = reason
+        if not (sweep.i3d.path and sweep.i3d.sha256):
+            missing = "Expected an I3D network for rFVD, got none; give --fvd.path and --fvd.sha256."
+            self.unavailable["rfvd"] = missing
+        elif (length := plan.shape[1]) < MIN_FRAMES:
+            self.unavailable["rfvd"] = f"Expected clips of at least {MIN_FRAMES} frames for rFVD, got {length}."
         else:
-            network = FeatureNetwork(sweep.fvd.path, sweep.fvd.sha256, protocol["fvd"]["convention"])
-            self.features = ClipFeatures(network, sweep.folder, plan, self._load_target)
+            i3d = FeatureNetwork(sweep.i3d.path, sweep.i3d.sha256, protocol["fvd"]["convention"])
+            self.features = ClipFeatures(i3d, sweep.folder, plan, self._load_target)
         self.extent = {
             "metrics": [*self.measures.names, *(["rfvd"] if self.features else [])],
             "protocol": plan.digest,
@@ -86,56 +80,44 @@ class Measurer:
         }
         self.costs_extent = [sweep.repeats, sweep.cost, sweep.downstream, cost.device_name(self.device)]
 
-    @property
-    def fps(self) -> float:
-        """Frames per second of files that are written."""
-        return self.sweep.data.eval_fps or 25.0
-
     def build(self, job: Job) -> LoadedModel:
         """Build a model on the device; `ModelError` if that fails or if it does not take the clips."""
         try:
             model = job.build()
             model.check(self.plan.shape[1], self.plan.shape[2])
             model.model.eval().requires_grad_(False).to(self.device)
-        except UserError as error:
-            raise ModelError(one_line(error)) from error
         except Exception as error:
-            raise ModelError(f"{type(error).__name__}: {one_line(error)}") from error
+            raise ModelError(format_error(error)) from error
         return model
 
     def load(self, chunks: Sequence[Sequence[int]]) -> Iterable[dict[str, Any]]:
         """Load clips: a batch per chunk, see `ClipSource.chunk_loader`."""
         processes = max(1, self.fabric.world_size // max(1, self.sweep.num_nodes))
-        return self.sweep.data.chunk_loader("test", chunks, self.device.type, processes)
+        return self.sweep.source.chunk_loader("test", chunks, self.device.type, processes)
 
-    def clip(self, batch: dict[str, Any]) -> Tensor:
+    def prepare_clip(self, batch: dict[str, Any]) -> Tensor:
         """Return a loaded batch's clips (B, 3, T, H, W) in [-1, 1] on the device."""
         moved = {**batch, "clip": batch["clip"].to(self.device)}
-        clip: Tensor = self.sweep.data.on_after_batch_transfer(moved, 0)["clip"]
+        clip: Tensor = self.sweep.source.on_after_batch_transfer(moved, 0)["clip"]
         return clip
 
     def measure(self, model: LoadedModel, batch: dict[str, Any]) -> dict[str, Any]:
-        """Measure the clips of a batch at once; if that fails, one by one, so that only bad clips are lost.
-
-        Returns:
-            The part of a row: "clips", "failed", "skipped", "features", "latents", "codes".
-        """
-        part = {**_empty_part(), "skipped": [[name, reason] for _, name, reason in batch["skipped"]]}
-        indices = batch["indices"]
-        if not indices:
-            return part
-        clip = self.clip(batch)
-        try:
-            self._add(part, model, clip, indices)
-        except Exception as error:
-            self._free(error)
-            part |= _empty_part()
-            for place, index in enumerate(indices):
-                try:
-                    self._add(part, model, clip[place : place + 1], [index])
-                except Exception as alone:
-                    self._free(alone)
-                    self._add_failure(part, index, f"{type(alone).__name__}: {one_line(alone)}")
+        """Measure the clips of a batch at once; if that fails, one by one, so that only bad clips are lost."""
+        part, indices = make_empty_part(), batch["indices"]
+        if indices:
+            clip = self.prepare_clip(batch)
+            try:
+                self._add(part, model, clip, indices)
+            except Exception as error:
+                self._free(error)
+                part = make_empty_part()
+                for place, index in enumerate(indices):
+                    try:
+                        self._add(part, model, clip[place : place + 1], [index])
+                    except Exception as alone:
+                        self._free(alone)
+                        self._add_failure(part, index, format_error(alone))
+        part["skipped"] = [[name, reason] for _, name, reason in batch["skipped"]]
         return part
 
     def reconstruct(self, model: LoadedModel, clip: Tensor, indices: list[int]) -> tuple[Encoding, Tensor]:
@@ -148,9 +130,9 @@ class Measurer:
                 return encoding, model.decode(latents, clip.shape[2])
 
     @torch.inference_mode()
-    def views(self, model: LoadedModel, batch: dict[str, Any], place: int) -> dict[str, Tensor]:
+    def make_views(self, model: LoadedModel, batch: dict[str, Any], place: int) -> dict[str, Tensor]:
         """Return the reconstruction ("") of a batch's clip, and by title that of each latent alone, if models can."""
-        clip = self.clip(batch)
+        clip = self.prepare_clip(batch)
         encoding, prediction = self.reconstruct(model, clip, batch["indices"])
         shown = {"": prediction}
         if model.model.partial_latents:
@@ -161,20 +143,15 @@ class Measurer:
 
     def measure_costs(self, model: LoadedModel) -> dict[str, Any]:
         """Measure a model's costs and those of a DiT on its latents, as far as they are asked for."""
-        shape, repeats = self.plan.shape, self.sweep.repeats
-
-        def encode(copy: VideoAutoencoder, clip: Tensor) -> Any:
-            return replace(model, model=copy).encode(clip).mode()
-
-        def decode(copy: VideoAutoencoder, latents: Any, num_frames: int) -> Tensor:
-            return replace(model, model=copy).decode(latents, num_frames)
-
+        shape, repeats, precision = self.plan.shape, self.sweep.repeats, self._precision
         found: dict[str, Any] = {"cost": None, "downstream": None}
         if self.sweep.cost:
+
+            def wrap(copy: VideoAutoencoder) -> LoadedModel:
+                return replace(model, model=copy)
+
             found["cost"] = _catch(
-                lambda: cost.measure(
-                    model.model, shape, self.device, self._precision, repeats=repeats, encode=encode, decode=decode
-                )
+                lambda: cost.measure(model.model, shape, self.device, precision, repeats=repeats, wrap=wrap)
             )
         if self.sweep.downstream:
             shapes = model.latent_shapes(shape)
@@ -220,7 +197,7 @@ class Measurer:
         """Free the memory that an error holds; `DeviceError` if the device is unusable after it."""
         error.__traceback__ = None  # which holds the tensors
         if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
-            raise DeviceError(one_line(error)) from error
+            raise DeviceError(format_error(error)) from error
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -230,21 +207,15 @@ class Measurer:
 
     def _load_target(self, index: int) -> Tensor:
         (batch,) = self.load([[index]])
-        return self.measures.prepare(self.clip(batch), self.clip(batch))[1]
-
-
-def _empty_part() -> dict[str, Any]:
-    return {"clips": [], "failed": [], "features": [], "latents": None, "codes": {}}
+        return self.measures.prepare(self.prepare_clip(batch), self.prepare_clip(batch))[1]
 
 
 def _catch(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the result of `run`, or its error."""
     try:
         return run()
-    except UserError as error:
-        return {"error": one_line(error)}
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {one_line(error)}"}
+        return {"error": format_error(error)}
 
 
 def _count_codes(counts: dict[str, Any], encoding: Encoding, clips: slice) -> None:

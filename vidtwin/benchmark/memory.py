@@ -1,7 +1,7 @@
-"""How much memory something takes at its peak, and what is said when there is not enough of it.
+"""Measure peak memory, and report a lack of memory.
 
-On CUDA the allocator of PyTorch knows. On a CPU nothing does: the process's size has the interpreter and all that was
-freed before in it, so there the tensors are counted.
+On CUDA PyTorch's allocator counts. A CPU has no such counter, and the size of a process includes the interpreter and
+memory that was freed before: there the tensors are counted.
 """
 
 import re
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 
 class TensorMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that live on a device while it is on.
+    """Count the bytes of the tensors that live on a device while it is on.
 
     A storage counts from the operation that hands it out until its last tensor is gone, views once. What a kernel takes
     for itself and frees before it returns is not seen: a CPU's 3-D convolution may need several times its input (the
@@ -41,7 +41,7 @@ class TensorMemory(TorchDispatchMode):
         self._references: dict[int, weakref.ref] = {}
 
     def track(self, values: Any) -> None:
-        """Count the tensors of nested values, those that are known already once."""
+        """Count the tensors of nested values, each once."""
         for tensor in tensors(values, self.device):
             storage = tensor.untyped_storage()
             key = id(storage)  # torch keeps one Python object for a storage as long as that lives
@@ -68,22 +68,22 @@ class TensorMemory(TorchDispatchMode):
 
 
 def tensors(values: Any, device: torch.device) -> list[Tensor]:
-    """The tensors on a device in nested values, each parameter with its gradient. Sparse ones have no storage."""
+    """Return the tensors on a device in nested values and their gradients. Sparse ones have no storage."""
     found = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
     found += [leaf.grad for leaf in found if leaf.is_leaf and leaf.grad is not None]
     return [tensor for tensor in found if tensor.device.type == device.type and tensor.layout == torch.strided]
 
 
 def counter_name(device: torch.device) -> str:
-    """What counts: `memory_counter` of results.json."""
+    """Return the name of the counter: `memory_counter` of results.json."""
     return "CUDA allocator" if device.type == "cuda" else "tensors"
 
 
 def peak_memory(run: Callable[[], object], device: torch.device, held: Iterable[Any]) -> int:
-    """Bytes on `device` at the peak of `run()`, with what it holds before: weights, inputs, an optimizer's state.
+    """Measure the bytes on `device` at the peak of `run()`, including `held`: weights, inputs, an optimizer's state.
 
-    On CUDA other things that stand on the device meanwhile, such as a metric's network, are taken off. Run it once
-    before: libraries keep workspaces from their first call on.
+    On CUDA other tensors on the device, such as a metric's network, are subtracted. Run it once before: libraries keep
+    workspaces from their first call on.
     """
     held = list(held)
     if device.type != "cuda":
@@ -102,11 +102,12 @@ def peak_memory(run: Callable[[], object], device: torch.device, held: Iterable[
 
 
 def within_memory(run: Callable[[], Result], device: torch.device, tried: str) -> Result:
-    """`run()`, whose lack of memory becomes a `UserError` that says what was tried; the device is usable again then."""
+    """Call `run`; a lack of memory becomes a `UserError` that names what was `tried`, and the device stays usable."""
     try:
         return run()
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not out_of_memory and "DefaultCPUAllocator" not in str(error):
             raise
         amount = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
         more = f" when it asked for {amount[1]} more" if amount else ""
@@ -116,7 +117,3 @@ def within_memory(run: Callable[[], Result], device: torch.device, tried: str) -
     raise UserError(
         f"Expected enough memory on {device} for {tried}, got out of memory{more}; free some or take a larger device."
     )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

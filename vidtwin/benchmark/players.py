@@ -1,32 +1,104 @@
-"""Clips that the report plays: the worst and the median ones, as the input and by every model.
+"""Pictures of reconstructions: views of the worst and median clips for the report's players, and the first clips.
 
-A view of a clip is one WebP picture with its frames from top to bottom, which a page shows frame by frame: all players
-of a page then run by one clock, which videos do not.
+A view is one WebP picture with the clip's frames from top to bottom, which a page shows frame by frame: all players of
+a page then run by one clock, unlike videos.
 """
 
+import hashlib
 import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from vidtwin.benchmark import rows
+from vidtwin.benchmark.loaded_model import LoadedModel
+from vidtwin.benchmark.measurer import Measurer
+from vidtwin.benchmark.plan import format_error
+from vidtwin.console import log
 from vidtwin.files import inside, replacing, write_text
-from vidtwin.video import Frames, convert, panels
+from vidtwin.video import Frames, convert, panels, write_video
+
+if TYPE_CHECKING:
+    from vidtwin.benchmark.runner import Runner
 
 MAX_SIDE = 160  # pixels of a frame: a page with ten models stays below 20 MB
 MAX_HEIGHT = 16_383  # of a WebP picture
 QUALITY = 85
 
 
-def choose(results: rows.Results, number: int) -> list[dict[str, Any]]:
-    """The `number` worst and the `number` median clips by the mean PSNR over models, of the clips that all have.
+def write_players(results: rows.Results, runner: "Runner") -> None:
+    """Write views of the worst and the median clips by every model, unless they are there."""
+    sweep, measurer, plan = runner.sweep, runner.measurer, runner.plan
+    chosen = choose(results, sweep.players)
+    measured = [row for row in runner.rows if row.name in results.clips]
+    identities = {row["name"]: row.get("identity") for row in results.rows}
+    mark = hashlib.sha256(json.dumps([[clip["name"], clip["start_frame"]] for clip in chosen]).encode())
+    mark.update(json.dumps([identities[row.name] for row in measured]).encode())
+    if results.players.get("digest") == mark.hexdigest():
+        return
+    indices = [plan.index_of[(clip["name"], clip["start_frame"])] for clip in chosen]
+    # The whole chunk of each, so that samples of posteriors are those that were measured.
+    chunks = [next(chunk for chunk in plan.chunks if index in chunk) for index in indices]
+    batches = list(measurer.load(chunks))
+    places = [batch["indices"].index(index) for batch, index in zip(batches, indices, strict=True)]
+    clips = [measurer.prepare_clip(batch)[[place]].cpu() for batch, place in zip(batches, places, strict=True)]
+    writer = Writer(sweep.folder, chosen, clips, measurer.fps)
+    for row in tqdm(measured, "players", disable=not sweep.progress, dynamic_ncols=True, leave=False):
+        try:
+            model = measurer.build(row.job)
+            views = [measurer.make_views(model, batch, place) for batch, place in zip(batches, places, strict=True)]
+        except Exception as error:  # the numbers are there, and are to be written
+            log(f"no players of {row.name}: {format_error(error)}")
+            continue
+        for number, shown in enumerate(views):
+            writer.add(number, row.name, shown)
+    writer.finish(mark.hexdigest())
 
-    Clips of different videos, as far as there are. Over trained models, or where there are none over all.
+
+def write_clips(runner: "Runner") -> list[Path]:
+    """Write the missing pictures of the first clips by each model, as clip<i>.mp4 and .png → the paths of all."""
+    paths: list[Path] = []
+    for row in runner.rows:
+        content = row.read()
+        if content is None or content["kind"] in ("failed", "reference"):
+            continue
+        number = min(runner.sweep.pictures, len(runner.plan.keys))
+        targets = [(row.folder / f"clip{i}.mp4", row.folder / f"clip{i}.png") for i in range(number)]
+        if not all(path.exists() for pair in targets for path in pair):
+            try:
+                _write_clips(runner.measurer, runner.measurer.build(row.job), targets)
+            except Exception as error:  # the numbers are there
+                log(f"no pictures of {row.name}: {format_error(error)}")
+                continue
+        paths += [path for pair in targets for path in pair]
+    return paths
+
+
+def _write_clips(measurer: Measurer, model: LoadedModel, targets: list[tuple[Path, Path]]) -> None:
+    chunks = [chunk for chunk in measurer.plan.chunks if chunk[0] < len(targets)]
+    for batch in measurer.load(chunks):
+        for place, index in enumerate(batch["indices"]):
+            if index >= len(targets):
+                continue
+            views = measurer.make_views(model, batch, place)
+            shown = {"input": measurer.prepare_clip(batch)[place].cpu(), "reconstruction": views.pop("")} | views
+            frames = {title: convert.to_uint8(clip) for title, clip in shown.items()}
+            video, still = targets[index]
+            write_video(video, panels.side_by_side(frames), measurer.fps)
+            with replacing(still) as temporary:
+                temporary.write_bytes(panels.png(panels.filmstrip(frames)))
+
+
+def choose(results: rows.Results, number: int) -> list[dict[str, Any]]:
+    """Choose the `number` worst and the `number` median of the common clips by the mean PSNR over trained models.
+
+    They are of different videos if there are enough. Without trained models the mean is over all.
     """
     measured = [row for row in results.rows if row["kind"] != "failed"]
     counted = [row for row in measured if row["kind"] == "trained"] or measured
@@ -37,17 +109,17 @@ def choose(results: rows.Results, number: int) -> list[dict[str, Any]]:
             if rows.key_of(clip) in sums:
                 sums[rows.key_of(clip)] += clip["psnr"]
     ranked = sorted(sums, key=lambda key: (sums[key], key))
-    worst = _of_other_videos(ranked, number, [])
+    worst = _take_other_videos(ranked, number, [])
     # Next to the middle of all clips.
     middle = (len(ranked) - 1) / 2
     places = {key: place for place, key in enumerate(ranked)}
-    median = _of_other_videos(sorted(ranked, key=lambda key: (abs(places[key] - middle), places[key])), number, worst)
+    median = _take_other_videos(sorted(ranked, key=lambda key: (abs(places[key] - middle), places[key])), number, worst)
     chosen = [(key, "worst") for key in worst] + [(key, "median") for key in median]
     return [{"name": name, "start_frame": start, "why": why} for (name, start), why in chosen]
 
 
-def _of_other_videos(ranked: list[rows.Key], number: int, taken: list[rows.Key]) -> list[rows.Key]:
-    """The first ones, no two of one video; where there are too few videos, other clips of them after all."""
+def _take_other_videos(ranked: list[rows.Key], number: int, taken: list[rows.Key]) -> list[rows.Key]:
+    """Take the first clips, no two of one video; if there are too few videos, other clips of theirs too."""
     chosen: list[rows.Key] = []
     for again in (False, True):
         for key in ranked:
@@ -58,12 +130,12 @@ def _of_other_videos(ranked: list[rows.Key], number: int, taken: list[rows.Key])
 
 
 class Writer:
-    """Writes the views beside the earlier ones, whose place they take in the end.
+    """Write views beside the earlier ones, which they replace in the end.
 
     Args:
-        folder: Of the results.
-        chosen: The clips, by `choose`.
-        clips: Each (1, 3, T, H, W) in [-1, 1].
+        folder: Results folder.
+        chosen: Clips, see `choose`.
+        clips: The clips' input, each (1, 3, T, H, W) in [-1, 1].
         fps: Frames per second.
     """
 
@@ -81,7 +153,7 @@ class Writer:
             self._add(place, "input", None, "input", frames)
 
     def add(self, place: int, model: str, views: dict[str, Tensor]) -> None:
-        """A model's views of clip number `place`: its reconstruction under "", others by their titles."""
+        """Add a model's views of clip number `place`: its reconstruction under "", others by their titles."""
         frames = convert.to_uint8(views[""])
         self._add(place, model, model, "reconstruction", frames)
         error = panels.error_map(frames, self.inputs[place])
@@ -91,15 +163,10 @@ class Writer:
                 self._add(place, f"{model} {title}", model, "partial", convert.to_uint8(view))
 
     def finish(self, digest: str) -> None:
-        """Put the new pictures in the place of those before, and write `players.json`, which is the last."""
+        """Replace the earlier pictures by the new ones, and write `players.json` last."""
         target = inside(self.folder, "players")
-        content = {
-            "digest": digest,
-            "fps": self.fps,
-            "num_frames": self.num_frames,
-            "size": self.size,
-            "clips": self.clips,
-        }
+        content = {"digest": digest, "fps": self.fps, "num_frames": self.num_frames, "size": self.size}
+        content["clips"] = self.clips
         shutil.rmtree(target, ignore_errors=True)
         self.temporary.rename(target)
         write_text(target / "players.json", json.dumps(content, indent=2) + "\n")
@@ -108,12 +175,12 @@ class Writer:
         views = self.clips[place]["views"]
         name = f"{place}/{len(views)}.webp"
         with replacing(self.temporary / name) as temporary:
-            temporary.write_bytes(_strip(frames, self.size))
+            temporary.write_bytes(_encode_strip(frames, self.size))
         views.append({"title": title, "model": model, "kind": kind, "file": f"players/{name}"})
 
 
-def _strip(frames: Frames, size: int) -> bytes:
-    """(T, H, W, 3) → WebP of T frames of size × size, from top to bottom."""
+def _encode_strip(frames: Frames, size: int) -> bytes:
+    """Encode frames (T, H, W, 3) as a WebP picture of frames of size × size, from top to bottom."""
     small = frames.shape[1] < size
     images = [
         Image.fromarray(frame).resize((size, size), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)

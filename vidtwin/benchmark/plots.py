@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidtwin.benchmark import rows, summary
-from vidtwin.benchmark.rows import Results, Row, remove_leftovers
-from vidtwin.files import inside, replacing
+from vidtwin.benchmark.rows import Results, Row
+from vidtwin.files import inside, remove_leftovers, replacing
 from vidtwin.metrics.registry import BY_KEY, Metric
 
 if TYPE_CHECKING:
@@ -29,7 +29,17 @@ if TYPE_CHECKING:
 # Distinct for every common colour blindness and on white paper. The page has them as variables of these names.
 COLOURS = ("#0072b2", "#c84f00", "#00805d", "#a23f8c", "#86690a", "#4b3fae", "#303740")
 PALETTE = {f"c{index}": colour for index, colour in enumerate(COLOURS)} | {"reference": "#79828c"}
-MARKERS = ("o", "s", "^", "D", "v", "P", "*", "X")  # the last one is that of references
+# Markers of matplotlib with their outlines around (0, 0), about 10 wide, for the page. References have the last one.
+MARKERS = {
+    "o": "M5 0A5 5 0 1 1 -5 0A5 5 0 1 1 5 0Z",
+    "s": "M-4.4 -4.4H4.4V4.4H-4.4Z",
+    "^": "M0 -5.4L5.2 4.2H-5.2Z",
+    "D": "M0 -6.2L5.2 0L0 6.2L-5.2 0Z",
+    "v": "M0 5.4L5.2 -4.2H-5.2Z",
+    "P": "M-1.8 -5.4H1.8V-1.8H5.4V1.8H1.8V5.4H-1.8V1.8H-5.4V-1.8H-1.8Z",
+    "*": "M0 -6L1.6 -2.2L5.7 -1.9L2.6 0.8L3.5 4.9L0 2.7L-3.5 4.9L-2.6 0.8L-5.7 -1.9L-1.6 -2.2Z",
+    "X": "M-5 -3.2L-3.2 -5L0 -1.8L3.2 -5L5 -3.2L1.8 0L5 3.2L3.2 5L0 1.8L-3.2 5L-5 3.2L-1.8 0Z",
+}
 GRID, SOFT = "#e3e6e9", "#5b646d"
 _ON_PAGE = {"#ffffff": "page", "#000000": "ink", GRID: "line", SOFT: "soft"} | {c: name for name, c in PALETTE.items()}
 DPI = 150
@@ -55,13 +65,7 @@ class Axis:
     """A cost of a model: less is better."""
 
     label: str
-    unit: str
     value: Callable[[Row], float | None]
-
-    @property
-    def title(self) -> str:
-        """Label and unit."""
-        return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
 def _flops(row: Row) -> float | None:
@@ -69,14 +73,14 @@ def _flops(row: Row) -> float | None:
     return float(flops["encode"] + flops["decode"]) if flops else None
 
 
-RATE = Axis("compression rate", "%", lambda row: 100 * float(row["compression_rate"]))
-FLOPS = Axis("FLOPs to encode and decode a clip", "", _flops)
+RATE = Axis("compression rate (%)", lambda row: 100 * float(row["compression_rate"]))
+FLOPS = Axis("FLOPs to encode and decode a clip", _flops)
 AXES = (
     RATE,
-    Axis("bits per pixel", "", lambda row: rows.look_up(row, "bits_per_pixel")),
-    Axis("parameters", "", lambda row: rows.look_up(row, "parameters")),
+    Axis("bits per pixel", lambda row: rows.look_up(row, "bits_per_pixel")),
+    Axis("parameters", lambda row: rows.look_up(row, "parameters")),
     FLOPS,
-    Axis("tokens of the latents in a DiT", "", lambda row: rows.look_up(row, "downstream.tokens")),
+    Axis("tokens of the latents in a DiT", lambda row: rows.look_up(row, "downstream.tokens")),
 )
 
 
@@ -123,13 +127,13 @@ def write(folder: str | Path) -> list[Path]:
     results = rows.read(folder)
     written = []
     paths = {name: [inside(results.folder, f"plots/{name}.{kind}") for kind in ("png", "svg")] for name in _PLOTS}
-    remove_leftovers(path for both in paths.values() for path in both)
     with _style():
         for name, draw in _PLOTS.items():
             drawn = draw(results)
             if drawn is None:
                 for path in paths[name]:
                     path.unlink(missing_ok=True)
+                    remove_leftovers(path.parent, path.name)
                 continue
             for path in paths[name]:
                 _save(*drawn, path)
@@ -141,9 +145,9 @@ def drawings(results: Results) -> list[Drawing]:
     """Draw the page's plots: every metric against each cost that is known, and the spread over the clips."""
     metrics = summary.measured_metrics(results)
     references = [row for row in results.rows if row["kind"] == "reference"]
-    models = replace(results, rows=[row for row in results.rows if row not in references])
+    models = replace(results, rows=[row for row in results.rows if row["kind"] != "reference"])
     draws: dict[str, tuple[_Draw, bool]] = {
-        axis.title: (partial(_against, pairs=[(metric, axis) for metric in metrics]), any(map(axis.value, references)))
+        axis.label: (partial(_against, pairs=[(metric, axis) for metric in metrics]), any(map(axis.value, references)))
         for axis in AXES
     }
     draws["PSNR of the clips"] = _per_clip, bool(references)
@@ -158,7 +162,7 @@ def drawings(results: Results) -> list[Drawing]:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """Set our style for a while, whatever a user's matplotlibrc says."""
+    """Set our style for a while, independently of the user's matplotlibrc."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -168,7 +172,7 @@ def _style() -> Iterator[None]:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which of (cost, quality) no other beats: one of no higher cost and no lower quality, better in one of them.
+    """Find the Pareto front of (cost, quality): the points that no other beats in one and equals in the other.
 
     Returns:
         Their places in `points`, by rising cost; equal points are there together.
@@ -182,26 +186,27 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def looks(results: Results) -> dict[str, tuple[str, int]]:
-    """Choose each row's colour (a name in PALETTE) and marker (a place in MARKERS)."""
-    found: dict[str, tuple[str, int]] = {}
+def looks(results: Results) -> dict[str, tuple[str, str]]:
+    """Choose each row's colour (a name in PALETTE) and marker."""
+    found: dict[str, tuple[str, str]] = {}
+    *markers, cross = MARKERS
     for index, row in enumerate(row for row in rows.order(results) if row["kind"] != "failed"):
         # Both change from one model to the next, so that 49 have one of their own.
-        count = len(COLOURS)
-        found[row["name"]] = f"c{index % count}", (index + index // count) % count
+        number = (index + index // len(COLOURS)) % len(markers)
+        found[row["name"]] = f"c{index % len(COLOURS)}", markers[number]
         if row["kind"] == "reference":
-            found[row["name"]] = "reference", len(MARKERS) - 1
+            found[row["name"]] = "reference", cross
     return found
 
 
 def styles(results: Results) -> dict[str, dict[str, Any]]:
     """Choose each row's arguments of `Axes.plot`: filled if trained, hollow if untrained, grey for a reference."""
-    kinds = {row["name"]: row["kind"] for row in results.rows}
+    hollow = [row["name"] for row in results.rows if row["kind"] == "untrained"]
     return {
         name: {
             "color": PALETTE[colour],
-            "marker": MARKERS[marker],
-            "markerfacecolor": "white" if kinds[name] == "untrained" else PALETTE[colour],
+            "marker": marker,
+            "markerfacecolor": "white" if name in hollow else PALETTE[colour],
         }
         for name, (colour, marker) in looks(results).items()
     }
@@ -227,7 +232,7 @@ def _against(results: Results, pairs: Sequence[tuple[Metric, Axis]]) -> tuple["F
     figure = _figure(len(panels), columns=2)
     drawn = []
     for axes, (metric, axis, points) in zip(figure.axes, panels, strict=True):
-        _scatter(axes, points, _metric_title(results, metric), f"{axis.title}, ← better")
+        _scatter(axes, points, _metric_title(results, metric), f"{axis.label}, ← better")
         drawn.append((points, _front(axes, [point for point in points if point.ranked], metric.higher)))
     _finish(figure, results, drawn)
     metrics = ", ".join(dict.fromkeys(metric.label for metric, _, _ in panels))
@@ -292,8 +297,8 @@ def _points(results: Results, metric: Metric, axis: Axis) -> list[Point]:
             continue
         x, y = axis.value(row), summary.mean(results, row["name"], metric.key)
         if x and y is not None and math.isfinite(y):
-            text = f"{row['name']}: {metric.title} {metric.text(y)}, {axis.title} {_brief(x)}"
-            ranked = summary.ranked(results, row, metric.key)
+            text = f"{row['name']}: {metric.title} {metric.text(y)}, {axis.label} {summary.shorten(x)}"
+            ranked = summary.is_ranked(results, row, metric.key)
             found.append(Point(row["name"], x, y, style[row["name"]], ranked, f"{row['kind']}|{text}"))
     return found
 
@@ -339,7 +344,7 @@ def _scatter(axes: "Axes", points: list[Point], title: str, label: str) -> None:
 
 
 def _log_axis(axes: "Axes", values: list[float]) -> None:
-    """Numbers at 1, 2 and 5 where a decade is wide, at decades alone where it is narrow."""
+    """Write numbers at 1, 2 and 5 if a decade is wide, at decades alone if it is narrow."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     low, high = min(values), max(values)
@@ -349,20 +354,13 @@ def _log_axis(axes: "Axes", values: list[float]) -> None:
     axes.set_xscale("log")
     subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _brief(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: summary.shorten(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _brief(value: float) -> str:
-    for power, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= power:
-            return f"{value / power:.4g} {prefix}"
-    return f"{value:.4g}"
-
-
 def _front(axes: "Axes", ranked: list[Point], higher: bool) -> list[tuple[float, float]]:
-    """Draw the Pareto front → the corners of its line."""
+    """Draw the Pareto front; return the corners of its line."""
     front = [ranked[index] for index in pareto([(point.x, point.y if higher else -point.y) for point in ranked])]
     if not front:
         return []
@@ -382,8 +380,8 @@ def _finish(
     key: str | None = None,
 ) -> None:
     """Add the footer, settle the layout and then label each panel's points where there is room beside its line."""
-    data = results.protocol.get("dataset") or results.protocol["data"].get("data", "video clips")
-    clips = f"{results.comparison['num_clips']:,} clips of {data} that all models have"
+    number, unit = summary.count(results)
+    clips = f"{number:,} {unit} of {summary.data_set(results)} that all models have"
     protocol = f"protocol {results.protocol['name']} ({results.protocol_hash})"
     longest = int(figure.get_size_inches()[0] * 17)
     lines = [_short(line, longest) for line in (key, clips, protocol) if line]
@@ -396,7 +394,7 @@ def _finish(
         _label(axes, points, corners)
 
 
-# Where a label may stand, in points from its marker: near first, the right side first.
+# Places of a label, in points from its marker: near first, the right side first.
 _PLACES = [
     (x * distance, y * distance)
     for distance in (7, 14, 24, 36)
@@ -405,7 +403,7 @@ _PLACES = [
 
 
 def _label(axes: "Axes", points: list[Point], corners: list[tuple[float, float]]) -> None:
-    """Write each model's name beside its point, where it covers the least of what is there already."""
+    """Write each model's name at the place beside its point that covers the least of the rest."""
     from matplotlib.transforms import Bbox
 
     renderer: Any = axes.get_figure(root=True).canvas.get_renderer()  # type: ignore[union-attr]
@@ -471,7 +469,7 @@ def _short(text: str, longest: int = 28) -> str:
 
 
 def _save(figure: "Figure", description: str, path: Path) -> None:
-    """Write a PNG or SVG, the same bytes each time, with a description for those who can't see it."""
+    """Write a PNG or SVG, the same bytes each time, with a description for readers who can't see it."""
     with replacing(path) as temporary:
         if path.suffix == ".png":
             figure.savefig(temporary, dpi=DPI, metadata=_metadata(path.stem, description))

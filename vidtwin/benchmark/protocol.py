@@ -1,7 +1,7 @@
-"""Under which protocol a row of results was measured, and its hash.
+"""The protocol of a measurement, and its hash.
 
-Two papers' PSNR of one model differ by how it was computed. All that decides a number stands in one object, whose hash
-stands in every row; rows of different hashes are never put side by side.
+Two papers' PSNR of one model differ by how it was computed. All that decides a number is in one object, whose hash is
+in every row; rows of different hashes are never put side by side.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from vidtwin.errors import UserError
 from vidtwin.files import write_text
 
-# What each peer's evaluation computes. `data` is what it wants of the data module: told where the data differ.
+# The evaluation of each peer. `data` are its settings of the data module: differences are named, not forced.
 PRESETS: dict[str, dict[str, Any]] = {
     # VidTok's evaluation, which VidTwin's authors use with a mean over clips.
     "vidtwin": {
@@ -68,19 +68,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ProtocolSettings:
-    """How reconstructions are compared. What is null is as in the preset; another value stands in the protocol's name.
+    """Settings of the comparison. A null is as in the preset; another value stands in the protocol's name.
 
     Args:
-        preset: Whose evaluation: vidtwin, vidtok, tokenbench (Cosmos) or wfvae (Open-Sora-Plan).
-        compared: What is compared: clamped floats, both sides rounded to 8 bits, or both sides written as a video
+        preset: The evaluation of vidtwin, vidtok, tokenbench (Cosmos) or wfvae (Open-Sora-Plan).
+        compared: The compared pictures: clamped floats, both sides rounded to 8 bits, or both sides written as a video
             (mp4v, h264) and read back.
-        psnr: Over what one MSE is taken: a frame, a clip or a video (which needs average: video).
+        psnr: The range of one MSE: a frame, a clip or a video (which needs average: video).
         psnr_epsilon: Added to the MSE of values in [0, 1]: 1e-8 caps PSNR at 80 dB; without one it ends at 100 dB.
         ssim: Gaussian 11x11 window after pooling large frames, Gaussian without pooling, or uniform 7x7.
         lpips: Network of LPIPS; alex_spatial is the mean of its map.
         average: How clips are weighted in a mean: each once, by its frames, or the videos once each.
         fvd: Convention of the I3D network and its preprocessing.
-        posterior: What is decoded: the posterior's mode or a sample (seeded by the clips, the same in each run).
+        posterior: The decoded latents: the posterior's mode or a sample (seeded by the clips, the same in each run).
         weights: The running average of a checkpoint that has one (auto), the weights of its last step (last), or the
             average alone (average), which a checkpoint without one then fails.
     """
@@ -104,12 +104,12 @@ class ProtocolSettings:
         dataset: str | None = None,
         skipped: dict[str, str] | None = None,
     ) -> dict[str, Any]:
-        """The whole protocol, as `protocol.json` has it.
+        """Make the whole protocol, as `protocol.json` has it.
 
         Args:
-            data: What the data module says of its test clips.
+            data: The data module's description of its test clips.
             precision: Of the models.
-            fvd_sha256: Of the I3D network; None where there is none.
+            fvd_sha256: Digest of the I3D network; None without one.
             dataset: Name of the data set as papers call it (MCL-JCV), by which published numbers are found.
             skipped: Videos without a usable clip, with the reason.
         """
@@ -123,9 +123,7 @@ class ProtocolSettings:
         }
         chosen = {key: value for key, value in preset.items() if key != "data"} | changed
         if chosen["psnr"] == "video" and chosen["average"] != "video":
-            raise UserError(
-                f"Expected protocol.average: video where protocol.psnr is of one MSE a video, got {chosen['average']}."
-            )
+            raise UserError(f"Expected protocol.average: video for protocol.psnr: video, got {chosen['average']}.")
         if chosen["psnr_epsilon"] < 0:
             raise UserError(f"Expected protocol.psnr_epsilon of at least 0, got {chosen['psnr_epsilon']}.")
         return {
@@ -153,13 +151,13 @@ class ProtocolSettings:
 
 
 def protocol_hash(protocol: dict[str, Any]) -> str:
-    """First 16 digits of the SHA-256 of the protocol as canonical JSON."""
+    """Compute the first 16 digits of the SHA-256 of the protocol as canonical JSON."""
     text = json.dumps(protocol, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def flat(protocol: dict[str, Any]) -> dict[str, Any]:
-    """Nested keys with dots."""
+    """Join nested keys with dots."""
     found: dict[str, Any] = {}
     for key, value in protocol.items():
         if isinstance(value, dict) and value:
@@ -170,7 +168,7 @@ def flat(protocol: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Where two protocols differ: `data.fps 8.0 for 25.0`."""
+    """List the differences of two protocols: `data.fps 8.0 for 25.0`."""
     first, second = flat(ours), flat(theirs)
     return [
         f"{key} {first.get(key)} for {second.get(key)}"
@@ -180,7 +178,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 def write(protocol: dict[str, Any], folder: Path) -> str:
-    """Write `protocol.json` into a results folder → its hash. Rows of another protocol there are a `UserError`."""
+    """Write `protocol.json` into a results folder, return its hash; `UserError` for rows of another protocol."""
     path = folder / "protocol.json"
     digest = protocol_hash(protocol)
     if path.exists():

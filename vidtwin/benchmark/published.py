@@ -1,7 +1,7 @@
-"""Numbers that papers print, each with what is known of the protocol it was measured under (`published.csv`).
+"""Numbers that papers print, each with the known part of its protocol (`published.csv`).
 
-A column `protocol.KEY` holds what `protocol.json` calls KEY; it is empty where the source doesn't say, "native" for a
-video's own size or frame rate. Where a source computes what no protocol of ours does, its words stand there.
+A column `protocol.KEY` holds what `protocol.json` calls KEY; it is empty if the source doesn't say, "native" for a
+video's own size or frame rate. If a source computes something that no protocol of ours has, its words stand there.
 """
 
 import csv
@@ -13,7 +13,7 @@ from typing import Any
 from vidtwin.benchmark.protocol import flat
 
 NUMBERS = ("psnr", "ssim", "lpips", "rfvd")
-# What decides every number: which pictures are compared, and how clips are averaged.
+# These decide every number: the compared pictures, and how clips are averaged.
 _OF_ALL = {
     "compared": "compared",
     "average": "average",
@@ -53,7 +53,7 @@ class Published:
         lpips: By the network of `protocol["lpips.net"]`.
         rfvd: Fréchet distance.
         protocol: By the dotted keys of `protocol.json`, as text; without those that the source doesn't state.
-        note: What a reader must know.
+        note: A remark for readers.
     """
 
     method: str
@@ -70,13 +70,13 @@ class Published:
 
 
 def read() -> list[Published]:
-    """All lines of `published.csv`, in its order."""
+    """Read all lines of `published.csv`, in its order."""
     text = (resources.files("vidtwin.benchmark") / "published.csv").read_text(encoding="utf-8")
     return [_parse(line) for line in csv.DictReader(text.splitlines())]
 
 
 def beside(protocol: dict[str, Any], methods: list[str] | None = None) -> list[dict[str, Any]]:
-    """Published numbers on the data set that was measured, each with whether it can be compared.
+    """Find published numbers on the measured data set, each with whether it can be compared.
 
     Args:
         protocol: As `protocol.json` has it. Without a name under "dataset" nothing is known to be on the same videos,
@@ -119,7 +119,7 @@ def _beside(entry: Published, protocol: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare(entry: Published, protocol: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Where a number's protocol differs from the measured one, and what of it one of the two doesn't state."""
+    """List how a number's protocol differs from the measured one, and the keys that one of the two doesn't state."""
     ours = flat(protocol)
     labels = dict(_OF_ALL)
     for number, keys in _OF_ONE.items():
@@ -147,19 +147,19 @@ def _equal(theirs: str, ours: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    """A value of `protocol.json` as `published.csv` writes it: a size or a frame rate of None is the video's own."""
+    """Write a value of `protocol.json` as `published.csv` does: a size or a frame rate of None is the video's own."""
     if value is None:
         return "native"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _method(name: tuple[str, ...], methods: set[tuple[str, ...]]) -> tuple[str, ...] | None:
-    """The published method that a row's name begins with, the longest of several."""
+    """Find the published method that a row's name begins with, the longest of several."""
     return max((method for method in methods if name[: len(method)] == method), key=len, default=None)
 
 
 def _words(name: str) -> tuple[str, ...]:
-    """Runs of letters and of digits, without case, punctuation and the v of a version: MAGVIT-v2 is MAGVIT2."""
+    """Split a name into runs of letters and digits, without case, punctuation or the v of a version."""
     return tuple(re.findall(r"[a-z]+|\d+", re.sub(r"(?<![a-z])v(?=\d)", "", name.lower())))
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from vidtwin.benchmark import rows, summary
 from vidtwin.benchmark.rows import Results, Row
-from vidtwin.benchmark.summary import BEST, SECOND, UNAVAILABLE, Cell, Column, Table
+from vidtwin.benchmark.summary import BEST, SECOND, UNAVAILABLE, Cell, Table
 from vidtwin.files import write_text
-from vidtwin.metrics.registry import SHOWN
+from vidtwin.metrics.registry import SHOWN, Column, Metric
 
 
 def write(folder: str | Path) -> str:
@@ -33,19 +33,20 @@ def write(folder: str | Path) -> str:
 
 def markdown(results: Results) -> str:
     """Render the tables with aligned columns, which read well in a terminal too, and the notes on them."""
-    main, published = summary.quality(results), summary.published(results)
+    main, published = summary.quality_table(results), summary.published_table(results)
     protocol = f"Protocol {results.protocol['name']} ({results.protocol_hash})."
-    lines = [*_aligned(main), "", *_list([protocol, *main.notes])]
+    lines = [*_align(main), "", *_list([protocol, *main.notes])]
     if published:
-        lines += ["", f"{published.caption}:", "", *_aligned(published), ""]
+        lines += ["", f"{published.caption}:", "", *_align(published), ""]
         places = [[column.key for column in published.columns].index(key) for key in ("source", "protocol")]
         cells = [[line.cells[place] for place in places] for line in published.lines]
         lines += _list(dict.fromkeys(f"{source.text}: {match.small}." for source, match in cells if match.small))
     return "\n".join(lines) + "\n"
 
 
-def _aligned(table: Table) -> Iterator[str]:
-    lines = [[table.first, *(column.title for column in table.columns)]]
+def _align(table: Table) -> Iterator[str]:
+    heads = [Column("", table.first), *table.columns]
+    lines = [[head.title if isinstance(head, Metric) else _lower(head.title) for head in heads]]
     lines += [[line.name, *(_markdown_cell(cell) for cell in line.cells)] for line in table.lines]
     safe = [[_safe(cell).replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in safe) for i in range(len(safe[0]))]
@@ -56,6 +57,11 @@ def _aligned(table: Table) -> Iterator[str]:
         if number == 0:
             rules = ["-" * (w + 1) + ("-" if left else ":") for w, left in zip(widths, words, strict=True)]
             yield f"|{'|'.join(rules)}|"
+
+
+def _lower(title: str) -> str:
+    """Begin a title in lower case, but not an abbreviation."""
+    return title[0].lower() + title[1:] if title[1].islower() else title
 
 
 def _markdown_cell(cell: Cell) -> str:
@@ -158,7 +164,7 @@ def _csv_cell(value: Any) -> Any:
 
 def latex(results: Results) -> str:
     r"""Render a `table` environment for `\input`; needs the package booktabs."""
-    main = summary.quality(results, latents=True)
+    main = summary.quality_table(results, latents=True)
     columns = main.columns[:-1]  # the notes are in the caption, or take the place of a failed row's numbers
     blocks = [
         [_tex_row(line.name, line.kind, line.cells) for line in main.lines if line.kind == kind] for kind in rows.KINDS
@@ -167,25 +173,21 @@ def latex(results: Results) -> str:
     head = ["Model", *(_tex_head(column) for column in columns)]
     alignment = "l" + "".join("l" if column.words else "r" for column in columns)
     body = "\n    \\midrule\n".join("\n".join(f"    {line} \\\\" for line in block) for block in blocks if block)
-    return "\n".join(
-        [
-            r"% \usepackage{booktabs}",
-            r"\begin{table}",
-            r"  \centering",
-            r"  \small",
-            rf"  \caption{{{_caption(results, main)}}}",
-            rf"  \label{{tab:vidtwin-{results.protocol_hash}}}",
-            rf"  \begin{{tabular}}{{{alignment}}}",
-            r"    \toprule",
-            rf"    {' & '.join(head)} \\",
-            r"    \midrule",
-            body,
-            r"    \bottomrule",
-            r"  \end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
+    return rf"""% \usepackage{{booktabs}}
+\begin{{table}}
+  \centering
+  \small
+  \caption{{{_caption(results, main)}}}
+  \label{{tab:vidtwin-{results.protocol_hash}}}
+  \begin{{tabular}}{{{alignment}}}
+    \toprule
+    {" & ".join(head)} \\
+    \midrule
+{body}
+    \bottomrule
+  \end{{tabular}}
+\end{{table}}
+"""
 
 
 def escape(text: str) -> str:
@@ -237,7 +239,7 @@ def _tex_cell(cell: Cell) -> str:
 
 def _published_blocks(results: Results, columns: Sequence[Column]) -> Iterator[list[str]]:
     """Render published rows in the columns of the measured ones. LPIPS by another network is left out."""
-    table = summary.published(results)
+    table = summary.published_table(results)
     if not table:
         return
     net = results.protocol["lpips"]["net"]

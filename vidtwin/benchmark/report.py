@@ -22,18 +22,6 @@ from vidtwin.benchmark.rows import Results, Row
 from vidtwin.errors import UserError, few
 from vidtwin.files import inside, write_text
 
-# Outlines around (0, 0), about 10 wide, in the order of `plots.MARKERS`.
-MARKERS = (
-    "M5 0A5 5 0 1 1 -5 0A5 5 0 1 1 5 0Z",  # circle
-    "M-4.4 -4.4H4.4V4.4H-4.4Z",  # square
-    "M0 -5.4L5.2 4.2H-5.2Z",  # triangle
-    "M0 -6.2L5.2 0L0 6.2L-5.2 0Z",  # diamond
-    "M0 5.4L5.2 -4.2H-5.2Z",  # triangle on its tip
-    "M-1.8 -5.4H1.8V-1.8H5.4V1.8H1.8V5.4H-1.8V1.8H-5.4V-1.8H-1.8Z",  # plus
-    "M0 -6L1.6 -2.2L5.7 -1.9L2.6 0.8L3.5 4.9L0 2.7L-3.5 4.9L-2.6 0.8L-5.7 -1.9L-1.6 -2.2Z",  # star
-    "M-5 -3.2L-3.2 -5L0 -1.8L3.2 -5L5 -3.2L1.8 0L5 3.2L3.2 5L0 1.8L-3.2 5L-5 3.2L-1.8 0Z",  # cross
-)
-
 
 def write(folder: str | Path) -> Path:
     """Write `report.html` of a results folder; return its path."""
@@ -54,19 +42,23 @@ def render(results: Results) -> str:
     )
     strips: list[str] = []
     data = _data(results, strips)
-    tables = [table for build in (summary.cost, summary.downstream, summary.codebooks) if (table := build(results))]
+    tables = [
+        table
+        for build in (summary.cost_table, summary.downstream_table, summary.codebook_table)
+        if (table := build(results))
+    ]
     return environment.from_string(template).render(
         results=results,
         title=summary.data_set(results),
         facts=_facts(results),
-        quality=summary.quality(results),
+        quality=summary.quality_table(results),
         tables=tables,
-        published=summary.published(results),
+        published=summary.published_table(results),
         protocol=_pairs({"hash": results.protocol_hash, **flat(results.protocol | {"skipped": {}})}),
         models=[(row["name"], _pairs(_facts_of_model(row))) for row in rows.order(results)],
         missing=list(_missing_clips(results)),
         marks={model["name"]: model for model in data["models"]},
-        markers=MARKERS,
+        markers=plots.MARKERS,
         data=_json(data),
         strips=strips,
         drawings=plots.drawings(results),
@@ -137,7 +129,7 @@ def _data(results: Results, strips: list[str]) -> dict[str, Any]:
             | {"perClip": metric.key in per_clip}
             for metric in shown
         ],
-        "markers": MARKERS,
+        "markers": plots.MARKERS,
         "models": [
             {"name": row["name"], "kind": row["kind"], "colour": looks[row["name"]][0], "marker": looks[row["name"]][1]}
             for row in measured

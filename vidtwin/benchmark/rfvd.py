@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,13 @@ class ClipFeatures:
         for place, index in enumerate(indices):
             if not self._input_path(index).exists():
                 self._save_input(index, target[place : place + 1])
-        return [_to_text(found) for found in self.network(prediction)]
+        return [_encode_features(found) for found in self.network(prediction)]
 
-    def distance(self, clips: dict[rows.Key, np.ndarray]) -> Any:
-        """Compute rFVD over some clips from their reconstructions' features."""
-        order = sorted(clips)
-        real = torch.cat([self._read_input(self.plan.index_of[key]) for key in order])
-        fake = torch.from_numpy(np.stack([clips[key] for key in order]))
+    def compute_distance(self, keys: Sequence[rows.Key], features: Sequence[np.ndarray]) -> Any:
+        """Compute rFVD over clips from their reconstructions' features."""
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        real = torch.cat([self._read_input(self.plan.index_of[keys[place]]) for place in order])
+        fake = torch.from_numpy(np.stack([features[place] for place in order]))
         return frechet_video_distance(real, fake)
 
     def compare(self, results: rows.Results) -> dict[str, dict[str, Any]]:
@@ -49,21 +49,23 @@ class ClipFeatures:
         found: dict[str, dict[str, Any]] = {}
         for row in results.rows:
             path = self.results / "rows" / row["name"] / "features.npy"
-            clips = results.clips.get(row["name"], [])
-            if len(common) < len(clips) and row["metrics"].get("rfvd") != "unavailable" and path.exists():
-                pairs = zip(map(rows.key_of, clips), np.load(path, mmap_mode="r"), strict=True)
-                chosen = {key: np.array(features) for key, features in pairs if key in common}
-                found[row["name"]] = {"rfvd": self.distance(chosen) if chosen else "unavailable"}
+            keys = [rows.key_of(clip) for clip in results.clips.get(row["name"], [])]
+            if len(common) < len(keys) and row["metrics"].get("rfvd") != "unavailable" and path.exists():
+                places = [place for place, key in enumerate(keys) if key in common]
+                features = np.load(path, mmap_mode="r")[places]
+                found[row["name"]] = {"rfvd": "unavailable"}
+                if places:
+                    found[row["name"]] = {"rfvd": self.compute_distance([keys[place] for place in places], features)}
         return found
 
     def _read_input(self, index: int) -> Tensor:
         """Return the features of an input clip (1, 400), computed again if their file is missing or damaged."""
-        path = self._input_path(index)
         try:
-            return torch.from_numpy(np.load(path))[None]
+            found = np.load(self._input_path(index))
         except (OSError, ValueError):
             self._save_input(index, self.load(index))
-            return torch.from_numpy(np.load(path))[None]
+            found = np.load(self._input_path(index))
+        return torch.from_numpy(found)[None]
 
     def _save_input(self, index: int, clip: Tensor) -> None:
         """Save the features of a clip alone: they do not depend on which others are missing."""
@@ -76,10 +78,10 @@ class ClipFeatures:
         return inside(self.results, f"inputs/{mark[:2]}/{mark}.npy")
 
 
-def from_text(text: str) -> np.ndarray:
+def decode_features(text: str) -> np.ndarray:
     """Read the features of a reconstruction from the text of a part."""
     return np.frombuffer(base64.b64decode(text), dtype=np.float32).copy()  # writable, as torch wants it
 
 
-def _to_text(features: Tensor) -> str:
+def _encode_features(features: Tensor) -> str:
     return base64.b64encode(features.float().cpu().numpy().tobytes()).decode("ascii")

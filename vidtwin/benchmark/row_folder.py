@@ -8,46 +8,23 @@ rows/<name>/earlier/<identity>/                    a complete row that another o
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from vidtwin.benchmark import rows
-from vidtwin.benchmark.plan import Job, ModelError, Plan, digest
-from vidtwin.benchmark.rfvd import from_text
+from vidtwin.benchmark.plan import Job, ModelError, Plan, compute_digest, make_empty_part
+from vidtwin.benchmark.rfvd import decode_features
 from vidtwin.console import log
 from vidtwin.errors import UserError
 from vidtwin.files import inside, replacing, write_text
 from vidtwin.metrics.fvd import NUM_FEATURES
-from vidtwin.metrics.latents import LatentStatistics
 from vidtwin.storage.resumable import Resumable, read_json
 
 RESULTS, FEATURES, COSTS, PICTURES = "results.json", "features.npy", "costs.json", "clip[0-9]*.*"
-
-
-@dataclass
-class JoinedParts:
-    """Content of all parts of a row.
-
-    Attributes:
-        clips: Numbers of each clip.
-        failed: Name, start frame and reason of clips on which the model failed.
-        skipped: Unreadable videos with the reason.
-        latents: Description of the latents, see `LoadedModel.describe_latents`.
-        codes: Occurrences of the codes.
-        features: Features of each clip's reconstruction; empty without rFVD.
-    """
-
-    clips: list[rows.Clip] = field(default_factory=list)
-    failed: list[dict[str, Any]] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    latents: dict[str, Any] = field(default_factory=dict)
-    codes: LatentStatistics = field(default_factory=LatentStatistics)
-    features: list[np.ndarray] = field(default_factory=list)
 
 
 class RowFolder:
@@ -65,12 +42,12 @@ class RowFolder:
         self.results, self.job, self.plan = results, job, plan
         self.name = job.name
         self.folder = inside(results, f"rows/{job.name}")
-        self.identity = digest([digest(job.identity), extent])
-        costs_identity = digest([self.identity, costs_extent])
+        self.identity = compute_digest([compute_digest(job.identity), extent])
+        costs_identity = compute_digest([self.identity, costs_extent])
         self.parts = Resumable(
             inside(self.folder, "parts"),
             "{:06d}.json",
-            lambda chunk, path: read_json(path, identity=self.identity, chunk=plan.clips(chunk)),
+            lambda chunk, path: read_json(path, identity=self.identity, chunk=plan.list_clips(chunk)),
         )
         self.costs = Resumable(self.folder, COSTS, lambda _, path: read_json(path, identity=costs_identity))
         self.costs_identity = costs_identity
@@ -110,16 +87,12 @@ class RowFolder:
 
     def write_part(self, chunk: int, part: dict[str, Any]) -> None:
         """Write the numbers of a chunk."""
-        content = part | {"identity": self.identity, "chunk": self.plan.clips(chunk)}
+        content = part | {"identity": self.identity, "chunk": self.plan.list_clips(chunk)}
         write_text(self.parts.path(chunk), json.dumps(content) + "\n")
 
     def write_costs(self, costs: dict[str, Any]) -> None:
         """Write the costs."""
         write_text(self.costs.path(0), json.dumps(costs | {"identity": self.costs_identity}) + "\n")
-
-    def count_stale(self, numbers: list[int], missing: list[int]) -> int:
-        """Return how many parts there are beside those of `numbers` that are not missing."""
-        return len(list(self.parts.folder.glob("[0-9]*.json"))) - len(numbers) + len(missing)
 
     def find_failure(self, chunks: Iterable[int]) -> str | None:
         """Return the reason why a model failed on every clip of some chunks; None if it did not or if one is missing.
@@ -131,37 +104,38 @@ class RowFolder:
             return None
         return next((clip["reason"] for part in found if part for clip in part["failed"]), None)
 
-    def join(self) -> JoinedParts:
-        """Join all parts; `ModelError` if one is missing or if there is no clip in them."""
-        joined = JoinedParts(skipped=dict(self.plan.protocol["skipped"]))
+    def join(self) -> dict[str, Any]:
+        """Join all parts to one, features as arrays; `ModelError` if a part or every clip is missing."""
+        joined = make_empty_part()
         for chunk in range(len(self.plan.chunks)):
             part = self.parts.get(chunk)
             if part is None:
                 raise ModelError(f"part {chunk} of it, which was measured, is missing; run the sweep again")
-            joined.clips += [{"model": self.name, **clip} for clip in part["clips"]]
-            joined.failed += part["failed"]
-            joined.skipped |= dict(part["skipped"])
-            joined.features += [from_text(text) for text in part["features"]]
-            joined.latents = part["latents"] or joined.latents
-            _add_codes(joined.codes, part["codes"])
-        if not joined.clips or not joined.latents:
+            for key in ("clips", "failed", "skipped"):
+                joined[key] += part[key]
+            joined["features"] += map(decode_features, part["features"])
+            joined["latents"] = part["latents"] or joined["latents"]
+            for latent, found in part["codes"].items():
+                known = joined["codes"].setdefault(latent, {"size": found["size"], "counts": Counter()})
+                known["counts"].update(found["counts"])
+        if not joined["clips"]:
             self.remove_parts()  # so that they are tried again
-            reason = joined.failed[0]["reason"] if joined.failed else "no clip could be read"
+            reason = joined["failed"][0]["reason"] if joined["failed"] else "no clip could be read"
             raise ModelError(f"none of the clips could be measured; {reason}")
         return joined
 
-    def write(self, row: rows.Row, parts: JoinedParts) -> None:
+    def write(self, row: rows.Row, part: dict[str, Any]) -> None:
         """Write a row in place of another one; the parts of clips that failed are removed to be tried again."""
         self._put_aside()
         for picture in self.folder.glob(PICTURES):
             picture.unlink()
-        if parts.features:
+        if part["features"]:
             with replacing(self.folder / FEATURES) as temporary, temporary.open("wb") as file:
-                np.save(file, np.stack(parts.features))
-        rows.write_row(self.results, row, parts.clips)
-        if not parts.failed:
+                np.save(file, np.stack(part["features"]))
+        rows.write_row(self.results, row, [{"model": self.name, **clip} for clip in part["clips"]])
+        if not part["failed"]:
             self.remove_parts()
-        failed = {self.plan.index_of[rows.key_of(clip)] for clip in parts.failed}
+        failed = {self.plan.index_of[rows.key_of(clip)] for clip in part["failed"]}
         for number, chunk in enumerate(self.plan.chunks):
             if not failed.isdisjoint(chunk):
                 self.parts.path(number).unlink()
@@ -247,12 +221,3 @@ def _move_row(source: Path, target: Path) -> None:
         path.replace(target / path.name)
     with replacing(target / RESULTS) as temporary:
         temporary.write_bytes(content)
-
-
-def _add_codes(statistics: LatentStatistics, counts: dict[str, Any]) -> None:
-    other = LatentStatistics()
-    for name, found in counts.items():
-        codes = torch.zeros(found["size"], dtype=torch.int64)
-        codes[torch.tensor([int(code) for code in found["counts"]])] = torch.tensor(list(found["counts"].values()))
-        other.sums[name] = {"codes": codes}
-    statistics.merge(other)

@@ -1,6 +1,6 @@
-"""The rows of a results folder: what one model's measurement left, and means over the clips that all models have.
+"""The rows of a results folder: one model's measurement each, and means over the clips that all models have.
 
-protocol.json                             under which protocol, the same for every row
+protocol.json                             the protocol, the same for every row
 rows/<name>/results.json, clips.csv       the model, its rates, costs and means; a line for each clip
 comparison.json                           means over the common clips
 players/players.json                      clips kept for the report's players
@@ -18,7 +18,7 @@ from typing import Any
 
 from vidtwin.benchmark.protocol import protocol_hash
 from vidtwin.errors import UserError, few
-from vidtwin.files import inside, intended_name, write_text
+from vidtwin.files import inside, write_text
 from vidtwin.metrics.registry import PER_CLIP
 
 SCHEMA_VERSION = 2
@@ -32,16 +32,16 @@ _IDENTITY = ("model", "name", "start_frame", "num_frames")
 
 @dataclass
 class Results:
-    """What a results folder holds.
+    """The content of a results folder.
 
     Attributes:
-        folder: Where it lies.
-        protocol: Of all rows.
+        folder: Its path.
+        protocol: That of all rows.
         protocol_hash: Its hash.
         rows: Each `results.json`, by name.
         clips: By a row's name, its clips' numbers.
         comparison: Means over the clips that all measured rows have; see `compare`.
-        players: What `players.json` holds; empty if there is none.
+        players: The content of `players.json`; empty without it.
     """
 
     folder: Path
@@ -84,7 +84,7 @@ def read(folder: str | Path) -> Results:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a results folder; `UserError` for a file that is absent or cut off."""
+    """Read a JSON object of a results folder; `UserError` for a file that is absent or cut off."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -100,7 +100,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_row(path: Path) -> Row:
-    """One `results.json` of this version's form."""
+    """Read one `results.json` of this version's form."""
     row = read_json(path)
     if row.get("schema_version") != SCHEMA_VERSION or row.get("kind") not in KINDS:
         raise UserError(
@@ -111,7 +111,7 @@ def read_row(path: Path) -> Row:
 
 
 def read_clips(folder: Path, row: Row) -> list[Clip]:
-    """`clips.csv` in a row's own folder, numbers as numbers; `UserError` if it is cut off."""
+    """Read `clips.csv` in a row's own folder, numbers as numbers; `UserError` if it is cut off."""
     path = folder / "clips.csv"
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -153,23 +153,23 @@ def write_row(folder: Path, row: Row, clips: list[Clip]) -> None:
 
 
 def key_of(clip: Clip) -> Key:
-    """Which clip it is, in every model's row."""
+    """Return the name and start of a clip, by which it is the same in every model's row."""
     return clip["name"], clip["start_frame"]
 
 
 def common_clips(clips: dict[str, list[Clip]]) -> set[Key]:
-    """Those that every row has."""
+    """Find the clips that every row has."""
     sets = [{key_of(clip) for clip in rows} for rows in clips.values()]
     return set.intersection(*sets) if sets else set()
 
 
 def digest_of(keys: Iterable[Key]) -> str:
-    """SHA-256 of a list of clips in order of their names."""
+    """Compute the SHA-256 of a list of clips in order of their names."""
     return hashlib.sha256("".join(f"{name}\t{start}\n" for name, start in sorted(keys)).encode()).hexdigest()
 
 
 def compare(results: Results, kept: dict[str, Any]) -> dict[str, Any]:
-    """Means of each row over the clips that all measured rows have.
+    """Average each row over the clips that all measured rows have.
 
     Args:
         results: The rows and their clips.
@@ -211,24 +211,16 @@ def compare(results: Results, kept: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def remove_leftovers(paths: Iterable[Path]) -> None:
-    """Remove the temporary files that a kill left beside `paths`."""
-    for path in paths:
-        for other in path.parent.glob(f".{path.stem}-*{path.suffix}"):
-            if intended_name(other) == path.name:
-                other.unlink(missing_ok=True)
-
-
 def write_comparison(folder: Path, comparison: dict[str, Any]) -> None:
     """Write `comparison.json`."""
     write_text(folder / "comparison.json", json.dumps(comparison, indent=2) + "\n")
 
 
 def means(clips: Sequence[Clip], protocol: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Mean and sample standard deviation of each metric over clips, weighted as the protocol says; `{}` without clips.
+    """Compute mean and sample standard deviation of each metric, weighted as the protocol says; `{}` without clips.
 
     "clip": each clip counts once. "frame": by its number of frames. "video": the clips of a video are averaged by
-    their frames, then each video counts once; where PSNR is of one MSE a video, it is of the mean of the clips' MSE.
+    their frames, then each video counts once; PSNR of one MSE per video is that of the mean of the clips' MSE.
     """
     if not clips:
         return {}
@@ -251,7 +243,7 @@ def means(clips: Sequence[Clip], protocol: dict[str, Any]) -> dict[str, dict[str
 
 
 def psnr_of(mse: float, epsilon: float) -> float:
-    """−10 log10(MSE + epsilon), at most 100 dB, as `vidtwin.metrics.frames.decibels`."""
+    """Compute −10 log10(MSE + epsilon), at most 100 dB, as `vidtwin.metrics.frames.decibels`."""
     return -10.0 * math.log10(max(mse + epsilon, 1e-10))
 
 
@@ -289,7 +281,7 @@ def look_up(found: dict[str, Any], path: str) -> Any:
 
 
 def order(results: Results) -> list[Row]:
-    """Trained models by falling PSNR over the common clips, then untrained ones, references and those that failed."""
+    """Order trained models by falling PSNR over the common clips, then untrained, references, failed."""
 
     def place(row: Row) -> tuple[int, float, str]:
         found = results.comparison["rows"].get(row["name"], {}).get("psnr")

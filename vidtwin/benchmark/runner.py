@@ -10,7 +10,7 @@ from tqdm import tqdm
 from vidtwin.benchmark import rows
 from vidtwin.benchmark.loaded_model import LoadedModel, compare_claim
 from vidtwin.benchmark.measurer import DeviceError, Measurer
-from vidtwin.benchmark.plan import Job, ModelError, Plan, one_line
+from vidtwin.benchmark.plan import Job, ModelError, Plan, format_error
 from vidtwin.benchmark.row_folder import RowFolder
 from vidtwin.console import log
 from vidtwin.distributed import gather_objects
@@ -37,7 +37,7 @@ class Runner:
     """
 
     def __init__(self, sweep: "Sweep", fabric: Fabric, plan: Plan, jobs: list[Job]) -> None:
-        self.sweep, self.fabric, self.plan, self.jobs = sweep, fabric, plan, jobs
+        self.sweep, self.fabric, self.plan = sweep, fabric, plan
         self.measurer = Measurer(sweep, fabric, plan)
         extents = self.measurer.extent, self.measurer.costs_extent
         self.rows = [RowFolder(sweep.folder, job, plan, *extents) for job in jobs]
@@ -62,9 +62,9 @@ class Runner:
 
     def measure_row(self, row: RowFolder, bar: tqdm) -> None:
         """Measure this process's share of a row; the first process then measures its costs and writes it."""
-        model, error = None, row.job.error
+        model, error, needs_costs = None, row.job.error, False
         missing: list[int] = []
-        needs_costs = False
+        failed: list[dict[str, Any]] = []
         if not error:
             missing = row.parts.missing(self.mine)
             needs_costs = self.fabric.is_global_zero and self._lacks_costs(row)
@@ -74,7 +74,6 @@ class Runner:
                     model = self.measurer.build(row.job)
                 except ModelError as caught:
                     error = str(caught)
-        failed: list[dict[str, Any]] = []
         if model:
             first = [chunk for chunk in missing if chunk in self.head]
             failed = [clip for found in self._measure_chunks(row, model, first, bar) for clip in found]
@@ -100,22 +99,22 @@ class Runner:
 
     def _select(self) -> list[RowFolder]:
         """Return the rows to measure, those that failed before last: some models end the process."""
-        chosen = []
+        waiting: list[int] = []
         if self.fabric.is_global_zero:
-            for row in self.rows:
+            for number, row in enumerate(self.rows):
                 remove_leftovers(row.folder)
                 if row.is_complete():
                     row.remove_parts()  # the sweep was killed before it did that
                 else:
-                    chosen.append(row.name)
-            if complete := len(self.rows) - len(chosen):
+                    waiting.append(number)
+            if complete := len(self.rows) - len(waiting):
                 log(f"{complete} of {len(self.rows)} rows are complete")
-        chosen = self.fabric.broadcast(chosen)
-        waiting = [row for row in self.rows if row.name in chosen]
-        return sorted(waiting, key=lambda row: (row.read() or {}).get("kind") == "failed")
+            waiting.sort(key=lambda number: (self.rows[number].read() or {}).get("kind") == "failed")
+        return [self.rows[number] for number in self.fabric.broadcast(waiting)]
 
     def _log_progress(self, row: RowFolder, missing: list[int], bar: tqdm) -> None:
-        if self.fabric.world_size == 1 and (stale := row.count_stale(self.mine, missing)) > 0:
+        stale = len(list(row.parts.folder.glob("[0-9]*.json"))) - len(self.mine) + len(missing)
+        if self.fabric.world_size == 1 and stale > 0:
             log(f"{row.name}: {stale} chunks there are of another checkpoint, model or batch size")
         if ready := sum(len(self.plan.chunks[chunk]) for chunk in self.mine if chunk not in missing):
             log(f"{row.name}: {ready} clips were measured before", rank_zero=True)
@@ -161,35 +160,35 @@ class Runner:
                 if row.find_failure(self.head):
                     row.remove_parts()  # so that they are tried again in the next run
                 raise ModelError(error)
-            parts = row.join()
+            part = row.join()
             model = model or self.measurer.build(row.job)
         except ModelError as caught:
             self.failed.append(row.name)
             row.write_failed(str(caught))
             return
-        metrics: dict[str, Any] = rows.means(parts.clips, self.plan.protocol)
+        clips = part["clips"]
+        metrics: dict[str, Any] = rows.means(clips, self.plan.protocol)
         unavailable = dict(self.measurer.unavailable)
-        if self.measurer.features:
-            keys = map(rows.key_of, parts.clips)
+        if features := self.measurer.features:
             try:
-                metrics["rfvd"] = self.measurer.features.distance(dict(zip(keys, parts.features, strict=True)))
+                metrics["rfvd"] = features.compute_distance([rows.key_of(clip) for clip in clips], part["features"])
             except UserError as caught:  # features that are not finite
-                unavailable["rfvd"] = one_line(caught)
+                unavailable["rfvd"] = format_error(caught)
         metrics |= dict.fromkeys(unavailable, "unavailable")
         costs = row.costs.get(0) or {}
-        content = model.describe(parts.latents, self.plan.shape, parts.codes, self.fabric.device) | {
+        content = model.describe(part["latents"], self.plan.shape, part["codes"], self.fabric.device) | {
             "metrics": metrics,
             "unavailable": unavailable,
-            "num_clips": len(parts.clips),
-            "failed_clips": parts.failed,
-            "skipped": parts.skipped,
+            "num_clips": len(clips),
+            "failed_clips": part["failed"],
+            "skipped": self.plan.protocol["skipped"] | dict(part["skipped"]),
             "cost": costs.get("cost"),
             "downstream": costs.get("downstream"),
             "identity": row.identity,
             "protocol": self.plan.protocol,
             "protocol_hash": self.plan.digest,
         }
-        row.write(content, parts)
+        row.write(content, part)
 
     def _refresh(self) -> None:
         """Update claimed rates and costs in complete rows to the present settings."""

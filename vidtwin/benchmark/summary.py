@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from vidtwin.benchmark import published as papers
 from vidtwin.benchmark import rows
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.errors import few
-from vidtwin.metrics.registry import BY_KEY, SHOWN, Metric
+from vidtwin.metrics.registry import BY_KEY, SHOWN, Column, Metric
 
 UNAVAILABLE = "unavailable"
 BEST, SECOND = "best", "second"
@@ -46,32 +47,6 @@ class Cell:
         spread = f"± {self.deviation}" if self.deviation else ""
         count = "" if self.count is None else f"N = {self.count:,}"
         return "; ".join(filter(None, [spread, count, self.small]))
-
-
-@dataclass(frozen=True)
-class Column:
-    """The head of a column.
-
-    Attributes:
-        key: Its name in a program.
-        label: Its name for readers.
-        unit: Stands in brackets after the label.
-        higher: Whether more is better; None if neither is.
-        words: Whether it holds words, not numbers.
-        needs: The conditions under which a metric can be measured.
-    """
-
-    key: str
-    label: str
-    unit: str = ""
-    higher: bool | None = None
-    words: bool = False
-    needs: str = ""
-
-    @property
-    def title(self) -> str:
-        """Label and unit."""
-        return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
 @dataclass
@@ -128,7 +103,7 @@ def mean(results: Results, name: str, key: str) -> float | None:
     return float(found["value"] if key == "rfvd" else found["mean"])
 
 
-def ranked(results: Results, row: Row, key: str) -> bool:
+def is_ranked(results: Results, row: Row, key: str) -> bool:
     """Check whether a row's value may be called better than another's."""
     value = mean(results, row["name"], key)
     if row["kind"] != "trained" or value is None or math.isnan(value):
@@ -169,7 +144,7 @@ def count(results: Results) -> tuple[int, str]:
     return clips, "clips"
 
 
-def percent(rate: float) -> str:
+def format_rate(rate: float) -> str:
     """Format a compression rate."""
     return f"{100 * rate:.4g}"
 
@@ -177,7 +152,7 @@ def percent(rate: float) -> str:
 # --- tables ---
 
 
-def quality(results: Results, latents: bool = False) -> Table:
+def quality_table(results: Results, latents: bool = False) -> Table:
     """Build the main table: rates and quality. `latents` adds a column with the rates of several latents."""
     ordered = rows.order(results)
     filled: list[tuple[Column, _Fill]] = [
@@ -200,27 +175,25 @@ def quality(results: Results, latents: bool = False) -> Table:
     return Table("quality", "Compression rate and quality", columns, lines, notes, sorted_by="psnr")
 
 
-def cost(results: Results) -> Table | None:
+def cost_table(results: Results) -> Table | None:
     """Build the table of the cost of encoding and decoding one clip; None if no row was timed."""
-    filled = [
-        (Column("encode.flops", "Encode", "FLOPs a clip"), _at("flops.encode", _flops)),
-        (Column("decode.flops", "Decode", "FLOPs a clip"), _at("flops.decode", _flops)),
-        (Column("encode.speed", "Encode", "clips/s", higher=True), _at("encode.clips_per_second")),
-        (Column("decode.speed", "Decode", "clips/s", higher=True), _at("decode.clips_per_second")),
-        (Column("encode.memory", "Encode", "peak memory"), _at("encode.peak_memory_bytes", _bytes)),
-        (Column("decode.memory", "Decode", "peak memory"), _at("decode.peak_memory_bytes", _bytes)),
-    ]
-
-    def settings(found: dict[str, Any]) -> str:
-        return (
-            f"Batches of {found['batch_size']}, median of {found['repeats']} runs after {found['warmup']} to warm up, "
-            f"on {found['device']}; memory counter: {_counter(found)}."
-        )
-
-    return _costs(results, "cost", "Cost of encoding and decoding", filled, [], settings)
+    filled = []
+    for unit, path, text in (
+        ("FLOPs a clip", "flops.{}", _flops),
+        ("clips/s", "{}.clips_per_second", str),
+        ("peak memory", "{}.peak_memory_bytes", _bytes),
+    ):
+        for part in ("encode", "decode"):
+            key, higher = path.format(part), True if unit == "clips/s" else None
+            filled.append((Column(key, part.capitalize(), unit, higher), _at(key, text)))
+    settings = (
+        "Batches of {batch_size}, median of {repeats} runs after {warmup} to warm up, on {device}; memory counter: "
+        "{counter}."
+    )
+    return _costs(results, "cost", "Cost of encoding and decoding", filled, [settings])
 
 
-def downstream(results: Results) -> Table | None:
+def downstream_table(results: Results) -> Table | None:
     """Build the table of the cost of a diffusion transformer on the latents; None if no row has it."""
 
     def tokens(found: dict[str, Any]) -> Cell:
@@ -239,15 +212,12 @@ def downstream(results: Results) -> Table | None:
     notes = [
         "The paper's DiT (appendix C.2) on each model's latents: patch size 2 on every axis, batch 1, Adam.",
         "The paper's count leaves attention's projections out; it is here to be compared with the paper.",
+        "On {device}; memory counter: {counter}.",
     ]
-
-    def settings(found: dict[str, Any]) -> str:
-        return f"On {found['device']}; memory counter: {_counter(found)}."
-
-    return _costs(results, "downstream", "Cost of a diffusion transformer on the latents", filled, notes, settings)
+    return _costs(results, "downstream", "Cost of a diffusion transformer on the latents", filled, notes)
 
 
-def codebooks(results: Results) -> Table | None:
+def codebook_table(results: Results) -> Table | None:
     """Build the table of codes that the clips used; None if no model has a codebook."""
     columns = [
         Column("codebook", "Codebook", words=True),
@@ -264,7 +234,7 @@ def codebooks(results: Results) -> Table | None:
     return Table("codebooks", "Use of the codebooks", columns, lines) if lines else None
 
 
-def published(results: Results) -> Table | None:
+def published_table(results: Results) -> Table | None:
     """Build the table of papers' numbers, each with whether its protocol is the measured one; None without any."""
     found = papers.beside(results.protocol, [row["name"] for row in results.rows])
     if not found:
@@ -273,7 +243,7 @@ def published(results: Results) -> Table | None:
     columns = [
         Column("source", "Source", words=True),
         Column("rate", "Rate", "%", higher=False),
-        *(Column(metric.key, metric.label, metric.unit, metric.higher) for metric in scores),
+        *scores,
         Column("lpips_net", "LPIPS network", words=True),
         Column("protocol", "Protocol", words=True),
     ]
@@ -282,7 +252,7 @@ def published(results: Results) -> Table | None:
         rate = entry["claimed_rate"] if entry["rate"] is None else entry["rate"]
         cells = [
             _words(entry["source"]),
-            Cell() if rate is None else Cell(percent(rate), rate),
+            Cell() if rate is None else Cell(format_rate(rate), rate),
             *(Cell(metric.text(entry[metric.key]), entry[metric.key]) for metric in scores),
             _words(entry["lpips_net"] or "" if entry["lpips"] is not None else ""),
             _match(entry),
@@ -299,7 +269,7 @@ def published(results: Results) -> Table | None:
 
 def _metric(results: Results, metric: Metric) -> tuple[Column, _Fill]:
     """Make a metric's column; the best and the second value of the ranked rows are marked, equal ones alike."""
-    values = [mean(results, row["name"], metric.key) for row in results.rows if ranked(results, row, metric.key)]
+    values = [mean(results, row["name"], metric.key) for row in results.rows if is_ranked(results, row, metric.key)]
     known = [value for value in values if value is not None]
     places = sorted(set(known), reverse=metric.higher) if len(known) > 1 else []  # the best of one says nothing
     marks = dict(zip(places, (BEST, SECOND), strict=False))
@@ -310,28 +280,27 @@ def _metric(results: Results, metric: Metric) -> tuple[Column, _Fill]:
             return Cell(UNAVAILABLE if metric.key in row["metrics"] else "")
         found = results.comparison["rows"][row["name"]][metric.key]
         cell = Cell(metric.text(value), None if math.isnan(value) else value)
-        cell.mark = marks.get(value, "") if ranked(results, row, metric.key) else ""
+        cell.mark = marks.get(value, "") if is_ranked(results, row, metric.key) else ""
         if metric.key == "rfvd":
             return replace(cell, count=found["num_clips"], small="" if found["ranked"] else "not ranked")
         return replace(cell, deviation=metric.text(found["std"]))
 
-    unit = "N" if metric.key == "rfvd" else metric.unit
-    return Column(metric.key, metric.label, unit, metric.higher, needs=metric.needs), fill
+    return replace(metric, unit="N") if metric.key == "rfvd" else metric, fill
 
 
 def _rate(row: Row) -> Cell:
-    cell = Cell(percent(row["compression_rate"]), row["compression_rate"])
+    cell = Cell(format_rate(row["compression_rate"]), row["compression_rate"])
     for name, latent in row["latents"].items():
         shape = " x ".join(str(size) for size in latent["shape"])
         bits = "" if latent["bits"] is None else f", {latent['bits']:,.0f} bits"
-        cell.detail.append(f"{name}: {percent(latent['rate'])} %, {shape} = {latent['numbers']:,} numbers{bits}")
+        cell.detail.append(f"{name}: {format_rate(latent['rate'])} %, {shape} = {latent['numbers']:,} numbers{bits}")
     if claimed := row.get("claimed"):
-        cell.small, cell.flag = f"claimed {percent(claimed['rate'])}", not claimed["agrees"]
+        cell.small, cell.flag = f"claimed {format_rate(claimed['rate'])}", not claimed["agrees"]
     return cell
 
 
 def _latent_rates(row: Row) -> Cell:
-    parts = [f"{name} {percent(latent['rate'])}" for name, latent in row["latents"].items()]
+    parts = [f"{name} {format_rate(latent['rate'])}" for name, latent in row["latents"].items()]
     return _words(", ".join(parts) if len(parts) > 1 else "")
 
 
@@ -368,15 +337,8 @@ def _at(path: str, text: Callable[[Any], str] = "{:,}".format) -> Callable[[dict
     return fill
 
 
-def _costs(
-    results: Results,
-    key: str,
-    caption: str,
-    filled: list[tuple[Column, Callable[[dict[str, Any]], Cell]]],
-    notes: list[str],
-    settings: Callable[[dict[str, Any]], str],
-) -> Table | None:
-    """Build a table of what the rows have under `key`, with a note on the settings that rows share."""
+def _costs(results: Results, key: str, caption: str, filled: list[Any], notes: list[str]) -> Table | None:
+    """Build a table of what rows have under `key`; the last note, on settings, is filled for rows that share them."""
     lines = []
     shared: dict[str, list[str]] = {}
     for row in rows.order(results):
@@ -386,32 +348,27 @@ def _costs(
             cells = [Cell("failed", small=str(found["error"]), flag=True), *(Cell() for _ in filled[1:])]
         else:
             cells = [fill(found) for _, fill in filled]
-            shared.setdefault(settings(found), []).append(row["name"])
+            counter = found["memory_counter"]
+            counter += " alone, not what kernels take for themselves" if counter == "tensors" else ""
+            shared.setdefault(notes[-1].format(**found, counter=counter), []).append(row["name"])
         lines.append(Line(row["name"], row["kind"], cells))
-    if not lines:
-        return None
-    notes += [text if len(shared) == 1 else f"{few(names)}: {text}" for text, names in shared.items()]
-    return Table(key, caption, [column for column, _ in filled], lines, notes)
+    *general, _ = notes
+    settings = [text if len(shared) == 1 else f"{few(names)}: {text}" for text, names in shared.items()]
+    return Table(key, caption, [column for column, _ in filled], lines, general + settings) if lines else None
 
 
-def _counter(found: dict[str, Any]) -> str:
-    """Name what counted the memory, and what it does not see."""
-    name = str(found["memory_counter"])
-    return f"{name} alone, not what kernels take for themselves" if name == "tensors" else name
+def shorten(value: float, unit: str = "", binary: bool = False) -> str:
+    """Format a number with a prefix: "12.3 GFLOP", "118 MiB"."""
+    base, prefixes = (1024, ("Ki", "Mi", "Gi", "Ti")) if binary else (1000, ("k", "M", "G", "T", "P"))
+    prefix = ""
+    for larger in prefixes:
+        if value >= base:
+            value, prefix = value / base, larger
+    return f"{value:.4g} {prefix}{unit}".strip()
 
 
-def _flops(value: float) -> str:
-    for power, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= power:
-            return f"{value / power:.3g} {prefix}FLOP"
-    return f"{value:.3g} FLOP"
-
-
-def _bytes(value: float) -> str:
-    for power, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= power:
-            return f"{value / power:.3g} {unit}"
-    return f"{value} B"
+_flops = partial(shorten, unit="FLOP")
+_bytes = partial(shorten, unit="B", binary=True)
 
 
 def _clips(number: int) -> str:
@@ -459,7 +416,7 @@ def claims(results: Results) -> Iterator[str]:
     """Say which rows claim another compression rate than they have."""
     for row in rows.order(results):
         if (claimed := row.get("claimed")) and not claimed["agrees"]:
-            rates = percent(claimed["rate"]), percent(row["compression_rate"])
+            rates = format_rate(claimed["rate"]), format_rate(row["compression_rate"])
             yield f"{row['name']} claims a rate of {rates[0]} %; its latents have {rates[1]} %."
 
 

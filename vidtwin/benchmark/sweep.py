@@ -4,8 +4,8 @@
     all parts of a model ──> rows/<name>/clips.csv, results.json
     all rows ──> comparison.json, players, table, plots, report
 
-A chunk's numbers are written when it is measured, so that a sweep goes on where it was ended. Which clips a chunk holds
-does not depend on the number of processes, which share the chunks: their numbers are those of one process.
+A chunk's numbers are written when it is measured, so that an interrupted sweep resumes. Processes share the chunks; the
+clips of a chunk, and with them all numbers, do not depend on the number of processes.
 """
 
 import json
@@ -20,11 +20,13 @@ from lightning.fabric import Fabric
 
 from vidtwin import hub, plugins
 from vidtwin.autoencoder import VideoAutoencoder
-from vidtwin.benchmark import pictures as picture_files
+from vidtwin.benchmark import players as player_files
 from vidtwin.benchmark import plots as plot_files
-from vidtwin.benchmark import protocol, render, report, rows
+from vidtwin.benchmark import render, report, rows
 from vidtwin.benchmark.loaded_model import AVERAGE, LAST, LoadedModel, fingerprint
-from vidtwin.benchmark.plan import Job, Plan, one_line
+from vidtwin.benchmark.plan import Job, Plan, format_error
+from vidtwin.benchmark.protocol import ProtocolSettings, protocol_hash
+from vidtwin.benchmark.protocol import write as write_protocol
 from vidtwin.benchmark.runner import Runner
 from vidtwin.console import log, write
 from vidtwin.data import ClipSource
@@ -36,7 +38,7 @@ from vidtwin.storage.resumable import lock
 
 @dataclass
 class ModelConfig:
-    """An autoencoder as configs describe it, before it is built: `class_path` and `init_args`, and its builder."""
+    """An autoencoder of configs before it is built: its `class_path` and `init_args`, and its builder."""
 
     spec: dict[str, Any]
     build: Callable[[], VideoAutoencoder]
@@ -50,12 +52,12 @@ class Entry:
     """One autoencoder of a sweep.
 
     Args:
-        name: Of its row, and of the row's folder.
-        config: A config of `fit`, or several, each over those before it, of which the autoencoder counts. By default
-            the model that the checkpoint holds. A path is looked for beside the sweep's own config first.
+        name: Name of the row and of its folder.
+        config: A config of `fit`, or several, each over those before it, of which the autoencoder counts; by default
+            the model of the checkpoint. Paths are relative to the sweep's config, then to the current folder.
         checkpoint: Trained weights; without them the row is marked as untrained.
         claimed_rate: Compression rate that the model's authors state; 0.002 is 0.2%.
-        windows: Let a model that takes shorter clips have them in windows of its length, and say so in its row.
+        windows: Give clips in windows to a model that takes shorter ones; its row says so.
     """
 
     name: str
@@ -67,117 +69,102 @@ class Entry:
 
 @dataclass
 class FVD:
-    """The network of rFVD. Without one rFVD is unavailable.
+    """Network of rFVD, without which rFVD is unavailable.
 
     Args:
         path: TorchScript file of I3D.
-        sha256: Its SHA-256: the file is a program, and only a known one is run.
+        sha256: SHA-256 of the file: it is a program, and only a known one is run.
     """
 
     path: str | None = None
     sha256: str | None = None
 
 
+@dataclass
 class Sweep:
     """Measure every autoencoder on the same test clips and write rows, table, plots, players and report.
 
     Args:
-        autoencoders: The models: {name, config, checkpoint, claimed_rate, windows}.
-        data: The data module, whose test clips are taken.
+        autoencoders: Models: {name, config, checkpoint, claimed_rate, windows}.
+        data: Data module with the test clips.
         protocol: How reconstructions are compared; `preset` is vidtwin, vidtok, tokenbench or wfvae.
-        checkpoints_dir: Folder that relative paths of checkpoints start from.
-        results_dir: Folder of the results. What is complete there is not measured again.
-        dataset: The data set's name as papers call it (MCL-JCV), by which published numbers stand beside.
-        references: Autoencoders without weights that are measured too, by their short names; by default all that are
-            registered as `vidtwin.references`: the clip's mean colour and its temporal mean frame.
-        accelerator: Where to run, as in Lightning: auto, cpu, cuda, ….
-        devices: How many devices, or which; each is a process that takes its share of the chunks.
-        num_nodes: Machines, each with so many devices.
-        precision: Of the models; the metrics are always in full precision.
-        perceptual_backbones: Files with torchvision's weights for LPIPS, by "vgg" and "alex"; by default torch hub's
-            cache.
-        fvd: The network of rFVD.
+        checkpoints_dir: Folder of relative paths of checkpoints.
+        results_dir: Folder of the results. Complete rows in it are not measured again.
+        dataset: Name of the data set in papers (MCL-JCV), by which published numbers are found.
+        references: Short names of autoencoders without weights to measure too; by default all that are registered as
+            `vidtwin.references`: the clip's mean colour and its temporal mean frame.
+        accelerator: Kind of device, as in Lightning: auto, cpu, cuda, ….
+        devices: Number of devices, or which; each is a process that takes its share of the chunks.
+        num_nodes: Number of machines with so many devices.
+        precision: Precision of the models; metrics are always in full precision.
+        perceptual_backbones: Files of torchvision's weights for LPIPS, by "vgg" and "alex" (default: torch hub's
+            cache).
+        fvd: Network of rFVD.
         vmaf: Measure VMAF too; needs the extra `vmaf`.
-        cost: Measure FLOPs, clips a second and peak memory.
-        downstream: Measure what the paper's DiT costs on each model's latents.
+        cost: Measure FLOPs, clips per second and peak memory.
+        downstream: Measure the cost of the paper's DiT on each model's latents.
         repeats: Timed passes of both.
-        players: Clips of each kind, worst and median, that are kept for the report's players.
-        seed: Of the samples of posteriors.
+        players: Number of worst and of median clips to keep for the report's players.
+        seed: Seed of the samples of posteriors.
         progress: Show a progress bar.
-        read_config: Reads the configs of an entry; `UserError` for those without an autoencoder.
-        pictures: Write this many of the first clips as rows/<name>/clip<i>.mp4 and .png for each entry.
-        strict: Refuse entries that can't be built, before anything is written, instead of writing failed rows.
+        read_config: Reader of an entry's configs; raises `UserError` if they have no autoencoder.
+        pictures: Number of first clips to write as rows/<name>/clip<i>.mp4 and .png for each entry.
+        strict: Refuse entries that can't be built before anything is written, instead of writing failed rows.
     """
 
-    def __init__(
-        self,
-        autoencoders: list[Entry],
-        data: LightningDataModule,
-        protocol: protocol.ProtocolSettings = protocol.ProtocolSettings(),  # noqa: B008 - it is frozen
-        checkpoints_dir: str = ".",
-        results_dir: str = "results",
-        dataset: str | None = None,
-        references: list[str] | None = None,
-        accelerator: str = "auto",
-        devices: int | list[int] | str = 1,
-        num_nodes: int = 1,
-        precision: Precision = "32-true",
-        perceptual_backbones: dict[str, str | None] | None = None,
-        fvd: FVD | None = None,
-        vmaf: bool = False,
-        cost: bool = True,
-        downstream: bool = True,
-        repeats: int = 5,
-        players: int = 2,
-        seed: int = 0,
-        progress: bool = True,
-        read_config: ConfigReader | None = None,
-        pictures: int = 0,
-        strict: bool = False,
-    ) -> None:
-        self.entries = autoencoders
-        self.data: Any = data
-        self.settings = protocol
-        self.checkpoints = Path(checkpoints_dir)
-        self.folder = Path(results_dir)
-        self.dataset = dataset
-        known = sorted(plugins.available("vidtwin.references"))
-        self.references = known if references is None else references
-        self.accelerator, self.devices, self.num_nodes, self.precision = accelerator, devices, num_nodes, precision
-        self.backbones = perceptual_backbones or {}
-        self.fvd = fvd or FVD()
-        self.vmaf = vmaf
-        self.cost, self.downstream, self.repeats = cost, downstream, repeats
-        self.players = players
-        self.seed = seed
-        self.progress = progress
-        self.read_config = read_config
-        self.pictures = pictures
-        self.strict = strict
+    autoencoders: list[Entry]
+    data: LightningDataModule
+    protocol: ProtocolSettings = ProtocolSettings()  # noqa: RUF009 - it is frozen
+    checkpoints_dir: str = "."
+    results_dir: str = "results"
+    dataset: str | None = None
+    references: list[str] | None = None
+    accelerator: str = "auto"
+    devices: int | list[int] | str = 1
+    num_nodes: int = 1
+    precision: Precision = "32-true"
+    perceptual_backbones: dict[str, str | None] | None = None
+    fvd: FVD | None = None
+    vmaf: bool = False
+    cost: bool = True
+    downstream: bool = True
+    repeats: int = 5
+    players: int = 2
+    seed: int = 0
+    progress: bool = True
+    read_config: ConfigReader | None = None
+    pictures: int = 0
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        self.source: Any = self.data
+        self.checkpoints, self.folder = Path(self.checkpoints_dir), Path(self.results_dir)
+        self.i3d, self.backbones = self.fvd or FVD(), self.perceptual_backbones or {}
         self._check_names()
-        if (self.fvd.path is None) != (self.fvd.sha256 is None):
+        if (self.i3d.path is None) != (self.i3d.sha256 is None):
             raise UserError("Expected fvd.path and fvd.sha256 together: only a file that is known is run.")
-        for name, value, least in (("repeats", repeats, 1), ("players", players, 0)):
+        for name, value, least in (("repeats", self.repeats, 1), ("players", self.players, 0)):
             if value < least:
                 raise UserError(f"Expected {name} of at least {least}, got {value}.")
-        if not 0 <= seed < 2**32:
-            raise UserError(f"Expected seed of at least 0 and below 2^32, got {seed}.")
-        for entry in autoencoders:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"Expected seed of at least 0 and below 2^32, got {self.seed}.")
+        for entry in self.autoencoders:
             if entry.claimed_rate is not None and not 0 < entry.claimed_rate < math.inf:
                 raise UserError(
                     f"Expected claimed_rate of {entry.name} above 0, as 0.002 for 0.2%, got {entry.claimed_rate}."
                 )
-        if not isinstance(data, ClipSource):
-            raise UserError(f"Expected a data module with test clips of its own, got {type(data).__name__}.")
+        if not isinstance(self.data, ClipSource):
+            raise UserError(f"Expected a data module with test clips of its own, got {type(self.data).__name__}.")
 
     def _check_names(self) -> None:
-        if not self.entries and not self.references:
-            raise UserError("Expected autoencoders to measure, got none.")
         known = sorted(plugins.available("vidtwin.references"))
-        for name in self.references:
+        self.reference_names = known if self.references is None else self.references
+        if not self.autoencoders and not self.reference_names:
+            raise UserError("Expected autoencoders to measure, got none.")
+        for name in self.reference_names:
             if name not in known:
                 raise UserError(f"Expected references of {', '.join(known)}, got {name!r}{suggestion(name, known)}")
-        names = [entry.name for entry in self.entries] + self.references
+        names = [entry.name for entry in self.autoencoders] + self.reference_names
         for name in names:
             if name != Path(name).name or name.startswith(".") or not name.strip():
                 raise UserError(f"Expected an autoencoder's name that can be a folder's, got {name!r}.")
@@ -187,7 +174,7 @@ class Sweep:
     def run(self) -> int:
         """Measure what is missing and write everything → 0, or 1 if a model could not be measured."""
         fabric = launch(self.accelerator, self.devices, self.num_nodes, self.precision)
-        self.data.dataset("test")  # data that are refused leave no folder behind
+        self.source.dataset("test")  # data that are refused leave no folder behind
         if self.strict:
             self._check_models()
         try:
@@ -199,10 +186,10 @@ class Sweep:
 
     def _run(self, fabric: Fabric) -> int:
         plan = self._make_plan(fabric)
-        jobs = [self._make_job(entry) for entry in self.entries]
-        jobs += [self._make_reference(name, plan.shape) for name in self.references]
+        jobs = [self._make_job(entry) for entry in self.autoencoders]
+        jobs += [self._make_reference(name, plan.shape) for name in self.reference_names]
         lines = [f"{len(plan.keys)} clips, protocol {plan.protocol['name']} ({plan.digest})"]
-        lines += [f"protocol {self.settings.preset} is of other data: {line}" for line in plan.protocol["departs"]]
+        lines += [f"protocol {self.protocol.preset} is of other data: {line}" for line in plan.protocol["departs"]]
         lines += [f"{job.name} failed: {job.error}" for job in jobs if job.error]
         for line in lines:
             log(line, rank_zero=True)
@@ -229,54 +216,54 @@ class Sweep:
         results.comparison = rows.compare(results, found)
         rows.write_comparison(self.folder, results.comparison)
         if self.players and results.comparison["num_clips"]:
-            picture_files.write_players(results, runner)
-        paths = picture_files.write_clips(runner) if self.pictures else []
+            player_files.write_players(results, runner)
+        paths = player_files.write_clips(runner) if self.pictures else []
         write(f"\n{render.write(self.folder)}")
         for path in [*paths, self.folder / "table.md", *plot_files.write(self.folder), report.write(self.folder)]:
             if path.suffix != ".svg":
                 write(str(path))
 
     def _check_models(self) -> None:
-        for job in map(self._make_job, self.entries):
+        for job in map(self._make_job, self.autoencoders):
             if job.error:
                 raise UserError(job.error)
             try:
-                job.build().check(self.data.num_frames, self.data.resolution)
+                job.build().check(self.source.num_frames, self.source.resolution)
             except UserError:
                 raise
             except Exception as error:
-                raise UserError(f"{job.name} can't be built: {type(error).__name__}: {one_line(error)}") from error
+                raise UserError(f"{job.name} can't be built: {format_error(error)}") from error
 
     def _make_plan(self, fabric: Fabric) -> Plan:
-        dataset = self.data.dataset("test")
+        dataset = self.source.dataset("test")
         keys = [dataset.identity(index) for index in range(len(dataset))]
         if not keys:
-            raise UserError(f"Expected test clips of {type(self.data).__name__}, got none.")
-        resolved = self.settings.resolve(
-            self.data.protocol(),
+            raise UserError(f"Expected test clips of {type(self.source).__name__}, got none.")
+        resolved = self.protocol.resolve(
+            self.source.protocol(),
             self.precision,
-            self.fvd.sha256.lower() if self.fvd.sha256 else None,
+            self.i3d.sha256.lower() if self.i3d.sha256 else None,
             self.dataset,
-            self.data.skipped["test"],
+            self.source.skipped["test"],
         )
         refused = ""
         if fabric.is_global_zero:
             try:
-                protocol.write(resolved, self.folder)
+                write_protocol(resolved, self.folder)
             except UserError as error:
                 refused = str(error)
         if refused := fabric.broadcast(refused):  # all processes end, and none waits for another
             raise UserError(refused)
-        size, side = self.data.eval_batch_size, self.data.resolution
+        size, side = self.source.eval_batch_size, self.source.resolution
         chunks = [list(range(len(keys)))[start : start + size] for start in range(0, len(keys), size)]
         # Videos that reading finds unusable later stand in the rows: the protocol is known before.
-        digest = protocol.protocol_hash(resolved)
-        return Plan(chunks, keys, (3, self.data.num_frames, side, side), resolved, digest)
+        digest = protocol_hash(resolved)
+        return Plan(chunks, keys, (3, self.source.num_frames, side, side), resolved, digest)
 
     def _make_job(self, entry: Entry) -> Job:
         """Find a row's identity without building its model; a mistake in the entry becomes the row's error."""
         base = {"windows": entry.windows}
-        checkpoint = hub.below(self.checkpoints, entry.checkpoint) if entry.checkpoint else None
+        checkpoint = hub.join_path(self.checkpoints, entry.checkpoint) if entry.checkpoint else None
         try:
             config = None
             paths = [entry.config] if isinstance(entry.config, str) else entry.config or []
@@ -299,7 +286,7 @@ class Sweep:
             if checkpoint:
                 checkpoints.check(checkpoint)
                 held = checkpoints.read(checkpoint, lazily=True)
-                average = self.settings.weights == "average" or (self.settings.weights == "auto" and "ema" in held)
+                average = self.protocol.weights == "average" or (self.protocol.weights == "auto" and "ema" in held)
                 checkpoints.load_weights(model, checkpoint, average)
                 weights = AVERAGE if average else LAST
                 stored = held.get("model_spec") or model.spec()

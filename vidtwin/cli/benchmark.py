@@ -1,7 +1,4 @@
-"""`vidtwin test`: the command line of a sweep over a list of autoencoders, or over one.
-
-Imported only when it is needed, since it imports torch and lightning.
-"""
+"""Command line of `vidtwin test`: a sweep over a list of autoencoders, or over one. Imports torch and lightning."""
 
 import argparse
 import inspect
@@ -15,24 +12,12 @@ from lightning import LightningDataModule
 
 from vidtwin.benchmark.sweep import Entry, ModelConfig, Sweep
 from vidtwin.cli import model_config
+from vidtwin.cli.options import CONFIG, DESCRIPTION, INTERNAL, NAMES, OF_ONE, USAGE
 from vidtwin.cli.parser import Parser, config_paths, option_value, read_config, resolve_short_names, user_errors
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, suggestion
 from vidtwin.storage import checkpoints
 
-_DESCRIPTION = """\
-Measure one autoencoder, or several, on the same clips under one protocol, and write rows, table, plots and a report.
-
-  vidtwin test --ckpt_path last.ckpt --data ucf101 --data.root data/UCF-101
-  vidtwin test --config configs/demo.yaml --ckpt_path last.ckpt
-  vidtwin test --config configs/benchmark/paper.yaml --data.root data/MCL-JCV --devices 8 --accelerator cuda
-
-A config with a list of autoencoders measures all of them. Otherwise the model is that of --model.autoencoder or of a
-config of `fit`, of which trainer.accelerator and trainer.precision hold too, and by default that of the checkpoint. The
-same command resumes an interrupted sweep: complete rows in --results_dir are not measured again. Exit code: 0 if every
-row is there, 1 if a model could not be measured (its row has the error), 2 for a command that is not usable.
-"""
 _PICTURES = 2
-_INTERNAL = {"read_config", "pictures", "strict"}  # arguments of `Sweep` that are no options
 _RENAMED = {  # options of `fit` that have another name here
     "--trainer.accelerator": "--accelerator",
     "--trainer.devices": "--devices",
@@ -52,22 +37,24 @@ def run(argv: list[str]) -> int:
     """Run `vidtwin test ARGV` → exit code."""
     several = _is_sweep(argv)
     argv = resolve_short_names(argv)
+    chosen = bool(config_paths(argv)) or any(word.startswith(f"--{model_config.KEY}") for word in argv)
     if not several:
-        argv = [*_model_of_checkpoint(argv), *_rename(argv)]
-    parser = _sweep_parser() if several else _model_parser(config_paths(argv))
+        argv = [*_name_model_of_checkpoint(argv), *_rename(argv)]
+    parser = _make_sweep_parser() if several else _make_model_parser(config_paths(argv))
     config = parser.parse_args(argv)
-    return (_sweep(parser, config, argv) if several else _sweep_of_one(parser, config, argv)).run()
+    return (_make_sweep(parser, config, argv) if several else _make_single_sweep(parser, config, chosen)).run()
 
 
-def _sweep(parser: Parser, config: Namespace, argv: list[str]) -> Sweep:
+def _make_sweep(parser: Parser, config: Namespace, argv: list[str]) -> Sweep:
     folders = [path.resolve().parent for path in config_paths(argv)]
     with user_errors():
         arguments = parser.instantiate(config).as_dict()
         arguments.pop("config", None)
-        return Sweep(**arguments, read_config=partial(_read_config, folders=folders))
+        return Sweep(**arguments, read_config=partial(read_model, folders=folders))
 
 
-def _sweep_of_one(parser: Parser, config: Namespace, argv: list[str]) -> Sweep:
+def _make_single_sweep(parser: Parser, config: Namespace, chosen: bool) -> Sweep:
+    """Make the sweep of one entry. `chosen`: whether options or configs name the model, not the checkpoint alone."""
     if config.get("data") is None:
         raise UserError("Expected data to test on; give --data ucf101 --data.root PATH or a --config.")
     parsed = (config.get("model") or Namespace()).get("autoencoder")
@@ -75,59 +62,59 @@ def _sweep_of_one(parser: Parser, config: Namespace, argv: list[str]) -> Sweep:
         raise UserError("Expected an autoencoder to test, got none; give --ckpt_path FILE.")
     model = Namespace(model=Namespace(autoencoder=parsed))
     given = ModelConfig(model_config.spec(model), lambda: model_config.build(parser, model))
-    chosen = bool(config_paths(argv)) or any(word.startswith("--model.autoencoder") for word in argv[1:])
     name = config.name or given.spec["class_path"].rpartition(".")[2]
     entry = Entry(name, ["the command line"] if chosen else None, config.ckpt_path)
-    own = Namespace({key: config[key] for key in _sweep_options()})
+    own = Namespace({key: config[key] for key in _list_options()})
     with user_errors():
         arguments = parser.instantiate(own).as_dict()
         return Sweep([entry], **arguments, read_config=lambda _: given, pictures=_PICTURES, strict=True)
 
 
-def _sweep_parser() -> Parser:
-    parser = _parser()
-    parser.add_argument("--config", action=ActionConfigFile, help="Config of the sweep; several are joined.")
-    parser.add_class_arguments(Sweep, fail_untyped=False, sub_configs=True, skip=_INTERNAL)
+def _make_sweep_parser() -> Parser:
+    parser = _make_parser()
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help=CONFIG)
+    parser.add_class_arguments(Sweep, fail_untyped=False, sub_configs=True, skip=INTERNAL)
     return parser
 
 
-def _model_parser(configs: Sequence[Path]) -> Parser:
-    parser = _parser()
-    parser.add_class_arguments(Sweep, fail_untyped=False, sub_configs=True, skip={"autoencoders", "data", *_INTERNAL})
+def _make_model_parser(configs: Sequence[Path]) -> Parser:
+    parser = _make_parser()
+    parser.add_class_arguments(Sweep, fail_untyped=False, sub_configs=True, skip={"autoencoders", "data", *INTERNAL})
     parser.add_subclass_arguments(LightningDataModule, "data", as_group=False, fail_untyped=False, required=False)
-    parser.add_argument("--ckpt_path", type=str, help="Trained weights; without them the row is marked as untrained.")
-    parser.add_argument("--name", type=str, help="Name of the row (default: the autoencoder's class).")
-    own = [*_sweep_options(), "ckpt_path", "name"]
-    model_config.add_arguments(parser, configs, own, "Config of `fit`, of which the autoencoder and the data count.")
-    (action,) = (action for action in parser._actions if action.dest == model_config.KEY)
-    action.help = "The model, by name or class path (default: that of the checkpoint)."  # hidden in other commands
+    for option in ("ckpt_path", "name"):
+        parser.add_argument(f"--{option}", type=str, help=OF_ONE[option])
+    own = [*_list_options(), "ckpt_path", "name"]
+    for key in read_config(configs):
+        if key not in (known := {*own, *NAMES["fit"]}):
+            raise UserError(f"Expected keys of `fit` or `test` in a config, got {key!r}{suggestion(key, known)}")
+    model_config.add_arguments(parser, configs, own, CONFIG)
     return parser
 
 
-def _parser() -> Parser:
+def _make_parser() -> Parser:
     return Parser(
         prog="vidtwin test",
-        usage="vidtwin test [--config FILE ...] [--OPTION VALUE ...]",
-        description=_DESCRIPTION,
+        usage=USAGE,
+        description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
-def _sweep_options() -> list[str]:
-    return [name for name in inspect.signature(Sweep).parameters if name not in {"autoencoders", *_INTERNAL}]
+def _list_options() -> list[str]:
+    return [name for name in inspect.signature(Sweep).parameters if name not in {"autoencoders", *INTERNAL}]
 
 
-def _read_config(paths: Sequence[str], folders: Sequence[Path]) -> ModelConfig:
+def read_model(paths: Sequence[str], folders: Sequence[Path]) -> ModelConfig:
     """Read the model of configs that lie in one of `folders` or below the current one."""
     found = [next((f / path for f in folders if (f / path).is_file()), Path(path)) for path in paths]
     parser, parsed = model_config.parse(found)
     return ModelConfig(model_config.spec(parsed), lambda: model_config.build(parser, parsed))
 
 
-def _model_of_checkpoint(argv: list[str]) -> list[str]:
+def _name_model_of_checkpoint(argv: list[str]) -> list[str]:
     """Return the option that names the checkpoint's model if nothing else does; later options change it."""
     checkpoint = option_value(argv, "ckpt_path")
-    if not checkpoint or option_value(argv, "config") or option_value(argv, "model.autoencoder"):
+    if not checkpoint or option_value(argv, "config", "c") or option_value(argv, "model.autoencoder"):
         return []
     spec = checkpoints.model_spec(checkpoints.read(checkpoint, lazily=True), checkpoint)
     return [f"--model.autoencoder={json.dumps(spec)}"]
@@ -135,7 +122,7 @@ def _model_of_checkpoint(argv: list[str]) -> list[str]:
 
 def _rename(argv: list[str]) -> list[str]:
     """Rename options of `fit` that measuring has too; `UserError` names those that serve instead of the others."""
-    renamed = _options_of_configs(argv)
+    renamed = _read_options(argv)
     for before, word in zip(["", *argv], argv, strict=False):
         option, equals, value = word.partition("=")
         if before == "--model.use_ema":
@@ -157,7 +144,7 @@ def _rename(argv: list[str]) -> list[str]:
     return renamed
 
 
-def _options_of_configs(argv: list[str]) -> list[str]:
+def _read_options(argv: list[str]) -> list[str]:
     """Return options that configs of `fit` set under other names: accelerator, precision, existing VGG-16 file."""
     options = []
     for content in (read_config([path]) for path in config_paths(argv)):

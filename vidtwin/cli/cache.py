@@ -1,7 +1,4 @@
-"""`vidtwin cache`: the clips or the video files of a data module as shards.
-
-Nothing heavy is imported at the top: `vidtwin --help` reads the docstring of the command.
-"""
+"""`vidtwin cache`: write clips or video files of a data module as shards. Import nothing heavy at the top."""
 
 import argparse
 import sys
@@ -19,9 +16,9 @@ Write the clips of a data module as shards, so that trainings read them instead 
   vidtwin cache OUT --data ucf101 --data.root PATH --splits val test
   vidtwin cache OUT --data ucf101 --data.root PATH --format videos
 
-A shard appears when it is whole. After a kill the same command makes those that are missing, to the same bytes.
+Shards are written atomically. After a kill the same command writes the missing ones, to the same bytes.
 --format clips: decoded clips, uint8, for --data.cache OUT or, from object storage, --data streamed --data.url URL.
---format videos: the files as they are, for --data streamed, which decodes them.
+--format videos: the unchanged files, for --data streamed, which decodes them.
 """
 _SPLITS = ["train", "val", "test"]
 _OWN = ("splits", "epochs", "format", "verify")
@@ -29,10 +26,19 @@ _OWN = ("splits", "epochs", "format", "verify")
 
 def cache_command(argv: list[str]) -> int:
     """Write decoded clips, or video files, as shards: vidtwin cache OUT --config FILE"""
-    from vidtwin.cli.parser import config_paths, read_config, resolve_short_names, user_errors, wants_help
+    from vidtwin.cli.parser import (
+        check_name,
+        config_paths,
+        read_config,
+        resolve_short_names,
+        user_errors,
+        wants_help,
+    )
 
     argv = resolve_short_names(argv)
-    others = set(read_config(config_paths(argv))) - {"data", "out", "config", *_OWN}  # other commands read them
+    for option in (word.partition("=")[0] for word in argv if word.startswith("--")):
+        check_name(option, option[2:].partition(".")[0], ("config", "data", "help", "print_config", *_OWN))
+    others = set(read_config(config_paths(argv))) - {"data", "out", "config", *_OWN}  # of other commands
     config = (parser := _parser(sorted(others), light=wants_help(argv))).parse_args(argv)
     if config.get("data") is None:
         raise UserError("Expected data to cache; give --data ucf101 --data.root PATH or a --config.")
@@ -45,23 +51,19 @@ def cache_command(argv: list[str]) -> int:
     for written in data.write_cache(config.out, config.splits, config.epochs, config.format, config.verify):
         sys.stdout.write(f"{written}\n")
     use = f"--data.cache {config.out}" if config.format == "clips" else f"--data streamed --data.url {config.out}"
-    sys.stdout.write(f"{'whole and verified' if config.verify else 'written'}; use it by {use}\n")
+    sys.stdout.write(f"{'verified' if config.verify else 'written'}; use it by {use}\n")
     return 0
 
 
 def _parser(ignored: list[str], light: bool) -> "Parser":
     from jsonargparse import ActionConfigFile
 
-    from vidtwin.cli.parser import Parser
+    from vidtwin.cli.parser import command_parser
 
-    parser = Parser(
-        prog="vidtwin cache",
-        usage="vidtwin cache OUT (--config FILE | --data NAME --data.OPTION VALUE ...) [options]",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("out", help="Folder; each split gets a folder in it.")
-    parser.add_argument("--config", action=ActionConfigFile, help="Config as for fit, of which only `data` counts.")
+    usage = "OUT (--config FILE | --data NAME --data.OPTION VALUE ...) [options]"
+    parser = command_parser("cache", usage, _DESCRIPTION)
+    parser.add_argument("out", metavar="OUT", help="Folder; each split gets a folder in it.")
+    parser.add_argument("--config", action=ActionConfigFile, help="Config as for fit; only its `data` is used.")
     shown = "The data module, by its short name or class path; its arguments are --data.NAME VALUE."
     if light:  # help needs no Lightning
         parser.add_argument("--data", metavar="NAME", help=shown)
@@ -71,22 +73,18 @@ def _parser(ignored: list[str], light: bool) -> "Parser":
         parser.add_subclass_arguments(
             LightningDataModule, "data", as_group=False, fail_untyped=False, required=False, help=shown
         )
-    parser.add_argument(
-        "--splits", nargs="+", choices=_SPLITS, default=_SPLITS, help="Some of train, val, test (default: all)."
-    )
+    parser.add_argument("--splits", nargs="+", choices=_SPLITS, default=_SPLITS, help="Some of train, val, test.")
     parser.add_argument(
         "--epochs",
         type=int,
         default=1,
-        help="Epochs of training clips, each with other random clips; a training takes them in turn (default: 1).",
+        help="Epochs of training clips, each with other random clips; training reads them in turn.",
     )
-    parser.add_argument(
-        "--format", choices=["clips", "videos"], default="clips", help="Decoded clips or video files (default: clips)."
-    )
+    parser.add_argument("--format", choices=["clips", "videos"], default="clips", help="Decoded clips or video files.")
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="Compare the checksums of shards that are there, not only their sizes (default: no).",
+        help="Compare the checksums of existing shards, not only their sizes.",
     )
     for key in ignored:
         parser.add_argument(f"--{key}", type=Any, help=argparse.SUPPRESS)

@@ -1,12 +1,8 @@
-"""`vidtwin check`: hold an autoencoder, ours or anyone's, to the promises of the interface.
+"""`vidtwin check`: hold any autoencoder to the promises of the interface. Import nothing heavy at the top."""
 
-Nothing heavy is imported at the top: `vidtwin --help` reads the docstring of the command.
-"""
-
-import argparse
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vidtwin import plugins
 from vidtwin.errors import UserError, suggestion
@@ -26,15 +22,15 @@ Small arguments show the same mistakes in seconds; at full size a check is some 
 NAME is a short name (`vidtwin plugins` lists them) or a class path, also of a file in the current folder. The class's
 own arguments are --autoencoder.ARGUMENT VALUE; --autoencoder.help lists them.
 
-It prints one line a promise (ok, FAILED with what to do, or skipped with why), then parameters, latents and rate. Exit
-code: 0 all kept, 1 one broken, 2 the command is not usable. In tests: vidtwin.testing.check_autoencoder(model).
+It prints one line per promise (ok, FAILED with advice, or skipped with the reason), then parameters, latents and rate.
+Exit code: 0 all kept, 1 one broken, 2 invalid command. In tests: vidtwin.testing.check_autoencoder(model).
 """
-_LARGE_FLOPS = 100_000_000_000  # of a clip, there and back; a check does about 45 of them: more than a minute on a CPU
+_LARGE_FLOPS = 100_000_000_000  # per clip, both ways; a check needs about 45 of them: over a minute on a CPU
 _LARGE_PARAMETERS = 200_000_000
 _GROUP = "vidtwin.autoencoders"
 _KEY = "model.autoencoder"
 _OWN = ("num_frames", "resolution", "batch_size", "device")
-_CONFIG = "Config as for fit, of which the autoencoder counts."
+_CONFIG = "Config as for fit; only its autoencoder is used."
 
 
 def check_command(argv: list[str]) -> int:
@@ -46,10 +42,10 @@ def check_command(argv: list[str]) -> int:
         parser.add_argument("--config", metavar="FILE", help=_CONFIG)
         parser.parse_args(["--help"])
     read_config(config_paths(argv))  # refuses a missing file before torch is imported
-    argv = [_inner_name(word) for word in argv]
+    argv = [_expand_option(word) for word in argv]
     if argv and not argv[0].startswith("-"):
-        name = _class_path(argv[0])
-        # --autoencoder.help is of the class that is checked, whose name jsonargparse wants again.
+        name = _resolve_class(argv[0])
+        # jsonargparse wants the name of the class after --autoencoder.help too.
         argv = [f"--{_KEY}={name}", *(f"{word}={name}" if word == f"--{_KEY}.help" else word for word in argv[1:])]
         if option_value(argv, "config"):
             raise UserError("Expected NAME or --config FILE, got both; a config names its autoencoder.")
@@ -65,64 +61,49 @@ def check_command(argv: list[str]) -> int:
     return _report(model, config.num_frames, config.resolution, config.batch_size, config.device)
 
 
-def _inner_name(word: str) -> str:
-    """`--autoencoder.channels` → `--model.autoencoder.channels`, where a config has it."""
+def _expand_option(word: str) -> str:
+    """Turn `--autoencoder.channels` into `--model.autoencoder.channels`, its place in a config."""
     return f"--model.{word[2:]}" if word.startswith("--autoencoder.") else word
 
 
-def _class_path(name: str) -> str:
-    """A short name or a class path → the path of a class that is an autoencoder; `UserError` where it is none."""
+def _resolve_class(name: str) -> str:
+    """Return the path of an autoencoder class by its short name or class path. Raises `UserError` if it is not one."""
     from vidtwin.autoencoder import VideoAutoencoder
     from vidtwin.testing import describe
 
     path = plugins.resolve(name, _GROUP)
-    module, _, attribute = path.rpartition(".")
+    module, _, _ = path.rpartition(".")
     if not module:
         known = sorted(plugins.available(_GROUP))
         raise UserError(
             f"Expected one of {', '.join(known)} or a class path (module.Class), got {name!r}{suggestion(name, known)}"
         )
     try:
-        imported = importlib.import_module(module)
+        importlib.import_module(module)
     except Exception as error:
         raise UserError(f"{module} does not import: {describe(error)}.") from error
-    if not hasattr(imported, attribute):
-        raise UserError(f"Expected a class {attribute} in {module}, got none{suggestion(attribute, dir(imported))}")
-    cls = getattr(imported, attribute)
-    if not (isinstance(cls, type) and issubclass(cls, VideoAutoencoder)):
-        raise UserError(f"Expected a subclass of vidtwin.VideoAutoencoder, got {path}, which is {_kind(cls)}.")
+    cls = plugins.class_of(path, VideoAutoencoder)
     if missing := sorted(getattr(cls, "__abstractmethods__", ())):
         raise UserError(f"{path} lacks {', '.join(missing)}; docs/your_own_baseline.md shows each.")
     return path
 
 
-def _kind(thing: Any) -> str:
-    if isinstance(thing, type):
-        bases = [base.__name__ for base in thing.__bases__]
-        return f"a class of {', '.join(bases)}"
-    return f"a {type(thing).__name__}"
-
-
 def _parser() -> "Parser":
-    from vidtwin.cli.parser import Parser
+    from vidtwin.cli.parser import command_parser
 
-    parser = Parser(
-        prog="vidtwin check",
-        usage="vidtwin check (NAME | --config FILE) [--autoencoder.ARGUMENT VALUE ...] [options]",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--num_frames", type=int, help="T of the clip (default: the model's own, or one near 16).")
-    parser.add_argument("--resolution", type=int, help="H = W of the clip (default: the model's own, else about 64).")
-    parser.add_argument("--batch_size", type=int, default=2, help="B of the clip, at least 2 (default: 2).")
-    parser.add_argument("--device", default="cpu", help="Such as cuda or cuda:1 (default: cpu).")
+    usage = "(NAME | --config FILE) [--autoencoder.ARGUMENT VALUE ...] [options]"
+    parser = command_parser("check", usage, _DESCRIPTION)
+    parser.add_argument("--num_frames", type=int, help="T of the clip. By default the model's own, or one near 16.")
+    parser.add_argument("--resolution", type=int, help="H = W of the clip. By default the model's own, else about 64.")
+    parser.add_argument("--batch_size", type=int, default=2, help="B of the clip, at least 2.")
+    parser.add_argument("--device", default="cpu", help="Such as cuda or cuda:1.")
     return parser
 
 
 def _report(
     model: "VideoAutoencoder", num_frames: int | None, resolution: int | None, batch_size: int, device: str
 ) -> int:
-    """Lines of the promises, then what the model is → exit code."""
+    """Print the promises, then a summary of the model → exit code."""
     import torch
 
     from vidtwin.testing import check_promises
@@ -151,9 +132,9 @@ def _report(
         promises.append(promise)
     _say("")
     try:
-        for label, text in _summary(model, (3, frames, side, side)):
+        for label, text in _summarize(model, (3, frames, side, side)):
             _say(f"{label:<18} {text}")
-    except Exception as error:  # the promise about it says where and why
+    except Exception as error:  # a promise has reported it
         _say(f"no summary: {error!r}")
     broken = sum(promise.passed is False for promise in promises)
     kept = sum(promise.passed is True for promise in promises)
@@ -163,17 +144,17 @@ def _report(
 
 
 def _cost(model: "VideoAutoencoder", shape: tuple[int, int, int, int]) -> str:
-    """What makes the check of a large model long; empty for others."""
+    """Return the cost of a model whose check takes long; empty for others."""
     from vidtwin.benchmark.cost import flops
 
     try:
         count, limit, unit = sum(flops(model, shape).values()), _LARGE_FLOPS, "operations a clip"
-    except Exception:  # it does not run on the meta device, or not at all: a promise says where and why
+    except Exception:  # it does not run on the meta device, or not at all, which a promise reports
         count, limit, unit = sum(p.numel() for p in model.parameters()), _LARGE_PARAMETERS, "parameters"
     return f"{count:,} {unit}" if count > limit else ""
 
 
-def _summary(model: "VideoAutoencoder", shape: tuple[int, int, int, int]) -> list[tuple[str, str]]:
+def _summarize(model: "VideoAutoencoder", shape: tuple[int, int, int, int]) -> list[tuple[str, str]]:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     frozen = f", {total - trainable:,} of them frozen" if total > trainable else ""

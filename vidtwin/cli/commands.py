@@ -100,8 +100,8 @@ def run(name: str, argv: list[str]) -> int:
         loaded = import_module(module)
         try:
             return int(getattr(loaded, function)(argv) if function else _run_module(name, loaded, argv))
-        except Answered:
-            return 0
+        except Answered as end:
+            return int(end.code or 0)
     if name in plugins.available(GROUP):
         command = plugins.load(name, GROUP)
         try:
@@ -114,14 +114,9 @@ def run(name: str, argv: list[str]) -> int:
 
 
 def _run_module(name: str, module: Any, argv: list[str]) -> int:
-    from vidtwin.cli.parser import Help, Parser, config_paths, read_config, wants_help
+    from vidtwin.cli.parser import command_parser, config_paths, read_config, wants_help
 
-    parser = Parser(
-        prog=f"vidtwin {name}",
-        usage=f"vidtwin {name} {module.USAGE}",
-        description=module.DESCRIPTION,
-        formatter_class=Help,
-    )
+    parser = command_parser(name, module.USAGE, module.DESCRIPTION)
     module.add_options(parser)
     known, unknown = parser.split_unknown(argv)
     judges_unknown = hasattr(module, "TAKES_UNKNOWN")

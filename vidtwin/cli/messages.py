@@ -1,8 +1,8 @@
 """Turn jsonargparse's errors into one line each, with a suggestion. Import nothing heavy.
 
 Its exceptions have no attributes, but their causes do: the module that lacks a class, the module that is absent, the
-error of an inner parser. Only where the text alone says something it is read; a wording of another version then passes
-through as it is, in one line.
+error of an inner parser. Text is parsed only if nothing else carries the information; a wording of another version
+passes through in one line.
 """
 
 import argparse

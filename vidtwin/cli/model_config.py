@@ -1,6 +1,6 @@
-"""The autoencoder that configs of `fit` name: what else stands in them is left aside.
+"""Read and build the autoencoder of `fit` configs, ignoring their other keys.
 
-Imported only when a command needs it, since it imports torch and lightning.
+Imported only when a command needs it, since it imports torch.
 """
 
 import argparse
@@ -20,15 +20,15 @@ KEY = "model.autoencoder"
 
 
 def add_arguments(parser: Parser, configs: Iterable[str | Path], own: Iterable[str] = (), shown: str = "") -> None:
-    """Give a parser `--config` and `--model.autoencoder`; other keys that the configs hold are taken and ignored.
+    """Give a parser `--config` and `--model.autoencoder`, and let it ignore the other keys of the configs.
 
     Args:
         parser: Of the command.
-        configs: The files that will be parsed.
+        configs: Files that will be parsed.
         own: Options of the command that a config may set.
         shown: Help of --config.
     """
-    parser.add_argument("--config", action=ActionConfigFile, help=shown or argparse.SUPPRESS)
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help=shown or argparse.SUPPRESS)
     parser.add_subclass_arguments(VideoAutoencoder, KEY, as_group=False, required=False, help=argparse.SUPPRESS)
     content = read_config(configs)
     model = content.get("model")
@@ -39,7 +39,7 @@ def add_arguments(parser: Parser, configs: Iterable[str | Path], own: Iterable[s
 
 
 def parse(configs: Sequence[str | Path]) -> tuple[Parser, Namespace]:
-    """Configs, each over those before it → a parser and what it read; `UserError` where no autoencoder is named."""
+    """Parse configs, each over those before it. Raises `UserError` if none names an autoencoder."""
     configs = bases.expand_paths(configs)
     parser = Parser(prog="vidtwin")
     add_arguments(parser, configs)
@@ -51,20 +51,20 @@ def parse(configs: Sequence[str | Path]) -> tuple[Parser, Namespace]:
 
 
 def read(config: str) -> tuple[dict[str, Any], Callable[[], VideoAutoencoder]]:
-    """Read the autoencoder of a config: its `spec`, and a function that builds it."""
+    """Read the autoencoder of a config: its `spec` and a function that builds it."""
     parser, parsed = parse([config])
     return spec(parsed), lambda: build(parser, parsed)
 
 
 def spec(parsed: Namespace) -> dict[str, Any]:
-    """`class_path` and `init_args` as a config gives them, without building anything."""
+    """Return `class_path` and `init_args` as the config has them."""
     given = parsed.model.autoencoder
     arguments = given.get("init_args") or Namespace()
     return {"class_path": given.class_path, "init_args": arguments.as_dict()}
 
 
 def build(parser: Parser, parsed: Namespace) -> VideoAutoencoder:
-    """The autoencoder of a parsed config, with the same random weights each time; errors are `UserError`."""
+    """Build the autoencoder of a parsed config, with the same random weights each time. Raises `UserError`."""
     from vidtwin.testing import describe
 
     path = parsed.model.autoencoder.class_path
@@ -79,11 +79,11 @@ def build(parser: Parser, parsed: Namespace) -> VideoAutoencoder:
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
             raise UserError(str(cause)) from error
-        raise UserError(f"{path} can't be built: {describe(_root(error))}.") from error
+        raise UserError(f"{path} can't be built: {describe(_find_root(error))}.") from error
     return model
 
 
-def _root(error: Exception) -> Exception:
+def _find_root(error: Exception) -> Exception:
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error

@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,6 +83,12 @@ class Parser(ArgumentParser):
         return [*options, *(["--", *bare] if bare else [])]
 
 
+def command_parser(name: str, usage: str, description: str) -> Parser:
+    """Make the parser of a command, whose options follow."""
+    usage = f"vidtwin {name} {usage}".rstrip()
+    return Parser(prog=f"vidtwin {name}", usage=usage, description=description, formatter_class=Help)
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Raise the `UserError` of a class that is built: jsonargparse wraps it into the types that it tried."""
@@ -104,6 +111,13 @@ def wants_help(argv: Sequence[str]) -> bool:
 def option_value(argv: Sequence[str], *names: str) -> str | None:
     """Return the last value of `--NAME VALUE` or `--NAME=VALUE`, of any of the names."""
     return next(reversed(_option_values(argv, names)), None)
+
+
+def check_name(option: str, name: str, known: Iterable[str], prefix: str = "") -> None:
+    """Refuse a mistyped option: `name` is not among the `known` names, but close to one; the parser refuses others."""
+    known = list(known)
+    if name not in known and (near := get_close_matches(name, known, n=1)):
+        raise UserError(f"Expected options that exist, got {option}; did you mean {prefix + near[0]!r}?")
 
 
 def config_paths(argv: Sequence[str]) -> list[Path]:
@@ -129,9 +143,8 @@ def read_config(paths: Iterable[str | Path]) -> dict[str, Any]:
 
 def _merge(old: Any, new: Any) -> Any:
     """Merge nested keys; arguments of one class do not go to another."""
-    if not (isinstance(old, dict) and isinstance(new, dict)) or old.get("class_path") != new.get(
-        "class_path", old.get("class_path")
-    ):
+    both = isinstance(old, dict) and isinstance(new, dict)
+    if not both or ("class_path" in new and new["class_path"] != old.get("class_path")):
         return new
     return old | {key: _merge(old.get(key), value) for key, value in new.items()}
 

@@ -1,30 +1,22 @@
 """Refuse mistakes in the trainer's commands before torch and Lightning are imported, then run them."""
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
 
 from vidtwin.apply.options import check_weights
-from vidtwin.cli.parser import config_paths, option_value, read_config, wants_help
-from vidtwin.errors import UserError
+from vidtwin.cli import options
+from vidtwin.cli.parser import check_name, config_paths, option_value, read_config, wants_help
+from vidtwin.cli.sources import read_options
 
-_SPECIAL = ("best", "last", "hpc")  # what Lightning's --ckpt_path takes beside paths
-# First parts of the options; a test compares them with the parsers. `test` has those of the sweep.
-_SHARED = (
-    "best_checkpoint", "clip_logger", "config", "data", "guard", "health", "help", "latest_checkpoint", "model",
-    "print_config", "seed_everything", "trainer",
-)  # fmt: skip
-OPTIONS = {
-    "fit": (*_SHARED, "ckpt_path", "init_from", "resume"),
-    "validate": (*_SHARED, "ckpt_path", "verbose", "weights_only"),
-    "predict": (*_SHARED, "ckpt_path", "out"),
-    "replay": (*_SHARED, "dump"),
-}
+_SPECIAL = ("best", "last", "hpc")  # values of Lightning's --ckpt_path that are not paths
 
 
 def _run(command: str, argv: list[str]) -> int:
     if not wants_help(argv):
         refuse(command, argv)
+    elif command == "test":
+        options.print_help_of_test()
+        return 0
     from vidtwin.cli.training import run
 
     return run(command, argv)
@@ -32,11 +24,15 @@ def _run(command: str, argv: list[str]) -> int:
 
 def refuse(command: str, argv: list[str]) -> None:
     """Raise `UserError` for missing files and mistyped options, as far as the classes' arguments are not needed."""
-    for word in argv:
-        name = word.partition("=")[0].partition(".")[0].removeprefix("--").rstrip("+")
-        known = OPTIONS.get(command)
-        if word.startswith("--") and known and name not in known and (near := get_close_matches(name, known, n=1)):
-            raise UserError(f"Expected options that exist, got {word.partition('=')[0]}; did you mean {near[0]!r}?")
+    known = options.NAMES[command] if command in options.NAMES else options.names_of_test()
+    for option in (word.partition("=")[0] for word in argv if word.startswith("--")):
+        first, _, rest = option.removeprefix("--").rstrip("+").partition(".")
+        check_name(option, first, known)
+        if first == "trainer" and rest and command != "test":
+            check_name(option, rest, read_options("lightning.pytorch.trainer.trainer", "Trainer"), "trainer.")
+    data = option_value(argv, "data") or ""
+    if data.endswith((".yaml", ".yml")):
+        read_config([data])
     paths = [path for path in config_paths(argv) if not set(str(path)) & set("{\n")]
     read_config(paths)
     if (path := option_value(argv, "ckpt_path")) and path not in (*_SPECIAL, "null") and "://" not in path:

@@ -1,4 +1,4 @@
-"""LightningCLI for `vidtwin`: the task, any data module, and `VideoTrainer`'s methods as subcommands.
+"""Run `VideoTrainer`'s methods as subcommands of LightningCLI, with the task and any data module.
 
 Imported by `vidtwin.cli` only when a command needs it, since it imports torch and lightning.
 """
@@ -42,7 +42,7 @@ def run(command: str, argv: list[str]) -> int:
         _quieten(command)
         return benchmark.run(argv)
     if command == "replay":
-        argv = _dump(argv)
+        argv = _expand_dump(argv)
     argv = [command, *argv]
     argv = resolve_short_names(argv)
     checkpoint = option_value(argv, "ckpt_path")
@@ -56,7 +56,7 @@ def run(command: str, argv: list[str]) -> int:
         argv.insert(1, f"--model.autoencoder={json.dumps(spec)}")  # first, so that other options change it
     _quieten(command)
     try:
-        with _ending_early() if command == "fit" else nullcontext():
+        with _ending_by_sigterm() if command == "fit" else nullcontext():
             VidTwinCLI(argv)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
@@ -68,8 +68,8 @@ def run(command: str, argv: list[str]) -> int:
 
 
 @contextmanager
-def _ending_early() -> Iterator[None]:
-    """SIGTERM before the training (which then has its own handler) or after it: nothing to save, and no failure."""
+def _ending_by_sigterm() -> Iterator[None]:
+    """Raise `Preempted` on SIGTERM before and after the training itself, when there is nothing to save."""
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
         raise Preempted
@@ -89,20 +89,20 @@ class LightningParser(Parser, LightningArgumentParser):
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Keep the config of a training beside its checkpoints; other commands leave none behind."""
+    """Save the config of a training beside its checkpoints; other commands save none."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Too early: what is still refused after this must not have replaced the config of another run."""
+        """Do nothing yet: a run that is still refused must not replace the config of another one."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().setup(trainer, pl_module, "fit")
-        # For the dumps of steps that `vidtwin replay` runs again.
+        # For dumps of skipped steps, which `vidtwin replay` runs again.
         text = self.parser.dump(self.config, skip_unset=False)
         cast(AutoencoderTask, pl_module).config = yaml.safe_load(text)["model"]
 
 
 class VidTwinCLI(LightningCLI):
-    """The configurable commands. `args` starts with the subcommand."""
+    """Commands of the trainer; `args` starts with the subcommand."""
 
     def __init__(self, args: list[str]) -> None:
         super().__init__(
@@ -142,11 +142,11 @@ class VidTwinCLI(LightningCLI):
         parser.add_lightning_class_args(ClipLogger, "clip_logger")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        # Lightning's own warns when sys.argv holds something too, which it does for every command line.
+        # Lightning's own method warns if sys.argv holds arguments too, as it does for every command line.
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would let the checkpoint's arguments win over the config; here `--config` wins, and says so."""
+        """Let `--config` win over the checkpoint's arguments, and report differences; Lightning would not."""
         config = self._own_config()
         if not (path := config.get("ckpt_path")):
             return
@@ -169,9 +169,9 @@ class VidTwinCLI(LightningCLI):
                 f"Expected data to {self.subcommand} on; give --data ucf101 --data.root PATH or a --config."
             )
         if self.subcommand != "fit":
-            config.trainer.logger = False  # a measurement is no run: it leaves its results alone behind
+            config.trainer.logger = False  # evaluation creates no logger run; it only writes results
         elif config.get("resume") == "auto":
-            _return_to_latest_run(config.trainer)
+            _continue_latest_run(config.trainer)
 
     def instantiate_classes(self) -> None:
         with user_errors():
@@ -180,17 +180,17 @@ class VidTwinCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         try:
             return super().instantiate_trainer(**kwargs)
-        except ValueError as error:  # an accelerator, a precision or a strategy that does not exist
+        except ValueError as error:  # an unknown accelerator, precision or strategy
             raise UserError(str(error)) from error
 
     def _own_config(self) -> Namespace:
         return self.config[str(self.config.subcommand)]
 
 
-def _return_to_latest_run(trainer: Namespace) -> None:
-    """Let loggers that number their runs go on with the newest one that has left a checkpoint."""
+def _continue_latest_run(trainer: Namespace) -> None:
+    """Let loggers that number their runs continue the newest one that has a checkpoint."""
     loggers = trainer.get("logger")
-    if loggers in (None, True):  # what Lightning then takes, by a name that can be looked for
+    if loggers in (None, True):  # Lightning's default, in a folder that can be searched
         folder = trainer.get("default_root_dir") or "."
         chosen = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger"}
         loggers = trainer["logger"] = Namespace(
@@ -223,7 +223,7 @@ def _return_to_latest_run(trainer: Namespace) -> None:
 
 
 def _keep_metrics(runs: Path, version: int | str) -> None:
-    """Lightning's CSVLogger deletes the numbers of a run that it goes on with."""
+    """Rename metrics.csv of a run that continues, since Lightning's CSVLogger would delete it."""
     folder = runs / (version if isinstance(version, str) else f"version_{version}")
     if (folder / "metrics.csv").exists():
         earlier = len(list(folder.glob("metrics-*.csv")))
@@ -231,13 +231,13 @@ def _keep_metrics(runs: Path, version: int | str) -> None:
 
 
 def _usage(command: str) -> str:
-    """In place of argparse's list of every option, which is sixty lines long."""
+    """Return a short usage; argparse would list every option, on sixty lines."""
     before = " DUMP" if command == "replay" else ""
     return f"vidtwin {command}{before} [--config FILE ...] [--OPTION VALUE ...]"
 
 
-def _dump(argv: list[str]) -> list[str]:
-    """`replay DUMP` → `--dump DUMP` and the task's config that the dump holds."""
+def _expand_dump(argv: list[str]) -> list[str]:
+    """Turn `replay DUMP` into `--dump DUMP` and options for the config that the dump holds."""
     if argv and not argv[0].startswith("-"):
         argv = ["--dump", *argv]
     if not (path := option_value(argv, "dump")):
@@ -250,18 +250,18 @@ def _dump(argv: list[str]) -> list[str]:
     if content["config"]:
         return [f"--model={json.dumps(content['config'])}", *argv]
     if not option_value(argv, "config", "c"):
-        raise UserError(f"Expected --config FILE: {path} comes from a training that had none, which knows its loss.")
+        raise UserError(f"Expected --config FILE: {path} comes from a training without one, so the loss is not known.")
     return argv
 
 
 def _quieten(command: str) -> None:
-    """Silence what Lightning says of things that are as they should be here."""
-    beside_the_point = ("GPU available", "TPU available", "Tip:", "`weights_only` was not set")
+    """Silence Lightning's messages about intended settings."""
+    expected = ("GPU available", "TPU available", "Tip:", "`weights_only` was not set")
     for module in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{module}").addFilter(
-            lambda record: not any(text in record.getMessage() for text in beside_the_point)
+            lambda record: not any(text in record.getMessage() for text in expected)
         )
-    if command != "fit":  # what only watches a training is not there
+    if command != "fit":  # callbacks that only watch a training are absent
         warnings.filterwarnings("ignore", message=r".*callbacks used to create the checkpoint.*")
     for message in (
         r".*does not have many workers.*",  # data modules choose the number themselves
@@ -269,7 +269,7 @@ def _quieten(command: str) -> None:
         r".*`training_step` returned `None`.*",  # manual optimization
         r".*isinstance\(treespec, LeafSpec\).*",
         r".*sync_dist=True.*",  # the metrics are means over all ranks already
-        r".*`lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",  # the discriminator's runs from the first step on
-        r".*exists and is not empty.*",  # the folder of a run that goes on
+        r".*`lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",  # the discriminator's steps from the start
+        r".*exists and is not empty.*",  # the folder of a run that continues
     ):
         warnings.filterwarnings("ignore", message=message)

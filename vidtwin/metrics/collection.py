@@ -16,7 +16,7 @@ from vidtwin.precision import full_precision
 class ClipMetrics(nn.Module):
     """PSNR (dB), SSIM and LPIPS (VGG, version 0.1) of clips: each a mean over the frames of a clip.
 
-    LPIPS needs the VGG-16 backbone's file. Where it is absent the metric is left out and `unavailable` says why: it is
+    LPIPS needs the VGG-16 backbone's file. Without it the metric is left out and `unavailable` says why: it is
     never 0 and never that of a random network. The file is not downloaded for a measurement.
 
         metrics = ClipMetrics()
@@ -37,7 +37,7 @@ class ClipMetrics(nn.Module):
         self.means = nn.ModuleList(MeanMetric(nan_strategy="disable") for _ in self.all_names)
 
     def setup(self) -> None:
-        """Find out what is available; called on the first clip at the latest."""
+        """Find out which metrics are available; called on the first clip at the latest."""
         if self.lpips.network is None and not self.unavailable:
             try:
                 self.lpips.load(download=False)
@@ -46,13 +46,13 @@ class ClipMetrics(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The metrics that are available here."""
+        """List the metrics that are available here."""
         self.setup()
         return tuple(name for name in self.all_names if name not in self.unavailable)
 
     @torch.no_grad()
     def forward(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Clips (B, 3, T, H, W) in [-1, 1], clamped to it → (B,) by the name of each available metric."""
+        """Measure clips (B, 3, T, H, W) in [-1, 1], clamped to it → (B,) by the name of each available metric."""
         with full_precision(prediction.device):
             values = {"psnr": psnr(prediction, target).mean(1), "ssim": ssim(prediction, target).mean(1)}
             if "lpips" in self.names:
@@ -68,7 +68,7 @@ class ClipMetrics(nn.Module):
             mean.update(values.get(name, absent))
 
     def compute(self) -> dict[str, Tensor]:
-        """Mean over all clips of all ranks since `reset`, by name; all ranks have to call it together."""
+        """Average over all clips of all ranks since `reset`, by name; all ranks have to call it together."""
         means = {name: mean.compute() for name, mean in self._running_means()}
         return {name: means[name] for name in self.names}
 

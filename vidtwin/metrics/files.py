@@ -14,7 +14,7 @@ Compared = Literal["floats", "8-bit", "mp4v", "h264"]
 
 
 def as_compared(clips: Tensor, compared: Compared, fps: float) -> Tensor:
-    """Clips (B, 3, T, H, W), clamped to [-1, 1], in single precision.
+    """Make clips (B, 3, T, H, W), clamped to [-1, 1] in single precision, what the protocol compares.
 
     - "floats": as they are.
     - "8-bit": rounded to the nearest of 256 values. Open-Sora-Plan cuts off instead, half a step darker on both sides.

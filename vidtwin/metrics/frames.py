@@ -17,7 +17,7 @@ SSIMVariant = Literal["gaussian_pooled", "gaussian", "uniform7"]
 
 SSIM_WINDOW = 11
 SMALLEST_MSE = 1e-10
-"""PSNR ends at 100 dB, which is what Open-Sora-Plan and LeanVAE write for equal pictures, whose PSNR is infinite."""
+"""PSNR ends at 100 dB, as in Open-Sora-Plan and LeanVAE for equal pictures, whose PSNR is infinite."""
 
 _SIGMA = 1.5
 _WINDOWS = {"gaussian_pooled": SSIM_WINDOW, "gaussian": SSIM_WINDOW, "uniform7": 7}
@@ -28,7 +28,7 @@ _NUMBERS_AT_ONCE = 2**22  # of one map: 16 MB; an SSIM holds about ten of them
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of whole clips, on values clamped to [-1, 1] and mapped to [0, 1].
+    """Compute the mean squared error of whole clips, on values clamped to [-1, 1] and mapped to [0, 1].
 
     Args:
         prediction: (B, 3, T, H, W) in [-1, 1], clamped here.
@@ -41,7 +41,7 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def psnr(prediction: Tensor, target: Tensor, over: Over = "frame", epsilon: float = 1e-8) -> Tensor:
-    """Peak signal-to-noise ratio in dB, −10 log10(MSE + epsilon) on values clamped to [-1, 1] and mapped to [0, 1].
+    """Compute PSNR in dB, −10 log10(MSE + epsilon) on values clamped to [-1, 1] and mapped to [0, 1].
 
     A mean over frames is at least the PSNR of the mean MSE (Jensen), so the two are different metrics.
 
@@ -61,7 +61,7 @@ def psnr(prediction: Tensor, target: Tensor, over: Over = "frame", epsilon: floa
 
 
 def decibels(mse: Tensor, epsilon: float = 1e-8) -> Tensor:
-    """PSNR of mean squared errors of values in [0, 1]; equal pictures have the 100 dB of `SMALLEST_MSE` at most.
+    """Compute the PSNR of MSEs of values in [0, 1]; equal pictures have the 100 dB of `SMALLEST_MSE` at most.
 
     TokenBench adds 1.2e-7 to the root of the MSE of values up to 255, so that equal videos have 186.6 dB there and all
     others what they have here with epsilon 0.
@@ -72,7 +72,7 @@ def decibels(mse: Tensor, epsilon: float = 1e-8) -> Tensor:
 
 
 def ssim(prediction: Tensor, target: Tensor, variant: SSIMVariant = "gaussian_pooled") -> Tensor:
-    """Structural similarity (Wang et al. 2004) over the windows that lie within the frame, mean over RGB.
+    """Compute the structural similarity (Wang et al. 2004) over the windows that lie within the frame, mean over RGB.
 
     - "gaussian_pooled" (VidTok, VidTwin): 11x11 Gaussian window, σ 1.5. Frames are first average-pooled by
       max(1, round(min(H, W) / 256)), as the authors of SSIM advise for large ones.
@@ -101,7 +101,7 @@ def ssim(prediction: Tensor, target: Tensor, variant: SSIMVariant = "gaussian_po
 
 
 def ssim_allowed(height: int, width: int, variant: SSIMVariant = "gaussian_pooled") -> str | None:
-    """Why frames of this size have no such SSIM; None if they have one."""
+    """Say why frames of this size have no such SSIM; None if they have one."""
     if variant not in _WINDOWS:
         raise UserError(f"Expected the variant of SSIM to be one of {', '.join(_WINDOWS)}, got {variant!r}.")
     window = _WINDOWS[variant]
@@ -111,7 +111,7 @@ def ssim_allowed(height: int, width: int, variant: SSIMVariant = "gaussian_poole
 
 
 def ms_ssim(prediction: Tensor, target: Tensor) -> Tensor:
-    """Multi-scale structural similarity (Wang et al. 2003): five scales, their published weights.
+    """Compute the multi-scale structural similarity (Wang et al. 2003): five scales, their published weights.
 
     The same numbers as torchmetrics', its reflected border at the smallest scale included. 16 frames of 224 px take
     0.07 s on one core, and 0.74 s there.
@@ -130,7 +130,7 @@ def ms_ssim(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def ms_ssim_allowed(height: int, width: int) -> str | None:
-    """Why frames of this size have no MS-SSIM; None if they have one."""
+    """Say why frames of this size have no MS-SSIM; None if they have one."""
     if min(height, width) >= _MS_SMALLEST:
         return None
     return (
@@ -140,7 +140,7 @@ def ms_ssim_allowed(height: int, width: int) -> str | None:
 
 
 def unit_range(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Clips (B, 3, T, H, W) clamped to [-1, 1] and mapped to [0, 1], in single precision at least."""
+    """Clamp clips (B, 3, T, H, W) to [-1, 1] and map them to [0, 1], in single precision at least."""
     if prediction.shape != target.shape or prediction.ndim != 5:
         raise UserError(
             f"Expected two clips (B, 3, T, H, W) of one shape, got {tuple(prediction.shape)} and {tuple(target.shape)}."
@@ -156,7 +156,7 @@ def _frame_mse(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _by_frames(function: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor) -> Tensor:
-    """A function of frames (N, 3, H, W) in [0, 1] → (N,), on clips → (B, T); few frames at once if they are large."""
+    """Apply a function of frames (N, 3, H, W) → (N,) to clips → (B, T); few frames at once if they are large."""
     batch = prediction.shape[0]
     values = [function(*frames) for frames in _few_frames(*unit_range(prediction, target))]
     return rearrange(torch.cat(values), "(b t) -> b t", b=batch)
@@ -184,7 +184,7 @@ def _ms_ssim(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _similarity(prediction: Tensor, target: Tensor, variant: SSIMVariant) -> tuple[Tensor, Tensor]:
-    """Frames (N, C, H, W) in [0, 1] → the map of SSIM and that of its contrast and structure, (N, C, H', W') each."""
+    """Compute the maps of SSIM and of its contrast and structure, (N, C, H', W'), of frames (N, C, H, W) in [0, 1]."""
     uniform = variant == "uniform7"
     window = _WINDOWS[variant]
     blur = partial(F.avg_pool2d, kernel_size=window, stride=1) if uniform else _gaussian
@@ -201,7 +201,7 @@ def _similarity(prediction: Tensor, target: Tensor, variant: SSIMVariant) -> tup
 
 
 def _gaussian(frames: Tensor) -> Tensor:
-    """(N, C, H, W) → (N, C, H − 10, W − 10).
+    """Average (N, C, H, W) → (N, C, H − 10, W − 10).
 
     One pass along the rows and one along the columns, with every picture as a channel of one: 16 frames of 224 px have
     their SSIM in 0.05 s on one core, and in 0.46 s by torchmetrics' 11x11 convolution.

@@ -69,18 +69,18 @@ class FeatureNetwork:
             )
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # TorchScript is deprecated, but it is what FVD's files are
+                warnings.simplefilter("ignore")  # TorchScript is deprecated, but FVD's files are of it
                 self.network = torch.jit.load(io.BytesIO(content), map_location="cpu").eval()
         except Exception as error:
             raise UserError(
                 f"Expected a TorchScript file at {path}, got one that torch.jit.load refuses "
                 f"({_first_line(error)}); a file of weights has to be exported with torch.jit.script first."
             ) from error
-        self(torch.zeros(1, 3, 16, 32, 32))  # what is no I3D is refused before anything is measured
+        self(torch.zeros(1, 3, 16, 32, 32))  # a file that is no I3D is refused before anything is measured
 
     @torch.no_grad()
     def __call__(self, clip: Tensor) -> Tensor:
-        """Clips (B, 3, T, H, W) in [-1, 1], clamped to it; at least 10 frames → (B, 400)."""
+        """Compute features of clips (B, 3, T, H, W) in [-1, 1], clamped to it; at least 10 frames → (B, 400)."""
         if clip.ndim != 5 or clip.shape[1] != 3 or clip.shape[2] < MIN_FRAMES:
             raise UserError(
                 f"Expected clips (B, 3, T, H, W) of at least {MIN_FRAMES} frames for FVD, below which I3D pools time "
@@ -136,7 +136,7 @@ def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> Tensor:
-    """Squared 2-Wasserstein distance of two normal distributions (Dowson and Landau 1982), double ().
+    """Compute the squared 2-Wasserstein distance of two normal distributions (Dowson and Landau 1982), double ().
 
     |m₁ − m₂|² + tr(C₁) + tr(C₂) − 2 tr((C₁C₂)^½). The last trace is the sum of the singular values of C₁^½ C₂^½: with
     symmetric roots, which singular covariances have too, there is neither an imaginary part nor an added epsilon. Of 23
@@ -153,12 +153,12 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     )
     shared = torch.linalg.svdvals(_root(covariance1) @ _root(covariance2)).sum()
     distance = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2.0 * shared
-    # No distance is below 0: what is left of two equal distributions is rounding, of either sign.
+    # No distance is below 0: between two equal distributions rounding is left, of either sign.
     return distance.clamp_min(0.0)
 
 
 def rfvd(value: float, num_clips: int) -> dict[str, Any]:
-    """A row's rFVD: {"value", "num_clips", "ranked", "note": why not ranked, a warning, or None}."""
+    """Make a row's rFVD: {"value", "num_clips", "ranked", "note": why not ranked, a warning, or None}."""
     if num_clips < 2 or not math.isfinite(value):
         raise UserError(f"Expected a finite rFVD of at least 2 clips, got {value} of {num_clips}.")
     note = None
@@ -170,7 +170,7 @@ def rfvd(value: float, num_clips: int) -> dict[str, Any]:
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's content, 64 hexadecimal digits."""
+    """Compute the SHA-256 of a file's content, 64 hexadecimal digits."""
     return hashlib.sha256(_content(Path(path))).hexdigest()
 
 
@@ -181,7 +181,7 @@ def _content(path: Path) -> bytes:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """Symmetric square root (F, F); eigenvalues that are rounding of 0 count as 0."""
+    """Compute the symmetric square root (F, F); eigenvalues that are rounding of 0 count as 0."""
     values, vectors = torch.linalg.eigh(covariance)
     noise = values.abs().max() * len(values) * torch.finfo(values.dtype).eps
     roots = torch.where(values > noise, values, 0.0).sqrt()

@@ -1,4 +1,4 @@
-"""What an encoder uses of its latents, over all clips of a validation: KL and active units, or codes.
+"""The use of latents over all clips of a validation: KL and active units, or codes.
 
 Each number of a latent (B, C, ...) is a unit; the units with one index of axis 1 are a channel.
 """
@@ -63,11 +63,11 @@ class LatentStatistics:
 
 @torch.no_grad()
 def codebook_use(encoding: Encoding) -> dict[str, Tensor]:
-    """Of one batch, for each quantized latent: `codebook_usage/<latent>` and `perplexity/<latent>` (see `compute`)."""
+    """Compute `codebook_usage/<latent>` and `perplexity/<latent>` of one batch (see `compute`)."""
     values: dict[str, Tensor] = {}
     for name, posterior in encoding.items():
         if isinstance(posterior, Quantized):
-            # A counter for each code, where `unique` would make the training step wait for the device.
+            # A counter for each code: `unique` would make the training step wait for the device.
             codes = posterior.codes.flatten()
             counts = codes.new_zeros(posterior.codebook_size).scatter_add_(0, codes, torch.ones_like(codes))
             shares = counts.to(torch.float32) / codes.numel()
@@ -77,7 +77,7 @@ def codebook_use(encoding: Encoding) -> dict[str, Tensor]:
 
 
 def _sums(posterior: Posterior) -> dict[str, Tensor]:
-    """What has to be known of a batch's clips."""
+    """Compute the sums over a batch's clips."""
     if isinstance(posterior, Quantized):
         return {"codes": torch.bincount(posterior.codes.flatten().cpu(), minlength=posterior.codebook_size)}
     mean = _by_channel(posterior.mode())
@@ -88,7 +88,7 @@ def _sums(posterior: Posterior) -> dict[str, Tensor]:
 
 
 def _by_channel(latent: Tensor) -> Tensor:
-    """(B, C, ...) → (B, C, units), double. On the CPU, as not every accelerator has doubles."""
+    """Reshape (B, C, ...) → (B, C, units), double. On the CPU, as not every accelerator has doubles."""
     channels = latent.shape[1] if latent.ndim > 1 else 1
     return latent.cpu().double().reshape(len(latent), channels, -1)
 

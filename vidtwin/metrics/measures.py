@@ -1,4 +1,4 @@
-"""What the benchmark measures on a clip: the metrics of a protocol, those that are available here, by name."""
+"""The measurement of a clip: the metrics of a protocol that are available here, by name."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -33,9 +33,9 @@ _Metric = Callable[[Tensor, Tensor], Tensor]  # one clip (1, 3, T, H, W) twice �
 
 
 class Measures:
-    """The metrics of one protocol on clips; what is not available is left out and says why.
+    """Measure the metrics of one protocol on clips; unavailable ones are left out, with the reason.
 
-    Each clip is measured by itself, in full precision whatever the model runs in, so that its numbers depend on no
+    Each clip is measured by itself, in full precision independently of the model's, so that its numbers depend on no
     other clip and memory does not grow with the batch.
 
         measures = Measures(lpips="vgg")
@@ -44,8 +44,8 @@ class Measures:
         measures.unavailable                 # {"lpips": "Expected the VGG-16 backbone …"}
 
     Args:
-        compared: What is compared: floats, both sides rounded to 8 bits, or both written as a video and read back.
-        psnr: Over what one MSE is taken. A video's is that of its clips together, which needs their "mse": here
+        compared: The compared pictures: floats, both sides rounded to 8 bits, or both written as a video and read back.
+        psnr: The range of one MSE. A video's is that of its clips together, which needs their "mse": here
             "video" is as "clip".
         psnr_epsilon: Added to the MSE of values in [0, 1].
         ssim: Variant, see `vidtwin.metrics.frames.ssim`.
@@ -99,7 +99,7 @@ class Measures:
             self._lpips["lpips_vgg"] = LPIPS(backbones.get("vgg"), "vgg")
 
     def setup(self, num_frames: int, height: int, width: int) -> None:
-        """Find out what is available for clips of this shape: the smallest one, where they differ."""
+        """Find out which metrics are available for clips of this shape: the smallest one, if they differ."""
         if self.compared == "mp4v" and (height % 2 or width % 2):
             raise UserError(f"Expected frames with an even height and width for mp4v, got {(height, width)}.")
         reasons = {
@@ -116,20 +116,20 @@ class Measures:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The metrics that are available, in their order."""
+        """List the available metrics in their order."""
         return tuple(self._ready())
 
     def __call__(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Clips (B, 3, T, H, W) in [-1, 1] → (B,) by the name of each available metric."""
+        """Measure clips (B, 3, T, H, W) in [-1, 1] → (B,) by the name of each available metric."""
         return self.values(*self.prepare(prediction, target))
 
     def prepare(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Both sides as the protocol compares them, which FVD has to take as well; see `as_compared`."""
+        """Make both sides what the protocol compares, which FVD has to take as well; see `as_compared`."""
         return as_compared(prediction, self.compared, self.fps), as_compared(target, self.compared, self.fps)
 
     @torch.no_grad()
     def values(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """What is measured on clips that are prepared, (B,) by name."""
+        """Measure prepared clips, (B,) by name."""
         metrics = self._ready()
         if prediction.shape != target.shape:
             raise UserError(f"Expected clips of one shape, got {tuple(prediction.shape)} and {tuple(target.shape)}.")

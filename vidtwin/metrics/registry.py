@@ -1,37 +1,49 @@
-"""The list of metrics: names, units, directions and digits. It needs no torch, so tables and plots read it too."""
+"""The list of metrics: names, units, directions, digits, needs; without torch, as tables and plots read it too."""
 
 import math
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A measure of reconstruction quality.
+class Column:
+    """A column of a table.
 
     Attributes:
-        key: Its name in `clips.csv` and `results.json`.
+        key: Its name in a program.
         label: Its name for readers.
-        unit: "dB", or nothing.
-        higher: Whether more is better.
-        digits: Digits after the point.
+        unit: "dB", "%", or nothing.
+        higher: Whether more is better; None if neither is.
         needs: The conditions under which it can be measured.
-        per_clip: Whether each clip has a value; rFVD needs the whole set.
-        shown: Whether tables and plots have it; MSE only serves to compute PSNR.
+        words: Whether it holds words, not numbers.
     """
 
     key: str
     label: str
-    unit: str
-    higher: bool
-    digits: int
+    unit: str = ""
+    higher: bool | None = None
     needs: str = ""
-    per_clip: bool = True
-    shown: bool = True
+    words: bool = False
 
     @property
     def title(self) -> str:
         """Label and unit."""
         return f"{self.label} ({self.unit})" if self.unit else self.label
+
+
+@dataclass(frozen=True)
+class Metric(Column):
+    """A measure of reconstruction quality; its key names it in `clips.csv` and `results.json`.
+
+    Attributes:
+        digits: Digits after the point.
+        per_clip: Whether each clip has a value; rFVD needs the whole set.
+        shown: Whether tables and plots have it; MSE only serves to compute PSNR.
+    """
+
+    higher: bool = True
+    digits: int = 4
+    per_clip: bool = True
+    shown: bool = True
 
     def text(self, value: float | None) -> str:
         """Format a value for readers; an absent one is empty."""
@@ -41,16 +53,16 @@ class Metric:
 
 
 METRICS = (
-    Metric("mse", "MSE", "", False, 5, shown=False),
-    Metric("psnr", "PSNR", "dB", True, 2),
-    Metric("ssim", "SSIM", "", True, 4, "11 px a side, `uniform7` 7"),
-    Metric("ms_ssim", "MS-SSIM", "", True, 4, "176 px a side"),
-    Metric("lpips", "LPIPS", "", False, 4, "the network's file"),
-    Metric("lpips_alex", "LPIPS (alex)", "", False, 4, "the network's file"),
-    Metric("lpips_vgg", "LPIPS (vgg)", "", False, 4, "the network's file"),
-    Metric("flicker", "Flicker", "", False, 5, "2 frames"),
-    Metric("vmaf", "VMAF", "", True, 2, "`vmaf: true`, the extra `vmaf`, 32 px a side"),
-    Metric("rfvd", "rFVD", "", False, 1, "an I3D network, 10 frames", per_clip=False),
+    Metric("mse", "MSE", higher=False, digits=5, shown=False),
+    Metric("psnr", "PSNR", "dB", higher=True, digits=2),
+    Metric("ssim", "SSIM", higher=True, needs="11 px a side, `uniform7` 7"),
+    Metric("ms_ssim", "MS-SSIM", higher=True, needs="176 px a side"),
+    Metric("lpips", "LPIPS", higher=False, needs="the network's file"),
+    Metric("lpips_alex", "LPIPS (alex)", higher=False, needs="the network's file"),
+    Metric("lpips_vgg", "LPIPS (vgg)", higher=False, needs="the network's file"),
+    Metric("flicker", "Flicker", higher=False, digits=5, needs="2 frames"),
+    Metric("vmaf", "VMAF", higher=True, digits=2, needs="`vmaf: true`, the extra `vmaf`, 32 px a side"),
+    Metric("rfvd", "rFVD", higher=False, digits=1, needs="an I3D network, 10 frames", per_clip=False),
 )
 BY_KEY = {metric.key: metric for metric in METRICS}
 PER_CLIP = tuple(metric.key for metric in METRICS if metric.per_clip)

@@ -1,4 +1,4 @@
-"""How well the changes from frame to frame are kept."""
+"""The fidelity of changes from frame to frame."""
 
 from torch import Tensor
 
@@ -7,11 +7,11 @@ from vidtwin.metrics.frames import unit_range
 
 
 def flicker(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error of the differences of neighbouring frames, x[t+1] − x[t], of values in [0, 1].
+    """Compute the mean absolute error of the differences of neighbouring frames, x[t+1] − x[t], of values in [0, 1].
 
     VBench's temporal flickering is the mean absolute difference of neighbouring frames in steps of 255 (Huang et al.
-    2024, 4.1), without a target, so that motion counts as flicker. Here the target's differences are taken off, and
-    what is left is what the reconstruction adds or loses; times 255 it is in VBench's steps.
+    2024, 4.1), without a target, so that motion counts as flicker. Here the target's differences are taken off,
+    which leaves those that the reconstruction adds or loses; times 255 it is in VBench's steps.
 
     Args:
         prediction: (B, 3, T, H, W) in [-1, 1], clamped here.
@@ -28,5 +28,5 @@ def flicker(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def flicker_allowed(num_frames: int) -> str | None:
-    """Why clips of so many frames have no flicker; None if they have one."""
+    """Say why clips of so many frames have no flicker; None if they have one."""
     return None if num_frames > 1 else f"Expected clips of at least 2 frames for flicker, got {num_frames}."

@@ -14,9 +14,9 @@ _SMALLEST = 32  # its coarsest scale is an eighth, 4 pixels; below 17 the window
 
 
 def vmaf(prediction: Tensor, target: Tensor) -> Tensor:
-    """Netflix' Video Multimethod Assessment Fusion, from 0 to 100, mean over the frames of a clip.
+    """Compute Netflix' Video Multimethod Assessment Fusion, from 0 to 100, mean over the frames of a clip.
 
-    It is taken on 8-bit luma, BT.601 in limited range, which is what FFmpeg makes of untagged RGB. The model was
+    It is taken on 8-bit luma, BT.601 in limited range, as FFmpeg converts untagged RGB. The model was
     trained for 1080p on a television: on small frames it ranks, but its values are not those of the screen.
 
     Args:
@@ -35,7 +35,7 @@ def vmaf(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def vmaf_allowed(height: int, width: int) -> str | None:
-    """Why there is no VMAF here, or none of frames of this size; None if there is."""
+    """Say why VMAF can't be measured here or on frames of this size; None if it can."""
     try:
         importlib.import_module("vmaf_torch")
     except ImportError as error:
@@ -46,7 +46,7 @@ def vmaf_allowed(height: int, width: int) -> str | None:
 
 
 def _luma(clips: Tensor) -> Tensor:
-    """(B, 3, T, H, W) in [0, 1] → (B, T, 1, H, W), whole numbers from 16 to 235."""
+    """Convert (B, 3, T, H, W) in [0, 1] → (B, T, 1, H, W), whole numbers from 16 to 235."""
     red, green, blue = clips.float().unbind(1)
     return (16.0 + 65.481 * red + 128.553 * green + 24.966 * blue).round().unsqueeze(2)
 

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there, and that run no code when they are read.
+"""Write checkpoints atomically and read them without running code.
 
-A checkpoint of ours holds, beside what Lightning stores, `model_spec`: the autoencoder's class path and arguments, from
-which a command without a config rebuilds it. A folder of `save_pretrained` and `hf://owner/name` (vidtwin/hub.py) are
-read as checkpoints of the weights alone.
+Beside Lightning's entries a checkpoint holds `model_spec`: the autoencoder's class path and arguments, from which a
+command without a config rebuilds it. A folder of `save_pretrained` and `hf://owner/name` (vidtwin/hub.py) are read as
+checkpoints of the weights alone.
 """
 
 import re
@@ -28,18 +28,18 @@ _STEP_FILE = re.compile(r"step-(\d{8,})\.ckpt")
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes beside the target and moves over it; Lightning's own goes through memory and another file system."""
+    """Write to a temporary file beside the target and rename it; Lightning's plugin goes through memory."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        # torch hides why a write failed when it opens the file itself.
-        with explaining_a_full_disk(path), replacing(path) as temporary, temporary.open("wb") as file:
+        # If torch opens the file itself, its errors hide the reason.
+        with explain_full_disk(path), replacing(path) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         checkpoint = read(path)
-        check(path)  # torch takes in flipped bytes without a word
+        check(path)  # torch does not verify checksums
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -47,8 +47,8 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 @contextmanager
-def explaining_a_full_disk(path: str | Path) -> Iterator[None]:
-    """Turn a write of `path` that fails for want of room into a `UserError` that names the checkpoint to go on from."""
+def explain_full_disk(path: str | Path) -> Iterator[None]:
+    """Turn the error of a full disk into a `UserError` that names the checkpoint to resume from."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -56,19 +56,19 @@ def explaining_a_full_disk(path: str | Path) -> Iterator[None]:
         if reason is None:
             raise
         before = newest(Path(path).parent, report=lambda _: None)
-        whole = f"; {before} is whole" if before else ""
+        intact = f"; {before} is intact" if before else ""
         raise UserError(
-            f"Expected room to write {path}, got {reason!r}{whole}. Free space and go on with --resume auto."
+            f"Expected room to write {path}, got {reason!r}{intact}. Free space and continue with --resume auto."
         ) from error
 
 
 def step_path(folder: str | Path, step: int) -> Path:
-    """`step-00001000.ckpt`."""
+    """Return the path of a step's checkpoint: `step-00001000.ckpt`."""
     return Path(folder) / f"step-{step:08d}.ckpt"
 
 
 def step_files(folder: str | Path) -> dict[int, Path]:
-    """The files of a folder that are named after a step, newest first. What else lies there is not ours."""
+    """Return the `step-*.ckpt` files of a folder by step, newest first."""
     folder = Path(folder)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     found = {int(match[1]): folder / match[0] for name in names if (match := _STEP_FILE.fullmatch(name))}
@@ -76,57 +76,57 @@ def step_files(folder: str | Path) -> dict[int, Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a `step-*.ckpt`."""
+    """Return the step in the name of a `step-*.ckpt`."""
     match = _STEP_FILE.fullmatch(path.name)
     assert match is not None
     return int(match[1])
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether training names its checkpoints so."""
+    """Return whether a file name is one of a training's checkpoints."""
     return name in ("last.ckpt", "best.ckpt") or _STEP_FILE.fullmatch(name) is not None
 
 
 def candidates(folder: str | Path) -> list[Path]:
-    """`last.ckpt`, `step-*.ckpt` (newest first) and `best.ckpt`, as far as they are there, whole or not."""
+    """List the existing ones of `last.ckpt`, `step-*.ckpt` (newest first) and `best.ckpt`, intact or not."""
     named = [Path(folder) / "last.ckpt", *step_files(folder).values(), Path(folder) / "best.ckpt"]
     return [path for path in named if path.exists() or path.is_symlink()]
 
 
 def newest(folder: str | Path, report: Callable[[str], object] = warnings.warn) -> Path | None:
-    """The whole checkpoint of the most steps in a folder, or None; damaged ones are named to `report`.
+    """Return the intact checkpoint of the most steps in a folder, if there is one; `report` the damaged ones.
 
-    Whole means that the checksum of every byte is right. Of equal steps it is the one that `last.ckpt` points at.
-    `best.ckpt` comes last: it may be from before a rollback.
+    Intact means that all checksums match. Of equal steps the target of `last.ckpt` is taken. `best.ckpt` comes last,
+    since it may be from before a rollback.
     """
-    # One entry a file: in the place of last.ckpt, but under the name of what it points at, which does not move on.
+    # Links are resolved: a target keeps its content, while last.ckpt is moved to the next checkpoint.
     files = {path.resolve(): path for path in candidates(folder)}
-    return next(_whole(files.values(), report), None)
+    return next(_select_intact(files.values(), report), None)
 
 
 def history(folder: str | Path, report: Callable[[str], object] = warnings.warn) -> list[Path]:
-    """All whole `step-*.ckpt` of a folder, newest first; damaged ones are named to `report`."""
-    return list(_whole(step_files(folder).values(), report))
+    """List the intact `step-*.ckpt` of a folder, newest first; `report` the damaged ones."""
+    return list(_select_intact(step_files(folder).values(), report))
 
 
-def _whole(paths: Iterable[Path], report: Callable[[str], object]) -> Iterator[Path]:
-    """Those that are whole, the one of the most steps first, the best last. Reads no more than is asked."""
+def _select_intact(paths: Iterable[Path], report: Callable[[str], object]) -> Iterator[Path]:
+    """Yield the intact checkpoints, that of the most steps first, best.ckpt last; each is verified when it is due."""
     steps = {}
     for path in paths:
         try:
-            steps[path] = _global_step(path)
+            steps[path] = _read_step(path)
         except UserError as error:
-            report(f"passed over: {error}")
+            report(f"skipped: {error}")
     for path in sorted(steps, key=lambda path: (path.name == "best.ckpt", -steps[path])):
         try:
             check(path)
         except UserError as error:
-            report(f"passed over: {error}")
+            report(f"skipped: {error}")
         else:
             yield path
 
 
-def _global_step(path: Path) -> int:
+def _read_step(path: Path) -> int:
     step = read(path, lazily=True).get("global_step")
     if not isinstance(step, int):
         raise UserError(f"Expected a checkpoint written by `vidtwin fit`, got {path} without its global_step.")
@@ -134,24 +134,28 @@ def _global_step(path: Path) -> int:
 
 
 def check(path: str | Path) -> None:
-    """Raise `UserError` unless all bytes have the checksum that was written with them; torch does not look at it."""
+    """Raise `UserError` unless all checksums match; torch does not verify them."""
     if hub.is_pretrained(path):
         _read_pretrained(path, check=True)
         return
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except Exception as error:  # zipfile has many for headers that are damaged
-        raise UserError(f"Expected a whole checkpoint, got {path}: it is damaged or cut off ({error}).") from error
+    except Exception as error:  # damaged headers raise many kinds
+        raise UserError(f"Expected an intact checkpoint, got {path}: it is damaged or cut off ({error}).") from error
     if damaged is not None:
-        raise UserError(f"Expected a whole checkpoint, got {path}: it is damaged (checksum of {damaged}).")
+        raise UserError(f"Expected an intact checkpoint, got {path}: it is damaged (checksum of {damaged}).")
 
 
 def read(path: str | Path, lazily: bool = False) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; raises `UserError` for one that is absent, cut off or holds pickled objects.
+    """Read a checkpoint onto the CPU, or the autoencoder's entries of one from weights in another form.
 
-    Of a folder of `save_pretrained`, or of `hf://owner/name[@revision]`, it makes what a checkpoint holds of the
-    autoencoder.
+    Args:
+        path: A checkpoint, a folder of `save_pretrained`, or `hf://owner/name[@revision]`.
+        lazily: Map the tensors into memory instead of reading them.
+
+    Raises:
+        UserError: It is missing or cut off, or it holds pickled objects.
     """
     if hub.is_pretrained(path):
         return _read_pretrained(path, check=not lazily)
@@ -179,14 +183,14 @@ def _read_pretrained(path: str | Path, check: bool) -> dict[str, Any]:
     return {
         "state_dict": {f"{PREFIX}{name}": value for name, value in state.items()},
         "model_spec": {key: config[key] for key in ("class_path", "init_args")},
-        "pytorch-lightning_version": lightning.__version__,  # by which Lightning tells what it has to adapt
+        "pytorch-lightning_version": lightning.__version__,  # required by Lightning
     }
 
 
 def load_autoencoder(path: str | Path, ema: bool = False, trust_modules: Sequence[str] = ()) -> VideoAutoencoder:
-    """Rebuild the autoencoder that a checkpoint holds, with its (or its averaged) weights, in evaluation mode.
+    """Rebuild the autoencoder of a checkpoint in evaluation mode; with `ema` take the averaged weights.
 
-    It is of a class of vidtwin, of an installed plug-in, or of a module that is imported already or in `trust_modules`.
+    Its class is one of vidtwin, of an installed plug-in, or of a module that is imported already or in `trust_modules`.
     """
     checkpoint = read(path)
     with plugins.trusting(trust_modules):
@@ -196,18 +200,18 @@ def load_autoencoder(path: str | Path, ema: bool = False, trust_modules: Sequenc
 
 
 def load_weights(model: VideoAutoencoder, path: str | Path, ema: bool = False) -> None:
-    """Load the autoencoder's weights from a checkpoint of the same size; `UserError` says how another one differs."""
+    """Load the autoencoder's weights from a checkpoint; raise `UserError` if its tensors differ in name or shape."""
     _load(model, read(path), path, ema)
 
 
 def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
-    """Start from what fits of another training's autoencoder: its averaged weights where it has them.
+    """Load the weights that fit from another training's autoencoder, the averaged ones if there are any.
 
-    Takes a checkpoint of `vidtwin fit`, a file of an autoencoder's weights alone, a folder of `save_pretrained` or
-    `hf://owner/name`. Discriminator, optimizers and steps stay behind.
+    Accepts a checkpoint of `vidtwin fit`, a file of an autoencoder's weights alone, a folder of `save_pretrained` or
+    `hf://owner/name`. Discriminator, optimizers and steps are ignored.
 
     Returns:
-        A line for each tensor of the model that keeps its initial values, and for each of the file that has no place.
+        A line per tensor of the model that keeps its initial values, and per tensor of the file that was not used.
     """
     held = read(path) if hub.is_pretrained(path) else weights.read(path)
     if not isinstance(held, dict):
@@ -225,7 +229,7 @@ def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
     lines = [f"missing {name}" for name in own if name not in held]
     lines += [f"unexpected {name}" for name in held if name not in own]
     return lines + [
-        f"left out, reshaped {name}: {tuple(held[name].shape)} there, {tuple(own[name].shape)} here"
+        f"skipped {name} of another shape: {tuple(held[name].shape)} there, {tuple(own[name].shape)} here"
         for name in own
         if name in held and name not in fitting
     ]
@@ -238,7 +242,7 @@ def _load(model: VideoAutoencoder, checkpoint: dict[str, Any], path: str | Path,
 
 
 def autoencoder_weights(checkpoint: dict[str, Any], ema: bool = False) -> dict[str, Tensor]:
-    """The autoencoder's part of a checkpoint, without the prefix; with `ema` the averaged weights where there are."""
+    """Return the autoencoder's weights in a checkpoint, without the prefix; with `ema` the averaged ones."""
     state = checkpoint["state_dict"]
     own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     if not ema:
@@ -252,12 +256,15 @@ def autoencoder_weights(checkpoint: dict[str, Any], ema: bool = False) -> dict[s
 
 
 def keep_autoencoder(checkpoint: dict[str, Any], own: dict[str, Tensor], ema: bool = False) -> None:
-    """Reduce the weights of a checkpoint to its autoencoder's (or averaged ones); the rest become those of `own`.
+    """Replace all weights of a checkpoint except its autoencoder's by those of `own`.
 
     Args:
-        checkpoint: Changed in place; `UserError` if its autoencoder is another one.
-        own: State of the task that is to load it.
+        checkpoint: Changed in place.
+        own: State of the task that will load it.
         ema: Take the averaged weights.
+
+    Raises:
+        UserError: Its autoencoder is another one.
     """
     wanted = {name.removeprefix(PREFIX): value for name, value in own.items() if name.startswith(PREFIX)}
     weights.check_fit(autoencoder_weights(checkpoint), wanted, "The checkpoint")
@@ -269,30 +276,29 @@ def check_resumable(checkpoint: dict[str, Any], own: dict[str, Tensor], trained:
     """Raise `UserError` unless a training with the state `own` and `trained` trained tensors can resume from it."""
     if "optimizer_states" not in checkpoint:
         raise UserError(
-            "Expected a checkpoint of a training to go on from, got weights alone; --init_from begins a new training."
+            "Expected a checkpoint of a training to resume, got weights alone; --init_from starts a new training."
         )
     try:
         weights.check_fit(checkpoint["state_dict"], own, "The checkpoint")
     except UserError as error:
-        raise UserError(f"{error} --init_from begins a new training with what fits.") from error
+        raise UserError(f"{error} --init_from starts a new training with the weights that fit.") from error
     held = sum(len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"])
     if held != trained:
         raise UserError(
             f"Expected a checkpoint that trained the same {trained} tensors, got one of {held}: another model.freeze; "
-            "--init_from begins a new training from it."
+            "--init_from starts a new training from it."
         )
 
 
-def _as_stored(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Tuples, which a parser makes by the signature, as the lists that a spec holds."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
-
-
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Where two specs differ, a line each: `depth: 16 in the config, 2 in the checkpoint`."""
+    """List the differences of two specs, a line each: `depth: 16 in the config, 2 in the checkpoint`."""
     if first["class_path"] != second["class_path"]:
         return [f"class_path: {first['class_path']} in the config, {second['class_path']} in the checkpoint"]
-    ours, theirs = (_as_stored(spec.get("init_args", {})) for spec in (first, second))
+    # A stored spec has lists instead of the tuples that a parser makes.
+    ours, theirs = (
+        {key: list(value) if isinstance(value, tuple) else value for key, value in spec.get("init_args", {}).items()}
+        for spec in (first, second)
+    )
     return [
         f"{key}: {ours.get(key)} in the config, {theirs.get(key)} in the checkpoint"
         for key in sorted({*ours, *theirs})

@@ -1,4 +1,4 @@
-"""Running buffers: what forward passes change, as statistics of batch norms, codebooks and running means."""
+"""Share, copy and restore running buffers: those that forward passes change, such as batch statistics and codebooks."""
 
 from collections.abc import Mapping
 
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 def running_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that a checkpoint keeps, by name."""
+    """Return the buffers in a model's state dict, by name."""
     kept = model.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 @torch.no_grad()
 def share_buffers(model: nn.Module) -> None:
-    """Copy the running buffers of the first rank to all. All ranks must call it together."""
+    """Copy the running buffers of the first rank to all ranks. All ranks must call it together."""
     buffers = list(running_buffers(model).values())
     for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
         same = [buffer for buffer in buffers if buffer.dtype == dtype]
@@ -26,12 +26,12 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def copy_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Copy the running buffers, to undo a forward pass by `restore_buffers`."""
+    """Copy the running buffers, so that `restore_buffers` can undo a forward pass."""
     return {name: buffer.clone() for name, buffer in running_buffers(model).items()}
 
 
 @torch.no_grad()
 def restore_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Write copied values back, by name: some modules replace the tensor of a buffer in a forward pass."""
+    """Restore copied values by name, since some modules replace a buffer's tensor in the forward pass."""
     for name, buffer in running_buffers(model).items():
         buffer.copy_(before[name])

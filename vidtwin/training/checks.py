@@ -1,4 +1,4 @@
-"""Checks of a training's options against its model, its loss and its trainer, before anything is computed."""
+"""Check a training's options against its model, loss and trainer, before anything is computed."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from vidtwin.losses.autoencoder import AutoencoderLoss
 
 
 def freeze(autoencoder: nn.Module, parts: Sequence[str]) -> None:
-    """Exclude parts of an autoencoder from training; raise `UserError` for a name that is not one of its modules."""
+    """Exclude parts of an autoencoder from training; raise `UserError` for the name of a missing module."""
     for part in parts:
         modules = dict(autoencoder.named_modules())
         if part not in modules or not part:
@@ -25,7 +25,7 @@ def freeze(autoencoder: nn.Module, parts: Sequence[str]) -> None:
 
 
 def check_training(autoencoder: VideoAutoencoder, loss: AutoencoderLoss, trainer: Trainer) -> None:
-    """Raise `UserError` for a training that has nothing to train, or whose steps, precision or GAN cannot work."""
+    """Raise `UserError` for a training without trainable weights, or with invalid steps, precision or GAN."""
     if not any(p.requires_grad for p in autoencoder.parameters()):
         raise UserError(f"{type(autoencoder).__name__} has nothing to train; shorten model.freeze or run a test.")
     if not getattr(trainer, "fast_dev_run", False):
@@ -38,8 +38,8 @@ def check_training(autoencoder: VideoAutoencoder, loss: AutoencoderLoss, trainer
     adaptive = loss.adaptive_weight and loss.adversarial_weight > 0
     if loss.discriminator is not None and adaptive and not autoencoder.last_layer.requires_grad:
         raise UserError(
-            "Expected a last layer that is trained for the adaptive GAN weight, got one that model.freeze names; "
-            "train it or set --model.loss.adaptive_weight false."
+            "Expected a trained last layer for the adaptive GAN weight, got one that model.freeze names; train it or "
+            "set --model.loss.adaptive_weight false."
         )
 
 

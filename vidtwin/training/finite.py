@@ -1,4 +1,4 @@
-"""Agreement of the ranks on whether a loss or a gradient is finite, and what is not."""
+"""Find losses and gradients that are not finite on any rank."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 def find_reason(strategy: Strategy, value: Tensor, explain: Callable[[], tuple[str, str]]) -> str | None:
-    """Return None if `value` is finite on all ranks; else why it is not on this one ("" if another rank broke).
+    """Return None if `value` is finite on all ranks; else this rank's reason ("" if another rank is the cause).
 
-    `explain` says what is not finite of this rank's own, and of what the ranks have computed together. All ranks must
-    call it together.
+    `explain` returns the reason in this rank's own values, and that in values that the ranks share. All ranks must call
+    this function together.
     """
     bad, any_rank = not bool(torch.isfinite(value)), strategy.reduce_boolean_decision
     if not any_rank(bad, all=False):
@@ -21,7 +21,7 @@ def find_reason(strategy: Strategy, value: Tensor, explain: Callable[[], tuple[s
 
 
 def bad_terms(terms: dict[str, Tensor]) -> tuple[str, str]:
-    """Name the terms of a loss that are not finite: of the rank's own clips, and those that other ranks share in."""
+    """Name the non-finite terms of a loss: those of the rank's own clips, and those that depend on other ranks."""
     bad = [f"{name} is {float(value.detach()):g}" for name, value in terms.items() if not value.isfinite()]
     shared = [text for text in bad if text.startswith(("total", "adaptive_weight", "lecam"))]
     own = [text for text in bad if text not in shared]

@@ -1,4 +1,4 @@
-"""Learning rates of a training: schedules that end with it, and steps at a scaled rate."""
+"""Make learning-rate schedules that end with the training, and take steps at a scaled rate."""
 
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -9,8 +9,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from vidtwin.schedules import WarmupCosine
 
 
-def schedule(optimizer: Optimizer, make: LRSchedulerCallable, max_steps: int | None) -> LRScheduler:
-    """Make the schedule of an optimizer, which ends at `max_steps`; None ends it after the warm-up."""
+def make_schedule(optimizer: Optimizer, make: LRSchedulerCallable, max_steps: int | None) -> LRScheduler:
+    """Make an optimizer's schedule, which ends at `max_steps`; None ends it after the warm-up."""
     scheduler = make(optimizer)
     if isinstance(scheduler, WarmupCosine):
         scheduler.set_total_steps(scheduler.warmup_steps + 1 if max_steps is None else max_steps)
@@ -18,13 +18,13 @@ def schedule(optimizer: Optimizer, make: LRSchedulerCallable, max_steps: int | N
 
 
 def resume_rates(scheduler: LRScheduler) -> None:
-    """Take the rates of a resumed run from its config from the first step on, not from the checkpoint."""
+    """Set the rates of a resumed run by its config, not by the checkpoint."""
     if isinstance(scheduler, WarmupCosine):
         for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
             group["lr"] = rate
 
 
-def gradients(optimizer: LightningOptimizer | Optimizer) -> list[Tensor]:
+def list_gradients(optimizer: LightningOptimizer | Optimizer) -> list[Tensor]:
     """List the gradients of an optimizer's parameters."""
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
@@ -36,5 +36,5 @@ def step_at(optimizer: LightningOptimizer | Optimizer, rate_scale: float) -> Non
         group["lr"] = group["lr"] * rate_scale
     optimizer.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate  # the schedule's own, from which it may compute the next
+        group["lr"] = rate  # a schedule may compute the next rate from this one
     optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Run a dumped step again (`StepGuard` writes them) and say where it breaks."""
+"""Rerun a step that `StepGuard` has dumped, and report where its values stop being finite."""
 
 import math
 from collections.abc import Callable
@@ -13,37 +13,36 @@ from vidtwin.training.task import AutoencoderTask
 
 
 def read(path: str) -> dict[str, Any]:
-    """Read a dump; `UserError` for another file."""
+    """Read a dump; raise `UserError` for another file."""
     content = weights.read(path)
     if not isinstance(content, dict) or not {"reason", "batch", "state_dict", "precision", "config"} <= set(content):
-        raise UserError(f"Expected the dump of a skipped step, got {path}; they are in a run's folder `nonfinite`.")
+        raise UserError(f"Expected the dump of a skipped step, got {path}; a run's folder `nonfinite` has them.")
     return content
 
 
 def replay(task: AutoencoderTask, dump: dict[str, Any]) -> list[str]:
-    """Run the step of a dump: the same batch, weights and random draws.
+    """Rerun the step of a dump with the same batch, weights and random draws.
 
     Args:
         task: Built from the dump's config, on the device to run on.
-        dump: What `StepGuard` wrote.
+        dump: Content of a file of `StepGuard`.
 
     Returns:
-        Lines of a report: clips, weights, the first module whose output is not finite, terms of the loss, gradients.
+        Lines of a report: clips, weights, the first module with a non-finite output, terms of the loss, gradients.
     """
     task.load_state_dict(dump["state_dict"])
     task.batches, task.seed = dump["training"]["batches"], dump["training"]["seed"]
     clip = dump["batch"]["clip"].to(next(task.parameters()).device)
     lines = [f"skipped at step {dump['step']}: {dump['reason']}"]
-    lines += [
-        f"clip {name}: {_range(clip[index])}" for index, name in enumerate(dump["batch"].get("name", range(len(clip))))
-    ]
+    names = dump["batch"].get("name", range(len(clip)))
+    lines += [f"clip {name}: {_describe_range(values)}" for name, values in zip(names, clip, strict=True)]
     bad = [name for name, p in task.named_parameters() if not p.isfinite().all()]
     sizes = {name: float(p.detach().abs().nan_to_num(math.inf, math.inf).max()) for name, p in task.named_parameters()}
     largest = max(sizes, key=lambda name: sizes[name])
-    lines.append(f"weights: {_some(bad)}; the largest is {sizes[largest]:.3g} in {largest}")
+    lines.append(f"weights: {_summarize(bad)}; the largest is {sizes[largest]:.3g} in {largest}")
 
     broken: list[str] = []
-    hooks = [module.register_forward_hook(_watcher(name, broken)) for name, module in task.named_modules() if name]
+    hooks = [module.register_forward_hook(_make_hook(name, broken)) for name, module in task.named_modules() if name]
     task.train().zero_grad()
     task.seed_draws(dump["rank"])
     reason = None
@@ -60,23 +59,26 @@ def replay(task: AutoencoderTask, dump: dict[str, Any]) -> list[str]:
     finally:
         for hook in hooks:
             hook.remove()
-    lines.append(f"first module whose output is not finite: {broken[0] if broken else 'none'}")
+    lines.append(f"first module with a non-finite output: {broken[0] if broken else 'none'}")
     wrong = [name for name, p in task.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    lines.append(f"gradients: {_some(wrong)}")
+    lines.append(f"gradients: {_summarize(wrong)}")
     if reason or wrong:
-        return [*lines, f"it breaks here too: {reason or bad_gradients(task)}"]
-    return [*lines, "here it is finite: another device, precision or number of ranks may differ"]
+        return [*lines, f"reproduced: {reason or bad_gradients(task)}"]
+    return [
+        *lines,
+        "not reproduced: all values are finite; the device, precision or number of ranks may differ",
+    ]
 
 
-def _watcher(name: str, broken: list[str]) -> Callable[[nn.Module, Any, Any], None]:
-    def watch(module: nn.Module, inputs: Any, output: Any) -> None:
+def _make_hook(name: str, broken: list[str]) -> Callable[[nn.Module, Any, Any], None]:
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
-            broken.append(name)  # modules end from the inside out: the first is the one where it begins
+            broken.append(name)  # inner modules end first, so the first one is the source
 
-    return watch
+    return record
 
 
-def _range(clip: Tensor) -> str:
+def _describe_range(clip: Tensor) -> str:
     bad = int((~clip.isfinite()).sum())
     if bad:
         return f"{bad} of {clip.numel()} numbers are not finite"
@@ -84,5 +86,5 @@ def _range(clip: Tensor) -> str:
     return f"constant, {low:.3f}" if low == high else f"from {low:.3f} to {high:.3f}"
 
 
-def _some(names: list[str]) -> str:
+def _summarize(names: list[str]) -> str:
     return f"{len(names)} not finite, first {names[0]}" if names else "all finite"

@@ -1,13 +1,12 @@
-"""FSDP2: the autoencoder and its optimizer's state are split over all devices, for models too large for each of them.
+"""Shard an autoencoder and its optimizer's state over all devices by FSDP2, for models too large for one of them.
 
     vidtwin fit --config configs/vidtwin_large.yaml --config configs/trainer/fsdp2.yaml
 
-The units are the repeated blocks of the model (`units`). A block's weights are gathered for its forward and for its
-backward pass and freed after each; what lies between the blocks, the last layer among it, stays gathered from the
+The units are the repeated blocks of the model (`list_units`). A block's weights are gathered for its forward and for
+its backward pass and freed after each; the weights between the blocks, including the last layer, stay gathered from the
 forward to the backward pass. The discriminator is small and stays whole on each rank, as in DDP.
 
-A model knows nothing of this, and no file shows it: a checkpoint is the one file of whole tensors that it is anywhere
-else, and goes on under any strategy.
+Neither models nor files depend on sharding: a checkpoint is one file of whole tensors and resumes under any strategy.
 """
 
 import warnings
@@ -33,49 +32,49 @@ from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
 from vidtwin.losses.adversarial import mean_over_ranks
 from vidtwin.storage import checkpoints
 
-# Before torch 2.15 FSDP finds tensors in a model's output only where pytree can look inside.
+# Before torch 2.15 FSDP finds the tensors of a model's output only in classes that pytree knows.
 register_dataclass(Reconstruction)
 
 
 class Placement:
-    """How the weights of a training lie on its ranks: whole on each, unless a strategy overrides these methods.
+    """Placement of a training's weights on its ranks: whole on each, unless a strategy overrides these methods.
 
-    Callers ask `placement_of(trainer)` and need not know whether weights are sharded.
+    Callers use `placement_of(trainer)` and need not know whether weights are sharded.
     """
 
     def shard(self, autoencoder: VideoAutoencoder) -> None:
-        """Split the weights of the task's autoencoder over the ranks, beginning with those of the first rank."""
+        """Split the weights of the task's autoencoder over the ranks, starting from those of the first rank."""
 
     def gather(self, model: nn.Module) -> None:
-        """Hold all weights on each rank until `reshard`, for evaluation, in which ranks run different numbers of clips.
+        """Hold all weights on each rank until `reshard`. All ranks must call it together.
 
-        All ranks must call it together.
+        Needed in evaluation, since ranks run different numbers of clips.
         """
 
     def reshard(self, model: nn.Module) -> None:
-        """Free what other ranks hold too: parameters are again those that the optimizers know."""
+        """Free the weights of other ranks; the parameters are those of the optimizers again."""
 
     def probing(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Surround `torch.autograd.grad` at the last layer, which is not yet the backward pass."""
+        """Return the context for `torch.autograd.grad` at the last layer, which precedes the backward pass."""
         return nullcontext()
 
     def average_gradients(self, module: nn.Module) -> None:
-        """After a backward pass average gradients over the ranks if nothing else has done so."""
+        """Average gradients over the ranks after a backward pass, if nothing else has done so."""
 
     def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Return the norm of all numbers of all gradients."""
+        """Return the norm of all gradients together."""
         return nn.utils.get_total_norm(gradients)
 
     def clip_gradients(self, parameters: Sequence[nn.Parameter], limit: float, norm: Tensor) -> None:
-        """Scale gradients of the norm `norm` down to `limit`."""
+        """Scale gradients with the norm `norm` down to `limit`."""
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
     def whole(self, tree: Any, keep: bool = True) -> Any:
         """Return nested dicts and lists with whole tensors. All ranks must call it together.
 
         Args:
-            tree: Of the same keys, in the same order, on all ranks.
-            keep: Whether this rank needs them; else sharded tensors come back empty and take no memory.
+            tree: The same keys, in the same order, on all ranks.
+            keep: Whether this rank needs the tensors; else sharded ones are returned empty, to save memory.
         """
         return tree
 
@@ -89,12 +88,12 @@ def placement_of(trainer: Trainer | None) -> Placement:
 class FSDP2Strategy(Placement, ModelParallelStrategy):
     """Lightning's strategy for `fully_shard`, over all devices of all machines: `--trainer.strategy fsdp2`.
 
-    Where Lightning's own reads and writes checkpoints in its own way, past the checkpoint plugin, this one does as DDP
-    does: weights are loaded before the optimizers are made, files are read without running code and written as one.
+    Lightning's class bypasses the checkpoint plugin. This one works as DDP does: weights are loaded before the
+    optimizers are made, and checkpoints are single files that are read without running code.
 
     Args:
-        process_group_backend: Of torch.distributed; None is nccl on GPUs and gloo on CPUs.
-        timeout: After which a rank gives up waiting for the others.
+        process_group_backend: Backend of torch.distributed; None is nccl on GPUs and gloo on CPUs.
+        timeout: Maximum time that a rank waits for the others.
     """
 
     def __init__(self, process_group_backend: str | None = None, timeout: Any = default_pg_timeout) -> None:
@@ -106,7 +105,7 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" is the machines alone
+        self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" counts machines
         super().setup_environment()
 
     @property
@@ -119,27 +118,27 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
 
     def shard(self, autoencoder: VideoAutoencoder) -> None:
         if isinstance(autoencoder, FSDPModule):
-            self.reshard(autoencoder)  # from an earlier run of this process
+            self.reshard(autoencoder)  # sharded by an earlier run of this process
             return
         assert self.lightning_module is not None
-        # As DDP does: ranks that drew other initial values would train other discriminators, and mix their blocks.
+        # As in DDP, since ranks may have drawn different initial values.
         for tensor in [*self.lightning_module.parameters(), *self.lightning_module.buffers()]:
             self._take_from_first_rank(tensor)
         shard(autoencoder, self.device_mesh["data_parallel"])
 
     def gather(self, model: nn.Module) -> None:
-        for unit in _sharded(model):
+        for unit in _iter_sharded(model):
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
 
     def reshard(self, model: nn.Module) -> None:
-        for unit in _sharded(model):
+        for unit in _iter_sharded(model):
             unit.set_reshard_after_forward(unit is not model, recurse=False)
             unit.reshard()
 
     @contextmanager
     def probing(self, model: nn.Module) -> Iterator[None]:
-        # FSDP would take it for the backward pass, free the weights at its end, and have to gather them again.
+        # FSDP would take it for the backward pass, free the weights at its end, and gather them again.
         root = model if isinstance(model, FSDPModule) else None
         if root is not None:
             root.set_is_last_backward(False)
@@ -187,7 +186,7 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return self.lightning_module.state_dict()  # gathered in `save_checkpoint`, like all that is sharded
+        return self.lightning_module.state_dict()  # `save_checkpoint` gathers it
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         bare = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
@@ -202,7 +201,7 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        # Mapped: the ranks of a machine share its memory, and each reads its parts.
+        # Memory-mapped: the ranks of a machine share the pages, and each reads its parts.
         path = self.broadcast(checkpoint_path)
         checkpoint = checkpoints.read(path, lazily=True)
         checkpoints.check(path)
@@ -216,7 +215,7 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            # By place, as optimizers do it: the n-th of the file belongs to the n-th of ours.
+            # By position, as in optimizers: the n-th of the file belongs to the n-th parameter.
             saved = [index for group in state["param_groups"] for index in group["params"]]
             own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             place = dict(zip(saved, own, strict=False))
@@ -230,11 +229,11 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="The autoencoder is sharded over all devices.")
 
 
-def units(model: VideoAutoencoder) -> list[nn.Module]:
-    """What is gathered at a time: the outermost elements of the model's lists of modules, then the model itself.
+def list_units(model: VideoAutoencoder) -> list[nn.Module]:
+    """List the units that are gathered at a time: the outermost elements of module lists, then the model itself.
 
-    Elements without a forward pass of their own are passed through to those inside. An element that holds the last
-    layer is no unit: the adaptive GAN weight needs its weight between the forward and the backward pass.
+    Elements without a forward pass of their own are searched for inner ones. An element with the last layer is not a
+    unit, since the adaptive GAN weight needs that layer's weight between the forward and the backward pass.
     """
     found: dict[nn.Module, None] = {}
 
@@ -252,19 +251,19 @@ def units(model: VideoAutoencoder) -> list[nn.Module]:
 
 
 def shard(model: VideoAutoencoder, mesh: DeviceMesh) -> None:
-    """Split the weights of a model over the ranks of a mesh of one axis; a model without weights stays as it is."""
+    """Split the weights of a model, if it has any, over the ranks of a mesh with one axis."""
     if not any(True for _ in model.parameters()):
         return
-    # VidTwin's output is a view; torch warns since it would not stand being changed in place, which no loss does.
+    # VidTwin's output is a view; torch warns that it must not be changed in place, which no loss does.
     warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(FSDP{type(model).__name__}\) returned a view")
-    found = [fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not model) for unit in units(model)]
-    # In a backward pass each fetches the one before it ahead of time. Left to itself torch goes by all forward passes
-    # since the last backward pass, and ranks that evaluated different numbers of clips would wait for each other.
+    found = [fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not model) for unit in list_units(model)]
+    # In the backward pass each unit prefetches the one before it. By default torch follows all forward passes since the
+    # last backward pass, and ranks that evaluated different numbers of clips would wait for each other.
     for unit, before in zip(found, [found[0], *found[:-1]], strict=True):
         unit.set_modules_to_backward_prefetch([before])
 
 
-def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
+def _iter_sharded(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
@@ -272,20 +271,20 @@ def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, in the same memory; another one itself."""
+    """Return this rank's part of a sharded tensor, in the same memory, or the tensor itself if it is whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like(value: Any, own: Any) -> Any:
-    """A whole tensor sharded as `own` is; `value` itself where that is not sharded, or is of another shape."""
+    """Shard a whole tensor as `own` is; return `value` itself if `own` is whole or has another shape."""
     if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
         return value
-    value = value.to(own.device)  # each rank takes its part of what it has itself: src_data_rank
+    value = value.to(own.device)  # each rank takes its part of its own copy: src_data_rank
     return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None).clone()
 
 
 def _by_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Separate sharded tensors from others: operations on lists of tensors want one kind."""
+    """Separate sharded tensors from others, since operations on lists of tensors need one kind."""
     sharded: list[Tensor] = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
     others = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
     return [kind for kind in (sharded, others) if kind]

@@ -1,12 +1,10 @@
-"""The one LightningModule: train and validate any video autoencoder.
+"""Train and validate any video autoencoder: the one LightningModule.
 
-One step is one batch that updated the generator. Lightning counts a step for every optimizer under manual
-optimization; here only the generator's goes through Lightning's wrapper, so that max_steps, checkpoint intervals,
-schedules, the GAN's start and every logged curve count batches. A batch whose loss or gradient is not finite on any
-rank updates nothing on all of them and is no step.
+One step is one batch that updated the generator. Under manual optimization Lightning counts a step per optimizer; here
+only the generator's uses Lightning's wrapper, so max_steps, checkpoint intervals, schedules, the GAN's start and all
+logged curves count batches. A batch with a non-finite loss or gradient on any rank updates no rank and is not a step.
 
-All that a step draws at random depends on (seed, batches so far, rank) alone: nothing between two steps, and no
-interruption, can shift it.
+All random draws of a step depend on (seed, batches so far, rank) alone, whatever happens between two steps.
 """
 
 import random
@@ -38,40 +36,39 @@ from vidtwin.training.buffers import copy_buffers, restore_buffers, share_buffer
 from vidtwin.training.callbacks.ema import EMA
 from vidtwin.training.checks import check_training, freeze
 from vidtwin.training.finite import bad_gradients, bad_terms, find_reason
-from vidtwin.training.optimization import gradients, resume_rates, schedule, step_at
+from vidtwin.training.optimization import list_gradients, make_schedule, resume_rates, step_at
 from vidtwin.training.sharding import Placement, placement_of
 
 Batch = dict[str, Any]
-COUNTS = ("batches", "skipped", "rate_scale", "seed")  # what a checkpoint keeps of a training, beside Lightning's
+COUNTS = ("batches", "skipped", "rate_scale", "seed")  # stored in checkpoints
 
 
 class AutoencoderTask(LightningModule):
-    """Train and evaluate a video autoencoder, with a GAN where the loss has a discriminator.
+    """Train and evaluate a video autoencoder, with a GAN if the loss has a discriminator.
 
     A batch is `{"clip": (B, 3, T, H, W) in [-1, 1], "label": (B,), "name": list[str]}`.
 
     Args:
         autoencoder: The model.
         loss: Its training loss; None is L1, LPIPS and KL with the paper's weights.
-        optimizer: Of the autoencoder (and of the loss's log-variance where that is learned).
+        optimizer: Optimizer of the autoencoder (and of the loss's log-variance if that is learned).
         scheduler: Learning-rate schedule of `optimizer`, stepped once per step.
-        discriminator_optimizer: Of the loss's discriminator.
+        discriminator_optimizer: Optimizer of the loss's discriminator.
         discriminator_scheduler: Schedule of `discriminator_optimizer`, stepped once per step of the generator.
-        gradient_clip_norm: Largest norm of the gradient, for each of the two players; None does not clip.
-        accumulation: Parts that each batch is split into; their gradients add up to one step, and only one part's
-            activations are in memory at a time. The batch is that of the step: data.batch_size clips on each device.
+        gradient_clip_norm: Maximum norm of the gradient, for each of the two players; None does not clip.
+        accumulation: Number of parts into which each batch is split. Their gradients add up to one step, and one part's
+            activations at a time are in memory. A step still takes data.batch_size clips on each device.
         ema_decay: Decay of the running average of the autoencoder's weights (0.999 looks back about 1,000 steps);
-            None keeps none.
+            None keeps no average.
         use_ema: Evaluate with that average: in validation, and in the commands that read a checkpoint.
-        freeze: Parts of the autoencoder that are not trained, by the names of its modules (`encoder`,
-            `structure.qformer`).
-        metrics: Metrics of validation; None takes the loss's LPIPS backbone for LPIPS.
+        freeze: Modules of the autoencoder to exclude from training, by name (`encoder`, `structure.qformer`).
+        metrics: Metrics of validation; by default LPIPS uses the loss's backbone.
 
     Attributes:
-        batches: Batches that this training has seen, skipped ones included.
-        skipped: Those among them that updated nothing, since their loss or gradient was not finite.
+        batches: Number of batches so far, including skipped ones.
+        skipped: Number of batches that updated nothing, since a loss or gradient was not finite.
         rate_scale: Factor on every learning rate; a rollback may lower it.
-        config: The `model` section of the config that it was built from, if it came from one.
+        config: The `model` section of the config from which the task was built, if there is one.
     """
 
     def __init__(
@@ -106,8 +103,7 @@ class AutoencoderTask(LightningModule):
         self.ema = EMA(ema_decay, use_ema)
         self.freeze_parts = freeze or []
         self.metrics = metrics or ClipMetrics(getattr(self.loss.perceptual, "backbone", None))
-        self.batches = 0
-        self.skipped = 0
+        self.batches = self.skipped = 0
         self.rate_scale = 1.0
         self.config: dict[str, Any] | None = None
         self.seed: int | None = None
@@ -116,11 +112,11 @@ class AutoencoderTask(LightningModule):
     # Configure.
 
     def configure_callbacks(self) -> list[Callback]:
-        # One and the same in all commands of a process, since it holds the average of the training before.
+        # The same object in all commands of a process, since it holds the average of an earlier training.
         return [] if self.ema in cast(Any, self.trainer).callbacks else [self.ema]
 
     def prepare_data(self) -> None:
-        """On one rank of each machine, before the others: fetch what the loss may have to download."""
+        """Download the weights that the loss needs, on one rank of each machine before the others."""
         if self.trainer.state.fn == "fit":
             self.loss.setup()
 
@@ -145,19 +141,19 @@ class AutoencoderTask(LightningModule):
         if self.loss.discriminator is not None:
             parameters = list(self.loss.discriminator.parameters())
             players.append((parameters, self.discriminator_optimizer, self.discriminator_scheduler))
-        # A dry run ends within the warm-up, which is no mistake there.
+        # A dry run may end within the warm-up.
         max_steps = None if getattr(self.trainer, "fast_dev_run", False) else self.trainer.max_steps
         optimizers = [make_optimizer(parameters) for parameters, make_optimizer, _ in players]
         makers = [make_scheduler for *_, make_scheduler in players]
         return optimizers, [
-            schedule(optimizer, make, max_steps) for optimizer, make in zip(optimizers, makers, strict=True)
+            make_schedule(optimizer, make, max_steps) for optimizer, make in zip(optimizers, makers, strict=True)
         ]
 
     def _generator_parameters(self) -> list[nn.Parameter] | list[dict[str, Any]]:
         parameters = [p for p in self.autoencoder.parameters() if p.requires_grad]
         if self.loss.logvar is None:
             return parameters
-        # In a group of its own: it is not sharded with the others, and an optimizer's kernel takes one kind at a time.
+        # In its own group: it is not sharded like the others, and an optimizer's kernel takes one kind at a time.
         return [{"params": parameters}, {"params": [self.loss.logvar]}]
 
     def on_fit_start(self) -> None:
@@ -172,7 +168,7 @@ class AutoencoderTask(LightningModule):
 
     def train(self, mode: bool = True) -> "AutoencoderTask":
         super().train(mode)
-        for part in self.freeze_parts:  # no dropout, no batch statistics
+        for part in self.freeze_parts:  # without dropout and batch statistics
             if part in dict(self.autoencoder.named_modules()):
                 self.autoencoder.get_submodule(part).eval()
         return self
@@ -181,19 +177,20 @@ class AutoencoderTask(LightningModule):
         return self.autoencoder(clip)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, str] | None:
-        """One step; or none, where a loss or a gradient is not finite on any rank.
+        """Take a step, or skip it if a loss or a gradient is not finite on any rank.
 
         Returns:
-            None, or on all ranks `{"rejected": reason}`; the reason is empty where the own part of the batch is sound.
+            None for a step. For a skipped one `{"rejected": reason}` on all ranks, with an empty reason on ranks that
+            did not cause it.
         """
-        clip, step = _clip(batch), self.global_step
+        clip, step = _get_clip(batch), self.global_step
         if len(clip) < self.accumulation:
             raise UserError(
                 f"Expected at least model.accumulation={self.accumulation} clips in a batch, got {len(clip)}; raise "
                 "data.batch_size."
             )
         self.batches += 1
-        before = copy_buffers(self)  # which a batch changes before it is known to be finite
+        before = copy_buffers(self)  # the forward pass changes them
         self.seed_draws(self.global_rank)
         means, reason = self._backward(clip, step)
         players = self._players(step)
@@ -212,7 +209,7 @@ class AutoencoderTask(LightningModule):
             logged[f"lr/{'generator' if name == 'train' else name}"] = rate
         for scheduler in self._schedulers():
             scheduler.step()
-        if self.trainer.world_size > 1:  # under manual optimization DDP does so before the first step only
+        if self.trainer.world_size > 1:  # under manual optimization DDP shares them before the first step only
             share_buffers(self)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         logged["train/skipped"] = self.skipped / self.batches
@@ -222,17 +219,21 @@ class AutoencoderTask(LightningModule):
         return None
 
     def seed_draws(self, rank: int) -> None:
-        """Seed what the next step draws at random, by (seed, batches so far, rank)."""
+        """Seed the random draws of the next step by (seed, batches so far, rank)."""
         words = np.random.SeedSequence((self.seed or 0, self.batches, rank)).generate_state(2)
         torch.manual_seed(int(words[0]))
-        np.random.seed(int(words[1]))  # models of others may draw from these two
+        np.random.seed(int(words[1]))  # other people's models may draw from these two
         random.seed(int(words[1]))
 
     def losses(self, clip: Tensor, step: int, share: float = 1.0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """One forward pass of (B, 3, T, H, W), then each player's terms: `total`, whose backward pass comes in between.
+        """Run one forward pass and yield each player's terms; the caller runs the backward pass of `total` in between.
 
-        The discriminator's are computed when the generator's graph is gone. `share` is the clip's part of the step's
-        batch.
+        So the generator's graph is gone when the discriminator's terms are computed.
+
+        Args:
+            clip: (B, 3, T, H, W).
+            step: Number of the step.
+            share: Share of the clips in the step's batch.
         """
         reconstruction = self.autoencoder(clip)
         last_layer = self.autoencoder.last_layer if self.loss.gan_is_on(step) else None
@@ -247,7 +248,7 @@ class AutoencoderTask(LightningModule):
             yield "discriminator", terms
 
     def _players(self, step: int) -> dict[str, LightningOptimizer | Optimizer]:
-        """Who is trained in a step: optimizers by the first part of the names in the logs."""
+        """Return the optimizers to step, by their prefix in the logs."""
         generator, discriminator = self._optimizers()
         if discriminator is None or not self.loss.gan_is_on(step):
             return {"train": generator}
@@ -255,14 +256,14 @@ class AutoencoderTask(LightningModule):
         return {"train": generator, "discriminator": discriminator.optimizer}
 
     def _backward(self, clip: Tensor, step: int) -> tuple[dict[str, Tensor], str | None]:
-        """Gradients of the players for a batch, part by part: what to log, and why it has to be skipped (or None)."""
+        """Compute the players' gradients part by part → values to log, and the reason to skip the batch (or None)."""
         means: dict[str, Tensor] = {}
         parts = clip.tensor_split(self.accumulation)
         for index, part in enumerate(parts):
             share = len(part) / len(clip)
             with nullcontext() if index == len(parts) - 1 else self._without_sync():
                 for player, terms in self.losses(part, step, share):
-                    # Agreed upon before the backward pass, in which the ranks wait for each other.
+                    # Decided before the backward pass, in which the ranks wait for each other.
                     reason = find_reason(self.trainer.strategy, terms["total"], partial(bad_terms, terms))
                     if reason is not None:
                         return means, reason
@@ -272,7 +273,7 @@ class AutoencoderTask(LightningModule):
                         means[key] = means.get(key, 0.0) + share * value.detach()
         self._placement.average_gradients(self.loss)
         norms = {
-            name: self._placement.gradient_norm(gradients(optimizer)).detach()
+            name: self._placement.gradient_norm(list_gradients(optimizer)).detach()
             for name, optimizer in self._players(step).items()
         }
         means |= {f"{name}/gradient_norm": norm for name, norm in norms.items()}
@@ -287,7 +288,7 @@ class AutoencoderTask(LightningModule):
             yield
 
     def _log_step(self, values: dict[str, Any], step: int, now: bool) -> None:
-        """To the loggers at this step (which Lightning would count in batches, and give old values to skipped ones)."""
+        """Log values at this step; Lightning would count batches, and repeat old values for skipped ones."""
         self.log_dict(values, logger=False, batch_size=1)
         if now:
             for logger in self.loggers:
@@ -304,7 +305,7 @@ class AutoencoderTask(LightningModule):
         return cast(list[LRScheduler], schedulers if isinstance(schedulers, list) else [schedulers])
 
     def _update(self, optimizer: LightningOptimizer | Optimizer, norm: Tensor) -> None:
-        """Clip to the largest norm and step, at the schedule's rate times `rate_scale`."""
+        """Clip the gradients and step, at the schedule's rate times `rate_scale`."""
         if self.gradient_clip_norm is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self._placement.clip_gradients(parameters, self.gradient_clip_norm, norm)
@@ -313,7 +314,7 @@ class AutoencoderTask(LightningModule):
     # Evaluate.
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
-        clip = _clip(batch)
+        clip = _get_clip(batch)
         reconstruction = self.autoencoder(clip)
         terms = self.loss.generator_loss(reconstruction, clip, None, step=-1) if self._loss_is_ready() else {}
         for name, value in terms.items():
@@ -334,10 +335,10 @@ class AutoencoderTask(LightningModule):
         self.metrics.reset()
         if not self.trainer.sanity_checking:
             self.log_dict(shown, prog_bar=True, logger=self.trainer.state.fn != "fit")
-            # For best_checkpoint.monitor, which may be any of them.
+            # best_checkpoint.monitor may name any of them.
             self.log_dict({name: value for name, value in values.items() if name not in shown}, logger=False)
-        # Lightning logs nothing of the validation before the first step, where the curves start. So all of them are
-        # logged here, at the number of steps that were taken (unless that first one saw only a few clips).
+        # Lightning does not log the validation before the first step, where the curves start. So all validations are
+        # logged here, at the number of steps taken (except a sanity check of a few clips).
         if not self.trainer.sanity_checking or self.trainer.num_sanity_val_steps == float("inf"):
             for logger in self.loggers:
                 logger.log_metrics({name: float(value) for name, value in values.items()}, self.global_step)
@@ -346,10 +347,10 @@ class AutoencoderTask(LightningModule):
         self._placement.gather(self.autoencoder)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Reconstruction:
-        return self.autoencoder(_clip(batch))
+        return self.autoencoder(_get_clip(batch))
 
     def _loss_is_ready(self) -> bool:
-        """`vidtwin validate` on a machine without LPIPS' backbone measures what it can; `fit` has checked before."""
+        """Return whether the loss can be computed: `fit` has set it up, `validate` may lack LPIPS' backbone."""
         return self.trainer.state.fn == "fit"
 
     # Checkpoints.
@@ -360,17 +361,17 @@ class AutoencoderTask(LightningModule):
         self.ema.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say how a checkpoint of another model differs; outside of `fit` take the autoencoder's weights alone."""
+        """Check that the checkpoint is of the same model; outside of `fit` take the autoencoder's weights alone."""
         if self.trainer.state.fn != "fit":
             checkpoints.keep_autoencoder(checkpoint, self.state_dict(), self.ema.evaluate)
             return
         trained = sum(p.requires_grad for p in self.autoencoder.parameters()) + (self.loss.logvar is not None)
         checkpoints.check_resumable(checkpoint, self.state_dict(), trained)
-        for name in COUNTS:  # absent from checkpoints of older versions
+        for name in COUNTS:  # missing in checkpoints of older versions
             setattr(self, name, checkpoint.get("training", {}).get(name, getattr(self, name)))
 
 
-def _clip(batch: dict[str, Any]) -> Tensor:
+def _get_clip(batch: dict[str, Any]) -> Tensor:
     if "clip" not in batch:
         raise UserError(f"Expected batches with a clip, got {', '.join(batch)}; set --data to one of videos.")
     clip: Tensor = batch["clip"]

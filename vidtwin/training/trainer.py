@@ -1,4 +1,4 @@
-"""Lightning's Trainer with the commands of this project: each method below is a subcommand of `vidtwin`."""
+"""Extend Lightning's Trainer by the subcommands of `vidtwin`: `fit`, `validate`, `predict` and `replay`."""
 
 from functools import partial
 from pathlib import Path
@@ -30,11 +30,11 @@ from vidtwin.video.convert import to_uint8
 
 
 class VideoTrainer(Trainer):
-    """`lightning.pytorch.Trainer` with defaults that a GAN autoencoder needs, and commands of its own.
+    """`lightning.pytorch.Trainer` with defaults for autoencoders with a GAN, and commands of its own.
 
-    Differences: checkpoints are written atomically and read without running code;
-    on several devices DDP looks for parameters without a gradient (each player's backward leaves the other's alone);
-    steps that are not finite are told, dumped and undone (`StepGuard`); SIGTERM saves first (`Preemption`).
+    Checkpoints are written atomically and read without running code. On several devices DDP looks for parameters
+    without a gradient, since each player's backward pass leaves out the other's. Steps that are not finite are logged,
+    dumped and undone (`StepGuard`); SIGTERM saves first (`Preemption`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -45,7 +45,7 @@ class VideoTrainer(Trainer):
         if strategy in ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook"):
             kwargs["strategy"] = f"{strategy}_find_unused_parameters_true"
         if strategy == "fsdp2" or isinstance(strategy, FSDP2Strategy):
-            kwargs["inference_mode"] = False  # weights gathered in it could not be trained with
+            kwargs["inference_mode"] = False  # weights gathered in inference mode can't be trained
         callbacks = kwargs.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         wanted: list[type[Callback]] = [SkippedVideos, StepGuard, Preemption]
@@ -59,7 +59,7 @@ class VideoTrainer(Trainer):
 
     @property
     def checkpoint_callback(self) -> Checkpoint | None:
-        """The one that knows which is the best, so that `ckpt_path="best"` works."""
+        """Return the callback of the best checkpoint, so that `ckpt_path="best"` works."""
         return next(
             (c for c in self.checkpoint_callbacks if isinstance(c, BestCheckpoint)), super().checkpoint_callback
         )
@@ -82,28 +82,28 @@ class VideoTrainer(Trainer):
             train_dataloaders: Loaders of training clips, instead of `datamodule`.
             val_dataloaders: Loaders of validation clips, likewise.
             datamodule: The data.
-            ckpt_path: Checkpoint to go on from: weights, optimizers, schedules, step, place in the data.
-            resume: "auto": go on from the newest whole checkpoint of the run that the logger names, if there is one,
-                else begin. A folder: go on from the newest in it.
-            init_from: Checkpoint or weights that a new training begins with, as far as they fit: what does not is
-                listed. The discriminator is new. Without effect on a run that goes on.
+            ckpt_path: Checkpoint to resume: weights, optimizers, schedules, step, place in the data.
+            resume: "auto": resume the newest intact checkpoint of the run that the logger names, or start a new run if
+                there is none. A folder: resume the newest one in it.
+            init_from: Checkpoint or weights to start a new training from, as far as they fit; the others are listed.
+                The discriminator is new. Ignored if a run is resumed.
         """
         task = self._task(model)
         if ckpt_path and resume:
             raise UserError(f"Expected --ckpt_path or --resume, got both ({ckpt_path} and {resume}).")
         if resume:
-            ckpt_path = self._newest(resume)
+            ckpt_path = self._find_newest(resume)
         if init_from and not ckpt_path:
             lines = checkpoints.load_part(task.autoencoder, init_from)
             for line in lines:
                 console.log(f"{init_from}: {line}", rank_zero=True)
             own = len(task.autoencoder.state_dict())
-            kept = sum(line.startswith(("missing", "left out")) for line in lines)
+            kept = sum(line.startswith(("missing", "skipped")) for line in lines)
             console.log(f"{own - kept} of {own} tensors from {init_from}", rank_zero=True)
         super().fit(task, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
 
-    def _newest(self, resume: str) -> Path | None:
-        """The checkpoint to go on from; None for "auto" where there is none."""
+    def _find_newest(self, resume: str) -> Path | None:
+        """Find the checkpoint to resume; None if there is none for "auto"."""
         folder = Path(resume)
         if folder.is_file():
             raise UserError(
@@ -119,8 +119,8 @@ class VideoTrainer(Trainer):
         if found is None and (folder / "checkpoints").is_dir():
             found = checkpoints.newest(folder / "checkpoints", log)
         if found is None and resume != "auto":
-            raise UserError(f"Expected whole checkpoints in {folder} to go on from, got none.")
-        log(f"goes on from {found}" if found else f"nothing in {folder} to go on from; begins")
+            raise UserError(f"Expected intact checkpoints in {folder}, got none.")
+        log(f"resuming from {found}" if found else f"starting a new run: no checkpoint in {folder}")
         return found
 
     def predict(  # type: ignore[override]
@@ -134,16 +134,16 @@ class VideoTrainer(Trainer):
     ) -> None:
         """Write the latents (.safetensors) and the reconstruction (.mp4) of each test clip.
 
-        A model with codebooks leaves the integer codes of each latent too, as `<latent>.codes`, from which
-        `dequantize` makes it again.
+        For a model with codebooks the integer codes of each latent are written too, as `<latent>.codes`, from which
+        `dequantize` restores it.
 
         Args:
             model: The task.
             dataloaders: Loaders of clips, instead of `datamodule`.
             datamodule: The data.
             ckpt_path: Weights to use.
-            out: Folder for `<name>.safetensors` and `<name>.mp4`, where the name is the video's with its suffix; with
-                `data.eval_clips: all` followed by the clip's first frame.
+            out: Folder for `<name>.safetensors` and `<name>.mp4`. The name is the video's with its suffix, followed by
+                the clip's first frame if `data.eval_clips` is `all`.
         """
         writer = _PredictionWriter(Path(out))
         callbacks: list[Callback] = cast(Any, self).callbacks
@@ -155,10 +155,10 @@ class VideoTrainer(Trainer):
         console.write(f"latents and reconstructions -> {out}", rank_zero=True)
 
     def replay(self, model: LightningModule, dump: str) -> list[str]:
-        """Run a step again that training skipped, and say where it breaks.
+        """Rerun a step that training skipped, and report where its values stop being finite.
 
         Args:
-            model: The task; on the command line it comes from the dump.
+            model: The task; on the command line it is built from the dump.
             dump: File of a skipped step, in a run's folder `nonfinite`.
 
         Returns:
@@ -181,26 +181,20 @@ class VideoTrainer(Trainer):
 
 
 class _PredictionWriter(Callback):
-    """Latents and reconstruction of each clip, under its name."""
+    """Write latents and reconstruction of each clip under its name."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
         data: Any = getattr(trainer, "datamodule", None)  # missing if loaders were passed
         known = isinstance(data, ClipSource)
         fps, several = (data.eval_fps if known else None) or 25.0, known and data.eval_clips == "all"
         for index, (name, start) in enumerate(zip(batch["name"], batch["start_frame"].tolist(), strict=True)):
-            # The whole name, so that neither two videos nor a video and its own reconstruction share a file; a data
-            # set's names may be absolute or point upwards, and must not lead out of the folder.
+            # With the suffix, so that neither two videos nor a video and its own reconstruction share a file. Names
+            # may be absolute or point upwards, but must not lead out of the folder.
             below = Path(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
             if several:
                 below = below.with_name(f"{below.name}.{start:06d}")

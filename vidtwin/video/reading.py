@@ -27,9 +27,11 @@ from .source import (
     SOUGHT_FORMATS,
     Source,
     VideoError,
+    is_lasting,
     name_of,
     open_video,
     rate_of,
+    reason_of,
     shown_packets,
     survey,
 )
@@ -168,13 +170,8 @@ def _decode(container: InputContainer, stream: VideoStream, source: Source) -> I
                     f"{name_of(source)}: frame {frames} or one shortly before it is missing.", frames, "corrupt"
                 )
     except (av.error.FFmpegError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise VideoError(
-            f"{name_of(source)}: decoding stops after {frames} frames: {reason}.",
-            frames,
-            "corrupt",
-            lasting=not isinstance(error, OSError | MemoryError),
-        ) from error
+        text = f"{name_of(source)}: decoding stops after {frames} frames: {reason_of(error)}."
+        raise VideoError(text, frames, "corrupt", is_lasting(error)) from error
 
 
 def _to_fraction(value: float | Fraction) -> Fraction:
@@ -255,10 +252,8 @@ def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -
             if clip is None:
                 clip = np.empty((len(times), *planes[0].shape, 3), np.uint8)
             first, *others = order[found : found + number]
-            for channel, plane in enumerate(planes):
-                clip[first, ..., channel] = plane
-            for place in others:
-                clip[place] = clip[first]
+            np.stack(planes, axis=-1, out=clip[first])
+            clip[others] = clip[first]
             found += number
 
         try:

@@ -47,7 +47,8 @@ class Sound:
             if not isinstance(stream, AudioStream) or stream.codec_context is None:
                 return None
             start = (pictures.start_time or 0) * (pictures.time_base or Fraction(0))
-            sound = cls(source, stream, given.demux(stream), start)
+            packets = (p for p in given.demux(stream) if p.size and p.pts is not None and p.dts is not None)
+            sound = cls(source, stream, packets, start)
             sound._container = container
             if sound._copied:
                 sound._output = container.add_stream_from_template(stream)
@@ -60,10 +61,10 @@ class Sound:
     def add(self, until: Fraction | None) -> None:
         """Write the sound up to a time in seconds; None writes the rest and ends the stream."""
         try:
-            while (packet := self._next()) is not None:
-                if until is not None and self._time(packet) > until:
+            while (packet := self._waiting or next(self._packets, None)) is not None:
+                self._waiting = packet if until is not None and self._time(packet) > until else None
+                if self._waiting is not None:
                     return
-                self._waiting = None
                 self._write(packet)
             if until is None and not self._copied:
                 self._container.mux(self._output.encode(None))
@@ -74,15 +75,6 @@ class Sound:
 
     def close(self) -> None:
         self._closing.close()
-
-    def _next(self) -> Packet | None:
-        while self._waiting is None:
-            packet = next(self._packets, None)
-            if packet is None:
-                return None
-            if packet.size and packet.pts is not None and packet.dts is not None:
-                self._waiting = packet
-        return self._waiting
 
     def _time(self, packet: Packet) -> Fraction:
         return (packet.pts or 0) * packet.time_base - self._start

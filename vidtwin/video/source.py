@@ -118,10 +118,8 @@ def open_video(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
     except FileNotFoundError:
         raise VideoError(f"{name}: there is no such file.", lasting=False) from None
     except (av.error.FFmpegError, OSError, MemoryError) as error:  # a damaged header may request huge allocations
-        # FFmpeg's errors about content are not OSErrors; failures of a disk, a network or a limit may be temporary.
-        lasting = not isinstance(error, OSError | MemoryError)
         raise VideoError(
-            f"{name}: expected a readable video, FFmpeg says: {_reason(error)}.", lasting=lasting
+            f"{name}: expected a readable video, FFmpeg says: {reason_of(error)}.", lasting=is_lasting(error)
         ) from error
 
 
@@ -176,7 +174,7 @@ def probe(source: Source) -> VideoInfo:
     with open_video(source) as (container, stream):
         fps = rate_of(stream, source)
         num_frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
-        return _info(source, stream, num_frames, fps, float(num_frames / fps))
+        return _info(source, stream, num_frames, fps)
 
 
 def survey(source: Source) -> VideoInfo:
@@ -199,25 +197,17 @@ def survey(source: Source) -> VideoInfo:
             if container.format.name == "avi":  # its count includes dropped frames, which repeat the previous one
                 count = held.last_dts - held.first_dts + 1 if held.count else 0
             if counted and stream.frames - count > HEADER_EXCESS:
-                raise VideoError(
-                    f"{name_of(source)}: truncated: its header promises {stream.frames} frames, it holds {count}.",
-                    count,
-                    "truncated",
-                )
+                raise _truncated(source, f"{stream.frames} frames, it holds {count}", count)
             promised = None if counted else _promised_end(container, stream)
             if promised is not None and promised - held.end * tick > max(Fraction(1, 2), HEADER_EXCESS / rate):
-                raise VideoError(
-                    f"{name_of(source)}: truncated: its header promises {float(promised):.2f} s, it ends at "
-                    f"{float(held.end * tick):.2f} s.",
-                    count,
-                    "truncated",
-                )
+                ends = f"{float(promised):.2f} s, it ends at {float(held.end * tick):.2f} s"
+                raise _truncated(source, ends, count)
         if not count:
             raise VideoError(f"{name_of(source)}: expected a video, got one without frames.")
         # If timestamps are true the header's rate is a guess; keep it if it is right to half a frame.
         if not counted and length > 0 and abs(count - length * rate) > Fraction(1, 2):
             rate = (count / length).limit_denominator(100_000)
-        return _info(source, stream, count, rate, float(count / rate))
+        return _info(source, stream, count, rate)
 
 
 @dataclass
@@ -263,11 +253,7 @@ def _read_index(container: InputContainer, stream: VideoStream, source: Source) 
     last = max((entry.pos + entry.size for entry in entries), default=0)
     if last > container.size > 0:
         intact = sum(entry.pos + entry.size <= container.size for entry in entries)
-        raise VideoError(
-            f"{name_of(source)}: truncated: its header promises {len(entries)} frames, it holds {intact}.",
-            intact,
-            "truncated",
-        )
+        raise _truncated(source, f"{len(entries)} frames, it holds {intact}", intact)
     shown = sum(not entry.flags & _DISCARDED for entry in entries)
     return shown, (stream.duration or 0) * (stream.time_base or Fraction(0))
 
@@ -294,7 +280,7 @@ def rate_of(stream: VideoStream, source: Source) -> Fraction:
 
 
 def parse_rate(text: str) -> Fraction:
-    """Parse frames per second as manifests hold them, such as `30000/1001`; `ValueError` for anything else."""
+    """Parse frames per second of a manifest, such as `30000/1001`; raise `ValueError` for anything else."""
     match = _RATE.fullmatch(text)
     rate = Fraction(int(match[1]), int(match[2] or 1)) if match else Fraction(0)
     if not MIN_RATE <= rate <= MAX_RATE:
@@ -302,10 +288,20 @@ def parse_rate(text: str) -> Fraction:
     return rate
 
 
-def _info(source: Source, stream: VideoStream, num_frames: int, fps: Fraction, duration: float) -> VideoInfo:
+def _info(source: Source, stream: VideoStream, num_frames: int, fps: Fraction) -> VideoInfo:
     path = Path("-") if isinstance(source, bytes) else Path(source)
-    return VideoInfo(path, num_frames, fps, duration, stream.width, stream.height)
+    return VideoInfo(path, num_frames, fps, float(num_frames / fps), stream.width, stream.height)
 
 
-def _reason(error: Any) -> str:
+def _truncated(source: Source, promised: str, decodable: int) -> VideoError:
+    return VideoError(f"{name_of(source)}: truncated: its header promises {promised}.", decodable, "truncated")
+
+
+def is_lasting(error: Exception) -> bool:
+    """Return whether an error will recur; failures of a disk, a network or a memory limit may be temporary."""
+    return not isinstance(error, OSError | MemoryError)  # FFmpeg's errors about content are not OSErrors
+
+
+def reason_of(error: Any) -> str:
+    """Return the reason that FFmpeg or the system gives for an error."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

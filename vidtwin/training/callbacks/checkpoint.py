@@ -1,4 +1,4 @@
-"""Which checkpoints training leaves behind."""
+"""Save the latest and the best checkpoints of a training."""
 
 import os
 import warnings
@@ -16,28 +16,28 @@ from vidtwin.storage import checkpoints
 
 
 class LatestCheckpoint(Checkpoint):
-    """`step-00001000.ckpt` every `every_n_steps` steps and when training ends; `last.ckpt` is a link to the newest.
+    """Save `step-00001000.ckpt` every `every_n_steps` steps and at the end; `last.ckpt` is a link to the newest.
 
-    At every moment from the first one on, `last.ckpt` is there and whole. The disk must have room for `keep` + 1 of
-    them, beside `best.ckpt`.
+    From the first save on, `last.ckpt` exists and is intact at every moment. The disk must have room for `keep` + 1
+    checkpoints, beside `best.ckpt`.
 
     Args:
-        every_n_steps: Steps between two writes.
-        keep: How many of the newest stay. With 2 or more there is one to go back to if the newest is damaged.
+        every_n_steps: Steps between two saves.
+        keep: Number of checkpoints to keep; 2 or more give a fallback if the newest is damaged.
         dirpath: Folder; None is `checkpoints` in the run's folder.
     """
 
-    # Not Lightning's ModelCheckpoint: that one skips a step that it has saved before training was rolled back, warns of
-    # every save under manual optimization, and removes `last.ckpt` before it links it anew.
+    # Lightning's ModelCheckpoint skips a step that it saved before a rollback, warns of every save under manual
+    # optimization, and removes `last.ckpt` before it links it again.
 
     def __init__(self, every_n_steps: int = 1000, keep: int = 2, dirpath: str | None = None) -> None:
         if every_n_steps < 1 or keep < 1:
             raise UserError(f"Expected every_n_steps and keep to be 1 or more, got {every_n_steps} and {keep}.")
         self.every_n_steps = every_n_steps
         self.keep = keep
-        self.dirpath: Path | None = None  # from `setup` on, the same on all ranks
-        self._wanted = dirpath
-        self._saved = 0  # the step of the newest; before the first step there is nothing to save
+        self.dirpath: Path | None = None  # set by `setup`, the same on all ranks
+        self._given = dirpath
+        self._saved = 0  # step of the newest; step 0 is not saved
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -45,24 +45,24 @@ class LatestCheckpoint(Checkpoint):
             self._saved = 0
 
     def folder(self, trainer: Trainer) -> Path:
-        """Where a training with this trainer writes, as this rank sees it; in `setup` all agree upon `dirpath`."""
-        if self._wanted is not None:
-            return Path(os.path.realpath(os.path.expanduser(self._wanted)))
+        """Return the folder for a trainer, as this rank sees it; `setup` broadcasts it as `dirpath`."""
+        if self._given is not None:
+            return Path(os.path.realpath(os.path.expanduser(self._given)))
         if not trainer.loggers:
             return Path(trainer.default_root_dir) / "checkpoints"
-        logger = trainer.loggers[0]  # as Lightning's ModelCheckpoint does, that both write into one folder
+        logger = trainer.loggers[0]  # as in ModelCheckpoint, so that both write to one folder
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / "checkpoints"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to write among the checkpoints of another run; remove what a killed one left unfinished."""
+        """Refuse a folder with checkpoints of another run; remove the temporary files of a killed one."""
         if self.dirpath is None or _is_dry(trainer):
             return
         there = checkpoints.candidates(self.dirpath) if trainer.is_global_zero else []
         there = trainer.strategy.broadcast(there)
-        if there and not _goes_on(trainer, self.dirpath):
+        if there and not _continues(trainer, self.dirpath):
             raise UserError(
-                f"Expected a new run's folder, got one with {there[0]}; go on with it by --ckpt_path {there[0]} or by "
+                f"Expected a new run's folder, got one with {there[0]}; resume it by --ckpt_path {there[0]} or "
                 "--resume auto, or name another by --trainer.logger.init_args.name."
             )
         if trainer.is_global_zero and self.dirpath.is_dir():
@@ -74,7 +74,7 @@ class LatestCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step < self._saved:
-            self._saved = 0  # rolled back: these steps are taken, and saved, again
+            self._saved = 0  # after a rollback steps are taken, and saved, again
         if trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
@@ -82,7 +82,7 @@ class LatestCheckpoint(Checkpoint):
         self.save(trainer)
 
     def save(self, trainer: Trainer, again: bool = False) -> None:
-        """Save now; a step that is saved already only `again`. All ranks must call it together."""
+        """Save now; with `again` even if this step has been saved. All ranks must call it together."""
         step = trainer.global_step
         if self.dirpath is None or (step == self._saved and not again) or _is_dry(trainer):
             return
@@ -91,13 +91,13 @@ class LatestCheckpoint(Checkpoint):
         self._saved = step
         if trainer.is_global_zero:
             last = self.dirpath / "last.ckpt"
-            with checkpoints.explaining_a_full_disk(last):
+            with checkpoints.explain_full_disk(last):
                 files.link(last, path)
             self._remove_others(step)
-        trainer.strategy.barrier("LatestCheckpoint.save")  # when it returns, `last.ckpt` is the new one on all ranks
+        trainer.strategy.barrier("LatestCheckpoint.save")  # after it `last.ckpt` is the new one for all ranks
 
     def _remove_others(self, newest: int) -> None:
-        """All but the newest `keep`. Those of later steps are from before a rollback."""
+        """Remove all but the newest `keep`, and those of later steps, which are from before a rollback."""
         assert self.dirpath is not None
         found = checkpoints.step_files(self.dirpath)
         kept = [step for step in found if step <= newest][: self.keep]
@@ -107,10 +107,10 @@ class LatestCheckpoint(Checkpoint):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """`best.ckpt`, the highest of `monitor` over the validations so far.
+    """Save `best.ckpt` at the validation with the best value of `monitor` so far.
 
     Args:
-        monitor: What is compared, as it is logged. NaN is never the best.
+        monitor: Name of a logged value. NaN is never the best.
         mode: "max" or "min".
         dirpath: Folder; None is `checkpoints` in the run's folder.
     """
@@ -127,33 +127,33 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: the checkpoint that is resumed may be older than `best.ckpt`, which itself says what to beat."""
+        """Do nothing: the resumed checkpoint may be older than `best.ckpt`, which holds the score to beat."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         if _is_dry(trainer):
             return
         path = Path(self.format_checkpoint_name({}))
-        score = self._score_of(path) if trainer.is_global_zero and _goes_on(trainer, path.parent) else None
+        score = self._read_score(path) if trainer.is_global_zero and _continues(trainer, path.parent) else None
         score = trainer.strategy.broadcast(score)
         self.best_model_score = None if score is None else torch.tensor(score)
         self.best_k_models = {} if self.best_model_score is None else {str(path): self.best_model_score}
         self.best_model_path = self.kth_best_model_path = "" if score is None else str(path)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning would pass over a step at which the best was saved before training was rolled back.
+        # Lightning would skip a step at which it saved before a rollback.
         self._last_global_step_saved = 0
         super().on_validation_end(trainer, pl_module)
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
-        # Lightning takes anything, even NaN, where there is no best yet.
+        # Lightning takes anything, even NaN, as the first best.
         value = float("nan") if current is None else float(current)
         acceptable = value > -torch.inf if self.mode == "max" else value < torch.inf
         acceptable = trainer.strategy.reduce_boolean_decision(acceptable)
         return acceptable and super().check_monitor_top_k(trainer, current)
 
-    def _score_of(self, path: Path) -> float | None:
-        """The score that a checkpoint was saved for; None if it is absent, damaged or the best by another measure."""
+    def _read_score(self, path: Path) -> float | None:
+        """Read the score of best.ckpt; None if it is missing, damaged or the best by another `monitor`."""
         if not path.is_file():
             return None
         try:
@@ -166,8 +166,8 @@ class BestCheckpoint(ModelCheckpoint):
         return None if score is None else float(score)
 
 
-def _goes_on(trainer: Trainer, folder: Path) -> bool:
-    """Whether this training continues the one whose checkpoints lie in the folder."""
+def _continues(trainer: Trainer, folder: Path) -> bool:
+    """Return whether this training continues the one with its checkpoints in the folder."""
     resumed = trainer.ckpt_path
     return trainer.global_step > 0 or bool(resumed and Path(resumed).resolve().parent == folder.resolve())
 

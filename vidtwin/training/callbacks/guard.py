@@ -1,9 +1,10 @@
-"""What happens when a loss or a gradient is not finite: the step is skipped, told, dumped, undone, ended."""
+"""React to losses and gradients that are not finite: log and dump skipped steps, roll back, stop."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
@@ -15,20 +16,22 @@ from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.training.sharding import placement_of
 from vidtwin.training.task import AutoencoderTask, Batch
 
+_STATE = ("gone_back", "failed_at", "went_to")  # counters in checkpoints
+
 
 class StepGuard(Callback):
-    """Act on the steps that the task has skipped, since a loss or a gradient was not finite on some rank.
+    """React to steps that the task skipped since a loss or a gradient was not finite on some rank.
 
-    Each is told on stderr with its clips. The first ones are dumped: `vidtwin replay DUMP` runs such a step again and
-    says where it breaks. After `patience` of them in a row the training goes back to its last checkpoint (one further
-    with each time that it fails again before it has passed the step where it failed), and goes on with the next clips.
-    When that has happened `rollbacks` times it stops with the reason.
+    Each is logged on stderr with its clips. The first ones are dumped: `vidtwin replay DUMP` reruns such a step. After
+    `patience` of them in a row the training rolls back to its last checkpoint and continues with the next clips. If it
+    fails again before it has passed the step where it failed, it rolls back one checkpoint further. After `rollbacks`
+    times it stops with the reason.
 
     Args:
-        patience: Skipped steps in a row before the training goes back.
-        rollbacks: How often it may go back.
-        rate_factor: Factor on all learning rates each time that it goes back; 1 keeps them.
-        dumps: Steps that are dumped, on each rank where they break; each holds a batch and all weights.
+        patience: Skipped steps in a row before a rollback.
+        rollbacks: Maximum number of rollbacks.
+        rate_factor: Factor on all learning rates at each rollback; 1 keeps them.
+        dumps: Maximum number of dumps per rank; each holds a batch and all weights.
     """
 
     def __init__(self, patience: int = 5, rollbacks: int = 3, rate_factor: float = 1.0, dumps: int = 3) -> None:
@@ -51,7 +54,7 @@ class StepGuard(Callback):
         self.folder = Path()
 
     def on_fit_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        # Asked for on all ranks here: a run's folder is agreed upon among them.
+        # `log_dir` broadcasts, so all ranks have to read it here.
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "nonfinite"
 
     def on_train_batch_end(  # type: ignore[override]
@@ -65,36 +68,34 @@ class StepGuard(Callback):
         dumps = bool(reason) and len(self.dumped) < self.dumps
         weights: dict[str, Tensor] | None = None
         if trainer.strategy.reduce_boolean_decision(dumps, all=False):
-            weights = placement_of(trainer).whole(
-                pl_module.state_dict(), keep=dumps
-            )  # by all ranks, for those that dump
+            # By all ranks, also those that do not dump.
+            weights = placement_of(trainer).whole(pl_module.state_dict(), keep=dumps)
         if reason:
-            self._tell(trainer, pl_module, reason, batch, weights if dumps else None)
+            self._report(trainer, pl_module, reason, batch, weights if dumps else None)
         if self.in_a_row >= self.patience:
-            self._go_back(trainer, pl_module, reason, batch)
+            self._roll_back(trainer, pl_module, reason, batch)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"gone_back": self.gone_back, "failed_at": self.failed_at, "went_to": self.went_to}
+        return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.gone_back, self.failed_at = state_dict["gone_back"], state_dict["failed_at"]
-        self.went_to = state_dict["went_to"]
+        vars(self).update({name: state_dict[name] for name in _STATE})
 
-    def _tell(
+    def _report(
         self, trainer: Trainer, task: AutoencoderTask, reason: str, batch: Batch, weights: dict[str, Tensor] | None
     ) -> None:
         where = f"step {trainer.global_step}" + (f", rank {trainer.global_rank}" if trainer.world_size > 1 else "")
-        line = f"skipped {where}: {reason}; clips: {clip_names(batch)}"
+        line = f"skipped {where}: {reason}; clips: {format_clips(batch)}"
         if weights is not None:
             name = f"step-{trainer.global_step:08d}-batch-{task.batches:08d}-rank-{trainer.global_rank}.pt"
             try:
                 self.dumped.append(dump(self.folder / name, trainer, task, reason, batch, weights))
                 line += f"; to run it again: vidtwin replay {self.dumped[-1]}"
-            except (OSError, RuntimeError) as error:  # a full disk: the training goes on without
+            except (OSError, RuntimeError) as error:  # such as a full disk, which need not stop the training
                 line += f"; no dump was written: {error}"
         console.log(line)
 
-    def _go_back(self, trainer: Trainer, task: AutoencoderTask, reason: str, batch: Batch) -> None:
+    def _roll_back(self, trainer: Trainer, task: AutoencoderTask, reason: str, batch: Batch) -> None:
         saved = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LatestCheckpoint)), None)
         history: list[Path] = []
         if trainer.is_global_zero and saved is not None and saved.dirpath:
@@ -102,7 +103,7 @@ class StepGuard(Callback):
         history = trainer.strategy.broadcast(history)
         step = trainer.global_step
         ended = f"{self.in_a_row} steps in a row were not finite at step {step}, {reason or 'on another rank'}"
-        clips = f"the last batch: {clip_names(batch)}"
+        clips = f"the last batch: {format_clips(batch)}"
         if self.gone_back >= self.rollbacks or not history:
             tried = f"after going back {self.gone_back} times" if self.gone_back else "with no checkpoint to go back to"
             if not self.gone_back and self.rollbacks == 0:
@@ -113,7 +114,7 @@ class StepGuard(Callback):
                 "rates (or let guard.rate_factor do so), clip gradients by model.gradient_clip_norm, or leave the "
                 "clips out."
             )
-        # Where the step that failed was not passed since, the checkpoint may hold what broke it already.
+        # If training has not passed the failed step since, the fault may be in the checkpoint itself.
         again = step <= self.failed_at
         older = [path for path in history if not again or checkpoints.step_of(path) < self.went_to]
         target = older[0] if older else history[-1]
@@ -123,16 +124,16 @@ class StepGuard(Callback):
         rewind(trainer, task, target)
         task.rate_scale *= self.rate_factor
         assert saved is not None
-        saved.save(trainer, again=True)  # with the rate, the place in the data and this count
+        saved.save(trainer, again=True)  # with the new rate, place in the data and counters
         if trainer.is_global_zero:
             rate = f", learning rates times {task.rate_scale:g}" if self.rate_factor != 1 else ""
             console.log(f"{ended}; back to {target} (step {trainer.global_step}){rate}; {clips}")
 
 
 def rewind(trainer: Trainer, task: AutoencoderTask, path: Path) -> None:
-    """Go back to a checkpoint's weights, optimizers, schedules, average and step in the middle of a training.
+    """Restore a checkpoint's weights, optimizers, schedules, average and step during a training.
 
-    The data go on from where they are, so that batches that came after the checkpoint are not repeated.
+    The place in the data is kept, so that the batches after the checkpoint are not repeated.
     """
     strategy = trainer.strategy
     checkpoint = strategy.load_checkpoint(path, weights_only=True)
@@ -141,13 +142,13 @@ def rewind(trainer: Trainer, task: AutoencoderTask, path: Path) -> None:
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     for scheduler, state in zip(schedulers, checkpoint["lr_schedulers"], strict=True):
         scheduler.load_state_dict(state)
-    task.ema.restore(task, checkpoint.get("ema"))  # missing from a training that had none when it was saved
+    task.ema.restore(task, checkpoint.get("ema"))  # missing if it was saved without an average
     steps = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
     steps.ready = steps.completed = checkpoint["global_step"]
 
 
-def clip_names(batch: Batch) -> str:
-    """The clips of a batch for a message, those with pixels that are not finite first."""
+def format_clips(batch: Batch) -> str:
+    """List the clips of a batch for a message, those with non-finite pixels first."""
     finite = batch["clip"].isfinite().flatten(1).all(dim=1).tolist()
     starts = batch.get("start_frame", [None] * len(finite))
     names = batch.get("name", [f"number {index} of the batch" for index in range(len(finite))])
@@ -162,15 +163,14 @@ def clip_names(batch: Batch) -> str:
 def dump(
     path: Path, trainer: Trainer, task: AutoencoderTask, reason: str, batch: Batch, weights: dict[str, Tensor]
 ) -> Path:
-    """Write what `vidtwin replay` needs: batch, weights, seed and config of a step that was skipped."""
+    """Write batch, weights, seed and config of a skipped step, from which `vidtwin replay` reruns it."""
     content = {
         "reason": reason,
         "step": trainer.global_step,
         "rank": trainer.global_rank,
         "world_size": trainer.world_size,
         "precision": str(trainer.precision),
-        "batch": {key: _on_cpu(value) for key, value in batch.items()},
-        "state_dict": {name: value.detach().cpu() for name, value in weights.items()},
+        **move_data_to_device({"batch": batch, "state_dict": dict(weights)}, "cpu"),
         "training": {"batches": task.batches, "seed": task.seed},
         "model_spec": task.autoencoder.spec(),
         "config": task.config,
@@ -178,7 +178,3 @@ def dump(
     with replacing(path) as temporary:
         torch.save(content, temporary)
     return path
-
-
-def _on_cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, Tensor) else value

@@ -23,7 +23,7 @@ class Health(Callback):
       over the clips (Burda et al. 2016, 5.2); `val/active_units/<latent>/<channel>`: the same within a channel. The
       other numbers carry nothing of the clip: at 0 the latent has collapsed.
     - `val/codebook_usage/<latent>`, `val/dead_codes/<latent>`, `val/perplexity/<latent>`: for quantized latents,
-      the share of codes that occur, the number that do not, and exp of the entropy of their frequencies.
+      instead, the share of codes that occur, the number that do not, and exp of the entropy of their frequencies.
     - `val/psnr/<latent>_only`: PSNR (dB, mean over clips) of the latent decoded alone, if the model supports it.
 
     and in training

@@ -1,4 +1,4 @@
-"""SIGTERM, as a scheduler sends it before it takes the machine away: save, and end with a code that asks to go on."""
+"""Handle SIGTERM, which a scheduler sends before it takes the machine away: save, and exit with a code to requeue."""
 
 import signal
 import threading
@@ -13,10 +13,10 @@ from vidtwin.training.task import AutoencoderTask
 
 
 class Preemption(Callback):
-    """After SIGTERM on any rank: finish the step (or the validation) on all of them, save, raise `Preempted`.
+    """After SIGTERM on any rank finish the step (or the validation) on all of them, save, and raise `Preempted`.
 
-    The handler only sets a flag. Lightning's own talks to the other ranks from inside the handler, in the middle of
-    whatever they are exchanging, and saves nothing.
+    The handler only sets a flag. Lightning's handler communicates with the other ranks, possibly in the middle of
+    another exchange, and saves nothing.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Preemption(Callback):
         self._install()
 
     def _install(self) -> None:
-        # After Lightning's, which puts back at the end what was there before both.
+        # Installed after Lightning's handlers; Lightning restores the original ones at the end.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_signal)
 
@@ -46,7 +46,7 @@ class Preemption(Callback):
         if not trainer.strategy.reduce_boolean_decision(self.received, all=False):
             return
         if trainer.global_step == 0:
-            raise Preempted  # all batches so far were skipped
+            raise Preempted  # all batches so far were skipped: nothing to save
         saved = None
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, LatestCheckpoint):

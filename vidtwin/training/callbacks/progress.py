@@ -1,4 +1,4 @@
-"""A progress bar that says when the whole training ends."""
+"""Show the progress of a training, with the time left until its end."""
 
 import time
 from contextlib import suppress
@@ -24,7 +24,7 @@ class ProgressBar(TQDMProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._started is None:  # the first batch pays for workers that start and kernels that are chosen
+        if self._started is None:  # the first batch includes starting workers and choosing kernels
             self._started = (time.monotonic(), trainer.global_step)
             self._clips = 0
         else:
@@ -44,5 +44,5 @@ class ProgressBar(TQDMProgressBar):
         return metrics
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        with suppress(TypeError):  # there is no bar yet
-            self.train_progress_bar.close()  # ends its line, on which the error would stand
+        with suppress(TypeError):  # no bar yet
+            self.train_progress_bar.close()  # ends its line, so that the error gets its own
