@@ -1,12 +1,11 @@
 """Data module of shards in a folder or in object storage (docs/cached_and_streamed.md)."""
 
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from vidtwin.errors import UserError
 from vidtwin.listing import cache_home, excluded_names
-from vidtwin.video import VideoInfo
+from vidtwin.video import VideoInfo, parse_rate
 
 from .clips import ClipDataset, Video, VideoClips
 from .data_module import ClipDataModule
@@ -65,11 +64,17 @@ class Streamed(ClipDataModule):
         shards = self.shards(split)
         self._check(shards, "videos")
         videos = []
-        for row in shards.table():
-            path = Path(row["name"])
-            size = int(row["width"]), int(row["height"])
-            info = VideoInfo(path, int(row["num_frames"]), Fraction(row["fps"]), float(row["duration"]), *size)
-            videos.append(Video(path, row["name"], int(row["label"]), info))
+        try:
+            for row in shards.table():
+                path = Path(row["name"])
+                size = int(row["width"]), int(row["height"])
+                info = VideoInfo(path, int(row["num_frames"]), parse_rate(row["fps"]), float(row["duration"]), *size)
+                videos.append(Video(path, row["name"], int(row["label"]), info))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{shards.url}: expected a table of videos written by `vidtwin cache`, got a damaged one ({error}); "
+                "write the cache again."
+            ) from None
         return videos
 
     def make_dataset(self, split: str) -> ClipDataset:

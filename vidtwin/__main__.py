@@ -1,6 +1,11 @@
 """`python -m vidtwin` is `vidtwin`, for launchers that start modules (`torchrun -m vidtwin fit ...`)."""
 
-from vidtwin.cli import entry_point
+import os
+import sys
 
 if __name__ == "__main__":
+    if sys.path[0] == os.getcwd():  # where Python looks first, but `vidtwin` does not
+        del sys.path[0]
+    from vidtwin.cli import entry_point
+
     entry_point()

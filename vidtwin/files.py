@@ -1,4 +1,4 @@
-"""Write files atomically: beside the target, flushed to disk, then moved over it."""
+"""Write files atomically (beside the target, flushed to disk, then moved over it), and keep foreign names inside."""
 
 import errno
 import os
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from vidtwin.errors import UserError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -18,6 +20,8 @@ except ImportError:  # Windows
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit
 _TEMPORARY = re.compile(r"\.(.+)-[a-z0-9_]{8}(\.\w+)")  # mkstemp's alphabet
+# Bytes of a part of a foreign path, of which file systems take 255 and `replacing` adds 10, and of a whole one.
+_LONGEST, _LONGEST_PATH = 240, 2000
 _ABANDONED = 3600  # seconds without a change, on a file system without locks
 
 
@@ -30,6 +34,46 @@ def no_room(error: BaseException | None) -> str | None:
             return os.strerror(errno.ENOSPC)
         error = error.__cause__ or error.__context__
     return None
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """Return the path `folder/name` if it stays in the folder, be it there or not.
+
+    Every path that is made of text from a file of others (a manifest, a list, an archive) comes from here.
+
+    Args:
+        folder: May itself be a link.
+        name: Relative path with slashes.
+
+    Raises:
+        UserError: The name is no such path, or leads out of the folder, be it by a symbolic link.
+    """
+    path, fault = Path(folder), None
+    try:
+        path /= name
+        parts = name.split("/")
+        if "\0" in name or "\\" in name:
+            fault = "it holds a NUL or a backslash"
+        elif ".." in parts or Path(name).anchor:
+            fault = "it is absolute or leads upwards"
+        elif not set(parts) - {"", "."}:
+            fault = "it is empty"
+        elif max(len(part.encode()) for part in parts) > _LONGEST or len(name.encode()) > _LONGEST_PATH:
+            fault = "it is too long"
+        elif not path.resolve().is_relative_to(Path(folder).resolve()):
+            fault = "a symbolic link leads out"
+    except UnicodeEncodeError:
+        fault = "it is not UTF-8"
+    except (TypeError, AttributeError):
+        fault = "it is not a string"
+    except (OSError, RuntimeError) as error:  # such as links in a circle
+        fault = str(error)
+    if fault:
+        raise UserError(
+            f"Expected a name that stays inside {folder}, got {ascii(name)[:100]}: {fault}; correct the file that "
+            "holds it."
+        )
+    return path
 
 
 @contextmanager

@@ -10,8 +10,7 @@ first, so a folder that has it is complete. Loading runs no code from the files.
 import json
 import os
 import re
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -152,6 +151,7 @@ class Pretrained(
         local_files_only: bool = False,
         revision: str | None = None,
         map_location: str = "cpu",
+        trust_modules: Sequence[str] = (),
         **model_kwargs: Any,
     ) -> Self:
         """Load a model of this class in evaluation mode; `VideoAutoencoder.from_pretrained` accepts every class.
@@ -164,6 +164,8 @@ class Pretrained(
             local_files_only: Use the cache alone, without the network.
             revision: Branch, tag or commit on the Hub.
             map_location: Device of the model.
+            trust_modules: Modules whose classes the weights may be of, beside vidtwin's, those of installed plug-ins
+                and those that are imported already.
             model_kwargs: Arguments of the class that override the saved ones, such as `activation_checkpointing=True`.
 
         Raises:
@@ -178,7 +180,9 @@ class Pretrained(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        return cast(Self, _load(cast("type[VideoAutoencoder]", cls), folder, name, model_kwargs).to(map_location))
+        with plugins.trusting(trust_modules):
+            model = _load(cast("type[VideoAutoencoder]", cls), folder, name, model_kwargs)
+        return cast(Self, model.to(map_location))
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Return the README, which describes the model and how to load it."""
@@ -307,20 +311,7 @@ def read_config(folder: Path, name: str | Path) -> dict[str, Any]:
         raise UserError(f"Expected init_args and weights_sha256 in {path}, got a config without.")
     if not isinstance(config.get("training", {}), dict):
         raise UserError(f"Expected training in {path} to be an object, got {config['training']!r}.")
-    if not Path(name).is_dir():
-        _check_class(config["class_path"], name)
     return config
-
-
-def _check_class(class_path: str, name: str | Path) -> None:
-    """Raise `UserError` if weights from the Hub would import a module that is neither ours nor a plug-in's."""
-    module = class_path.rpartition(".")[0]
-    registered = {entry.value.partition(":")[0] for entry in plugins.available("vidtwin.autoencoders").values()}
-    if module not in {*registered, *sys.modules} and module.partition(".")[0] != "vidtwin":
-        raise UserError(
-            f"Expected a class of vidtwin or of an installed plug-in in {name}, got {class_path}; import {module} "
-            "first if you trust it."
-        )
 
 
 def read_state(folder: Path, config: Mapping[str, Any], check: bool = True) -> dict[str, Tensor]:
@@ -336,6 +327,7 @@ def read_state(folder: Path, config: Mapping[str, Any], check: bool = True) -> d
 
 def _load(cls: "type[VideoAutoencoder]", folder: Path, name: str, changed: Mapping[str, Any]) -> "VideoAutoencoder":
     config = read_config(folder, name)
+    plugins.check_trusted({key: config[key] for key in ("class_path", "init_args")}, name)
     plugins.class_of(config["class_path"], cls)
     model = plugins.build({"class_path": config["class_path"], "init_args": config["init_args"] | dict(changed)}, cls)
     state = read_state(folder, config)

@@ -4,17 +4,46 @@ A class needs no registration to be used (`class_path: their_package.TheirTokeni
 `vidtwin.autoencoders` or `vidtwin.datamodules` gives it a short name and a line in `vidtwin plugins`; the built-in ones
 are registered in the same way. One in `vidtwin.commands` is a function of the arguments that returns the exit code, and
 becomes `vidtwin NAME`.
+
+Files that come from others (checkpoints, folders of weights, latents) name classes, too. `check_trusted` accepts those
+of vidtwin, of registered plug-ins and of modules that the user has named or imported (docs/security.md).
 """
 
+import os
+import re
 import sys
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from vidtwin.errors import UserError, suggestion
 
 GROUPS = ("vidtwin.autoencoders", "vidtwin.datamodules", "vidtwin.commands")
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_trusted: set[str] = set()  # modules of the user's own
+
+
+def current_folder() -> str:
+    """Return the current folder; an empty text if it was removed."""
+    try:
+        return os.path.realpath(os.getcwd())
+    except FileNotFoundError:
+        return ""
+
+
+def entry_points(group: str) -> list[EntryPoint]:
+    """Return the entry points of installed packages; what lies in the current folder is not installed."""
+    here = current_folder()
+    found: dict[str, list[EntryPoint]] = {}
+    for package in distributions(path=[folder for folder in sys.path if os.path.realpath(folder) != here]):
+        if entries := [entry for entry in package.entry_points if entry.group == group]:
+            found.setdefault(package.metadata["Name"], entries)
+    return [entry for entries in found.values() for entry in entries]
 
 
 def available(group: str) -> dict[str, EntryPoint]:
@@ -61,6 +90,55 @@ def load_all(group: str) -> dict[str, Any]:
         except UserError as error:
             warnings.warn(str(error), stacklevel=2)
     return loaded
+
+
+@contextmanager
+def trusting(modules: Iterable[str]) -> Iterator[None]:
+    """Trust modules, with those inside of them, whatever file names their classes."""
+    before = set(_trusted)
+    _trusted.update(modules)
+    try:
+        yield
+    finally:
+        _trusted.intersection_update(before)
+
+
+def check_trusted(content: Any, source: str | Path) -> None:
+    """Raise `UserError` if a file that others may have written names a class that it must not import.
+
+    Args:
+        content: Its classes by `class_path`, with their arguments. Nothing is imported.
+        source: Name of the file for the message.
+    """
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            if key == "class_path" and not _is_trusted(module := str(value).rpartition(".")[0]):
+                raise UserError(
+                    f"Expected a class of vidtwin or of an installed plug-in in {source}, got {value}; if you trust "
+                    f"the module, give --trust_module {module} (in Python trust_modules=[{module!r}])."
+                )
+            elif key != "class_path":
+                check_trusted(value, source)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            check_trusted(value, source)
+    elif isinstance(content, str) and content.endswith((".yaml", ".yml", ".json")) and os.path.isfile(content):
+        raise UserError(f"Expected {source} to name no other config, got {content}; give --config yourself.")
+    elif isinstance(content, str) and _DOTTED.fullmatch(content):
+        top = content.partition(".")[0]
+        if top not in sys.modules and find_spec(top):  # some arguments are functions or classes by their names
+            check_trusted({"class_path": content}, source)
+
+
+def _is_trusted(module: str) -> bool:
+    groups = ("vidtwin.autoencoders", "vidtwin.references", "vidtwin.datamodules")
+    registered = {entry.value.partition(":")[0] for group in groups for entry in available(group).values()}
+    return (
+        not module
+        or module.partition(".")[0] == "vidtwin"
+        or module in {*registered, *sys.modules}  # what was imported before does not run again
+        or any(f"{module}.".startswith(f"{name}.") for name in _trusted)
+    )
 
 
 def class_of(class_path: str, base: type) -> Any:

@@ -12,6 +12,7 @@ header of a few bytes. So the same files are mapped into memory (cached.py) and 
 
 import hashlib
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from vidtwin.data import Skip
 from vidtwin.errors import UserError
+from vidtwin.files import inside
 from vidtwin.video import VideoError
 
 Format = Literal["clips", "videos"]
@@ -31,6 +33,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 TABLE = "clips.csv"
 SHARD = "chunk-0-{}.bin"
+_SHARD_NAME = re.compile(SHARD.format("[0-9]{1,9}"))
 # Fields of an item in alphabetical order, as litdata flattens a dict, with litdata's names of their formats.
 FIELDS: dict[str, dict[str, str]] = {
     "clips": {"clip": "numpy", "label": "int", "name": "str", "start_frame": "int"},
@@ -57,6 +60,14 @@ class Shard:
     items: int
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if not _SHARD_NAME.fullmatch(self.file):  # a manifest may come from anyone
+            raise ValueError(f"no name of a shard: {ascii(self.file)[:100]}")
+        if not all(
+            isinstance(count, int) and count >= 0 for count in (self.first, self.places, self.items, self.bytes)
+        ):
+            raise ValueError(f"no counts of items and bytes in {self.file}")
 
 
 @dataclass(frozen=True)
@@ -118,11 +129,17 @@ class Manifest:
                 f"{where}: expected schema version {SCHEMA_VERSION}, got {version}; write the cache again, or use the "
                 "version of vidtwin that wrote it."
             )
-        content["shards"] = [Shard(**shard) for shard in content["shards"]]
-        content["skipped"] = {int(place): as_skip(entry) for place, entry in content["skipped"].items()}
-        content["replaced"] = {int(place): list(map(as_skip, what)) for place, what in content["replaced"].items()}
-        content["padded"] = {int(place): frames for place, frames in content.get("padded", {}).items()}
-        return cls(**content)
+        try:
+            content["shards"] = [Shard(**shard) for shard in content["shards"]]
+            content["skipped"] = {int(place): as_skip(entry) for place, entry in content["skipped"].items()}
+            content["replaced"] = {int(place): list(map(as_skip, what)) for place, what in content["replaced"].items()}
+            content["padded"] = {int(place): frames for place, frames in content.get("padded", {}).items()}
+            return cls(**content)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{where}: expected a manifest written by `vidtwin cache`, got a damaged one ({error}); write the "
+                "cache again."
+            ) from None
 
 
 def as_skip(entry: Sequence[Any]) -> Skip:
@@ -211,7 +228,7 @@ class Items:
 def check_shards(folder: Path, manifest: Manifest) -> None:
     """Raise `UserError` if a shard is missing or of another size."""
     for shard in manifest.shards:
-        check_shard(folder / shard.file, shard, checksum=False)
+        check_shard(inside(folder, shard.file), shard, checksum=False)
 
 
 def check_shard(path: Path, shard: Shard, checksum: bool) -> None:

@@ -37,7 +37,12 @@ class Record:
     def read(cls, folder: Path, number: int) -> "Record | None":
         """Read the record beside a shard; None if it is missing."""
         content = read_json(record_path(folder, number))
-        return None if content is None else cls(**content | {"shard": Shard(**content["shard"])})
+        if content is None:
+            return None
+        try:
+            return cls(**content | {"shard": Shard(**content["shard"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{record_path(folder, number)}: expected the record of a shard, got {error}.") from None
 
 
 def record_path(folder: Path, number: int) -> Path:

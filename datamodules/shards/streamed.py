@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from vidtwin.data import ClipSettings
 from vidtwin.datamodules.clips import Video, VideoClips
 from vidtwin.errors import UserError
+from vidtwin.files import inside
 from vidtwin.video import VideoInfo
 
 from .cached import CachedClips
@@ -94,7 +95,7 @@ class RemoteShards:
             except FileNotFoundError:
                 whole = False
             if not whole:
-                self._ensure(shard, path)
+                self._ensure(shard)
         return path
 
     def prefetch(self, shard: Shard) -> None:
@@ -113,13 +114,14 @@ class RemoteShards:
         while True:
             shard = waiting.get()
             try:
-                self._ensure(shard, self.folder / shard.file)
+                self._ensure(shard)
             except Exception:  # raised again where the shard is used
                 continue
 
-    def _ensure(self, shard: Shard, path: Path) -> None:
+    def _ensure(self, shard: Shard) -> None:
         from filelock import FileLock
 
+        path = inside(self.folder, shard.file)
         with FileLock(f"{path}.lock"):  # one process fetches, the others wait
             if path.exists() and path.stat().st_size == shard.bytes:
                 return

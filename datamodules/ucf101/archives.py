@@ -17,12 +17,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
 from vidtwin.errors import UserError, few
+from vidtwin.files import inside
 from vidtwin.listing import walk
 
 from .lists import FILES, OFFICIAL, VIDEO_FILE, describe_names
@@ -63,9 +64,9 @@ def unpack(archives: Sequence[Path], scratch: Path, videos: bool, lists: bool) -
                     file = re.split(r"[/\\]", name)[-1]
                     target = None
                     if VIDEO_FILE.fullmatch(file):
-                        target = scratch / "videos" / file if videos else None
+                        target = inside(scratch / "videos", file) if videos else None
                     elif file in FILES:
-                        target = scratch / "lists" / file if lists else None
+                        target = inside(scratch / "lists", file) if lists else None
                     elif videos and file.lower().endswith(".avi") and not file.startswith("."):
                         strange.append(name)
                     if target is not None and target.exists():
@@ -153,7 +154,7 @@ def _rar_members(archive: Path, scratch: Path, bar: Any) -> Iterator[Member]:
                 for info in files:
                     yield info.filename, partial(write, info)
                 return
-            odd = [info.filename for info in opened.infolist() if _leads_outside(info)]
+            odd = [info.filename for info in opened.infolist() if _leads_outside(info, scratch / "rar")]
             if odd:
                 raise UserError(f"{archive}: expected plain files, got links or paths that lead outside: {few(odd)}.")
     except rarfile.Error as error:
@@ -163,9 +164,13 @@ def _rar_members(archive: Path, scratch: Path, bar: Any) -> Iterator[Member]:
     yield from _files(folder, os.replace, links=False)
 
 
-def _leads_outside(info: Any) -> bool:
-    path = PurePosixPath(info.filename)
-    return info.is_symlink() or path.is_absolute() or ".." in path.parts or ":" in info.filename
+def _leads_outside(info: Any, folder: Path) -> bool:
+    """Return whether a member is a link of any kind, or has a name that an unpacking program may take elsewhere."""
+    try:
+        inside(folder, info.filename)
+    except UserError:
+        return True
+    return info.is_symlink() or getattr(info, "file_redir", None) is not None or ":" in info.filename
 
 
 def _run_rar_tool(archive: Path, folder: Path, bar: Any) -> None:

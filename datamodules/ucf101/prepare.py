@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from vidtwin.errors import UserError, few
-from vidtwin.files import NO_ROOM, replacing
+from vidtwin.files import NO_ROOM, inside, replacing
 from vidtwin.listing import walk
 
 from .archives import unpack
@@ -165,7 +165,7 @@ def _arrange(flat: Path, root: Path, lists: Lists) -> list[str]:
     root.mkdir()
     for path in sorted(flat.iterdir()):
         if path.name in places:
-            target = root / places[path.name]
+            target = inside(root, places[path.name])
             target.parent.mkdir(exist_ok=True)
             path.replace(target)
         else:

@@ -190,6 +190,7 @@ def test_two_processes_and_one_that_was_killed_give_the_bytes_of_one(here):
     tests = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
     command = ["encode", "videos", "--out", "killed", "--ckpt_path", "pool.ckpt", "--accelerator", "cpu", *words]
+    command += ["--trust_module", "sweeping"]
     killed = subprocess.run([sys.executable, "-c", KILLED, *command], env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(path.name for path in Path("killed").glob("shard-*")) == [

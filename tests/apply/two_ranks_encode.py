@@ -14,7 +14,7 @@ from vidtwin.cli import main
 if __name__ == "__main__":
     torch.set_num_threads(1)
     videos, checkpoint, out = sys.argv[1:]
-    shared = ["--accelerator", "cpu", "--devices", "2", "--progress", "false"]
+    shared = ["--accelerator", "cpu", "--devices", "2", "--progress", "false", "--trust_module", "sweeping"]
     encode = ["encode", videos, "--out", f"{out}/latents", "--ckpt_path", checkpoint, "--clips_per_shard", "3"]
     codes = [main([*encode, *shared]), main([*encode, *shared])]
     codes.append(main(["decode", f"{out}/latents", "--out", f"{out}/two", *shared]))

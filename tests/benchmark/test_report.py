@@ -266,7 +266,7 @@ def test_the_plots_axes_are_all_costs_with_and_without_the_references(page):
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [("../../secret.webp", "Expected players' files inside"), ("players/0/view0.txt", "Expected a WebP picture in")],
+    [("../../secret.webp", "Expected a name that stays inside"), ("players/0/view0.txt", "Expected a WebP picture in")],
 )
 def test_players_are_pictures_of_the_results_folder(tmp_path, file, message):
     folder = write_results(tmp_path / "results", players=False)

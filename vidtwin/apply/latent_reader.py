@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vidtwin import console
-from vidtwin.apply.inputs import Input, check_folder, check_targets, target
+from vidtwin.apply.inputs import Input, check_folder, check_targets
 from vidtwin.apply.options import SessionOptions, exit_code
 from vidtwin.apply.session import Session
 from vidtwin.errors import UserError
-from vidtwin.files import no_room
+from vidtwin.files import inside, no_room
 from vidtwin.posteriors import Latents
-from vidtwin.storage.latent_files import Manifest, Shard, StoredPiece, VideoEntry, shard_path, unpack_times
+from vidtwin.storage.latent_files import MANIFEST, Manifest, Shard, StoredPiece, VideoEntry, shard_path, unpack_times
 from vidtwin.video import Frames, VideoWriter
 
 if TYPE_CHECKING:
@@ -86,20 +87,25 @@ class LatentReader:
         if options.ckpt_path:
             return options
         model = self.manifest.model
-        path = str(model["checkpoint"])
+        path = str(model.get("checkpoint"))
         if not path.startswith("hf://") and not Path(path).exists():
             raise UserError(f"Expected the weights that {self.folder} names at {path}, got none; give --ckpt_path.")
-        return replace(options, ckpt_path=path, config=options.config or model["config"], use_ema=model["use_ema"])
+        options = replace(options, ckpt_path=path, use_ema=bool(model.get("use_ema")))
+        if options.config or not model.get("config"):
+            return options
+        # The user has not asked for that config: its classes have to be trusted.
+        read_model = options.read_model and partial(options.read_model, source=self.folder / MANIFEST)
+        return replace(options, config=model["config"], read_model=read_model)
 
     def _check_model(self) -> None:
         model, stored = self.session.model, self.manifest.model
         ours, theirs = self.session.weights_sha256, stored["weights_sha256"]
         if (model.class_path, ours) != (stored["class_path"], theirs):
-            averaged = " with --use_ema true" if stored["use_ema"] else ""
+            averaged = " with --use_ema true" if stored.get("use_ema") else ""
             raise UserError(
                 f"Expected the latents of {type(model).__name__} {ours[:8]}, {self.folder} holds those of "
                 f"{stored['class_path'].rpartition('.')[2]} {theirs[:8]}; give the weights that encoded, "
-                f"{stored['checkpoint']}{averaged}."
+                f"{stored.get('checkpoint')}{averaged}."
             )
         if self.session.num_frames != self.manifest.settings["num_frames"]:
             raise UserError(
@@ -120,7 +126,8 @@ class LatentReader:
         return shares
 
     def _target(self, video: VideoEntry) -> Path:
-        return target(self.options.out, video.name, ".mp4")
+        path = inside(self.options.out, video.name)
+        return path.with_name(f"{path.name}.mp4")
 
     def _decode(self, video: VideoEntry, places: list[tuple[int, int]], bar: "tqdm[Any]") -> tuple[int, str | None]:
         """Write a video up to the first damaged shard → number of frames, and the problem if there is one."""

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 T = TypeVar("T")
-# Config → its `class_path` and `init_args`, and a function that builds the autoencoder.
-ReadModel = Callable[[str], tuple[dict[str, Any], Callable[[], Any]]]
+# Config → its `class_path` and `init_args`, and a function that builds the autoencoder. With `source`, the file of
+# others that names the config, its classes have to be trusted.
+ReadModel = Callable[..., tuple[dict[str, Any], Callable[[], Any]]]
 
 
 @dataclass
@@ -22,7 +23,7 @@ class SessionOptions:
 
     Args:
         ckpt_path: Trained weights: a checkpoint of `vidtwin fit`, a folder that `save_pretrained` or `vidtwin convert`
-            wrote, or hf://OWNER/NAME.
+            wrote, or hf://OWNER/NAME. If their class is of a module of your own, give --trust_module MODULE, too.
         config: Config of `fit` with the autoencoder; by default the model that is saved with the weights.
         use_ema: Take the averaged weights of a checkpoint.
         accelerator: As in Lightning: auto, cpu, cuda, ….

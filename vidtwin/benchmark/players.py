@@ -21,7 +21,7 @@ from vidtwin.benchmark.loaded_model import LoadedModel
 from vidtwin.benchmark.measurer import Measurer
 from vidtwin.benchmark.plan import format_error
 from vidtwin.console import log
-from vidtwin.files import replacing, write_text
+from vidtwin.files import inside, replacing, write_text
 from vidtwin.video import Frames, convert, panels, write_video
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Writer:
         self.size = side
         self.inputs = [convert.to_uint8(clip[0]) for clip in clips]
         self.clips: list[dict[str, Any]] = [{"id": str(i), **clip, "views": []} for i, clip in enumerate(chosen)]
-        self.temporary = folder / ".players"
+        self.temporary = inside(folder, ".players")
         shutil.rmtree(self.temporary, ignore_errors=True)
         for place, frames in enumerate(self.inputs):
             self._add(place, "input", None, "input", frames)
@@ -164,7 +164,7 @@ class Writer:
 
     def finish(self, digest: str) -> None:
         """Replace the earlier pictures by the new ones, and write `players.json` last."""
-        target = self.folder / "players"
+        target = inside(self.folder, "players")
         content = {"digest": digest, "fps": self.fps, "num_frames": self.num_frames, "size": self.size}
         content["clips"] = self.clips
         shutil.rmtree(target, ignore_errors=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidtwin.benchmark import rows, summary
 from vidtwin.benchmark.rows import Results, Row
-from vidtwin.files import remove_leftovers, replacing
+from vidtwin.files import inside, remove_leftovers, replacing
 from vidtwin.metrics.registry import BY_KEY, Metric
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def write(folder: str | Path) -> list[Path]:
     """
     results = rows.read(folder)
     written = []
-    paths = {name: [results.folder / "plots" / f"{name}.{kind}" for kind in ("png", "svg")] for name in _PLOTS}
+    paths = {name: [inside(results.folder, f"plots/{name}.{kind}") for kind in ("png", "svg")] for name in _PLOTS}
     with _style():
         for name, draw in _PLOTS.items():
             drawn = draw(results)

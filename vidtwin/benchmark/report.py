@@ -20,7 +20,7 @@ from vidtwin.benchmark import plots, rows, summary
 from vidtwin.benchmark.protocol import flat
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.errors import UserError, few
-from vidtwin.files import write_text
+from vidtwin.files import inside, write_text
 
 
 def write(folder: str | Path) -> Path:
@@ -185,11 +185,7 @@ def _players(results: Results, places: dict[rows.Key, int], strips: list[str]) -
 
 
 def _strip(folder: Path, file: str) -> str:
-    path = folder / file
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(
-            f"Expected players' files inside {folder}, got {file}; remove players/ and run the sweep again."
-        )
+    path = inside(folder, file)
     content = path.read_bytes() if path.is_file() else b""
     if content[:4] != b"RIFF" or content[8:12] != b"WEBP":
         raise UserError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vidtwin.benchmark import rows
 from vidtwin.benchmark.plan import Plan
-from vidtwin.files import replacing
+from vidtwin.files import inside, replacing
 from vidtwin.metrics.fvd import FeatureNetwork, frechet_video_distance
 
 
@@ -75,7 +75,7 @@ class ClipFeatures:
     def _input_path(self, index: int) -> Path:
         name, start = self.plan.keys[index]
         mark = hashlib.sha256(f"{name}\t{start}".encode()).hexdigest()[:32]
-        return self.results / "inputs" / mark[:2] / f"{mark}.npy"
+        return inside(self.results, f"inputs/{mark[:2]}/{mark}.npy")
 
 
 def decode_features(text: str) -> np.ndarray:

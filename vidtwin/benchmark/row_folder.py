@@ -20,7 +20,7 @@ from vidtwin.benchmark.plan import Job, ModelError, Plan, compute_digest, make_e
 from vidtwin.benchmark.rfvd import decode_features
 from vidtwin.console import log
 from vidtwin.errors import UserError
-from vidtwin.files import replacing, write_text
+from vidtwin.files import inside, replacing, write_text
 from vidtwin.metrics.fvd import NUM_FEATURES
 from vidtwin.storage.resumable import Resumable, read_json
 
@@ -41,11 +41,11 @@ class RowFolder:
     def __init__(self, results: Path, job: Job, plan: Plan, extent: dict[str, Any], costs_extent: list[Any]) -> None:
         self.results, self.job, self.plan = results, job, plan
         self.name = job.name
-        self.folder = results / "rows" / job.name
+        self.folder = inside(results, f"rows/{job.name}")
         self.identity = compute_digest([compute_digest(job.identity), extent])
         costs_identity = compute_digest([self.identity, costs_extent])
         self.parts = Resumable(
-            self.folder / "parts",
+            inside(self.folder, "parts"),
             "{:06d}.json",
             lambda chunk, path: read_json(path, identity=self.identity, chunk=plan.list_clips(chunk)),
         )
@@ -181,7 +181,7 @@ class RowFolder:
 
     def _restore(self) -> None:
         """Take back a row that was put aside, if it is the one that is wanted now."""
-        earlier = self.folder / "earlier" / self.identity
+        earlier = self._earlier(self.identity)
         try:
             self._read_intact(earlier)
         except UserError:
@@ -193,12 +193,15 @@ class RowFolder:
         _move_row(earlier, self.folder)
         log(f"{self.name}: the row that was put aside is taken back")
 
+    def _earlier(self, identity: str) -> Path:
+        return inside(inside(self.folder, "earlier"), identity)
+
     def _put_aside(self) -> None:
         """Put a complete row of another checkpoint, model or set of metrics aside before another replaces it."""
         row = self.read()
         if row is None or row["kind"] == "failed" or row.get("identity") == self.identity:
             return
-        target = self.folder / "earlier" / str(row.get("identity") or row["fingerprint"] or "row")
+        target = self._earlier(str(row.get("identity") or row["fingerprint"] or "row"))
         _move_row(self.folder, target)
         log(f"{self.name}: the earlier row is kept in {target}")
 

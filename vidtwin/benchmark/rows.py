@@ -18,7 +18,7 @@ from typing import Any
 
 from vidtwin.benchmark.protocol import protocol_hash
 from vidtwin.errors import UserError, few
-from vidtwin.files import write_text
+from vidtwin.files import inside, write_text
 from vidtwin.metrics.registry import PER_CLIP
 
 SCHEMA_VERSION = 2
@@ -69,11 +69,16 @@ def read(folder: str | Path) -> Results:
             f"Expected rows of protocol {digest} in {folder}, got others: {few(foreign)}; they can't be compared. "
             "Move them to a folder of their own."
         )
+    for path, row in zip(paths, rows, strict=True):
+        if inside(folder, f"rows/{row['name']}") != path.parent:
+            raise UserError(
+                f"Expected the row of {path.parent.name} in {path}, got that of {row['name']!r}; remove it."
+            )
     clips = {row["name"]: read_clips(folder / "rows" / row["name"], row) for row in rows if row["kind"] != "failed"}
     results = Results(folder, protocol, digest, rows, clips)
-    kept = folder / "comparison.json"
+    kept = inside(folder, "comparison.json")
     results.comparison = compare(results, read_json(kept) if kept.exists() else {})
-    players = folder / "players" / "players.json"
+    players = inside(folder, "players/players.json")
     results.players = read_json(players) if players.exists() else {}
     return results
 
@@ -137,7 +142,7 @@ def read_clips(folder: Path, row: Row) -> list[Clip]:
 
 def write_row(folder: Path, row: Row, clips: list[Clip]) -> None:
     """Write `clips.csv`, then `results.json`, whose presence says that the row is complete."""
-    target = folder / "rows" / row["name"]
+    target = inside(folder, f"rows/{row['name']}")
     metrics = [metric for metric in PER_CLIP if clips and metric in clips[0]]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

@@ -6,6 +6,7 @@ A target is a function of the arguments that returns the exit code ("module:func
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from vidtwin import plugins
@@ -132,7 +133,10 @@ def _run_module(name: str, module: Any, argv: list[str]) -> int:
     return int(module.run(options, unknown) if judges_unknown else module.run(options))
 
 
-def _read_model(config: str) -> Any:
+def _read_model(config: str, source: Path | None = None) -> Any:
     from vidtwin.cli import model_config
+    from vidtwin.cli.parser import read_config
 
+    if source is not None:
+        plugins.check_trusted(read_config(bases.chain(config)).get("model"), source)
     return model_config.read(config)

@@ -6,10 +6,9 @@ Import nothing heavy: `vidtwin --help` answers without torch.
 import os
 import re
 import sys
-from pathlib import Path
 
 from vidtwin import __version__
-from vidtwin.cli import bases, commands
+from vidtwin.cli import bases, commands, own_modules
 from vidtwin.errors import REQUEUE_EXIT_CODE, Preempted, UserError
 from vidtwin.files import NO_ROOM
 
@@ -27,9 +26,8 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] == "--version":
             _say(f"vidtwin {__version__}")
             return 0
-        if str(Path.cwd()) not in sys.path:
-            sys.path.append(str(Path.cwd()))  # class paths of files in the current folder, as with `python -m`
-        return commands.run(argv[0], bases.expand(argv[1:]))
+        with own_modules.admit(bases.expand(argv[1:])) as words:
+            return commands.run(argv[0], words)
     except UserError as error:
         sys.stderr.write(f"vidtwin: error: {_one_line(error)}\n")
         return 2
@@ -61,7 +59,8 @@ def _help() -> str:
     lines = ["Train and compare video autoencoders: VidTwin and its baselines behind one interface.", ""]
     lines += ["usage: vidtwin COMMAND [options]        vidtwin COMMAND --help for a command's options", ""]
     lines += [f"  {name:<13} {text}" for name, text in commands.summaries().items()]
-    lines += ["", "A first run: `make demo`. Configs that come with the package: `vidtwin configs`."]
+    lines += ["", "Weights of a class of your own module need --trust_module MODULE (repeatable) with every command."]
+    lines += ["A first run: `make demo`. Configs that come with the package: `vidtwin configs`."]
     return "\n".join(lines)
 
 

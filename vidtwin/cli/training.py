@@ -23,6 +23,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from vidtwin import plugins
 from vidtwin.cli.parser import Parser, option_value, resolve_short_names, user_errors
 from vidtwin.errors import Preempted, UserError
 from vidtwin.storage import checkpoints
@@ -257,6 +258,7 @@ def _expand_dump(argv: list[str]) -> list[str]:
         raise UserError("Expected the dump of a skipped step, got none: vidtwin replay DUMP.")
     content = replay.read(path)
     argv = [f"--trainer.precision={content['precision']}", *argv]
+    plugins.check_trusted(content["config"], path)
     if content["config"]:
         return [f"--model={json.dumps(content['config'])}", *argv]
     if not option_value(argv, "config", "c"):

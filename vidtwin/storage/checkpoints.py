@@ -8,7 +8,7 @@ checkpoints of the weights alone.
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
-from vidtwin import hub, weights
+from vidtwin import hub, plugins, weights
 from vidtwin.autoencoder import VideoAutoencoder, build
 from vidtwin.errors import UserError
 from vidtwin.files import no_room, replacing
@@ -166,12 +166,13 @@ def read(path: str | Path, lazily: bool = False) -> dict[str, Any]:
 
 
 def model_spec(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """Return the `model_spec` of a checkpoint: `{"class_path": str, "init_args": dict}`."""
+    """Return the `model_spec` of a checkpoint, `{"class_path": str, "init_args": dict}`, if its class is trusted."""
     spec = checkpoint.get("model_spec")
     if not isinstance(spec, dict) or "class_path" not in spec:
         raise UserError(
             f"Expected model_spec in {path}, which was not written by `vidtwin fit`; give its --config too."
         )
+    plugins.check_trusted(spec, path)
     return spec
 
 
@@ -186,10 +187,14 @@ def _read_pretrained(path: str | Path, check: bool) -> dict[str, Any]:
     }
 
 
-def load_autoencoder(path: str | Path, ema: bool = False) -> VideoAutoencoder:
-    """Rebuild the autoencoder of a checkpoint in evaluation mode; with `ema` take the averaged weights."""
+def load_autoencoder(path: str | Path, ema: bool = False, trust_modules: Sequence[str] = ()) -> VideoAutoencoder:
+    """Rebuild the autoencoder of a checkpoint in evaluation mode; with `ema` take the averaged weights.
+
+    Its class is one of vidtwin, of an installed plug-in, or of a module that is imported already or in `trust_modules`.
+    """
     checkpoint = read(path)
-    model = build(model_spec(checkpoint, path))
+    with plugins.trusting(trust_modules):
+        model = build(model_spec(checkpoint, path))
     _load(model, checkpoint, path, ema)
     return model.eval()
 

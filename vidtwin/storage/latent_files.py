@@ -10,6 +10,7 @@ windows a shard holds; these and the model determine its bytes.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
@@ -25,12 +26,15 @@ from torch import Tensor
 
 from vidtwin.errors import UserError
 from vidtwin.files import replacing, write_text
+from vidtwin.video import parse_rate
 
 MANIFEST = "manifest.json"
 SHARD = "shard-{:05d}.safetensors"
 SCHEMA_VERSION = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LOGVAR = "logvar"  # "<piece>.<latent>.logvar"
+_UNIT = re.compile(r"1(/[1-9][0-9]{0,30})?|[1-9][0-9]{0,8}(/[1-9][0-9]{0,30})?")  # as str(Fraction) writes it
+_LATEST = 10**9  # seconds
 _KEY = "vidtwin"  # a single key of safetensors' metadata, since the order of several is not fixed
 
 
@@ -175,9 +179,26 @@ class Manifest:
             }
             content["videos"] = [VideoEntry(**video) for video in content["videos"]]
             content["shards"] = [[Piece(**piece) for piece in pieces] for pieces in content["shards"]]
-            return cls(**content)
-        except (TypeError, KeyError, AttributeError) as error:
+            manifest = cls(**content)
+            manifest._check()
+            return manifest
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise UserError(f"Expected a manifest written by `vidtwin encode`, {path} is damaged: {error}.") from None
+
+    def _check(self) -> None:
+        """Raise `ValueError`, `KeyError` or `TypeError` for values that `vidtwin encode` does not write."""
+        model = self.model
+        _check_text(model["class_path"], model["weights_sha256"])
+        _check_text(model.get("checkpoint", ""), model.get("config") or "")
+        _check_counts(self.settings["num_frames"], model.get("use_ema", False))
+        for video in self.videos:
+            _check_text(video.name, video.source)
+            _check_counts(video.planned_frames, video.num_frames or 0, video.height or 0, video.width or 0)
+            parse_rate(video.fps)
+        for piece in (piece for pieces in self.shards for piece in pieces):
+            _check_counts(piece.video, piece.first_window, piece.windows, piece.stored or 0)
+            if piece.video >= len(self.videos):
+                raise ValueError(f"a piece of video {piece.video} of {len(self.videos)}")
 
     def write(self, folder: str | Path) -> None:
         """Write the manifest atomically."""
@@ -203,6 +224,27 @@ class Manifest:
             for place, piece in enumerate(pieces):
                 found[piece.video].append((number, place))
         return found
+
+
+def _check_text(*values: object) -> None:
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError(f"expected texts, got {values}")
+
+
+def _check_counts(*values: object) -> None:
+    if not all(isinstance(value, int) and value >= 0 for value in values):
+        raise TypeError(f"expected counts, got {values}")
+
+
+def _check_piece(piece: StoredPiece) -> StoredPiece:
+    _check_text(piece.video)
+    _check_counts(piece.first_window, *piece.num_frames, piece.height or 0, piece.width or 0)
+    if piece.times is not None:
+        unit, at = piece.times["unit"], piece.times["at"]
+        whole = _UNIT.fullmatch(unit) and len(at) == sum(piece.num_frames) and all(isinstance(time, int) for time in at)
+        if not whole or any(abs(time * Fraction(unit)) > _LATEST for time in at):
+            raise ValueError(f"times of {ascii(piece.video)[:100]}")
+    return piece
 
 
 def shard_path(folder: str | Path, number: int) -> Path:
@@ -283,9 +325,12 @@ class Shard:
         if version != SCHEMA_VERSION or plan != digest:
             raise UserError(f"{path}: expected a shard of these latents, it is one of others.")
         self.names = set(self._file.keys())
-        self.pieces = [StoredPiece(**piece) for piece in header["pieces"]]
-        self.sums: dict[str, dict[str, Any]] = header["sums"]
-        self._digest: str = header["sha256"]
+        try:
+            self.pieces = [_check_piece(StoredPiece(**piece)) for piece in header["pieces"]]
+            self.sums: dict[str, dict[str, Any]] = header["sums"]
+            self._digest: str = header["sha256"]
+        except (TypeError, KeyError, ValueError) as error:
+            raise UserError(f"{path}: expected a shard written by `vidtwin encode`, it is damaged ({error}).") from None
 
     def rows(self, piece: int, latent: str, first: int, last: int, part: str | None = None) -> Tensor:
         """Read windows `first` to `last` (exclusive) of a piece as stored: (n, ...)."""

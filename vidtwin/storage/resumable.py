@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from vidtwin.console import log
 from vidtwin.errors import UserError
-from vidtwin.files import remove_leftovers
+from vidtwin.files import inside, remove_leftovers
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -125,7 +125,7 @@ def lock(folder: Path, writer: str, fabric: "Fabric | None" = None, wait: bool =
     Raises:
         UserError: Another writer holds the lock (without `wait`), or the folder is a file.
     """
-    held, refused = FileLock(folder / ".lock"), None
+    held, refused = FileLock(inside(folder, ".lock")), None
     try:
         if fabric is None or fabric.is_global_zero:
             refused = _acquire(held, folder, writer, wait)

@@ -15,7 +15,7 @@ from vidtwin.training.task import AutoencoderTask
 def read(path: str) -> dict[str, Any]:
     """Read a dump; raise `UserError` for another file."""
     content = weights.read(path)
-    if not isinstance(content, dict) or not {"reason", "batch", "state_dict"} <= set(content):
+    if not isinstance(content, dict) or not {"reason", "batch", "state_dict", "precision", "config"} <= set(content):
         raise UserError(f"Expected the dump of a skipped step, got {path}; a run's folder `nonfinite` has them.")
     return content
 

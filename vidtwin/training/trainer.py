@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from vidtwin import console
 from vidtwin.data import ClipSource
 from vidtwin.errors import UserError
-from vidtwin.files import replacing
+from vidtwin.files import inside, replacing
 from vidtwin.posteriors import Quantized
 from vidtwin.storage import checkpoints
 from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
@@ -202,13 +202,13 @@ class _PredictionWriter(Callback):
         for index, (name, start) in enumerate(zip(batch["name"], batch["start_frame"].tolist(), strict=True)):
             # With the suffix, so that neither two videos nor a video and its own reconstruction share a file. Names
             # may be absolute or point upwards, but must not lead out of the folder.
-            inside = Path(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
+            below = Path(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
             if several:
-                inside = inside.with_name(f"{inside.name}.{start:06d}")
-            with replacing(self.out / f"{inside}.safetensors") as temporary:
+                below = below.with_name(f"{below.name}.{start:06d}")
+            with replacing(inside(self.out, f"{below}.safetensors")) as temporary:
                 tensors = {key: z[index].contiguous().cpu() for key, z in outputs.latents.items()}
                 for key, posterior in (outputs.encoding or {}).items():
                     if isinstance(posterior, Quantized):
                         tensors[f"{key}.codes"] = posterior.codes[index].to(torch.int32).cpu()
                 save_file(tensors, temporary)
-            write_video(self.out / f"{inside}.mp4", to_uint8(outputs.clip[index]), fps)
+            write_video(inside(self.out, f"{below}.mp4"), to_uint8(outputs.clip[index]), fps)

@@ -6,7 +6,7 @@ at given times; writing.py encodes; sound.py copies sound. These do not import t
 
 from .picture import COLOUR, RESIZE_FILTER, Frames
 from .reading import decode, iter_frames, read_clip, timed_frames
-from .source import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Source, VideoError, VideoInfo, probe, survey
+from .source import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Source, VideoError, VideoInfo, parse_rate, probe, survey
 from .writing import VideoWriter, write_video
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "VideoWriter",
     "decode",
     "iter_frames",
+    "parse_rate",
     "probe",
     "read_clip",
     "survey",

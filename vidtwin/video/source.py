@@ -42,9 +42,11 @@ SOUGHT_FORMATS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 # Broadcasts, which may start within a group of pictures: undecodable packets before the first keyframe are no damage.
 CUT_IN_FORMATS = frozenset({"mpegts", "mpeg"})
 
+MIN_RATE, MAX_RATE = Fraction(1, 10**6), 10**6  # frames per second of a file that is written
 HEADER_EXCESS = 3  # UCF-101's headers promise 1 to 3 frames more than there are
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.\w+)")
 _RAW_SIZE = re.compile(r"_(\d+)x(\d+)(?:_(\d+(?:\.\d+)?))?")
+_RATE = re.compile(r"([0-9]{1,19})(?:/([1-9][0-9]{0,18}))?")
 _DISCARDED = 2  # AVINDEX_DISCARD_FRAME: outside the edit list
 
 
@@ -275,6 +277,15 @@ def rate_of(stream: VideoStream, source: Source) -> Fraction:
     if not rate or rate <= 0:
         raise VideoError(f"{name_of(source)}: expected a video with a frame rate, the header has none.")
     return Fraction(rate)
+
+
+def parse_rate(text: str) -> Fraction:
+    """Parse frames per second of a manifest, such as `30000/1001`; raise `ValueError` for anything else."""
+    match = _RATE.fullmatch(text)
+    rate = Fraction(int(match[1]), int(match[2] or 1)) if match else Fraction(0)
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise ValueError(f"frames per second: {ascii(text)[:40]}")
+    return rate
 
 
 def _info(source: Source, stream: VideoStream, num_frames: int, fps: Fraction) -> VideoInfo:

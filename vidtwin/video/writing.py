@@ -19,7 +19,7 @@ from vidtwin.files import replacing
 from .picture import Frames
 from .reading import iter_frames
 from .sound import Sound, SoundError
-from .source import Source, VideoError
+from .source import MAX_RATE, MIN_RATE, Source, VideoError
 
 # Visually lossless, so that visible differences in a reconstruction come from the model.
 _QUALITY = {
@@ -58,9 +58,10 @@ class VideoWriter:
         options: dict[str, str] | None = None,
     ) -> None:
         self.path = Path(path)
-        if not 0 < fps < math.inf:
-            raise VideoError(f"{self.path}: expected frames per second above 0, got {fps}.")
-        self.rate = Fraction(fps).limit_denominator(10**7)
+        if not MIN_RATE <= fps <= MAX_RATE:
+            raise VideoError(f"{self.path}: expected frames per second above 0 and up to {MAX_RATE:,}, got {fps}.")
+        # FFmpeg counts in 31 bits.
+        self.rate = Fraction(fps).limit_denominator(min(10**7, (2**31 - 1) // math.ceil(fps)))
         self.codec = codec
         self.options = _QUALITY.get(codec, {}) | (options or {})
         self.timed = timed
@@ -70,7 +71,7 @@ class VideoWriter:
         self._stream: Any = None
         self._shape: tuple[int, ...] = ()
         self._place = -1
-        # A thousandth of a frame, so that constant rates are exact; FFmpeg counts in 31 bits.
+        # A thousandth of a frame, so that constant rates are exact.
         self._ticks = min(1000, (2**31 - 1) // self.rate.numerator) if timed else 1
         self._tick = 1 / (self.rate * self._ticks)
 
