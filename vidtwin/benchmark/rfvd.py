@@ -74,7 +74,7 @@ class ClipFeatures:
 
     def _input_path(self, index: int) -> Path:
         name, start = self.plan.keys[index]
-        mark = hashlib.sha256(f"{name}\t{start}".encode()).hexdigest()[:32]
+        mark = hashlib.sha256(f"{self.plan.digest}\t{name}\t{start}".encode()).hexdigest()[:32]
         return self.results / "inputs" / mark[:2] / f"{mark}.npy"
 
 

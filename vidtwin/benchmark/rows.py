@@ -1,6 +1,6 @@
 """The rows of a results folder: one model's measurement each, and means over the clips that all models have.
 
-protocol.json                             the protocol, the same for every row
+protocol.json, videos.json                the protocol, the same for every row; a digest of each test video
 rows/<name>/results.json, clips.csv       the model, its rates, costs and means; a line for each clip
 comparison.json                           means over the common clips
 players/players.json                      clips kept for the report's players
