@@ -104,7 +104,7 @@ def test_a_plot_says_its_protocol_and_how_many_clips(full):
     for name in NAMES:
         words = " ".join(full.texts(name))
         assert f"protocol vidtwin ({full.hash})" in words
-        assert "5 clips of UCF101 that all models have" in words
+        assert "5 clips of UCF101 that all trained models have" in words
 
 
 def test_each_model_is_labelled_whatever_its_name_holds(full):

@@ -127,7 +127,7 @@ def test_trained_models_come_first_and_the_others_are_never_ranked(folder, page)
     assert groups[:7] == [0, 0, 0, 1, 2, 2, 3]
     quality = summary.quality_table(rows.read(folder))
     best = {line.name for line in quality.lines for cell in line.cells if cell.mark == summary.BEST}
-    assert best == {by_psnr[0]}  # untrained CMD and the temporal mean have higher PSNR
+    assert best == {by_psnr[0]}  # untrained CMD has a higher PSNR
 
 
 def test_a_cell_is_the_mean_over_the_common_clips_and_not_the_rows_own(folder, page):

@@ -242,12 +242,11 @@ def _against(results: Results, pairs: Sequence[tuple[Metric, Axis]]) -> tuple["F
 
 
 def _per_clip(results: Results) -> tuple["Figure", str] | None:
-    common = rows.common_clips(results.clips)
     values = {
         row["name"]: [
             clip["psnr"]
-            for clip in results.clips[row["name"]]
-            if rows.key_of(clip) in common and math.isfinite(clip.get("psnr", math.nan))
+            for clip in rows.chosen_clips(results, row["name"])
+            if math.isfinite(clip.get("psnr", math.nan))
         ]
         for row in reversed(rows.order(results))
         if row["kind"] != "failed"
@@ -381,7 +380,7 @@ def _finish(
 ) -> None:
     """Add the footer, settle the layout and then label each panel's points where there is room beside its line."""
     number, unit = summary.count(results)
-    clips = f"{number:,} {unit} of {summary.data_set(results)} that all models have"
+    clips = f"{number:,} {unit} of {summary.data_set(results)} that {summary.owners(results)} have"
     protocol = f"protocol {results.protocol['name']} ({results.protocol_hash})"
     longest = int(figure.get_size_inches()[0] * 17)
     lines = [_short(line, longest) for line in (key, clips, protocol) if line]
