@@ -90,6 +90,7 @@ def evaluate(model: str, rate: float, seed: int, options: list[str]) -> dict:
     if not path.exists():
         command = [sys.executable, "-m", "vidtwin", "test", "--config", MODELS[model], "--name", name]
         command += ["--ckpt_path", str(checkpoint(model, rate, seed)), "--results_dir", str(FOLDER / "results")]
+        command += ["--protocol.posterior", "mode", "--protocol.weights", "last"]
         command += ["--cost", "false", "--downstream", "false", "--players", "0", "--progress", "false", *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads(path.read_text())

@@ -39,7 +39,7 @@ def test_a_model_says_length_size_and_multiples(tmp_path):
     )
 
 
-def test_what_is_no_clip_or_too_short_is_told(tmp_path):
+def test_invalid_and_short_clips_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"one clip .* got \(2, 3, 4, 8, 8\)"):
         save_clip(tmp_path / "a.mp4", torch.zeros(2, 3, 4, 8, 8))
     write_video(tmp_path / "b.mp4", pictures(5), 12)

@@ -63,7 +63,7 @@ def test_every_autoencoder_comes_back_with_its_class_arguments_and_weights(name,
     assert torch.equal(got.clip, expected.clip)
 
 
-def test_the_config_says_how_a_video_becomes_a_clip_and_what_the_weights_are(tmp_path):
+def test_the_config_describes_preprocessing_and_weights(tmp_path):
     model = plugins.load("magvit2", "vidtwin.autoencoders")(**BASELINES["magvit2"])
     model.training_record = {"step": 3, "data": {"fps": 12.5}}
     config = config_of(saved(tmp_path, model))
@@ -211,7 +211,7 @@ def change(folder, **values):
         (lambda folder: change(folder, class_path="os.getcwd"), "Expected a VideoAutoencoder, got os.getcwd"),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_said(damage, message, tmp_path):
+def test_an_invalid_folder_is_refused_with_the_reason(damage, message, tmp_path):
     folder = saved(tmp_path)
     damage(folder)
     with pytest.raises(UserError, match=message) as told:
@@ -219,7 +219,7 @@ def test_what_is_wrong_with_a_folder_is_said(damage, message, tmp_path):
     assert "\n" not in str(told.value)
 
 
-def test_what_is_neither_folder_nor_id_is_said(tmp_path, monkeypatch):
+def test_a_name_that_is_neither_folder_nor_id_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     options = {"cache_dir": tmp_path}
     with pytest.raises(UserError, match=r"nobody/nothing at revision v2, which is not in its cache: .*offline") as told:
@@ -350,7 +350,7 @@ def with_version(path):
     return path
 
 
-def test_a_training_starts_from_a_folder_but_does_not_go_on_from_it(tmp_path, monkeypatch, capsys):
+def test_a_training_starts_from_a_folder_but_does_not_resume_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path)
     saved(tmp_path / "model")
@@ -434,7 +434,7 @@ def test_what_the_page_on_weights_shows_runs(shared, tmp_path, monkeypatch):
             assert main(words) == 0, line
 
 
-def test_weights_of_the_hub_do_not_choose_what_is_imported(tmp_path, monkeypatch):
+def test_weights_of_the_hub_do_not_import_other_modules(tmp_path, monkeypatch):
     """A local folder may name a class of the current folder; what comes over the network may not run a file there."""
     saved(tmp_path / "folder")
     config = config_of(tmp_path / "folder") | {"class_path": "not_asked_for.X"}

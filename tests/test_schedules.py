@@ -53,7 +53,7 @@ def test_each_parameter_group_keeps_its_own_peak():
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 5.0]
 
 
-def test_total_steps_are_the_trainers_where_the_config_leaves_them_open():
+def test_total_steps_are_the_trainers_unless_the_config_sets_them():
     left_open, fixed = schedule(warmup_steps=5), schedule(warmup_steps=5, total_steps=25)
     left_open[1].set_total_steps(25)
     fixed[1].set_total_steps(1000)
@@ -71,7 +71,7 @@ def test_a_warmup_that_does_not_end_before_the_training_is_refused(total):
     )
 
 
-def test_a_resumed_run_goes_on_where_it_stopped():
+def test_a_resumed_run_continues_the_schedule():
     whole = rates(*schedule(warmup_steps=3, total_steps=12), 12)
     optimizer, scheduler = schedule(warmup_steps=3, total_steps=12)
     first = rates(optimizer, scheduler, 7)

@@ -1,7 +1,7 @@
 """Run jobs in worker processes that may die or hang: whatever a job does to its worker, the other jobs go on.
 
-Each worker has a pipe of its own, so that a process that is killed at any moment holds no lock that others wait for;
-pools with one shared queue (multiprocessing, concurrent.futures, pebble) stop or lose a job then.
+Each worker has a pipe of its own, so that a process that is killed at any moment holds no lock that others wait for.
+Pools with one shared queue can then stop (concurrent.futures, pebble) or lose a job (multiprocessing, pebble).
 """
 
 import multiprocessing

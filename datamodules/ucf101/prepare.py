@@ -6,7 +6,6 @@ leaves nothing half-made under the names that training reads.
 
 import csv
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from vidtwin.errors import UserError, few
-from vidtwin.files import NO_ROOM, write_text
+from vidtwin.files import NO_ROOM, replacing
 from vidtwin.listing import walk
 
 from .archives import unpack
@@ -251,11 +250,10 @@ def _sha256(path: Path) -> str:
 
 
 def _write_manifest(path: Path, rows: list[dict[str, str]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _summarize(out: Path, rows: list[dict[str, str]], kept: bool, unread: Sequence[Path]) -> None:

@@ -83,7 +83,7 @@ CONFIG = {
 }
 
 
-def test_a_checkpoint_of_fit_carries_what_is_known_of_its_training_and_no_paths(tmp_path):
+def test_a_converted_checkpoint_has_a_record_of_its_training_without_paths(tmp_path):
     path, model, _ = trained(tmp_path / "run", **CONFIG)
     assert convert(path, tmp_path / "out") == 0
     loaded = VideoAutoencoder.from_pretrained(tmp_path / "out")
@@ -126,7 +126,7 @@ def test_a_config_is_read_with_its_bases(tmp_path):
     assert record["trainer"]["max_steps"] == CONFIG["trainer"]["max_steps"]
 
 
-def test_a_config_of_another_model_is_refused_where_it_is_given_and_passed_over_where_it_lies(tmp_path, capsys):
+def test_a_config_of_another_model_is_refused_if_given_and_ignored_beside_the_checkpoint(tmp_path, capsys):
     other = {"model": {"autoencoder": {"class_path": "cmd"}}, "data": {"class_path": "folder"}}
     path, _, _ = trained(tmp_path / "run", **other)
     config = tmp_path / "run" / "config.yaml"

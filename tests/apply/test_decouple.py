@@ -169,7 +169,7 @@ def test_a_video_of_one_frame_has_no_change(place, tmp_path):
     assert [view["change"] for view in content["videos"][0]["views"].values()] == [None] * 4
 
 
-def test_what_is_damaged_or_no_video_is_named_and_the_rest_is_done(place, tmp_path, capsys):
+def test_damaged_and_invalid_videos_are_reported_and_the_others_processed(place, tmp_path, capsys):
     assert run(place, tmp_path, place / "text.mp4", place / "half.avi", place / "single.mp4") == 1
     told = capsys.readouterr()
     assert "text.mp4" in told.err
@@ -186,7 +186,7 @@ def test_what_is_damaged_or_no_video_is_named_and_the_rest_is_done(place, tmp_pa
     assert len(list(iter_frames(tmp_path / "half.mp4"))) == videos[1]["num_frames"]
 
 
-def test_nothing_usable_is_no_success(place, tmp_path, capsys):
+def test_without_a_usable_video_the_command_fails(place, tmp_path, capsys):
     assert run(place, tmp_path / "out", place / "text.mp4") == 2
     assert "text.mp4" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
@@ -230,12 +230,12 @@ def test_a_model_of_one_latent_is_refused_by_name(place, tmp_path, capsys):
         (["--size", "64"], "--size 32"),
     ],
 )
-def test_wrong_values_are_told(place, tmp_path, capsys, arguments, told):
+def test_invalid_values_are_refused(place, tmp_path, capsys, arguments, told):
     assert run(place, tmp_path / "out", place / "long.mp4", *arguments) == 2
     assert told in capsys.readouterr().err
 
 
-def test_a_file_in_the_place_of_the_folder_is_told(place, tmp_path, capsys):
+def test_a_file_instead_of_the_folder_is_refused(place, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert run(place, tmp_path / "out", place / "long.mp4") == 2
     assert "got the file" in capsys.readouterr().err

@@ -120,7 +120,7 @@ def test_the_encoders_file_holds_no_decoder(tmp_path):
     assert numbers["encoder"] == sum(v.numel() for n, v in model.state_dict().items() if n.startswith("encoder"))
 
 
-def test_the_manifest_says_what_goes_in_and_comes_out(tmp_path):
+def test_the_manifest_lists_inputs_and_outputs(tmp_path):
     model = saved(tmp_path / "model", "magvit2")
     argv = ["--ckpt_path", tmp_path / "model", "--out", tmp_path / "out", "--num_frames", 8, "--resolution", 32]
     assert run(*argv) == 0
@@ -192,7 +192,7 @@ def own(tmp_path, monkeypatch):
     del sys.modules["own_models"]
 
 
-def test_a_batch_that_can_only_be_fixed_is_fixed_and_said(own, tmp_path, capsys):
+def test_a_batch_that_must_be_fixed_is_fixed_and_reported(own, tmp_path, capsys):
     assert run(*own("OneSize"), "--batch_size", 3) == 0
     assert "encoder.pt2: 3 clips at a time" in capsys.readouterr().out
     files = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
@@ -235,7 +235,7 @@ def test_what_cannot_be_traced_is_one_line(own, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_onnx_that_is_not_installed_is_said(tmp_path, capsys, monkeypatch):
+def test_missing_onnx_is_reported(tmp_path, capsys, monkeypatch):
     Pool().save_pretrained(tmp_path / "model")
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     line = fails(capsys, "--ckpt_path", tmp_path / "model", "--out", tmp_path / "out", "--format", "both")

@@ -28,7 +28,7 @@ def test_files_folders_and_globs_are_found_each_once(tmp_path):
     assert names(tmp_path / "a.mp4", f"{tmp_path}/*.mp4", tmp_path / "walk") == ["a", "b", "deep/c"]
 
 
-def test_names_keep_their_suffix_where_they_would_be_the_same_without(tmp_path):
+def test_names_keep_their_suffix_if_they_would_be_equal_without(tmp_path):
     touch(tmp_path / "a.mp4", tmp_path / "a.avi", tmp_path / "b.avi", tmp_path / "v1.2.avi")
     assert names(tmp_path) == ["a.avi", "a.mp4", "b", "v1.2"]
     touch(tmp_path / "other" / "a.mp4")
@@ -42,7 +42,7 @@ def test_a_folder_of_numbered_images_is_a_video_as_given_and_below_a_folder(tmp_
     assert find([tmp_path / "davis"]) == [Input(tmp_path / "davis" / "bear", "bear")]
 
 
-def test_a_name_with_brackets_is_a_file_where_there_is_one(tmp_path):
+def test_a_name_with_brackets_is_a_file_if_it_exists(tmp_path):
     touch(tmp_path / "a[1].mp4")
     assert names(tmp_path / "a[1].mp4") == ["a[1]"]
 
@@ -58,7 +58,7 @@ def test_a_name_with_brackets_is_a_file_where_there_is_one(tmp_path):
         ("empty", "Expected videos in .*empty, got nothing."),
     ],
 )
-def test_what_means_no_video_is_told_with_what_is_there(tmp_path, word, line):
+def test_an_argument_without_a_video_is_refused_with_the_existing_files(tmp_path, word, line):
     touch(tmp_path / "a.mp4", tmp_path / "texts" / "1.txt", tmp_path / "texts" / "2.txt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=line):

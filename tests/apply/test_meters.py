@@ -1,4 +1,4 @@
-"""Measures of views against naive ones over the whole video, and against scikit-image."""
+"""Measures of views against a naive computation over the whole video, and against scikit-image."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_psnr_is_the_mean_over_frames_of_that_of_8_bit_pictures():
     assert meter.psnr.count == 23
 
 
-def test_few_frames_at_once_give_what_all_at_once_give(monkeypatch):
+def test_few_frames_at_a_time_give_the_same_values_as_all_at_once(monkeypatch):
     view, target = video(seed=1), video(seed=2)
     whole, parts = Quality(), Quality()
     whole.add(view, target)

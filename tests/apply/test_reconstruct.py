@@ -111,7 +111,7 @@ def test_a_variable_rate_and_the_sound_stay(here):
     assert abs(first_loud(Path("reconstructions/in.mp4")) - first_loud(Path("in.mkv"))) < 0.06
 
 
-def test_a_picture_of_any_size_goes_through_whole_or_as_a_square(here):
+def test_a_picture_of_any_size_is_reconstructed_whole_or_as_a_square(here):
     write_video("in.mp4", moving(9, 46, 70), 25)
     assert run("in.mp4", "--out", "whole") == 0
     assert close(read("whole/in.mp4"), expected(Path("in.mp4"))[1])
@@ -158,7 +158,7 @@ def test_views_stand_next_to_each_other(here):
     assert read("error/in.mp4").shape[2] == 256
 
 
-def test_damaged_videos_give_what_comes_before_and_others_are_not_held_up(here, capsys):
+def test_damaged_videos_are_reconstructed_up_to_the_damage_and_the_others_too(here, capsys):
     noise = np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), np.uint8)
     data = bytearray(write_video("in/damaged.mp4", noise, 25, g="1").read_bytes())
     data[len(data) // 2 : len(data) // 2 + 2000] = bytes(2000)
@@ -176,7 +176,7 @@ def test_damaged_videos_give_what_comes_before_and_others_are_not_held_up(here, 
     assert run("in/text.mp4") == 2
 
 
-def test_what_is_there_is_kept_unless_one_asks(here, capsys):
+def test_existing_outputs_are_kept_unless_overwritten(here, capsys):
     write_video("in/a.mp4", moving(3), 25)
     write_video("in/b.mp4", moving(3), 25)
     assert run("in/a.mp4") == 0
@@ -266,7 +266,7 @@ def test_all_hard_clips_come_back_with_their_frames_and_upright(here, shared, ca
         assert errors[0] < 12, clip.name
 
 
-def test_the_table_keeps_what_earlier_runs_measured(here):
+def test_the_table_keeps_the_rows_of_earlier_runs(here):
     for name in ("a", "b", "c"):
         write_video(f"in/{name}.mp4", moving(3), 25)
     assert run("in/a.mp4", "in/b.mp4") == 0
@@ -301,7 +301,7 @@ def test_a_folder_that_can_not_be_is_refused_before_any_work(here, capsys, comma
     assert "Expected --out to be a folder, got the file" in capsys.readouterr().err
 
 
-def test_a_full_disk_ends_the_command_with_what_is_whole(here, capsys, monkeypatch):
+def test_a_full_disk_ends_the_command_and_keeps_finished_videos(here, capsys, monkeypatch):
     for name in ("a", "b", "c"):
         write_video(f"in/{name}.mp4", moving(3), 25)
     write = VideoWriter.write

@@ -194,7 +194,7 @@ def test_ends_of_a_blend_are_the_latents_and_between_them_lie_the_means_of_gauss
     torch.testing.assert_close(between, 0.75 * first["z"].mean + 0.25 * second["z"].mean)
 
 
-def test_vectors_between_codes_are_decoded_and_said_to_be_none(place, tmp_path, capsys):
+def test_vectors_between_codes_are_decoded_and_reported(place, tmp_path, capsys):
     videos = ["--context", place / "a.mp4", "--dynamics", place / "b.mp4", "--max_windows", 1]
     assert run(place, tmp_path, *videos, weights="ivideogpt.ckpt") == 0
     assert "context and dynamics are entries of codebooks" in capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_a_damaged_video_is_used_up_to_its_damage_and_named(place, tmp_path, cap
     assert 10 < number < 40
 
 
-def test_videos_of_one_name_are_told_apart_by_their_folders(place, tmp_path):
+def test_videos_of_one_name_are_distinguished_by_their_folders(place, tmp_path):
     videos = ["--structure", place / "a.mp4", "--dynamics", place / "other" / "a.mp4"]
     assert run(place, tmp_path, *videos) == 0
     assert (tmp_path / f"{place.name}_a_structure__other_a_dynamics.mp4").exists()
@@ -243,7 +243,7 @@ def test_a_model_of_any_size_wants_videos_of_one_size(place, tmp_path, capsys):
         (["--structure", "a.mp4", "--dynamics", "b.mp4", "--size", "64"], "--size 32"),
     ],
 )
-def test_what_makes_no_pair_is_told_in_a_line(place, tmp_path, capsys, monkeypatch, arguments, told):
+def test_invalid_pairs_are_refused_in_one_line(place, tmp_path, capsys, monkeypatch, arguments, told):
     monkeypatch.chdir(place)
     assert run(place, tmp_path / "out", *arguments) == 2
     line = capsys.readouterr().err

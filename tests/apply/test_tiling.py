@@ -10,7 +10,7 @@ from vidtwin.errors import UserError
 
 
 @pytest.mark.parametrize(("side", "tile", "overlap"), [(720, 224, 56), (224, 224, 56), (225, 224, 56), (100, 64, 0)])
-def test_tiles_cover_the_side_and_share_what_is_asked_for(side, tile, overlap):
+def test_tiles_cover_the_side_and_overlap_enough(side, tile, overlap):
     places = place_tiles(side, tile, overlap)
     assert places[0] == 0
     assert places[-1] == side - tile
@@ -18,13 +18,13 @@ def test_tiles_cover_the_side_and_share_what_is_asked_for(side, tile, overlap):
         assert before + tile - after >= overlap
 
 
-def test_one_tile_is_enough_for_what_is_smaller():
+def test_one_tile_covers_a_smaller_side():
     assert place_tiles(10, 64, 16) == [0]
 
 
 @pytest.mark.parametrize("shape", [(2, 100, 150, 3), (1, 20, 150, 3), (3, 64, 64, 3), (1, 7, 9, 3)])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_what_is_left_as_it_is_comes_back_bit_for_bit(shape, batch_size):
+def test_unchanged_tiles_are_joined_bit_for_bit(shape, batch_size):
     frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     sizes = []
 
@@ -39,7 +39,7 @@ def test_what_is_left_as_it_is_comes_back_bit_for_bit(shape, batch_size):
     assert max(sizes) <= batch_size
 
 
-def test_where_neighbours_differ_the_seam_is_a_straight_line_over_the_overlap():
+def test_different_neighbours_are_blended_linearly_over_the_overlap():
     """The first tile is black and the second white: by the definition of the weights, pixel for pixel."""
     frames = np.zeros((1, 64, 112, 3), np.uint8)
     colours = iter([0, 255])

@@ -1,4 +1,4 @@
-"""Long videos as clips of one length."""
+"""Cutting long videos into clips of one length."""
 
 from fractions import Fraction
 

@@ -15,7 +15,7 @@ from jsonargparse import capture_parser
 from safetensors.torch import load_file
 
 from vidtwin.cli import benchmark, main, messages, options
-from vidtwin.cli.parser import Parser
+from vidtwin.cli.parser import Parser, read_config
 from vidtwin.cli.training import VidTwinCLI
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.video import iter_frames, panels, probe, write_video
@@ -262,7 +262,8 @@ def test_predict_keeps_all_clips_of_a_video_apart(here, run):
         (["reconstruct", "nothing.mp4", "--ckpt_path", "no.ckpt"], "Expected a video at nothing.mp4"),
         (["fit", "--model.autoencoder", "vidtwin"], "--data ucf101"),
         (["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--name", "../up"], "that can be a folder's"),
-        (["plugins", "extra"], "Expected no arguments"),
+        (["plugins", "extra"], "Expected options that exist, got extra."),
+        (["configs", "a", "b"], "Expected options that exist, got b."),
         (["fit", "--config", "tiny.yml"], "did you mean 'tiny.yaml'?"),
         (["fit", "--config", "tiny.yaml", "--data", "vidtwin.datamodule.ucf101.UCF101"], "did you mean 'datamodules'?"),
         (["fit", "--config", "tiny.yaml", "--model.optimizer", "torch.optim.AdmW"], "did you mean 'AdamW'?"),
@@ -306,6 +307,22 @@ def test_a_message_of_another_wording_passes_through_in_one_line():
     error = KeyError("There is no\n  'resolutoin' here")
     assert str(messages.shorten("Wording\n  of another  version", parser, None)) == "Wording of another version."
     assert str(messages.shorten(error.args[0], parser, error)).endswith("here; did you mean 'resolution'?")
+
+
+def test_configs_are_merged_key_by_key_but_not_from_one_class_to_another(tmp_path):
+    loss = {"class_path": "Loss", "init_args": {"weight": 1, "pixel": "l1"}}
+    contents = [
+        {"model": {"loss": loss, "ema": 0.9}, "trainer": {"max_steps": 3}},
+        {"base": "a.yaml", "model": {"loss": {"init_args": {"pixel": "l2"}}}, "trainer": {"devices": 2}},
+        {"model": {"loss": {"class_path": "Other", "init_args": {"scale": 2}}}},
+    ]
+    paths = [tmp_path / f"{number}.yaml" for number in range(3)]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_text(yaml.safe_dump(content))
+    both = {"class_path": "Loss", "init_args": {"weight": 1, "pixel": "l2"}}
+    trainer = {"max_steps": 3, "devices": 2}
+    assert read_config(paths[:2]) == {"model": {"loss": both, "ema": 0.9}, "trainer": trainer}
+    assert read_config(paths)["model"]["loss"] == contents[2]["model"]["loss"]
 
 
 def test_mistyped_options_are_refused_by_a_list_that_fits_the_parsers():

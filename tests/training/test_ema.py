@@ -136,7 +136,7 @@ def test_a_session_takes_the_average_by_option(trained):
         torch.testing.assert_close(dict(session.model.named_parameters()), wanted)
 
 
-def test_what_is_validated_after_training_in_one_process_is_the_average_too(tmp_path):
+def test_validation_after_training_in_one_process_uses_the_average_too(tmp_path):
     task, run = (
         tiny_task(ema_decay=0.9, use_ema=True, lr=1e-2),
         trainer(tmp_path, 5, val_check_interval=5, check_val_every_n_epoch=None),
@@ -169,7 +169,7 @@ def test_a_checkpoint_of_a_validation_that_failed_has_both_in_their_places(tmp_p
     assert not all(torch.equal(checkpoint["ema"]["values"][name], value) for name, value in keep.own.items())
 
 
-def test_a_checkpoint_without_an_average_is_refused_where_one_is_wanted(tmp_path):
+def test_a_checkpoint_without_an_average_is_refused_if_use_ema_is_set(tmp_path):
     saved = LatestCheckpoint(every_n_steps=100, dirpath=str(tmp_path))
     trainer(tmp_path, 3, callbacks=[saved]).fit(tiny_task(), datamodule=Clips())
     with pytest.raises(UserError, match=r"without model\.ema_decay"):

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite updates nothing, is told, replayed, undone, and ends the training."""
+"""Steps with a non-finite loss or gradient: skipped, logged, replayed, rolled back, and the end of the training."""
 
 import math
 from pathlib import Path
@@ -56,7 +56,7 @@ def saved(folder: Path, every: int = 2) -> LatestCheckpoint:
     return LatestCheckpoint(every_n_steps=every, keep=3, dirpath=str(folder / "checkpoints"))
 
 
-def test_a_poisoned_batch_changes_nothing_is_no_step_and_is_named(tmp_path, capfd):
+def test_a_poisoned_batch_is_logged_and_skipped_without_any_change(tmp_path, capfd):
     watcher = Watcher()
     discriminator = PatchDiscriminator2d(channels=8, num_layers=1, norm="batch")
     task = tiny_task(gan_start=1, loss={"discriminator": discriminator, "lecam_weight": 0.1}, ema_decay=0.9)
@@ -232,7 +232,7 @@ def test_a_replayed_step_draws_the_same_numbers(tmp_path):
     assert report[-1].startswith("not reproduced")
 
 
-def test_a_poisoned_training_is_told_and_replayed_from_the_command_line(tmp_path, capsys):
+def test_a_poisoned_step_is_logged_and_replayed_from_the_command_line(tmp_path, capsys):
     config = write_config(tmp_path, "tiny.Poisoned")
     assert main(["fit", "--config", str(config)]) == 0
     dumps = sorted((tmp_path / "runs" / "tiny" / "version_0" / "nonfinite").iterdir())

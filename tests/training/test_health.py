@@ -1,4 +1,4 @@
-"""What `Health` logs in a real training of a tiny VidTwin, against the same quantities computed from its weights."""
+"""Values that `Health` logs in a training of a tiny VidTwin, against the same values computed from its weights."""
 
 from types import SimpleNamespace
 
@@ -186,7 +186,7 @@ def test_the_curves_start_before_the_first_step_unless_a_few_clips_were_checked(
     assert set(of_latents(logger, 3)) == set(of_latents(trained[1], 3))
 
 
-def test_partial_and_max_channels_leave_out_what_they_say(tmp_path):
+def test_partial_and_max_channels_reduce_the_logged_values(tmp_path):
     _, logger = fit(tmp_path, Health(partial=False, max_channels=4))
     whole = {f"val/{kind}/{name}" for kind in ("kl", "active_units") for name in ("structure", "dynamics")}
     channels = {f"val/{kind}/structure/{channel}" for kind in ("kl", "active_units") for channel in range(4)}

@@ -1,4 +1,4 @@
-"""What training leaves behind: the newest ones, the best one, and at no moment nothing whole."""
+"""Latest and best checkpoints: which are kept, and that an intact one exists at every moment."""
 
 import itertools
 import os
@@ -161,7 +161,7 @@ def test_what_was_saved_before_a_rollback_goes_when_the_next_one_stands(tmp_path
     assert names(tmp_path / "checkpoints") == ["last.ckpt", *step_names(2, 4, 6)]
 
 
-def test_a_resumed_run_goes_on_and_leaves_alone_what_is_not_its_own(tmp_path):
+def test_a_resumed_run_keeps_other_files_in_its_folder(tmp_path):
     folder = tmp_path / "checkpoints"
     fit(tmp_path, LatestCheckpoint(every_n_steps=2), steps=4)
     others = ["best.ckpt", "epoch=3-step=1.ckpt", "step-1.ckpt", "step-00000001.ckpt.bak", "my-step-00000001.ckpt"]
@@ -173,7 +173,7 @@ def test_a_resumed_run_goes_on_and_leaves_alone_what_is_not_its_own(tmp_path):
     assert all((folder / name).read_text() == "another's" for name in others)
 
 
-def test_a_run_of_an_older_version_goes_on_and_its_last_becomes_a_link(tmp_path):
+def test_a_run_of_an_older_version_resumes_and_its_last_becomes_a_link(tmp_path):
     folder = tmp_path / "checkpoints"
     fit(tmp_path, LatestCheckpoint(every_n_steps=2), steps=2)
     (folder / "step-00000002.ckpt").rename(folder / "last.ckpt")
@@ -183,7 +183,7 @@ def test_a_run_of_an_older_version_goes_on_and_its_last_becomes_a_link(tmp_path)
 
 
 @pytest.mark.parametrize("held", ["last.ckpt", "step-00000002.ckpt", "best.ckpt"])
-def test_a_run_does_not_write_among_the_checkpoints_of_another(tmp_path, held):
+def test_a_folder_with_checkpoints_of_another_run_is_refused(tmp_path, held):
     folder = tmp_path / "checkpoints"
     fit(tmp_path / "other", LatestCheckpoint(every_n_steps=2), steps=2)
     folder.mkdir()
@@ -205,7 +205,7 @@ def test_a_run_does_not_write_among_the_checkpoints_of_another(tmp_path, held):
     assert fit(tmp_path / "new", LatestCheckpoint(every_n_steps=2), steps=4, ckpt_path=other) == step_names(4)
 
 
-def test_what_a_killed_run_left_unfinished_is_removed(tmp_path):
+def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
     folder = tmp_path / "checkpoints"
     fit(tmp_path, LatestCheckpoint(every_n_steps=2), steps=2)
     kept = [".gitignore", ".notes-abcd1234.ckpt", ".last-abcd1234.txt", ".best-of-all.ckpt"]
@@ -264,7 +264,7 @@ def die_at(monkeypatch, moment):
     return calls
 
 
-def test_a_kill_between_any_two_changes_leaves_a_whole_last_to_go_on_from(tmp_path, monkeypatch):
+def test_a_kill_between_any_two_changes_leaves_an_intact_last_checkpoint(tmp_path, monkeypatch):
     seen = set()
     for moment in itertools.count():
         folder = tmp_path / str(moment) / "checkpoints"
@@ -303,7 +303,7 @@ def test_a_kill_between_any_two_changes_leaves_a_whole_last_to_go_on_from(tmp_pa
     assert seen == {(3, 3), (3, 4), (4, 4)}
 
 
-def test_it_can_be_told_to_save_now_and_does_so_once(tmp_path):
+def test_save_writes_a_step_once(tmp_path):
     trainer = stub(tmp_path, 0)
     callback = begun(trainer)
     callback.save(trainer)
@@ -330,7 +330,7 @@ def test_only_rank_zero_touches_the_folder_and_all_save_together(tmp_path):
     assert callback.dirpath == Path("rank zero's")
 
 
-def test_a_disk_that_fills_up_in_training_ends_it_with_what_is_whole(tmp_path, limit_file_size):
+def test_a_full_disk_ends_training_and_keeps_intact_checkpoints(tmp_path, limit_file_size):
     class Fill(Callback):
         def on_train_batch_start(self, trainer, task, batch, batch_idx):
             if trainer.global_step == 3:
@@ -368,7 +368,7 @@ def test_numbers_that_cannot_work_are_refused(arguments):
         lambda: TensorBoardLogger("runs", name=None, version=3),
     ],
 )
-def test_all_write_where_lightnings_own_callback_would(tmp_path, monkeypatch, logger, dirpath):
+def test_the_folder_is_that_of_lightnings_callback(tmp_path, monkeypatch, logger, dirpath):
     monkeypatch.chdir(tmp_path)
     trainer = Trainer(logger=logger(), enable_checkpointing=False, accelerator="cpu")
     reference = ModelCheckpoint(dirpath=dirpath)

@@ -1,4 +1,4 @@
-"""What is interrupted and goes on equals what was never interrupted, bit for bit."""
+"""An interrupted and resumed training equals an uninterrupted one, bit for bit."""
 
 import os
 import signal
@@ -162,7 +162,7 @@ def config(tmp_path):
     return write_config(tmp_path)
 
 
-def test_resume_auto_begins_goes_on_after_sigterm_and_ends(config, tmp_path, capsys):
+def test_resume_auto_starts_resumes_after_sigterm_and_ends(config, tmp_path, capsys):
     runs = tmp_path / "runs" / "tiny"
     command = ["fit", "--config", str(config), "--resume", "auto"]
     assert main([*command, "--trainer.callbacks+=tiny.Terminate", "--trainer.callbacks.at=3"]) == REQUEUE_EXIT_CODE
@@ -179,7 +179,7 @@ def test_resume_auto_begins_goes_on_after_sigterm_and_ends(config, tmp_path, cap
 
 
 @pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_sanity_check_start", "on_train_start", "teardown"])
-def test_sigterm_at_any_other_moment_asks_to_be_run_again(config, tmp_path, capsys, hook):
+def test_sigterm_at_any_other_moment_exits_with_the_requeue_code(config, tmp_path, capsys, hook):
     before = signal.getsignal(signal.SIGTERM)
     command = ["fit", "--config", str(config), "--resume", "auto"]
     at = 5 if hook == "teardown" else 0
@@ -192,11 +192,11 @@ def test_sigterm_at_any_other_moment_asks_to_be_run_again(config, tmp_path, caps
     assert checkpoints.read(run)["global_step"] == 5
 
 
-def test_the_end_by_sigterm_is_no_error_that_a_library_could_take_in():
+def test_libraries_can_not_catch_the_end_by_sigterm_as_an_exception():
     assert not issubclass(Preempted, Exception)
 
 
-def test_resume_passes_over_a_damaged_checkpoint(config, tmp_path, capsys):
+def test_resume_skips_a_damaged_checkpoint(config, tmp_path, capsys):
     command = ["fit", "--config", str(config), "--resume", "auto"]
     assert main(command) == 0
     folder = tmp_path / "runs" / "tiny" / "version_0" / "checkpoints"
@@ -256,7 +256,7 @@ def test_resume_of_a_folder_without_checkpoints_is_refused(config, tmp_path, cap
     assert "got a list" in capsys.readouterr().err
 
 
-def test_init_from_takes_what_fits_and_lists_the_rest(config, tmp_path, capsys):
+def test_init_from_takes_the_fitting_weights_and_lists_the_others(config, tmp_path, capsys):
     assert main(["fit", "--config", str(config)]) == 0
     source = tmp_path / "runs" / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
     capsys.readouterr()
@@ -286,14 +286,14 @@ def test_init_from_of_another_model_is_refused(tmp_path):
         trainer(tmp_path).fit(tiny_task(), datamodule=Clips(), init_from=str(tmp_path / "other.pt"))
 
 
-def test_freezing_what_is_not_there_names_what_is(tmp_path):
+def test_freezing_a_missing_module_lists_the_existing_ones(tmp_path):
     message = r"modules of VidTwin \(encoder, structure, dynamics, decoder\), got 'encodr'; did you mean 'encoder'"
     with pytest.raises(UserError, match=message):
         trainer(tmp_path).fit(tiny_task(freeze=["encodr"]), datamodule=Clips())
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_baseline_goes_on_bit_for_bit(name, tmp_path):
+def test_a_baseline_resumes_bit_for_bit(name, tmp_path):
     """iVideoGPT's dropout included."""
     logged, weights = {}, {}
     for folder, stops in (("whole", [5]), ("parts", [2, 5])):

@@ -105,14 +105,14 @@ def test_a_dump_of_a_sharded_model_is_replayed_by_one_process(folder, ranks):
     assert "clip clip3.avi: 12288 of 12288 numbers are not finite" in report
 
 
-def test_a_sharded_training_goes_on_as_if_it_had_not_ended(folder, ranks):
+def test_a_resumed_sharded_training_equals_an_uninterrupted_one(folder, ranks):
     for rank in ranks:
         assert rank["again"]["losses"] == rank["adaptive"]["losses"][2:]
     whole, resumed = (held(folder / name / "last.ckpt") for name in ("adaptive", "again"))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
-def test_a_checkpoint_goes_on_under_either_strategy(folder, one, ranks, tmp_path):
+def test_a_checkpoint_resumes_under_either_strategy(folder, one, ranks, tmp_path):
     assert_same_training(folder / "from_one" / "last.ckpt", folder / "alone" / "whole" / "last.ckpt")
     outcome = sharded_run.train(tmp_path, sharded_run.task_of(), ckpt_path=folder / "whole" / "step-00000001.ckpt")
     assert outcome["step"] == sharded_run.STEPS
@@ -126,7 +126,7 @@ def test_one_device_uses_the_checkpoint_of_a_sharded_training(folder, ranks):
         assert model(torch.zeros(1, 3, 4, 32, 32)).clip.isfinite().all()
 
 
-def test_two_ranks_measure_what_one_process_does(folder, ranks, tmp_path):
+def test_two_ranks_measure_the_same_as_one_process(folder, ranks, tmp_path):
     ours = sharded_run.measured(tmp_path, folder / "alone" / "whole" / "last.ckpt")
     for rank in ranks:
         for name in ("val/psnr", "val/ssim"):

@@ -53,7 +53,7 @@ def test_one_step_is_one_batch_with_two_optimizers(trained):
     assert [s.last_epoch for s in task.lr_schedulers()] == [7, 7]
 
 
-def test_the_discriminator_first_moves_in_the_batch_where_the_gan_starts(trained):
+def test_the_discriminator_first_moves_in_the_batch_that_starts_the_gan(trained):
     _, watcher, _, _ = trained
     moved = [not torch.equal(a, b) for a, b in zip(watcher.weights, watcher.weights[1:], strict=False)]
     assert moved == [False, False, False, True, True, True]
@@ -225,7 +225,7 @@ def test_the_curves_count_steps_not_batches(tmp_path):
     assert len(shares) > 6  # of skipped batches too
 
 
-def test_lecams_means_move_as_far_in_parts_as_whole(tmp_path):
+def test_lecams_means_move_equally_with_and_without_accumulation(tmp_path):
     means = []
     for parts in (1, 4):
         task = tiny_task(gan_start=0, accumulation=parts, loss={"lecam_weight": 0.1, "lecam_decay": 0.5}, lr=0.0)
@@ -247,7 +247,7 @@ def test_what_is_frozen_is_in_evaluation_mode_too(tmp_path):
     assert modes == [(False, True)] * 4
 
 
-def test_a_frozen_last_layer_is_refused_at_the_start_where_the_gan_needs_it(tmp_path):
+def test_a_frozen_last_layer_is_refused_at_the_start_if_the_gan_needs_it(tmp_path):
     with pytest.raises(UserError, match=r"trained last layer .* model\.freeze names"):
         trainer(tmp_path).fit(tiny_task(gan_start=3, freeze=["decoder"]), Clips())
 
@@ -328,6 +328,6 @@ def test_several_devices_look_for_parameters_without_a_gradient(tmp_path):
     assert trainer(tmp_path, devices=2, strategy=chosen).strategy._ddp_kwargs["find_unused_parameters"] is False
 
 
-def test_batches_without_a_clip_are_refused_by_what_they_hold():
+def test_batches_without_a_clip_are_refused_with_their_keys():
     with pytest.raises(UserError, match="Expected batches with a clip, got latents, label; set --data"):
         tiny_task().predict_step({"latents": {}, "label": torch.zeros(1)}, 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import cost, downstream
 from vidtwin.benchmark.loaded_model import LoadedModel
-from vidtwin.benchmark.plan import Job, ModelError, Plan, empty_part, one_line
+from vidtwin.benchmark.plan import Job, ModelError, Plan, format_error, make_empty_part
 from vidtwin.benchmark.rfvd import ClipFeatures
 from vidtwin.distributed import forward_context
 from vidtwin.errors import UserError
@@ -86,10 +86,8 @@ class Measurer:
             model = job.build()
             model.check(self.plan.shape[1], self.plan.shape[2])
             model.model.eval().requires_grad_(False).to(self.device)
-        except UserError as error:
-            raise ModelError(one_line(error)) from error
         except Exception as error:
-            raise ModelError(f"{type(error).__name__}: {one_line(error)}") from error
+            raise ModelError(format_error(error)) from error
         return model
 
     def load(self, chunks: Sequence[Sequence[int]]) -> Iterable[dict[str, Any]]:
@@ -97,7 +95,7 @@ class Measurer:
         processes = max(1, self.fabric.world_size // max(1, self.sweep.num_nodes))
         return self.sweep.source.chunk_loader("test", chunks, self.device.type, processes)
 
-    def clip(self, batch: dict[str, Any]) -> Tensor:
+    def prepare_clip(self, batch: dict[str, Any]) -> Tensor:
         """Return a loaded batch's clips (B, 3, T, H, W) in [-1, 1] on the device."""
         moved = {**batch, "clip": batch["clip"].to(self.device)}
         clip: Tensor = self.sweep.source.on_after_batch_transfer(moved, 0)["clip"]
@@ -105,20 +103,20 @@ class Measurer:
 
     def measure(self, model: LoadedModel, batch: dict[str, Any]) -> dict[str, Any]:
         """Measure the clips of a batch at once; if that fails, one by one, so that only bad clips are lost."""
-        part, indices = empty_part(), batch["indices"]
+        part, indices = make_empty_part(), batch["indices"]
         if indices:
-            clip = self.clip(batch)
+            clip = self.prepare_clip(batch)
             try:
                 self._add(part, model, clip, indices)
             except Exception as error:
                 self._free(error)
-                part = empty_part()
+                part = make_empty_part()
                 for place, index in enumerate(indices):
                     try:
                         self._add(part, model, clip[place : place + 1], [index])
                     except Exception as alone:
                         self._free(alone)
-                        self._add_failure(part, index, f"{type(alone).__name__}: {one_line(alone)}")
+                        self._add_failure(part, index, format_error(alone))
         part["skipped"] = [[name, reason] for _, name, reason in batch["skipped"]]
         return part
 
@@ -132,9 +130,9 @@ class Measurer:
                 return encoding, model.decode(latents, clip.shape[2])
 
     @torch.inference_mode()
-    def views(self, model: LoadedModel, batch: dict[str, Any], place: int) -> dict[str, Tensor]:
+    def make_views(self, model: LoadedModel, batch: dict[str, Any], place: int) -> dict[str, Tensor]:
         """Return the reconstruction ("") of a batch's clip, and by title that of each latent alone, if models can."""
-        clip = self.clip(batch)
+        clip = self.prepare_clip(batch)
         encoding, prediction = self.reconstruct(model, clip, batch["indices"])
         shown = {"": prediction}
         if model.model.partial_latents:
@@ -199,7 +197,7 @@ class Measurer:
         """Free the memory that an error holds; `DeviceError` if the device is unusable after it."""
         error.__traceback__ = None  # which holds the tensors
         if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
-            raise DeviceError(one_line(error)) from error
+            raise DeviceError(format_error(error)) from error
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -209,17 +207,15 @@ class Measurer:
 
     def _load_target(self, index: int) -> Tensor:
         (batch,) = self.load([[index]])
-        return self.measures.prepare(self.clip(batch), self.clip(batch))[1]
+        return self.measures.prepare(self.prepare_clip(batch), self.prepare_clip(batch))[1]
 
 
 def _catch(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the result of `run`, or its error."""
     try:
         return run()
-    except UserError as error:
-        return {"error": one_line(error)}
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {one_line(error)}"}
+        return {"error": format_error(error)}
 
 
 def _count_codes(counts: dict[str, Any], encoding: Encoding, clips: slice) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vidtwin.benchmark import rows
 from vidtwin.benchmark.loaded_model import LoadedModel
+from vidtwin.errors import UserError
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Plan:
     def __post_init__(self) -> None:
         self.index_of = {key: index for index, key in enumerate(self.keys)}
 
-    def clips(self, chunk: int) -> list[list[Any]]:
+    def list_clips(self, chunk: int) -> list[list[Any]]:
         """Return name and start frame of a chunk's clips."""
         return [list(self.keys[index]) for index in self.chunks[chunk]]
 
@@ -59,16 +60,17 @@ class ModelError(Exception):
     """A model can't be measured; the message is one line."""
 
 
-def empty_part() -> dict[str, Any]:
+def make_empty_part() -> dict[str, Any]:
     """Return a part of a row without clips: the numbers of a chunk, as `Measurer.measure` adds them."""
     return {"clips": [], "failed": [], "features": [], "latents": None, "codes": {}, "skipped": []}
 
 
-def digest(value: Any) -> str:
+def compute_digest(value: Any) -> str:
     """Return the first 16 digits of the SHA-256 of a value as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+def format_error(error: BaseException) -> str:
+    """Format an error on one line, with its type unless its message is for the user."""
+    line, kind = " ".join(str(error).split()), type(error).__name__
+    return line if isinstance(error, (UserError, ModelError)) else f"{kind}: {line}" if line else kind

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from vidtwin.benchmark import rows
 from vidtwin.benchmark.loaded_model import LoadedModel
 from vidtwin.benchmark.measurer import Measurer
-from vidtwin.benchmark.plan import one_line
+from vidtwin.benchmark.plan import format_error
 from vidtwin.console import log
 from vidtwin.files import replacing, write_text
 from vidtwin.video import Frames, convert, panels, write_video
@@ -47,14 +47,14 @@ def write_players(results: rows.Results, runner: "Runner") -> None:
     chunks = [next(chunk for chunk in plan.chunks if index in chunk) for index in indices]
     batches = list(measurer.load(chunks))
     places = [batch["indices"].index(index) for batch, index in zip(batches, indices, strict=True)]
-    clips = [measurer.clip(batch)[[place]].cpu() for batch, place in zip(batches, places, strict=True)]
+    clips = [measurer.prepare_clip(batch)[[place]].cpu() for batch, place in zip(batches, places, strict=True)]
     writer = Writer(sweep.folder, chosen, clips, measurer.fps)
     for row in tqdm(measured, "players", disable=not sweep.progress, dynamic_ncols=True, leave=False):
         try:
             model = measurer.build(row.job)
-            views = [measurer.views(model, batch, place) for batch, place in zip(batches, places, strict=True)]
+            views = [measurer.make_views(model, batch, place) for batch, place in zip(batches, places, strict=True)]
         except Exception as error:  # the numbers are there, and are to be written
-            log(f"no players of {row.name}: {one_line(error)}")
+            log(f"no players of {row.name}: {format_error(error)}")
             continue
         for number, shown in enumerate(views):
             writer.add(number, row.name, shown)
@@ -74,7 +74,7 @@ def write_clips(runner: "Runner") -> list[Path]:
             try:
                 _write_clips(runner.measurer, runner.measurer.build(row.job), targets)
             except Exception as error:  # the numbers are there
-                log(f"no pictures of {row.name}: {one_line(error)}")
+                log(f"no pictures of {row.name}: {format_error(error)}")
                 continue
         paths += [path for pair in targets for path in pair]
     return paths
@@ -86,8 +86,8 @@ def _write_clips(measurer: Measurer, model: LoadedModel, targets: list[tuple[Pat
         for place, index in enumerate(batch["indices"]):
             if index >= len(targets):
                 continue
-            views = measurer.views(model, batch, place)
-            shown = {"input": measurer.clip(batch)[place].cpu(), "reconstruction": views.pop("")} | views
+            views = measurer.make_views(model, batch, place)
+            shown = {"input": measurer.prepare_clip(batch)[place].cpu(), "reconstruction": views.pop("")} | views
             frames = {title: convert.to_uint8(clip) for title, clip in shown.items()}
             video, still = targets[index]
             write_video(video, panels.side_by_side(frames), measurer.fps)

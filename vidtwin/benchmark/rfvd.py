@@ -34,9 +34,9 @@ class ClipFeatures:
         for place, index in enumerate(indices):
             if not self._input_path(index).exists():
                 self._save_input(index, target[place : place + 1])
-        return [_to_text(found) for found in self.network(prediction)]
+        return [_encode_features(found) for found in self.network(prediction)]
 
-    def distance(self, keys: Sequence[rows.Key], features: Sequence[np.ndarray]) -> Any:
+    def compute_distance(self, keys: Sequence[rows.Key], features: Sequence[np.ndarray]) -> Any:
         """Compute rFVD over clips from their reconstructions' features."""
         order = sorted(range(len(keys)), key=keys.__getitem__)
         real = torch.cat([self._read_input(self.plan.index_of[keys[place]]) for place in order])
@@ -55,7 +55,7 @@ class ClipFeatures:
                 features = np.load(path, mmap_mode="r")[places]
                 found[row["name"]] = {"rfvd": "unavailable"}
                 if places:
-                    found[row["name"]] = {"rfvd": self.distance([keys[place] for place in places], features)}
+                    found[row["name"]] = {"rfvd": self.compute_distance([keys[place] for place in places], features)}
         return found
 
     def _read_input(self, index: int) -> Tensor:
@@ -78,10 +78,10 @@ class ClipFeatures:
         return self.results / "inputs" / mark[:2] / f"{mark}.npy"
 
 
-def from_text(text: str) -> np.ndarray:
+def decode_features(text: str) -> np.ndarray:
     """Read the features of a reconstruction from the text of a part."""
     return np.frombuffer(base64.b64decode(text), dtype=np.float32).copy()  # writable, as torch wants it
 
 
-def _to_text(features: Tensor) -> str:
+def _encode_features(features: Tensor) -> str:
     return base64.b64encode(features.float().cpu().numpy().tobytes()).decode("ascii")

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from vidtwin.benchmark import rows
-from vidtwin.benchmark.plan import Job, ModelError, Plan, digest, empty_part
-from vidtwin.benchmark.rfvd import from_text
+from vidtwin.benchmark.plan import Job, ModelError, Plan, compute_digest, make_empty_part
+from vidtwin.benchmark.rfvd import decode_features
 from vidtwin.console import log
 from vidtwin.errors import UserError
 from vidtwin.files import replacing, write_text
@@ -42,12 +42,12 @@ class RowFolder:
         self.results, self.job, self.plan = results, job, plan
         self.name = job.name
         self.folder = results / "rows" / job.name
-        self.identity = digest([digest(job.identity), extent])
-        costs_identity = digest([self.identity, costs_extent])
+        self.identity = compute_digest([compute_digest(job.identity), extent])
+        costs_identity = compute_digest([self.identity, costs_extent])
         self.parts = Resumable(
             self.folder / "parts",
             "{:06d}.json",
-            lambda chunk, path: read_json(path, identity=self.identity, chunk=plan.clips(chunk)),
+            lambda chunk, path: read_json(path, identity=self.identity, chunk=plan.list_clips(chunk)),
         )
         self.costs = Resumable(self.folder, COSTS, lambda _, path: read_json(path, identity=costs_identity))
         self.costs_identity = costs_identity
@@ -87,7 +87,7 @@ class RowFolder:
 
     def write_part(self, chunk: int, part: dict[str, Any]) -> None:
         """Write the numbers of a chunk."""
-        content = part | {"identity": self.identity, "chunk": self.plan.clips(chunk)}
+        content = part | {"identity": self.identity, "chunk": self.plan.list_clips(chunk)}
         write_text(self.parts.path(chunk), json.dumps(content) + "\n")
 
     def write_costs(self, costs: dict[str, Any]) -> None:
@@ -106,14 +106,14 @@ class RowFolder:
 
     def join(self) -> dict[str, Any]:
         """Join all parts to one, features as arrays; `ModelError` if a part or every clip is missing."""
-        joined = empty_part()
+        joined = make_empty_part()
         for chunk in range(len(self.plan.chunks)):
             part = self.parts.get(chunk)
             if part is None:
                 raise ModelError(f"part {chunk} of it, which was measured, is missing; run the sweep again")
             for key in ("clips", "failed", "skipped"):
                 joined[key] += part[key]
-            joined["features"] += map(from_text, part["features"])
+            joined["features"] += map(decode_features, part["features"])
             joined["latents"] = part["latents"] or joined["latents"]
             for latent, found in part["codes"].items():
                 known = joined["codes"].setdefault(latent, {"size": found["size"], "counts": Counter()})

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from vidtwin.benchmark import rows
 from vidtwin.benchmark.loaded_model import LoadedModel, compare_claim
 from vidtwin.benchmark.measurer import DeviceError, Measurer
-from vidtwin.benchmark.plan import Job, ModelError, Plan, one_line
+from vidtwin.benchmark.plan import Job, ModelError, Plan, format_error
 from vidtwin.benchmark.row_folder import RowFolder
 from vidtwin.console import log
 from vidtwin.distributed import gather_objects
@@ -171,9 +171,9 @@ class Runner:
         unavailable = dict(self.measurer.unavailable)
         if features := self.measurer.features:
             try:
-                metrics["rfvd"] = features.distance([rows.key_of(clip) for clip in clips], part["features"])
+                metrics["rfvd"] = features.compute_distance([rows.key_of(clip) for clip in clips], part["features"])
             except UserError as caught:  # features that are not finite
-                unavailable["rfvd"] = one_line(caught)
+                unavailable["rfvd"] = format_error(caught)
         metrics |= dict.fromkeys(unavailable, "unavailable")
         costs = row.costs.get(0) or {}
         content = model.describe(part["latents"], self.plan.shape, part["codes"], self.fabric.device) | {

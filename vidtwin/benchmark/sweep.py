@@ -24,7 +24,7 @@ from vidtwin.benchmark import players as player_files
 from vidtwin.benchmark import plots as plot_files
 from vidtwin.benchmark import render, report, rows
 from vidtwin.benchmark.loaded_model import AVERAGE, LAST, LoadedModel, fingerprint
-from vidtwin.benchmark.plan import Job, Plan, one_line
+from vidtwin.benchmark.plan import Job, Plan, format_error
 from vidtwin.benchmark.protocol import ProtocolSettings, protocol_hash
 from vidtwin.benchmark.protocol import write as write_protocol
 from vidtwin.benchmark.runner import Runner
@@ -232,7 +232,7 @@ class Sweep:
             except UserError:
                 raise
             except Exception as error:
-                raise UserError(f"{job.name} can't be built: {type(error).__name__}: {one_line(error)}") from error
+                raise UserError(f"{job.name} can't be built: {format_error(error)}") from error
 
     def _make_plan(self, fabric: Fabric) -> Plan:
         dataset = self.source.dataset("test")

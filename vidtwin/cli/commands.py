@@ -99,8 +99,8 @@ def run(name: str, argv: list[str]) -> int:
         loaded = import_module(module)
         try:
             return int(getattr(loaded, function)(argv) if function else _run_module(name, loaded, argv))
-        except Answered:
-            return 0
+        except Answered as end:
+            return int(end.code or 0)
     if name in plugins.available(GROUP):
         command = plugins.load(name, GROUP)
         try:

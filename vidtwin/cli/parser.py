@@ -85,7 +85,7 @@ class Parser(ArgumentParser):
 
 def command_parser(name: str, usage: str, description: str) -> Parser:
     """Make the parser of a command, whose options follow."""
-    usage = f"vidtwin {name} {usage}"
+    usage = f"vidtwin {name} {usage}".rstrip()
     return Parser(prog=f"vidtwin {name}", usage=usage, description=description, formatter_class=Help)
 
 
@@ -143,9 +143,8 @@ def read_config(paths: Iterable[str | Path]) -> dict[str, Any]:
 
 def _merge(old: Any, new: Any) -> Any:
     """Merge nested keys; arguments of one class do not go to another."""
-    if not (isinstance(old, dict) and isinstance(new, dict)) or old.get("class_path") != new.get(
-        "class_path", old.get("class_path")
-    ):
+    both = isinstance(old, dict) and isinstance(new, dict)
+    if not both or ("class_path" in new and new["class_path"] != old.get("class_path")):
         return new
     return old | {key: _merge(old.get(key), value) for key, value in new.items()}
 

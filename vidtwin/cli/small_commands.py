@@ -5,16 +5,13 @@ import sys
 from pathlib import Path
 
 from vidtwin import plugins
+from vidtwin.cli.parser import command_parser
 from vidtwin.errors import UserError
 
 
 def list_plugins(argv: list[str]) -> int:
-    """List the autoencoders, data modules and commands that installed packages register."""
-    if {"-h", "--help"} & set(argv):
-        sys.stdout.write(f"usage: vidtwin plugins\n\n{list_plugins.__doc__}\n")
-        return 0
-    if argv:
-        raise UserError(f"Expected no arguments after `vidtwin plugins`, got {' '.join(argv)}.")
+    """Run `vidtwin plugins` → exit code."""
+    command_parser("plugins", "", "List what installed packages register, with class paths.").parse_args(argv)
     for group in plugins.GROUPS:
         sys.stdout.write(f"{group}\n")
         for name, entry in sorted(plugins.available(group).items()):
@@ -23,13 +20,10 @@ def list_plugins(argv: list[str]) -> int:
 
 
 def copy_configs(argv: list[str]) -> int:
-    """Copy the configs that come with the package."""
-    if {"-h", "--help"} & set(argv):
-        sys.stdout.write(f"usage: vidtwin configs [FOLDER]\n\n{copy_configs.__doc__}\n")
-        return 0
-    if len(argv) > 1 or any(word.startswith("-") for word in argv):
-        raise UserError("Expected `vidtwin configs [FOLDER]`.")
-    target = Path(argv[0] if argv else "configs")
+    """Run `vidtwin configs` → exit code."""
+    parser = command_parser("configs", "[FOLDER]", "Copy the configs that come with the package.")
+    parser.add_argument("folder", nargs="?", default="configs", metavar="FOLDER", help="New folder for the copies.")
+    target = Path(parser.parse_args(argv).folder)
     if target.exists():
         raise UserError(f"Expected a folder that does not exist yet, got {target}; nothing was overwritten.")
     source = Path(__file__).parents[1] / "configs"

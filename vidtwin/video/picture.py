@@ -48,9 +48,7 @@ class Converter:
     def __call__(self, frame: VideoFrame) -> Frames:
         planes = self.planes(frame)
         picture = np.empty((*planes[0].shape, 3), np.uint8)
-        for channel, plane in enumerate(planes):
-            picture[..., channel] = plane
-        return picture
+        return np.stack(planes, axis=-1, out=picture)
 
     def planes(self, frame: VideoFrame) -> list[Frames]:
         """Return red, green and blue, (H, W) each, as views of FFmpeg's buffers, to be copied once."""

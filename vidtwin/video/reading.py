@@ -252,10 +252,8 @@ def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -
             if clip is None:
                 clip = np.empty((len(times), *planes[0].shape, 3), np.uint8)
             first, *others = order[found : found + number]
-            for channel, plane in enumerate(planes):
-                clip[first, ..., channel] = plane
-            for place in others:
-                clip[place] = clip[first]
+            np.stack(planes, axis=-1, out=clip[first])
+            clip[others] = clip[first]
             found += number
 
         try:
