@@ -258,10 +258,15 @@ def test_the_page_shows_the_written_plots_in_its_own_colours(folder, page):
 
 def test_the_plots_axes_are_all_costs_with_and_without_the_references(page):
     labels = [found["aria-label"] for _, found in page.elements if found.get("class") == "drawing scroll"]
-    costs = ["compression rate (%)", "bits per pixel", "parameters", "FLOPs to encode and decode a clip"]
-    assert labels == [*costs, "tokens of the latents in a DiT", "PSNR of the clips"]
+    costs = ["compression rate in numbers (%)", "bits per pixel, continuous latents as fp16", "parameters"]
+    assert labels == [
+        *costs,
+        "FLOPs to encode and decode a clip",
+        "tokens of the latents in a DiT",
+        "PSNR of the clips",
+    ]
     kinds = [found["class"] for tag, found in page.elements if tag == "div" and found.get("class") in ("all", "models")]
-    assert kinds == ["all", "models"] * 3  # references have a rate, parameters and clips
+    assert kinds == ["all", "models"] * 4  # references have a rate, bits, parameters and clips
 
 
 @pytest.mark.parametrize(
