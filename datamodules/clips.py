@@ -30,6 +30,7 @@ from vidtwin.video import Frames, Source, VideoError, VideoInfo, read_clip, surv
 from vidtwin.video.reading import CENTRE
 from vidtwin.video.source import HEADER_EXCESS
 
+from .content import digest_all
 from .index import Fault
 from .sampler import shuffled
 
@@ -78,6 +79,14 @@ class ClipDataset(Dataset[dict[str, Any]], ABC):
     @abstractmethod
     def identity(self, index: int) -> tuple[str, int]:
         """Return name and start frame of an evaluation clip, without decoding it."""
+
+    def digests(self, show: bool = False) -> dict[str, str]:
+        """Return the SHA-256 of the content of each video, by name; none for clips that are not of files.
+
+        Args:
+            show: Show a progress bar if it takes a while.
+        """
+        return {}
 
     def skip(self, index: int, error: VideoError) -> Skip:
         """Return the entry of "skipped" for an evaluation clip that can't be read."""
@@ -136,6 +145,10 @@ class VideoClips(ClipDataset):
         fps = self._usable_rates(info)[0]
         start = self._start(info, fps, number)[0] if self.consecutive else self._last_start(info, fps) // 2
         return self.videos[place].name, start
+
+    def digests(self, show: bool = False) -> dict[str, str]:
+        digests = digest_all([video.path for video in self.videos], show)
+        return {video.name: digest for video, digest in zip(self.videos, digests, strict=True)}
 
     def leave_out(self, names: Collection[str]) -> None:
         """Remove these videos."""

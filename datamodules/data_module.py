@@ -67,6 +67,7 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
         self.unusable = UnusableVideos(max_broken)
         self.skipped = self.unusable.reasons
         self._datasets: dict[str, ClipDataset] = {}
+        self._digests: dict[str, str] | None = None
 
     @abstractmethod
     def videos(self, split: str) -> list[Video]:
@@ -190,6 +191,7 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
         dataset = self.dataset("test")
         identities = [dataset.identity(index) for index in range(len(dataset))]
         listing = "".join(f"{name}\t{start}\n" for name, start in identities)
+        contents = "".join(f"{name}\t{digest}\n" for name, digest in sorted(self.digests().items()))
         return {
             "data": type(self).__name__,
             "split": dataset.split_name or self.split_name("test"),
@@ -204,7 +206,13 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
             "clip": "all clips of a video" if self.eval_clips == "all" else "one per video, from its middle",
             "tail": self.settings.tail if self.eval_clips == "all" else "none",
             "clips_sha256": hashlib.sha256(listing.encode()).hexdigest(),
+            "videos_sha256": hashlib.sha256(contents.encode()).hexdigest() if contents else None,
         }
+
+    def digests(self) -> dict[str, str]:
+        if self._digests is None:
+            self._digests = self.dataset("test").digests(self._reports)
+        return self._digests
 
     def split_name(self, split: str) -> str:
         """Return a split's name in the protocol."""

@@ -238,7 +238,7 @@ class Synthetic(ClipDataModule):
         return {"generator": _GENERATOR, "seed": self.settings.seed, "lengths": self.lengths, "classes": self.classes}
 
     def protocol(self) -> dict[str, Any]:
-        rendered = {"crop": "none", "resize": "none", "colour": "rendered", "clip": "rendered"}
+        rendered = {"crop": "none", "resize": "none", "colour": "rendered", "clip": "rendered", "generator": _GENERATOR}
         return {**super().protocol(), **rendered, "seed": self.settings.seed}
 
 

@@ -163,6 +163,10 @@ class ClipSource(ABC):
     def protocol(self) -> dict[str, Any]:
         """Describe the test clips: equal descriptions mean equal clips."""
 
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of the content of each test video, by name; none for clips that are not of files."""
+        return {}
+
     @abstractmethod
     def share_skipped(self, gather: Callable[[Any], list[Any]]) -> None:
         """Merge `skipped` of all ranks, at a point that all of them reach.

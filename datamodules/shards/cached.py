@@ -79,6 +79,9 @@ class CachedClips(ClipDataset):
             self._identities = {int(row["index"]): (row["name"], int(row["start_frame"])) for row in rows}
         return self._identities[index]
 
+    def digests(self, show: bool = False) -> dict[str, str]:
+        return self.manifest.content()
+
     def _locate(self, shard: Shard) -> Path:
         return self.folder / shard.file
 

@@ -84,6 +84,7 @@ class Manifest:
             and merely ends before the clip.
         replaced: Place → the same for unreadable clips that another one replaces, under its own name.
         padded: Place → number of the clip's frames that repeat its last one, if any.
+        digests: Name → SHA-256 of the content of each test video; None in caches that lack them.
     """
 
     format: Format
@@ -97,7 +98,14 @@ class Manifest:
     skipped: dict[int, Skip] = field(default_factory=dict)
     replaced: dict[int, list[Skip]] = field(default_factory=dict)
     padded: dict[int, int] = field(default_factory=dict)
+    digests: dict[str, str] | None = None
     complete: bool = False
+
+    def content(self) -> dict[str, str]:
+        """Return the digests of the test videos; without them one of the shards, which hold what is measured."""
+        if self.digests is None:
+            return {"(shards)": hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()}
+        return self.digests
 
     def to_json(self) -> str:
         return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n"

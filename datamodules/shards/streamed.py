@@ -331,5 +331,9 @@ class StreamedVideoClips(VideoClips):
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         return self.lanes.order(epoch)
 
+    def digests(self, show: bool = False) -> dict[str, str]:
+        known = self.shards.manifest.content()
+        return known if self.shards.manifest.digests is None else {v.name: known.get(v.name, "") for v in self.videos}
+
     def content(self, info: VideoInfo) -> bytes:
         return self.items.video(self.places[str(info.path)])[0]

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from vidtwin.data import SPLITS, ClipSettings
 from vidtwin.datamodules.clips import ClipDataset, Video
+from vidtwin.datamodules.content import digest_all
 from vidtwin.datamodules.loader import WorkerLoader
 from vidtwin.errors import UserError
 from vidtwin.files import write_text
@@ -121,14 +122,16 @@ def _write_split(
     if format == "videos":
         videos = data.videos(split)
         source: Source = VideoSource(videos)
-        wanted = Manifest(format, split, name, description, 1, len(videos))
+        digests = _digests(videos) if split == "test" else {}
+        wanted = Manifest(format, split, name, description, 1, len(videos), digests=digests)
         ranges = list(_group_by_size([_file_size(video.path) for video in videos], shard_bytes))
     else:
         dataset = data.make_dataset(split)
         source = ClipSource(dataset, may_skip=split != "train")
         epochs = epochs if data.settings.draws(split) else 1
         left_out = dict(data.skipped[split])
-        wanted = Manifest(format, split, name, description, epochs, len(dataset), left_out)
+        digests = dataset.digests(show=True) if split == "test" else {}
+        wanted = Manifest(format, split, name, description, epochs, len(dataset), left_out, digests=digests)
         clip = data.settings.num_frames * data.settings.resolution**2 * 3
         each = max(1, shard_bytes // clip)
         # No shard holds clips of two epochs: streaming reads one epoch.
@@ -194,6 +197,8 @@ class _SplitWriter:
         """Read the manifest of an earlier run → what differs from the wanted one."""
         self.found = Manifest.read(self.folder / MANIFEST)
         other = difference(_layout(self.wanted) | self.wanted.description, _layout(self.found) | self.found.description)
+        if other is None and self.found.digests not in (None, self.wanted.digests):
+            return "test videos of another content"
         ranges = [(shard.first, shard.places) for shard in self.found.shards]
         if other is None and self.found.complete and ranges != self.ranges:
             return "shards of another size"
@@ -247,6 +252,11 @@ class _SplitWriter:
             complete=True,
         )
         write_text(self.folder / MANIFEST, self.found.to_json())
+
+
+def _digests(videos: list[Video]) -> dict[str, str]:
+    digests = digest_all([video.path for video in videos], show=True)
+    return {video.name: digest for video, digest in zip(videos, digests, strict=True)}
 
 
 def _layout(manifest: Manifest) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from PIL import Image
 from vidtwin.benchmark import plots, protocol, rows
 
 SVG = "{http://www.w3.org/2000/svg}"
-NAMES = ["rate_quality", "pareto", "per_clip"]
+NAMES = ["rate_quality", "bits_quality", "pareto", "per_clip"]
 
 
 class Folder:
@@ -24,7 +24,9 @@ class Folder:
         self.protocol = protocol.ProtocolSettings().resolve(data, "32-true")
         self.hash = protocol.write(self.protocol, path)
 
-    def add(self, name, rate=0.002, psnr=30.0, kind="trained", flops=None, lpips=False, rfvd=None, clips=5):
+    def add(
+        self, name, rate=0.002, psnr=30.0, kind="trained", flops=None, lpips=False, rfvd=None, clips=5, latents=None
+    ):
         measured = []
         for index in range(clips):
             numbers = {"mse": 10 ** (-psnr / 10), "psnr": psnr + index - 2, "ssim": 0.8 + min(psnr, 100) / 1000}
@@ -36,7 +38,7 @@ class Folder:
             "name": name,
             "kind": kind,
             "parameters": 1,
-            "latents": {},
+            "latents": latents or {"z": {"numbers": 8, "bits": None}},
             "compression_rate": rate,
             "bits_per_pixel": None,
             "metrics": metrics | ({"rfvd": rfvd} if rfvd else {}),
@@ -104,7 +106,7 @@ def test_a_plot_says_its_protocol_and_how_many_clips(full):
     for name in NAMES:
         words = " ".join(full.texts(name))
         assert f"protocol vidtwin ({full.hash})" in words
-        assert "5 clips of UCF101 that all models have" in words
+        assert "5 clips of UCF101 that all trained models have" in words
 
 
 def test_each_model_is_labelled_whatever_its_name_holds(full):
@@ -138,6 +140,22 @@ def test_the_cost_in_flops_has_a_panel_where_it_is_known(full, folder):
     assert label not in folder.texts("pareto")
 
 
+def test_bits_per_pixel_count_codes_by_their_bits_and_numbers_as_fp16(folder):
+    codes = {"codes": {"numbers": 4608, "bits": 4608.0}}
+    floats = {"structure": {"numbers": 1024, "bits": None}, "dynamics": {"numbers": 1024, "bits": None}}
+    pixels = 16 * 224**2
+    folder.add("MAGVIT-v2", 4608 / 3 / pixels, 28.0, latents=codes)
+    folder.add("VidTwin", 2048 / 3 / pixels, 29.0, latents=floats)
+    folder.add("both", 3072 / 3 / pixels, 27.0, latents={"a": floats["structure"], "b": {"numbers": 2048, "bits": 512}})
+    rates = {row["name"]: (plots.RATE.value(row), plots.BITS.value(row)) for row in rows.read(folder.path).rows}
+    assert rates["MAGVIT-v2"] == pytest.approx((2.25 * rates["VidTwin"][0], 4608 / pixels))
+    assert rates["VidTwin"][1] == pytest.approx(16 * 2048 / pixels)
+    assert rates["both"][1] == pytest.approx((16 * 1024 + 512) / pixels)
+    plots.write(folder.path)
+    assert "bits per pixel, continuous latents as fp16, ← better" in folder.texts("bits_quality")
+    assert "compression rate in numbers (%), ← better" in folder.texts("rate_quality")
+
+
 def test_equal_folders_give_equal_bytes(full, tmp_path):
     first = {path.name: path.read_bytes() for path in full.path.glob("plots/*")}
     # In another process, with other settings of matplotlib.
@@ -159,7 +177,7 @@ def test_settings_of_matplotlib_are_left_as_they_were(folder):
 @pytest.mark.filterwarnings("error")
 def test_a_single_row_of_one_clip_is_drawn_without_a_warning(folder, kind):
     folder.add("only", kind=kind, clips=1, flops=5)
-    assert len(plots.write(folder.path)) == 6
+    assert len(plots.write(folder.path)) == 8
 
 
 def test_a_reconstruction_without_error_leaves_its_infinite_psnr_out(folder):
@@ -174,7 +192,7 @@ def test_a_reconstruction_without_error_leaves_its_infinite_psnr_out(folder):
 def test_plots_without_numbers_are_not_written_and_old_ones_go(full, tmp_path):
     folder = Folder(tmp_path / "failed")
     folder.add("a")
-    assert len(plots.write(folder.path)) == 6
+    assert len(plots.write(folder.path)) == 8
     row = '{"schema_version": 2, "name": "a", "kind": "failed", "error": "no weights", "protocol_hash": "%s"}'
     (folder.path / "rows" / "a" / "results.json").write_text(row % folder.hash)
     assert plots.write(folder.path) == []
@@ -228,8 +246,8 @@ def test_forty_nine_models_have_a_colour_and_marker_of_their_own(folder):
 def test_a_point_says_its_numbers_on_hovering(full):
     root = ElementTree.parse(full.path / "plots" / "pareto.svg").getroot()
     titles = {(group.get("class"), group.findtext(f"{SVG}title")) for group in root.iter(f"{SVG}g")}
-    assert ("trained", "$a_1$ & <b>: PSNR (dB) 31.00, compression rate (%) 6.85") in titles
-    assert ("reference", "mean_colour: PSNR (dB) 13.00, compression rate (%) 0.0001") in titles
+    assert ("trained", "$a_1$ & <b>: PSNR (dB) 31.00, compression rate in numbers (%) 6.85") in titles
+    assert ("reference", "mean_colour: PSNR (dB) 13.00, compression rate in numbers (%) 0.0001") in titles
     assert ("trained", "VidTwin: PSNR (dB) 28.00, FLOPs to encode and decode a clip 2 G") in titles
 
 
@@ -258,7 +276,7 @@ def test_labels_of_neighbours_do_not_cover_each_other(tmp_path, monkeypatch):
 
     monkeypatch.setattr(plots, "_label", kept)
     plots.write(folder.path)
-    assert [len(found) for found in boxes] == [8, 8, 8]  # PSNR, SSIM; PSNR with its front
+    assert [len(found) for found in boxes] == [8] * 6  # PSNR and SSIM over both rates; PSNR with its front over both
     for found in boxes:
         assert not any(plots._overlap(one, other) > 1 for one, other in itertools.combinations(found, 2))
 

@@ -27,10 +27,10 @@ class Folder:
         self.protocol = protocol.ProtocolSettings(average=average).resolve(of_data, "32-true", dataset=dataset)
         self.hash = protocol.write(self.protocol, path)
 
-    def add(self, name, psnr=30.0, kind="trained", clips=CLIPS, rfvd=None, ssim=0.8, lpips=None, **more):
+    def add(self, name, psnr=30.0, kind="trained", clips=CLIPS, rfvd=None, ssim=0.8, lpips=None, spread=1 / 3, **more):
         measured = []
         for index, clip in enumerate(clips):
-            numbers = {"mse": 10 ** (-psnr / 10), "psnr": psnr + (index - 1) / 3, "ssim": ssim + index / 100}
+            numbers = {"mse": 10 ** (-psnr / 10), "psnr": psnr + (index - 1) * spread, "ssim": ssim + index / 100}
             numbers |= {} if lpips is None else {"lpips": lpips}
             measured.append({"model": name, "name": clip, "start_frame": 0, "num_frames": 4, **numbers})
         row = {
@@ -104,7 +104,7 @@ def full(folder):
     folder.add("strong", 30.126)
     folder.add("middle", 25.0)
     folder.add("lucky", 40.0, "untrained", checkpoint=None)
-    folder.add("mean_colour", 35.0, "reference", checkpoint=None)
+    folder.add("mean_colour", 15.0, "reference", checkpoint=None)
     folder.fail("broken", "Expected a checkpoint,\ngot none")
     return folder
 
@@ -164,7 +164,7 @@ def test_notes_name_protocol_missing_clips_weights_claims_and_rfvd(folder):
     folder.add("b", windows={"num_frames": 2, "windows": 2}, failed_clips=[{"name": "x", "start_frame": 0}])
     text = render.markdown(folder.results())
     assert f"Protocol vidtwin ({folder.hash})." in text
-    assert "Means over the 2 clips that all measured rows have" in text
+    assert "Means over the 2 clips that all trained models have" in text
     assert "a lacks 1 clip that others have: c.avi." in text
     assert "LPIPS (vgg) is unavailable: no weights of VGG-16." in text
     assert "a claims a rate of 0.1 %; its latents have 0.1302 %." in text
@@ -261,7 +261,7 @@ def test_best_and_second_are_of_trained_rows_alone(full):
     assert psnr["strong"] == r"\textbf{30.13} $\pm$ 0.33"
     assert psnr["middle"] == r"\underline{25.00} $\pm$ 0.33"
     others = [psnr[name].split()[0] for name in ("weak", "lucky (untrained)", r"mean\_colour")]
-    assert others == ["20.00", "40.00", "35.00"]
+    assert others == ["20.00", "40.00", "15.00"]
 
 
 def test_smaller_is_better_for_rfvd_and_an_unranked_one_is_not_marked(folder):
@@ -276,6 +276,55 @@ def test_one_trained_row_is_not_called_the_best(folder):
     folder.add("b", 50.0, "reference")
     assert marks(folder.results(), "psnr") == marks(folder.results(), "ssim") == {}
     assert "bold" not in render.latex(folder.results())
+
+
+def test_no_value_below_a_references_is_called_the_best(folder):
+    folder.add("a", 30.0, ssim=0.9)
+    folder.add("b", 26.0, ssim=0.7)
+    folder.add("temporal_mean", 28.0, "reference", ssim=0.95)
+    assert marks(folder.results(), "psnr") == {"a": "best"}
+    assert marks(folder.results(), "ssim") == {}
+    assert "A value that is worse than a reference's has no place." in render.markdown(folder.results())
+
+
+def test_a_reference_that_lacks_clips_is_compared_over_those_it_has(folder):
+    folder.add("a", 30.0)  # 29.67 on the first clip
+    folder.add("b", 29.5)
+    folder.add("mean_colour", 29.9, "reference", clips=CLIPS[:1])  # 29.57 on it
+    assert marks(folder.results(), "psnr") == {"a": "best"}
+
+
+def test_differences_inside_the_noise_share_the_place(folder):
+    folder.add("a", 30.0)
+    folder.add("b", 29.95, spread=-1 / 3)  # better on one clip, worse on another
+    folder.add("c", 29.0)
+    assert marks(folder.results(), "psnr") == {"a": "best", "b": "best", "c": "second"}
+    assert "95% interval of their difference holds 0 (paired bootstrap over videos, 1,000 draws, seed 0" in (
+        render.markdown(folder.results())
+    )
+
+
+def test_an_unranked_row_takes_no_clip_from_the_ranked_ones_and_is_marked(folder):
+    folder.add("a", 30.0)
+    folder.add("b", 20.0)
+    folder.add("mean_colour", 10.0, "reference", clips=CLIPS[:1])
+    lines = folder.markdown()[1]
+    assert {name: line["clips"] for name, line in lines.items()} == {"a": "3", "b": "3", "mean_colour": "1"}
+    assert lines["a"]["PSNR (dB)"] == "**30.00** ± 0.33"
+    assert lines["mean_colour"]["note"] == "reference: not ranked; means over 1 of the 3 clips"
+    assert folder.csv()["mean_colour"]["num_common_clips"] == "1"
+
+
+def test_below_half_of_the_test_clips_nothing_is_ranked(folder):
+    folder.add("a", 30.0, clips=(*CLIPS, "d.avi"))
+    folder.add("b", 20.0, clips=CLIPS[:2])
+    assert marks(folder.results(), "psnr") == {"a": "best", "b": "second"}
+    folder.add("c", 10.0, clips=CLIPS[:1])
+    assert marks(folder.results(), "psnr") == {}
+    assert (
+        "Nothing is ranked: all trained models share 1 of the 4 clips of the test, below 50%; c has the fewest: remove "
+        "rows/c to compare the others." in render.markdown(folder.results())
+    )
 
 
 def test_latex_is_whole(full):
@@ -340,7 +389,7 @@ def test_published_lpips_of_another_network_is_not_put_into_the_latex_column(tmp
 def test_a_mean_over_videos_counts_videos_and_not_their_clips(tmp_path):
     folder = Folder(tmp_path, average="video")
     folder.add("a", clips=("a.avi", "b.avi"))
-    assert "- Means over the 2 videos of the 2 clips that all measured rows have, ±" in render.markdown(
+    assert "- Means over the 2 videos of the 2 clips that all trained models have, ±" in render.markdown(
         folder.results()
     )
     assert "means over the $N = 2$ videos of the 2 clips of 4 frames of 32" in render.latex(folder.results())

@@ -87,6 +87,26 @@ def test_a_comparison_is_over_the_clips_that_all_have_and_says_which_each_lacks(
     assert compared["clips_sha256"] == rows.digest_of([("v.avi", 16)])
 
 
+def test_a_comparison_is_over_the_clips_of_trained_rows_whatever_the_others_lack():
+    every = [clip(*entry) for entry in CLIPS]
+    found = results({"a": every, "b": every, "mean_colour": every[:1]}, mean_colour={"rfvd": {"value": 1.0}})
+    found.rows[2]["kind"] = "reference"
+    compared = rows.compare(found, {})
+    assert (compared["num_clips"], compared["counts"]) == (3, {"a": 3, "b": 3, "mean_colour": 1})
+    assert compared["ranked"]
+    assert compared["rows"]["a"]["psnr"]["mean"] == pytest.approx(20)
+    for row in found.rows:
+        row["kind"] = "untrained"
+    assert rows.compare(found, {})["num_clips"] == 1
+
+
+@pytest.mark.parametrize(("planned", "ranked"), [(None, True), (6, True), (7, False)])
+def test_fewer_common_clips_than_half_of_the_test_are_not_ranked(planned, ranked):
+    found = results({"a": [clip(*entry) for entry in CLIPS]})
+    found.protocol["data"] = found.protocol["data"] | {"num_clips": planned}
+    assert rows.compare(found, {})["ranked"] == ranked
+
+
 def test_a_failed_row_takes_no_clip_from_the_others():
     every = [clip(*entry) for entry in CLIPS]
     found = results({"a": every})

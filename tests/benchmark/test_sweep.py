@@ -36,8 +36,10 @@ from vidtwin.benchmark.measurer import Measurer
 from vidtwin.benchmark.protocol import ProtocolSettings
 from vidtwin.benchmark.sweep import FVD, Entry
 from vidtwin.cli import main
+from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import UserError
 from vidtwin.metrics.fvd import FeatureNetwork
+from vidtwin.video import write_video
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -83,6 +85,22 @@ def by_hand(model: Pool, index: int) -> dict[str, float]:
     target, made = (((x.clamp(-1, 1) + 1) / 2).double().numpy()[0] for x in (clip, made))
     errors = ((target - made) ** 2).mean((0, 2, 3))
     return {"mse": errors.mean(), "psnr": (-10 * np.log10(errors + 1e-8)).mean()}
+
+
+def test_a_video_that_another_replaces_is_refused_by_name_and_its_numbers_are_not_taken(tmp_path):
+    def measure() -> int:
+        data = VideoFolder(
+            str(tmp_path / "videos"), test_fraction=1, val_fraction=0, num_frames=4, resolution=16, num_workers=0
+        )
+        return sweep(tmp_path / "r", [], data, references=["mean_colour"]).run()
+
+    frames = np.arange(6 * 16 * 16 * 3, dtype=np.uint8).reshape(6, 16, 16, 3)
+    for name in ("a.avi", "b.avi"):
+        write_video(tmp_path / "videos" / name, frames, 8.0)
+    assert measure() == measure() == 0
+    write_video(tmp_path / "videos" / "b.avi", frames[::-1] // 2, 8.0)
+    with pytest.raises(UserError, match=r"differ in data.videos_sha256 \w+ for \w+; the content of b.avi is another\)"):
+        measure()
 
 
 # Content of rows.

@@ -107,6 +107,19 @@ def test_a_data_module_takes_its_clips_from_a_cache(make, written, small_ucf, tm
         make(cache=str(tmp_path)).dataset("val")
 
 
+def test_a_cache_without_digests_of_its_videos_is_known_by_its_shards(make, written, tmp_path):
+    shutil.copytree(written, tmp_path / "cache")
+    path = tmp_path / "cache" / "test" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert sorted(manifest.pop("digests")) == sorted(video.name for video in make().videos("test"))
+    path.write_text(json.dumps(manifest))
+    found = make(cache=str(tmp_path / "cache")).protocol()
+    assert found["videos_sha256"] not in (None, make().protocol()["videos_sha256"])
+    manifest["shards"][0]["sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    assert make(cache=str(tmp_path / "cache")).protocol()["videos_sha256"] != found["videos_sha256"]
+
+
 def test_a_cached_evaluation_skips_what_could_not_be_read(tmp_path, capfd):
     root = write_tree(tmp_path / "videos")
     arguments: dict[str, Any] = {"val_fraction": 0.0, "test_fraction": 1.0, "max_broken": 0.5, **SMALL}
@@ -304,7 +317,7 @@ def test_what_is_excluded_is_not_stored_and_belongs_to_the_cache(make, tmp_path)
     assert cached.clip(0, 0)["name"] == "Bounce/v_Bounce_g25_c02.avi"
     with pytest.raises(UserError, match=r"expected the requested clips, got exclude=.*, not exclude=null"):
         CachedClips(tmp_path / "cache/val", make().describe("val"))
-    with pytest.raises(UserError, match=r"there is none; set data\.exclude"):
+    with pytest.raises(UserError, match=r"got no file; set data\.exclude"):
         make(exclude="absent.txt").describe("val")
 
 

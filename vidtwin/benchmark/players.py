@@ -102,7 +102,7 @@ def choose(results: rows.Results, number: int) -> list[dict[str, Any]]:
     """
     measured = [row for row in results.rows if row["kind"] != "failed"]
     counted = [row for row in measured if row["kind"] == "trained"] or measured
-    common = rows.common_clips(results.clips)
+    common = rows.common_clips(results)
     sums: dict[rows.Key, float] = dict.fromkeys(sorted(common), 0.0)
     for row in counted:
         for clip in results.clips[row["name"]]:

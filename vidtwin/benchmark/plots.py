@@ -43,6 +43,7 @@ MARKERS = {
 GRID, SOFT = "#e3e6e9", "#5b646d"
 _ON_PAGE = {"#ffffff": "page", "#000000": "ink", GRID: "line", SOFT: "soft"} | {c: name for name, c in PALETTE.items()}
 DPI = 150
+BITS_OF_A_NUMBER = 16  # a code of one bit and a continuous number weigh the same in a rate that counts numbers
 
 _STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
@@ -73,11 +74,21 @@ def _flops(row: Row) -> float | None:
     return float(flops["encode"] + flops["decode"]) if flops else None
 
 
-RATE = Axis("compression rate (%)", lambda row: 100 * float(row["compression_rate"]))
+def _bits(row: Row) -> float | None:
+    """Compute bits per pixel: of codes those of their codebooks, of continuous latents `BITS_OF_A_NUMBER` each."""
+    latents = (rows.look_up(row, "latents") or {}).values()
+    bits = [each["numbers"] * BITS_OF_A_NUMBER if each["bits"] is None else each["bits"] for each in latents]
+    numbers = sum(each["numbers"] for each in latents)
+    # A rate is numbers over those of the clip, of which a pixel has three.
+    return sum(bits) / numbers * 3 * float(row["compression_rate"]) if numbers else None
+
+
+RATE = Axis("compression rate in numbers (%)", lambda row: 100 * float(row["compression_rate"]))
+BITS = Axis(f"bits per pixel, continuous latents as fp{BITS_OF_A_NUMBER}", _bits)
 FLOPS = Axis("FLOPs to encode and decode a clip", _flops)
 AXES = (
     RATE,
-    Axis("bits per pixel", lambda row: rows.look_up(row, "bits_per_pixel")),
+    BITS,
     Axis("parameters", lambda row: rows.look_up(row, "parameters")),
     FLOPS,
     Axis("tokens of the latents in a DiT", lambda row: rows.look_up(row, "downstream.tokens")),
@@ -120,7 +131,7 @@ class Drawing:
 
 
 def write(folder: str | Path) -> list[Path]:
-    """Write `plots/{rate_quality,pareto,per_clip}.{png,svg}` of a results folder; return their paths.
+    """Write `plots/{rate_quality,bits_quality,pareto,per_clip}.{png,svg}` of a results folder; return their paths.
 
     A plot without numbers is not written; an older one and temporary files that a kill left are removed.
     """
@@ -215,13 +226,13 @@ def styles(results: Results) -> dict[str, dict[str, Any]]:
 # --- the plots: a figure, and its description ---
 
 
-def _rate_quality(results: Results) -> tuple["Figure", str] | None:
+def _quality(results: Results, axis: Axis) -> tuple["Figure", str] | None:
     metrics = [metric for metric in summary.metrics(results) if metric.key in ("psnr", "ssim", "lpips", "rfvd")]
-    return _against(results, [(metric, RATE) for metric in metrics])
+    return _against(results, [(metric, axis) for metric in metrics])
 
 
 def _pareto(results: Results) -> tuple["Figure", str] | None:
-    return _against(results, [(BY_KEY["psnr"], axis) for axis in (RATE, FLOPS)])
+    return _against(results, [(BY_KEY["psnr"], axis) for axis in (RATE, BITS, FLOPS)])
 
 
 def _against(results: Results, pairs: Sequence[tuple[Metric, Axis]]) -> tuple["Figure", str] | None:
@@ -242,12 +253,11 @@ def _against(results: Results, pairs: Sequence[tuple[Metric, Axis]]) -> tuple["F
 
 
 def _per_clip(results: Results) -> tuple["Figure", str] | None:
-    common = rows.common_clips(results.clips)
     values = {
         row["name"]: [
             clip["psnr"]
-            for clip in results.clips[row["name"]]
-            if rows.key_of(clip) in common and math.isfinite(clip.get("psnr", math.nan))
+            for clip in rows.chosen_clips(results, row["name"])
+            if math.isfinite(clip.get("psnr", math.nan))
         ]
         for row in reversed(rows.order(results))
         if row["kind"] != "failed"
@@ -279,7 +289,8 @@ def _per_clip(results: Results) -> tuple["Figure", str] | None:
 
 _Draw = Callable[[Results], "tuple[Figure, str] | None"]
 _PLOTS: dict[str, _Draw] = {
-    "rate_quality": _rate_quality,
+    "rate_quality": partial(_quality, axis=RATE),
+    "bits_quality": partial(_quality, axis=BITS),
     "pareto": _pareto,
     "per_clip": _per_clip,
 }
@@ -381,7 +392,7 @@ def _finish(
 ) -> None:
     """Add the footer, settle the layout and then label each panel's points where there is room beside its line."""
     number, unit = summary.count(results)
-    clips = f"{number:,} {unit} of {summary.data_set(results)} that all models have"
+    clips = f"{number:,} {unit} of {summary.data_set(results)} that {summary.owners(results)} have"
     protocol = f"protocol {results.protocol['name']} ({results.protocol_hash})"
     longest = int(figure.get_size_inches()[0] * 17)
     lines = [_short(line, longest) for line in (key, clips, protocol) if line]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, few
 from vidtwin.files import write_text
 
 # The evaluation of each peer. `data` are its settings of the data module: differences are named, not forced.
@@ -177,9 +177,18 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     ]
 
 
-def write(protocol: dict[str, Any], folder: Path) -> str:
-    """Write `protocol.json` into a results folder, return its hash; `UserError` for rows of another protocol."""
-    path = folder / "protocol.json"
+def write(protocol: dict[str, Any], folder: Path, videos: dict[str, str] | None = None) -> str:
+    """Write `protocol.json` and `videos.json` into a results folder, return the protocol's hash.
+
+    Args:
+        protocol: As `ProtocolSettings.resolve` makes it.
+        folder: Results folder.
+        videos: SHA-256 of the content of each test video, by name; of them the protocol has one digest.
+
+    Raises:
+        UserError: There are rows of another protocol, or of videos that have changed.
+    """
+    path, listing = folder / "protocol.json", folder / "videos.json"
     digest = protocol_hash(protocol)
     if path.exists():
         try:
@@ -191,9 +200,21 @@ def write(protocol: dict[str, Any], folder: Path) -> str:
         if protocol_hash(found) == digest:
             return digest
         if any(folder.glob("rows/*/*")):  # before anything is measured it may be put right
+            changed = _changed_videos(videos or {}, listing)
+            remark = f"; the content of {few(changed)} is another" if changed else ""
             raise UserError(
                 f"Expected results of protocol {digest} in {folder}, got those of {protocol_hash(found)} "
-                f"(they differ in {', '.join(differences(protocol, found))}); choose another --results_dir."
+                f"(they differ in {', '.join(differences(protocol, found))}{remark}); choose another --results_dir."
             )
+    write_text(listing, json.dumps(videos or {}, indent=1, sort_keys=True) + "\n")
     write_text(path, json.dumps(protocol, indent=2, sort_keys=True) + "\n")
     return digest
+
+
+def _changed_videos(videos: dict[str, str], listing: Path) -> list[str]:
+    """List the videos whose content is not the listed one; none if the list is missing or damaged."""
+    try:
+        listed = json.loads(listing.read_text(encoding="utf-8"))
+        return sorted(name for name, digest in videos.items() if listed.get(name, digest) != digest)
+    except (OSError, ValueError, AttributeError):
+        return []

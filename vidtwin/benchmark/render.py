@@ -110,8 +110,9 @@ _AFTER = {
 def as_csv(results: Results) -> str:
     """Write every number as the JSON files have it, with the same header for every folder but for its latents.
 
-    Metrics are means and standard deviations over the clips that all measured rows have ("num_common_clips"). PSNR is
-    in dB, rates are latent numbers / clip numbers (0.002 is 0.2%), FLOPs of one clip, memory in bytes, time in seconds.
+    Metrics are means and standard deviations over a row's part ("num_common_clips") of the clips that all trained rows
+    have. PSNR is in dB, rates are latent numbers / clip numbers (0.002 is 0.2%), FLOPs of one clip, memory in bytes,
+    time in seconds.
     A cell is empty if its row has no such number; "unavailable" is a metric without its network.
     """
     ordered = rows.order(results)
@@ -126,9 +127,9 @@ def as_csv(results: Results) -> str:
 
 def _record(results: Results, row: Row, latents: Iterable[str]) -> dict[str, Any]:
     measured = row["kind"] != "failed"
-    record = {"model": row["name"], "kind": row["kind"], "note": summary.note(row)}
+    record = {"model": row["name"], "kind": row["kind"], "note": summary.note(results, row)}
     record |= {key: rows.look_up(row, path) for key, path in _BEFORE.items()}
-    record["num_common_clips"] = results.comparison["num_clips"] if measured else None
+    record["num_common_clips"] = results.comparison["counts"].get(row["name"])
     record["num_failed_clips"] = len(row.get("failed_clips") or []) if measured else None
     compared = results.comparison["rows"].get(row["name"], {})
     for metric in SHOWN:
@@ -261,12 +262,15 @@ def _caption(results: Results, main: Table) -> str:
     cells = [cell for line in main.lines for cell in line.cells]
     sentences = [
         f"Compression rate and reconstruction quality on {escape(summary.data_set(results))}: means over the "
-        f"$N = {number}$ {clips} that all models have"
+        f"$N = {number}$ {clips} that {summary.owners(results)} have"
         + (r", $\pm$ their standard deviation" if any(cell.deviation for cell in cells) else ""),
         f"Protocol {escape(results.protocol['name'])} ({results.protocol_hash})",
     ]
     if any(cell.mark for cell in cells):
-        sentences.append("Among trained models the best value is bold, the second underlined")
+        sentences.append(
+            "Among trained models the best value is bold, the second underlined; models whose difference may be chance "
+            "(paired bootstrap over videos) share a place, and none is worse than a reference"
+        )
     if any(cell.text == UNAVAILABLE for cell in cells):
         sentences.append("--: unavailable")
     sentences += [f"rFVD: {escape(remark)}" for remark in summary.rfvd_remarks(results)]

@@ -77,7 +77,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     ]
     first, last = min(times), max(times)
     devices = sorted({row["device"] for row in results.rows if row.get("device")})
-    clips = f"{results.comparison['num_clips']:,} that all models have, {summary.clip_format(results)}"
+    clips = f"{results.comparison['num_clips']:,} that {summary.owners(results)} have, {summary.clip_format(results)}"
     return [
         ("Clips", clips),
         ("Protocol", f"{results.protocol['name']} ({results.protocol_hash})"),
@@ -121,7 +121,7 @@ def _data(results: Results, strips: list[str]) -> dict[str, Any]:
         for clip in clips:
             places.setdefault(rows.key_of(clip), len(places))
     measured = [row for row in rows.order(results) if row["kind"] != "failed"]
-    common = rows.common_clips(results.clips)
+    common = rows.common_clips(results)
     looks = plots.looks(results)
     return {
         "metrics": [

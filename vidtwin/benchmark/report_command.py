@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 
 USAGE = "RESULTS"
 DESCRIPTION = """\
-Make again what can be made from the files of a results folder: the means over the clips that all rows have, the table,
-the plots and the page.
+Make again what can be made from the files of a results folder: the means over the clips that all trained rows have,
+the table, the plots and the page.
 
   vidtwin report results
 

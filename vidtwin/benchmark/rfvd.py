@@ -45,12 +45,12 @@ class ClipFeatures:
 
     def compare(self, results: rows.Results) -> dict[str, dict[str, Any]]:
         """Compute rFVD over the common clips, by row, for rows that have other clips too."""
-        common = rows.common_clips(results.clips)
+        common = rows.common_clips(results)
         found: dict[str, dict[str, Any]] = {}
         for row in results.rows:
             path = self.results / "rows" / row["name"] / "features.npy"
             keys = [rows.key_of(clip) for clip in results.clips.get(row["name"], [])]
-            if len(common) < len(keys) and row["metrics"].get("rfvd") != "unavailable" and path.exists():
+            if not common.issuperset(keys) and row["metrics"].get("rfvd") != "unavailable" and path.exists():
                 places = [place for place, key in enumerate(keys) if key in common]
                 features = np.load(path, mmap_mode="r")[places]
                 found[row["name"]] = {"rfvd": "unavailable"}
@@ -74,7 +74,7 @@ class ClipFeatures:
 
     def _input_path(self, index: int) -> Path:
         name, start = self.plan.keys[index]
-        mark = hashlib.sha256(f"{name}\t{start}".encode()).hexdigest()[:32]
+        mark = hashlib.sha256(f"{self.plan.digest}	{name}	{start}".encode()).hexdigest()[:32]
         return inside(self.results, f"inputs/{mark[:2]}/{mark}.npy")
 
 

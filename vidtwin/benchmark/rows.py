@@ -1,6 +1,6 @@
-"""The rows of a results folder: one model's measurement each, and means over the clips that all models have.
+"""The rows of a results folder: one model's measurement each, and means over the clips that all trained ones have.
 
-protocol.json                             the protocol, the same for every row
+protocol.json, videos.json                the protocol, the same for every row; a digest of each test video
 rows/<name>/results.json, clips.csv       the model, its rates, costs and means; a line for each clip
 comparison.json                           means over the common clips
 players/players.json                      clips kept for the report's players
@@ -22,6 +22,7 @@ from vidtwin.files import inside, write_text
 from vidtwin.metrics.registry import PER_CLIP
 
 SCHEMA_VERSION = 2
+FLOOR = 0.5  # of the test clips: with fewer common ones nothing is ranked
 KINDS = ("trained", "untrained", "reference", "failed")
 
 Row = dict[str, Any]
@@ -40,7 +41,7 @@ class Results:
         protocol_hash: Its hash.
         rows: Each `results.json`, by name.
         clips: By a row's name, its clips' numbers.
-        comparison: Means over the clips that all measured rows have; see `compare`.
+        comparison: Means over the clips that all trained rows have; see `compare`.
         players: The content of `players.json`; empty without it.
     """
 
@@ -157,10 +158,17 @@ def key_of(clip: Clip) -> Key:
     return clip["name"], clip["start_frame"]
 
 
-def common_clips(clips: dict[str, list[Clip]]) -> set[Key]:
-    """Find the clips that every row has."""
-    sets = [{key_of(clip) for clip in rows} for rows in clips.values()]
+def common_clips(results: Results) -> set[Key]:
+    """Find the clips that every trained row has; without trained rows those that every row has."""
+    trained = [row["name"] for row in results.rows if row["kind"] == "trained"]
+    sets = [{key_of(clip) for clip in results.clips[name]} for name in trained or results.clips]
     return set.intersection(*sets) if sets else set()
+
+
+def chosen_clips(results: Results, name: str) -> list[Clip]:
+    """Return those of a row's clips of which its means are."""
+    common = common_clips(results)
+    return [clip for clip in results.clips[name] if key_of(clip) in common]
 
 
 def digest_of(keys: Iterable[Key]) -> str:
@@ -169,17 +177,19 @@ def digest_of(keys: Iterable[Key]) -> str:
 
 
 def compare(results: Results, kept: dict[str, Any]) -> dict[str, Any]:
-    """Average each row over the clips that all measured rows have.
+    """Average each row over the common clips.
 
     Args:
         results: The rows and their clips.
         kept: An earlier comparison. Its rFVD, which needs the clips' features, holds while the clips are the same.
 
     Returns:
-        "num_clips", "num_videos" that they are of, "clips_sha256", "left_out" (by row, the clips of the others that it
-        lacks), "rows" (by row, "mean" and "std" of each metric; "rfvd" as in `results.json`).
+        "num_clips", "num_videos" that they are of, "num_test_clips" of the data, "ranked" (whether the common ones are
+        at least `FLOOR` of those), "clips_sha256", "left_out" (by row, the clips of the others that it lacks),
+        "counts" (by row, the number of clips of its means), "rows" (by row, "mean" and "std" of each metric; "rfvd" as
+        in `results.json`).
     """
-    common = common_clips(results.clips)
+    common = common_clips(results)
     every: set[Key] = {key_of(clip) for clips in results.clips.values() for clip in clips}
     digest = digest_of(common)
     left_out = {
@@ -188,6 +198,7 @@ def compare(results: Results, kept: dict[str, Any]) -> dict[str, Any]:
         if len(clips) < len(every)
     }
     rows: dict[str, dict[str, Any]] = {}
+    counts: dict[str, int] = {}
     earlier = kept.get("rows", {}) if kept.get("clips_sha256") == digest else {}
     identities = {row["name"]: row.get("identity") for row in results.rows}
     earlier = {n: row for n, row in earlier.items() if kept.get("identities", {}).get(n) == identities.get(n)}
@@ -195,17 +206,23 @@ def compare(results: Results, kept: dict[str, Any]) -> dict[str, Any]:
         name = row["name"]
         if name not in results.clips:
             continue
-        chosen = [clip for clip in results.clips[name] if key_of(clip) in common]
-        rows[name] = means(chosen, results.protocol)
+        chosen = chosen_clips(results, name)
+        rows[name], counts[name] = means(chosen, results.protocol), len(chosen)
         if "rfvd" in row["metrics"]:
-            rows[name]["rfvd"] = earlier.get(name, {}).get("rfvd", "unavailable")
+            known = earlier.get(name, {}).get("rfvd")
+            whole = isinstance(known, dict) and known["num_clips"] == len(chosen)
+            rows[name]["rfvd"] = known if whole else "unavailable"
             if len(chosen) == row["num_clips"]:  # the row's own clips are the common ones
                 rows[name]["rfvd"] = row["metrics"]["rfvd"]
+    total = max(len(every), results.protocol["data"].get("num_clips") or 0)
     return {
         "num_clips": len(common),
         "num_videos": len({name for name, _ in common}),
+        "num_test_clips": total,
+        "ranked": bool(common) and len(common) >= FLOOR * total,
         "clips_sha256": digest,
         "left_out": left_out,
+        "counts": counts,
         "rows": rows,
         "identities": identities,
     }
@@ -224,22 +241,28 @@ def means(clips: Sequence[Clip], protocol: dict[str, Any]) -> dict[str, dict[str
     """
     if not clips:
         return {}
-    names = [metric for metric in PER_CLIP if metric in clips[0] and metric != "mse"]
+    units = units_of(clips, protocol)
+    weights = [weight for _, weight, _ in units]
+    return {
+        name: {"mean": _mean(values, weights), "std": _deviation(values, weights)}
+        for name in units[0][2]
+        for values in [[found[name] for _, _, found in units]]
+    }
+
+
+def units_of(clips: Sequence[Clip], protocol: dict[str, Any]) -> list[tuple[str, int, dict[str, float]]]:
+    """List what a mean is over, clips or videos: the video, the weight and the numbers of each."""
+    names = [metric for metric in PER_CLIP if clips and metric in clips[0] and metric != "mse"]
     average = protocol["average"]
     if average == "video":
         videos: dict[str, list[Clip]] = {}
         for clip in clips:
             videos.setdefault(clip["name"], []).append(clip)
-        units = [_of_video(parts, names, protocol) for parts in videos.values()]
-        weights = [1] * len(units)
-    else:
-        units = [{name: clip[name] for name in names} for clip in clips]
-        weights = [clip["num_frames"] if average == "frame" else 1 for clip in clips]
-    return {
-        name: {"mean": _mean(values, weights), "std": _deviation(values, weights)}
-        for name in names
-        for values in [[unit[name] for unit in units]]
-    }
+        return [(video, 1, _of_video(parts, names, protocol)) for video, parts in videos.items()]
+    return [
+        (clip["name"], clip["num_frames"] if average == "frame" else 1, {name: clip[name] for name in names})
+        for clip in clips
+    ]
 
 
 def psnr_of(mse: float, epsilon: float) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from vidtwin.benchmark import places as places_of
 from vidtwin.benchmark import published as papers
 from vidtwin.benchmark import rows
 from vidtwin.benchmark.rows import Results, Row
@@ -15,6 +16,13 @@ from vidtwin.metrics.registry import BY_KEY, SHOWN, Column, Metric
 UNAVAILABLE = "unavailable"
 BEST, SECOND = "best", "second"
 _KINDS = {"trained": "", "untrained": "untrained weights: not ranked", "reference": "reference: not ranked"}
+
+_RANKING = (
+    f"Trained models alone are ranked: the best value of a column is bold. Models share a place if the "
+    f"{places_of.CONFIDENCE:.0%} interval of their difference holds 0 (paired bootstrap over videos, "
+    f"{places_of.DRAWS:,} draws, seed {places_of.SEED}; rFVD by its value alone). A value that is worse than a "
+    "reference's has no place."
+)
 
 
 @dataclass
@@ -26,7 +34,7 @@ class Cell:
         value: The number in full, or the word, by which the column is sorted; None comes last.
         deviation: The standard deviation for readers.
         count: Number of clips of which the value is made, if it depends on that.
-        mark: BEST or SECOND of the ranked rows, or empty.
+        mark: BEST or SECOND, which several rows may share, or empty.
         small: A remark on the value.
         flag: Whether the remark is a warning.
         detail: Parts of the value, a line each.
@@ -106,12 +114,12 @@ def mean(results: Results, name: str, key: str) -> float | None:
 def is_ranked(results: Results, row: Row, key: str) -> bool:
     """Check whether a row's value may be called better than another's."""
     value = mean(results, row["name"], key)
-    if row["kind"] != "trained" or value is None or math.isnan(value):
+    if row["kind"] != "trained" or not results.comparison["ranked"] or value is None or math.isnan(value):
         return False
     return key != "rfvd" or bool(results.comparison["rows"][row["name"]]["rfvd"]["ranked"])
 
 
-def note(row: Row) -> str:
+def note(results: Results, row: Row) -> str:
     """Say how a row differs from a trained model on all clips, or why it failed."""
     if row["kind"] == "failed":
         return f"failed: {' '.join(str(row.get('error') or 'no reason was kept').split())}"
@@ -119,6 +127,8 @@ def note(row: Row) -> str:
     parts = [_KINDS[row["kind"]]]
     parts += [f"in {windows['windows']} windows of {windows['num_frames']} frames"] if windows else []
     parts += [f"{_clips(len(failed))} failed"] if failed else []
+    used, number = results.comparison["counts"][row["name"]], results.comparison["num_clips"]
+    parts += [f"means over {used:,} of the {_clips(number)}"] if used < number else []
     return "; ".join(filter(None, parts))
 
 
@@ -144,6 +154,11 @@ def count(results: Results) -> tuple[int, str]:
     return clips, "clips"
 
 
+def owners(results: Results) -> str:
+    """Name the rows that have every common clip."""
+    return "all trained models" if any(row["kind"] == "trained" for row in results.rows) else "all models"
+
+
 def format_rate(rate: float) -> str:
     """Format a compression rate."""
     return f"{100 * rate:.4g}"
@@ -163,13 +178,13 @@ def quality_table(results: Results, latents: bool = False) -> Table:
         filled.append((Column("latents", "Rate of each latent", "%", words=True), _latent_rates))
     filled.append((Column("bits", "Bits/pixel", higher=False), _bits))
     filled += [_metric(results, metric) for metric in measured_metrics(results)]
-    filled.append((Column("clips", "Clips"), lambda row: _number(row["num_clips"], ",")))
+    filled.append((Column("clips", "Clips"), lambda row: _number(results.comparison["counts"][row["name"]], ",")))
     measured = [row for row in ordered if row["kind"] != "failed"]
     filled = [(column, fill) for column, fill in filled if any(fill(row).text for row in measured)]
     lines = []
     for row in ordered:
         cells = [Cell() if row["kind"] == "failed" else fill(row) for _, fill in filled]
-        lines.append(Line(row["name"], row["kind"], [*cells, _words(note(row))]))
+        lines.append(Line(row["name"], row["kind"], [*cells, _words(note(results, row))]))
     columns = [*(column for column, _ in filled), Column("note", "Note", words=True)]
     notes = list(_notes(results, measured))
     return Table("quality", "Compression rate and quality", columns, lines, notes, sorted_by="psnr")
@@ -268,19 +283,18 @@ def published_table(results: Results) -> Table | None:
 
 
 def _metric(results: Results, metric: Metric) -> tuple[Column, _Fill]:
-    """Make a metric's column; the best and the second value of the ranked rows are marked, equal ones alike."""
-    values = [mean(results, row["name"], metric.key) for row in results.rows if is_ranked(results, row, metric.key)]
-    known = [value for value in values if value is not None]
-    places = sorted(set(known), reverse=metric.higher) if len(known) > 1 else []  # the best of one says nothing
-    marks = dict(zip(places, (BEST, SECOND), strict=False))
+    """Make a metric's column; the first and the second place of the ranked rows are marked."""
+    values = {row["name"]: mean(results, row["name"], metric.key) for row in results.rows}
+    ranked = [row["name"] for row in results.rows if is_ranked(results, row, metric.key)]
+    places = places_of.rank(results, metric, {name: value for name in ranked if (value := values[name]) is not None})
 
     def fill(row: Row) -> Cell:
-        value = mean(results, row["name"], metric.key)
+        value = values[row["name"]]
         if value is None:
             return Cell(UNAVAILABLE if metric.key in row["metrics"] else "")
         found = results.comparison["rows"][row["name"]][metric.key]
         cell = Cell(metric.text(value), None if math.isnan(value) else value)
-        cell.mark = marks.get(value, "") if is_ranked(results, row, metric.key) else ""
+        cell.mark = {1: BEST, 2: SECOND}.get(places.get(row["name"], 0), "")
         if metric.key == "rfvd":
             return replace(cell, count=found["num_clips"], small="" if found["ranked"] else "not ranked")
         return replace(cell, deviation=metric.text(found["std"]))
@@ -386,11 +400,19 @@ def _notes(results: Results, measured: list[Row]) -> Iterator[str]:
     number, unit = count(results)
     spread = ", ± their standard deviation" if number > 1 else ""
     yield (
-        f"Means over the {number:,} {unit} that all measured rows have{spread}. Trained models alone "
-        "are ranked: the best value of a column is bold."
+        f"Means over the {number:,} {unit} that {owners(results)} have{spread}."
         if number
-        else "No clip is common to all measured rows, so nothing can be compared."
+        else f"No clip is common to {owners(results)}, so nothing can be compared."
     )
+    trained = [row["name"] for row in measured if row["kind"] == "trained"]
+    if trained and comparison["ranked"]:
+        yield _RANKING
+    elif trained and number:
+        fewest = min(trained, key=lambda name: len(results.clips[name]))
+        yield (
+            f"Nothing is ranked: {owners(results)} share {number:,} of the {_clips(comparison['num_test_clips'])} of "
+            f"the test, below {rows.FLOOR:.0%}; {fewest} has the fewest: remove rows/{fewest} to compare the others."
+        )
     for name, clips in comparison["left_out"].items():
         yield f"{name} lacks {_clips(len(clips))} that others have: {few([str(clip[0]) for clip in clips])}."
     for metric in metrics(results):
@@ -398,7 +420,7 @@ def _notes(results: Results, measured: list[Row]) -> Iterator[str]:
         for row in measured:
             if UNAVAILABLE in (row["metrics"].get(metric.key), comparison["rows"][row["name"]].get(metric.key)):
                 # Means over fewer clips can be taken from clips.csv, but not rFVD.
-                other = "it was measured on more clips than all rows have"
+                other = f"it was measured on more clips than {owners(results)} have"
                 reasons.setdefault(row.get("unavailable", {}).get(metric.key) or other, []).append(row["name"])
         for reason, names in reasons.items():
             of = "" if len(names) == len(measured) else f" for {few(names)}"

@@ -249,7 +249,7 @@ class Sweep:
         refused = ""
         if fabric.is_global_zero:
             try:
-                write_protocol(resolved, self.folder)
+                write_protocol(resolved, self.folder, self.source.digests())
             except UserError as error:
                 refused = str(error)
         if refused := fabric.broadcast(refused):  # all processes end, and none waits for another

@@ -240,7 +240,7 @@ function clipsNote(metric, visible) {
   const parts = [`${total.toLocaleString("en")} clip${total === 1 ? "" : "s"}. A click on a point shows its clip.`];
   if (data.clips.partial.length)
     parts.push(
-      `${data.clips.partial.length.toLocaleString("en")} of them without numbers of every model, so not in the means.`,
+      `${data.clips.partial.length.toLocaleString("en")} of them without numbers of every ranked model, so not in the means.`,
     );
   let broken = 0;
   for (const { column } of visible)
@@ -335,7 +335,7 @@ function showClip(clip) {
   byId("clip-name").textContent = name;
   byId("clip-facts").textContent =
     `From frame ${start}; number ${order.indexOf(clip) + 1} of ${order.length} in this order` +
-    (data.clips.partial.includes(clip) ? "; without numbers of every model, so not in the means." : ".");
+    (data.clips.partial.includes(clip) ? "; without numbers of every ranked model, so not in the means." : ".");
   byId("clip-numbers").replaceChildren(numbersOf(clip));
   byId("players").hidden = !kept;
   byId("no-players").hidden = Boolean(kept);
