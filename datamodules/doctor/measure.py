@@ -8,17 +8,14 @@ from array import array
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
-import av
-import av.filter
 import numpy as np
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 from vidtwin.listing import identity, images_of
 from vidtwin.video import VideoError, decode, survey
-from vidtwin.video.picture import orientation
+from vidtwin.video.picture import UPRIGHT, FilterChain, orientation, turn
 from vidtwin.video.source import COUNTED_FORMATS, open_video
 
 VERSION = 1  # raise it when the same file would give other numbers, also because of the reader
@@ -121,7 +118,7 @@ def _decode(path: Path, found: Measurement) -> None:
     found.aspect = f"{aspect.numerator}:{aspect.denominator}"
     info = survey(path)
     found.fps, found.seconds = float(info.fps), info.duration
-    content = _Content(info.duration)
+    content = _Content(str(path), info.duration)
     stamps = _Stamps()
     keyframes = frames = 0
     for time, frame in decode(path):
@@ -146,7 +143,7 @@ def _read_format(frame: VideoFrame, aspect: Fraction, found: Measurement) -> Non
     found.matrix, found.colour_range = int(frame.colorspace), int(frame.color_range)
     found.rotation = frame.rotation
     shown = max(1, round(frame.width * aspect)), frame.height
-    found.shown_width, found.shown_height = shown[::-1] if orientation(frame)[0] else shown
+    found.shown_width, found.shown_height = shown[::-1] if (orientation(frame) or UPRIGHT)[0] else shown
 
 
 class _Stamps:
@@ -175,13 +172,13 @@ class _Stamps:
 class _Content:
     """Motion, luma, cuts and fingerprint, collected frame by frame in little memory."""
 
-    def __init__(self, duration: float) -> None:
+    def __init__(self, name: str, duration: float) -> None:
         self._duration = duration
         self._times = array("d")
         self._differences = array("d")  # from the frame before, percent of the range of values
-        self._scenes = _Filter(("scdet", None))
-        self._thumbnail = _Luma(_THUMBNAIL, _THUMBNAIL)
-        self._small = _Luma(9, 8)
+        self._scenes = FilterChain(name, ("scdet", None))
+        self._thumbnail = _Luma(name, _THUMBNAIL, _THUMBNAIL)
+        self._small = _Luma(name, 9, 8)
         self._shown: tuple[float, VideoFrame] | None = None
         self._seen: NDArray[np.float32] | None = None  # the thumbnail 1/8 s ago
         self._steps = 0
@@ -263,41 +260,15 @@ def _difference_hash(luma: NDArray[np.uint8]) -> str:
 class _Luma:
     """Convert frames to luma, uint8 (height, width), upright, 0 black and 255 white for any tagged range."""
 
-    def __init__(self, width: int, height: int) -> None:
-        self._upright = _Filter(("scale", f"{width}:{height}:flags=area:out_range=full"), ("format", "gray"))
-        self._turned = _Filter(("scale", f"{height}:{width}:flags=area:out_range=full"), ("format", "gray"))
+    def __init__(self, name: str, width: int, height: int) -> None:
+        self._upright, self._turned = (
+            FilterChain(name, ("scale", f"{shape}:flags=area:out_range=full"), ("format", "gray"))
+            for shape in (f"{width}:{height}", f"{height}:{width}")
+        )
 
     def __call__(self, frame: VideoFrame) -> NDArray[np.uint8]:
-        transpose, flip_rows, flip_columns = orientation(frame)
-        luma = np.asarray((self._turned if transpose else self._upright)(frame).to_ndarray(), np.uint8)
-        luma = luma.T if transpose else luma
-        luma = luma[::-1] if flip_rows else luma
-        return luma[:, ::-1] if flip_columns else luma
-
-
-class _Filter:
-    """A chain of FFmpeg's filters, one frame in and one out, built anew when frames change their layout."""
-
-    def __init__(self, *nodes: tuple[str, str | None]) -> None:
-        self._nodes = nodes
-        self._layout: tuple[int, int, str] | None = None
-        self._graph = av.filter.Graph()
-
-    def __call__(self, frame: VideoFrame) -> VideoFrame:
-        layout = (frame.width, frame.height, frame.format.name)
-        if layout != self._layout:
-            self._layout = layout
-            self._graph = av.filter.Graph()
-            self._graph.threads = 1
-            source = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/25"
-            source += f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
-            nodes: list[Any] = [self._graph.add("buffer", source)]
-            nodes += [self._graph.add(*node) for node in self._nodes]
-            self._graph.link_nodes(*nodes, self._graph.add("buffersink")).configure()
-        self._graph.vpush(frame)
-        filtered = self._graph.vpull()
-        assert isinstance(filtered, VideoFrame)
-        return filtered
+        how = orientation(frame) or UPRIGHT
+        return turn(np.asarray((self._turned if how[0] else self._upright)(frame).to_ndarray(), np.uint8), how)
 
 
 def _digest(path: Path) -> str:

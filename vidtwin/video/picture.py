@@ -2,28 +2,117 @@
 
 One filter graph crops to a square, resizes and converts. Swscale's area filter averages when shrinking (so it is
 antialiased) and is bilinear when enlarging; the bicubic filter takes a quarter more time for the whole clip. Matrix and
-range are those of the frame; untagged frames count as BT.601, limited, as in FFmpeg and other loaders.
+range are those of the frame; untagged frames count as BT.601, limited, as in FFmpeg and other loaders. Colours that
+FFmpeg can't convert are converted by the nearest tags that it can, which is logged once per video.
 """
 
+import functools
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, cast
 
 import av
 import av.filter
 import numpy as np
-from av.sidedata.sidedata import SideDataContainer
+from av.sidedata.sidedata import SideDataContainer, Type
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
+
+from vidtwin import console
 
 # Descriptions for evaluation protocols.
 RESIZE_FILTER = "area (swscale): antialiased shrinking, bilinear enlarging"
 COLOUR = "8-bit RGB by each stream's matrix and range; untagged: BT.601, limited (swscale)"
 
 Frames = NDArray[np.uint8]
+Node = tuple[str, str | None]  # name and arguments of a filter
+Turn = tuple[bool, bool, bool]  # whether to transpose a picture, then flip its rows, then its columns
+
+UPRIGHT: Turn = (False, False, False)
 
 # The area filter alone makes limited ranges 2 of 255 too dark, and neighbours share their chroma. Output to planes
 # takes two thirds of the time of packed RGB.
 _FLAGS = "area+accurate_rnd+full_chroma_int"
+# Matrices that FFmpeg can't convert and that count as BT.2020, by their number in ITU-T H.273: constant luminance, and
+# ICtCp. All others count as untagged.
+_LIKE_BT2020 = frozenset({10, 14})
+
+
+def _make_unknown_type(_: type[Type], value: int) -> Type:
+    member = object.__new__(Type)
+    member._name_ = f"UNKNOWN_{value}"
+    return member
+
+
+# PyAV raises an error for any side data that its enumeration lacks, such as EXIF, and would hide the display matrix.
+Type._missing_ = classmethod(_make_unknown_type)  # type: ignore[assignment, method-assign]
+
+
+class FilterChain:
+    """A chain of FFmpeg's filters, one frame in and one out, built anew when frames change their size or format.
+
+    Args:
+        name: Name of the video, for messages.
+        nodes: Filters between source and sink.
+    """
+
+    def __init__(self, name: str, *nodes: Node) -> None:
+        self._name = name
+        self._nodes = nodes
+        self._layout: tuple[int, int, str] | None = None
+        self._graph: av.filter.Graph | None = None
+        self._tags: Node | None = None
+
+    def __call__(self, frame: VideoFrame) -> VideoFrame:
+        layout = (frame.width, frame.height, frame.format.name)
+        if layout != self._layout:
+            self._layout, self._graph = layout, None
+        try:
+            return self._run(frame)
+        except av.error.FFmpegError:
+            for self._tags, described in _replace_tags(frame):
+                self._graph = None
+                try:
+                    converted = self._run(frame)
+                except av.error.FFmpegError:
+                    continue
+                _log_once(f"{self._name}: {described}")
+                return converted
+            raise
+
+    def _run(self, frame: VideoFrame) -> VideoFrame:
+        self._graph = self._graph or self._build(frame)
+        self._graph.vpush(frame)
+        filtered = self._graph.vpull()
+        assert isinstance(filtered, VideoFrame)
+        return filtered
+
+    def _build(self, frame: VideoFrame) -> av.filter.Graph:
+        graph = av.filter.Graph()
+        graph.threads = 1  # FFmpeg would start a thread pool per graph
+        source = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/25"
+        # Use the first frame's colours: filters warn about later changes.
+        source += f":colorspace={2 if self._tags else int(frame.colorspace)}:range={int(frame.color_range)}"
+        nodes: tuple[Node, ...] = (("buffer", source), *([self._tags] if self._tags else []), *self._nodes)
+        graph.link_nodes(*(graph.add(*node) for node in (*nodes, ("buffersink", None)))).configure()
+        return graph
+
+
+def _replace_tags(frame: VideoFrame) -> Iterator[tuple[Node, str]]:
+    """Yield filters that replace a frame's tags of colours by ones nearby, each with a description."""
+    matrix, transfer, primaries = int(frame.colorspace), int(frame.color_trc), int(frame.color_primaries)
+    nearest = ("bt2020nc", "BT.2020") if matrix in _LIKE_BT2020 else ("unknown", "BT.601")
+    for tag, name in ((str(matrix), "its matrix"), nearest):
+        described = (
+            f"FFmpeg can't convert its colours (matrix {matrix}, transfer {transfer}, primaries {primaries} of ITU-T "
+            f"H.273); converted by {name}, as if the rest was untagged."
+        )
+        yield ("setparams", f"colorspace={tag}:color_trc=unknown:color_primaries=unknown"), described
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    console.log(message)
 
 
 class Converter:
@@ -31,19 +120,22 @@ class Converter:
 
     Args:
         size: Side of the square in pixels; None: the whole picture, with its width scaled by the sample aspect ratio.
+            If pictures change their size or turn, all have that of the first one.
         crop: Position of the largest square in the upright picture, as (x, y): 0 left or top, 0.5 centre, 1 right or
             bottom.
         aspect: Width of a stored pixel divided by its height (sample aspect ratio); None: 1.
+        name: Name of the video, for messages.
     """
 
-    def __init__(self, size: int | None, crop: tuple[float, float], aspect: Fraction | None) -> None:
-        self._size = size
+    def __init__(self, size: int | None, crop: tuple[float, float], aspect: Fraction | None, name: str) -> None:
+        self._shape = None if size is None else (size, size)  # width and height as shown
+        self._square = size is not None
         self._crop = crop
         self._aspect = aspect if aspect and Fraction(1, 8) < aspect < 8 else Fraction(1)
-        self._layout: tuple[int, int, str] | None = None
-        self._graph: av.filter.Graph | None = None
-        self._orientation = (False, False, False)
-        self._whole: tuple[int, int] | None = None  # width and height of whole pictures
+        self._name = name
+        self._layout: tuple[int, int, Turn] | None = None
+        self._turn = UPRIGHT
+        self._chain: FilterChain | None = None
 
     def __call__(self, frame: VideoFrame) -> Frames:
         planes = self.planes(frame)
@@ -52,49 +144,35 @@ class Converter:
 
     def planes(self, frame: VideoFrame) -> list[Frames]:
         """Return red, green and blue, (H, W) each, as views of FFmpeg's buffers, to be copied once."""
-        layout = (frame.width, frame.height, frame.format.name)
+        self._turn = orientation(frame) or self._turn
+        layout = (frame.width, frame.height, self._turn)
         if layout != self._layout:  # the first frame, or a stream that changes its size
             self._layout = layout
-            self._orientation = orientation(frame)
-            self._graph = self._build(frame)
-        assert self._graph is not None
-        self._graph.vpush(frame)
-        converted = self._graph.vpull()
+            self._chain = FilterChain(self._name, *self._choose_filters(frame))
+        assert self._chain is not None
+        converted = self._chain(frame)
         return [self._rotate(converted.planes[index], converted) for index in (2, 0, 1)]  # stored as G, B, R
 
     def _rotate(self, plane: Any, frame: VideoFrame) -> Frames:
-        transpose, flip_rows, flip_columns = self._orientation
         lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-        picture = lines[: frame.height, : frame.width]
-        if transpose:
-            picture = picture.T
-        if flip_rows:
-            picture = picture[::-1]
-        return picture[:, ::-1] if flip_columns else picture
+        return turn(lines[: frame.height, : frame.width], self._turn)
 
-    def _build(self, frame: VideoFrame) -> av.filter.Graph:
-        graph = av.filter.Graph()
-        graph.threads = 1  # FFmpeg would start a thread pool per graph
-        source = f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/25"
-        # Use the first frame's colours: filters warn about later changes.
-        source += f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
-        nodes: list[Any] = [graph.add("buffer", source)]
-        if self._size is not None:
-            left, top, width, height = self._square(frame)
-            nodes.append(graph.add("crop", f"{width}:{height}:{left}:{top}"))
-            shape = (self._size, self._size)
-        else:
-            self._whole = self._whole or (max(1, round(frame.width * self._aspect)), frame.height)
-            shape = self._whole
-        nodes.append(graph.add("scale", f"{shape[0]}:{shape[1]}:flags={_FLAGS}"))
-        nodes += [graph.add("format", "gbrp"), graph.add("buffersink")]
-        graph.link_nodes(*nodes).configure()
-        return graph
+    def _choose_filters(self, frame: VideoFrame) -> list[Node]:
+        """Choose crop, size and format for frames like this one."""
+        nodes: list[Node] = []
+        if self._square:
+            left, top, width, height = self._find_square(frame)
+            nodes.append(("crop", f"{width}:{height}:{left}:{top}"))
+        if self._shape is None:
+            shape = (max(1, round(frame.width * self._aspect)), frame.height)
+            self._shape = shape[::-1] if self._turn[0] else shape
+        width, height = self._shape[::-1] if self._turn[0] else self._shape
+        return [*nodes, ("scale", f"{width}:{height}:flags={_FLAGS}"), ("format", "gbrp")]
 
-    def _square(self, frame: VideoFrame) -> tuple[int, int, int, int]:
+    def _find_square(self, frame: VideoFrame) -> tuple[int, int, int, int]:
         """Return left, top, width and height, in stored pixels, of the largest square on the screen."""
         x, y = self._crop
-        transpose, flip_rows, flip_columns = self._orientation
+        transpose, flip_rows, flip_columns = self._turn
         x, y = (1 - x if flip_columns else x), (1 - y if flip_rows else y)
         if transpose:
             x, y = y, x
@@ -103,16 +181,24 @@ class Converter:
         return round((frame.width - width) * x), round((frame.height - height) * y), width, height
 
 
-def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """Return whether to transpose a frame, then flip its rows, then its columns, to show it upright.
+def turn(plane: Frames, how: Turn) -> Frames:
+    """Turn a stored plane (H, W) upright."""
+    transpose, flip_rows, flip_columns = how
+    plane = plane.T if transpose else plane
+    plane = plane[::-1] if flip_rows else plane
+    return plane[:, ::-1] if flip_columns else plane
+
+
+def orientation(frame: VideoFrame) -> Turn | None:
+    """Return how to turn a frame to show it upright, or None if the frame does not say.
 
     Follows from the signs of the display matrix (ISO 14496-12, 6.2.2), which maps column x and row y to a·x + c·y and
-    b·x + d·y.
+    b·x + d·y. FFmpeg makes one of EXIF's orientation, too.
     """
     # Not `frame.side_data`: its reference cycle would keep the decoder's pictures until garbage collection.
     matrix = cast(Any, SideDataContainer)(frame).get("DISPLAYMATRIX")
     if matrix is None:
-        return False, False, False
+        return None
     a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(cast(Any, matrix)), np.int32)[:5])
     if abs(b) > abs(a):
         return True, b < 0, c < 0

@@ -13,10 +13,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import islice
 
 import av
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -25,6 +27,8 @@ from .source import (
     COUNTED_FORMATS,
     CUT_IN_FORMATS,
     SOUGHT_FORMATS,
+    DisorderedError,
+    Images,
     Source,
     VideoError,
     is_lasting,
@@ -37,10 +41,9 @@ from .source import (
 )
 
 CENTRE = (0.5, 0.5)
-
-
-class _DisorderedError(Exception):
-    """Timestamps are missing or do not rise, so frames have to be counted."""
+# Codecs of which strict decoding refuses sound streams that are merely unusual: MPEG-2 with a picture for each field.
+# Damage of these is an error in FFmpeg's log. HEVC, for one, is damaged without a line in the log.
+_LENIENT_CODECS = frozenset({"mpeg1video", "mpeg2video"})
 
 
 def read_clip(
@@ -116,7 +119,7 @@ def _timed(container: InputContainer, stream: VideoStream, source: Source) -> It
 def iter_frames(source: Source, size: int | None = None, crop: tuple[float, float] = CENTRE) -> Iterator[Frames]:
     """Yield every frame of a video, uint8 (H, W, 3), in constant memory. `probe(source).fps` is their rate."""
     with open_video(source) as (container, stream):
-        converter = Converter(size, crop, stream.sample_aspect_ratio)
+        converter = Converter(size, crop, stream.sample_aspect_ratio, name_of(source))
         for _, frame in _decode(container, stream, source):
             yield converter(frame)
 
@@ -126,15 +129,24 @@ def timed_frames(
 ) -> Iterator[tuple[Fraction, Frames]]:
     """Yield frames like `iter_frames`, each with its time in seconds from the first one; times never decrease."""
     with open_video(source) as (container, stream):
-        converter = Converter(size, crop, stream.sample_aspect_ratio)
+        converter = Converter(size, crop, stream.sample_aspect_ratio, name_of(source))
         for time, frame in _timed(container, stream, source):
             yield time, converter(frame)
 
 
-def _decode(container: InputContainer, stream: VideoStream, source: Source) -> Iterator[tuple[int, VideoFrame]]:
+def _decode(
+    container: InputContainer, stream: VideoStream, source: Source, again: bool = True, strict: bool = True
+) -> Iterator[tuple[int, VideoFrame]]:
     """Yield decoded frames with their numbers from 0; any damage that FFmpeg reports is an error.
 
     AVI skips the number of a dropped frame, so that the previous one is shown again.
+
+    Args:
+        container: Container of `source`.
+        stream: Its stream of pictures.
+        source: For messages, and to be opened again.
+        again: If strict decoding fails with one of `_LENIENT_CODECS`, decode again from the beginning.
+        strict: Whether the stream was opened so.
     """
     name = container.format.name
     counted = name in COUNTED_FORMATS
@@ -151,11 +163,14 @@ def _decode(container: InputContainer, stream: VideoStream, source: Source) -> I
                     number = packet.dts - first
                 waiting.append(number)
             try:
-                decoded = packet.decode()
+                decoded, logged = (packet.decode(), None) if strict else _decode_lenient(packet)
             except av.error.FFmpegError:
                 if begun:
                     raise
-                decoded = []
+                decoded, logged = [], None
+            if begun and logged:
+                text = f"{name_of(source)}: decoding stops after {frames} frames: {logged}."
+                raise VideoError(text, frames, "corrupt")
             for frame in decoded:
                 if frame.is_corrupt:
                     if not begun:
@@ -169,9 +184,32 @@ def _decode(container: InputContainer, stream: VideoStream, source: Source) -> I
                 raise VideoError(
                     f"{name_of(source)}: frame {frames} or one shortly before it is missing.", frames, "corrupt"
                 )
+        return
     except (av.error.FFmpegError, MemoryError) as error:
-        text = f"{name_of(source)}: decoding stops after {frames} frames: {reason_of(error)}."
-        raise VideoError(text, frames, "corrupt", is_lasting(error)) from error
+        at = f" at {container.image}" if isinstance(container, Images) else ""
+        text = f"{name_of(source)}: decoding stops after {frames} frames{at}: {reason_of(error)}."
+        failure = VideoError(text, frames, "corrupt", is_lasting(error))
+        if not (again and strict and stream.codec_context.name in _LENIENT_CODECS):
+            raise failure from error
+    try:
+        with open_video(source, strict=False) as (container, stream):
+            yield from islice(_decode(container, stream, source, strict=False), frames, None)
+    except VideoError as error:
+        raise (failure if (error.decodable or 0) <= frames else error) from None
+
+
+def _decode_lenient(packet: Packet) -> tuple[list[VideoFrame], str | None]:
+    """Decode a packet → frames, and the last error that FFmpeg logged for it, if any."""
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.PANIC)  # errors are counted, not shown
+    before, _ = av.logging.get_last_error()
+    try:
+        frames = packet.decode()
+    finally:
+        count, last = av.logging.get_last_error()
+        av.logging.set_level(level)
+    message = last[2].strip() if last and count > before else None
+    return frames, message if message and not message.endswith("ignoring") else None
 
 
 def _to_fraction(value: float | Fraction) -> Fraction:
@@ -202,7 +240,7 @@ def _read(source: Source, wanted: _Wanted) -> Frames:
         clip = _attempt(source, wanted, seek=wanted.fps is not None, count=wanted.fps is None)
         if clip is None:  # a seek did not find all frames
             clip = _attempt(source, wanted, seek=False)
-    except _DisorderedError:
+    except DisorderedError:
         clip = _attempt(source, wanted, seek=False, count=True)
     assert clip is not None
     return clip
@@ -230,18 +268,18 @@ def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -
             nonlocal decoded
             first = stream.start_time if sought else None
             last: int | None = None
-            for place, frame in _decode(container, stream, source):
+            for place, frame in _decode(container, stream, source, again=not sought):
                 decoded = place + 1
                 if counted:
                     yield place, frame
                     continue
                 if frame.pts is None or (last is not None and frame.pts <= last):
-                    raise _DisorderedError
+                    raise DisorderedError
                 last = frame.pts
                 first = last if first is None else first
                 yield last - first, frame
 
-        converter = Converter(wanted.size, wanted.crop, stream.sample_aspect_ratio)
+        converter = Converter(wanted.size, wanted.crop, stream.sample_aspect_ratio, name_of(source))
         clip: Frames | None = None
         found = 0
 

@@ -5,6 +5,7 @@ the container (a truncated AVI decodes without an error); decoding stops at the 
 and a frame that FFmpeg marks as corrupt is an error too.
 """
 
+import errno
 import io
 import os
 import re
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import av
 from av.container import InputContainer
@@ -29,7 +30,7 @@ Kind = Literal["unreadable", "truncated", "corrupt", "short", "slow"]
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 VIDEO_SUFFIXES = frozenset(
     {".avi", ".mp4", ".m4v", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts", ".3gp"}
-    | {".264", ".h264", ".265", ".hevc", ".y4m", ".yuv"}
+    | {".264", ".h264", ".265", ".hevc", ".y4m", ".yuv", ".mts", ".m2ts", ".gif"}
 )
 IMAGES_FPS = 24  # folders of images have no rate; this is DAVIS's
 # Containers whose timestamps are not times: packed B-frames in AVI give pts 1, 2, 4, 3, 5, …; raw streams have none,
@@ -43,6 +44,12 @@ SOUGHT_FORMATS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 CUT_IN_FORMATS = frozenset({"mpegts", "mpeg"})
 
 MIN_RATE, MAX_RATE = Fraction(1, 10**6), 10**6  # frames per second of a file that is written
+# Errors of a system: a disk, a network, permissions, too many open files. FFmpeg has others for damaged content.
+_SYSTEM_ERRORS = frozenset(
+    {errno.EIO, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.ENOSPC}
+    | {errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETDOWN}
+    | {errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+)
 HEADER_EXCESS = 3  # UCF-101's headers promise 1 to 3 frames more than there are
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.\w+)")
 _RAW_SIZE = re.compile(r"_(\d+)x(\d+)(?:_(\d+(?:\.\d+)?))?")
@@ -69,6 +76,10 @@ class VideoError(UserError):
         self.decodable = decodable
         self.kind: Kind = kind
         self.lasting = lasting
+
+
+class DisorderedError(Exception):
+    """Timestamps are missing or do not rise, so frames have to be counted."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +110,17 @@ def name_of(source: Source) -> str:
 
 
 @contextmanager
-def open_video(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a video and its first stream of pictures; turn errors of FFmpeg, here and inside, into `VideoError`."""
+def open_video(source: Source, strict: bool = True) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open a video and its first stream of pictures; turn all errors, here and inside, into `VideoError`.
+
+    Args:
+        source: Video file, folder of images, or the content of a file.
+        strict: Let decoding stop at whatever FFmpeg finds odd.
+    """
     name = name_of(source)
     try:
-        with _container(source) as container:
+        images = _list_images(Path(source)) if not isinstance(source, bytes) and os.path.isdir(source) else []
+        with _open_image(images[0]) if images else _container(source) as container:
             # FFmpeg treats a song's cover as a video stream, too.
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
@@ -113,13 +130,18 @@ def open_video(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
             if stream.codec_context is None:
                 raise VideoError(f"{name}: expected a video that FFmpeg can decode, it does not know the codec.")
             stream.thread_type = "NONE"  # threads within one small video are slower, and workers have one core each
-            stream.codec_context.options = {"err_detect": "explode"}
-            yield container, stream
+            stream.codec_context.options = {"err_detect": "explode"} if strict else {}
+            yield (cast(InputContainer, Images(container, images)) if images else container), stream
+    except (VideoError, DisorderedError):
+        raise
     except FileNotFoundError:
         raise VideoError(f"{name}: there is no such file.", lasting=False) from None
-    except (av.error.FFmpegError, OSError, MemoryError) as error:  # a damaged header may request huge allocations
+    # A damaged header may request huge allocations, and one file that meets a bug must not end the work on the others.
+    except Exception as error:
+        known = isinstance(error, OSError | MemoryError | av.error.FFmpegError)
+        says = "FFmpeg says" if known else type(error).__name__
         raise VideoError(
-            f"{name}: expected a readable video, FFmpeg says: {reason_of(error)}.", lasting=is_lasting(error)
+            f"{name}: expected a readable video, {says}: {reason_of(error)}.", lasting=is_lasting(error)
         ) from error
 
 
@@ -127,29 +149,76 @@ def _container(source: Source) -> InputContainer:
     if isinstance(source, bytes):
         return av.open(io.BytesIO(source), "r", metadata_errors="replace")
     path = Path(source)
-    if path.is_dir():
-        return _open_images(path)
     if path.suffix.lower() == ".yuv":
         return _open_raw(path)
     return av.open(os.fspath(path), "r", metadata_errors="replace")  # titles may be in any encoding
 
 
-def _open_images(folder: Path) -> InputContainer:
-    """Open a folder of images with consecutive numbers at the end of their names."""
+class Images:
+    """The images of a folder as the container of a video.
+
+    FFmpeg's own reader of image sequences takes an empty file for the end, and needs numbers of equal width.
+
+    Attributes:
+        image: Name of the latest image that was read.
+    """
+
+    def __init__(self, first: InputContainer, paths: list[Path]) -> None:
+        self._first = first
+        self._paths = paths
+        self.image = paths[0].name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._first, name)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def demux(self, stream: VideoStream) -> Iterator[Packet]:
+        """Yield a packet per image and an empty last one, as a container does."""
+        for number, path in enumerate(self._paths):
+            self.image = path.name
+            packet = Packet(_read_image(path, number))
+            packet.stream, packet.time_base, packet.duration = stream, Fraction(1, IMAGES_FPS), 1
+            packet.pts, packet.dts, packet.is_keyframe = number, number, True
+            yield packet
+        packet = Packet()
+        packet.stream = stream
+        yield packet
+
+
+def _list_images(folder: Path) -> list[Path]:
+    """List the images of a folder by the consecutive numbers at the end of their names."""
     shown = (path for path in folder.iterdir() if not path.name.startswith("."))
-    names = sorted(path.name for path in shown if path.suffix.lower() in IMAGE_SUFFIXES)
-    matches = [_NUMBERED.fullmatch(name) for name in names]
-    first = matches[0] if matches else None
-    if first is None:
+    images = [path for path in shown if path.suffix.lower() in IMAGE_SUFFIXES]
+    matches = {path: _NUMBERED.fullmatch(path.name) for path in images}
+    parts = {path: (match[1], int(match[2]), match[3]) for path, match in matches.items() if match}
+    if not parts:
         raise VideoError(f"{folder}: expected images named like 00000.jpg in a folder that is a video, found none.")
-    start, width = int(first[2]), len(first[2])
-    for offset, name in enumerate(names):
-        expected = f"{first[1]}{start + offset:0{width}d}{first[3]}"
-        if name != expected:
-            raise VideoError(f"{folder}: expected the image {expected}, the next one is {name}.", kind="truncated")
-    pattern = f"{os.fspath(folder)}/{first[1]}".replace("%", "%%") + f"%0{width}d{first[3]}"
-    options = {"start_number": str(start), "framerate": str(IMAGES_FPS), "pattern_type": "sequence"}
-    return av.open(pattern, "r", format="image2", options=options)
+    images.sort(key=lambda path: (path not in parts, parts.get(path), path.name))
+    prefix, start, suffix = parts[images[0]]
+    for number, path in enumerate(images, start):
+        if parts.get(path) != (prefix, number, suffix):
+            width = len(images[0].name) - len(prefix) - len(suffix)
+            expected = f"{prefix}{number:0{width}d}{suffix}"
+            raise VideoError(f"{folder}: expected the image {expected}, the next one is {path.name}.", kind="truncated")
+    return images
+
+
+def _read_image(path: Path, number: int) -> bytes:
+    if content := path.read_bytes():
+        return content
+    raise VideoError(f"{path.parent}: the image {path.name} is empty.", number, "truncated")
+
+
+def _open_image(path: Path) -> InputContainer:
+    _read_image(path, 0)
+    try:
+        return av.open(
+            os.fspath(path), "r", format="image2", options={"pattern_type": "none", "framerate": str(IMAGES_FPS)}
+        )
+    except av.error.InvalidDataError as error:
+        raise VideoError(f"{path.parent}: the image {path.name} can't be read: {reason_of(error)}.", 0) from error
 
 
 def _open_raw(path: Path) -> InputContainer:
@@ -173,7 +242,8 @@ def probe(source: Source) -> VideoInfo:
     """Read the header of a video; if it has no frame count, count packets without decoding."""
     with open_video(source) as (container, stream):
         fps = rate_of(stream, source)
-        num_frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+        promised = len(container) if isinstance(container, Images) else stream.frames
+        num_frames = promised or sum(1 for packet in container.demux(stream) if packet.size)
         return _info(source, stream, num_frames, fps)
 
 
@@ -262,6 +332,8 @@ def _promised_end(container: InputContainer, stream: VideoStream) -> Fraction | 
     """Return the end of the video in seconds according to its header, or None; FFmpeg's estimates do not count."""
     if container.format.name in CUT_IN_FORMATS:
         return None
+    if container.format.name == "asf" and len(container.streams) > 1:  # WMV: of the longest stream, such as the sound
+        return None
     if match := re.match(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):  # Matroska, from zero
         return int(match[1]) * 3600 + int(match[2]) * 60 + Fraction(match[3])
     if stream.duration is not None and stream.time_base is not None:
@@ -298,8 +370,11 @@ def _truncated(source: Source, promised: str, decodable: int) -> VideoError:
 
 
 def is_lasting(error: Exception) -> bool:
-    """Return whether an error will recur; failures of a disk, a network or a memory limit may be temporary."""
-    return not isinstance(error, OSError | MemoryError)  # FFmpeg's errors about content are not OSErrors
+    """Return whether an error will recur; failures of a disk, a network or a memory limit may be temporary.
+
+    Not every OSError is one of the system: FFmpeg has "Function not implemented" for content, too.
+    """
+    return not isinstance(error, MemoryError) and getattr(error, "errno", None) not in _SYSTEM_ERRORS
 
 
 def reason_of(error: Any) -> str:
