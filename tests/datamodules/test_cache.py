@@ -304,7 +304,7 @@ def test_what_is_excluded_is_not_stored_and_belongs_to_the_cache(make, tmp_path)
     assert cached.clip(0, 0)["name"] == "Bounce/v_Bounce_g25_c02.avi"
     with pytest.raises(UserError, match=r"expected the requested clips, got exclude=.*, not exclude=null"):
         CachedClips(tmp_path / "cache/val", make().describe("val"))
-    with pytest.raises(UserError, match=r"there is none; set data\.exclude"):
+    with pytest.raises(UserError, match=r"got no file; set data\.exclude"):
         make(exclude="absent.txt").describe("val")
 
 
