@@ -77,7 +77,7 @@ def test_the_real_tree_loads(shared: Path) -> None:
 
 def test_no_group_is_held_out_for_a_training_without_validation(small_ucf: Path) -> None:
     data, usual = UCF101(str(small_ucf), val_groups=[]), UCF101(str(small_ucf), val_groups=[9])
-    assert sorted(names(data, "train")) == sorted(names(usual, "train") + names(usual, "val"))
+    assert names(data, "train") == names(usual, "train") | names(usual, "val")
     with pytest.raises(UserError, match=r"some, but not all .* data\.val_groups=\[\]"):
         data.videos("val")
 
