@@ -130,7 +130,7 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, arguments, 
 
 
 def test_training_without_checkpoints_names_the_options_that_save_fewer(tmp_path):
-    with pytest.raises(UserError, match=r"got false; .* --latest_checkpoint\.every_n_steps N"):
+    with pytest.raises(UserError, match=r"got false: .* --latest_checkpoint\.every_n_steps N"):
         trainer(tmp_path, enable_checkpointing=False, callbacks=[LatestCheckpoint()])
     assert trainer(tmp_path, enable_checkpointing=False).checkpoint_callback is None
 
