@@ -88,6 +88,8 @@ def _make_model_parser(configs: Sequence[Path]) -> Parser:
         if key not in (known := {*own, *NAMES["fit"]}):
             raise UserError(f"Expected keys of `fit` or `test` in a config, got {key!r}{suggestion(key, known)}")
     model_config.add_arguments(parser, configs, own, CONFIG)
+    (action,) = (action for action in parser._actions if action.dest == model_config.KEY)
+    action.help = OF_ONE[model_config.KEY]  # hidden in other commands, and then missing from --print_config
     return parser
 
 

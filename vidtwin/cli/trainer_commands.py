@@ -29,7 +29,9 @@ def refuse(command: str, argv: list[str]) -> None:
         first, _, rest = option.removeprefix("--").rstrip("+").partition(".")
         check_name(option, first, known)
         if first == "trainer" and rest and command != "test":
-            check_name(option, rest, read_options("lightning.pytorch.trainer.trainer", "Trainer"), "trainer.")
+            check_name(
+                option, rest.partition(".")[0], read_options("lightning.pytorch.trainer.trainer", "Trainer"), "trainer."
+            )
     data = option_value(argv, "data") or ""
     if data.endswith((".yaml", ".yml")):
         read_config([data])
