@@ -23,6 +23,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from vidtwin.errors import UserError
+from vidtwin.files import NO_ROOM
 
 Source = str | Path | bytes  # a file, a folder of numbered images, or the content of a file
 Kind = Literal["unreadable", "truncated", "corrupt", "short", "slow"]
@@ -45,7 +46,7 @@ CUT_IN_FORMATS = frozenset({"mpegts", "mpeg"})
 
 # Errors of a system: a disk, a network, permissions, too many open files. FFmpeg has others for damaged content.
 _SYSTEM_ERRORS = frozenset(
-    {errno.EIO, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.ENOSPC}
+    {errno.EIO, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.ENODEV, errno.ENXIO, *NO_ROOM}
     | {errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETDOWN}
     | {errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 )
@@ -206,7 +207,7 @@ def _list_images(folder: Path) -> list[Path]:
 def _read_image(path: Path, number: int) -> bytes:
     if content := path.read_bytes():
         return content
-    raise VideoError(f"{path.parent}: the image {path.name} is empty.", number, "truncated")
+    raise VideoError(f"{path.parent}: the image {path.name} is empty.", number, "corrupt")
 
 
 def _open_image(path: Path) -> InputContainer:
