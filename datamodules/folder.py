@@ -4,18 +4,18 @@ import csv as csv_files
 import os
 import string
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vidtwin.data import SPLITS
 from vidtwin.errors import UserError, few
-from vidtwin.listing import find_videos, is_hidden, is_text
+from vidtwin.listing import encoding_of, find_videos, is_hidden, is_text, read_lines
 from vidtwin.video import VIDEO_SUFFIXES
 
 from .clips import Video
 from .data_module import ClipDataModule
+from .lists import check_apart, check_unique
 from .sampler import hash_to_unit
 
 Listed = tuple[list[str], list[str], list[str]]  # paths, labels and splits of a list's videos; "" if it gives none
@@ -175,12 +175,7 @@ class VideoFolder(ClipDataModule):
                 f"{file}: expected its {len(names):,} videos in {self.root}, all are missing ({few(names)}); set "
                 "data.root or data.path_template."
             )
-        twice = [name for name, times in Counter(map(self._normalize, names)).items() if times > 1]
-        if twice:
-            raise UserError(
-                f"{file}: expected each video once, {len(twice):,} come twice or more ({few(sorted(twice))}); leave "
-                "one line of each."
-            )
+        check_unique(file, map(self._normalize, names))
         return names, labels, splits
 
     def _check_apart(self, names: Sequence[str]) -> None:
@@ -196,11 +191,7 @@ class VideoFolder(ClipDataModule):
                 shared = [name for name in map(self._normalize, self._read(place)[0]) if name in train]
             else:
                 continue
-            if shared:
-                raise UserError(
-                    f"{self.splits['train']}: expected training videos that are in no other split, {len(shared):,} are "
-                    f"in {split} too ({few(sorted(shared))}); take them out of one, or correct data.splits."
-                )
+            check_apart(self.splits["train"], shared, split, ", or correct data.splits")
 
     def _normalize(self, name: str) -> str:
         """Return a video's normalized path under `root`."""
@@ -218,20 +209,20 @@ class VideoFolder(ClipDataModule):
                     f"{file}: expected {{path}} alone in data.path_template for a list of paths, got "
                     f"{self.path_template}."
                 )
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+            lines = read_lines(file)
         except FileNotFoundError:
             option = "data.splits" if self.splits else "data.csv"
             raise UserError(f"Expected a list of videos at {file}, got no file; set {option}.") from None
-        names = [self.path_template.format(path=line.strip()) for line in lines if line.strip()]
+        names = [self.path_template.format(path=line.strip()) for line in lines]
         return names, [""] * len(names), [""] * len(names)
 
     def _read_csv(self, file: Path, labels_only: bool = False) -> Listed:
         """Read a .csv file; only the needed part of its millions of rows is kept."""
         listed: Listed = ([], [], [])
         names, labels, splits = listed
-        with file.open(newline="", encoding="utf-8-sig") as handle:
-            rows = csv_files.reader(handle)
-            header = next(rows, [])
+        with file.open(newline="", encoding=encoding_of(file)) as handle:
+            rows = _number_rows(handle, file)
+            _, header = next(rows, (1, []))
             if labels_only and "label" not in header:
                 return listed
             at = {column: place for place, column in enumerate(header)}
@@ -241,11 +232,10 @@ class VideoFolder(ClipDataModule):
                     f"{file}: expected {columns} (and optionally label and split), got the columns {header}; correct "
                     "the file or data.path_template."
                 )
-            for row in filter(None, rows):
-                if len(row) < len(header):
+            for line, row in rows:
+                if len(row) < len(header) or any(row[len(header) :]):
                     raise UserError(
-                        f"{file}: expected {len(header)} columns in line {rows.line_num}, got {len(row)}; correct the "
-                        "file."
+                        f"{file}: expected {len(header)} columns in line {line}, got {len(row)}; correct the file."
                     )
                 if not labels_only:
                     names.append(self.path_template.format_map({c: row[at[c]] for c in self._columns}))
@@ -260,6 +250,22 @@ class VideoFolder(ClipDataModule):
         if place < test_fraction:
             return "test"
         return "val" if place < test_fraction + self.val_fraction else "train"
+
+
+def _number_rows(handle: TextIO, file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a table that are not empty, each with the number of the line in which it begins."""
+    rows = csv_files.reader(handle, strict=True)
+    line = 1
+    try:
+        for row in rows:
+            if row:
+                yield line, row
+            line = rows.line_num + 1
+    except csv_files.Error as error:
+        raise UserError(
+            f"{file}: expected a table whose quotes are closed, the row that begins in line {line} can't be read "
+            f"({error}); correct the file."
+        ) from None
 
 
 def _columns_of(template: str) -> list[str]:

@@ -28,7 +28,7 @@ from .loader import WorkerLoader
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2  # to be raised when `survey` returns something else for the same file
+_VERSION = 3  # to be raised when `survey` returns something else for the same file
 _FEW = 64  # files that are surveyed without starting processes
 
 

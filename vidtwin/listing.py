@@ -1,5 +1,6 @@
-"""Find videos in folders, detect changed files, and locate the cache and the exclusion list."""
+"""Find videos in folders, read lists of them, detect changed files, and locate the cache."""
 
+import codecs
 import os
 import re
 import stat
@@ -99,6 +100,32 @@ def identity(path: Path) -> tuple[int, int]:
     return sum(image.st_size for image in images), max([status.st_mtime_ns, *changes])
 
 
+def encoding_of(file: Path) -> str:
+    """Return the encoding of a text that may come from anywhere: UTF-8, UTF-16 if it begins with its mark, or Latin-1.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        UserError: It begins like UTF-16 and is not.
+    """
+    with file.open("rb") as handle:
+        wide = handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        handle.seek(0)
+        try:
+            for _ in codecs.iterdecode(iter(lambda: handle.read(1 << 20), b""), "utf-16" if wide else "utf-8"):
+                pass
+        except UnicodeError as error:
+            if wide:
+                raise UserError(f"{file}: expected a text, got damaged UTF-16 ({error}); save it as UTF-8.") from None
+            return "latin-1"
+    return "utf-16" if wide else "utf-8-sig"
+
+
+def read_lines(file: Path) -> list[str]:
+    """Read the lines of a text that are not empty, without their ends; encoding and errors as of `encoding_of`."""
+    with file.open(encoding=encoding_of(file)) as handle:
+        return [line.rstrip("\n") for line in handle if line.strip()]
+
+
 def cache_home() -> Path:
     """Return the folder of files that can be recomputed: `$VIDTWIN_CACHE`, by default `~/.cache/vidtwin`."""
     home = os.environ.get("VIDTWIN_CACHE") or (os.environ.get("XDG_CACHE_HOME") or "~/.cache") + "/vidtwin"
@@ -112,7 +139,7 @@ def excluded_names(file: Path) -> set[str]:
         UserError: The file does not exist.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(file)
     except FileNotFoundError:
         raise UserError(f"Expected a list of videos to exclude at {file}, got no file; set data.exclude.") from None
-    return {line.partition("\t")[0] for line in lines if line.strip() and not line.startswith("#")}
+    return {line.partition("\t")[0] for line in lines if not line.startswith("#")}

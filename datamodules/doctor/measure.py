@@ -18,7 +18,7 @@ from vidtwin.video import VideoError, decode, survey
 from vidtwin.video.picture import UPRIGHT, FilterChain, orientation, turn
 from vidtwin.video.source import COUNTED_FORMATS, open_video
 
-VERSION = 1  # raise it when the same file would give other numbers, also because of the reader
+VERSION = 2  # raise it when the same file would give other numbers, also because of the reader
 FINGERPRINT_FRAMES = 8
 MOTION_STEP = Fraction(1, 8)  # seconds between the two pictures whose difference is motion
 CUT_RISE = 9.0  # percent of the range of values; chosen on real clips, docs/doctor.md says which

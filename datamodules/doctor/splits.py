@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vidtwin.datamodules.ucf101.lists import OFFICIAL, VALIDATION_GROUPS, find_lists, read_lines
+from vidtwin.datamodules.ucf101.lists import OFFICIAL, VALIDATION_GROUPS, find_lists, parse_entry
 from vidtwin.errors import few
+from vidtwin.listing import read_lines
 
 from .measure import FINGERPRINT_FRAMES, Measurement
 
@@ -109,12 +110,12 @@ def _group(name: str) -> tuple[str, str]:
 
 def _read_list(lists: Path, side: str, number: int) -> list[str]:
     path = lists / f"{side}list{number:02d}.txt"
-    return [line.split()[0] for line in read_lines(path)] if path.is_file() else []
+    return [parse_entry(line)[0] for line in read_lines(path)] if path.is_file() else []
 
 
 def _read_classes(lists: Path) -> set[str]:
     path = lists / "classInd.txt"
-    return {line.split()[-1] for line in read_lines(path)} if path.is_file() else set()
+    return {line.strip().split(maxsplit=1)[-1] for line in read_lines(path)} if path.is_file() else set()
 
 
 def _find_line_ends(lists: Path) -> str:

@@ -2,18 +2,29 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vidtwin.datamodules.clips import Video
 from vidtwin.datamodules.data_module import ClipDataModule
+from vidtwin.datamodules.lists import check_apart, check_unique
 from vidtwin.errors import UserError, few
-from vidtwin.listing import is_hidden
+from vidtwin.listing import is_hidden, read_lines
 
-from .lists import VALIDATION_GROUPS, class_root, find_lists, read_lines
+from .lists import (
+    KINDS,
+    VALIDATION_GROUPS,
+    class_root,
+    find_lists,
+    find_mislabelled,
+    number_from_0,
+    parse_entry,
+    read_classes,
+)
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _GROUP = re.compile(r"_g(\d+)_c\d+\.avi$")
 _TEST_GROUPS = range(1, 8)  # those of the official split 1
@@ -26,7 +37,7 @@ class UCF101(ClipDataModule):
         ucfTrainTestlist/{classInd,trainlist01,testlist01,…}.txt     beside root or in it
 
     A group (`g01` to `g25`) holds the clips of one source video. The groups `val_groups` of the train list are held out
-    as validation data; only `test` and `predict` read the test list. Labels are those of classInd.txt, from 0.
+    as validation data; only `test` and `predict` need the test list. Labels are those of classInd.txt, from 0.
 
     Without lists, labels number the class folders in alphabetical order, and groups 1 to 7 are the test data, as in the
     official split 1.
@@ -59,7 +70,7 @@ class UCF101(ClipDataModule):
 
     def videos(self, split: str) -> list[Video]:
         lists = self._find_lists()
-        names = self._read_list(lists, "test" if split == "test" else "train") if lists else self._pick_groups(split)
+        names = self._read_checked(lists, split) if lists else self._pick_groups(split)
         if split != "test":
             names = self._hold_out(names, keep=split == "val")
         labels = self._number_classes(lists)
@@ -94,11 +105,21 @@ class UCF101(ClipDataModule):
             self._files = files
         return self._files
 
-    def _read_list(self, lists: Path, kind: str) -> list[str]:
+    def _read_checked(self, lists: Path, split: str) -> list[str]:
         """Return the names of an official list, which do not follow from the class names (HandstandPushups)."""
-        path = lists / f"{kind}list{self.split:02d}.txt"
+        train, test = (lists / f"{kind}list{self.split:02d}.txt" for kind in KINDS)
+        path = test if split == "test" else train
         present = self._list_files()
-        names = [line.split()[0] for line in _lines(path)]
+        entries = [parse_entry(line) for line in _read(read_lines, path)]
+        names = [name for name, _ in entries]
+        check_unique(path, names)
+        if path == train and test.is_file():
+            check_apart(path, {parse_entry(line)[0] for line in read_lines(test)} & set(names), "test", "")
+        if wrong := find_mislabelled(entries, _read(read_classes, lists / "classInd.txt")):
+            raise UserError(
+                f"{path}: expected the numbers of classInd.txt, {len(wrong):,} are others ({few(wrong)}); correct one "
+                "of the files."
+            )
         absent = [name for name in names if name not in present]
         if absent:
             raise UserError(
@@ -125,13 +146,12 @@ class UCF101(ClipDataModule):
     def _number_classes(self, lists: Path | None) -> dict[str, int]:
         if lists is None:
             return {name: label for label, name in enumerate(sorted({f.split("/")[0] for f in self._list_files()}))}
-        pairs = (line.split() for line in _lines(lists / "classInd.txt"))
-        return {name: int(number) - 1 for number, name in pairs}
+        return number_from_0(_read(read_classes, lists / "classInd.txt"))
 
 
-def _lines(path: Path) -> list[str]:
+def _read(reader: Callable[[Path], T], path: Path) -> T:
     try:
-        return read_lines(path)
+        return reader(path)
     except FileNotFoundError:
         raise UserError(
             f"Expected UCF-101's list {path.name} in {path.parent}, got none; set data.lists to the folder of "

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from vidtwin.errors import UserError, few
 from vidtwin.files import NO_ROOM, inside, replacing
-from vidtwin.listing import walk
+from vidtwin.listing import read_lines, walk
 
 from .archives import unpack
-from .lists import FILES, OFFICIAL, VALIDATION_GROUPS, Lists, describe_names, group_of, read_lines
+from .lists import FILES, OFFICIAL, VALIDATION_GROUPS, Lists, describe_names, group_of, parse_entry
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -187,7 +187,7 @@ def _place(scratch: Path, out: Path, source: Path, lists: Lists, present: set[st
     target, full = out / "ucfTrainTestlist", out / "ucfTrainTestlist_full"
     cut = present != lists.all_names()
     wanted = {
-        file: [line for line in lines if file == "classInd.txt" or line.split()[0] in present]
+        file: [line for line in lines if file == "classInd.txt" or parse_entry(line)[0] in present]
         for file, lines in lists.lines.items()
     }
     if cut and not full.is_dir():
@@ -233,7 +233,7 @@ def _make_rows(
             changed.append(name)
         group = group_of(name)
         assert group is not None
-        row = {"path": name, "label": str(lists.labels[group[0]]), "group": str(group[1])}
+        row = {"path": name, "label": str(lists.classes[group[0]] - 1), "group": str(group[1])}
         row |= {f"split{split:02d}": sides[split, name] for split in OFFICIAL}
         rows.append(row | {"bytes": str(sizes[name]), "sha256": digest})
     if changed:

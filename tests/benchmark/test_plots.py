@@ -109,6 +109,13 @@ def test_a_plot_says_its_protocol_and_how_many_clips(full):
         assert "5 clips of UCF101 that all trained models have" in words
 
 
+def test_a_plot_names_a_reference_of_fewer_clips(folder):
+    folder.add("a")
+    folder.add("mean_colour", kind="reference", clips=3)
+    plots.write(folder.path)
+    assert "5 clips of UCF101 that all trained models have; mean_colour has 3" in " ".join(folder.texts("rate_quality"))
+
+
 def test_each_model_is_labelled_whatever_its_name_holds(full):
     for name in ("rate_quality", "per_clip"):
         assert {"VidTwin", "MAGVIT-v2", "$a_1$ & <b>", "fresh", "mean_colour"} <= set(full.texts(name))

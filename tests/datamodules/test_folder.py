@@ -248,3 +248,41 @@ def test_what_is_tested_on_is_not_trained_on(tmp_path: Path) -> None:
     assert len(apart.videos("train")) == 6  # whether the others are there is not asked
     with pytest.raises(UserError, match=r"folders under data\.root"):
         VideoFolder(str(tmp_path / "train"), splits={"train": str(tmp_path / "test")}).videos("train")
+
+
+def test_an_unclosed_quote_is_refused_with_its_line(shared: Path, tmp_path: Path) -> None:
+    given = shared / "data" / "odd" / "unbalanced_quote.csv"
+    write(tmp_path, "clips/a.avi", "clips/b.avi", "clips/c.avi")
+    with pytest.raises(UserError, match=r"unbalanced_quote\.csv: .* begins in line 2 can't be read"):
+        VideoFolder(str(tmp_path), str(given), 0, 1).videos("test")
+    for text, message in (
+        ('path,label\nclips/a.avi,"a\ndog"\nclips/b.avi,"a" cat\n', "begins in line 4 can't be read"),
+        ("path,label\nclips/a.avi,a dog, asleep\n", "expected 2 columns in line 2, got 3"),
+        ('path,label\nclips/a.avi,"a\ndog"\nclips/b.avi\n', "expected 2 columns in line 4, got 1"),
+    ):
+        write(tmp_path, "list.csv", text=text)
+        with pytest.raises(UserError, match=message):
+            VideoFolder(str(tmp_path), str(tmp_path / "list.csv"), 0, 1).videos("test")
+    write(tmp_path, "list.csv", text='path,label\n\nclips/a.avi,"a\n""dog"""\nclips/b.avi,a cat,,\n')
+    data = VideoFolder(str(tmp_path), str(tmp_path / "list.csv"), 0, 1)
+    assert listed(data, "test") == [("clips/a.avi", 0), ("clips/b.avi", 1)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_list_may_have_any_usual_encoding(tmp_path: Path, encoding: str, end: str) -> None:
+    names = ["café/größe.mp4", "b.mp4"]
+    write(tmp_path, *names)
+    (tmp_path / "list.csv").write_bytes(end.join(["path,label", *(f"{name},ü" for name in names)]).encode(encoding))
+    (tmp_path / "list.txt").write_bytes((end.join(names) + end).encode(encoding))
+    data = VideoFolder(str(tmp_path), splits={"train": "list.csv"}, val_fraction=0)
+    assert listed(data, "train") == [(name, 0) for name in names]
+    data = VideoFolder(str(tmp_path), splits={"test": "list.txt"})
+    assert listed(data, "test") == [(name, -1) for name in names]
+
+
+def test_damaged_utf_16_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path, "a.mp4")
+    (tmp_path / "list.csv").write_bytes("path\na.mp4\n".encode("utf-16")[:-1])
+    with pytest.raises(UserError, match=r"list\.csv: expected a text, got damaged UTF-16 .*; save it as UTF-8"):
+        VideoFolder(str(tmp_path), str(tmp_path / "list.csv")).videos("train")

@@ -59,6 +59,12 @@ def test_the_cache_is_where_its_variables_say(monkeypatch: pytest.MonkeyPatch, t
     assert cache_home() == Path.home() / ".cache" / "vidtwin"
 
 
+def test_videos_of_cameras_and_gifs_are_seen_in_folders(tmp_path: Path) -> None:
+    for name in ("00000.MTS", "a.m2ts", "b.gif", "c.txt"):
+        write(tmp_path / name, "", 0)
+    assert [path.name for path in find_videos(tmp_path, image_folders=True)[0]] == ["00000.MTS", "a.m2ts", "b.gif"]
+
+
 @pytest.fixture
 def linked(tmp_path: Path) -> Path:
     """A tree with links to folders beside it, above it, in it and to nowhere, and with hidden files."""

@@ -105,3 +105,48 @@ def test_bad_data_are_described_in_one_line(small_ucf: Path, tmp_path: Path) -> 
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="1, 2 or 3, got 4"):
         UCF101(str(small_ucf), split=4)
+
+
+@pytest.fixture
+def lists(small_ucf: Path, tmp_path: Path) -> Path:
+    """The lists of the small data set, to be changed."""
+    return Path(shutil.copytree(small_ucf / "ucfTrainTestlist", tmp_path / "lists"))
+
+
+def test_lists_that_contradict_themselves_are_refused(small_ucf: Path, lists: Path) -> None:
+    train, test = ((lists / f"{kind}list01.txt").read_text() for kind in ("train", "test"))
+    first = test.split()[0]
+    for file, text, message in (
+        ("trainlist01.txt", train + train.splitlines()[0], r"trainlist01\.txt: .* 1 come twice or more \("),
+        ("trainlist01.txt", f"{train}{first} 1\n", rf"are in no other split, 1 are in test too \({first}\)"),
+        ("trainlist01.txt", train.replace(" 1", " 2", 1), r"the numbers of classInd\.txt, 1 are others \(Bounce/"),
+        ("classInd.txt", "1 Bounce\n1 Drift\n", r"classInd\.txt: expected each class once, 1 come twice"),
+        ("classInd.txt", "1 Bounce\n2 Bounce\n", r"classInd\.txt: expected each class once, Bounce come twice"),
+        ("classInd.txt", "1 Bounce\nDrift\n", r"classInd\.txt: .* a number and a class, got 'Drift'; correct"),
+    ):
+        before = (lists / file).read_text()
+        (lists / file).write_text(text)
+        with pytest.raises(UserError, match=message):
+            UCF101(str(small_ucf), lists=str(lists)).videos("train")
+        (lists / file).write_text(before)
+
+
+def test_numbers_of_classes_may_begin_with_0_and_files_with_a_mark(small_ucf: Path, lists: Path) -> None:
+    expected = [(video.name, video.label) for video in UCF101(str(small_ucf)).videos("train")]
+    for file in ("classInd.txt", "trainlist01.txt"):
+        lines = (lists / file).read_text().splitlines()
+        for number in (1, 2):
+            lines = [line.replace(f" {number}", f" {number - 1}").replace(f"{number} ", f"{number - 1} ")
+                     for line in lines]  # fmt: skip
+        (lists / file).write_text("\n".join(lines), encoding="utf-16" if file == "classInd.txt" else "utf-8-sig")
+    assert [(video.name, video.label) for video in UCF101(str(small_ucf), lists=str(lists)).videos("train")] == expected
+
+
+def test_names_of_classes_may_have_spaces(small_ucf: Path, lists: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(small_ucf / "UCF-101", tmp_path / "UCF-101"))
+    (root / "Drift").rename(root / "Slow Drift")
+    for file in lists.iterdir():
+        file.write_text(file.read_text().replace("Drift/", "Slow Drift/").replace("2 Drift", "2 Slow Drift"))
+    data = UCF101(str(root), lists=str(lists))
+    assert {(video.name.split("/")[0], video.label) for video in data.videos("train")} == {
+        ("Bounce", 0), ("Slow Drift", 1)}  # fmt: skip

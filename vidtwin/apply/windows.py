@@ -72,7 +72,7 @@ def examine(source: Source) -> tuple[VideoInfo, VideoError | None]:
     try:
         return survey(source), None
     except VideoError as error:
-        if error.kind != "truncated":
+        if error.kind not in ("truncated", "corrupt"):
             raise
         return replace(probe(source), num_frames=error.decodable or 0), error
 

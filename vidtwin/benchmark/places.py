@@ -14,12 +14,19 @@ DRAWS, SEED, CONFIDENCE = 1000, 0, 0.95
 Unit = tuple[str, float, float]  # video, weight, value
 
 
-def rank(results: Results, metric: Metric, means: Mapping[str, float]) -> dict[str, int]:
+def units_of(results: Results) -> dict[str, list[rows.Unit]]:
+    """List, by trained row, what its means are over."""
+    trained = [row["name"] for row in results.rows if row["kind"] == "trained"]
+    return {name: rows.units_of(rows.chosen_clips(results, name), results.protocol) for name in trained}
+
+
+def rank(
+    results: Results, metric: Metric, means: Mapping[str, float], units_by_row: Mapping[str, Sequence[rows.Unit]]
+) -> dict[str, int]:
     """Assign the places of rows by their means; a row that is worse than a reference has none."""
     units: dict[str, list[Unit]] = {}
     for name in means if metric.per_clip else ():
-        found = rows.units_of(rows.chosen_clips(results, name), results.protocol)
-        units[name] = [(video, weight, values[metric.key]) for video, weight, values in found]
+        units[name] = [(video, weight, values[metric.key]) for video, weight, values in units_by_row[name]]
     references = [row["name"] for row in results.rows if row["kind"] == "reference"]
     places = assign(means, units, bool(metric.higher))
     return {n: place for n, place in places.items() if not any(_is_worse(results, metric, n, r) for r in references)}
@@ -81,7 +88,8 @@ def _draw_means(units: Mapping[str, Sequence[Unit]]) -> dict[str, NDArray[np.flo
     drawn = np.empty((DRAWS, len(sums)))
     with np.errstate(invalid="ignore"):  # an infinite PSNR that was not drawn
         for each in drawn:
-            each[:] = sums @ np.bincount(random.integers(len(videos), size=len(videos)), minlength=len(videos))
+            counts = np.bincount(random.integers(len(videos), size=len(videos)), minlength=len(videos))
+            each[:] = sums @ counts.astype(np.float64)
         return {name: drawn[:, 2 * index] / drawn[:, 2 * index + 1] for index, name in enumerate(units)}
 
 

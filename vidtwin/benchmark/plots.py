@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidtwin.benchmark import rows, summary
 from vidtwin.benchmark.rows import Results, Row
+from vidtwin.errors import few
 from vidtwin.files import inside, remove_leftovers, replacing
 from vidtwin.metrics.registry import BY_KEY, Metric
 
@@ -393,6 +394,10 @@ def _finish(
     """Add the footer, settle the layout and then label each panel's points where there is room beside its line."""
     number, unit = summary.count(results)
     clips = f"{number:,} {unit} of {summary.data_set(results)} that {summary.owners(results)} have"
+    shown = [row["name"] for row in results.rows]
+    counts, common = results.comparison["counts"], results.comparison["num_clips"]
+    fewer = [f"{name} has {used:,}" for name, used in counts.items() if used < common and name in shown]
+    clips += f"; {few(fewer)}" if fewer else ""
     protocol = f"protocol {results.protocol['name']} ({results.protocol_hash})"
     longest = int(figure.get_size_inches()[0] * 17)
     lines = [_short(line, longest) for line in (key, clips, protocol) if line]

@@ -28,6 +28,7 @@ KINDS = ("trained", "untrained", "reference", "failed")
 Row = dict[str, Any]
 Clip = dict[str, Any]
 Key = tuple[str, int]
+Unit = tuple[str, int, dict[str, float]]
 _IDENTITY = ("model", "name", "start_frame", "num_frames")
 
 
@@ -250,7 +251,7 @@ def means(clips: Sequence[Clip], protocol: dict[str, Any]) -> dict[str, dict[str
     }
 
 
-def units_of(clips: Sequence[Clip], protocol: dict[str, Any]) -> list[tuple[str, int, dict[str, float]]]:
+def units_of(clips: Sequence[Clip], protocol: dict[str, Any]) -> list[Unit]:
     """List what a mean is over, clips or videos: the video, the weight and the numbers of each."""
     names = [metric for metric in PER_CLIP if clips and metric in clips[0] and metric != "mse"]
     average = protocol["average"]

@@ -177,7 +177,8 @@ def quality_table(results: Results, latents: bool = False) -> Table:
     if latents:
         filled.append((Column("latents", "Rate of each latent", "%", words=True), _latent_rates))
     filled.append((Column("bits", "Bits/pixel", higher=False), _bits))
-    filled += [_metric(results, metric) for metric in measured_metrics(results)]
+    units = places_of.units_of(results)
+    filled += [_metric(results, metric, units) for metric in measured_metrics(results)]
     filled.append((Column("clips", "Clips"), lambda row: _number(results.comparison["counts"][row["name"]], ",")))
     measured = [row for row in ordered if row["kind"] != "failed"]
     filled = [(column, fill) for column, fill in filled if any(fill(row).text for row in measured)]
@@ -282,11 +283,12 @@ def published_table(results: Results) -> Table | None:
 # --- cells ---
 
 
-def _metric(results: Results, metric: Metric) -> tuple[Column, _Fill]:
+def _metric(results: Results, metric: Metric, units: dict[str, list[rows.Unit]]) -> tuple[Column, _Fill]:
     """Make a metric's column; the first and the second place of the ranked rows are marked."""
     values = {row["name"]: mean(results, row["name"], metric.key) for row in results.rows}
     ranked = [row["name"] for row in results.rows if is_ranked(results, row, metric.key)]
-    places = places_of.rank(results, metric, {name: value for name in ranked if (value := values[name]) is not None})
+    means = {name: value for name in ranked if (value := values[name]) is not None}
+    places = places_of.rank(results, metric, means, units)
 
     def fill(row: Row) -> Cell:
         value = values[row["name"]]

@@ -5,12 +5,11 @@ from contextlib import ExitStack
 from fractions import Fraction
 from typing import Any, Self
 
-import av
 from av.audio.stream import AudioStream
 from av.container import OutputContainer
 from av.packet import Packet
 
-from .source import Source, name_of, open_video
+from .source import Source, is_lasting, name_of, open_video, reason_of
 
 # Codecs that MP4 files hold and common players play; others are encoded anew.
 _COPIED = frozenset({"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"})
@@ -49,14 +48,18 @@ class Sound:
             start = (pictures.start_time or 0) * (pictures.time_base or Fraction(0))
             packets = (p for p in given.demux(stream) if p.size and p.pts is not None and p.dts is not None)
             sound = cls(source, stream, packets, start)
-            sound._container = container
+            sound._closing = stack.pop_all()
+        sound._container = container
+        try:  # errors from here on are not the source's
             if sound._copied:
                 sound._output = container.add_stream_from_template(stream)
             else:
                 sound._output = container.add_stream("aac", rate=stream.rate)
                 sound._output.layout = "mono" if stream.channels == 1 else "stereo"
-            sound._closing = stack.pop_all()
-            return sound
+        except BaseException:
+            sound.close()
+            raise
+        return sound
 
     def add(self, until: Fraction | None) -> None:
         """Write the sound up to a time in seconds; None writes the rest and ends the stream."""
@@ -68,10 +71,10 @@ class Sound:
                 self._write(packet)
             if until is None and not self._copied:
                 self._container.mux(self._output.encode(None))
-        except av.error.FFmpegError as error:
-            if isinstance(error, OSError):  # such as a full disk: not an error of the sound
+        except Exception as error:
+            if not is_lasting(error):  # such as a full disk: not an error of the sound
                 raise
-            raise SoundError(f"{self._name}: the sound breaks off: {error.strerror}.") from error
+            raise SoundError(f"{self._name}: the sound breaks off: {reason_of(error)}.") from error
 
     def close(self) -> None:
         self._closing.close()

@@ -23,6 +23,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from vidtwin.errors import UserError
+from vidtwin.files import NO_ROOM
 
 Source = str | Path | bytes  # a file, a folder of numbered images, or the content of a file
 Kind = Literal["unreadable", "truncated", "corrupt", "short", "slow"]
@@ -46,7 +47,7 @@ CUT_IN_FORMATS = frozenset({"mpegts", "mpeg"})
 MIN_RATE, MAX_RATE = Fraction(1, 10**6), 10**6  # frames per second of a file that is written
 # Errors of a system: a disk, a network, permissions, too many open files. FFmpeg has others for damaged content.
 _SYSTEM_ERRORS = frozenset(
-    {errno.EIO, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.ENOSPC}
+    {errno.EIO, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.ENODEV, errno.ENXIO, *NO_ROOM}
     | {errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETDOWN}
     | {errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 )
@@ -208,7 +209,7 @@ def _list_images(folder: Path) -> list[Path]:
 def _read_image(path: Path, number: int) -> bytes:
     if content := path.read_bytes():
         return content
-    raise VideoError(f"{path.parent}: the image {path.name} is empty.", number, "truncated")
+    raise VideoError(f"{path.parent}: the image {path.name} is empty.", number, "corrupt")
 
 
 def _open_image(path: Path) -> InputContainer:
