@@ -156,9 +156,15 @@ def test_an_empty_or_broken_image_is_named(tmp_path: Path, content: bytes, messa
             read()
         assert caught.value.decodable == 4
         assert str(caught.value).startswith(f"{folder}: ")
+    (folder / "00006.png").unlink()
+    (folder / "00006.png").symlink_to(tmp_path / "nowhere.png")
     parts = VideoWindows(folder, 3)  # the commands use the frames before the damage
     assert [window.num_frames for window in parts] == [3, 1]
     assert "00004.png" in (parts.damage or "")
+    (folder / "00004.png").unlink()
+    write_images(folder, 6)
+    with pytest.raises(VideoError, match=r"the image 00006\.png can't be read: No such file") as caught:
+        list(iter_frames(folder))
     (folder / "00000.png").write_bytes(content)
     with pytest.raises(VideoError, match=r"00000\.png"):
         list(iter_frames(folder))
