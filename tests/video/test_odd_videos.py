@@ -227,6 +227,15 @@ def test_mpeg_2_with_a_picture_for_each_field_is_sound(shared: Path, tmp_path: P
     assert av.logging.get_level() is None
 
 
+def test_odd_messages_beside_the_pictures_of_h264_are_no_damage(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.h264", [quarters()] * 6, 25)
+    content = bytearray(path.read_bytes())
+    size = content.index(b"\0\0\1\x06\x05") + 5
+    content[size : size + 3] = b"\xff\xff\xff"  # of the encoder's message
+    path.write_bytes(content)
+    assert survey(path).num_frames == len(list(iter_frames(path))) == 6
+
+
 def test_a_gif_is_a_video(tmp_path: Path) -> None:
     images = [Image.fromarray(quarters() // 2 + 10 * number) for number in range(6)]
     images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=40)
