@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vidtwin.listing import identity, images_of
 from vidtwin.video import VideoError, decode, survey
 from vidtwin.video.picture import UPRIGHT, FilterChain, orientation, turn
-from vidtwin.video.source import COUNTED_FORMATS, open_video
+from vidtwin.video.source import COUNTED_FORMATS, is_lasting, open_video
 
 VERSION = 2  # raise it when the same file would give other numbers, also because of the reader
 FINGERPRINT_FRAMES = 8
@@ -99,7 +99,7 @@ def measure(path: Path, name: str) -> Measurement:
         found.reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{error.kind}: ")
         found.lasting = getattr(error, "lasting", True)
     except OSError as error:
-        found.fault, found.lasting = "unreadable", False
+        found.fault, found.lasting = "unreadable", is_lasting(error)
         found.reason = f"it can't be read: {error.strerror or error}"
     except MemoryError:
         found.fault, found.lasting = "unreadable", False

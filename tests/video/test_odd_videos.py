@@ -156,9 +156,15 @@ def test_an_empty_or_broken_image_is_named(tmp_path: Path, content: bytes, messa
             read()
         assert caught.value.decodable == 4
         assert str(caught.value).startswith(f"{folder}: ")
+    (folder / "00006.png").unlink()
+    (folder / "00006.png").symlink_to(tmp_path / "nowhere.png")
     parts = VideoWindows(folder, 3)  # the commands use the frames before the damage
     assert [window.num_frames for window in parts] == [3, 1]
     assert "00004.png" in (parts.damage or "")
+    (folder / "00004.png").unlink()
+    write_images(folder, 6)
+    with pytest.raises(VideoError, match=r"the image 00006\.png can't be read: No such file") as caught:
+        list(iter_frames(folder))
     (folder / "00000.png").write_bytes(content)
     with pytest.raises(VideoError, match=r"00000\.png"):
         list(iter_frames(folder))
@@ -219,6 +225,15 @@ def test_mpeg_2_with_a_picture_for_each_field_is_sound(shared: Path, tmp_path: P
         list(iter_frames(damaged, 32))
     assert caught.value.kind == "corrupt"
     assert av.logging.get_level() is None
+
+
+def test_odd_messages_beside_the_pictures_of_h264_are_no_damage(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.h264", [quarters()] * 6, 25)
+    content = bytearray(path.read_bytes())
+    size = content.index(b"\0\0\1\x06\x05") + 5
+    content[size : size + 3] = b"\xff\xff\xff"  # of the encoder's message
+    path.write_bytes(content)
+    assert survey(path).num_frames == len(list(iter_frames(path))) == 6
 
 
 def test_a_gif_is_a_video(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ is found in one of two ways:
 """
 
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -41,9 +42,11 @@ from .source import (
 )
 
 CENTRE = (0.5, 0.5)
-# Codecs of which strict decoding refuses sound streams that are merely unusual: MPEG-2 with a picture for each field.
-# Damage of these is an error in FFmpeg's log. HEVC, for one, is damaged without a line in the log.
-_LENIENT_CODECS = frozenset({"mpeg1video", "mpeg2video"})
+# Codecs of which strict decoding refuses sound streams that are merely unusual: MPEG-2 with a picture for each field,
+# H.264 with odd messages beside the pictures (SEI). Damage of these is an error in FFmpeg's log but for the harmless
+# ones. HEVC, for one, is damaged without a line in the log.
+_LENIENT_CODECS = frozenset({"h264", "mpeg1video", "mpeg2video"})
+_HARMLESS = re.compile(r"SEI type .*|.*, ignoring")
 
 
 def read_clip(
@@ -199,7 +202,7 @@ def _decode(
 
 
 def _decode_lenient(packet: Packet) -> tuple[list[VideoFrame], str | None]:
-    """Decode a packet → frames, and the last error that FFmpeg logged for it, if any."""
+    """Decode a packet → frames, and the last error that FFmpeg logged for it, if it is not harmless."""
     level = av.logging.get_level()
     av.logging.set_level(av.logging.PANIC)  # errors are counted, not shown
     before, _ = av.logging.get_last_error()
@@ -209,7 +212,7 @@ def _decode_lenient(packet: Packet) -> tuple[list[VideoFrame], str | None]:
         count, last = av.logging.get_last_error()
         av.logging.set_level(level)
     message = last[2].strip() if last and count > before else None
-    return frames, message if message and not message.endswith("ignoring") else None
+    return frames, None if message and _HARMLESS.fullmatch(message) else message
 
 
 def _to_fraction(value: float | Fraction) -> Fraction:

@@ -207,9 +207,14 @@ def _list_images(folder: Path) -> list[Path]:
 
 
 def _read_image(path: Path, number: int) -> bytes:
-    if content := path.read_bytes():
-        return content
-    raise VideoError(f"{path.parent}: the image {path.name} is empty.", number, "corrupt")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        text = f"{path.parent}: the image {path.name} can't be read: {reason_of(error)}."
+        raise VideoError(text, number, "corrupt", is_lasting(error)) from error
+    if not content:
+        raise VideoError(f"{path.parent}: the image {path.name} is empty.", number, "corrupt")
+    return content
 
 
 def _open_image(path: Path) -> InputContainer:
