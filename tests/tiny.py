@@ -110,7 +110,8 @@ BASELINES: dict[str, dict[str, Any]] = {
     "magvit2": {"channels": 8, "multipliers": [1, 1, 2], "num_blocks": 1, "latent_channels": 6},
     "cmd": {"num_frames": 4, "resolution": 32, "patch_size": 8, "motion_channels": 4, "hidden_size": 16, "depth": 1}
     | {"num_heads": 2},
-    "ivideogpt": {"resolution": 32, "inner_resolution": None, "channels": [32, 32], "layers_per_block": 1}
+    "ivideogpt": {"resolution": 32, "inner_resolution": None, "attention_resolution": 16, "channels": [32, 32]}
+    | {"layers_per_block": 1}
     | {"latent_channels": 8, "codebook_size": 16, "dynamics_codebook_size": 16, "norm_groups": 8},
 }
 

@@ -20,7 +20,7 @@ MODELS = {
     "vidtwin": {},
     "magvit2": BASELINES["magvit2"],
     "cmd": BASELINES["cmd"],
-    "ivideogpt": BASELINES["ivideogpt"] | {"attention_resolution": 16},
+    "ivideogpt": BASELINES["ivideogpt"],
 }
 
 
