@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vidtwin.errors import UserError
 from vidtwin.files import write_text
 from vidtwin.listing import cache_home, identity, images_of
 
@@ -51,7 +52,7 @@ def digest_all(paths: Sequence[Path], show: bool = False) -> list[str]:
 def _key(path: Path) -> tuple[str, int, int] | None:
     try:
         return str(path.absolute()), *identity(path)
-    except OSError:
+    except (OSError, ValueError):  # missing, or a name that no file can have
         return None
 
 
@@ -62,8 +63,10 @@ def _digest(path: Path) -> str:
             return hashlib.sha256(os.fsencode(listing)).hexdigest()
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    except FileNotFoundError:
         return ""
+    except OSError as error:  # it must not become a part of the protocol
+        raise UserError(f"Expected to read {path}, the system failed: {error.strerror or error}; try again.") from error
 
 
 def _read(file: Path) -> _Known:

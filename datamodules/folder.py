@@ -170,7 +170,7 @@ class VideoFolder(ClipDataModule):
     def _read_checked(self, file: Path) -> Listed:
         """Read a list that names each video once; not all may be missing, while single ones are reported later."""
         names, labels, splits = self._read(file)
-        if not any((self.root / name).exists() for name in names):
+        if not any(os.path.exists(self.root / name) for name in names):
             raise UserError(
                 f"{file}: expected its {len(names):,} videos in {self.root}, all are missing ({few(names)}); set "
                 "data.root or data.path_template."

@@ -116,7 +116,7 @@ def _survey_one(path: Path) -> Survey:
 def _key(path: Path) -> _Key | None:
     try:
         return identity(path)
-    except OSError:
+    except (OSError, ValueError):  # missing, or a name that no file can have
         return None
 
 

@@ -141,6 +141,8 @@ def _init_worker(worker: int) -> None:
 
 
 def _end_with_main() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    main = multiprocessing.parent_process()  # not this process's parent if a fork server has started it
+    assert main is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid:
         pass
     os._exit(0)

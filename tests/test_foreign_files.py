@@ -109,6 +109,7 @@ def put_row_aside(name: str) -> None:
     Path("results/rows/model").mkdir(parents=True)
     link(Path("results/rows/model/earlier"))
     row = {"schema_version": rows.SCHEMA_VERSION, "kind": "trained", "name": "model", "identity": name or "."}
+    row |= {"num_clips": 1, "metrics": {}, "latents": {}, "compression_rate": 0.1}
     Path("results/rows/model/results.json").write_text(json.dumps(row))
     job = Job("model", {}, lambda: pytest.fail("built"))
     RowFolder(Path("results"), job, SimpleNamespace(), {}, [])._put_aside()  # type: ignore[arg-type]
@@ -319,6 +320,9 @@ def test_the_current_folder_registers_no_plug_in(here, monkeypatch):
         ({"class_path": "vidtwinx.B"}, False),
         ({"class_path": "torch.optim.AdamW"}, True),
         ({"optimizer": "turtle.Turtle"}, False),
+        ({"autoencoder": "{class_path: absent_x.B}"}, False),
+        ({"autoencoder": '{"class_path": "absent_x.B"}'}, False),
+        ({"loss": {"init_args": {"discriminator": "[{class_path: absent_x.B}]"}}}, False),
         ({"perceptual_backbone": "vgg16.pth"}, True),
         ([{"class_path": "VidTwin"}], True),
     ],
@@ -331,7 +335,52 @@ def test_every_class_that_a_file_names_is_looked_at(content, trusted):
         plugins.check_trusted(content, "a file")
 
 
+@pytest.mark.parametrize("value", [["a"], 5, None])
+def test_the_name_of_a_class_is_text(value):
+    with pytest.raises(UserError, match=r"^Expected the name of a class in a file, got "):
+        plugins.check_trusted({"class_path": value}, "a file")
+
+
+def test_a_file_of_any_name_is_no_config_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("payload.txt").write_text("class_path: absent_x.B\n")
+    with pytest.raises(UserError, match=r"Expected a file to name no other config, got payload\.txt"):
+        plugins.check_trusted({"autoencoder": "payload.txt"}, "a file")
+
+
+def test_folders_and_comments_name_no_module_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("runs").mkdir()
+    Path("mine.py").touch()
+    Path("a.yaml").write_text("# data.batch_size, mine.Model\nmodel: {}  # mine.Model\n")
+    with admit(["test", "--config", "a.yaml", "--out", "runs.old", "--data.root", "data"]):
+        assert str(tmp_path) not in sys.path
+    Path("a.yaml").write_text("model: {class_path: mine.Model}\n")
+    with admit(["test", "--config", "a.yaml"]):
+        assert str(tmp_path) in sys.path
+
+
 def test_a_config_that_a_file_names_is_not_read(evil):
     for content in ({"loss": "other.yaml"}, {"class_path": "cmd", "init_args": {"part": "other.yaml"}}):
         with pytest.raises(UserError, match=r"Expected dump\.pt to name no other config, got other\.yaml"):
             plugins.check_trusted(content, "dump.pt")
+
+
+@pytest.mark.parametrize("key", ["name", "num_clips", "metrics", "latents", "compression_rate"])
+def test_a_row_that_lacks_a_value_is_one_line(tmp_path, key):
+    folder = write_results(tmp_path / "results", {"a": ("trained", 0.1, 20.0)})
+    path = folder / "rows" / "a" / "results.json"
+    row = json.loads(path.read_text())
+    for value in ([], None):
+        path.write_text(json.dumps(row | {key: value}))
+        with pytest.raises(UserError, match=rf"^Expected {key} of a row in .*results\.json"):
+            rows.read(folder)
+
+
+def test_players_without_clips_are_one_line(tmp_path):
+    folder = write_results(tmp_path / "results", {"a": ("trained", 0.1, 20.0)})
+    (folder / "players").mkdir(exist_ok=True)
+    (folder / "players" / "players.json").write_text('{"digest": "x"}')
+    with pytest.raises(UserError, match="Expected a list of clips in "):
+        rows.read(folder)

@@ -86,12 +86,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    temporary = Path(name)
-    if fcntl is None:
-        os.close(handle)  # Windows moves no open file
-    try:
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        if fcntl is None:
+            os.close(handle)  # Windows moves no open file
+            break
         _lock(handle, wait=True)  # by which `remove_leftovers` knows that it is in use
+        if os.fstat(handle).st_nlink:
+            break
+        os.close(handle)  # another process took it for a leftover before it was locked
+    temporary = Path(name)
+    try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0o600
         with temporary.open("rb+") as file:

@@ -21,6 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vidtwin.errors import UserError, suggestion
 
 GROUPS = ("vidtwin.autoencoders", "vidtwin.datamodules", "vidtwin.commands")
@@ -112,7 +114,9 @@ def check_trusted(content: Any, source: str | Path) -> None:
     """
     if isinstance(content, Mapping):
         for key, value in content.items():
-            if key == "class_path" and not _is_trusted(module := str(value).rpartition(".")[0]):
+            if key == "class_path" and not isinstance(value, str):
+                raise UserError(f"Expected the name of a class in {source}, got {value!r}.")
+            if key == "class_path" and not _is_trusted(module := value.rpartition(".")[0]):
                 raise UserError(
                     f"Expected a class of vidtwin or of an installed plug-in in {source}, got {value}; if you trust "
                     f"the module, give --trust_module {module} (in Python trust_modules=[{module!r}])."
@@ -122,12 +126,32 @@ def check_trusted(content: Any, source: str | Path) -> None:
     elif isinstance(content, list | tuple):
         for value in content:
             check_trusted(value, source)
-    elif isinstance(content, str) and content.endswith((".yaml", ".yml", ".json")) and os.path.isfile(content):
-        raise UserError(f"Expected {source} to name no other config, got {content}; give --config yourself.")
-    elif isinstance(content, str) and _DOTTED.fullmatch(content):
-        top = content.partition(".")[0]
+    elif isinstance(content, str):
+        _check_text(content, source)
+
+
+def _check_text(text: str, source: str | Path) -> None:
+    """Check a value that the parser may read as a config, as the name of one, or as the name of a class."""
+    if _holds_config(text):
+        raise UserError(f"Expected {source} to name no other config, got {text}; give --config yourself.")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return  # the parser can't read it either
+    if value != text:
+        check_trusted(value, source)
+    elif _DOTTED.fullmatch(text):
+        top = text.partition(".")[0]
         if top not in sys.modules and find_spec(top):  # some arguments are functions or classes by their names
-            check_trusted({"class_path": content}, source)
+            check_trusted({"class_path": text}, source)
+
+
+def _holds_config(name: str) -> bool:
+    """Return whether a file of this name holds keys, whatever its suffix."""
+    try:
+        return os.path.isfile(name) and isinstance(yaml.safe_load(Path(name).read_text(encoding="utf-8")), dict | list)
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
 
 
 def _is_trusted(module: str) -> bool:

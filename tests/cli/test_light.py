@@ -33,6 +33,7 @@ refusals = {
     "test --config absent.yaml": "Expected a config at absent.yaml",
     "test --resultsdir results": "did you mean 'results_dir'?",
     "fit --trainer.max_step 3": "did you mean 'trainer.max_steps'?",
+    "fit --data ucf11": "did you mean 'ucf101'?",
     "cache out --epocs 2": "did you mean 'epochs'?",
     "fit --data absent.yaml": "Expected a config at absent.yaml",
     "predict --ckpt_path absent.ckpt": "got none at absent.ckpt",

@@ -91,12 +91,16 @@ def test_another_identity_and_other_files_are_refused_by_one_line_and_nothing_is
     write_unit(store, 0, identity="b")
     with pytest.raises(UserError, match="to hold the numbers of this command, got those of b; give another folder"):
         store.begin(refuse, "give another folder")
-    store.clear()
+    assert store.path(0).exists()
+    (store.folder / "README.md").touch()
+    assert store.begin(refuse, "stop", overwrite=True) is True  # also beside other files
+    assert [path.name for path in store.folder.iterdir()] == ["README.md"]
+    (store.folder / "README.md").unlink()
     assert store.begin(refuse, "stop") is False
     (store.folder / "manifest.json").touch()
     with pytest.raises(UserError, match="got those of b"):
         store.begin(refuse, "stop")
-    store.clear()
+    (store.folder / "manifest.json").unlink()
     (store.folder / "thesis.tex").touch()
     (store.folder / ".thesis-abcdefgh.tex").touch()
     with pytest.raises(UserError, match=r"Expected an empty folder or one of numbers, got .* with other files"):

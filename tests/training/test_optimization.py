@@ -77,3 +77,7 @@ def test_a_checkpoint_of_another_schedule_is_refused():
     state = ConstantLR(optimizer).state_dict()  # its number `factor` would replace WarmupCosine's method
     with pytest.raises(UserError, match=r"with WarmupCosine, got one with another class \(of factor, total_iters"):
         check_resumed([optimizer], [WarmupCosine(optimizer, 1)], [groups], [state])
+    state = WarmupCosine(optimizer, 1).state_dict()
+    check_resumed([optimizer], [WarmupCosine(optimizer, 1)], [groups], [state])
+    with pytest.raises(UserError, match=r"with ConstantLR, got one with another class"):
+        check_resumed([optimizer], [ConstantLR(optimizer)], [groups], [state])

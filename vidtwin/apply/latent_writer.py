@@ -163,9 +163,7 @@ class LatentWriter:
     def _prepare(self, planned: Manifest) -> tuple[Manifest, list[int]]:
         """Claim the folder for these latents → its manifest and the missing shards."""
         store = Resumable(self.folder, SHARD, lambda _, path: Shard(path, planned.digest).check(), "latents", MANIFEST)
-        if self.options.overwrite:
-            store.clear()
-        store.begin(lambda: self._compare(planned, store), _ADVICE)
+        store.begin(lambda: self._compare(planned, store), _ADVICE, self.options.overwrite)
         missing = store.missing(range(len(planned.shards)))
         with suppress(UserError):  # of a manifest that is missing or damaged
             earlier = Manifest.read(self.folder)

@@ -82,7 +82,12 @@ def read(folder: str | Path) -> Results:
     results.comparison = compare(results, read_json(kept) if kept.exists() else {})
     players = inside(folder, "players/players.json")
     results.players = read_json(players) if players.exists() else {}
+    if results.players and not isinstance(results.players.get("clips"), list):
+        raise UserError(f"Expected a list of clips in {players}, got none; remove it and run the sweep again.")
     return results
+
+
+_NEEDED = {"name": str, "num_clips": int, "metrics": dict, "latents": dict, "compression_rate": int | float}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -109,6 +114,9 @@ def read_row(path: Path) -> Row:
             f"Expected a row of schema_version {SCHEMA_VERSION} in {path}, got {row.get('schema_version')} "
             f"(kind {row.get('kind')}); it is of another version of vidtwin: measure into another results folder."
         )
+    needed = {"name": str} if row["kind"] == "failed" else _NEEDED
+    if wrong := [key for key, kind in needed.items() if not isinstance(row.get(key), kind)]:
+        raise UserError(f"Expected {few(wrong)} of a row in {path}, got none of this kind; measure the row again.")
     return row
 
 

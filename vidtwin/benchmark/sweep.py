@@ -239,20 +239,22 @@ class Sweep:
         keys = [dataset.identity(index) for index in range(len(dataset))]
         if not keys:
             raise UserError(f"Expected test clips of {type(self.source).__name__}, got none.")
-        resolved = self.protocol.resolve(
-            self.source.protocol(),
-            self.precision,
-            self.i3d.sha256.lower() if self.i3d.sha256 else None,
-            self.dataset,
-            self.source.skipped["test"],
-        )
+        resolved: dict[str, Any] = {}
         refused = ""
-        if fabric.is_global_zero:
+        if fabric.is_global_zero:  # one process reads the content of the videos
             try:
+                resolved = self.protocol.resolve(
+                    self.source.protocol(),
+                    self.precision,
+                    self.i3d.sha256.lower() if self.i3d.sha256 else None,
+                    self.dataset,
+                    self.source.skipped["test"],
+                )
                 write_protocol(resolved, self.folder, self.source.digests())
             except UserError as error:
                 refused = str(error)
-        if refused := fabric.broadcast(refused):  # all processes end, and none waits for another
+        resolved, refused = fabric.broadcast((resolved, refused))
+        if refused:  # all processes end, and none waits for another
             raise UserError(refused)
         size, side = self.source.eval_batch_size, self.source.resolution
         chunks = [list(range(len(keys)))[start : start + size] for start in range(0, len(keys), size)]

@@ -67,8 +67,8 @@ def _texts(words: Iterable[str]) -> Iterator[str]:
             if os.path.isfile(config):
                 text = config.read_text(encoding="utf-8", errors="replace")
                 waiting += [(config.parent, Path(other)) for other in _CONFIG_NAME.findall(text)]
-                yield text
+                yield re.sub(r"(^|\s)#.*", "", text)  # comments name options and files
 
 
 def _lies_here(module: str) -> bool:
-    return Path(f"{module}.py").is_file() or Path(module).is_dir()
+    return Path(f"{module}.py").is_file() or any(Path(module).glob("*.py"))

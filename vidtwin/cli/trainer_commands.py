@@ -5,7 +5,7 @@ from functools import partial
 
 from vidtwin.apply.options import check_weights
 from vidtwin.cli import options
-from vidtwin.cli.parser import check_name, config_paths, option_value, read_config, wants_help
+from vidtwin.cli.parser import check_name, config_paths, option_value, read_config, resolve_short_names, wants_help
 from vidtwin.cli.sources import read_options
 
 _SPECIAL = ("best", "last", "hpc")  # values of Lightning's --ckpt_path that are not paths
@@ -32,6 +32,7 @@ def refuse(command: str, argv: list[str]) -> None:
             check_name(
                 option, rest.partition(".")[0], read_options("lightning.pytorch.trainer.trainer", "Trainer"), "trainer."
             )
+    resolve_short_names(argv)
     data = option_value(argv, "data") or ""
     if data.endswith((".yaml", ".yml")):
         read_config([data])

@@ -64,19 +64,23 @@ class Resumable(Generic[Unit]):
         """Return those of `numbers` that are still to be made."""
         return [number for number in numbers if self.get(number) is None]
 
-    def begin(self, difference: Callable[[], str | None], advice: str) -> bool:
+    def begin(self, difference: Callable[[], str | None], advice: str, overwrite: bool = False) -> bool:
         """Claim the folder for the units of one identity, under its lock → whether an earlier run has begun it.
 
         Args:
             difference: Compare the identity of the earlier run to this one's → what it has and this one has not, in
                 words; None if they are the same. Called only if there was an earlier run.
             advice: What to do with a folder of another identity.
+            overwrite: Remove the manifest and the units of an earlier run, whatever its identity.
 
         Raises:
             UserError: The folder belongs to another identity, or holds other files.
         """
         begun = any(self._files())
-        if begun and (found := difference()):
+        if begun and overwrite:
+            for path in list(self._files()):
+                path.unlink()
+        elif begun and (found := difference()):
             raise UserError(f"Expected {self.folder} to hold the {self.kind} of this command, got {found}; {advice}.")
         if not begun and any(not path.name.startswith(".") for path in self.folder.iterdir()):
             raise UserError(
@@ -84,11 +88,6 @@ class Resumable(Generic[Unit]):
             )
         remove_leftovers(self.folder)
         return begun
-
-    def clear(self) -> None:
-        """Remove the manifest and all units."""
-        for path in self._files():
-            path.unlink()
 
     def _files(self) -> Iterator[Path]:
         if self.manifest is not None and (self.folder / self.manifest).exists():

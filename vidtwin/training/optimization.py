@@ -15,6 +15,7 @@ from vidtwin.schedules import WarmupCosine
 # Options that most of torch's optimizers share, so that they do not identify one.
 _COMMON = {"params", "param_names", "lr", "initial_lr", "weight_decay", "decoupled_weight_decay", "maximize"}
 _COMMON |= {"foreach", "fused", "capturable", "differentiable"}
+_OF_WARMUP = {"last_epoch", "_step_count"}  # all that the state of WarmupCosine has
 
 
 def make_schedule(optimizer: Optimizer, make: LRSchedulerCallable, max_steps: int | None) -> LRScheduler:
@@ -45,7 +46,10 @@ def check_resumed(
         if _options(held) != _options(optimizer.param_groups[0]):
             raise UserError(_describe(optimizer, _options(held)))
     for scheduler, state in zip(schedulers, schedules, strict=True):
-        if other := set(state) - set(vars(scheduler)):
+        other = set(state) - set(vars(scheduler))
+        if not other and (set(state) == _OF_WARMUP) != isinstance(scheduler, WarmupCosine):
+            other = set(state)
+        if other:
             raise UserError(_describe(scheduler, other))
 
 
