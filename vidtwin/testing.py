@@ -550,9 +550,9 @@ def _check_lengths(check: _Check) -> None:
                 "to what the model takes",
             )
             continue
-        subject = f"a clip of {length} frames" + (f" (padded to {padded})" if padded != length else "")
-        with _expect_success(f"{subject} encodes and decodes, as temporal ({temporal}) says"):
-            _round_trip(check.model, clip, subject)
+        described = f"a clip of {length} frames" + (f" (padded to {padded})" if padded != length else "")
+        with _expect_success(f"{described} encodes and decodes, as temporal ({temporal}) says"):
+            _round_trip(check.model, clip, described)
 
 
 @_promise("height and width", "latent shapes", "decode returns the shape of the clip")
@@ -565,9 +565,9 @@ def _check_sizes(check: _Check) -> None:
     step = model.spatial_multiple
     advice = f"spatial_multiple is {step}: set it to what height and width have to be a multiple of"
     advice += ", and a model of squares alone sets resolution"
-    subject = f"a clip of {height} x {width + step} pixels"
-    with _expect_success(f"{subject} encodes and decodes; {advice}"):
-        _round_trip(model, check.other_clip(frames, height, width + step), subject, advice)
+    described = f"a clip of {height} x {width + step} pixels"
+    with _expect_success(f"{described} encodes and decodes; {advice}"):
+        _round_trip(model, check.other_clip(frames, height, width + step), described, advice)
     if step > 1:
         other = check.other_clip(frames, height, width + 1)
         _require(_refuses(model, other), f"a width that is no multiple of {step} is refused with a UserError")
@@ -584,14 +584,14 @@ def _refuses(model: VideoAutoencoder, clip: Tensor) -> bool:
     return False
 
 
-def _round_trip(model: VideoAutoencoder, clip: Tensor, subject: str, advice: str = "mend _latent_shapes()") -> None:
+def _round_trip(model: VideoAutoencoder, clip: Tensor, described: str, advice: str = "mend _latent_shapes()") -> None:
     latents = model.encode(clip).mode()
     decoded = model.decode(latents, clip.shape[2])
     wanted, got = tuple(clip.shape), tuple(decoded.shape)
-    _require(got == wanted, f"{subject} comes back in its shape: expected {wanted}, got {got}; {advice}")
+    _require(got == wanted, f"{described} comes back in its shape: expected {wanted}, got {got}; {advice}")
     claimed = model.latent_shapes(clip.shape[1:])
     shapes = {name: tuple(latent.shape[1:]) for name, latent in latents.items()}
-    _require(claimed == shapes, f"latent_shapes() of {subject}: claimed {claimed}, got {shapes}; {advice}")
+    _require(claimed == shapes, f"latent_shapes() of {described}: claimed {claimed}, got {shapes}; {advice}")
 
 
 @_promise("invalid inputs are refused", "encode returns the named latents")

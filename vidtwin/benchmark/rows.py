@@ -295,7 +295,8 @@ def _mean(values: list[float], weights: list[int]) -> float:
 def _deviation(values: list[float], weights: list[int]) -> float | None:
     """Estimate the standard deviation of which `values` are a sample; None for a single one.
 
-    With weights it stays unbiased, as the frames of one clip are no sample of their own: equal weights divide by n - 1.
+    The variance is unbiased with weights too (reliability weights: frames of a clip are not independent): it is divided
+    by sum(w) - sum(w^2) / sum(w), which is n - 1 for equal weights of 1.
     """
     if len(values) < 2:
         return None

@@ -118,7 +118,7 @@ def _require(names: list[str], parser: argparse.ArgumentParser) -> str:
 
 
 def _innermost(text: str) -> str:
-    """Of the reasons why a value fits none of several types, choose the one about the type that was meant."""
+    """Select the most likely reason if a value fits none of the types of a union."""
     _, found, rest = text.partition("Errors: - ")
     if not found:
         return text
