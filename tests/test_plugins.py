@@ -1,5 +1,6 @@
 """Plug-ins by short name and class name; a broken one is a warning with its name."""
 
+import subprocess
 import sys
 import warnings
 from importlib.metadata import EntryPoint
@@ -75,3 +76,10 @@ def test_one_plug_in_that_is_found_twice_is_no_clash(installed):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert list(plugins.available(GROUP)) == ["tokenizer"]
+
+
+def test_the_package_is_found_beside_a_folder_of_its_name(tmp_path):
+    (tmp_path / "vidtwin").mkdir()  # as beside a clone, for Python a namespace package
+    command = [sys.executable, "-c", "import vidtwin; print(vidtwin.__file__)"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert found.strip().endswith("vidtwin/__init__.py")

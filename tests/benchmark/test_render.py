@@ -275,7 +275,7 @@ def test_one_trained_row_is_not_called_the_best(folder):
     folder.add("a")
     folder.add("b", 50.0, "reference")
     assert marks(folder.results(), "psnr") == marks(folder.results(), "ssim") == {}
-    assert "bold" not in render.latex(folder.results())
+    assert "bold" not in render.latex(folder.results()) + render.markdown(folder.results())
 
 
 def test_no_value_below_a_references_is_called_the_best(folder):

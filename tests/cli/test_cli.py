@@ -518,6 +518,7 @@ def test_plugins_lists_what_is_registered(capsys):
     printed = capsys.readouterr().out
     assert "vidtwin.models.vidtwin.VidTwin" in printed
     assert "vidtwin.datamodules.ucf101.UCF101" in printed
+    assert "vidtwin.commands: none" in printed
 
 
 def test_the_still_is_a_png_of_four_rows(here, run):

@@ -407,8 +407,9 @@ def _notes(results: Results, measured: list[Row]) -> Iterator[str]:
         else f"No clip is common to {owners(results)}, so nothing can be compared."
     )
     trained = [row["name"] for row in measured if row["kind"] == "trained"]
-    if trained and comparison["ranked"]:
-        yield _RANKING
+    if comparison["ranked"]:
+        if len(trained) > 1:  # the best of one says nothing
+            yield _RANKING
     elif trained and number:
         fewest = min(trained, key=lambda name: len(results.clips[name]))
         yield (

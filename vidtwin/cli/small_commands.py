@@ -13,8 +13,9 @@ def list_plugins(argv: list[str]) -> int:
     """Run `vidtwin plugins` → exit code."""
     command_parser("plugins", "", "List what installed packages register, with class paths.").parse_args(argv)
     for group in plugins.GROUPS:
-        sys.stdout.write(f"{group}\n")
-        for name, entry in sorted(plugins.available(group).items()):
+        entries = sorted(plugins.available(group).items())
+        sys.stdout.write(f"{group}\n" if entries else f"{group}: none\n")
+        for name, entry in entries:
             sys.stdout.write(f"  {name:<16} {entry.value.replace(':', '.')}\n")
     return 0
 
