@@ -7,22 +7,27 @@ Trains the model of benchmarks/plateau.py with each variant and seed on the trai
 it on validation clips from the same list (UCF-101's layout, or "synthetic"); the test clips are not read. It prints a
 table for docs/training_from_scratch.md:
 
+    linear   PSNR of the best linear code of the training clips with as many numbers per frame group and position of the
+             latent as the shortcut has: what it can carry at most before encoder and decoder learn
     PSNR     of the reconstruction, by step
     alone    PSNR and `change` of each latent decoded alone, as `vidtwin decouple` measures them
     motion   1 - |error|² / |motion|², motion being what differs from the mean of all frames: of the reconstruction;
              with the dynamics of a still, so that only the structure can move; with the structure of a still, so that
              only the dynamics can. The still repeats the mean of the frames.
 
-Each run is written to --out when it ends, and not repeated by the next call.
+Columns with two numbers hold PSNR / change. Each run is written to --out when it ends, and not repeated by the next
+call.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from experiments import as_markdown
 from plateau import build, load, parse, psnr, train
 from torch import Tensor
@@ -34,7 +39,8 @@ from vidtwin.posteriors import Latents
 from vidtwin.video import Frames
 from vidtwin.video.convert import to_clip, to_uint8
 
-# Frame groups of the shortcut by variant; "all" stands for as many as there are maps of structure.
+PATCH = 8  # of the model of benchmarks/plateau.py
+# Frame groups of the shortcut by variant; -1: as many as there are maps of structure.
 VARIANTS = {
     "none": 0,
     "1 frame group": 1,
@@ -74,6 +80,27 @@ def _use_first_map(model: VidTwin) -> None:
 
     shortcut.average = average  # type: ignore[method-assign]
     shortcut.repeat = lambda latent: single.repeat(latent[:, :, :1])  # type: ignore[method-assign]
+
+
+def bound_linear(variant: str, training: Tensor, held_out: Tensor, args: argparse.Namespace) -> float:
+    """Compute the PSNR (dB) of the principal components that fit into the numbers of the shortcut; nan for none."""
+    maps = args.num_queries
+    groups = maps if VARIANTS[variant] < 0 else VARIANTS[variant]
+    if not groups:
+        return math.nan
+    numbers = (1 if variant.endswith("first map alone") else maps // groups) * args.structure_channels
+    side = PATCH * 2**args.structure_downsamples
+
+    def blocks(clips: Tensor) -> Tensor:
+        means = clips.unflatten(2, (groups, -1)).mean(3)
+        return rearrange(means, "b c f (h y) (w x) -> b f h w (c y x)", y=side, x=side)
+
+    values = torch.cat([blocks(to_clip(part)).flatten(0, 3) for part in training.split(64)]).double()
+    mean = values.mean(0)
+    components = torch.linalg.eigh((values - mean).T @ (values - mean))[1][:, -numbers:]  # of ascending eigenvalues
+    decoded = (blocks(held_out).double() - mean) @ components @ components.T + mean
+    decoded = rearrange(decoded, "b f h w (c y x) -> b c f (h y) (w x)", y=side, x=side)
+    return psnr(decoded.float().repeat_interleave(held_out.shape[2] // groups, 2), held_out)
 
 
 @torch.no_grad()
@@ -117,8 +144,9 @@ def _frames(clips: Tensor) -> list[Frames]:
     return [to_uint8(clip) for clip in clips]
 
 
-def format_table(results: Results, steps: list[str]) -> str:
+def format_table(results: Results, bounds: dict[str, float]) -> str:
     """Format a row per variant: means over the seeds ± their standard deviation."""
+    steps = [key for key in next(iter(results.values())) if key.isdigit()]
     columns = {f"PSNR at {step}": (step,) for step in steps}
     columns["structure alone"] = ("structure psnr", "structure change")
     columns["dynamics alone"] = ("dynamics psnr", "dynamics change")
@@ -130,8 +158,9 @@ def format_table(results: Results, steps: list[str]) -> str:
     rows = []
     for variant, runs in by_variant.items():
         cells = [" / ".join(_mean(runs, key) for key in keys) for keys in columns.values()]
-        rows.append([variant, str(len(runs)), *cells])
-    return as_markdown(["shortcut", "seeds", *columns], rows)
+        bound = "" if math.isnan(bounds[variant]) else f"{bounds[variant]:.2f}"
+        rows.append([variant, str(len(runs)), bound, *cells])
+    return as_markdown(["shortcut", "seeds", "linear", *columns], rows)
 
 
 def _mean(runs: list[dict[str, float]], key: str) -> str:
@@ -172,12 +201,12 @@ def main(argv: list[str]) -> None:
     changes = FrameChange()
     for frames in held_out.numpy():
         changes.add(frames)
-    references = {"mean colour": (2, 3, 4), "temporal mean": 2}
-    written = {k: psnr(validation.mean(axes, keepdim=True).expand_as(validation), validation)
-               for k, axes in references.items()}  # fmt: skip
+    mean_colour, temporal_mean = (
+        psnr(validation.mean(axes, keepdim=True).expand_as(validation), validation) for axes in ((2, 3, 4), (2,))
+    )
     print(f"{settings['clips']}: {len(clips)} training, {len(validation)} validation clips at {args.resolution} px; ")
-    print(", ".join(f"{name} {value:.2f} dB" for name, value in written.items()), f"; change {changes.value:.2f}\n")
-    print(format_table(results, [key for key in next(iter(results.values())) if key.isdigit()]))
+    print(f"mean colour {mean_colour:.2f} dB, temporal mean {temporal_mean:.2f} dB, change {changes.value:.2f}\n")
+    print(format_table(results, {name: bound_linear(name, clips, validation, args) for name in own.variants}))
 
 
 if __name__ == "__main__":
