@@ -39,6 +39,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--structure-downsamples", type=int, default=0)
     parser.add_argument("--structure-channels", type=int, default=8)
+    parser.add_argument("--structure-shortcut", type=int, default=0, help="its frame groups")
     parser.add_argument("--num-queries", type=int, default=4)
     parser.add_argument("--dynamics-channels", type=int, default=8)
     parser.add_argument("--depth", type=int, default=2)
@@ -53,22 +54,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load(source: str, resolution: int, epochs: int) -> tuple[Tensor, Tensor]:
-    """Load training and test clips, uint8 (N, T, H, W, 3)."""
+def load(source: str, resolution: int, epochs: int, split: str = "test") -> tuple[Tensor, Tensor]:
+    """Load training clips and those of a held-out split, "val" or "test", uint8 (N, T, H, W, 3).
+
+    The validation clips of a folder are group 10 of its train list, which is training data if the test clips are held
+    out.
+    """
     training: ClipDataset
     if source == "synthetic":
         synthetic = Synthetic(num_train=100, resolution=resolution)
-        training, test = synthetic.dataset("train"), synthetic.dataset("test")
+        training, held_out = synthetic.dataset("train"), synthetic.dataset(split)
     else:
-        data = UCF101(
-            source, val_groups=(10,), resolution=resolution
-        )  # there is no validation, so its videos are for training too
-        videos = data.videos("train") + data.videos("val")
+        data = UCF101(source, val_groups=(10,), resolution=resolution)
+        videos = data.videos("train") + (data.videos("val") if split == "test" else [])
         training = VideoClips(videos, ClipSettings(16, resolution, 8.0), "train")
-        test = data.dataset("test")
+        held_out = data.dataset(split)
     clips = [training.clip(epoch, index)["clip"] for epoch in range(epochs) for index in range(len(training))]
-    held_out = [test.clip(0, index)["clip"] for index in range(len(test))]
-    return torch.from_numpy(np.stack(clips)), torch.from_numpy(np.stack(held_out))
+    evaluation = [held_out.clip(0, index)["clip"] for index in range(len(held_out))]
+    return torch.from_numpy(np.stack(clips)), torch.from_numpy(np.stack(evaluation))
 
 
 def psnr(clips: Tensor, targets: Tensor) -> float:
@@ -119,6 +122,7 @@ def build(variant: str, args: argparse.Namespace, seed: int) -> VidTwin:
             qformer_intermediate_size=256,
             qformer_dropout=args.dropout,
             initialization=initialization,  # type: ignore[arg-type]
+            structure_shortcut=args.structure_shortcut,
         )
 
     built = create("released" if variant == "released" else "balanced")
@@ -142,7 +146,7 @@ def evaluate(model: VidTwin, clips: Tensor) -> float:
 
 
 def train(model: VidTwin, clips: Tensor, test: Tensor, args: argparse.Namespace, seed: int) -> dict[int, float]:
-    """Train a model → test PSNR (dB) by step."""
+    """Train a model → PSNR (dB) of the held-out clips by step."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.betas), weight_decay=1e-4, eps=1e-15)
 

@@ -266,6 +266,13 @@ class VideoAutoencoder(Pretrained, nn.Module, ABC):
         return (clip - source[0]) * scale + target[0]
 
 
+def complete(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return a spec's `init_args` with the defaults of those that it lacks; a stored one is older than some."""
+    parameters = inspect.signature(plugins.class_of(spec["class_path"], VideoAutoencoder)).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    return defaults | spec.get("init_args", {})
+
+
 def build(spec: dict[str, Any]) -> VideoAutoencoder:
     """Build an autoencoder from its `spec()`, with new weights."""
     model: VideoAutoencoder = plugins.build(spec, VideoAutoencoder)

@@ -315,6 +315,18 @@ def test_a_folder_of_other_latents_is_refused_and_begun_anew_when_asked(here, ca
     assert Manifest.read("latents").complete
 
 
+def test_a_manifest_that_is_older_than_an_argument_of_the_model_is_of_the_same_latents(here):
+    encode()
+    whole = contents("latents")
+    manifest = json.loads(whole["manifest.json"])
+    assert manifest["model"]["init_args"].pop("sigma") == 0.1
+    Path("latents/manifest.json").write_text(json.dumps(manifest))
+    assert encode() == 0
+    manifest["model"]["init_args"]["sigma"] = 0.2
+    Path("latents/manifest.json").write_text(json.dumps(manifest))
+    assert encode() == 2
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -12,6 +12,7 @@ SIZES = {
     "released latents": {**SMALL, "structure_channels": 8},
     "odd grid, two levels": {**SMALL, "resolution": 56, "structure_downsamples": 2, "dynamics_downsamples": 2},
     "base width": {**SMALL, "hidden_size": 768, "num_heads": 12, "structure_channels": 8},
+    "shortcut at base width": {**SMALL, "hidden_size": 768, "num_heads": 12, "structure_shortcut": 1},
 }
 
 

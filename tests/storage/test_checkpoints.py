@@ -459,15 +459,24 @@ def test_missing_and_unexpected_tensors_are_named_and_a_long_list_is_cut():
     weights.check_fit(many, dict(many), "x.pth")
 
 
-def test_differences_of_two_specs_are_a_line_each():
-    def spec(name="models.A", **arguments):
-        return {"class_path": name, "init_args": arguments}
+def vidtwin(**arguments):
+    return {"class_path": "vidtwin.models.vidtwin.VidTwin", "init_args": arguments}
 
-    assert checkpoints.differences(spec(depth=16, width=[1, 2]), spec(depth=16, width=[1, 2])) == []
-    assert checkpoints.differences(spec(depth=16, width=8), spec(depth=2, width=8, heads=4)) == [
+
+def test_differences_of_two_specs_are_a_line_each():
+    assert checkpoints.differences(vidtwin(depth=16, width=[1, 2]), vidtwin(depth=16, width=(1, 2))) == []
+    assert checkpoints.differences(vidtwin(depth=16, num_heads=8), vidtwin(depth=2, num_heads=8, heads=4)) == [
         "depth: 16 in the config, 2 in the checkpoint",
         "heads: None in the config, 4 in the checkpoint",
     ]
-    assert checkpoints.differences(spec(depth=16), spec("models.B", depth=2)) == [
-        "class_path: models.A in the config, models.B in the checkpoint"
+    other = {"class_path": "models.B", "init_args": {"depth": 2}}
+    assert checkpoints.differences(vidtwin(depth=16), other) == [
+        "class_path: vidtwin.models.vidtwin.VidTwin in the config, models.B in the checkpoint"
+    ]
+
+
+def test_an_argument_that_a_stored_spec_lacks_has_its_default():
+    assert checkpoints.differences(vidtwin(depth=2, structure_shortcut=0), vidtwin(depth=2)) == []
+    assert checkpoints.differences(vidtwin(depth=2, structure_shortcut=1), vidtwin(depth=2)) == [
+        "structure_shortcut: 1 in the config, 0 in the checkpoint"
     ]

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from vidtwin.apply.inputs import Input
 from vidtwin.apply.windows import examine
+from vidtwin.autoencoder import complete
 from vidtwin.errors import UserError
 from vidtwin.listing import identity
 from vidtwin.storage.latent_files import (
@@ -98,6 +99,8 @@ def difference(ours: Manifest, theirs: Manifest) -> str | None:
     """Return the first difference between the latents of two manifests, "theirs, not ours"; None if they agree."""
     for key in ("class_path", "init_args", "weights_sha256"):
         mine, other = ours.model[key], theirs.model.get(key)
+        if key == "init_args" and mine != other:  # of one class, which `ours` has imported
+            mine, other = complete(ours.model), complete(theirs.model)
         if mine != other:
             named = [
                 f"{m.model['class_path'].rpartition('.')[2]} {m.model['weights_sha256'][:8]}" for m in (theirs, ours)

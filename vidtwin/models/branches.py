@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidtwin.models.qformer import QFormer
+from vidtwin.models.shortcut import StructureShortcut
 
 
 def downsample_size(size: int, times: int) -> int:
@@ -87,6 +88,7 @@ class StructureBranch(nn.Module):
         channels: Channels of the latent (paper: d_S).
         downsamples: Number of times that height and width are halved.
         width: Channels of the first convolution; doubled by each down-sampling.
+        shortcut_frame_groups: Frame groups of the shortcut over the branch; 0 for none.
     """
 
     def __init__(
@@ -98,10 +100,16 @@ class StructureBranch(nn.Module):
         channels: int,
         downsamples: int,
         width: int = 128,
+        shortcut_frame_groups: int = 0,
     ) -> None:
         super().__init__()
         num_queries, query_size = qformer.queries.shape
         self.grid_size = grid_size
+        self.shortcut: StructureShortcut | None = None
+        if shortcut_frame_groups:
+            self.shortcut = StructureShortcut(
+                hidden_size, num_frames, grid_size, num_queries, channels, downsamples, shortcut_frame_groups
+            )
         self.qformer = qformer
         widths = [width * 2**level for level in range(downsamples + 1)]
         self.conv_in = nn.Conv2d(query_size, width, 3, padding=1)
@@ -143,16 +151,19 @@ class StructureBranch(nn.Module):
         maps = rearrange(queries, "(b h w) q c -> (b q) c h w", b=batch, h=height)
         moments = self.head(self.downsample(self.conv_in(maps)))
         mean, logvar = rearrange(moments, "(b q) c h w -> b c q h w", b=batch).chunk(2, dim=1)
-        return mean, logvar
+        return mean if self.shortcut is None else mean + self.shortcut.average(features), logvar
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Decode (B, d_S, n_q, h, w) to features (B, C, T, H, W), which a final ReLU keeps non-negative."""
+        """Decode (B, d_S, n_q, h, w) to features (B, C, T, H, W): those of the branch, which a final ReLU keeps
+        non-negative, and those of the shortcut.
+        """
         maps = self.upsample(self.embed(rearrange(latent, "b c q h w -> (b q) c h w")))
         maps = self.conv_out(maps)
         border = (maps.shape[-1] - self.grid_size) // 2  # halving an odd grid rounds up, so it comes back larger
         inside = slice(border, border + self.grid_size)
         features = self.to_features(rearrange(maps[..., inside, inside], "(b q) c h w -> b h w q c", b=latent.shape[0]))
-        return self.to_frames(features.movedim(3, -1)).relu().movedim((-2, -1), (1, 2))
+        features = self.to_frames(features.movedim(3, -1)).relu().movedim((-2, -1), (1, 2))
+        return features if self.shortcut is None else features + self.shortcut.repeat(latent)
 
 
 class DynamicsBranch(nn.Module):

@@ -53,6 +53,9 @@ class VidTwin(VideoAutoencoder):
         activation_checkpointing: Recompute each block in the backward pass: less memory, about a third more time.
         initialization: "balanced" for training from scratch (docs/training_from_scratch.md), or "released": the initial
             values of the released code.
+        structure_shortcut: Frame groups of a shortcut without parameters over the structure branch, a divisor of
+            `num_queries`: 1 averages all frames, `num_queries` keeps as many moments as there are maps. 0, the paper's
+            arithmetic, has no shortcut (docs/training_from_scratch.md; `vidtwin.models.shortcut`).
     """
 
     latent_names: ClassVar[tuple[str, ...]] = ("structure", "dynamics")
@@ -81,11 +84,12 @@ class VidTwin(VideoAutoencoder):
         qformer_dropout: float = 0.1,
         activation_checkpointing: bool = False,
         initialization: Literal["balanced", "released"] = "balanced",
+        structure_shortcut: int = 0,
     ) -> None:
         super().__init__()
         counts = {k: v for k, v in self.init_args.items() if type(v) is int and k != "qformer_dropout"}
         for name, count in counts.items():
-            least = 0 if name.endswith("downsamples") else 1
+            least = 0 if name.endswith(("downsamples", "shortcut")) else 1
             if count < least:
                 raise UserError(f"Expected {name} of at least {least}, got {count}.")
         if resolution % patch_size:
@@ -118,6 +122,7 @@ class VidTwin(VideoAutoencoder):
             structure_channels,
             structure_downsamples,
             structure_width,
+            structure_shortcut,
         )
         self.dynamics = DynamicsBranch(hidden_size, grid_size, dynamics_channels, dynamics_downsamples)
         self.decoder = Decoder(patch_size, transformer(), hidden_size, grid_size)

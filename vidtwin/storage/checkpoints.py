@@ -19,7 +19,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
 from vidtwin import hub, plugins, weights
-from vidtwin.autoencoder import VideoAutoencoder, build
+from vidtwin.autoencoder import VideoAutoencoder, build, complete
 from vidtwin.errors import UserError
 from vidtwin.files import no_room, replacing
 
@@ -296,7 +296,7 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
         return [f"class_path: {first['class_path']} in the config, {second['class_path']} in the checkpoint"]
     # A stored spec has lists instead of the tuples that a parser makes.
     ours, theirs = (
-        {key: list(value) if isinstance(value, tuple) else value for key, value in spec.get("init_args", {}).items()}
+        {key: list(value) if isinstance(value, tuple) else value for key, value in complete(spec).items()}
         for spec in (first, second)
     )
     return [
