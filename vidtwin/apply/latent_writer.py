@@ -297,8 +297,8 @@ class LatentWriter:
             rate = f"{totals['bits_per_pixel']:.4g} bits per pixel"
         speed = f", {new / seconds:.1f} clips/s" if new else ", all encoded before"
         session.say(
-            f"{totals['clips']:,} clips of {totals['videos']:,} videos, {rate} (padding counts), {totals['bytes']:,} bytes{speed} "
-            f"-> {folder}"
+            f"{totals['clips']:,} clips of {totals['videos']:,} videos, {rate} (padding counts), "
+            f"{totals['bytes']:,} bytes{speed} -> {folder}"
         )
         return 1 if damaged or empty or manifest.skipped else 0
 
