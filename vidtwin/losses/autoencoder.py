@@ -230,7 +230,7 @@ class AutoencoderLoss(nn.Module):
                     "Put it there, name another place by --model.loss.perceptual_backbone PATH, take the weights of a "
                     "package by --model.loss.perceptual_network st_lpips, or train without LPIPS"
                     if isinstance(self.perceptual, LPIPS)
-                    else f"Or train without {self.perceptual.title}"
+                    else "Or train without it"
                 )
                 raise UserError(f"{error} {places} by --model.loss.perceptual_weight 0.") from error
 

@@ -59,8 +59,8 @@ class STLPIPS(FrameDistance):
         path = TRUNKS[self.net].file(self.net).locate()
         with torch.device("meta"):
             network = _Network(self.net)
-        # net.slice2.6.weight in the package is layers.6.weight here, lin0.model.1.weight is heads.0.weight
-        names = {r"net\.slice\d\.": "layers.", r"lin(\d)\.model\.1": r"heads.\1", r"scaling_layer\.": ""}
+        # net.slice2.6.weight in the package is layers.6.weight here, lin0.model.1.weight is heads.0
+        names = {r"net\.slice\d\.": "layers.", r"lin(\d)\.model\.1\.weight": r"heads.\1", r"scaling_layer\.": ""}
         state = weights.read(path)
         for theirs, ours in names.items():
             state = {re.sub(f"^{theirs}", ours, key): tensor for key, tensor in state.items()}
@@ -76,7 +76,7 @@ class _Network(nn.Module):
     def __init__(self, net: Net) -> None:
         super().__init__()
         self.layers, self.taps, widths = _make_vgg() if net == "vgg" else _make_alex()
-        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in widths)
+        self.heads = nn.ParameterList(torch.empty(1, width, 1, 1) for width in widths)
         for name in ("shift", "scale"):  # the mean and deviation of ImageNet's colours in [-1, 1]
             self.register_buffer(name, torch.empty(1, 3, 1, 1))
 
@@ -89,7 +89,8 @@ class _Network(nn.Module):
             x, y = layer(x), layer(y)
             if index in self.taps:
                 difference = (normalize_channels(x) - normalize_channels(y)).square()
-                total = total + next(heads)(difference).mean((1, 2, 3)).float()
+                # A product instead of a convolution, which autocast would round to bf16.
+                total = total + (next(heads) * difference).sum(1).mean((1, 2))
         return total
 
 
