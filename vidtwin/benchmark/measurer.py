@@ -55,10 +55,14 @@ class Measurer:
         protocol = plan.protocol
         compared, psnr, epsilon, ssim = (protocol[key] for key in ("compared", "psnr", "psnr_epsilon", "ssim"))
         network = protocol["lpips"]["net"]
-        self.measures = Measures(compared, psnr, epsilon, ssim, network, self.fps, sweep.backbones, sweep.vmaf)
+        self.measures = Measures(
+            compared, psnr, epsilon, ssim, network, self.fps, sweep.backbones, sweep.vmaf, sweep.st_lpips
+        )
         self.measures.setup(*plan.shape[1:])
         for name, reason in self.measures.unavailable.items():  # what was asked for has to be there
-            if name == "vmaf" or any(path and str(path) in reason for path in sweep.backbones.values()):
+            if name in ("vmaf", "st_lpips", "st_lpips_alex") or any(
+                path and str(path) in reason for path in sweep.backbones.values()
+            ):
                 raise UserError(reason)
         home = str(Path.home())  # a report is passed on
         self.unavailable = {name: text.replace(home, "~") for name, text in self.measures.unavailable.items()}

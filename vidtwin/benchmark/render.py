@@ -117,7 +117,9 @@ def as_csv(results: Results) -> str:
     """
     ordered = rows.order(results)
     latents = dict.fromkeys(name for row in ordered for name in row.get("latents") or {})
-    lines = [_record(results, row, latents) for row in ordered]
+    measured = {metric.key for metric in summary.metrics(results)}
+    metrics = [metric for metric in SHOWN if metric.key in measured or not metric.on_request]
+    lines = [_record(results, row, metrics, latents) for row in ordered]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(lines[0]), lineterminator="\n")
     writer.writeheader()
@@ -125,14 +127,14 @@ def as_csv(results: Results) -> str:
     return buffer.getvalue()
 
 
-def _record(results: Results, row: Row, latents: Iterable[str]) -> dict[str, Any]:
+def _record(results: Results, row: Row, metrics: Iterable[Metric], latents: Iterable[str]) -> dict[str, Any]:
     measured = row["kind"] != "failed"
     record = {"model": row["name"], "kind": row["kind"], "note": summary.note(results, row)}
     record |= {key: rows.look_up(row, path) for key, path in _BEFORE.items()}
     record["num_common_clips"] = results.comparison["counts"].get(row["name"])
     record["num_failed_clips"] = len(row.get("failed_clips") or []) if measured else None
     compared = results.comparison["rows"].get(row["name"], {})
-    for metric in SHOWN:
+    for metric in metrics:
         found = compared.get(metric.key, UNAVAILABLE if metric.key in row.get("metrics", {}) else None)
         found = found if isinstance(found, dict) else {"mean": found, "value": found}
         if metric.per_clip:

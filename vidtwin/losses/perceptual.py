@@ -3,18 +3,17 @@
 import os
 import socket
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lpips
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from vidtwin import weights
 from vidtwin.errors import UserError
+from vidtwin.losses.frame_distance import FrameDistance
 
 Net = Literal["vgg", "alex"]
 
@@ -43,14 +42,10 @@ def default_backbone(net: Net = "vgg") -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net].file
 
 
-class LPIPS:
+class LPIPS(FrameDistance):
     """Learned perceptual distance of frames (Zhang et al. 2018), version 0.1; VGG-16 is that of the released code.
 
     Distances of different networks are different metrics: WF-VAE had 0.018 with AlexNet and 0.079 with VGG-16.
-
-    Not an `nn.Module`, so that no module registers it: the network is frozen, and registered it would enter every
-    checkpoint (59 MB), the optimizer's and DDP's parameters, and `train()` would enable its dropout. Instead it moves
-    to the input's device.
 
     Args:
         backbone: File with torchvision's weights of the network (.pth or .safetensors); None is `default_backbone()`.
@@ -59,73 +54,29 @@ class LPIPS:
             values of small maps then count more.
     """
 
+    key = "perceptual"
+
     def __init__(self, backbone: str | os.PathLike[str] | None = None, net: Net = "vgg", spatial: bool = False) -> None:
         if net not in BACKBONES:
             raise UserError(f"Expected the network of LPIPS to be one of {', '.join(BACKBONES)}, got {net!r}.")
+        super().__init__(f"LPIPS with {BACKBONES[net].name}", BACKBONES[net].smallest)
         self.backbone = backbone
         self.net = net
         self.spatial = spatial
-        self.network: nn.Module | None = None
 
-    def load(self, download: bool = True) -> None:
-        """Read the weights unless they are loaded.
-
-        Args:
-            download: Download the default file (528 MB, AlexNet's 233 MB) if it is missing, unless VIDTWIN_OFFLINE is
-                set.
-
-        Raises:
-            UserError: The file is missing or does not fit the network.
-        """
-        if self.network is None:
-            path = Path(self.backbone) if self.backbone is not None else default_backbone(self.net)
-            backbone = BACKBONES[self.net]
-            if not path.is_file():
-                if self.backbone is not None or not download or os.environ.get("VIDTWIN_OFFLINE"):
-                    raise UserError(_missing_message(backbone, path))
-                _download(backbone, path)
-            self.network = _build(self.net, self.spatial, weights.read(path), path)
-
-    def allowed(self, height: int, width: int) -> str | None:
-        """Return why frames of this size in pixels are too small for the network, or None."""
+    def _build(self, download: bool) -> nn.Module:
+        """Download the default file (528 MB, AlexNet's 233 MB) if it is missing, unless VIDTWIN_OFFLINE is set."""
+        path = Path(self.backbone) if self.backbone is not None else default_backbone(self.net)
         backbone = BACKBONES[self.net]
-        if min(height, width) >= backbone.smallest:
-            return None
-        side = f"{backbone.smallest}x{backbone.smallest}"
-        return f"Expected frames of at least {side} pixels for LPIPS with {backbone.name}, got {(height, width)}."
-
-    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Compare clips (B, 3, T, H, W) or frames (N, 3, H, W) in [-1, 1]: one distance per frame, (B·T,) or (N,)."""
-        reason = self.allowed(*prediction.shape[-2:])
-        if reason:
-            raise UserError(reason)
-        # The first call may be in inference mode (validation); weights created there can't be used in training.
-        with torch.inference_mode(False):
-            self.load()
-            assert self.network is not None
-            self.network.to(prediction.device)
-        if prediction.ndim == 5:
-            prediction = rearrange(prediction, "b c t h w -> (b t) c h w")
-            target = rearrange(target, "b c t h w -> (b t) c h w")
-        if torch.is_grad_enabled():
-            return self._distances(prediction, target)
-        return torch.cat([self._distances(*frames) for frames in _split_frames(prediction, target)])
+        if not path.is_file():
+            if self.backbone is not None or not download or os.environ.get("VIDTWIN_OFFLINE"):
+                raise UserError(_missing_message(backbone, path))
+            _download(backbone, path)
+        return _build(self.net, self.spatial, weights.read(path), path)
 
     def _distances(self, prediction: Tensor, target: Tensor) -> Tensor:
-        assert self.network is not None
-        distances: Tensor = self.network(prediction.float(), target.float())  # (N, 1, 1, 1), or maps (N, 1, H, W)
+        distances = super()._distances(prediction, target)  # (N, 1, 1, 1), or maps (N, 1, H, W)
         return distances.flatten(1).mean(1) if self.spatial else distances.flatten()
-
-
-def _split_frames(*clips: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split (N, 3, H, W) into batches of few frames, for passes without a backward pass.
-
-    For 16 frames of 224 px this halves the time on a CPU, whose caches then hold VGG's maps; on a GPU it saves memory.
-    """
-    on_cpu = clips[0].device.type == "cpu"
-    number = max(1, (2**17 if on_cpu else 2**20) // clips[0][0, 0].numel())
-    layout = torch.channels_last if on_cpu else torch.preserve_format
-    return zip(*(clip.contiguous(memory_format=layout).split(number) for clip in clips), strict=True)
 
 
 def _missing_message(backbone: _Backbone, path: Path, why: str = "") -> str:
@@ -170,4 +121,4 @@ def _build(net: Net, spatial: bool, backbone: Any, path: Path) -> nn.Module:
     left = [key for key, tensor in network.state_dict().items() if tensor.is_meta]
     if left:
         raise RuntimeError(f"LPIPS tensors without a value: {left}; the lpips package has changed.")
-    return network.requires_grad_(False).eval()
+    return network

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from vidtwin.errors import UserError
+from vidtwin.losses.frame_distance import FrameDistance
 from vidtwin.losses.perceptual import LPIPS
+from vidtwin.losses.st_lpips import STLPIPS
 from vidtwin.metrics.files import Compared, as_compared
 from vidtwin.metrics.frames import (
     SSIMVariant,
@@ -28,6 +30,7 @@ from vidtwin.precision import full_precision
 
 PSNROver = Literal["frame", "clip", "video"]
 LPIPSNet = Literal["vgg", "alex", "alex_spatial"]
+STLPIPSNet = Literal["vgg", "alex", "both"]
 
 _Metric = Callable[[Tensor, Tensor], Tensor]  # one clip (1, 3, T, H, W) twice → (1,), or (1, T) to be averaged
 
@@ -55,6 +58,7 @@ class Measures:
         backbones: File with torchvision's weights, by "vgg" and "alex"; None or absent is torch hub's cache. Nothing is
             downloaded for a measurement.
         vmaf: Measure VMAF too; needs the extra `vmaf`.
+        st_lpips: Measure ST-LPIPS too, as "st_lpips" (vgg), "st_lpips_alex" (alex) or both; needs the extra `offline`.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Measures:
         fps: float = 8.0,
         backbones: Mapping[str, str | PathLike[str] | None] | None = None,
         vmaf: bool = False,
+        st_lpips: STLPIPSNet | None = None,
     ) -> None:
         backbones = backbones or {}
         for name, value, kinds in (
@@ -76,6 +81,8 @@ class Measures:
         ):
             if value not in get_args(kinds):
                 raise UserError(f"Expected {name} to be one of {', '.join(get_args(kinds))}, got {value!r}.")
+        if st_lpips is not None and st_lpips not in get_args(STLPIPSNet):
+            raise UserError(f"Expected st_lpips to be one of {', '.join(get_args(STLPIPSNet))}, got {st_lpips!r}.")
         if ssim not in get_args(SSIMVariant):
             raise UserError(f"Expected ssim to be one of {', '.join(get_args(SSIMVariant))}, got {ssim!r}.")
         if not 0 < fps < math.inf:
@@ -92,11 +99,17 @@ class Measures:
         self.unavailable: dict[str, str] = {}
         self._metrics: dict[str, _Metric] | None = None
         net, spatial = ("alex", True) if lpips == "alex_spatial" else (lpips, False)
-        self._lpips = {"lpips": LPIPS(backbones.get(net), "alex" if net == "alex" else "vgg", spatial)}
+        self._perceptual: dict[str, FrameDistance] = {
+            "lpips": LPIPS(backbones.get(net), "alex" if net == "alex" else "vgg", spatial)
+        }
         if lpips != "alex":
-            self._lpips["lpips_alex"] = LPIPS(backbones.get("alex"), "alex")
+            self._perceptual["lpips_alex"] = LPIPS(backbones.get("alex"), "alex")
         if lpips != "vgg":
-            self._lpips["lpips_vgg"] = LPIPS(backbones.get("vgg"), "vgg")
+            self._perceptual["lpips_vgg"] = LPIPS(backbones.get("vgg"), "vgg")
+        if st_lpips in ("vgg", "both"):
+            self._perceptual["st_lpips"] = STLPIPS("vgg")
+        if st_lpips in ("alex", "both"):
+            self._perceptual["st_lpips_alex"] = STLPIPS("alex")
 
     def setup(self, num_frames: int, height: int, width: int) -> None:
         """Find out which metrics are available for clips of this shape: the smallest one, if they differ."""
@@ -105,7 +118,7 @@ class Measures:
         reasons = {
             "ssim": ssim_allowed(height, width, self.ssim),
             "ms_ssim": ms_ssim_allowed(height, width),
-            **{name: _lpips_allowed(distance, height, width) for name, distance in self._lpips.items()},
+            **{name: _distance_allowed(distance, height, width) for name, distance in self._perceptual.items()},
             "flicker": flicker_allowed(num_frames),
         }
         metrics = self._all()
@@ -156,10 +169,10 @@ class Measures:
         }
         if self.vmaf:
             metrics["vmaf"] = vmaf
-        return metrics | dict(self._lpips)
+        return metrics | dict(self._perceptual)
 
 
-def _lpips_allowed(distance: LPIPS, height: int, width: int) -> str | None:
+def _distance_allowed(distance: FrameDistance, height: int, width: int) -> str | None:
     try:
         distance.load(download=False)
     except UserError as error:

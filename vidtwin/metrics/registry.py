@@ -38,12 +38,14 @@ class Metric(Column):
         digits: Digits after the point.
         per_clip: Whether each clip has a value; rFVD needs the whole set.
         shown: Whether tables and plots have it; MSE only serves to compute PSNR.
+        on_request: Whether table.csv has its columns only if a row was measured by it.
     """
 
     higher: bool = True
     digits: int = 4
     per_clip: bool = True
     shown: bool = True
+    on_request: bool = False
 
     def text(self, value: float | None) -> str:
         """Format a value for readers; an absent one is empty."""
@@ -60,6 +62,20 @@ METRICS = (
     Metric("lpips", "LPIPS", higher=False, needs="the network's file"),
     Metric("lpips_alex", "LPIPS (alex)", higher=False, needs="the network's file"),
     Metric("lpips_vgg", "LPIPS (vgg)", higher=False, needs="the network's file"),
+    Metric(
+        "st_lpips",
+        "ST-LPIPS (vgg)",
+        higher=False,
+        on_request=True,
+        needs="`st_lpips: vgg`, the extra `offline`, 18 px a side",
+    ),
+    Metric(
+        "st_lpips_alex",
+        "ST-LPIPS (alex)",
+        higher=False,
+        on_request=True,
+        needs="`st_lpips: alex`, the extra `offline`, 21 px a side",
+    ),
     Metric("flicker", "Flicker", higher=False, digits=5, needs="2 frames"),
     Metric("vmaf", "VMAF", higher=True, digits=2, needs="`vmaf: true`, the extra `vmaf`, 32 px a side"),
     Metric("rfvd", "rFVD", higher=False, digits=1, needs="an I3D network, 10 frames", per_clip=False),
