@@ -54,14 +54,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "average": "frame",
         "fvd": "styleganv",
         "posterior": "sample",
-        "data": {
-            "num_frames": 17,
-            "resolution": 256,
+        "data": {"num_frames": 17, "resolution": 256, "clip": "all clips of a video", "tail": "pad"},
+        "peer": {
             "fps": "30 in whole steps of the source's frames",
-            "clip": "all clips of a video",
-            "tail": "pad",
+            "resize": _TORCHVISION,
+            "precision": "32-true",
         },
-        "peer": {"resize": _TORCHVISION, "precision": "32-true"},
         "remarks": (*_RESIZED, "how rFVD was computed is not published"),
     },
     # Cosmos' TokenBench: the reconstruction's file beside the one that was read, one MSE a video.

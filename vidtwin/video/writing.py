@@ -198,7 +198,7 @@ def through_file(frames: Frames, codec: str, fps: float | Fraction) -> Frames:
         VideoError: The frames can't be encoded with this codec, or it is unknown.
     """
     with av.open(io.BytesIO(encode(frames, codec, fps)), "r") as container:
-        back = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        back: Frames = np.array([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)], np.uint8)
     if back.shape != frames.shape:
         raise VideoError(f"Expected {frames.shape} back from a file with codec={codec}, got {back.shape}.")
     return back
