@@ -1,11 +1,12 @@
 """Conversion of decoded frames to uint8 RGB as shown on screen: upright, with square pixels, in their tagged colours.
 
-One filter graph crops to a square, resizes and converts; `resize="bilinear"` converts the whole picture as
-decord does, by swscale's defaults, which do not interpolate chroma; resizes it in single precision by Pillow, whose
-filter is torchvision's; rounds and crops. Swscale's area filter averages when shrinking (so it is
+One filter graph crops to a square, resizes and converts. Swscale's area filter averages when shrinking (so it is
 antialiased) and is bilinear when enlarging; the bicubic filter takes a quarter more time for the whole clip. Matrix and
 range are those of the frame; untagged frames count as BT.601, limited, as in FFmpeg and other loaders. Colours that
 FFmpeg can't convert are converted by the nearest tags that it can, which is logged once per video.
+
+With `resize="bilinear"` the whole picture is converted as decord does it, by swscale's defaults, which do not
+interpolate chroma; then resized in single precision by Pillow, whose filter is torchvision's; rounded; and cropped.
 """
 
 import functools
