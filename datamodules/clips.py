@@ -120,8 +120,9 @@ class VideoClips(ClipDataset):
         split: Only "train" draws clips, and replaces those that can't be read.
 
     Raises:
-        VideoError: From `clip`, for a file that can't be read, is too short for a clip, or (in evaluation) has fewer
-            frames per second than the clip; in training, after a hundred of them in turn.
+        VideoError: From `clip`, for a file that can't be read, is too short for a clip, or (in evaluation, unless it
+            takes every n-th frame) has fewer frames per second than the clip; in training, after a hundred of them in
+            turn.
     """
 
     def __init__(self, videos: list[Video], settings: ClipSettings, split: str = "test") -> None:
@@ -134,6 +135,9 @@ class VideoClips(ClipDataset):
         self.replace = split == "train"
         self.consecutive = settings.takes_all(split)
         self.pad = settings.pads(split)
+        self.first = settings.takes_first(split)
+        self.whole = settings.steps_whole(split)
+        self.resize = settings.resize
         self._ends: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
@@ -143,7 +147,7 @@ class VideoClips(ClipDataset):
         place, number = self._place(index)
         info = self._info(place)
         fps = self._usable_rates(info)[0]
-        start = self._start(info, fps, number)[0] if self.consecutive else self._last_start(info, fps) // 2
+        start = self._start(info, fps, number)[0] if self.consecutive else self._fixed_start(info, fps)
         return self.videos[place].name, start
 
     def digests(self, show: bool = False) -> dict[str, str]:
@@ -301,8 +305,11 @@ class VideoClips(ClipDataset):
 
     def _read_at(self, info: VideoInfo, fps: float | None, position: float, crop: Crop) -> tuple[int, Frames]:
         """Read the clip at a position from 0 to 1 → first frame, pictures."""
-        last = self._last_start(info, fps)
-        start = min(int(position * (last + 1)), last) if self.training else last // 2
+        if self.training:
+            last = self._last_start(info, fps)
+            start = min(int(position * (last + 1)), last)
+        else:
+            start = self._fixed_start(info, fps)
         return start, self._read(info, start / info.fps, self.num_frames, fps, crop, self.loop)
 
     def _read_consecutive(self, info: VideoInfo, fps: float | None, number: int) -> tuple[int, Frames, int]:
@@ -332,7 +339,7 @@ class VideoClips(ClipDataset):
     ) -> Frames:
         source, rate = self.content(info), None if fps is None else self._rate(info, fps)
         try:
-            return read_clip(source, time, length, rate, self.resolution, crop, loop, info.fps)
+            return read_clip(source, time, length, rate, self.resolution, crop, loop, info.fps, self.resize, self.whole)
         except VideoError as error:
             if isinstance(source, bytes):  # whose name the error lacks
                 reason = str(error).partition(": ")[2]
@@ -356,6 +363,8 @@ class VideoClips(ClipDataset):
         """Return a clip's frames per second; in evaluation at most the video's, as 30 of 29.97 would repeat some."""
         if fps is None:
             return info.fps
+        if self.whole:
+            return info.fps / max(1, round(info.fps / Fraction(fps).limit_denominator(10**7)))
         rate = Fraction(fps).limit_denominator(10**7)
         return rate if self.training else min(rate, info.fps)
 
@@ -364,12 +373,17 @@ class VideoClips(ClipDataset):
         return int((self.num_frames - 1) * info.fps / self._rate(info, fps))
 
     def _check_rate(self, info: VideoInfo, fps: float | None) -> None:
-        if fps is not None and not self.training and fps > info.fps * _NEAR:
+        if fps is not None and not (self.training or self.whole) and fps > info.fps * _NEAR:
             raise VideoError(
                 f"{info.path}: expected at least data.fps={fps:g} frames per second, the video has "
-                f"{float(info.fps):.4g}; lower data.fps (null: every frame).",
+                f"{float(info.fps):.4g}; lower data.fps (null: every frame) or set data.frame_steps: whole.",
                 kind="slow",
             )
+
+    def _fixed_start(self, info: VideoInfo, fps: float | None) -> int:
+        """Return the first frame of a video's only clip, which no epoch changes."""
+        last = self._last_start(info, fps)
+        return 0 if self.first else last // 2
 
     def _last_start(self, info: VideoInfo, fps: float | None) -> int:
         """Return the last frame of the video at which a clip can begin; `VideoError` if there is none."""

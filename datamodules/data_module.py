@@ -16,7 +16,7 @@ from vidtwin.console import log
 from vidtwin.data import SPLITS, ClipSettings, ClipSource
 from vidtwin.errors import UserError
 from vidtwin.listing import excluded_names
-from vidtwin.video import COLOUR, RESIZE_FILTER
+from vidtwin.video import COLOURS, RESIZE_FILTERS
 
 from .broken import UnusableVideos
 from .clips import ClipDataset, Video, VideoClips
@@ -27,6 +27,13 @@ from .resumable import ResumableDataModule
 from .shards.cached import CachedClips
 from .shards.writer import Written, write_cache
 from .transforms import to_batch
+
+WHOLE_STEPS = "in whole steps of the source's frames"
+_CLIPS = {
+    "middle": "one per video, from its middle",
+    "first": "one per video, from its first frame",
+    "all": "all clips of a video",
+}
 
 
 class ClipDataModule(ResumableDataModule, ClipSource, ABC):
@@ -198,12 +205,12 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
             "num_clips": len(identities),
             "num_frames": self.num_frames,
             "resolution": self.resolution,
-            "fps": self.eval_fps,
+            "fps": f"{self.eval_fps:g} {WHOLE_STEPS}" if self.settings.steps_whole("test") else self.eval_fps,
             "short_videos": self.settings.short_rule("test"),
             "crop": "largest centre square",
-            "resize": RESIZE_FILTER,
-            "colour": COLOUR,
-            "clip": "all clips of a video" if self.eval_clips == "all" else "one per video, from its middle",
+            "resize": RESIZE_FILTERS[self.settings.resize],
+            "colour": COLOURS[self.settings.resize],
+            "clip": _CLIPS[self.eval_clips],
             "tail": self.settings.tail if self.eval_clips == "all" else "none",
             "clips_sha256": hashlib.sha256(listing.encode()).hexdigest(),
             "videos_sha256": hashlib.sha256(contents.encode()).hexdigest() if contents else None,

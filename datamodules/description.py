@@ -7,7 +7,7 @@ from typing import Any
 
 from vidtwin.data import ClipSettings
 from vidtwin.listing import excluded_names, identity
-from vidtwin.video import RESIZE_FILTER
+from vidtwin.video import RESIZE_FILTERS
 
 from .clips import Video
 
@@ -20,13 +20,17 @@ def describe_clips(settings: ClipSettings, split: str) -> dict[str, Any]:
         "resolution": settings.resolution,
         "fps": settings.fps if drawn else settings.rates[0],
         "short_videos": settings.short_rule(split),
-        "resize": RESIZE_FILTER,
+        "resize": RESIZE_FILTERS[settings.resize],
         "augment": drawn,
     }
     if drawn:
         described |= {"seed": settings.seed, "horizontal_flip": settings.horizontal_flip}
     if settings.takes_all(split):
         described |= {"eval_clips": "all", "tail": settings.tail}
+    if settings.takes_first(split):
+        described |= {"eval_clips": "first"}
+    if settings.steps_whole(split):
+        described |= {"frame_steps": "whole"}
     return described
 
 

@@ -14,6 +14,8 @@ from .shards.cached import check
 from .shards.format import Format
 from .shards.streamed import RemoteShards, StreamedClips, StreamedVideoClips
 
+_NOT_ALWAYS = ("eval_clips", "tail", "frame_steps")  # keys of a description that a default setting leaves out
+
 
 class Streamed(ClipDataModule):
     """Clips from shards written by `vidtwin cache`, in a folder or in object storage.
@@ -108,7 +110,7 @@ class Streamed(ClipDataModule):
             known = shards.manifest.description
             own = {key: value for key, value in self.describe(split).items() if key != "data"}
             # The cache alone holds the arguments of the data module that wrote it.
-            expected = {key: value for key, value in known.items() if key not in ("eval_clips", "tail")} | own
+            expected = {key: value for key, value in known.items() if key not in _NOT_ALWAYS} | own
         check(shards.manifest, shards.url, format, expected)
 
     def _check_room(self, remote: RemoteShards) -> None:

@@ -51,10 +51,15 @@ class ClipSettings:
         augment: Draw start, crop and mirroring of the training clips at random, differently in each epoch; false takes
             the clip in the middle of each video, to overfit on purpose.
         short_videos: Treatment of a video that ends before the clip does: "skip", or "loop", which starts it again.
-        eval_clips: Clips that evaluation takes of a video: the one in the "middle", or "all", one after the other from
-            the first frame on; two clips of a video differ in `start_frame`.
+        eval_clips: Clips that evaluation takes of a video: the one in the "middle", the "first" one, or "all", one
+            after the other from the first frame on; two clips of a video differ in `start_frame`.
         tail: Treatment of the frames left over at a video's end by "all": "drop" leaves them out, "pad" repeats the
             last one until their clip is full, also for a video shorter than a clip, whatever `short_videos` says.
+        frame_steps: Frames that evaluation takes at `fps`: "timed", those shown at the times k / fps, or "whole", every
+            n-th frame of the file, n being the video's rate / fps rounded, and at least 1. So no video is refused for
+            its rate: 30 of 25 frames a second are all frames (VidTok, VidTwin).
+        resize: Filter: "area" (swscale) of the cropped square, or "bilinear", antialiased as torchvision's, of the
+            picture that is then cropped.
     """
 
     num_frames: int = 16
@@ -64,8 +69,10 @@ class ClipSettings:
     horizontal_flip: bool = True
     augment: bool = True
     short_videos: Literal["skip", "loop"] = "skip"
-    eval_clips: Literal["middle", "all"] = "middle"
+    eval_clips: Literal["middle", "first", "all"] = "middle"
     tail: Literal["drop", "pad"] = "drop"
+    frame_steps: Literal["timed", "whole"] = "timed"
+    resize: Literal["area", "bilinear"] = "area"
 
     def __post_init__(self) -> None:
         for key in ("num_frames", "resolution"):
@@ -74,12 +81,21 @@ class ClipSettings:
         rates, fps = self.rates, self.fps
         if not rates or any(rate is not None and rate <= 0 for rate in rates) or (None in rates and len(rates) > 1):
             raise UserError(f"Expected data.fps above 0, a list of such rates, or null for every frame, got {fps}.")
-        choices = {"short_videos": ("skip", "loop"), "eval_clips": ("middle", "all"), "tail": ("drop", "pad")}
-        for key, (first, second) in choices.items():
-            if (value := getattr(self, key)) not in (first, second):
-                raise UserError(f"Expected data.{key} to be {first} or {second}, got {value!r}.")
-        if self.tail == "pad" and self.eval_clips == "middle":
-            raise UserError("Expected data.eval_clips: all with data.tail: pad, got middle, which has no tail.")
+        choices = {
+            "short_videos": ("skip", "loop"),
+            "eval_clips": ("middle", "first", "all"),
+            "tail": ("drop", "pad"),
+            "frame_steps": ("timed", "whole"),
+            "resize": ("area", "bilinear"),
+        }
+        for key, allowed in choices.items():
+            if (value := getattr(self, key)) not in allowed:
+                listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+                raise UserError(f"Expected data.{key} to be {listed}, got {value!r}.")
+        if self.tail == "pad" and self.eval_clips != "all":
+            raise UserError(
+                f"Expected data.eval_clips: all with data.tail: pad, got {self.eval_clips}, which has no tail."
+            )
 
     @property
     def rates(self) -> list[float | None]:
@@ -93,6 +109,14 @@ class ClipSettings:
     def takes_all(self, split: str) -> bool:
         """Return whether a split has all clips of each video."""
         return split != "train" and self.eval_clips == "all"
+
+    def takes_first(self, split: str) -> bool:
+        """Return whether a split has the first clip of each video."""
+        return split != "train" and self.eval_clips == "first"
+
+    def steps_whole(self, split: str) -> bool:
+        """Return whether a split has every n-th frame of a file instead of those at given times."""
+        return split != "train" and self.frame_steps == "whole" and self.rates[0] is not None
 
     def pads(self, split: str) -> bool:
         """Return whether a split fills up the last clip of each video."""
@@ -145,7 +169,7 @@ class ClipSource(ABC):
         return self.settings.rates[0]
 
     @property
-    def eval_clips(self) -> Literal["middle", "all"]:
+    def eval_clips(self) -> Literal["middle", "first", "all"]:
         """Clips that evaluation takes of a video."""
         return self.settings.eval_clips
 

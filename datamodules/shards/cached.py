@@ -18,7 +18,7 @@ from .format import MANIFEST, TABLE, Format, Items, Manifest, Shard, check_shard
 
 def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
     """Return "key=found, not key=expected" of the first key in which two descriptions differ; None if they agree."""
-    default = {"eval_clips": "middle"}  # not stored, so that older caches stay valid
+    default = {"eval_clips": "middle", "frame_steps": "timed"}  # not stored, so that older caches stay valid
     expected, found = default | dict(expected), default | dict(found)
     for key in [*expected, *(key for key in found if key not in expected)]:
         if key == "videos" and (key not in expected or key not in found):

@@ -3,7 +3,7 @@
 import pytest
 
 from vidtwin.benchmark import published
-from vidtwin.benchmark.protocol import ProtocolSettings
+from vidtwin.benchmark.protocol import PRESETS, ProtocolSettings
 
 STATED = {
     "compared": "floats",
@@ -188,7 +188,7 @@ def test_a_row_of_no_published_method_has_nothing_beside_it():
 
 def test_every_published_line_has_a_source_a_number_and_keys_of_the_protocol():
     entries = published.read()
-    assert len(entries) == 72
+    assert len(entries) == 73
     for entry in entries:
         assert entry.method
         assert entry.source
@@ -196,6 +196,29 @@ def test_every_published_line_has_a_source_a_number_and_keys_of_the_protocol():
         assert any(getattr(entry, number) is not None for number in published.NUMBERS)
         assert set(entry.protocol) <= set(STATED)
         assert entry.rate is None or 0 < entry.rate < 0.1
+
+
+def test_vidtoks_authors_measured_wf_vae_by_their_own_protocol():
+    (entry,) = [entry for entry in published.read() if entry.source == "VidTok issue 3 (GitHub)"]
+    assert (entry.method, entry.dataset, entry.rate) == ("WF-VAE-L-16", "MCL-JCV", 0.02083)
+    assert (entry.psnr, entry.ssim, entry.lpips, entry.rfvd) == (33.76, 0.870, 0.091, 90.8)
+    (own,) = [each for each in published.read() if each.method == "VidTok-KL-16" and each.dataset == "MCL-JCV"]
+    assert entry.protocol == own.protocol
+
+
+def test_a_preset_states_what_its_papers_rows_state():
+    """Where a source states what one of its preset's keys is, both say the same."""
+    sources = {"VidTwin main table": "vidtwin", "VidTok Tab1": "vidtok", "Open-Sora-Plan report": "wfvae"}
+    for entry in published.read():
+        for source, preset in sources.items():
+            if entry.source.startswith(source):
+                stated = PRESETS[preset] | PRESETS[preset]["data"] | PRESETS[preset]["peer"]
+                for key in ("num_frames", "resolution", "fps", "clip", "tail", "crop", "resize"):
+                    if key in stated and f"data.{key}" in entry.protocol:
+                        theirs = entry.protocol[f"data.{key}"]
+                        assert theirs == ("native" if stated[key] is None else str(stated[key])), (entry, key)
+                for key in ("compared", "psnr", "ssim", "average", "posterior"):
+                    assert entry.protocol.get(key, stated[key]) == stated[key], (entry, key)
 
 
 def test_the_papers_main_table_is_there():

@@ -353,7 +353,7 @@ def test_a_model_that_fails_is_a_row_with_one_line_and_the_others_are_measured(t
         assert text in found["error"]
         assert "\n" not in found["error"]
         assert logged.count(f"vidtwin: {name} failed: {found['error']}") == 1
-    assert len(logged) == len(cases) + 1 + 3, logged  # the clips, and differences to the preset's
+    assert len(logged) == len(cases) + 1 + 1, logged  # the clips, and differences to the preset's
     assert row(folder, "good")["num_clips"] == 6
     assert comparison(folder)["num_clips"] == 6
     sweeping.calls.clear()

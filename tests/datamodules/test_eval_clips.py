@@ -14,11 +14,12 @@ from broken_tree import damage, pictures
 from vidtwin.data import ClipSettings
 from vidtwin.datamodules.clips import Video, VideoClips
 from vidtwin.datamodules.folder import VideoFolder
+from vidtwin.datamodules.shards.cached import difference
 from vidtwin.datamodules.shards.writer import write_cache
 from vidtwin.datamodules.streaming import Streamed
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.errors import UserError
-from vidtwin.video import COLOUR, VideoInfo, iter_frames, read_clip, survey, write_video
+from vidtwin.video import COLOUR, RESIZE_FILTER, VideoInfo, VideoWriter, iter_frames, read_clip, survey, write_video
 
 SMALL: dict[str, Any] = {"num_frames": 4, "resolution": 16, "fps": None, "batch_size": 3, "num_workers": 0}
 TEST: dict[str, Any] = {**SMALL, "val_fraction": 0.0, "test_fraction": 1.0, "eval_clips": "all"}
@@ -245,10 +246,62 @@ def test_the_protocol_says_which_clips_and_what_becomes_of_the_tail(root):
     assert len({data.protocol()["clips_sha256"] for data in (middle, dropped, padded)}) == 3
 
 
+@pytest.mark.parametrize(("rate", "fps", "step"), [(25, 30, 1), (60, 30, 2), (25, 12, 2), (30, 12, 2), (10, 25, 1)])
+def test_whole_steps_take_every_nth_frame_and_refuse_no_video(tmp_path, rate, fps, step):
+    """VidTok's `range(0, total, round(video's rate / fps))`, which is 2 for 30 / 12 = 2.5."""
+    path = write_video(tmp_path / "a.mkv", pictures(23), rate)
+    wanted = np.stack(list(iter_frames(path, 16)))[::step]
+    settings = ClipSettings(4, 16, fps, eval_clips="all", tail="pad", frame_steps="whole")
+    clips = VideoClips([Video(path, "a")], settings)
+    items = [clips[index] for index in range(len(clips))]
+    assert [clips.identity(index) for index in range(len(clips))] == [("a", start) for start in range(0, 23, 4 * step)]
+    joined = np.concatenate([item["clip"].numpy() for item in items])
+    np.testing.assert_array_equal(joined[: len(wanted)], wanted)
+    assert [item["padded"] for item in items] == [0] * (len(items) - 1) + [-len(wanted) % 4]
+
+
+def test_whole_steps_go_by_count_where_times_are_uneven(tmp_path):
+    path = tmp_path / "a.mkv"
+    with VideoWriter(path, 25, timed=True) as writer:
+        for number, picture in enumerate(pictures(12)):
+            writer.write(picture, Fraction(number if number < 6 else 2 * number - 5, 25))
+    step = round(survey(path).fps / 8)
+    clips = VideoClips([Video(path, "a")], ClipSettings(4, 16, 8, eval_clips="first", frame_steps="whole"))
+    np.testing.assert_array_equal(clips[0]["clip"], np.stack(list(iter_frames(path, 16)))[::step][:4])
+
+
+def test_the_first_clip_begins_with_the_first_frame_and_training_takes_others(root):
+    data = folder(root, eval_clips="first", num_frames=4)
+    assert sorted(identities(data)) == [("a.avi", 0), ("b.mp4", 0), ("c.avi", 0)]
+    (every,) = [clips[0]["clip"] for clips in [data.dataset("test")] if clips.identity(0)[0] == "a.avi"]
+    np.testing.assert_array_equal(every, read_clip(root / "a.avi", 0, 4, None, 16))
+    assert data.protocol()["clip"] == "one per video, from its first frame"
+    assert data.describe("test")["eval_clips"] == "first"
+    assert "eval_clips" not in data.describe("train")
+    middle = VideoClips(
+        [Video(root / "a.avi", "a")], ClipSettings(4, 16, None, eval_clips="first", augment=False), "train"
+    )
+    assert middle.identity(0) == ("a", 3)
+
+
+def test_the_protocol_and_a_cache_say_steps_and_filter_only_if_chosen(root):
+    plain, other = folder(root, fps=25.0), folder(root, fps=25.0, frame_steps="whole", resize="bilinear")
+    assert (plain.protocol()["fps"], plain.protocol()["resize"]) == (25.0, RESIZE_FILTER)
+    assert other.protocol()["fps"] == "25 in whole steps of the source's frames"
+    assert other.protocol()["resize"] == "bilinear, antialiased (torchvision)"
+    assert plain.protocol().keys() == other.protocol().keys()
+    assert "frame_steps" not in plain.describe("test")
+    assert difference(plain.describe("test"), other.describe("test")) is not None
+    assert folder(root, fps=None, frame_steps="whole").protocol()["fps"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"eval_clips": "some"}, r"data\.eval_clips to be middle or all, got 'some'"),
+        ({"frame_steps": "some"}, r"data\.frame_steps to be timed or whole, got 'some'"),
+        ({"resize": "bicubic"}, r"data\.resize to be area or bilinear, got 'bicubic'"),
+        ({"eval_clips": "first", "tail": "pad"}, r"data\.eval_clips: all with data\.tail: pad, got first"),
+        ({"eval_clips": "some"}, r"data\.eval_clips to be middle, first or all, got 'some'"),
         ({"tail": "repeat"}, r"data\.tail to be drop or pad, got 'repeat'"),
         ({"eval_clips": "middle", "tail": "pad"}, r"data\.eval_clips: all with data\.tail: pad, got middle"),
     ],

@@ -10,8 +10,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from av.stream import Disposition
 from PIL import Image
+from torchvision.transforms import v2
 
 from vidtwin.video import VideoError, decode, iter_frames, probe, read_clip, survey, write_video
 
@@ -529,3 +531,24 @@ def test_real_damage_has_its_kind(shared: Path, name: str) -> None:
         list(decode(path)) if survey(path) else None
     assert caught.value.kind == KINDS[name]
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(40, 72), (72, 42), (34, 64)])
+@pytest.mark.parametrize("size", [16, 31])
+def test_the_bilinear_filter_is_torchvisions(tmp_path, shape, size):
+    """`Resize(size, antialias=True)` of the picture in single precision, then `CenterCrop(size)`."""
+    noise = np.random.default_rng(0).integers(0, 256, (3, *shape, 3), dtype=np.uint8)
+    path = write_video(tmp_path / "a.mkv", noise, 25)
+    frames = torch.from_numpy(np.stack(decode_all(path)[0])).permute(0, 3, 1, 2)
+    expected = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop((size, size))])(frames.float())
+    found = read_clip(path, 0, 3, None, size, resize="bilinear")
+    assert np.abs(found - expected.permute(0, 2, 3, 1).numpy()).max() < 0.501
+
+
+@pytest.mark.parametrize("name", ["rotate_90.mov", "anamorphic_sar10_11.avi", "portrait_160x320.mp4"])
+def test_the_bilinear_filter_resizes_pictures_as_they_are_shown(shared, name):
+    found, expected = (
+        read_clip(shared / "data" / "clips" / "hard" / name, 0, 1, None, 128, resize=resize)[0].astype(float)
+        for resize in ("bilinear", "area")
+    )
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95

@@ -13,9 +13,21 @@ from typing import Any, Literal
 from vidtwin.errors import UserError, few
 from vidtwin.files import write_text
 
-# The evaluation of each peer. `data` are its settings of the data module: differences are named, not forced.
+PEER = "peer: "
+"""Beginning of departures that are not hashed: they describe the peer's evaluation, and decide no number of ours."""
+
+_TORCHVISION = "bilinear, antialiased (torchvision)"
+# What no setting changes of evaluations that resize clips. The differences in brackets are those of the PSNR of real
+# videos averaged over 2x2 and 4x4 pixels, at 18 to 39 dB.
+_RESIZED = (
+    "resized pictures stay floats there, and have 8 bits here (below 0.04 dB of PSNR)",
+    "pixels that are not square stay so there, and are shown square here",
+)
+_EFFECTS = {"resize": "-1.4 to +0.6 dB of PSNR"}
+# The evaluation of each peer. `data` are its settings of the data module, and `peer` others that are compared to those
+# chosen: differences are named, not forced. `remarks` hold whatever is chosen.
 PRESETS: dict[str, dict[str, Any]] = {
-    # VidTok's evaluation, which VidTwin's authors use with a mean over clips.
+    # VidTok's evaluation, which VidTwin's authors use with a mean over clips, at the rate of their README.
     "vidtwin": {
         "compared": "floats",
         "psnr": "frame",
@@ -26,6 +38,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fvd": "styleganv",
         "posterior": "sample",
         "data": {"num_frames": 16, "resolution": 224, "clip": "all clips of a video", "tail": "pad"},
+        "peer": {
+            "fps": "25 in whole steps of the source's frames",
+            "resize": _TORCHVISION,
+            "precision": "32-true",
+        },
+        "remarks": (*_RESIZED, "how rFVD was computed is not published"),
     },
     "vidtok": {
         "compared": "floats",
@@ -36,9 +54,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "average": "frame",
         "fvd": "styleganv",
         "posterior": "sample",
-        "data": {"num_frames": 17, "resolution": 256, "fps": 30.0, "clip": "all clips of a video", "tail": "pad"},
+        "data": {"num_frames": 17, "resolution": 256, "clip": "all clips of a video", "tail": "pad"},
+        "peer": {
+            "fps": "30 in whole steps of the source's frames",
+            "resize": _TORCHVISION,
+            "precision": "32-true",
+        },
+        "remarks": (*_RESIZED, "how rFVD was computed is not published"),
     },
-    # Cosmos' TokenBench: both sides as video files, one MSE a video.
+    # Cosmos' TokenBench: the reconstruction's file beside the one that was read, one MSE a video.
     "tokenbench": {
         "compared": "h264",
         "psnr": "video",
@@ -48,7 +72,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "average": "video",
         "fvd": "styleganv",
         "posterior": "mode",
-        "data": {"fps": None, "crop": "none", "clip": "all clips of a video"},
+        "data": {
+            "num_frames": "all of a video",
+            "resolution": "native",
+            "fps": None,
+            "crop": "none",
+            "clip": "all clips of a video",
+        },
+        "peer": {"precision": "bf16-true"},
+        "remarks": (
+            "a file is of a whole video of up to 1080p there, and of a square clip here",
+            "rFVD is of whole videos of up to 300 frames there, and of clips here",
+            "equal videos have 186.6 dB there, and 100 here",
+        ),
     },
     # Open-Sora-Plan's evaluation of WF-VAE, which decodes a sample. Its mean over batches of equal size is that over
     # clips.
@@ -61,8 +97,25 @@ PRESETS: dict[str, dict[str, Any]] = {
         "average": "clip",
         "fvd": "styleganv",
         "posterior": "sample",
-        "data": {"num_frames": 33, "resolution": 256, "fps": None},
+        "data": {
+            "num_frames": 33,
+            "resolution": 256,
+            "fps": None,
+            "clip": "one per video, from its first frame",
+            "crop": "largest centre square",
+        },
+        "peer": {"resize": _TORCHVISION, "precision": "bf16-true"},
+        "remarks": (
+            *_RESIZED,
+            "both sides get 8 bits by truncation there, and by rounding here (below 0.05 dB of PSNR)",
+            "rFVD is the mean of those of batches there, and one of all clips here",
+        ),
     },
+}
+# How the pictures of `compared` become files: numbers of other files are others.
+_FILES = {
+    "mp4v": "both sides: OpenCV's MPEG-4 part 2, 1.5 bits per pixel, quantizers from 3, a keyframe every 12 frames",
+    "h264": "the reconstruction, beside the clip as it was read: x264 medium, quantizer 20, above 640x480 pixels 28",
 }
 
 
@@ -72,8 +125,8 @@ class ProtocolSettings:
 
     Args:
         preset: The evaluation of vidtwin, vidtok, tokenbench (Cosmos) or wfvae (Open-Sora-Plan).
-        compared: The compared pictures: clamped floats, both sides rounded to 8 bits, or both sides written as a video
-            (mp4v, h264) and read back.
+        compared: The compared pictures: clamped floats, both sides rounded to 8 bits, both sides written as an mp4v
+            file and read back, or the reconstruction as an h264 file beside the clip as it was read.
         psnr: The range of one MSE: a frame, a clip or a video (which needs average: video).
         psnr_epsilon: Added to the MSE of values in [0, 1]: 1e-8 caps PSNR at 80 dB; without one it ends at 100 dB.
         ssim: Gaussian 11x11 window after pooling large frames, Gaussian without pooling, or uniform 7x7.
@@ -124,6 +177,15 @@ class ProtocolSettings:
         chosen = {key: value for key, value in preset.items() if key != "data"} | changed
         if chosen["psnr"] == "video" and chosen["average"] != "video":
             raise UserError(f"Expected protocol.average: video for protocol.psnr: video, got {chosen['average']}.")
+        ours = data | {"precision": precision}
+        departs = [
+            f"{key} {data.get(key)} for {value}" for key, value in preset["data"].items() if data.get(key) != value
+        ]
+        remarks = [
+            f"{key} {value}, not {ours.get(key)}" + (f" ({_EFFECTS[key]})" if key in _EFFECTS else "")
+            for key, value in preset["peer"].items()
+            if ours.get(key) != value
+        ]
         if chosen["psnr_epsilon"] < 0:
             raise UserError(f"Expected protocol.psnr_epsilon of at least 0, got {chosen['psnr_epsilon']}.")
         return {
@@ -131,6 +193,7 @@ class ProtocolSettings:
             "dataset": dataset,
             "value_range": [0.0, 1.0],
             "compared": chosen["compared"],
+            **({"files": _FILES[chosen["compared"]]} if chosen["compared"] in _FILES else {}),
             "psnr": chosen["psnr"],
             "psnr_epsilon": float(chosen["psnr_epsilon"]),
             "ssim": chosen["ssim"],
@@ -142,18 +205,21 @@ class ProtocolSettings:
             "precision": precision,
             "data": data,
             "skipped": dict(sorted((skipped or {}).items())),
-            "departs": [
-                f"{key} {data.get(key)} for {value}"
-                for key, value in preset["data"].items()
-                if data and data.get(key) != value
-            ],
+            "departs": [*departs, *(PEER + remark for remark in (*remarks, *preset["remarks"]))] if data else [],
         }
 
 
 def protocol_hash(protocol: dict[str, Any]) -> str:
-    """Compute the first 16 digits of the SHA-256 of the protocol as canonical JSON."""
-    text = json.dumps(protocol, sort_keys=True, separators=(",", ":"))
+    """Compute the first 16 digits of the SHA-256 of the protocol as canonical JSON, without remarks on the peer."""
+    text = json.dumps(_drop_remarks(protocol), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _drop_remarks(protocol: dict[str, Any]) -> dict[str, Any]:
+    departs = protocol.get("departs")
+    if not isinstance(departs, list):
+        return protocol
+    return protocol | {"departs": [line for line in departs if not str(line).startswith(PEER)]}
 
 
 def flat(protocol: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +235,7 @@ def flat(protocol: dict[str, Any]) -> dict[str, Any]:
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """List the differences of two protocols: `data.fps 8.0 for 25.0`."""
-    first, second = flat(ours), flat(theirs)
+    first, second = flat(_drop_remarks(ours)), flat(_drop_remarks(theirs))
     return [
         f"{key} {first.get(key)} for {second.get(key)}"
         for key in sorted({*first, *second})

@@ -142,7 +142,12 @@ def clip_format(results: Results) -> str:
     data = results.protocol["data"]
     parts = [f"{data['num_frames']} frames" if data.get("num_frames") else "the data module's length"]
     parts += [f"of {data['resolution']} x {data['resolution']}"] if data.get("resolution") else []
-    parts += [f"at {data['fps']:g} fps"] if data.get("fps") else []
+    fps = data.get("fps")
+    parts += (
+        [f"at {fps:g} fps" if isinstance(fps, int | float) else "at " + str(fps).replace(" ", " fps ", 1)]
+        if fps
+        else []
+    )
     return " ".join(parts)
 
 
@@ -434,7 +439,7 @@ def _notes(results: Results, measured: list[Row]) -> Iterator[str]:
     yield from claims(results)
     yield from (f"rFVD: {remark}." for remark in rfvd_remarks(results))
     if departs := results.protocol.get("departs"):
-        yield f"The clips are not those of the preset: {', '.join(departs)}."
+        yield f"The preset's evaluation differs: {'; '.join(departs)}."
 
 
 def claims(results: Results) -> Iterator[str]:

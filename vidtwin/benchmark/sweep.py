@@ -191,7 +191,8 @@ class Sweep:
         jobs = [self._make_job(entry) for entry in self.autoencoders]
         jobs += [self._make_reference(name, plan.shape) for name in self.reference_names]
         lines = [f"{len(plan.keys)} clips, protocol {plan.protocol['name']} ({plan.digest})"]
-        lines += [f"protocol {self.protocol.preset} is of other data: {line}" for line in plan.protocol["departs"]]
+        if departs := plan.protocol["departs"]:
+            lines.append(f"protocol {self.protocol.preset} departs: {'; '.join(departs)}")
         lines += [f"{job.name} failed: {job.error}" for job in jobs if job.error]
         for line in lines:
             log(line, rank_zero=True)

@@ -17,7 +17,7 @@ def as_compared(clips: Tensor, compared: Compared, fps: float) -> Tensor:
     """Make clips (B, 3, T, H, W), clamped to [-1, 1] in single precision, what the protocol compares.
 
     - "floats": as they are.
-    - "8-bit": rounded to the nearest of 256 values. Open-Sora-Plan cuts off instead, half a step darker on both sides.
+    - "8-bit": rounded to the nearest of 256 values. Open-Sora-Plan truncates, half a step darker on both sides.
     - "mp4v", "h264": the 8-bit clip written as a video and read back, see `vidtwin.video.writing.through_file`.
 
     Args:

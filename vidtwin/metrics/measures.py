@@ -47,7 +47,8 @@ class Measures:
         measures.unavailable                 # {"lpips": "Expected the VGG-16 backbone …"}
 
     Args:
-        compared: The compared pictures: floats, both sides rounded to 8 bits, or both written as a video and read back.
+        compared: The compared pictures: floats, both sides rounded to 8 bits, both written as an mp4v file and read
+            back, or the prediction as an h264 file and the target in 8 bits.
         psnr: The range of one MSE. A video's is that of its clips together, which needs their "mse": here
             "video" is as "clip".
         psnr_epsilon: Added to the MSE of values in [0, 1].
@@ -137,8 +138,13 @@ class Measures:
         return self.values(*self.prepare(prediction, target))
 
     def prepare(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Make both sides what the protocol compares, which FVD has to take as well; see `as_compared`."""
-        return as_compared(prediction, self.compared, self.fps), as_compared(target, self.compared, self.fps)
+        """Make both sides what the protocol compares, which FVD has to take as well; see `as_compared`.
+
+        With "h264" the target stays as it was read: TokenBench compares the reconstruction's file to the one that the
+        model got, and encodes that no second time.
+        """
+        of_target: Compared = "8-bit" if self.compared == "h264" else self.compared
+        return as_compared(prediction, self.compared, self.fps), as_compared(target, of_target, self.fps)
 
     @torch.no_grad()
     def values(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:

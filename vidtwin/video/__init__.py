@@ -4,17 +4,20 @@ source.py opens and probes videos; picture.py converts decoded frames to upright
 at given times; writing.py encodes; sound.py copies sound. These do not import torch.
 """
 
-from .picture import COLOUR, RESIZE_FILTER, Frames
+from .picture import COLOUR, COLOURS, RESIZE_FILTER, RESIZE_FILTERS, Frames, Resize
 from .reading import decode, iter_frames, read_clip, timed_frames
 from .source import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Source, VideoError, VideoInfo, parse_rate, probe, survey
 from .writing import VideoWriter, write_video
 
 __all__ = [
     "COLOUR",
+    "COLOURS",
     "IMAGE_SUFFIXES",
     "RESIZE_FILTER",
+    "RESIZE_FILTERS",
     "VIDEO_SUFFIXES",
     "Frames",
+    "Resize",
     "Source",
     "VideoError",
     "VideoInfo",

@@ -4,12 +4,15 @@ One filter graph crops to a square, resizes and converts. Swscale's area filter 
 antialiased) and is bilinear when enlarging; the bicubic filter takes a quarter more time for the whole clip. Matrix and
 range are those of the frame; untagged frames count as BT.601, limited, as in FFmpeg and other loaders. Colours that
 FFmpeg can't convert are converted by the nearest tags that it can, which is logged once per video.
+
+With `resize="bilinear"` the whole picture is converted as decord does it, by swscale's defaults, which do not
+interpolate chroma; then resized in single precision by Pillow, whose filter is torchvision's; rounded; and cropped.
 """
 
 import functools
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import av
 import av.filter
@@ -17,12 +20,19 @@ import numpy as np
 from av.sidedata.sidedata import SideDataContainer, Type
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
+from PIL import Image
 
 from vidtwin import console
 
+Resize = Literal["area", "bilinear"]
 # Descriptions for evaluation protocols.
-RESIZE_FILTER = "area (swscale): antialiased shrinking, bilinear enlarging"
+RESIZE_FILTERS: dict[Resize, str] = {
+    "area": "area (swscale): antialiased shrinking, bilinear enlarging",
+    "bilinear": "bilinear, antialiased (torchvision)",
+}
+RESIZE_FILTER = RESIZE_FILTERS["area"]
 COLOUR = "8-bit RGB by each stream's matrix and range; untagged: BT.601, limited (swscale)"
+COLOURS: dict[Resize, str] = {"area": COLOUR, "bilinear": COLOUR.replace("swscale", "swscale's defaults")}
 
 Frames = NDArray[np.uint8]
 Node = tuple[str, str | None]  # name and arguments of a filter
@@ -125,11 +135,21 @@ class Converter:
             bottom.
         aspect: Width of a stored pixel divided by its height (sample aspect ratio); None: 1.
         name: Name of the video, for messages.
+        resize: Filter for `size`: "area" resizes the cropped square; "bilinear" resizes the picture until its shorter
+            side is `size` and then crops, as torchvision's `Resize(size, antialias=True)` and `CenterCrop(size)`.
     """
 
-    def __init__(self, size: int | None, crop: tuple[float, float], aspect: Fraction | None, name: str) -> None:
-        self._shape = None if size is None else (size, size)  # width and height as shown
-        self._square = size is not None
+    def __init__(
+        self,
+        size: int | None,
+        crop: tuple[float, float],
+        aspect: Fraction | None,
+        name: str,
+        resize: Resize = "area",
+    ) -> None:
+        self._late_size = size if resize == "bilinear" else None  # of pictures that are resized after their conversion
+        self._square = size is not None and self._late_size is None
+        self._shape = (size, size) if size is not None and self._square else None  # width and height as shown
         self._crop = crop
         self._aspect = aspect if aspect and Fraction(1, 8) < aspect < 8 else Fraction(1)
         self._name = name
@@ -151,11 +171,22 @@ class Converter:
             self._chain = FilterChain(self._name, *self._choose_filters(frame))
         assert self._chain is not None
         converted = self._chain(frame)
-        return [self._rotate(converted.planes[index], converted) for index in (2, 0, 1)]  # stored as G, B, R
+        height, width = converted.height, converted.width
+        if self._late_size is not None:
+            picture = _lines(converted.planes[0])[:height, : 3 * width].reshape(height, width, 3)
+            return [self._resize(turn(picture[..., colour], self._turn), self._late_size) for colour in range(3)]
+        planes = [converted.planes[index] for index in (2, 0, 1)]  # stored as G, B, R
+        return [turn(_lines(plane)[:height, :width], self._turn) for plane in planes]
 
-    def _rotate(self, plane: Any, frame: VideoFrame) -> Frames:
-        lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-        return turn(lines[: frame.height, : frame.width], self._turn)
+    def _resize(self, plane: Frames, size: int) -> Frames:
+        """Resize an upright plane until its shorter side is `size`, then crop it to a square."""
+        height, width = plane.shape
+        shown = (height * self._aspect, width) if self._turn[0] else (height, width * self._aspect)
+        new_height, new_width = (int(size * side / min(shown)) for side in shown)
+        picture = Image.fromarray(plane.astype(np.float32))  # 8-bit ones would be rounded after each axis
+        resized = np.asarray(picture.resize((new_width, new_height), Image.Resampling.BILINEAR))
+        left, top = round((new_width - size) * self._crop[0]), round((new_height - size) * self._crop[1])
+        return np.rint(resized[top : top + size, left : left + size]).astype(np.uint8)
 
     def _choose_filters(self, frame: VideoFrame) -> list[Node]:
         """Choose crop, size and format for frames like this one."""
@@ -163,6 +194,8 @@ class Converter:
         if self._square:
             left, top, width, height = self._find_square(frame)
             nodes.append(("crop", f"{width}:{height}:{left}:{top}"))
+        if self._late_size is not None:
+            return [("scale", f"{frame.width}:{frame.height}:flags=bicubic"), ("format", "rgb24")]
         if self._shape is None:
             shape = (max(1, round(frame.width * self._aspect)), frame.height)
             self._shape = shape[::-1] if self._turn[0] else shape
@@ -179,6 +212,10 @@ class Converter:
         side = min(frame.width * self._aspect, Fraction(frame.height))
         width, height = min(frame.width, round(side / self._aspect)), round(side)
         return round((frame.width - width) * x), round((frame.height - height) * y), width, height
+
+
+def _lines(plane: Any) -> Frames:
+    return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
 
 
 def turn(plane: Frames, how: Turn) -> Frames:

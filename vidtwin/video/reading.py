@@ -23,7 +23,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from .picture import Converter, Frames
+from .picture import Converter, Frames, Resize
 from .source import (
     COUNTED_FORMATS,
     CUT_IN_FORMATS,
@@ -58,6 +58,8 @@ def read_clip(
     crop: tuple[float, float] = CENTRE,
     loop: bool = False,
     rate: Fraction | None = None,
+    resize: Resize = "area",
+    count: bool = False,
 ) -> Frames:
     """Read the frames that are shown at the times `start + k / fps`.
 
@@ -71,6 +73,8 @@ def read_clip(
             bottom.
         loop: Start the video again if it ends before the clip does.
         rate: Average rate of the file in frames per second, from `survey`; None: the header's rate.
+        resize: Filter for `size`, see `vidtwin.video.picture.Converter`.
+        count: Take the file's frames for evenly spaced at `rate`, whatever their timestamps say, if `fps` is given too.
 
     Returns:
         uint8 (T, H, W, 3), RGB, upright and with square pixels.
@@ -86,7 +90,8 @@ def read_clip(
         )
     if not all(0 <= place <= 1 for place in crop):
         raise VideoError(f"{name_of(source)}: expected crop as two numbers from 0 to 1, got {crop}.")
-    wanted = _Wanted(_to_fraction(start), num_frames, None if fps is None else _to_fraction(fps), size, crop, rate)
+    exact = None if fps is None else _to_fraction(fps)
+    wanted = _Wanted(_to_fraction(start), num_frames, exact, size, crop, rate, resize, count or fps is None)
     try:
         return _read(source, wanted)
     except VideoError as error:
@@ -228,7 +233,9 @@ class _Wanted:
     fps: Fraction | None
     size: int | None
     crop: tuple[float, float]
-    rate: Fraction | None = None
+    rate: Fraction | None
+    resize: Resize
+    count: bool
     period: Fraction | None = None
 
     def times(self, rate: Fraction) -> list[Fraction]:
@@ -240,7 +247,7 @@ class _Wanted:
 
 def _read(source: Source, wanted: _Wanted) -> Frames:
     try:
-        clip = _attempt(source, wanted, seek=wanted.fps is not None, count=wanted.fps is None)
+        clip = _attempt(source, wanted, seek=not wanted.count, count=wanted.count)
         if clip is None:  # a seek did not find all frames
             clip = _attempt(source, wanted, seek=False)
     except DisorderedError:
@@ -282,7 +289,7 @@ def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -
                 first = last if first is None else first
                 yield last - first, frame
 
-        converter = Converter(wanted.size, wanted.crop, stream.sample_aspect_ratio, name_of(source))
+        converter = Converter(wanted.size, wanted.crop, stream.sample_aspect_ratio, name_of(source), wanted.resize)
         clip: Frames | None = None
         found = 0
 
