@@ -15,6 +15,7 @@ from vidtwin.apply import windows
 from vidtwin.cli import main
 from vidtwin.clips import as_clip
 from vidtwin.storage.checkpoints import load_autoencoder
+from vidtwin.tables import read_table
 from vidtwin.video import VideoError, VideoWriter, iter_frames, probe, survey, timed_frames, write_video
 from vidtwin.video.convert import to_uint8
 
@@ -67,6 +68,20 @@ def table(folder: str) -> list[dict[str, str]]:
 def close(written: np.ndarray, wanted: np.ndarray) -> bool:
     """But for the codec, which is nearly lossless but for the colours' resolution."""
     return written.shape == wanted.shape and np.abs(written.astype(int) - wanted).mean() < 2.5
+
+
+def test_the_table_holds_no_formula_and_goes_on_in_another_run(here, capsys):
+    for name in ("=1.mp4", "b.mp4"):
+        write_video(name, moving(2), Fraction(24))
+        assert run(name) == 0
+    rows = read_table(Path("reconstructions/reconstructions.csv"))
+    assert [row["input"] for row in rows] == ["=1.mp4", "b.mp4"]
+    assert [row["input"] for row in table("reconstructions")] == ["'=1.mp4", "b.mp4"]
+    Path("reconstructions/reconstructions.csv").write_text('input\n"a')
+    capsys.readouterr()
+    assert run("b.mp4", "--overwrite") == 0
+    assert "reconstructions.csv: expected a table of reconstructions, got another" in capsys.readouterr().err
+    assert [row["input"] for row in table("reconstructions")] == ["b.mp4"]
 
 
 def test_each_frame_goes_through_once_and_the_numbers_are_those_of_the_real_frames(here, capsys):

@@ -130,10 +130,12 @@ def test_an_earlier_rfvd_holds_while_the_clips_are_the_same():
 
 def test_numbers_come_back_from_a_file_as_they_went_in(tmp_path):
     clips = [clip('a "b", c.avi', 0, 16, 0.1, lpips=1 / 3), clip("é\n.avi", 3, 16, 1e-17, lpips=5e-324)]
-    row = {"schema_version": rows.SCHEMA_VERSION, "name": "a", "kind": "trained", "num_clips": 2, "protocol_hash": "x"}
+    clips.append(clip("=1+1.avi", 0, 16, 2.0, lpips=0.1))
+    row = {"schema_version": rows.SCHEMA_VERSION, "name": "a", "kind": "trained", "num_clips": 3, "protocol_hash": "x"}
     row |= {"metrics": {}, "latents": {}, "compression_rate": 0.1}
     rows.write_row(tmp_path, row, clips)
     assert rows.read_clips(tmp_path / "rows" / "a", row) == clips
+    assert "\na,'=1+1.avi,0,16," in (tmp_path / "rows/a/clips.csv").read_text()  # no formula for a spreadsheet
     assert rows.read_row(tmp_path / "rows" / "a" / "results.json") == row
 
 

@@ -28,6 +28,7 @@ from vidtwin.datamodules.shards import writer as cache_writer
 from vidtwin.datamodules.shards.cached import CachedClips
 from vidtwin.datamodules.shards.format import Manifest
 from vidtwin.datamodules.shards.writer import write_cache
+from vidtwin.datamodules.streaming import Streamed
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.datamodules.ucf101 import UCF101
 from vidtwin.errors import UserError
@@ -416,6 +417,56 @@ def test_damage_is_found_and_mended(make, copied, written, capfd):
         CachedClips(copied / "train")
     assert write_cache(make(), copied, epochs=2, shard_bytes=SHARD)[0].made == 1
     assert contents(copied) == contents(written)
+
+
+def test_damage_in_the_header_of_a_shard_or_an_item_is_one_line(copied):
+    path = copied / "val/chunk-0-0.bin"
+    content = path.read_bytes()
+    items = int.from_bytes(content[:4], "little")
+    for place in range(4 * (items + 2) + 4 * 4 + 4 * 6):  # offsets of the items, then sizes and shape of the first one
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x41]) + content[place + 1 :])
+        with pytest.raises(UserError, match=r"chunk-0-0\.bin: expected .*; run `vidtwin cache` again"):
+            list(map(CachedClips(copied / "val").__getitem__, range(items)))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("manifest.json", lambda text: "[" * 100_000),
+        ("manifest.json", lambda text: text.replace('"first": 0', '"first": 1')),
+        ("manifest.json", lambda text: text.replace('"clips": 4', '"clips": 40')),
+        ("manifest.json", lambda text: text.replace('"description": {', '"description": [], "left_out": {', 1)),
+        ("manifest.json", lambda text: text.replace('"skipped": {}', '"skipped": {"99": ["a", "b"]}')),
+        ("clips.csv", lambda text: text.replace("start_frame", "start")),
+        ("clips.csv", lambda text: text[: len(text) // 2]),
+        ("clips.csv", lambda text: text.replace("\n0,1,", "\n0,x,")),
+        ("clips.csv", lambda text: text.replace("\n0,1,", "\n0,0,")),
+        ("clips.csv", lambda text: "\udcff" + text),
+        ("clips.csv", None),
+    ],
+)
+def test_damage_in_a_manifest_or_a_table_is_one_line(copied, file, change):
+    path = copied / "val" / file
+    text = path.read_text()
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(change(text), errors="surrogateescape")
+        assert change(text) != text
+    with pytest.raises(UserError, match=rf"{file}: expected") as caught:
+        CachedClips(copied / "val").identity(1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("format", ["clips", "videos"])
+def test_names_like_formulas_come_back(small_ucf, tmp_path, format):
+    (tmp_path / "in").mkdir()
+    shutil.copy(next(small_ucf.rglob("*.avi")), tmp_path / "in" / "=1+1.avi")
+    data = VideoFolder(str(tmp_path / "in"), val_fraction=0, test_fraction=1, **SMALL)
+    write_cache(data, tmp_path / "out", ["test"], format=format)
+    assert ",'=1+1.avi," in (tmp_path / "out/test/clips.csv").read_text()
+    streamed = Streamed(str(tmp_path / "out"), **SMALL)
+    assert streamed.dataset("test").identity(0)[0] == "=1+1.avi"
 
 
 class Faulty(Synthetic):
