@@ -213,7 +213,7 @@ def _read_journal(journal: Path) -> "dict[Key, Measurement]":
     for line in lines:
         try:
             entry: Any = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and entry.pop("version", None) == VERSION and entry.keys() == FIELDS:
             found = Measurement(**entry)

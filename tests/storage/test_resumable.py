@@ -77,7 +77,7 @@ def test_an_invalid_unit_is_logged_and_made_again_and_one_of_another_identity_is
     assert not store.path(2).exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "3", '{"number": 1}', "\udcff"])
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "[]", "3", '{"number": 1}', "\udcff"])
 def test_json_that_is_not_whole_is_an_error(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match="truncated or damaged"):

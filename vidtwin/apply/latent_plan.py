@@ -16,11 +16,10 @@ from vidtwin.storage.latent_files import (
     LOGVAR,
     Manifest,
     Piece,
-    Shard,
+    open_shard,
     StoredPiece,
     VideoEntry,
     channel_statistics,
-    shard_path,
 )
 from vidtwin.video import VideoError
 
@@ -128,7 +127,7 @@ def finish(manifest: Manifest, folder: Path) -> Manifest:
     shapes: dict[str, set[tuple[int, ...]]] = {name: set() for name in manifest.latents}
     numbers, bits, pixels, size = 0, 0.0, 0, 0
     for number, planned in enumerate(manifest.shards):
-        shard = Shard(shard_path(folder, number), manifest.digest)
+        shard = open_shard(folder, manifest, number)
         size += shard.path.stat().st_size
         sums.append(shard.sums)
         shards.append([replace(p, stored=len(s.num_frames)) for p, s in zip(planned, shard.pieces, strict=True)])

@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"Expected {path}, got no such file; run the sweep again.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"Expected JSON in {path}, got a file that is cut off or damaged ({error}); remove it and run the sweep "
             "again, which measures that again alone."

@@ -106,7 +106,7 @@ def read_json(path: Path, **expected: Any) -> dict[str, Any] | None:
         same = all(content[key] == value for key, value in expected.items())
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: expected a whole JSON file, it is truncated or damaged.") from None
     return content if same else None
 
