@@ -31,6 +31,7 @@ from vidtwin.data import ClipSettings
 from vidtwin.datamodules.clips import Video, VideoClips
 from vidtwin.errors import UserError
 from vidtwin.files import inside
+from vidtwin.storage.resumable import lock_file
 from vidtwin.video import VideoInfo
 
 from .cached import CachedClips
@@ -123,17 +124,15 @@ class RemoteShards:
                 continue
 
     def _ensure(self, shard: Shard) -> None:
-        from filelock import FileLock
-
         path = inside(self.folder, shard.file)
-        with FileLock(f"{path}.lock"):  # one process fetches, the others wait
+        with lock_file(path.with_name(f"{path.name}.lock")):  # one process fetches, the others wait
             if path.exists() and path.stat().st_size == shard.bytes:
                 return
             partial = path.with_name(f".{path.name}.part")
             self._fetch(shard.file, partial, shard)
             partial.replace(path)
         if self.limit is not None:
-            with FileLock(self.folder / ".limit.lock"):
+            with lock_file(self.folder / ".limit.lock"):
                 self._keep_limit(self.limit, path)
 
     def _fetch(self, file: str, target: Path, shard: Shard | None = None) -> None:

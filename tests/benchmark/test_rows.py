@@ -147,7 +147,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_kill_at_any_step_of_moving_a_row_leaves_it_whole_in_one_folder(tmp_path, monkeypatch):
-    row = {name: b"new" for name in ("results.json", "clips.csv", "features.npy", "clip0.mp4", "clip0.png")}
+    row = dict.fromkeys(("results.json", "clips.csv", "features.npy", "clip0.mp4", "clip0.png"), b"new")
     left = 0  # changes until the kill
 
     def killed(change):

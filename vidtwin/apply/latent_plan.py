@@ -16,12 +16,12 @@ from vidtwin.storage.latent_files import (
     LOGVAR,
     Manifest,
     Piece,
-    open_shard,
     StoredPiece,
     VideoEntry,
     channel_statistics,
+    open_shard,
 )
-from vidtwin.video import VideoError
+from vidtwin.video import VideoError, is_of_file
 
 
 def survey_inputs(
@@ -51,7 +51,7 @@ def survey_inputs(
         try:
             video = _survey_video(entry, known.get(entry.name))
         except VideoError as error:
-            if not error.lasting:
+            if not is_of_file(error):
                 raise UserError(f"Expected to read {entry.path}, the system failed: {error} Try again.") from error
             skipped[entry.name] = _reason(error, entry.path)
         else:

@@ -192,7 +192,7 @@ def _decode(
         at = f" at {container.image}" if isinstance(container, Images) else ""
         text = f"{name_of(source)}: decoding stops after {frames} frames{at}: {reason_of(error)}."
         failure = VideoError(text, frames, "corrupt", is_lasting(error))
-        if not (again and strict and stream.codec_context.name in _LENIENT_CODECS):
+        if not (again and strict and failure.lasting and stream.codec_context.name in _LENIENT_CODECS):
             raise failure from error
     try:
         with open_video(source, strict=False) as (container, stream):
