@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from vidtwin.data import Skip
 from vidtwin.errors import UserError
-from vidtwin.files import inside
 from vidtwin.tables import read_table
 from vidtwin.video import VideoError
 
@@ -306,9 +305,13 @@ def read_rows(folder: Path, columns: Mapping[str, Callable[[str], Any]]) -> list
 
 
 def check_shards(folder: Path, manifest: Manifest) -> None:
-    """Raise `UserError` if a shard is missing or of another size."""
+    """Raise `UserError` if a shard is missing or of another size.
+
+    A shard that is read may be a link out of the folder, as in a snapshot of the Hub, whose files lie in `blobs`: its
+    name, which a manifest gives, is that of a shard and nothing else.
+    """
     for shard in manifest.shards:
-        check_shard(inside(folder, shard.file), shard, checksum=False)
+        check_shard(folder / shard.file, shard, checksum=False)
 
 
 def check_shard(path: Path, shard: Shard, checksum: bool) -> None:

@@ -458,6 +458,32 @@ def test_damage_in_a_manifest_or_a_table_is_one_line(copied, file, change):
     assert "\n" not in str(caught.value)
 
 
+def snapshot(folder: Path, out: Path) -> Path:
+    """Arrange files as the Hub's cache does: links to blobs outside of the snapshot's folder."""
+    for path in sorted(p for p in folder.rglob("[!.]*") if p.is_file()):
+        blob = out / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        link = out / "snapshots" / "main" / path.relative_to(folder)
+        for each in (blob, link):
+            each.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return out / "snapshots" / "main"
+
+
+def test_a_snapshot_of_links_is_read_and_writing_changes_no_blob(make, written, tmp_path):
+    linked = snapshot(written, tmp_path)
+    data, expected = Streamed(str(linked), **SMALL), CachedClips(written / "val")
+    assert all(np.array_equal(data.dataset("val")[0, i]["clip"], expected[0, i]["clip"]) for i in range(len(expected)))
+    assert len(make(cache=str(linked)).dataset("val")) == len(expected)
+    shard = linked / "val/chunk-0-0.bin"
+    blob = shard.resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    before = contents(tmp_path / "blobs")
+    assert write_cache(make(), linked, ["val"], shard_bytes=SHARD, verify=True)[0].made == 1
+    assert not shard.is_symlink()
+    assert contents(tmp_path / "blobs") == before
+
+
 @pytest.mark.parametrize("format", ["clips", "videos"])
 def test_names_like_formulas_come_back(small_ucf, tmp_path, format):
     (tmp_path / "in").mkdir()
