@@ -43,6 +43,14 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     assert read_table(path) == [{"name": text, "label": "-1"} for text in TEXTS]
 
 
+def test_names_of_files_that_are_no_utf_8_come_back(tmp_path):
+    name = b"caf\xe9.mp4".decode(errors="surrogateescape")
+    write_table(tmp_path / "table.csv", ["name"], [[name]])
+    assert read_table(tmp_path / "table.csv", odd_names=True) == [{"name": name}]
+    with pytest.raises(UnicodeDecodeError):
+        read_table(tmp_path / "table.csv")
+
+
 def test_common_cells_are_written_as_by_the_csv_module(tmp_path):
     rows = [["a b", 1, 0.1, None], ['q"', -1, "x,y", ""], ["two\nlines", 0, "", ""]]
     with (tmp_path / "expected.csv").open("w", newline="") as file:

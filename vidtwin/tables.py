@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidtwin.files import write_text
+from vidtwin.files import replacing
 
 # Of a text that begins like a formula, be it behind apostrophes, which mark an escaped one.
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
@@ -40,18 +40,19 @@ def format_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a header and rows as a .csv file, atomically; cells as of `format_table`."""
-    write_text(path, format_table(columns, rows))
+    """Write a header and rows as a .csv file, atomically; cells as of `format_table`, names of files by their bytes."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(format_table(columns, rows).encode(errors="surrogateescape"))
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a file of `write_table`, by its columns.
+def read_table(path: Path, odd_names: bool = False) -> list[dict[str, str]]:
+    """Read the rows of a file of `write_table`, by its columns; with `odd_names` also names that are no UTF-8.
 
     Raises:
         OSError: It can't be read.
-        ValueError: It is no UTF-8, or a row has more or fewer cells than the header.
+        ValueError: It is no UTF-8 (without `odd_names`), or a row has more or fewer cells than the header.
     """
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape" if odd_names else "strict") as file:
         try:
             header, *rows = ([unescape(cell) for cell in row] for row in csv.reader(file, strict=True) if row)
         except csv.Error as error:

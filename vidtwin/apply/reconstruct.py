@@ -206,7 +206,7 @@ class Reconstruct:
         with lock(path.parent, "table of reconstructions", wait=True):
             earlier: dict[str, dict[str, Any]] = {}
             try:
-                earlier = {row["input"]: row for row in read_table(path)}
+                earlier = {row["input"]: row for row in read_table(path, odd_names=True)}
             except FileNotFoundError:
                 pass
             except (KeyError, ValueError) as error:
