@@ -60,5 +60,5 @@ def _size(path: Path) -> int | None:
     """Return the size in bytes. The modification time is left out: a copy of a video is the same video."""
     try:
         return identity(path)[0]
-    except OSError:  # a list may name a missing file
+    except (OSError, ValueError):  # a list may name a missing file, or one that no file system has
         return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vidtwin.errors import UserError
-from vidtwin.storage.latent_files import LOGVAR, Manifest, Shard, VideoEntry, shard_path
+from vidtwin.storage.latent_files import LOGVAR, Manifest, Shard, VideoEntry, open_shard
 
 from .loader import WorkerLoader
 from .resumable import ResumableDataModule
@@ -50,7 +50,6 @@ class LatentClips(Dataset[dict[str, Any]]):
             raise UserError(
                 f"Expected complete latents in {folder}, got unfinished ones; run `vidtwin encode` again to resume."
             )
-        self.digest = self.manifest.digest
         wanted = [chosen(video) for video in self.manifest.videos]
         rows = [
             (number, place, piece.video, piece.first_window, piece.stored or 0)
@@ -99,7 +98,7 @@ class LatentClips(Dataset[dict[str, Any]]):
         return {**values, "label": video.label, "name": video.name, "start_frame": start, "num_frames": num_frames[row]}
 
     def _open(self, number: int) -> Shard:
-        shard = self._shards.pop(number, None) or Shard(shard_path(self.folder, number), self.digest)
+        shard = self._shards.pop(number, None) or open_shard(self.folder, self.manifest, number)
         self._shards[number] = shard  # the last one in the order of use
         if len(self._shards) > _OPEN:
             self._shards.popitem(last=False)
@@ -234,6 +233,12 @@ class LatentDataModule(ResumableDataModule):
                 raise UserError(
                     f"Expected {name} of one shape in {folder}, got others for pictures such as those of "
                     f"{' and '.join(examples[::-1])}; encode with --size, so that they stack."
+                )
+            held = manifest.statistics.get(name) or {}
+            channels = latent.shape[0] if latent.shape else 1
+            if latent.kind != "codes" and any(len(held.get(key, ())) != channels for key in ("mean", "std")):
+                raise UserError(
+                    f"Expected statistics of the {channels} channels of {name} in {folder}, got none; encode again."
                 )
             if latent.kind == "gaussian" and self.posterior == "sample" and manifest.settings["posterior"] != "moments":
                 raise UserError(

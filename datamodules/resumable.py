@@ -1,6 +1,5 @@
 """Base of data modules that order their clips: the place of training in the order, workers, device."""
 
-import os
 import warnings
 from collections.abc import Callable, Sized
 from typing import Any
@@ -10,6 +9,7 @@ from lightning import LightningDataModule
 
 from vidtwin.errors import UserError
 
+from .cores import count_cores
 from .sampler import ClipSampler, Place
 
 
@@ -84,9 +84,8 @@ class ResumableDataModule(LightningDataModule):
         """Return the number of reading processes if `processes` share this machine's cores."""
         if self.num_workers is not None:
             return self.num_workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         devices = processes or (self.trainer.num_devices if self.trainer else 1)
-        return max(1, min(8, cores // devices))
+        return max(1, min(8, count_cores() // devices))
 
     def _device_type(self) -> str:
         if self.trainer:

@@ -1,5 +1,6 @@
 """Data module of shards in a folder or in object storage (docs/cached_and_streamed.md)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from .shards.cached import check
 from .shards.format import Format
 from .shards.streamed import RemoteShards, StreamedClips, StreamedVideoClips
 
+_COLUMNS: dict[str, Callable[[str], Any]] = {"name": str, "label": int, "num_frames": int, "fps": parse_rate}
+_COLUMNS |= {"duration": float, "width": int, "height": int}
 _NOT_ALWAYS = ("eval_clips", "tail", "frame_steps")  # keys of a description that a default setting leaves out
 
 
@@ -65,19 +68,10 @@ class Streamed(ClipDataModule):
     def videos(self, split: str) -> list[Video]:
         shards = self.shards(split)
         self._check(shards, "videos")
-        videos = []
-        try:
-            for row in shards.table():
-                path = Path(row["name"])
-                size = int(row["width"]), int(row["height"])
-                info = VideoInfo(path, int(row["num_frames"]), parse_rate(row["fps"]), float(row["duration"]), *size)
-                videos.append(Video(path, row["name"], int(row["label"]), info))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{shards.url}: expected a table of videos written by `vidtwin cache`, got a damaged one ({error}); "
-                "write the cache again."
-            ) from None
-        return videos
+        return [
+            Video(Path(name), name, label, VideoInfo(Path(name), count, rate, duration, width, height))
+            for name, label, count, rate, duration, width, height in shards.table(_COLUMNS)
+        ]
 
     def make_dataset(self, split: str) -> ClipDataset:
         shards = self.shards(split)
@@ -88,7 +82,7 @@ class Streamed(ClipDataModule):
             self.unusable.restart(split, clips.num_videos + len(manifest.left_out), manifest.left_out)
             return clips
         listed = self._included(split)
-        places = {row["name"]: int(row["index"]) for row in shards.table()}
+        places = dict(shards.table({"name": str, "index": int}))
         every = VideoClips(listed, self.settings, split)
         excluded = excluded_names(Path(self.exclude)) if self.exclude else set()
         faults = {n: Fault("unreadable", reason) for n, reason, *_ in manifest.skipped.values() if n not in excluded}

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from vidtwin.data import SPLITS, ClipSettings
 from vidtwin.errors import UserError
+from vidtwin.storage.resumable import read_json
 from vidtwin.video import write_video
 
 from .clips import ClipDataset, Video
@@ -283,7 +284,7 @@ def write_ucf_like(
     }  # fmt: skip
     if root.exists() and any(root.iterdir()):
         found = root / "synthetic.json"
-        made_with = json.loads(found.read_text()) if found.is_file() else "something else"
+        made_with = read_json(found) or "something else"
         if made_with != recipe:
             raise UserError(f"{root}: expected data made with {recipe}, it holds {made_with}; delete or rename it.")
         return root

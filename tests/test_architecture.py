@@ -23,7 +23,7 @@ LAYERS = (
     ("errors",),
     ("console", "files", "precision", "weights"),
     ("distributed", "layers", "plugins", "posteriors", "schedules", "video"),
-    ("hub", "listing"),
+    ("hub", "listing", "tables"),
     ("autoencoder", "data"),
     ("clips", "losses", "models", "baselines", "testing"),
     ("metrics", "storage"),
@@ -34,7 +34,9 @@ LAYERS = (
 )
 LAYER = {room: number for number, layer in enumerate(LAYERS) for room in layer}
 # All of ours that data modules may use: they know no model, no loss and no metric.
-_BELOW_DATA = "errors files console distributed listing video data storage.latent_files storage.resumable datamodules"
+_BELOW_DATA = (
+    "errors files console distributed listing tables video data storage.latent_files storage.resumable datamodules"
+)
 BELOW_DATA = tuple(f"vidtwin.{name}" for name in _BELOW_DATA.split())
 # Of vidtwin.benchmark: modules that read a results folder, or write from it.
 WITH_TORCH = ("cost", "downstream", "loaded_model", "measurer", "memory", "plan", "players", "rfvd")

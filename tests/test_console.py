@@ -17,6 +17,11 @@ def test_messages_go_to_stderr_with_the_prefix_and_output_to_stdout(capfd: pytes
     assert captured.out == "the output\n"
 
 
+def test_a_name_that_is_no_text_is_written_by_its_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    console.write(b"caf\xe9.mp4".decode(errors="surrogateescape"))
+    assert capsys.readouterr().out == "caf\\udce9.mp4\n"
+
+
 def test_the_first_rank_alone_logs_if_asked(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
     console.log("once", rank_zero=True)

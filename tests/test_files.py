@@ -185,6 +185,23 @@ def test_leftovers_of_killed_processes_go_and_files_in_use_stay(tmp_path):
     assert set(os.listdir(tmp_path)) == {"a.mp4", ".bash-history", "a-b.mp4"}
 
 
+def test_a_temporary_file_that_another_process_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    lock, taken = files._lock, []
+
+    def lose(handle, wait):
+        if not taken:
+            (path,) = tmp_path.iterdir()
+            taken.append(path.name)
+            path.unlink()
+        return lock(handle, wait)
+
+    monkeypatch.setattr(files, "_lock", lose)
+    with replacing(tmp_path / "a.txt") as temporary:
+        assert temporary.name not in taken
+        temporary.write_text("whole")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "whole"}
+
+
 def test_without_locks_old_temporary_files_go(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -36,7 +36,11 @@ def log(message: str, rank_zero: bool = False) -> None:
 def write(text: str, rank_zero: bool = False) -> None:
     """Write a command's own output to stdout; with `rank_zero` on the first rank only."""
     if not rank_zero or _rank() == 0:
-        tqdm.write(text, file=sys.stdout)
+        try:
+            tqdm.write(text, file=sys.stdout)
+        except UnicodeEncodeError:  # the name of a file that is not UTF-8, or a terminal of few characters
+            encoding = sys.stdout.encoding or "utf-8"
+            tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
 
 

@@ -104,9 +104,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
         _flush_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
-        if fcntl is not None:
-            os.close(handle)
+        try:
+            temporary.unlink(missing_ok=True)
+        finally:
+            if fcntl is not None:
+                os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -295,7 +295,7 @@ def read_config(folder: Path, name: str | Path) -> dict[str, Any]:
         raise UserError(f"Expected a folder of save_pretrained, got {name} without {CONFIG}: {has}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"Expected JSON in {path}, got: {error}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("class_path"), str):
         raise UserError(

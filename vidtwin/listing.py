@@ -1,13 +1,15 @@
 """Find videos in folders, read lists of them, detect changed files, and locate the cache."""
 
 import codecs
+import functools
 import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from vidtwin import console
 from vidtwin.errors import UserError
 
 _NUMBERED = re.compile(r"\d\.\w+$")  # the end of an image's name in a sequence: 00000.jpg, frame_1.png
@@ -103,9 +105,11 @@ def identity(path: Path) -> tuple[int, int]:
 def encoding_of(file: Path) -> str:
     """Return the encoding of a text that may come from anywhere: UTF-8, UTF-16 if it begins with its mark, or Latin-1.
 
+    Latin-1 is a guess, which is logged once.
+
     Raises:
         FileNotFoundError: There is no such file.
-        UserError: It begins like UTF-16 and is not.
+        UserError: It begins like UTF-16 and is not, or it is damaged UTF-8: some of its words are UTF-8, others not.
     """
     with file.open("rb") as handle:
         wide = handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -116,8 +120,35 @@ def encoding_of(file: Path) -> str:
         except UnicodeError as error:
             if wide:
                 raise UserError(f"{file}: expected a text, got damaged UTF-16 ({error}); save it as UTF-8.") from None
+            handle.seek(0)
+            _check_latin(file, handle)
             return "latin-1"
     return "utf-16" if wide else "utf-8-sig"
+
+
+def _check_latin(file: Path, lines: Iterable[bytes]) -> None:
+    """Log the first line that is no UTF-8; raise `UserError` if other bytes beyond ASCII are."""
+    first: tuple[int, bytes] | None = None
+    some = False
+    for number, line in enumerate(lines, 1):
+        text = line.decode(errors="surrogateescape")  # a byte that is no UTF-8 becomes U+DC80 to U+DCFF
+        if first is None and not is_text(text):
+            first = number, line
+        some = some or any(character > "\x7f" and not "\udc80" <= character <= "\udcff" for character in text)
+    assert first is not None
+    number, line = first
+    shown = ascii(line.decode("latin-1").strip())[:100]
+    if some:
+        raise UserError(
+            f"{file}: expected one encoding, line {number} is no UTF-8 ({shown}), while other characters are; save it "
+            "as UTF-8."
+        )
+    _log_once(f"{file}: line {number} is no UTF-8 ({shown}): the file is read as Latin-1")
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    console.log(message, rank_zero=True)
 
 
 def read_lines(file: Path) -> list[str]:

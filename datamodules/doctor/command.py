@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from tqdm import tqdm
 
 from vidtwin import listing
+from vidtwin.datamodules.cores import count_cores
 from vidtwin.datamodules.ucf101.lists import class_root
 from vidtwin.errors import UserError, suggestion
 from vidtwin.files import write_text
@@ -111,7 +111,7 @@ def _run(options: DoctorOptions) -> int:
     from .splits import find_copies, split_names
 
     out = Path(options.out)
-    workers = options.workers or _count_cores()
+    workers = options.workers or count_cores()
     measured = _measure_all(paths, out, workers, options.time_limit)
     videos = [measured[name] for name in sorted(measured)]
     splits, check = split_names([video.name for video in videos], root, options.split)
@@ -213,7 +213,7 @@ def _read_journal(journal: Path) -> "dict[Key, Measurement]":
     for line in lines:
         try:
             entry: Any = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and entry.pop("version", None) == VERSION and entry.keys() == FIELDS:
             found = Measurement(**entry)
@@ -234,7 +234,3 @@ def _open_journal(journal: Path, known: "dict[Key, Measurement]") -> TextIO:
         return journal.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"Expected to write into {journal.parent}: {error.strerror}; set --out.") from None
-
-
-def _count_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

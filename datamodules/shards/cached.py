@@ -3,9 +3,8 @@
 Written by writer.py in the format of format.py; see docs/cached_and_streamed.md.
 """
 
-import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from vidtwin.datamodules.clips import ClipDataset, Key
 from vidtwin.errors import UserError
 from vidtwin.video import VideoError
 
-from .format import MANIFEST, TABLE, Format, Items, Manifest, Shard, check_shards
+from .format import AGAIN, MANIFEST, TABLE, Format, Items, Manifest, Shard, check_shards, read_rows
 
 
 def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
@@ -75,19 +74,25 @@ class CachedClips(ClipDataset):
 
     def identity(self, index: int) -> tuple[str, int]:
         if self._identities is None:
-            rows = [row for row in self._rows() if row["epoch"] == "0"]
-            self._identities = {int(row["index"]): (row["name"], int(row["start_frame"])) for row in rows}
+            rows = self._rows({"epoch": int, "index": int, "name": str, "start_frame": int})
+            self._identities = {place: (name, start) for epoch, place, name, start in rows if epoch == 0}
+            if missing := set(range(len(self))) - set(self._identities):
+                raise UserError(f"{self._place}/{TABLE}: expected a line for clip {min(missing)}, got none; {AGAIN}.")
         return self._identities[index]
 
     def digests(self, show: bool = False) -> dict[str, str]:
         return self.manifest.content()
 
+    @property
+    def _place(self) -> str:
+        """Return the folder or the address of the shards."""
+        return str(self.folder)
+
     def _locate(self, shard: Shard) -> Path:
         return self.folder / shard.file
 
-    def _rows(self) -> list[dict[str, str]]:
-        with (self.folder / TABLE).open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+    def _rows(self, columns: Mapping[str, Callable[[str], Any]]) -> list[list[Any]]:
+        return read_rows(self.folder, columns)
 
 
 def check(manifest: Manifest, where: str, format: Format, expected: Mapping[str, Any] | None) -> None:

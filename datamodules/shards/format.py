@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from vidtwin.data import Skip
 from vidtwin.errors import UserError
-from vidtwin.files import inside
+from vidtwin.tables import read_table
 from vidtwin.video import VideoError
 
 Format = Literal["clips", "videos"]
@@ -39,7 +39,8 @@ FIELDS: dict[str, dict[str, str]] = {
     "clips": {"clip": "numpy", "label": "int", "name": "str", "start_frame": "int"},
     "videos": {"label": "int", "name": "str", "video": "bytes"},
 }
-_AGAIN = "run `vidtwin cache` again, which makes it anew"
+AGAIN = "run `vidtwin cache` again, which makes it anew"
+UINT8 = 4  # litdata's number of the type in the header of an array
 _ATTEMPTS = 5  # to open a shard that other processes may remove
 
 
@@ -64,9 +65,7 @@ class Shard:
     def __post_init__(self) -> None:
         if not _SHARD_NAME.fullmatch(self.file):  # a manifest may come from anyone
             raise ValueError(f"no name of a shard: {ascii(self.file)[:100]}")
-        if not all(
-            isinstance(count, int) and count >= 0 for count in (self.first, self.places, self.items, self.bytes)
-        ):
+        if not all(map(_is_count, (self.first, self.places, self.items, self.bytes))):
             raise ValueError(f"no counts of items and bytes in {self.file}")
 
 
@@ -107,6 +106,26 @@ class Manifest:
             return {"(shards)": hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()}
         return self.digests
 
+    def _check(self) -> None:
+        """Raise `ValueError` for values that `vidtwin cache` does not write."""
+        texts = [self.split, self.split_name, *self.left_out.values(), *(self.digests or {}).values()]
+        places = [*self.skipped, *self.replaced, *self.padded]
+        if self.format not in FIELDS or not all(isinstance(text, str) for text in texts):
+            raise ValueError("a format or names that are none")
+        if not (
+            _is_count(self.epochs) and _is_count(self.clips) and self.epochs and isinstance(self.description, dict)
+        ):
+            raise ValueError("no counts of epochs and clips, or no settings")
+        total = 0
+        for shard in self.shards:
+            if shard.first != total or shard.items > shard.places or not isinstance(shard.sha256, str):
+                raise ValueError(f"{shard.file} does not follow the one before it")
+            total += shard.places
+        if self.complete and (total != self.epochs * self.clips or len(self.shards) % self.epochs):
+            raise ValueError(f"shards of {total} items, not of {self.epochs} times {self.clips}")
+        if not all(0 <= place < max(total, 1) for place in places) or not all(map(_is_count, self.padded.values())):
+            raise ValueError("notes on items that are none")
+
     def to_json(self) -> str:
         return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n"
 
@@ -130,7 +149,7 @@ class Manifest:
         try:
             content = json.loads(text)
             version = content.pop("schema_version")
-        except (json.JSONDecodeError, AttributeError, TypeError, KeyError):
+        except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
             raise UserError(f"{where}: expected a manifest written by `vidtwin cache`, got something else.") from None
         if version != SCHEMA_VERSION:
             raise UserError(
@@ -142,7 +161,9 @@ class Manifest:
             content["skipped"] = {int(place): as_skip(entry) for place, entry in content["skipped"].items()}
             content["replaced"] = {int(place): list(map(as_skip, what)) for place, what in content["replaced"].items()}
             content["padded"] = {int(place): frames for place, frames in content.get("padded", {}).items()}
-            return cls(**content)
+            manifest = cls(**content)
+            manifest._check()
+            return manifest
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{where}: expected a manifest written by `vidtwin cache`, got a damaged one ({error}); write the "
@@ -150,9 +171,15 @@ class Manifest:
             ) from None
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
 def as_skip(entry: Sequence[Any]) -> Skip:
     """Convert a skipped video from JSON."""
     name, reason, *rest = entry
+    if not isinstance(name, str) or not isinstance(reason, str):
+        raise ValueError("a skipped item without name and reason")
     return (name, reason, False) if rest else (name, reason)
 
 
@@ -170,6 +197,7 @@ class Items:
         self.manifest = manifest
         self.locate = locate
         self._firsts = [shard.first for shard in manifest.shards]
+        self._total = sum(shard.places for shard in manifest.shards)
         self._offsets: dict[int, NDArray[np.uint32]] = {}
         self._missing = {
             number: sorted(p for p in manifest.skipped if shard.first <= p < shard.first + shard.places)
@@ -185,7 +213,10 @@ class Items:
 
         Raises:
             VideoError: The item was unreadable when the shards were written.
+            UserError: There is no such item, or the shard is damaged.
         """
+        if not 0 <= place < self._total:
+            raise UserError(f"Expected an item of {self._total} in the shards, got number {place}; {AGAIN}.")
         if place in self.manifest.skipped:
             raise VideoError(self.manifest.skipped[place][1])
         number = self.shard_of(place)
@@ -199,13 +230,21 @@ class Items:
                 if attempt == _ATTEMPTS - 1:
                     raise
         count = len(FIELDS[self.manifest.format])
+        if len(item) < 4 * count:
+            raise self._damaged(place)
         edges = 4 * count + np.cumsum([0, *item[: 4 * count].view(np.uint32)])
+        if edges[-1] != len(item):
+            raise self._damaged(place)
         return [item[a:b] for a, b in pairwise(edges)]
+
+    def _damaged(self, place: int) -> UserError:
+        path = self.locate(self.manifest.shards[self.shard_of(place)])
+        return UserError(f"{path}: expected an item written by `vidtwin cache`, got a damaged one; {AGAIN}.")
 
     def _map(self, number: int, shard: Shard, slot: int, path: Path) -> NDArray[np.uint8]:
         offsets = self._offsets.get(number)
         if offsets is None:
-            offsets = self._offsets[number] = np.fromfile(path, np.uint32, shard.items + 1, offset=4)
+            offsets = self._offsets[number] = _read_offsets(path, shard)
         begin, end = int(offsets[slot]), int(offsets[slot + 1])
         # Mapped privately: an array that can be written to is one that torch takes without a copy.
         return np.memmap(path, np.uint8, "c", begin, (end - begin,)).view(np.ndarray)
@@ -213,14 +252,19 @@ class Items:
     def clip(self, place: int) -> dict[str, Any]:
         """Return a decoded clip as `ClipDataset.clip` does."""
         array, label, name, start = self.fields(place)
-        header = array[:8].view(np.uint32)
-        begin = 8 + 4 * int(header[1])
-        item: dict[str, Any] = {
-            "clip": array[begin:].reshape(array[8:begin].view(np.uint32)),
-            "label": int(label.view(np.int64)[0]),
-            "name": bytes(name).decode(),
-            "start_frame": int(start.view(np.int64)[0]),
-        }
+        try:
+            header = array[: 4 * 6].view(np.uint32).tolist()
+            shape = [self.manifest.description.get(key) for key in ("num_frames", "resolution", "resolution")] + [3]
+            if header != [UINT8, 4, *shape]:
+                raise self._damaged(place)
+            item: dict[str, Any] = {
+                "clip": array[4 * 6 :].reshape(shape),
+                "label": int(label.view(np.int64)[0]),
+                "name": bytes(name).decode(),
+                "start_frame": int(start.view(np.int64)[0]),
+            }
+        except (ValueError, IndexError):  # of a size, a shape or a name
+            raise self._damaged(place) from None
         if place in self.manifest.padded:
             item["padded"] = self.manifest.padded[place]
         if place in self.manifest.replaced:
@@ -230,13 +274,44 @@ class Items:
     def video(self, place: int) -> tuple[bytes, str, int]:
         """Return the content of a video file, its name and its label."""
         label, name, content = self.fields(place)
-        return bytes(content), bytes(name).decode(), int(label.view(np.int64)[0])
+        try:
+            return bytes(content), bytes(name).decode(), int(label.view(np.int64)[0])
+        except (ValueError, IndexError):
+            raise self._damaged(place) from None
+
+
+def _read_offsets(path: Path, shard: Shard) -> NDArray[np.uint32]:
+    """Read where the items of a shard begin, and where the last one ends; `UserError` if that can't be."""
+    head = np.fromfile(path, np.uint32, shard.items + 2)
+    offsets: NDArray[np.uint32] = head[1:]
+    whole = len(head) == shard.items + 2 and head[0] == shard.items and offsets[-1] == shard.bytes
+    if not whole or offsets[0] != 4 * len(head) or (offsets[1:] < offsets[:-1]).any():
+        raise UserError(f"{path}: expected the header of a shard of {shard.items} items, got a damaged one; {AGAIN}.")
+    return offsets
+
+
+def read_rows(folder: Path, columns: Mapping[str, Callable[[str], Any]]) -> list[list[Any]]:
+    """Read columns of the table of a folder of shards, each by its type; `UserError` if it is missing or damaged."""
+    path = folder / TABLE
+    try:
+        return [[kind(row[column]) for column, kind in columns.items()] for row in read_table(path)]
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected the table of the shards, got no such file; {AGAIN}.") from None
+    except KeyError as error:
+        reason = f"no column {error}"
+    except ValueError as error:
+        reason = str(error)
+    raise UserError(f"{path}: expected a table written by `vidtwin cache`, got a damaged one ({reason}); {AGAIN}.")
 
 
 def check_shards(folder: Path, manifest: Manifest) -> None:
-    """Raise `UserError` if a shard is missing or of another size."""
+    """Raise `UserError` if a shard is missing or of another size.
+
+    A shard that is read may be a link out of the folder, as in a snapshot of the Hub, whose files lie in `blobs`: its
+    name, which a manifest gives, is that of a shard and nothing else.
+    """
     for shard in manifest.shards:
-        check_shard(inside(folder, shard.file), shard, checksum=False)
+        check_shard(folder / shard.file, shard, checksum=False)
 
 
 def check_shard(path: Path, shard: Shard, checksum: bool) -> None:
@@ -244,11 +319,11 @@ def check_shard(path: Path, shard: Shard, checksum: bool) -> None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise UserError(f"{path}: expected a shard of the cache, got no such file; {_AGAIN}.") from None
+        raise UserError(f"{path}: expected a shard of the cache, got no such file; {AGAIN}.") from None
     if size != shard.bytes:
-        raise UserError(f"{path}: expected {shard.bytes:,} bytes, got {size:,}; {_AGAIN}.")
+        raise UserError(f"{path}: expected {shard.bytes:,} bytes, got {size:,}; {AGAIN}.")
     if checksum and _sha256(path) != shard.sha256:
-        raise UserError(f"{path}: expected sha256 {shard.sha256[:16]}…, got another; {_AGAIN}.")
+        raise UserError(f"{path}: expected sha256 {shard.sha256[:16]}…, got another; {AGAIN}.")
 
 
 def _sha256(path: Path) -> str:

@@ -17,9 +17,7 @@ from vidtwin.files import no_room, replacing, write_text
 from vidtwin.storage.resumable import read_json
 from vidtwin.video import VideoError, survey
 
-from .format import SHARD, Shard
-
-_UINT8 = 4  # litdata's number of the type in the header of an array
+from .format import SHARD, UINT8, Shard, as_skip
 
 
 @dataclass
@@ -40,7 +38,13 @@ class Record:
         if content is None:
             return None
         try:
-            return cls(**content | {"shard": Shard(**content["shard"])})
+            record = cls(**content | {"shard": Shard(**content["shard"])})
+            known = all(isinstance(row, list) for row in record.rows)
+            for place, *entry in [*record.skipped, *([place, *e] for place, some in record.replaced for e in some)]:
+                known = known and isinstance(place, int) and bool(as_skip(entry))
+            if not known or not all(isinstance(place, int) for place, _ in record.padded):
+                raise ValueError("rows or notes that are none")
+            return record
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{record_path(folder, number)}: expected the record of a shard, got {error}.") from None
 
@@ -80,7 +84,7 @@ class ClipSource:
         epoch, index = divmod(place, len(self.dataset))
         item = self.dataset.clip(epoch, index)
         clip = np.ascontiguousarray(item["clip"])
-        header = np.array([_UINT8, clip.ndim, *clip.shape], np.uint32).tobytes()
+        header = np.array([UINT8, clip.ndim, *clip.shape], np.uint32).tobytes()
         name, label, start = item["name"], int(item["label"]), int(item["start_frame"])
         text = name.encode()
         sizes = np.array([len(header) + clip.nbytes, 8, len(text), 8], np.uint32).tobytes()
@@ -121,8 +125,8 @@ class VideoSource:
             ) from None
         text = video.name.encode()
         sizes = np.array([8, len(text), len(content)], np.uint32).tobytes()
-        row = [place, video.name, video.label, info.num_frames, info.fps, info.duration, info.width, info.height]
-        return _Item([sizes, np.int64(video.label).tobytes(), text, content], [str(value) for value in row])
+        row = [place, video.name, video.label, info.num_frames, str(info.fps), info.duration, info.width, info.height]
+        return _Item([sizes, np.int64(video.label).tobytes(), text, content], row)
 
 
 Source = ClipSource | VideoSource

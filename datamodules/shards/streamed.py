@@ -12,7 +12,6 @@ takes one clip from each lane in turn. A rank then reads from a few shards at a 
 ranks, if their number divides the number of lanes.
 """
 
-import csv
 import hashlib
 import os
 import queue
@@ -20,6 +19,7 @@ import re
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ from vidtwin.data import ClipSettings
 from vidtwin.datamodules.clips import Video, VideoClips
 from vidtwin.errors import UserError
 from vidtwin.files import inside
+from vidtwin.storage.resumable import lock_file
 from vidtwin.video import VideoInfo
 
 from .cached import CachedClips
-from .format import MANIFEST, TABLE, Items, Manifest, Shard, check_shards
+from .format import MANIFEST, TABLE, Items, Manifest, Shard, check_shards, read_rows
 
 _ATTEMPTS = 4
 # Errors that another attempt does not change.
@@ -69,21 +70,25 @@ class RemoteShards:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir) as own:
             self._fetch(MANIFEST, Path(own) / MANIFEST)
-            text = (Path(own) / MANIFEST).read_text(encoding="utf-8")
+            text = (Path(own) / MANIFEST).read_text(encoding="utf-8", errors="replace")
         # Other shards under the same address are other files here.
         self.folder = cache_dir / hashlib.sha256(f"{self.url}\n{text}".encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.manifest = Manifest.parse(text, f"{self.url}/{MANIFEST}")
 
-    def table(self) -> list[dict[str, str]]:
-        """Read the table of items, which needs no shard."""
+    def table(self, columns: Mapping[str, Callable[[str], Any]]) -> list[list[Any]]:
+        """Read columns of the table of items, each by its type, which needs no shard."""
         path = self.folder / TABLE
         if self.remote and not path.exists():
             with tempfile.TemporaryDirectory(dir=self.folder) as own:
                 self._fetch(TABLE, Path(own) / TABLE)
                 (Path(own) / TABLE).replace(path)
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        try:
+            return read_rows(self.folder, columns)
+        except UserError:
+            if self.remote:
+                path.unlink(missing_ok=True)  # so that another one can be fetched
+            raise
 
     def __call__(self, shard: Shard) -> Path:
         """Return the file of a shard, fetched if necessary."""
@@ -119,17 +124,15 @@ class RemoteShards:
                 continue
 
     def _ensure(self, shard: Shard) -> None:
-        from filelock import FileLock
-
         path = inside(self.folder, shard.file)
-        with FileLock(f"{path}.lock"):  # one process fetches, the others wait
+        with lock_file(path.with_name(f"{path.name}.lock")):  # one process fetches, the others wait
             if path.exists() and path.stat().st_size == shard.bytes:
                 return
             partial = path.with_name(f".{path.name}.part")
             self._fetch(shard.file, partial, shard)
             partial.replace(path)
         if self.limit is not None:
-            with FileLock(self.folder / ".limit.lock"):
+            with lock_file(self.folder / ".limit.lock"):
                 self._keep_limit(self.limit, path)
 
     def _fetch(self, file: str, target: Path, shard: Shard | None = None) -> None:
@@ -285,8 +288,12 @@ class StreamedClips(CachedClips):
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         return self.lanes.order(epoch)
 
-    def _rows(self) -> list[dict[str, str]]:
-        return self.shards.table()
+    @property
+    def _place(self) -> str:
+        return self.shards.url
+
+    def _rows(self, columns: Mapping[str, Callable[[str], Any]]) -> list[list[Any]]:
+        return self.shards.table(columns)
 
 
 class StreamedVideoClips(VideoClips):

@@ -4,8 +4,6 @@ The arguments alone determine the content of a shard. A worker decodes and write
 complete; after a kill only the missing ones are made, to the same bytes.
 """
 
-import csv
-import io
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,6 +20,7 @@ from vidtwin.datamodules.loader import WorkerLoader
 from vidtwin.errors import UserError
 from vidtwin.files import write_text
 from vidtwin.storage.resumable import Resumable, lock
+from vidtwin.tables import write_table
 
 from .cached import difference
 from .format import FIELDS, MANIFEST, SHARD, TABLE, Format, Manifest, Shard, as_skip, check_shard
@@ -236,12 +235,8 @@ class _SplitWriter:
     def _finish(self, records: list[Record]) -> None:
         """Write the table and the index, and last the manifest, which says that the cache is complete."""
         shards = [record.shard for record in records]
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(_COLUMNS[self.wanted.format])
-        for record in records:
-            writer.writerows(record.rows)
-        write_text(self.folder / TABLE, table.getvalue())
+        rows = (row for record in records for row in record.rows)
+        write_table(self.folder / TABLE, _COLUMNS[self.wanted.format], rows)
         write_text(self.folder / "index.json", _make_litdata_index(self.wanted.format, shards))
         self.found = replace(
             self.wanted,

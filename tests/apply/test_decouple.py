@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 from fractions import Fraction
 
 import av
@@ -106,6 +108,13 @@ def test_a_long_video_is_shown_frame_by_frame_as_the_model_decodes_it(place, mod
     assert (written.num_frames, written.fps) == (40, Fraction(30000, 1001))
     assert len(list(iter_frames(tmp_path / "long.mp4"))) == 40
     assert "structure only" in capsys.readouterr().out
+
+
+def test_a_name_that_is_no_utf_8_stands_in_the_table(place, tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9.mp4")
+    shutil.copy(place / "long.mp4", odd)
+    assert run(place, tmp_path / "out", odd) == 0
+    assert b"caf\xe9," in (tmp_path / "out/decouple.csv").read_bytes()
 
 
 def test_measures_are_those_of_a_naive_version(place, model, tmp_path):

@@ -1,5 +1,6 @@
 """`vidtwin encode` as its user calls it, with a model of averages that needs no training."""
 
+import errno
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -269,6 +271,42 @@ def test_damaged_and_unreadable_videos_are_named_and_the_others_encoded(here, ca
     assert Path("videos/run/long.mp4").read_bytes() == whole
     assert encode() == 1  # nothing to do, and the same is told again
     assert "run/text" in capsys.readouterr().err
+
+
+def fail_at(monkeypatch, name: str, number: int, opened: int = 0) -> None:
+    """Let the system fail whenever a video is opened once more after `opened` times."""
+    count, real = 0, av.open
+
+    def fail(path, *rest, **options):
+        nonlocal count
+        count += Path(path).name == name
+        if Path(path).name == name and count > opened:
+            raise av.error.OSError(number, os.strerror(number), str(path))
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(av, "open", fail)
+
+
+@pytest.mark.parametrize("opened", [0, 1], ids=["survey", "decoding"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_disk_that_fails_at_one_video_is_named_and_the_others_are_encoded(here, capsys, monkeypatch, number, opened):
+    fail_at(monkeypatch, "long.mp4", number, opened)
+    assert encode("--clips_per_shard", "2") == 1
+    said = capsys.readouterr().err
+    assert "vidtwin: run/long: " in said
+    assert os.strerror(number) in said
+    manifest = Manifest.read("latents")
+    assert manifest.complete
+    assert {video.name for video in manifest.videos if video.num_frames} == {"run/short", "walk/odd"}
+
+
+def test_an_error_that_all_videos_would_have_ends_it(here, capsys, monkeypatch):
+    fail_at(monkeypatch, "long.mp4", errno.ENFILE)
+    assert encode() == 2
+    said = capsys.readouterr().err
+    assert "Expected to read videos/run/long.mp4, the system failed: " in said
+    assert said.endswith(f"FFmpeg says: {os.strerror(errno.ENFILE)}. Try again.\n")
+    assert not Path("latents").exists()
 
 
 def test_without_a_usable_video_nothing_is_written(here, capsys):

@@ -1,6 +1,7 @@
 """`vidtwin reconstruct` as its user calls it, with a model of averages that needs no training."""
 
 import csv
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from vidtwin.apply import windows
 from vidtwin.cli import main
 from vidtwin.clips import as_clip
 from vidtwin.storage.checkpoints import load_autoencoder
+from vidtwin.tables import read_table
 from vidtwin.video import VideoError, VideoWriter, iter_frames, probe, survey, timed_frames, write_video
 from vidtwin.video.convert import to_uint8
 
@@ -67,6 +69,22 @@ def table(folder: str) -> list[dict[str, str]]:
 def close(written: np.ndarray, wanted: np.ndarray) -> bool:
     """But for the codec, which is nearly lossless but for the colours' resolution."""
     return written.shape == wanted.shape and np.abs(written.astype(int) - wanted).mean() < 2.5
+
+
+def test_the_table_holds_no_formula_and_goes_on_in_another_run(here, capsys):
+    odd = os.fsdecode(b"caf\xe9.mp4")
+    for name in ("=1.mp4", odd, "b.mp4"):
+        write_video("b.mp4", moving(2), Fraction(24))
+        os.replace("b.mp4", name)
+        assert run(name) == 0
+    rows = read_table(Path("reconstructions/reconstructions.csv"), odd_names=True)
+    assert [row["input"] for row in rows] == ["=1.mp4", odd, "b.mp4"]
+    assert b"\n'=1.mp4," in Path("reconstructions/reconstructions.csv").read_bytes()
+    Path("reconstructions/reconstructions.csv").write_text('input\n"a')
+    capsys.readouterr()
+    assert run("b.mp4", "--overwrite") == 0
+    assert "reconstructions.csv: expected a table of reconstructions, got another" in capsys.readouterr().err
+    assert [row["input"] for row in table("reconstructions")] == ["b.mp4"]
 
 
 def test_each_frame_goes_through_once_and_the_numbers_are_those_of_the_real_frames(here, capsys):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from benchmark.fixture_results import settings, write_results
 
 from vidtwin.benchmark import rows
+from vidtwin.benchmark.row_folder import _move_row
 from vidtwin.errors import UserError
 
 # Two clips of one video, one shorter of another: name, start_frame, num_frames, mse.
@@ -130,11 +133,52 @@ def test_an_earlier_rfvd_holds_while_the_clips_are_the_same():
 
 def test_numbers_come_back_from_a_file_as_they_went_in(tmp_path):
     clips = [clip('a "b", c.avi', 0, 16, 0.1, lpips=1 / 3), clip("é\n.avi", 3, 16, 1e-17, lpips=5e-324)]
-    row = {"schema_version": rows.SCHEMA_VERSION, "name": "a", "kind": "trained", "num_clips": 2, "protocol_hash": "x"}
+    clips.append(clip("=1+1.avi", 0, 16, 2.0, lpips=0.1))
+    row = {"schema_version": rows.SCHEMA_VERSION, "name": "a", "kind": "trained", "num_clips": 3, "protocol_hash": "x"}
     row |= {"metrics": {}, "latents": {}, "compression_rate": 0.1}
     rows.write_row(tmp_path, row, clips)
     assert rows.read_clips(tmp_path / "rows" / "a", row) == clips
+    assert "\na,'=1+1.avi,0,16," in (tmp_path / "rows/a/clips.csv").read_text()  # no formula for a spreadsheet
     assert rows.read_row(tmp_path / "rows" / "a" / "results.json") == row
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_kill_at_any_step_of_moving_a_row_leaves_it_whole_in_one_folder(tmp_path, monkeypatch):
+    row = dict.fromkeys(("results.json", "clips.csv", "features.npy", "clip0.mp4", "clip0.png"), b"new")
+    left = 0  # changes until the kill
+
+    def killed(change):
+        def run(*arguments):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return change(*arguments)
+
+        return run
+
+    for kill in range(100):
+        source, target = tmp_path / str(kill), tmp_path / str(kill) / "earlier" / "x"
+        target.mkdir(parents=True)
+        for name, content in row.items():
+            (source / name).write_bytes(content)
+        for name in ("results.json", "clips.csv", "clip1.png"):  # an earlier row of the same identity
+            (target / name).write_bytes(b"old")
+        left = kill
+        with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+            patched.setattr(os, "unlink", killed(os.unlink))
+            patched.setattr(os, "replace", killed(os.replace))
+            _move_row(source, target)
+        moved = contents(target).items() >= row.items() and "clip1.png" not in contents(target)
+        assert moved or contents(source) == row
+        assert moved or contents(target).get("results.json") != b"new"
+        if left >= 0:
+            break
+    assert kill > 10
+    assert (contents(source), contents(target)) == ({}, row)
 
 
 def test_a_clips_file_that_ends_anywhere_is_refused(tmp_path):

@@ -28,6 +28,7 @@ from vidtwin.datamodules.shards import writer as cache_writer
 from vidtwin.datamodules.shards.cached import CachedClips
 from vidtwin.datamodules.shards.format import Manifest
 from vidtwin.datamodules.shards.writer import write_cache
+from vidtwin.datamodules.streaming import Streamed
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.datamodules.ucf101 import UCF101
 from vidtwin.errors import UserError
@@ -416,6 +417,82 @@ def test_damage_is_found_and_mended(make, copied, written, capfd):
         CachedClips(copied / "train")
     assert write_cache(make(), copied, epochs=2, shard_bytes=SHARD)[0].made == 1
     assert contents(copied) == contents(written)
+
+
+def test_damage_in_the_header_of_a_shard_or_an_item_is_one_line(copied):
+    path = copied / "val/chunk-0-0.bin"
+    content = path.read_bytes()
+    items = int.from_bytes(content[:4], "little")
+    for place in range(4 * (items + 2) + 4 * 4 + 4 * 6):  # offsets of the items, then sizes and shape of the first one
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x41]) + content[place + 1 :])
+        with pytest.raises(UserError, match=r"chunk-0-0\.bin: expected .*; run `vidtwin cache` again"):
+            list(map(CachedClips(copied / "val").__getitem__, range(items)))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("manifest.json", lambda text: "[" * 100_000),
+        ("manifest.json", lambda text: text.replace('"first": 0', '"first": 1')),
+        ("manifest.json", lambda text: text.replace('"clips": 4', '"clips": 40')),
+        ("manifest.json", lambda text: text.replace('"description": {', '"description": [], "left_out": {', 1)),
+        ("manifest.json", lambda text: text.replace('"skipped": {}', '"skipped": {"99": ["a", "b"]}')),
+        ("clips.csv", lambda text: text.replace("start_frame", "start")),
+        ("clips.csv", lambda text: text[: len(text) // 2]),
+        ("clips.csv", lambda text: text.replace("\n0,1,", "\n0,x,")),
+        ("clips.csv", lambda text: text.replace("\n0,1,", "\n0,0,")),
+        ("clips.csv", lambda text: "\udcff" + text),
+        ("clips.csv", None),
+    ],
+)
+def test_damage_in_a_manifest_or_a_table_is_one_line(copied, file, change):
+    path = copied / "val" / file
+    text = path.read_text()
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(change(text), errors="surrogateescape")
+        assert change(text) != text
+    with pytest.raises(UserError, match=rf"{file}: expected") as caught:
+        CachedClips(copied / "val").identity(1)
+    assert "\n" not in str(caught.value)
+
+
+def snapshot(folder: Path, out: Path) -> Path:
+    """Arrange files as the Hub's cache does: links to blobs outside of the snapshot's folder."""
+    for path in sorted(p for p in folder.rglob("[!.]*") if p.is_file()):
+        blob = out / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        link = out / "snapshots" / "main" / path.relative_to(folder)
+        for each in (blob, link):
+            each.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return out / "snapshots" / "main"
+
+
+def test_a_snapshot_of_links_is_read_and_writing_changes_no_blob(make, written, tmp_path):
+    linked = snapshot(written, tmp_path)
+    data, expected = Streamed(str(linked), **SMALL), CachedClips(written / "val")
+    assert all(np.array_equal(data.dataset("val")[0, i]["clip"], expected[0, i]["clip"]) for i in range(len(expected)))
+    assert len(make(cache=str(linked)).dataset("val")) == len(expected)
+    shard = linked / "val/chunk-0-0.bin"
+    blob = shard.resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    before = contents(tmp_path / "blobs")
+    assert write_cache(make(), linked, ["val"], shard_bytes=SHARD, verify=True)[0].made == 1
+    assert not shard.is_symlink()
+    assert contents(tmp_path / "blobs") == before
+
+
+@pytest.mark.parametrize("format", ["clips", "videos"])
+def test_names_like_formulas_come_back(small_ucf, tmp_path, format):
+    (tmp_path / "in").mkdir()
+    shutil.copy(next(small_ucf.rglob("*.avi")), tmp_path / "in" / "=1+1.avi")
+    data = VideoFolder(str(tmp_path / "in"), val_fraction=0, test_fraction=1, **SMALL)
+    write_cache(data, tmp_path / "out", ["test"], format=format)
+    assert ",'=1+1.avi," in (tmp_path / "out/test/clips.csv").read_text()
+    streamed = Streamed(str(tmp_path / "out"), **SMALL)
+    assert streamed.dataset("test").identity(0)[0] == "=1+1.avi"
 
 
 class Faulty(Synthetic):

@@ -1,12 +1,15 @@
 """Digests of videos' content: read once, by size and modification time, and the same from files, caches and shards."""
 
+import errno
 import hashlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from vidtwin.benchmark import protocol
+from vidtwin.benchmark.sweep import Sweep
 from vidtwin.datamodules import content
 from vidtwin.errors import UserError
 
@@ -72,3 +75,32 @@ def test_videos_of_another_content_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"data.videos_sha256 2 for 1\); choose"):
         protocol.write(resolve("2"), tmp_path, {"a.avi": "1", "b.avi": "2"})
     assert protocol.write(resolve("1"), tmp_path, {}) == protocol.protocol_hash(resolve("1"))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_content_that_can_not_be_read_becomes_no_part_of_a_protocol(tmp_path, monkeypatch, number):
+    monkeypatch.setenv("VIDTWIN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.avi").write_bytes(b"a")
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hashlib, "file_digest", fail)
+        reason = os.strerror(number)
+        with pytest.raises(UserError, match=rf"Expected to read .*a\.avi, the system failed: {reason}; try again"):
+            content.digest_all([tmp_path / "a.avi"])
+    assert content.digest_all([tmp_path / "a.avi"]) == [sha256(b"a")]  # nothing was stored for it
+
+
+def test_one_process_alone_reads_the_content_of_the_videos():
+    class Clips(list):
+        def identity(self, index):
+            return self[index], 0
+
+    source = SimpleNamespace(  # without `digests` and `protocol`, which read
+        dataset=lambda split: Clips(["a.avi", "b.avi", "c.avi"]), eval_batch_size=2, resolution=32, num_frames=4
+    )
+    fabric = SimpleNamespace(is_global_zero=False, broadcast=lambda mine: (DATA, ""))
+    plan = Sweep._make_plan(SimpleNamespace(source=source), fabric)
+    assert (plan.chunks, plan.protocol) == ([[0, 1], [2]], DATA)

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import UserError
+from vidtwin.video import write_video
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
 
@@ -279,6 +281,37 @@ def test_a_list_may_have_any_usual_encoding(tmp_path: Path, encoding: str, end: 
     assert listed(data, "train") == [(name, 0) for name in names]
     data = VideoFolder(str(tmp_path), splits={"test": "list.txt"})
     assert listed(data, "test") == [(name, -1) for name in names]
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.txt"])
+def test_a_guessed_encoding_is_logged_once_with_its_line_and_damaged_utf_8_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    write(tmp_path, "a.mp4", "caf\u00e9.mp4")
+    file = tmp_path / name
+    file.write_bytes("path\na.mp4\ncaf\u00e9.mp4\n".encode("latin-1"))
+    splits = {"test": name}
+    for _ in range(2):
+        VideoFolder(str(tmp_path), splits=splits).videos("test")
+    assert capfd.readouterr().err == (
+        f"vidtwin: {file}: line 3 is no UTF-8 ('caf\\xe9.mp4'): the file is read as Latin-1\n"
+    )
+    file.write_bytes("path\ngr\u00f6\u00dfe.mp4\ncaf\u00e9.mp4\n".encode().replace(b"\xc3\xa9", b"\xc3"))
+    with pytest.raises(UserError, match=rf"{name}: expected one encoding, line 3 is no UTF-8 .*; save it as UTF-8"):
+        VideoFolder(str(tmp_path), splits=splits).videos("test")
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.txt"])
+def test_names_that_no_file_can_have_are_missing_videos(tmp_path: Path, name: str) -> None:
+    write_video(tmp_path / "a.mp4", np.zeros((20, 16, 16, 3), np.uint8), 25)
+    odd = ["nul\0.mp4", "x" * 300 + ".mp4", "/".join(["y" * 200] * 30) + ".mp4"]
+    write(tmp_path, name, text="\n".join([*(["path"] if name.endswith("csv") else []), "a.mp4", *odd]) + "\n")
+    options = {"num_frames": 4, "resolution": 16, "num_workers": 0, "max_broken": 1.0}
+    data = VideoFolder(str(tmp_path), splits={"test": name}, **options)
+    assert len(data.dataset("test")) == 1
+    assert sorted(data.skipped["test"]) == sorted(odd)
+    assert data.protocol()["num_clips"] == 1
+    assert data.describe("test")["videos"].startswith("4, ")
 
 
 def test_damaged_utf_16_is_one_line(tmp_path: Path) -> None:

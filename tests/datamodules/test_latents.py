@@ -301,3 +301,13 @@ def test_wrong_arguments_are_told(tmp_path, arguments, expected):
     write(tmp_path, moments=False)
     with pytest.raises(UserError, match=expected):
         made(tmp_path, **arguments).setup("fit")
+
+
+def test_latents_may_be_links_as_in_a_snapshot_of_the_hub(tmp_path):
+    held = write(tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
+    clips = LatentClips(tmp_path / "snapshot")
+    assert len(clips) == len(held)
+    assert torch.equal(clips[0]["latents"]["grid"], held["a", 0].float())

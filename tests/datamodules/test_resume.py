@@ -20,6 +20,7 @@ from tiny import tiny_task
 from tiny import trainer as video_trainer
 
 from vidtwin.datamodules.data_module import ClipDataModule
+from vidtwin.datamodules.loader import WorkerLoader
 from vidtwin.datamodules.sampler import ClipSampler
 from vidtwin.datamodules.ucf101 import UCF101
 
@@ -353,3 +354,16 @@ def test_workers_outlive_a_schedulers_sigterm_and_end_with_the_main_process(make
         worker.join(10)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])  # the main process still gets it
+
+
+def test_a_worker_of_a_fork_server_ends_with_the_main_process_which_is_not_its_parent():
+    loader = WorkerLoader([1, 2, 3], batch_size=1, num_workers=1, multiprocessing_context="forkserver")
+    others = set(multiprocessing.active_children())
+    batches = iter(loader)
+    (worker,) = set(multiprocessing.active_children()) - others
+    next(batches)
+    subprocess.run([sys.executable, "-c", f"import os; os.kill({worker.pid}, 15)"], check=True)  # a scheduler's
+    assert len(list(batches)) == 2
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from vidtwin.errors import UserError
 from vidtwin.storage.latent_files import (
@@ -20,6 +21,7 @@ from vidtwin.storage.latent_files import (
     VideoEntry,
     channel_statistics,
     code_dtype,
+    open_shard,
     pack_times,
     shard_path,
     tensor_name,
@@ -120,6 +122,86 @@ def test_a_flipped_bit_is_found_by_the_check(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"a\.safetensors: .* damaged \(checksum\)"):
         Shard(path, DIGEST).check()
+
+
+def write_planned(folder: Path) -> Manifest:
+    """Latents of one shard: a piece of two windows, and one of none."""
+    held = manifest()
+    held.settings["posterior"] = "moments"
+    held.videos.append(VideoEntry("b", "b.mp4", 0, "25", 8, 1, 1, num_frames=0))
+    held.shards = [[Piece(0, 0, 2, 2), Piece(1, 0, 1, 0)]]
+    pieces = [StoredPiece("a", 0, [8, 8], 16, 16), StoredPiece("b", 0, damage="cut off")]
+    tensors = {"0000.grid": numbers(2, 3, 4), "0000.grid.logvar": numbers(2, 3, 4)}
+    tensors |= {"0000.code": torch.tensor([[511], [0]], dtype=torch.uint16)}
+    write_shard(shard_path(folder, 0), held.digest, pieces, tensors)
+    return held
+
+
+def read_all(folder: Path, held: Manifest) -> list:
+    shard = open_shard(folder, held, 0)
+    parts = (("grid", None), ("grid", "logvar"), ("code", None))
+    rows = [shard.rows(0, name, 0, 2, part).tolist() for name, part in parts]
+    shard.check()
+    return [rows, channel_statistics([shard.sums]).keys(), [p.num_frames for p in shard.pieces]]
+
+
+@pytest.mark.parametrize("bits", [0x01, 0x90])
+def test_a_changed_byte_anywhere_is_one_line_or_changes_no_window(tmp_path, bits):
+    held = write_planned(tmp_path)
+    path, intact = shard_path(tmp_path, 0), read_all(tmp_path, held)
+    content = path.read_bytes()
+    refused = []
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ bits]) + content[place + 1 :])
+        try:
+            assert read_all(tmp_path, held) == intact
+        except UserError as error:
+            refused.append(str(error))
+    assert all(text.startswith(f"{path}: ") and "\n" not in text for text in refused)
+    assert len(refused) > 0.7 * len(content)  # the rest are digits of sums and picture sizes, and spaces
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"0000.grid": None}, "no .grid. of .a."),
+        ({"0000.grid.logvar": None}, "no .grid. of .a."),
+        ({"0000.grid": numbers(3, 3, 4)}, "no .grid. of .a."),
+        ({"0000.grid": numbers(2, 4, 3)}, "no .grid. of .a."),
+        ({"0000.code": torch.zeros(2, 1)}, "no .code. of .a."),
+        ({"0000.grid": torch.zeros(2, 3, 4, dtype=torch.uint8)}, "no .grid. of .a."),
+        ({"0001.grid": numbers(1, 3, 4)}, "more tensors"),
+        ({"0000.code": torch.tensor([[511], [512]], dtype=torch.uint16)}, "codes of code below 512"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_manifest_are_refused(tmp_path, change, fault):
+    held = write_planned(tmp_path)
+    path = shard_path(tmp_path, 0)
+    tensors = {name: tensor for name, tensor in (load_file(path) | change).items() if tensor is not None}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=rf"shard-00000\.safetensors: expected .*{fault}.*; encode again"):
+        read_all(tmp_path, held)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ('"kind": "codes"', '"kind": "other"'),
+        ('"codebook_size": 512', '"codebook_size": null'),
+        ('"label": 1', '"label": "x"'),
+        ('"x",', "1,"),
+        ("{", "[" * 100_000),
+    ],
+)
+def test_a_manifest_of_other_values_is_refused(tmp_path, change):
+    manifest().write(tmp_path)
+    text = (tmp_path / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(text.replace(*change, 1))
+    assert change[0] in text
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        Manifest.read(tmp_path)
 
 
 def test_a_shard_of_other_latents_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """A killed run goes on: whole units stay, invalid ones are made again, leftovers go, and one writer works at a time."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ from filelock import FileLock
 
 from vidtwin.errors import UserError
 from vidtwin.files import replacing, write_text
-from vidtwin.storage.resumable import Resumable, lock, read_json
+from vidtwin.storage.resumable import Resumable, lock, lock_file, read_json
 
 
 def read_unit(identity, number, path):
@@ -77,7 +78,7 @@ def test_an_invalid_unit_is_logged_and_made_again_and_one_of_another_identity_is
     assert not store.path(2).exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "3", '{"number": 1}', "\udcff"])
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "[]", "3", '{"number": 1}', "\udcff"])
 def test_json_that_is_not_whole_is_an_error(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match="truncated or damaged"):
@@ -142,11 +143,38 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
             pass
 
 
-def test_without_locks_the_work_is_done_with_a_warning(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(37, "No locks available"), "No locks available"),
+        (NotImplementedError("FileSystem does not appear to support flock"), "a file system without locks"),
+    ],
+)
+def test_without_locks_the_work_is_done_with_a_warning(tmp_path, monkeypatch, capfd, error, reason):
     def fail(*_, **__):
-        raise OSError(37, "No locks available")
+        raise error
 
     monkeypatch.setattr(FileLock, "acquire", fail)
-    with lock(tmp_path, "test"):
+    for locked in (lock(tmp_path, "test"), lock(tmp_path, "test", wait=True)):
+        with locked:
+            pass
+    assert capfd.readouterr().err == f"vidtwin: {tmp_path} can't be locked ({reason}); run one test at a time in it\n"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_folder_that_may_not_be_written_is_refused_with_the_reason(tmp_path, monkeypatch, number, wait):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileLock, "acquire", fail)
+        expected = rf"Expected to write .*/\.lock, .* got '{os.strerror(number)}'; change its permissions"
+        with pytest.raises(UserError, match=expected), lock(tmp_path, "test", wait=wait):
+            pass
+        with pytest.raises(UserError, match=expected), lock_file(tmp_path / ".lock"):
+            pass
+    monkeypatch.setattr(Path, "mkdir", fail)
+    expected = f"Expected to make the folder .*, got '{os.strerror(number)}'; give another"
+    with pytest.raises(UserError, match=expected), lock(tmp_path / "new", "test", wait=wait):
         pass
-    assert "can't be locked (No locks available); run one test at a time" in capfd.readouterr().err

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
+from vidtwin import files
 from vidtwin.errors import UserError
 from vidtwin.storage import checkpoints
 from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
@@ -210,10 +211,11 @@ def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
     fit(tmp_path, LatestCheckpoint(every_n_steps=2), steps=2)
     kept = [".gitignore", ".notes-abcd1234.ckpt", ".last-abcd1234.txt", ".best-of-all.ckpt"]
     (folder / ".last-0123abcd.ckpt").symlink_to("absent.ckpt")
-    for name in [".step-00000004-abcd_234.ckpt", ".best-abcd1234.ckpt", *kept]:
-        (folder / name).touch()
-    fit(tmp_path, LatestCheckpoint(every_n_steps=2), steps=3, ckpt_path=folder / "last.ckpt")
-    assert names(folder) == sorted([*kept, "last.ckpt", *step_names(2, 3)])
+    with files.replacing(folder / "best.ckpt") as written:  # by a process that is alive
+        for name in [".step-00000004-abcd_234.ckpt", ".best-abcd1234.ckpt", *kept]:
+            (folder / name).touch()
+        fit(tmp_path, LatestCheckpoint(every_n_steps=2), steps=3, ckpt_path=folder / "last.ckpt")
+        assert names(folder) == sorted([*kept, written.name, "last.ckpt", *step_names(2, 3)])
 
 
 def stub(folder, step, ckpt_path=None):

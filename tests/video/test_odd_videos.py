@@ -1,6 +1,7 @@
 """Videos that are sound but unusual are read, damaged ones are named, and no file ends the work on the others."""
 
 import errno
+import shutil
 import tarfile
 from collections.abc import Callable
 from fractions import Fraction
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from vidtwin.apply.windows import VideoWindows, examine
-from vidtwin.video import VideoError, iter_frames, picture, probe, read_clip, source, survey, write_video
+from vidtwin.video import VideoError, iter_frames, picture, probe, read_clip, reading, source, survey, write_video
 from vidtwin.video.picture import Converter, FilterChain
 
 ORIENTATION = 0x0112  # the tag of EXIF
@@ -224,6 +225,40 @@ def test_mpeg_2_with_a_picture_for_each_field_is_sound(shared: Path, tmp_path: P
     with pytest.raises(VideoError, match=r"decoding stops after \d frames") as caught:
         list(iter_frames(damaged, 32))
     assert caught.value.kind == "corrupt"
+    assert av.logging.get_level() is None
+
+
+def test_a_file_that_is_known_to_be_unusual_is_opened_once_until_it_changes(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copy(shared / "data" / "odd" / "mpeg2_field_pictures.mpg", tmp_path))
+    opened: list[bool] = []
+    open_video = reading.open_video
+    monkeypatch.setattr(reading, "open_video", lambda s, strict=True: opened.append(strict) or open_video(s, strict))
+    clips, counts = [], []
+    for _ in range(3):
+        clips.append(read_clip(path, 0.0, 6, size=16))
+        counts.append((opened.count(True), opened.count(False)))
+        opened.clear()
+    assert counts == [(1, 1), (0, 1), (0, 1)]
+    assert np.array_equal(clips[0], clips[1])
+    content = bytearray(path.read_bytes())
+    content[60_000:60_040] = bytes(range(40))
+    path.write_bytes(content)
+    for _ in range(2):  # damage is named as it was
+        with pytest.raises(VideoError, match=r"decoding stops after \d frames"):
+            read_clip(path, 0.0, 7, size=16)
+
+
+def test_damage_is_no_less_for_a_harmless_message_after_it() -> None:
+    class Packet:
+        def decode(self) -> list[av.VideoFrame]:
+            for text in ("SEI type 5 size 8 truncated", "error while decoding MB 3 4", "SEI type 5 size 8 truncated"):
+                av.logging.log(av.logging.ERROR, "h264", f"{text}\n")
+            return []
+
+    for _ in range(2):  # the same for a packet that repeats the messages of the one before
+        assert reading._decode_lenient(Packet()) == ([], "error while decoding MB 3 4")
     assert av.logging.get_level() is None
 
 

@@ -5,8 +5,6 @@ window ── encode ──> latents ─┬─ all ─────────�
                               └─ {dynamics: z} ──> dynamics only
 """
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -23,6 +21,7 @@ from vidtwin.apply.options import SessionOptions, add_class_options, check_count
 from vidtwin.apply.outputs import align, format_measures, write_png, write_views
 from vidtwin.apply.windows import Window
 from vidtwin.files import write_text
+from vidtwin.tables import write_table
 from vidtwin.video import Frames, panels
 
 if TYPE_CHECKING:
@@ -169,13 +168,13 @@ class Decouple:
 
     def _write(self, session: "Session", videos: list[Video], size: int | None) -> None:
         done = [video for video in videos if video.num_frames]
-        rows = io.StringIO(newline="")
-        writer = csv.writer(rows, lineterminator="\n")
-        writer.writerow(["video", "num_frames", "view", *asdict(View())])
-        for video in done:
-            for name, view in video.views.items():
-                writer.writerow([video.name, video.num_frames, name, *asdict(view).values()])
-        write_text(Path(self.out) / "decouple.csv", rows.getvalue())
+        columns = ["video", "num_frames", "view", *asdict(View())]
+        rows = (
+            [video.name, video.num_frames, name, *asdict(view).values()]
+            for video in done
+            for name, view in video.views.items()
+        )
+        write_table(Path(self.out) / "decouple.csv", columns, rows)
         content = {
             "schema_version": 1,
             **session.describe(size),

@@ -17,13 +17,12 @@ from vidtwin.storage.latent_files import (
     LOGVAR,
     Manifest,
     Piece,
-    Shard,
     StoredPiece,
     VideoEntry,
     channel_statistics,
-    shard_path,
+    open_shard,
 )
-from vidtwin.video import VideoError
+from vidtwin.video import VideoError, is_of_file
 
 
 def survey_inputs(
@@ -53,7 +52,7 @@ def survey_inputs(
         try:
             video = _survey_video(entry, known.get(entry.name))
         except VideoError as error:
-            if not error.lasting:
+            if not is_of_file(error):
                 raise UserError(f"Expected to read {entry.path}, the system failed: {error} Try again.") from error
             skipped[entry.name] = _reason(error, entry.path)
         else:
@@ -131,7 +130,7 @@ def finish(manifest: Manifest, folder: Path) -> Manifest:
     shapes: dict[str, set[tuple[int, ...]]] = {name: set() for name in manifest.latents}
     numbers, bits, pixels, size = 0, 0.0, 0, 0
     for number, planned in enumerate(manifest.shards):
-        shard = Shard(shard_path(folder, number), manifest.digest)
+        shard = open_shard(folder, manifest, number)
         size += shard.path.stat().st_size
         sums.append(shard.sums)
         shards.append([replace(p, stored=len(s.num_frames)) for p, s in zip(planned, shard.pieces, strict=True)])

@@ -19,7 +19,16 @@ from vidtwin.apply.session import Session
 from vidtwin.errors import UserError
 from vidtwin.files import inside, no_room
 from vidtwin.posteriors import Latents
-from vidtwin.storage.latent_files import MANIFEST, Manifest, Shard, StoredPiece, VideoEntry, shard_path, unpack_times
+from vidtwin.storage.latent_files import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    StoredPiece,
+    VideoEntry,
+    open_shard,
+    shard_path,
+    unpack_times,
+)
 from vidtwin.video import Frames, VideoWriter
 
 if TYPE_CHECKING:
@@ -190,5 +199,5 @@ class LatentReader:
         path = shard_path(self.folder, number)
         if self._shard is None or self._shard.path != path:
             self._shard = None
-            self._shard = Shard(path, self.manifest.digest).check()
+            self._shard = open_shard(self.folder, self.manifest, number).check()
         return self._shard

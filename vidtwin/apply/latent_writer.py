@@ -10,6 +10,7 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,6 +40,7 @@ from vidtwin.storage.latent_files import (
     StoredPiece,
     VideoEntry,
     code_dtype,
+    open_shard,
     pack_times,
     tensor_name,
     write_shard,
@@ -162,7 +164,7 @@ class LatentWriter:
 
     def _prepare(self, planned: Manifest) -> tuple[Manifest, list[int]]:
         """Claim the folder for these latents → its manifest and the missing shards."""
-        store = Resumable(self.folder, SHARD, lambda _, path: Shard(path, planned.digest).check(), "latents", MANIFEST)
+        store = Resumable(self.folder, SHARD, partial(_read_shard, planned), "latents", MANIFEST)
         store.begin(lambda: self._compare(planned, store), _ADVICE, self.options.overwrite)
         missing = store.missing(range(len(planned.shards)))
         with suppress(UserError):  # of a manifest that is missing or damaged
@@ -301,6 +303,10 @@ class LatentWriter:
             f"{totals['bytes']:,} bytes{speed} -> {folder}"
         )
         return 1 if damaged or empty or manifest.skipped else 0
+
+
+def _read_shard(planned: Manifest, number: int, path: Path) -> Shard:
+    return open_shard(path.parent, planned, number).check()
 
 
 def _kind(posterior: Posterior) -> Latent:

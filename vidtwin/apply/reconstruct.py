@@ -3,8 +3,6 @@
 Imports torch in functions only: `--help` and refusals answer without it.
 """
 
-import csv
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,8 @@ from vidtwin.apply.outputs import write_views
 from vidtwin.apply.tiling import run_in_tiles
 from vidtwin.apply.windows import Window, batched, examine
 from vidtwin.errors import UserError
-from vidtwin.files import write_text
 from vidtwin.storage.resumable import lock
+from vidtwin.tables import read_table, write_table
 from vidtwin.video import Frames, VideoError, panels
 
 if TYPE_CHECKING:
@@ -203,18 +201,18 @@ class Reconstruct:
 
     def _record(self, done: list[Done]) -> None:
         """Merge the rows of this process into the table, which holds those of other processes and earlier runs."""
-        rows = {row.input: {column: getattr(row, column) for column in _COLUMNS} for row in done}
+        rows: dict[str, dict[str, Any]] = {row.input: vars(row) for row in done}
         path = Path(self.out) / TABLE
         with lock(path.parent, "table of reconstructions", wait=True):
             earlier: dict[str, dict[str, Any]] = {}
-            if path.exists():
-                with path.open(encoding="utf-8", newline="") as file:
-                    earlier = {row["input"]: row for row in csv.DictReader(file) if row.get("input")}
-            text = io.StringIO()
-            writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows((earlier | rows).values())
-            write_text(path, text.getvalue())
+            try:
+                earlier = {row["input"]: row for row in read_table(path, odd_names=True)}
+            except FileNotFoundError:
+                pass
+            except (KeyError, ValueError) as error:
+                console.log(f"{path}: expected a table of reconstructions, got another ({error}); it is begun anew")
+            merged = (earlier | rows).values()
+            write_table(path, _COLUMNS, ([row.get(column) for column in _COLUMNS] for row in merged))
 
 
 def _count_frames(inputs: list[Input]) -> int:

@@ -259,7 +259,7 @@ def write(protocol: dict[str, Any], folder: Path, videos: dict[str, str] | None 
     if path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"Expected JSON in {path}, got a file that is cut off or damaged ({error}); remove it and run again."
             ) from error
@@ -282,5 +282,5 @@ def _changed_videos(videos: dict[str, str], listing: Path) -> list[str]:
     try:
         listed = json.loads(listing.read_text(encoding="utf-8"))
         return sorted(name for name, digest in videos.items() if listed.get(name, digest) != digest)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return []

@@ -3,9 +3,6 @@
 The page has the same tables; its template lays them out.
 """
 
-import csv
-import io
-import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +13,7 @@ from vidtwin.benchmark.rows import Results, Row
 from vidtwin.benchmark.summary import BEST, SECOND, UNAVAILABLE, Cell, Table
 from vidtwin.files import write_text
 from vidtwin.metrics.registry import SHOWN, Column, Metric
+from vidtwin.tables import format_table
 
 
 def write(folder: str | Path) -> str:
@@ -120,11 +118,7 @@ def as_csv(results: Results) -> str:
     measured = {metric.key for metric in summary.metrics(results)}
     metrics = [metric for metric in SHOWN if metric.key in measured or not metric.on_request]
     lines = [_record(results, row, metrics, latents) for row in ordered]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: _csv_cell(value) for key, value in line.items()} for line in lines)
-    return buffer.getvalue()
+    return format_table(list(lines[0]), [[_csv_cell(value) for value in line.values()] for line in lines])
 
 
 def _record(results: Results, row: Row, metrics: Iterable[Metric], latents: Iterable[str]) -> dict[str, Any]:
@@ -154,12 +148,7 @@ def _record(results: Results, row: Row, metrics: Iterable[Metric], latents: Iter
 
 
 def _csv_cell(value: Any) -> Any:
-    """Write words that a spreadsheet would take for a formula with an apostrophe, as which it shows them."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    number = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
-    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{value}" if formula and not re.fullmatch(number, value, re.IGNORECASE) else value
+    return str(value).lower() if isinstance(value, bool) else value  # as JSON has it
 
 
 # --- LaTeX ---

@@ -24,7 +24,8 @@ from vidtwin.files import inside, replacing, write_text
 from vidtwin.metrics.fvd import NUM_FEATURES
 from vidtwin.storage.resumable import Resumable, read_json
 
-RESULTS, FEATURES, COSTS, PICTURES = "results.json", "features.npy", "costs.json", "clip[0-9]*.*"
+RESULTS, CLIPS, FEATURES, COSTS = "results.json", "clips.csv", "features.npy", "costs.json"
+PICTURES = "clip[0-9]*.*"
 
 
 class RowFolder:
@@ -182,16 +183,21 @@ class RowFolder:
     def _restore(self) -> None:
         """Take back a row that was put aside, if it is the one that is wanted now."""
         earlier = self._earlier(self.identity)
-        try:
-            self._read_intact(earlier)
-        except UserError:
+        if not self._is_wanted(earlier):
             return
-        row = self.read()
-        if row and row.get("identity") == self.identity:
+        if self._is_wanted(self.folder):
+            shutil.rmtree(earlier)  # a run was killed when it had taken it back
             return
         self._put_aside()
         _move_row(earlier, self.folder)
         log(f"{self.name}: the row that was put aside is taken back")
+
+    def _is_wanted(self, folder: Path) -> bool:
+        """Return whether a folder has the intact row of this identity."""
+        try:
+            return self._read_intact(folder).get("identity") == self.identity
+        except UserError:
+            return False
 
     def _earlier(self, identity: str) -> Path:
         return inside(inside(self.folder, "earlier"), identity)
@@ -207,17 +213,24 @@ class RowFolder:
 
 
 def _move_row(source: Path, target: Path) -> None:
-    """Move a row's files; `results.json`, which says that a row is complete, leaves first and arrives last."""
+    """Move a row's files so that the row is complete in one of the two folders at every moment.
+
+    `results.json`, which says that a row is complete, arrives last and then leaves first.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    content = (source / RESULTS).read_bytes()
-    (source / RESULTS).unlink()
-    for name in (FEATURES, "clips.csv"):
-        (target / name).unlink(missing_ok=True)
-        if (source / name).exists():
-            (source / name).replace(target / name)
-    for path in target.glob(PICTURES):
+    (target / RESULTS).unlink(missing_ok=True)
+    moved = _list_files(source)
+    for path in _list_files(target):
+        if path.name not in {each.name for each in moved}:
+            path.unlink()
+    for path in [*moved, source / RESULTS]:
+        with replacing(target / path.name) as temporary:
+            shutil.copyfile(path, temporary)
+    for path in [source / RESULTS, *moved]:
         path.unlink()
-    for path in source.glob(PICTURES):
-        path.replace(target / path.name)
-    with replacing(target / RESULTS) as temporary:
-        temporary.write_bytes(content)
+
+
+def _list_files(folder: Path) -> list[Path]:
+    """List the files of a row beside its `results.json`."""
+    named = [folder / name for name in (FEATURES, CLIPS) if (folder / name).exists()]
+    return named + sorted(folder.glob(PICTURES))

@@ -6,9 +6,7 @@ comparison.json                           means over the common clips
 players/players.json                      clips kept for the report's players
 """
 
-import csv
 import hashlib
-import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -20,6 +18,7 @@ from vidtwin.benchmark.protocol import protocol_hash
 from vidtwin.errors import UserError, few
 from vidtwin.files import inside, write_text
 from vidtwin.metrics.registry import PER_CLIP
+from vidtwin.tables import read_table, write_table
 
 SCHEMA_VERSION = 2
 FLOOR = 0.5  # of the test clips: with fewer common ones nothing is ranked
@@ -96,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"Expected {path}, got no such file; run the sweep again.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"Expected JSON in {path}, got a file that is cut off or damaged ({error}); remove it and run the sweep "
             "again, which measures that again alone."
@@ -124,8 +123,7 @@ def read_clips(folder: Path, row: Row) -> list[Clip]:
     """Read `clips.csv` in a row's own folder, numbers as numbers; `UserError` if it is cut off."""
     path = folder / "clips.csv"
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
+        lines = read_table(path)
         clips = [
             {
                 "model": line["model"],
@@ -154,11 +152,9 @@ def write_row(folder: Path, row: Row, clips: list[Clip]) -> None:
     """Write `clips.csv`, then `results.json`, whose presence says that the row is complete."""
     target = inside(folder, f"rows/{row['name']}")
     metrics = [metric for metric in PER_CLIP if clips and metric in clips[0]]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*_IDENTITY, *metrics, "protocol_hash"])
-    writer.writerows([*(clip[key] for key in (*_IDENTITY, *metrics)), row["protocol_hash"]] for clip in clips)
-    write_text(target / "clips.csv", buffer.getvalue())
+    columns = [*_IDENTITY, *metrics]
+    lines = ([*(clip[key] for key in columns), row["protocol_hash"]] for clip in clips)
+    write_table(target / "clips.csv", [*columns, "protocol_hash"], lines)
     write_text(target / "results.json", json.dumps(row, indent=2) + "\n")
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -32,6 +33,7 @@ MANIFEST = "manifest.json"
 SHARD = "shard-{:05d}.safetensors"
 SCHEMA_VERSION = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FLOATS = ("F32", "F16", "BF16")  # of safetensors
 LOGVAR = "logvar"  # "<piece>.<latent>.logvar"
 _UNIT = re.compile(r"1(/[1-9][0-9]{0,30})?|[1-9][0-9]{0,8}(/[1-9][0-9]{0,30})?")  # as str(Fraction) writes it
 _LATEST = 10**9  # seconds
@@ -165,7 +167,7 @@ class Manifest:
             raise UserError(
                 f"Expected a folder of latents with {path}, got none; write it by `vidtwin encode`."
             ) from None
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"Expected a manifest written by `vidtwin encode` in {path}, got something else.") from None
         if version != SCHEMA_VERSION:
             raise UserError(
@@ -191,8 +193,17 @@ class Manifest:
         _check_text(model["class_path"], model["weights_sha256"])
         _check_text(model.get("checkpoint", ""), model.get("config") or "")
         _check_counts(self.settings["num_frames"], model.get("use_ema", False))
+        _check_text(*self.classes, *self.skipped, *self.skipped.values())
+        for name, latent in self.latents.items():
+            if latent.kind not in ("gaussian", "deterministic", "codes"):
+                raise ValueError(f"a kind of {ascii(name)[:100]}")
+            _check_counts(*(latent.shape or ()), latent.codebook_size or 0)
+            if latent.kind == "codes" and not latent.codebook_size:
+                raise ValueError(f"no size of the codebook of {ascii(name)[:100]}")
         for video in self.videos:
             _check_text(video.name, video.source)
+            if not isinstance(video.label, int):
+                raise TypeError(f"a label of {ascii(video.name)[:100]}")
             _check_counts(video.planned_frames, video.num_frames or 0, video.height or 0, video.width or 0)
             parse_rate(video.fps)
         for piece in (piece for pieces in self.shards for piece in pieces):
@@ -245,6 +256,15 @@ def _check_piece(piece: StoredPiece) -> StoredPiece:
         if not whole or any(abs(time * Fraction(unit)) > _LATEST for time in at):
             raise ValueError(f"times of {ascii(piece.video)[:100]}")
     return piece
+
+
+def _check_sums(sums: Mapping[str, Mapping[str, Any]]) -> None:
+    for held in sums.values():
+        if held["count"] is None:
+            continue
+        columns = [held[key] for key in ("sum", "squares", *(["noise"] if "noise" in held else []))]
+        if held["count"] < 1 or len(set(map(len, columns))) > 1 or not all(map(math.isfinite, chain(*columns))):
+            raise ValueError("sums of its values")
 
 
 def shard_path(folder: str | Path, number: int) -> Path:
@@ -312,6 +332,7 @@ class Shard:
 
     def __init__(self, path: Path, digest: str) -> None:
         self.path = path
+        self._codebooks: dict[str, int | None] = {}  # known when it is compared to a manifest
         try:
             self._file = safe_open(path, "pt")
             header = json.loads((self._file.metadata() or {})[_KEY])
@@ -320,7 +341,7 @@ class Shard:
             raise UserError(f"{path}: expected a shard, there is no such file.") from None
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: expected a whole shard, it is cut off or damaged ({error}).") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path}: expected a shard written by `vidtwin encode`, got something else.") from None
         if version != SCHEMA_VERSION or plan != digest:
             raise UserError(f"{path}: expected a shard of these latents, it is one of others.")
@@ -328,14 +349,50 @@ class Shard:
         try:
             self.pieces = [_check_piece(StoredPiece(**piece)) for piece in header["pieces"]]
             self.sums: dict[str, dict[str, Any]] = header["sums"]
+            _check_sums(self.sums)
             self._digest: str = header["sha256"]
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: expected a shard written by `vidtwin encode`, it is damaged ({error}).") from None
 
     def rows(self, piece: int, latent: str, first: int, last: int, part: str | None = None) -> Tensor:
         """Read windows `first` to `last` (exclusive) of a piece as stored: (n, ...)."""
         held: Tensor = self._file.get_slice(tensor_name(piece, latent, part))[first:last]
+        size = self._codebooks.get(latent)
+        if size is not None and held.numel() and not 0 <= held.numpy().min() <= held.numpy().max() < size:
+            raise UserError(f"{self.path}: expected codes of {latent} below {size}, got others; encode again.")
         return held
+
+    def compare(self, manifest: Manifest, number: int) -> Self:
+        """Compare the header to that of shard `number` of a manifest → the shard; raise `UserError` if it differs."""
+        planned = [(manifest.videos[piece.video].name, piece.first_window) for piece in manifest.shards[number]]
+        fault = None if planned == [(piece.video, piece.first_window) for piece in self.pieces] else "other pieces"
+        moments = manifest.settings.get("posterior") == "moments"
+        expected = set()
+        for place, piece in enumerate([] if fault else self.pieces):
+            stored = manifest.shards[number][place].stored
+            counts = piece.num_frames
+            if stored not in (None, len(counts)) or not all(0 < n <= manifest.settings["num_frames"] for n in counts):
+                fault = f"other windows of {ascii(piece.video)[:100]}"
+            for name, latent in manifest.latents.items() if counts else ():
+                for part in (None, LOGVAR) if moments and latent.kind == "gaussian" else (None,):
+                    expected.add(tensor_name(place, name, part))
+                    if not self._fits(tensor_name(place, name, part), latent, len(counts)):
+                        fault = f"no {ascii(name)[:100]} of {ascii(piece.video)[:100]}"
+        summed = {name for name, latent in manifest.latents.items() if latent.kind != "codes" and expected}
+        if fault is None and (expected != self.names or summed != set(self.sums)):
+            fault = "more tensors, or sums of others"
+        if fault is not None:
+            raise UserError(f"{self.path}: expected a shard of these latents, it is damaged ({fault}); encode again.")
+        self._codebooks = {name: latent.codebook_size for name, latent in manifest.latents.items()}
+        return self
+
+    def _fits(self, name: str, latent: Latent, count: int) -> bool:
+        if name not in self.names:
+            return False
+        held = self._file.get_slice(name)
+        first, *shape = held.get_shape() or [0]
+        whole = first == count and latent.shape in (None, tuple(shape))
+        return whole and (held.get_dtype() in _FLOATS) == (latent.kind != "codes")
 
     def sizes(self) -> Iterator[tuple[str, list[int]]]:
         """Yield the name and shape of each tensor."""
@@ -347,6 +404,11 @@ class Shard:
         if _hash_tensors((name, self._file.get_tensor(name)) for name in sorted(self.names)) != self._digest:
             raise UserError(f"{self.path}: expected a whole shard, its content is damaged (checksum).")
         return self
+
+
+def open_shard(folder: str | Path, manifest: Manifest, number: int) -> Shard:
+    """Open a shard whose header agrees with its manifest; errors as of `Shard`."""
+    return Shard(shard_path(folder, number), manifest.digest).compare(manifest, number)
 
 
 def channel_statistics(shards: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, list[float]] | None]:

@@ -4,6 +4,8 @@ A unit is a file that is written atomically (`vidtwin.files.replacing`) and veri
 time holds the folder's lock. Its manifest, if it has one, is written last.
 """
 
+import errno
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 Unit = TypeVar("Unit")
 _MOMENT = 0.5  # seconds
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def read_json(path: Path, **expected: Any) -> dict[str, Any] | None:
         same = all(content[key] == value for key, value in expected.items())
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: expected a whole JSON file, it is truncated or damaged.") from None
     return content if same else None
 
@@ -122,7 +125,7 @@ def lock(folder: Path, writer: str, fabric: "Fabric | None" = None, wait: bool =
         wait: Wait for another writer to end; a wait of more than a moment is logged.
 
     Raises:
-        UserError: Another writer holds the lock (without `wait`), or the folder is a file.
+        UserError: Another writer holds the lock (without `wait`), or the folder is a file or may not be written.
     """
     held, refused = FileLock(inside(folder, ".lock")), None
     try:
@@ -137,19 +140,63 @@ def lock(folder: Path, writer: str, fabric: "Fabric | None" = None, wait: bool =
         held.release()
 
 
+@contextmanager
+def lock_file(path: Path) -> Iterator[None]:
+    """Let one process at a time into the block by a lock on the file `path`, which is made in an existing folder.
+
+    Raises:
+        UserError: The file may not be written.
+    """
+    held = FileLock(path)
+    try:
+        if refused := _take(held, path, "process"):
+            raise UserError(refused)
+        yield
+    finally:
+        held.release()
+
+
 def _acquire(held: FileLock, folder: Path, writer: str, wait: bool) -> str | None:
     """Acquire a folder's lock → why not, if it can't be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         return f"Expected a folder for this {writer}, got {folder}, which is a file or inside one; give another."
+    except OSError as error:
+        if error.errno not in _FORBIDDEN:
+            raise
+        return f"Expected to make the folder {folder} for this {writer}, got {error.strerror!r}; give another."
+    path = Path(held.lock_file)
     try:
-        held.acquire(timeout=_MOMENT if wait else 0)
+        return _take(held, path, writer, timeout=_MOMENT if wait else 0)
     except Timeout:
         if not wait:
             return f"Expected {folder} for this {writer} alone, got another one writing to it; wait for its end."
-        log(f"{folder}: waiting for the end of another {writer} that writes to it")
-        held.acquire()
-    except OSError as error:  # a file system without locks
-        log(f"{folder} can't be locked ({error.strerror}); run one {writer} at a time in it")
+    log(f"{folder}: waiting for the end of another {writer} that writes to it")
+    return _take(held, path, writer)
+
+
+def _take(held: FileLock, path: Path, writer: str, timeout: float = -1) -> str | None:
+    """Acquire a lock → why not, if its file may not be written; without locks, log that and go on.
+
+    Raises:
+        Timeout: Another process holds it.
+    """
+    try:
+        held.acquire(timeout=timeout)
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno in _FORBIDDEN:
+            return (
+                f"Expected to write {path}, by which one {writer} at a time works in {path.parent}, got "
+                f"{error.strerror!r}; change its permissions, or give another folder."
+            )
+        reason = getattr(error, "strerror", None) or "a file system without locks"
+        _log_once(f"{path.parent} can't be locked ({reason}); run one {writer} at a time in it")
     return None
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log(message)

@@ -9,9 +9,11 @@ is found in one of two ways:
 """
 
 import math
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
@@ -47,6 +49,9 @@ CENTRE = (0.5, 0.5)
 # ones. HEVC, for one, is damaged without a line in the log.
 _LENIENT_CODECS = frozenset({"h264", "mpeg1video", "mpeg2video"})
 _HARMLESS = re.compile(r"SEI type .*|.*, ignoring")
+# Files of these codecs, each with its size and modification time, that this process knows to be merely unusual: they
+# are not decoded strictly again.
+_unusual: set[tuple[str, int, int]] = set()
 
 
 def read_clip(
@@ -106,16 +111,37 @@ def decode(source: Source) -> Iterator[tuple[Fraction, VideoFrame]]:
     Raises:
         VideoError: At the first damaged frame, after `decodable` intact ones.
     """
-    with open_video(source) as (container, stream):
-        yield from _timed(container, stream, source)
+    with _open(source) as (container, stream, strict):
+        yield from _timed(container, stream, source, strict)
 
 
-def _timed(container: InputContainer, stream: VideoStream, source: Source) -> Iterator[tuple[Fraction, VideoFrame]]:
+@contextmanager
+def _open(source: Source) -> Iterator[tuple[InputContainer, VideoStream, bool]]:
+    """Open a video as `open_video` does → also whether to decode it strictly."""
+    strict = _key(source) not in _unusual
+    with open_video(source, strict) as (container, stream):
+        yield container, stream, strict
+
+
+def _key(source: Source) -> tuple[str, int, int] | None:
+    """Return a file's path, size and modification time; None for bytes and missing files."""
+    if isinstance(source, bytes):
+        return None
+    try:
+        status = os.stat(source)
+    except (OSError, ValueError):
+        return None
+    return os.path.abspath(source), status.st_size, status.st_mtime_ns
+
+
+def _timed(
+    container: InputContainer, stream: VideoStream, source: Source, strict: bool
+) -> Iterator[tuple[Fraction, VideoFrame]]:
     rate = rate_of(stream, source)
     by_count = container.format.name in COUNTED_FORMATS
     first: int | None = None
     last = Fraction(-1)
-    for place, frame in _decode(container, stream, source):
+    for place, frame in _decode(container, stream, source, strict=strict):
         time = place / rate
         if not by_count and frame.pts is not None and stream.time_base is not None:
             first = frame.pts if first is None else first
@@ -126,9 +152,9 @@ def _timed(container: InputContainer, stream: VideoStream, source: Source) -> It
 
 def iter_frames(source: Source, size: int | None = None, crop: tuple[float, float] = CENTRE) -> Iterator[Frames]:
     """Yield every frame of a video, uint8 (H, W, 3), in constant memory. `probe(source).fps` is their rate."""
-    with open_video(source) as (container, stream):
+    with _open(source) as (container, stream, strict):
         converter = Converter(size, crop, stream.sample_aspect_ratio, name_of(source))
-        for _, frame in _decode(container, stream, source):
+        for _, frame in _decode(container, stream, source, strict=strict):
             yield converter(frame)
 
 
@@ -136,9 +162,9 @@ def timed_frames(
     source: Source, size: int | None = None, crop: tuple[float, float] = CENTRE
 ) -> Iterator[tuple[Fraction, Frames]]:
     """Yield frames like `iter_frames`, each with its time in seconds from the first one; times never decrease."""
-    with open_video(source) as (container, stream):
+    with _open(source) as (container, stream, strict):
         converter = Converter(size, crop, stream.sample_aspect_ratio, name_of(source))
-        for time, frame in _timed(container, stream, source):
+        for time, frame in _timed(container, stream, source, strict):
             yield time, converter(frame)
 
 
@@ -197,27 +223,32 @@ def _decode(
         at = f" at {container.image}" if isinstance(container, Images) else ""
         text = f"{name_of(source)}: decoding stops after {frames} frames{at}: {reason_of(error)}."
         failure = VideoError(text, frames, "corrupt", is_lasting(error))
-        if not (again and strict and stream.codec_context.name in _LENIENT_CODECS):
+        if not (again and strict and failure.lasting and stream.codec_context.name in _LENIENT_CODECS):
             raise failure from error
+    key = _key(source)
     try:
         with open_video(source, strict=False) as (container, stream):
-            yield from islice(_decode(container, stream, source, strict=False), frames, None)
+            for found in islice(_decode(container, stream, source, strict=False), frames, None):
+                if key is not None:
+                    _unusual.add(key)
+                yield found
     except VideoError as error:
         raise (failure if (error.decodable or 0) <= frames else error) from None
 
 
 def _decode_lenient(packet: Packet) -> tuple[list[VideoFrame], str | None]:
-    """Decode a packet → frames, and the last error that FFmpeg logged for it, if it is not harmless."""
-    level = av.logging.get_level()
-    av.logging.set_level(av.logging.PANIC)  # errors are counted, not shown
-    before, _ = av.logging.get_last_error()
+    """Decode a packet → frames, and the first error that FFmpeg logged for it and that is not harmless."""
+    level, skip = av.logging.get_level(), av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # the last packet may have had the same one
     try:
-        frames = packet.decode()
+        with av.logging.Capture() as logged:  # of this thread; nothing is shown
+            frames = packet.decode()
     finally:
-        count, last = av.logging.get_last_error()
         av.logging.set_level(level)
-    message = last[2].strip() if last and count > before else None
-    return frames, None if message and _HARMLESS.fullmatch(message) else message
+        av.logging.set_skip_repeated(skip)
+    messages = (text.strip() for severity, _, text in logged if severity <= av.logging.ERROR)
+    return frames, next((text for text in messages if text and not _HARMLESS.fullmatch(text)), None)
 
 
 def _to_fraction(value: float | Fraction) -> Fraction:
@@ -258,7 +289,7 @@ def _read(source: Source, wanted: _Wanted) -> Frames:
 
 def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -> Frames | None:
     """Read the clip; return None if the file was read from a seek position and frames were missing."""
-    with open_video(source) as (container, stream):
+    with _open(source) as (container, stream, strict):
         rate = wanted.rate or rate_of(stream, source)
         times = wanted.times(rate)
         order = sorted(range(len(times)), key=times.__getitem__)
@@ -278,7 +309,7 @@ def _attempt(source: Source, wanted: _Wanted, seek: bool, count: bool = False) -
             nonlocal decoded
             first = stream.start_time if sought else None
             last: int | None = None
-            for place, frame in _decode(container, stream, source, again=not sought):
+            for place, frame in _decode(container, stream, source, again=not sought, strict=strict):
                 decoded = place + 1
                 if counted:
                     yield place, frame

@@ -51,6 +51,8 @@ _SYSTEM_ERRORS = frozenset(
     | {errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETDOWN}
     | {errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 )
+# Of these, errors that one file or its part of a disk has while others can be read.
+_FILE_ERRORS = frozenset({errno.EIO, errno.EACCES, errno.EBUSY})
 HEADER_EXCESS = 3  # UCF-101's headers promise 1 to 3 frames more than there are
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.\w+)")
 _RAW_SIZE = re.compile(r"_(\d+)x(\d+)(?:_(\d+(?:\.\d+)?))?")
@@ -381,6 +383,11 @@ def is_lasting(error: Exception) -> bool:
     Not every OSError is one of the system: FFmpeg has "Function not implemented" for content, too.
     """
     return not isinstance(error, MemoryError) and getattr(error, "errno", None) not in _SYSTEM_ERRORS
+
+
+def is_of_file(error: VideoError) -> bool:
+    """Return whether an error is of its video alone, such as a bad sector or a missing right; others may be intact."""
+    return error.lasting or getattr(error.__cause__, "errno", None) in _FILE_ERRORS
 
 
 def reason_of(error: Any) -> str:

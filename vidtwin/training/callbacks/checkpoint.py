@@ -66,9 +66,13 @@ class LatestCheckpoint(Checkpoint):
                 "--resume auto, or name another by --trainer.logger.init_args.name."
             )
         if trainer.is_global_zero and self.dirpath.is_dir():
-            for path in self.dirpath.iterdir():
-                if checkpoints.is_checkpoint_name(files.intended_name(path) or ""):
-                    path.unlink(missing_ok=True)
+            for path in list(self.dirpath.iterdir()):
+                target = files.intended_name(path) or ""
+                if checkpoints.is_checkpoint_name(target):
+                    if path.is_symlink():  # of `files.link`, which locks nothing
+                        path.unlink(missing_ok=True)
+                    else:
+                        files.remove_leftovers(self.dirpath, target)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
