@@ -14,9 +14,8 @@ from benchmark.fixture_results import write_results
 from sweeping import Pool, checkpoint
 
 from vidtwin import plugins
-from vidtwin.apply.decode import DecodeOptions
 from vidtwin.apply.latent_reader import LatentReader
-from vidtwin.apply.options import SessionOptions
+from vidtwin.apply.options import DecodeOptions, SessionOptions
 from vidtwin.benchmark import plots, report, rows
 from vidtwin.benchmark.plan import Job
 from vidtwin.benchmark.players import Writer

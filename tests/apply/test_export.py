@@ -11,7 +11,6 @@ from sweeping import Pool
 from tiny import BASELINES, tiny_model
 
 from vidtwin import plugins, weights
-from vidtwin.apply import export
 from vidtwin.cli import main
 from vidtwin.posteriors import Quantized
 
@@ -237,7 +236,7 @@ def test_what_cannot_be_traced_is_one_line(own, tmp_path, capsys):
 
 def test_missing_onnx_is_reported(tmp_path, capsys, monkeypatch):
     Pool().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     line = fails(capsys, "--ckpt_path", tmp_path / "model", "--out", tmp_path / "out", "--format", "both")
     assert "Expected onnx, onnxscript, onnxruntime for --format onnx; pip install 'vidtwin[export]'" in line
 
