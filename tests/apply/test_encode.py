@@ -10,6 +10,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -191,8 +192,8 @@ def test_two_processes_and_one_that_was_killed_give_the_bytes_of_one(here):
     environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
     command = ["encode", "videos", "--out", "killed", "--ckpt_path", "pool.ckpt", "--accelerator", "cpu", *words]
     command += ["--trust_module", "sweeping"]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command], env=environment, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    stderr = here / "stderr"
+    assert forked.run_code(KILLED, command, stderr) == -signal.SIGKILL, stderr.read_text()
     assert sorted(path.name for path in Path("killed").glob("shard-*")) == [
         f"shard-0000{n}.safetensors" for n in (0, 1)
     ]

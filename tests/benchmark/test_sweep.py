@@ -1,14 +1,12 @@
 """Sweeps: content of rows, resumption, failures, and the command line."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import scipy.linalg
@@ -40,8 +38,6 @@ from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import UserError
 from vidtwin.metrics.fvd import FeatureNetwork
 from vidtwin.video import write_video
-
-TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -225,8 +221,7 @@ def test_an_ended_sweep_goes_on_with_the_missing_chunks_alone(tmp_path, monkeypa
 
 def test_a_killed_process_leaves_what_the_next_one_goes_on_with(tmp_path):
     """SIGKILL between two chunks; `benchmarks/kill_sweep.py` does it at random moments."""
-    script = tmp_path / "killed.py"
-    script.write_text(
+    code = (
         "import os, signal, sys\n"
         "from sweeping import *\n"
         "class Kill(BaseException):\n"
@@ -237,10 +232,8 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_with(tmp_path):
         "sweep(folder / 'r', entries).run()\n"
     )
     entries = [Entry(name, checkpoint=checkpoint(tmp_path / f"{name}.ckpt", s)) for name, s in (("a", 0.9), ("b", 0.7))]
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    stderr = tmp_path / "stderr"
+    assert forked.run_code(code, [str(tmp_path)], stderr) == -signal.SIGKILL, stderr.read_text()
     assert sweep(tmp_path / "r", entries).run() == 0
     assert sweeping.calls == [[2, 3], [4, 5]]  # of b; a's row and b's first chunk were there
     assert sweep(tmp_path / "whole", entries).run() == 0
