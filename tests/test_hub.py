@@ -316,6 +316,7 @@ def test_a_folder_reads_as_a_checkpoint_of_the_weights(tmp_path):
         checkpoints.check(folder)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_commands_of_the_trainer_take_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "model")
@@ -395,6 +396,7 @@ def test_a_class_of_ones_own_module_is_found_if_the_module_is_trusted(tmp_path, 
     assert type(checkpoints.load_autoencoder(tmp_path / "out", trust_modules=["mine_here"])).__name__ == "Mine"
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_what_the_page_on_weights_shows_runs(shared, tmp_path, monkeypatch):
     """docs/weights.md from its first command to its last, with small models."""
     monkeypatch.chdir(tmp_path)
