@@ -18,6 +18,7 @@ HEAVY += "datamodules/test_broken.py", "datamodules/test_cache.py", "benchmark/t
 HEAVY += "benchmark/test_report.py", "training/test_task.py", "test_own_baseline.py", "models/test_vidtwin.py"
 HEAVY += "baselines/test_ivideogpt.py", "apply/test_reconstruct.py", "apply/test_reenact.py"
 _PLACES = {f"tests/{file}": place for place, file in enumerate(HEAVY)}
+assert all((Path(__file__).parent / file).is_file() for file in HEAVY), "a file that conftest.py names has moved"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -362,6 +362,7 @@ def test_a_training_starts_from_a_folder_but_does_not_resume_it(tmp_path, monkey
     assert "--init_from starts a new training" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_sweep_measures_a_folder_and_knows_it_again(tmp_path):
     model = Pool()
     saved(tmp_path / "weights" / "pool", model)
@@ -438,7 +439,7 @@ def test_what_the_page_on_weights_shows_runs(shared, tmp_path, monkeypatch):
                 words += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
             if words[0] == "test":
                 words += ["--data.num_workers=0", "--data.resolution=64", "--references=[]"]
-                words += ["--downstream=false", "--players=0"]
+                words += ["--cost=false", "--downstream=false", "--players=0"]
             assert main(words) == 0, line
 
 
