@@ -269,7 +269,7 @@ def test_a_planted_violation_is_found_where_it_is(tmp_path, file, source, expect
         ("vidtwin/benchmark/sweep.py", "import torch"),
     ],
 )
-def test_what_the_rules_allow_is_not_reported(tmp_path, file, source):
+def test_allowed_imports_are_not_reported(tmp_path, file, source):
     path = tmp_path / file
     path.parent.mkdir(parents=True)
     path.write_text(source + "\n")
@@ -291,6 +291,6 @@ print(sorted({{"torch", "lightning", "torchvision", "av", "jsonargparse"}} & set
     ],
     ids=["vidtwin --help", "tables"],
 )
-def test_what_needs_no_torch_imports_none(code):
+def test_help_and_tables_import_no_torch(code):
     done = subprocess.run([sys.executable, "-c", LIGHT.format(code)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -398,7 +398,7 @@ def test_a_class_of_ones_own_module_is_found_if_the_module_is_trusted(tmp_path, 
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_what_the_page_on_weights_shows_runs(shared, tmp_path, monkeypatch):
+def test_the_commands_of_the_page_on_weights_run(shared, tmp_path, monkeypatch):
     """docs/weights.md from its first command to its last, with small models."""
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[1] / "docs" / "weights.md").read_text()

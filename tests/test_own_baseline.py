@@ -40,7 +40,7 @@ def commands(name: str) -> list[str]:
 
 
 def columns(text: str) -> list[str]:
-    """Of the first table in Markdown."""
+    """List the columns of the first table in Markdown."""
     header = next(line for line in text.splitlines() if line.startswith("| model"))
     return [cell.strip() for cell in header.split("|")]
 

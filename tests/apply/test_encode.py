@@ -155,7 +155,7 @@ def test_times_of_a_variable_rate_are_kept(here):
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3])
-def test_what_was_interrupted_goes_on_to_the_same_bytes(here, monkeypatch, capsys, calls):
+def test_an_interrupted_encoding_resumes_to_the_same_bytes(here, monkeypatch, capsys, calls):
     words = ("--clips_per_shard", "2", "--batch_size", "2")
     assert encode(*words, out="whole") == 0
     monkeypatch.setattr(Interruption, "after", calls)
@@ -218,7 +218,7 @@ def test_two_processes_and_one_that_was_killed_give_the_bytes_of_one(here):
         assert np.abs(one - two).mean() < 1
 
 
-def test_a_truncated_shard_is_told_and_made_again(here, capsys):
+def test_a_truncated_shard_is_logged_and_made_again(here, capsys):
     encode("--clips_per_shard", "2")
     before = contents("latents")
     path = Path("latents/shard-00001.safetensors")
@@ -228,7 +228,7 @@ def test_a_truncated_shard_is_told_and_made_again(here, capsys):
     assert contents("latents") == before
 
 
-def test_a_shard_with_a_changed_byte_is_told_and_made_again(here, capsys):
+def test_a_shard_with_a_changed_byte_is_logged_and_made_again(here, capsys):
     encode("--clips_per_shard", "2")
     before = contents("latents")
     path = Path("latents/shard-00001.safetensors")
@@ -240,7 +240,7 @@ def test_a_shard_with_a_changed_byte_is_told_and_made_again(here, capsys):
     assert contents("latents") == before
 
 
-def test_a_damaged_manifest_is_written_anew_from_the_plan_that_the_shards_carry(here, capsys):
+def test_a_damaged_manifest_is_written_again_from_the_plan_in_the_shards(here, capsys):
     encode("--clips_per_shard", "2")
     before = contents("latents")
     Path("latents/manifest.json").write_bytes(before["manifest.json"][:50])
@@ -303,7 +303,7 @@ def add_video(here: Path) -> None:
         (add_video, (), "no video run/more"),
     ],
 )
-def test_a_folder_of_other_latents_is_refused_and_begun_anew_when_asked(here, capsys, change, words, named):
+def test_a_folder_of_other_latents_is_refused_and_replaced_on_request(here, capsys, change, words, named):
     encode()
     if change:
         change(here)

@@ -223,7 +223,7 @@ def test_a_batch_that_must_be_fixed_is_fixed_and_reported(own, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(("name", "shown"), [("Counting", "clip 0."), ("Endless", "clip infinite")])
-def test_a_program_that_does_not_agree_is_put_aside(name, shown, own, tmp_path, capsys):
+def test_a_program_that_does_not_agree_goes_to_failed(name, shown, own, tmp_path, capsys):
     assert run(*own(name)) == 1
     printed = capsys.readouterr().out
     assert "DOES NOT AGREE" in printed
@@ -238,7 +238,7 @@ def test_a_program_that_does_not_agree_is_put_aside(name, shown, own, tmp_path, 
     assert sorted(path.name for path in out.iterdir()) == ["decoder.pt2", "encoder.pt2", "manifest.json"]
 
 
-def test_what_onnx_lacks_is_named_by_its_operator(own, tmp_path, capsys):
+def test_an_operator_that_onnx_lacks_is_named(own, tmp_path, capsys):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     line = fails(capsys, *own("Bessel"), "--format=onnx")
@@ -247,7 +247,7 @@ def test_what_onnx_lacks_is_named_by_its_operator(own, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_traced_is_one_line(own, tmp_path, capsys):
+def test_a_model_that_cannot_be_traced_is_one_line(own, tmp_path, capsys):
     line = fails(capsys, *own("Branching"))
     assert "The encoder of Branching can't be exported: " in line
     assert "data-dependent" in line
@@ -276,7 +276,7 @@ def test_missing_onnx_is_reported(tmp_path, capsys, monkeypatch):
         (["--ckpt_path", "{model}", "--out", "{full}"], "Expected no encoder.onnx in"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_nothing_is_written(argv, message, tmp_path, capsys):
+def test_a_wrong_option_is_one_line_and_nothing_is_written(argv, message, tmp_path, capsys):
     saved(tmp_path / "model", "vidtwin")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "encoder.onnx").write_text("")

@@ -198,7 +198,7 @@ def test_costs_are_measured_with_the_row(tmp_path):
 
 
 @pytest.mark.parametrize(("after", "error"), [(0, KeyboardInterrupt), (1, SystemExit), (4, KeyboardInterrupt)])
-def test_an_ended_sweep_goes_on_with_the_missing_chunks_alone(tmp_path, monkeypatch, after, error):
+def test_an_interrupted_sweep_resumes_with_the_missing_chunks_alone(tmp_path, monkeypatch, after, error):
     entries = [
         Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt", 0.9)),
         Entry("b", checkpoint=checkpoint(tmp_path / "b.ckpt", 0.7)),
@@ -219,7 +219,7 @@ def test_an_ended_sweep_goes_on_with_the_missing_chunks_alone(tmp_path, monkeypa
     assert not list((tmp_path / "ended").glob("rows/*/parts"))
 
 
-def test_a_killed_process_leaves_what_the_next_one_goes_on_with(tmp_path):
+def test_a_killed_sweep_is_resumed_by_the_next_process(tmp_path):
     """SIGKILL between two chunks; `benchmarks/kill_sweep.py` does it at random moments."""
     code = (
         "import os, signal, sys\n"
@@ -758,7 +758,7 @@ def test_a_missing_checkpoint_leaves_the_complete_row_and_nothing_is_measured_ag
     assert sweeping.calls == []
 
 
-def test_a_row_that_was_put_aside_is_taken_back(done, capfd):
+def test_an_earlier_row_is_restored(done, capfd):
     folder, entries, before = done
     other = [Entry("a", checkpoint=entries[1].checkpoint), entries[1]]
     assert sweep(folder, other).run() == 0
@@ -781,7 +781,7 @@ def test_two_sweeps_do_not_write_to_one_folder(done):
 
 
 @pytest.mark.parametrize("compared", ["floats", "8-bit", "mp4v", "h264"])
-def test_a_reconstruction_that_is_not_finite_is_no_number_however_it_is_compared(tmp_path, compared):
+def test_a_reconstruction_that_is_not_finite_has_no_number_however_it_is_compared(tmp_path, compared):
     entries = [Entry("broken", checkpoint=checkpoint(tmp_path / "b.ckpt", nan_on=[1]))]
     settings = ProtocolSettings(compared=compared, posterior="mode", ssim="uniform7")
     assert sweep(tmp_path / "r", entries, protocol=settings).run() == 0

@@ -409,7 +409,7 @@ def test_a_new_run_does_not_replace_an_old_one(here, run, capsys):
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_a_row_of_another_checkpoint_is_put_aside(here, run, capsys):
+def test_a_row_of_another_checkpoint_is_kept_in_earlier(here, run, capsys):
     argv = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", "aside", *QUICK]
     assert main([*argv, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
     files = {path.name: path.read_bytes() for path in Path("aside/rows/VidTwin").iterdir()}

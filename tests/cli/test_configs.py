@@ -90,7 +90,7 @@ def test_a_models_config_trains_a_step(name, tmp_path, monkeypatch):
 
 
 def small_options(name: str, config: dict) -> list[str]:
-    """Of a baseline's config at full size: the model, the clips and the discriminator made small."""
+    """List options that make a baseline at full size small: its model and the clips."""
     options = [f"--model.autoencoder.{each}" for each in FAMILIES[name.partition("_")[0]]]
     arguments = config["model"]["autoencoder"].get("init_args", {})
     if arguments.get("inner_resolution"):

@@ -27,14 +27,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    """What one process does with the clips of both ranks."""
+    """Outcomes of one process with the clips of both ranks."""
     scenarios = ("whole", "parts", "one_unit", "baseline", "poisoned")
     return {name: getattr(sharded_run, name)(folder / "alone" / name) for name in scenarios}
 
 
 @pytest.fixture(scope="module")
 def ranks(folder, one):
-    """What each of two ranks wrote; a hang would be a failure after four minutes."""
+    """Outcomes that each of two ranks wrote; a hang would be a failure after four minutes."""
     forked.run_ranks(sharded_run.main, folder, stderr=folder / "stderr")
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
