@@ -15,7 +15,7 @@ from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import cost, downstream
 from vidtwin.benchmark.loaded_model import LoadedModel
 from vidtwin.benchmark.options import SweepOptions
-from vidtwin.benchmark.plan import Job, ModelError, Plan, format_error, make_empty_part
+from vidtwin.benchmark.plan import CodeCounts, Job, ModelError, Part, Plan, format_error, make_empty_part
 from vidtwin.benchmark.rfvd import ClipFeatures
 from vidtwin.distributed import forward_context
 from vidtwin.errors import UserError
@@ -99,7 +99,7 @@ class Measurer:
         clip: Tensor = self.options.source.on_after_batch_transfer(moved, 0)["clip"]
         return clip
 
-    def measure(self, model: LoadedModel, batch: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, model: LoadedModel, batch: dict[str, Any]) -> Part:
         """Measure the clips of a batch at once; if that fails, one by one, so that only bad clips are lost."""
         part, indices = make_empty_part(), batch["indices"]
         if indices:
@@ -161,7 +161,7 @@ class Measurer:
         return found
 
     @torch.inference_mode()
-    def _add(self, part: dict[str, Any], model: LoadedModel, clip: Tensor, indices: list[int]) -> None:
+    def _add(self, part: Part, model: LoadedModel, clip: Tensor, indices: list[int]) -> None:
         """Measure clips and add their numbers to a part."""
         encoding, prediction = self.reconstruct(model, clip, indices)
         broken = [not bool(each.isfinite().all()) for each in prediction]
@@ -187,7 +187,7 @@ class Measurer:
                 part["features"].append(features[place])
             _count_codes(part["codes"], encoding, slice(place * windows, (place + 1) * windows))
 
-    def _add_failure(self, part: dict[str, Any], index: int, reason: str) -> None:
+    def _add_failure(self, part: Part, index: int, reason: str) -> None:
         name, start = self.plan.keys[index]
         part["failed"].append({"name": name, "start_frame": start, "reason": reason})
 
@@ -216,8 +216,8 @@ def _catch(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": format_error(error)}
 
 
-def _count_codes(counts: dict[str, Any], encoding: Encoding, clips: slice) -> None:
-    """Add the codes that occur in some clips of a batch: {"size", "counts": {code: times}} by latent."""
+def _count_codes(counts: dict[str, CodeCounts], encoding: Encoding, clips: slice) -> None:
+    """Add the codes that occur in some clips of a batch."""
     for name, posterior in encoding.items():
         if not isinstance(posterior, Quantized):
             continue

@@ -11,7 +11,7 @@ from vidtwin.benchmark import rows
 from vidtwin.benchmark.loaded_model import LoadedModel, compare_claim
 from vidtwin.benchmark.measurer import DeviceError, Measurer
 from vidtwin.benchmark.options import SweepOptions
-from vidtwin.benchmark.plan import Job, ModelError, Plan, format_error
+from vidtwin.benchmark.plan import Failure, Job, ModelError, Plan, format_error
 from vidtwin.benchmark.row_folder import RowFolder
 from vidtwin.console import log
 from vidtwin.distributed import gather_objects
@@ -62,7 +62,7 @@ class Runner:
         """Measure this process's share of a row; the first process then measures its costs and writes it."""
         model, error, needs_costs = None, row.job.error, False
         missing: list[int] = []
-        failed: list[dict[str, Any]] = []
+        failed: list[Failure] = []
         if not error:
             missing = row.parts.missing(self.mine)
             needs_costs = self.fabric.is_global_zero and self._lacks_costs(row)
@@ -120,13 +120,13 @@ class Runner:
                 bar.initial += ready  # the rate, and with it the ETA, is of what is measured now
             bar.update(ready)
 
-    def _log_failed(self, row: RowFolder, failed: list[dict[str, Any]]) -> None:
+    def _log_failed(self, row: RowFolder, failed: list[Failure]) -> None:
         for clip in failed:
             log(f"{row.name} fails on {clip['name']} at frame {clip['start_frame']}: {clip['reason']}")
 
     def _measure_chunks(
         self, row: RowFolder, model: LoadedModel, chunks: list[int], bar: tqdm
-    ) -> Iterator[list[dict[str, Any]]]:
+    ) -> Iterator[list[Failure]]:
         """Measure chunks and write their parts; yield the clips of each on which the model failed."""
         if not chunks:
             return
@@ -174,6 +174,7 @@ class Runner:
                 unavailable["rfvd"] = format_error(caught)
         metrics |= dict.fromkeys(unavailable, "unavailable")
         costs = row.costs.get(0) or {}
+        assert part["latents"] is not None  # as always if there are clips
         content = model.describe(part["latents"], self.plan.shape, part["codes"], self.fabric.device) | {
             "metrics": metrics,
             "unavailable": unavailable,
