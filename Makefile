@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_DATA := data/demo
 DEMO_RUN := runs/demo
-WORKERS ?= 2
+WORKERS ?= 3
 CLIPS ?= $(or $(VIDTWIN_SHARED),../shared)/data/clips
 BENCHMARK_DATA ?= $(DEMO_DATA)/UCF-101
 BENCHMARK_RUNS ?= runs/benchmark
@@ -15,7 +15,7 @@ BENCHMARK_FIT := --trainer.max_steps 200 --trainer.num_sanity_val_steps 0 --resu
 DATA ?= $(or $(VIDTWIN_SHARED),../shared)/data/ucf_like/UCF-101
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo benchmark-demo test test-all proof compare soak lint types format constraints clean
+.PHONY: help install demo benchmark-demo test test-all proof compare soak tests lint types format constraints clean
 
 help:
 	@echo "make demo       train a small VidTwin on generated videos and test it (under 6 minutes on two cores)"
@@ -60,12 +60,18 @@ endif
 	$(BIN)/vidtwin test --config configs/benchmark/demo.yaml --data.root "$(BENCHMARK_DATA)" \
 	  --checkpoints_dir $(BENCHMARK_RUNS) --results_dir $(BENCHMARK_RUNS)/results
 
-# One process per core, each with one thread: a file of tests stays in one process, which builds its fixtures once.
-test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(WORKERS) --dist loadfile
+# Types are checked beside the tests; if they are wrong, make says so after the tests.
+test: lint
+	$(MAKE) --no-print-directory -j 2 types tests
 
-test-all: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+test-all: lint
+	$(MAKE) --no-print-directory -j 2 types tests CHOSEN=
+
+# A worker more than two cores, of one thread each: some tests wait for processes and leave a core idle. A file of tests
+# stays in one worker, which builds its fixtures once.
+CHOSEN ?= -m "not slow"
+tests: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(CHOSEN) -n $(WORKERS) --dist loadfile
 
 # Resumes if interrupted; `rm -r runs/proof runs/proof_gan` starts over.
 proof: install

@@ -7,15 +7,18 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vidtwin.errors import UserError
 
-if TYPE_CHECKING:
-    from .clips import ClipDataset
+
+class Clips(Protocol):
+    """A dataset that reads several clips at once, as `ClipDataset` does."""
+
+    def __getitems__(self, keys: Sequence[int]) -> list[dict[str, Any]]: ...
 
 
 class WorkerLoader(DataLoader[Any]):
@@ -82,7 +85,7 @@ class ChunkLoader(WorkerLoader):
     """
 
     def __init__(
-        self, dataset: "ClipDataset", chunks: Sequence[Sequence[int]], on_skip: Callable[..., None], **kwargs: Any
+        self, dataset: Clips, chunks: Sequence[Sequence[int]], on_skip: Callable[..., None], **kwargs: Any
     ) -> None:
         super().__init__(
             _Numbered(dataset), batch_sampler=[list(chunk) for chunk in chunks], collate_fn=collate, **kwargs
@@ -103,7 +106,7 @@ class ChunkLoader(WorkerLoader):
 class _Numbered(Dataset[dict[str, Any]]):
     """Clips with their indices, as "index" and before each entry of "skipped"."""
 
-    def __init__(self, dataset: "ClipDataset") -> None:
+    def __init__(self, dataset: Clips) -> None:
         self.dataset = dataset
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:

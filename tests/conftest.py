@@ -1,10 +1,45 @@
-"""What several tests need."""
+"""Fixtures of several tests, and the order of the files among workers."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+# Tests that fork processes (forked.py): all in one worker, which imports what they need once more.
+FORKING = "benchmark/test_sweep.py", "benchmark/test_sweep_on_two_ranks.py"
+FORKING += "apply/test_encode.py", "training/test_sharding.py"
+# By their CPU time, heaviest first: short files at the end keep all workers busy.
+HEAVY = *FORKING, "cli/test_configs.py", "training/test_distributed.py", "test_hub.py", "training/test_resume.py"
+HEAVY += "benchmark/test_benchmark_configs.py", "benchmark/test_report_in_chromium.py", "apply/test_export.py"
+HEAVY += "cli/test_cli.py", "test_readme.py", "datamodules/test_doctor.py", "datamodules/test_streaming.py"
+HEAVY += "datamodules/test_broken.py", "datamodules/test_cache.py", "benchmark/test_plots.py"
+HEAVY += "benchmark/test_report.py", "training/test_task.py", "test_own_baseline.py", "models/test_vidtwin.py"
+HEAVY += "baselines/test_ivideogpt.py", "apply/test_reconstruct.py", "apply/test_reenact.py"
+_PLACES = {f"tests/{file}": place for place, file in enumerate(HEAVY)}
+assert all((Path(__file__).parent / file).is_file() for file in HEAVY), "a file that conftest.py names has moved"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: _PLACES.get(item.nodeid.partition("::")[0], len(_PLACES)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker whole files, heavy ones first, and those that fork to one worker."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class HeavyFirst(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "forking" if file.removeprefix("tests/") in FORKING else file
+
+    config.option.loadscopereorder = False  # by the number of tests
+    return HeavyFirst(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -16,9 +51,16 @@ def shared() -> Path:
     return path
 
 
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `vidtwin test` write neither plots nor the page, which take longer than tiny models."""
+    monkeypatch.setattr("vidtwin.benchmark.plots.write", lambda folder: [])
+    monkeypatch.setattr("vidtwin.benchmark.report.write", lambda folder: Path(folder) / "report.html")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is found out about videos is remembered in a folder of the tests."""
+    """Keep the index of videos in a folder of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VIDTWIN_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

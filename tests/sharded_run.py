@@ -1,11 +1,7 @@
-"""Run by test_sharding.py: trainings that FSDP2 shards over two ranks, whose outcomes each rank writes to a file.
-
-python sharded_run.py FOLDER      Lightning starts the second process; FOLDER/alone/whole holds `whole` by one process
-"""
+"""Run by test_sharding.py: trainings that FSDP2 shards over two ranks, whose outcomes each rank writes to a file."""
 
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -255,8 +251,8 @@ def low_precision(folder: Path, **devices: Any) -> dict[str, Any]:
     return train(folder, task_of(), precision="bf16-mixed", **devices)
 
 
-if __name__ == "__main__":
-    out = Path(sys.argv[1])
+def main(out: Path) -> None:
+    """Run all on this rank; `out`/alone/whole has to hold `whole` by one process."""
     two = {"devices": 2, "strategy": "fsdp2"}
     outcomes = {
         scenario.__name__: scenario(out / scenario.__name__, **two)

@@ -710,7 +710,7 @@ def test_all_promises_are_asked_of_a_model_in_double_precision():
         check_autoencoder(build(cls).double(), 4, 16)
 
 
-def test_a_model_of_squares_alone_is_told_how_to_say_so():
+def test_a_model_of_squares_alone_fails_with_the_attribute_to_set():
     class Squares(Patches):
         def _encode(self, clip):
             assert clip.shape[3] == clip.shape[4], "squares"

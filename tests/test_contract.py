@@ -81,7 +81,7 @@ def test_every_tiny_configuration_belongs_to_a_registered_autoencoder():
     assert not absent, f"{absent} are in TINY but not registered; after a change of pyproject.toml install again"
 
 
-def test_a_new_autoencoder_without_tiny_arguments_is_told_where_to_add_them():
+def test_a_new_autoencoder_without_tiny_arguments_fails_with_the_place_to_add_them():
     with pytest.raises(pytest.fail.Exception, match=r"new .* add them to TINY in tests/test_contract\.py"):
         tiny("new", "vidtwin.baselines.new:New")
     assert tiny("theirs", "their_package:Theirs") == ({}, {})

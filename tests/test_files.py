@@ -141,7 +141,7 @@ def test_where_there_are_no_links_it_is_a_copy(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "new.ckpt"]
 
 
-def test_a_temporary_file_tells_what_it_was_to_become(tmp_path, monkeypatch):
+def test_a_temporary_file_names_its_target(tmp_path, monkeypatch):
     for name in ("step-00001000.ckpt", "clips.csv", "a-b.tar.gz"):
         with replacing(tmp_path / name) as temporary:
             assert intended_name(temporary) == name
@@ -220,7 +220,7 @@ def die_while_writing(path):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_what_a_kill_left_goes_when_the_file_is_written_again(tmp_path):
+def test_leftovers_of_a_kill_are_removed_when_the_file_is_written_again(tmp_path):
     process = multiprocessing.get_context("fork").Process(target=die_while_writing, args=(tmp_path / "a.txt",))
     process.start()
     process.join()

@@ -14,9 +14,8 @@ from benchmark.fixture_results import write_results
 from sweeping import Pool, checkpoint
 
 from vidtwin import plugins
-from vidtwin.apply.decode import DecodeOptions
 from vidtwin.apply.latent_reader import LatentReader
-from vidtwin.apply.options import SessionOptions
+from vidtwin.apply.options import DecodeOptions, SessionOptions
 from vidtwin.benchmark import plots, report, rows
 from vidtwin.benchmark.plan import Job
 from vidtwin.benchmark.players import Writer
@@ -186,7 +185,7 @@ def test_a_lock_that_is_a_link_empties_no_other_file(here):
 
 
 @pytest.mark.parametrize("fps", ["1e-400", "1e400", "0", "nan", "-25", "inf", "1/0", "", "9" * 30, "1/9999999", 25])
-def test_a_frame_rate_that_is_none_is_one_line(here, capsys, fps):
+def test_an_invalid_frame_rate_is_one_line(here, capsys, fps):
     write_latents(fps=fps)
     assert main(["decode", "latents", "--out", "decoded"]) == 2
     assert "latents/manifest.json is damaged" in capsys.readouterr().err
@@ -277,7 +276,7 @@ def test_a_module_that_is_trusted_is_imported(evil):
     assert main(["convert", "last.ckpt", "out2"]) == 2
 
 
-def test_what_is_no_module_is_refused_by_name(here, capsys):
+def test_a_path_is_refused_as_a_trusted_module(here, capsys):
     assert main(["convert", "last.ckpt", "out", "--trust_module", "a/b.py"]) == 2
     assert "Expected --trust_module MODULE, as Python imports it, got 'a/b.py'" in capsys.readouterr().err
 

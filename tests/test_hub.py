@@ -316,6 +316,7 @@ def test_a_folder_reads_as_a_checkpoint_of_the_weights(tmp_path):
         checkpoints.check(folder)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_commands_of_the_trainer_take_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "model")
@@ -361,6 +362,7 @@ def test_a_training_starts_from_a_folder_but_does_not_resume_it(tmp_path, monkey
     assert "--init_from starts a new training" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_sweep_measures_a_folder_and_knows_it_again(tmp_path):
     model = Pool()
     saved(tmp_path / "weights" / "pool", model)
@@ -395,7 +397,8 @@ def test_a_class_of_ones_own_module_is_found_if_the_module_is_trusted(tmp_path, 
     assert type(checkpoints.load_autoencoder(tmp_path / "out", trust_modules=["mine_here"])).__name__ == "Mine"
 
 
-def test_what_the_page_on_weights_shows_runs(shared, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("without_pictures")
+def test_the_commands_of_the_page_on_weights_run(shared, tmp_path, monkeypatch):
     """docs/weights.md from its first command to its last, with small models."""
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[1] / "docs" / "weights.md").read_text()
@@ -436,7 +439,7 @@ def test_what_the_page_on_weights_shows_runs(shared, tmp_path, monkeypatch):
                 words += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
             if words[0] == "test":
                 words += ["--data.num_workers=0", "--data.resolution=64", "--references=[]"]
-                words += ["--downstream=false", "--players=0"]
+                words += ["--cost=false", "--downstream=false", "--players=0"]
             assert main(words) == 0, line
 
 

@@ -40,7 +40,7 @@ def commands(name: str) -> list[str]:
 
 
 def columns(text: str) -> list[str]:
-    """Of the first table in Markdown."""
+    """List the columns of the first table in Markdown."""
     header = next(line for line in text.splitlines() if line.startswith("| model"))
     return [cell.strip() for cell in header.split("|")]
 
@@ -71,6 +71,7 @@ def installed(tmp_path, monkeypatch):
     sys.modules.pop("my_baseline", None)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_page_leads_from_nothing_to_a_row_of_the_table_and_leaves_no_trace(
     installed, monkeypatch, capsys, tmp_path
 ):

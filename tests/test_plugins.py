@@ -71,7 +71,7 @@ def test_of_two_with_one_name_the_first_is_used_and_both_are_named(installed):
         assert plugins.resolve("tokenizer", GROUP) == "first.A"
 
 
-def test_one_plug_in_that_is_found_twice_is_no_clash(installed):
+def test_a_plug_in_that_is_found_twice_does_not_clash(installed):
     installed(("tokenizer", "first:A"), ("tokenizer", "first:A"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

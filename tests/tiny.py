@@ -137,7 +137,7 @@ def trainer(folder: Path, max_steps: int = 7, **arguments: Any) -> VideoTrainer:
 
 
 class Terminate(Callback):
-    """What a scheduler does: at a step, or with `hook` at another moment."""
+    """End a training by a signal as a scheduler does: at a step, or with `hook` at another moment."""
 
     def __init__(self, at: int = 0, hook: str = "on_train_batch_start", number: int = 15) -> None:
         self.at, self.number = at, number

@@ -1,10 +1,6 @@
-"""Sweeps on two processes, of which Lightning starts the second; run by test_sweep_on_two_ranks.py.
-
-python two_rank_sweep.py FOLDER
-"""
+"""Sweeps on two processes; run by test_sweep_on_two_ranks.py."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +32,7 @@ def run(folder: Path, name: str, **arguments: Any) -> int:
 
 
 def main(folder: Path) -> None:
+    """Run the sweeps on this rank and write its exit codes and its refusal."""
     found: dict[str, Any] = {"two": run(folder, "two", devices=2)}
     found["resumed"] = run(folder, "resumed", devices=2)
     try:
@@ -44,7 +41,3 @@ def main(folder: Path) -> None:
         found["refused"] = str(error)
     rank = torch.distributed.get_rank()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -182,7 +182,7 @@ def test_an_empty_folder_is_filled(tmp_path):
         (["{pool}", "{out}", "--config", "absent.yaml"], "Expected a config at absent.yaml"),
     ],
 )
-def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(argv, message, tmp_path, capsys):
+def test_weights_that_cannot_be_converted_are_one_line_and_leave_nothing(argv, message, tmp_path, capsys):
     pool = checkpoint(tmp_path / "pool.ckpt")
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "pool.ckpt").read_bytes()[:300])
     torch.save({"a": torch.zeros(2)}, tmp_path / "tensors.pt")

@@ -142,7 +142,7 @@ def test_the_same_weights_in_another_place_serve(here, capsys):
     assert decode("--ckpt_path", "moved.ckpt") == 0
 
 
-def test_what_comes_before_a_damaged_shard_is_decoded(here, capsys):
+def test_windows_before_a_damaged_shard_are_decoded(here, capsys):
     path = Path("latents/shard-00001.safetensors")
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
@@ -240,7 +240,7 @@ def test_the_page_on_latents_can_be_followed(tmp_path, monkeypatch):
     assert Model.labels == {0, 1}
 
 
-def test_a_full_disk_ends_the_command_which_goes_on_by_skip_existing(here, capsys, monkeypatch):
+def test_a_full_disk_ends_the_command_which_skip_existing_resumes(here, capsys, monkeypatch):
     write = VideoWriter.write
 
     def full(self, *given):

@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import forked
 import numpy as np
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_times_of_a_variable_rate_are_kept(here):
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3])
-def test_what_was_interrupted_goes_on_to_the_same_bytes(here, monkeypatch, capsys, calls):
+def test_an_interrupted_encoding_resumes_to_the_same_bytes(here, monkeypatch, capsys, calls):
     words = ("--clips_per_shard", "2", "--batch_size", "2")
     assert encode(*words, out="whole") == 0
     monkeypatch.setattr(Interruption, "after", calls)
@@ -193,8 +194,8 @@ def test_two_processes_and_one_that_was_killed_give_the_bytes_of_one(here):
     environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
     command = ["encode", "videos", "--out", "killed", "--ckpt_path", "pool.ckpt", "--accelerator", "cpu", *words]
     command += ["--trust_module", "sweeping"]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command], env=environment, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    stderr = here / "stderr"
+    assert forked.run_code(KILLED, command, stderr) == -signal.SIGKILL, stderr.read_text()
     assert sorted(path.name for path in Path("killed").glob("shard-*")) == [
         f"shard-0000{n}.safetensors" for n in (0, 1)
     ]
@@ -219,7 +220,7 @@ def test_two_processes_and_one_that_was_killed_give_the_bytes_of_one(here):
         assert np.abs(one - two).mean() < 1
 
 
-def test_a_truncated_shard_is_told_and_made_again(here, capsys):
+def test_a_truncated_shard_is_logged_and_made_again(here, capsys):
     encode("--clips_per_shard", "2")
     before = contents("latents")
     path = Path("latents/shard-00001.safetensors")
@@ -229,7 +230,7 @@ def test_a_truncated_shard_is_told_and_made_again(here, capsys):
     assert contents("latents") == before
 
 
-def test_a_shard_with_a_changed_byte_is_told_and_made_again(here, capsys):
+def test_a_shard_with_a_changed_byte_is_logged_and_made_again(here, capsys):
     encode("--clips_per_shard", "2")
     before = contents("latents")
     path = Path("latents/shard-00001.safetensors")
@@ -241,7 +242,7 @@ def test_a_shard_with_a_changed_byte_is_told_and_made_again(here, capsys):
     assert contents("latents") == before
 
 
-def test_a_damaged_manifest_is_written_anew_from_the_plan_that_the_shards_carry(here, capsys):
+def test_a_damaged_manifest_is_written_again_from_the_plan_in_the_shards(here, capsys):
     encode("--clips_per_shard", "2")
     before = contents("latents")
     Path("latents/manifest.json").write_bytes(before["manifest.json"][:50])
@@ -340,7 +341,7 @@ def add_video(here: Path) -> None:
         (add_video, (), "no video run/more"),
     ],
 )
-def test_a_folder_of_other_latents_is_refused_and_begun_anew_when_asked(here, capsys, change, words, named):
+def test_a_folder_of_other_latents_is_refused_and_replaced_on_request(here, capsys, change, words, named):
     encode()
     if change:
         change(here)

@@ -1,8 +1,11 @@
 """Exported encoders and decoders give what the model gives, and one that does not passes for none."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from functools import cache
 
 import pytest
 import torch
@@ -11,7 +14,6 @@ from sweeping import Pool
 from tiny import BASELINES, tiny_model
 
 from vidtwin import plugins, weights
-from vidtwin.apply import export
 from vidtwin.cli import main
 from vidtwin.posteriors import Quantized
 
@@ -53,13 +55,28 @@ def expected(model, clip):
     return outputs
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Return a function that exports a model by torch.export once → the model, the folder and what was printed."""
+
+    @cache
+    def export(name):
+        folder = tmp_path_factory.mktemp(name)
+        model = saved(folder / "model", name)
+        frames = model.temporal.usual_length if name in ("vidtwin", "cmd") else 4
+        argv = ["--ckpt_path", folder / "model", "--out", folder / "out", "--num_frames", frames, "--resolution", 32]
+        with redirect_stdout(io.StringIO()) as printed:
+            assert run(*argv) == 0
+        return model, folder / "out", printed.getvalue()
+
+    return export
+
+
 @pytest.mark.parametrize("name", ["vidtwin", "ivideogpt", *(pytest.param(n, marks=SLOW) for n in ("magvit2", "cmd"))])
-def test_programs_of_torch_give_the_models_latents_codes_and_clip_of_any_number_of_clips(name, tmp_path, capsys):
-    model = saved(tmp_path / "model", name)
-    out = tmp_path / "out"
-    frames = model.temporal.usual_length if name in ("vidtwin", "cmd") else 4
-    assert run("--ckpt_path", tmp_path / "model", "--out", out, "--num_frames", frames, "--resolution", 32) == 0
-    assert "encoder.pt2: any number of clips; largest difference to the model: " in capsys.readouterr().out
+def test_programs_of_torch_give_the_models_latents_codes_and_clip_of_any_number_of_clips(name, exported):
+    model, out, printed = exported(name)
+    assert "encoder.pt2: any number of clips; largest difference to the model: " in printed
+    frames = json.loads((out / "manifest.json").read_text())["preprocessing"]["num_frames"]
     encoder = torch.export.load(out / "encoder.pt2").module()
     decoder = torch.export.load(out / "decoder.pt2").module()
     for count in (1, 3):
@@ -112,37 +129,39 @@ save_file({name: value.contiguous() for name, value in latents.items()}, "latent
         torch.testing.assert_close(value, wanted[name])
 
 
-def test_the_encoders_file_holds_no_decoder(tmp_path):
-    model = saved(tmp_path / "model", "cmd")
-    assert run("--ckpt_path", tmp_path / "model", "--out", tmp_path / "out") == 0
-    held = torch.export.load(tmp_path / "out" / "encoder.pt2").state_dict
+def test_the_encoders_file_holds_no_decoder(exported):
+    model, out, _ = exported("vidtwin")
+    held = torch.export.load(out / "encoder.pt2").state_dict
     numbers = {part: sum(v.numel() for n, v in held.items() if f".{part}" in n) for part in ("decoder", "encoder")}
     assert numbers["decoder"] == 0
     assert numbers["encoder"] == sum(v.numel() for n, v in model.state_dict().items() if n.startswith("encoder"))
 
 
-def test_the_manifest_lists_inputs_and_outputs(tmp_path):
-    model = saved(tmp_path / "model", "magvit2")
-    argv = ["--ckpt_path", tmp_path / "model", "--out", tmp_path / "out", "--num_frames", 8, "--resolution", 32]
-    assert run(*argv) == 0
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+def test_the_manifest_lists_inputs_and_outputs(exported):
+    model, out, _ = exported("ivideogpt")
+    manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["class_path"] == model.class_path
     assert manifest["init_args"] == model.init_args
     assert manifest["weights_sha256"] == weights.sha256(model.state_dict())
-    assert (manifest["preprocessing"]["num_frames"], manifest["preprocessing"]["resolution"]) == (8, 32)
+    assert (manifest["preprocessing"]["num_frames"], manifest["preprocessing"]["resolution"]) == (4, 32)
     assert manifest["versions"]["torch"] == torch.__version__.partition("+")[0]
     encoder, decoder = (manifest["files"][f"{part}.pt2"] for part in ("encoder", "decoder"))
-    assert encoder["inputs"] == {"clip": {"shape": ["batch", 3, 8, 32, 32], "dtype": "float32"}}
-    shape, (codes, _) = model.latent_shapes((3, 8, 32, 32))["latent"], model.code_shapes((3, 8, 32, 32))["latent"]
-    assert encoder["outputs"] == {
-        "latent": {"shape": ["batch", *shape], "dtype": "float32"},
-        "latent.codes": {"shape": ["batch", *codes], "dtype": "int64"},
+    clip = (3, 4, 32, 32)
+    assert encoder["inputs"] == {"clip": {"shape": ["batch", *clip], "dtype": "float32"}}
+    latents = {
+        name: {"shape": ["batch", *shape], "dtype": "float32"} for name, shape in model.latent_shapes(clip).items()
     }
-    assert decoder["inputs"] == {"latent": {"shape": ["batch", *shape], "dtype": "float32"}}
+    codes = {
+        f"{name}.codes": {"shape": ["batch", *shape], "dtype": "int64"}
+        for name, (shape, _) in model.code_shapes(clip).items()
+    }
+    assert list(codes) == ["context.codes", "dynamics.codes"]
+    assert encoder["outputs"] == latents | codes
+    assert decoder["inputs"] == latents
     assert decoder["outputs"] == encoder["inputs"]
     assert encoder["agrees"]
     assert encoder["batch"] == "any"
-    assert encoder["difference"]["latent"] < 1e-5
+    assert encoder["difference"]["context"] < 1e-5
 
 
 OWN = """
@@ -205,7 +224,7 @@ def test_a_batch_that_must_be_fixed_is_fixed_and_reported(own, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(("name", "shown"), [("Counting", "clip 0."), ("Endless", "clip infinite")])
-def test_a_program_that_does_not_agree_is_put_aside(name, shown, own, tmp_path, capsys):
+def test_a_program_that_does_not_agree_goes_to_failed(name, shown, own, tmp_path, capsys):
     assert run(*own(name)) == 1
     printed = capsys.readouterr().out
     assert "DOES NOT AGREE" in printed
@@ -220,7 +239,7 @@ def test_a_program_that_does_not_agree_is_put_aside(name, shown, own, tmp_path, 
     assert sorted(path.name for path in out.iterdir()) == ["decoder.pt2", "encoder.pt2", "manifest.json"]
 
 
-def test_what_onnx_lacks_is_named_by_its_operator(own, tmp_path, capsys):
+def test_an_operator_that_onnx_lacks_is_named(own, tmp_path, capsys):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     line = fails(capsys, *own("Bessel"), "--format=onnx")
@@ -229,7 +248,7 @@ def test_what_onnx_lacks_is_named_by_its_operator(own, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_traced_is_one_line(own, tmp_path, capsys):
+def test_a_model_that_cannot_be_traced_is_one_line(own, tmp_path, capsys):
     line = fails(capsys, *own("Branching"))
     assert "The encoder of Branching can't be exported: " in line
     assert "data-dependent" in line
@@ -238,7 +257,7 @@ def test_what_cannot_be_traced_is_one_line(own, tmp_path, capsys):
 
 def test_missing_onnx_is_reported(tmp_path, capsys, monkeypatch):
     Pool().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     line = fails(capsys, "--ckpt_path", tmp_path / "model", "--out", tmp_path / "out", "--format", "both")
     assert "Expected onnx, onnxscript, onnxruntime for --format onnx; pip install 'vidtwin[export]'" in line
 
@@ -258,7 +277,7 @@ def test_missing_onnx_is_reported(tmp_path, capsys, monkeypatch):
         (["--ckpt_path", "{model}", "--out", "{full}"], "Expected no encoder.onnx in"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_nothing_is_written(argv, message, tmp_path, capsys):
+def test_a_wrong_option_is_one_line_and_nothing_is_written(argv, message, tmp_path, capsys):
     saved(tmp_path / "model", "vidtwin")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "encoder.onnx").write_text("")

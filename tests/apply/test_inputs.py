@@ -1,4 +1,4 @@
-"""Which videos a command's arguments mean, and what is made of them is called."""
+"""Videos that the arguments of a command mean, and names of their outputs."""
 
 from pathlib import Path
 

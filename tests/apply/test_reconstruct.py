@@ -44,7 +44,7 @@ def run(*words: str | Path, ckpt: str = "pool.ckpt") -> int:
 
 
 def expected(path: Path, size: int | None = None, ckpt: str = "pool.ckpt") -> tuple[np.ndarray, np.ndarray]:
-    """What goes into the model, and what comes out of it, frame by frame and without any of the command's code."""
+    """Input and output of the model, frame by frame, without the command's code."""
     given = np.stack(list(iter_frames(path, size)))
     model = load_autoencoder(ckpt)
     made = []

@@ -374,7 +374,7 @@ def test_the_context_changes_codes_and_pixels_of_the_future():
         assert not torch.allclose(mixed[:, :, 2:], model.decode(before.mode())[:, :, 2:])
 
 
-def test_order_of_context_frames_is_told_by_the_position_table():
+def test_the_position_table_holds_the_order_of_context_frames():
     model, clip = small(), clip_of(3)
     flipped = torch.cat([clip[:, :, :2].flip(2), clip[:, :, 2:]], 2)
     with torch.no_grad():

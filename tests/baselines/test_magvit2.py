@@ -275,12 +275,12 @@ def test_autocast_to_bf16_trains():
         ({"temperature": 0.0}, "Expected a temperature above 0"),
     ],
 )
-def test_arguments_that_make_no_sense_are_told(arguments, message):
+def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         tiny(**arguments)
 
 
-def test_what_cannot_be_encoded_or_decoded_is_told():
+def test_invalid_clips_latents_and_codes_are_refused():
     model = tiny()
     with pytest.raises(UserError, match="multiples of 8"):
         model.encode(noise(1, 3, 4, 16, 20))

@@ -27,7 +27,7 @@ def test_the_peak_is_the_weights_the_input_and_the_two_largest_neighbours(mode):
         assert peak_memory(lambda: network(x), CPU, [network.state_dict(), x]) == 800 + 400 + 160 + 320 + 320
 
 
-def test_what_is_kept_for_the_backward_pass_counts_until_it_is_used():
+def test_tensors_kept_for_the_backward_pass_count_until_they_are_used():
     weight, x = torch.ones(1000, requires_grad=True), torch.ones(1000)
     with TensorMemory(CPU) as memory:
         memory.track([weight, x])
@@ -58,7 +58,7 @@ def test_a_view_and_a_change_in_place_take_nothing_and_growth_counts():
     assert memory.peak == 12000
 
 
-def test_what_is_freed_makes_room():
+def test_freed_memory_makes_room():
     x = torch.zeros(1000)
     with TensorMemory(CPU) as memory:
         for _ in range(5):
@@ -123,7 +123,7 @@ def test_a_real_request_that_no_machine_can_meet_is_reported():
         within_memory(lambda: torch.empty(2**40 * 1000), CPU, "a petabyte")
 
 
-def test_another_error_stays_what_it_is():
+def test_another_error_is_raised_unchanged():
     with pytest.raises(RuntimeError, match="must match the size"):
         within_memory(lambda: torch.zeros(2) + torch.zeros(3), CPU, "a sum")
 

@@ -18,7 +18,7 @@ def assign(higher: bool = True, **rows: list[places.Unit]) -> dict[str, int]:
     return places.assign(means, rows, higher)
 
 
-def test_a_constant_difference_is_no_chance_however_much_the_videos_differ():
+def test_a_constant_difference_is_significant_however_much_the_videos_differ():
     a, b = units(10.0, 30.0, 50.0), units(9.9, 29.9, 49.9)
     assert assign(a=a, b=b) == {"a": 1, "b": 2}
     assert assign(higher=False, a=a, b=b) == {"b": 1, "a": 2}

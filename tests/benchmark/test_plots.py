@@ -230,7 +230,7 @@ def test_the_front_is_that_of_the_better_direction(higher, joined):
     assert sorted({y for _, y in plots._front(figure.axes[0], points, higher)}) == joined
 
 
-def test_colours_and_markers_tell_models_and_kinds_apart(folder):
+def test_colours_distinguish_models_and_markers_kinds(folder):
     for index in range(12):
         folder.add(f"m{index:02d}", psnr=30 - index)
     folder.add("fresh", kind="untrained")

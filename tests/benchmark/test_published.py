@@ -120,7 +120,7 @@ def test_a_single_change_is_the_one_difference(known, key):
 
 
 @pytest.mark.parametrize("key", STATED)
-def test_a_key_that_a_source_does_not_state_is_no_match(known, key):
+def test_a_key_missing_from_a_source_does_not_match(known, key):
     known(paper({name: value for name, value in STATED.items() if name != key}))
     (entry,) = published.beside(measured())
     assert entry["matches"] is False
@@ -128,7 +128,7 @@ def test_a_key_that_a_source_does_not_state_is_no_match(known, key):
     assert len(entry["unknown"]) == 1
 
 
-def test_a_key_that_the_data_module_does_not_state_is_no_match(known):
+def test_a_key_missing_from_the_data_module_does_not_match(known):
     known(paper())
     protocol = measured()
     del protocol["data"]["tail"]

@@ -1,14 +1,12 @@
 """Sweeps: content of rows, resumption, failures, and the command line."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import scipy.linalg
@@ -42,8 +40,6 @@ from vidtwin.losses import st_lpips
 from vidtwin.metrics.fvd import FeatureNetwork
 from vidtwin.video import write_video
 from vidtwin.weights import PackagedFile
-
-TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -204,7 +200,7 @@ def test_costs_are_measured_with_the_row(tmp_path):
 
 
 @pytest.mark.parametrize(("after", "error"), [(0, KeyboardInterrupt), (1, SystemExit), (4, KeyboardInterrupt)])
-def test_an_ended_sweep_goes_on_with_the_missing_chunks_alone(tmp_path, monkeypatch, after, error):
+def test_an_interrupted_sweep_resumes_with_the_missing_chunks_alone(tmp_path, monkeypatch, after, error):
     entries = [
         Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt", 0.9)),
         Entry("b", checkpoint=checkpoint(tmp_path / "b.ckpt", 0.7)),
@@ -225,10 +221,9 @@ def test_an_ended_sweep_goes_on_with_the_missing_chunks_alone(tmp_path, monkeypa
     assert not list((tmp_path / "ended").glob("rows/*/parts"))
 
 
-def test_a_killed_process_leaves_what_the_next_one_goes_on_with(tmp_path):
+def test_a_killed_sweep_is_resumed_by_the_next_process(tmp_path):
     """SIGKILL between two chunks; `benchmarks/kill_sweep.py` does it at random moments."""
-    script = tmp_path / "killed.py"
-    script.write_text(
+    code = (
         "import os, signal, sys\n"
         "from sweeping import *\n"
         "class Kill(BaseException):\n"
@@ -239,10 +234,8 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_with(tmp_path):
         "sweep(folder / 'r', entries).run()\n"
     )
     entries = [Entry(name, checkpoint=checkpoint(tmp_path / f"{name}.ckpt", s)) for name, s in (("a", 0.9), ("b", 0.7))]
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    stderr = tmp_path / "stderr"
+    assert forked.run_code(code, [str(tmp_path)], stderr) == -signal.SIGKILL, stderr.read_text()
     assert sweep(tmp_path / "r", entries).run() == 0
     assert sweeping.calls == [[2, 3], [4, 5]]  # of b; a's row and b's first chunk were there
     assert sweep(tmp_path / "whole", entries).run() == 0
@@ -776,7 +769,7 @@ def test_a_missing_checkpoint_leaves_the_complete_row_and_nothing_is_measured_ag
     assert sweeping.calls == []
 
 
-def test_a_row_that_was_put_aside_is_taken_back(done, capfd):
+def test_an_earlier_row_is_restored(done, capfd):
     folder, entries, before = done
     other = [Entry("a", checkpoint=entries[1].checkpoint), entries[1]]
     assert sweep(folder, other).run() == 0
@@ -799,7 +792,7 @@ def test_two_sweeps_do_not_write_to_one_folder(done):
 
 
 @pytest.mark.parametrize("compared", ["floats", "8-bit", "mp4v", "h264"])
-def test_a_reconstruction_that_is_not_finite_is_no_number_however_it_is_compared(tmp_path, compared):
+def test_a_reconstruction_that_is_not_finite_has_no_number_however_it_is_compared(tmp_path, compared):
     entries = [Entry("broken", checkpoint=checkpoint(tmp_path / "b.ckpt", nan_on=[1]))]
     settings = ProtocolSettings(compared=compared, posterior="mode", ssim="uniform7")
     assert sweep(tmp_path / "r", entries, protocol=settings).run() == 0

@@ -1,11 +1,9 @@
 """Two processes share a sweep, and their numbers are those of one to the last bit."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import two_rank_sweep
@@ -30,12 +28,7 @@ def folder(tmp_path_factory) -> Path:
         patch.setattr(Interruption, "after", None)
         assert two_rank_sweep.run(folder, "one") == 1
         torch.set_num_threads(threads)
-    tests = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tests / "two_rank_sweep.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "stderr").write_text(done.stderr)
+    forked.run_ranks(two_rank_sweep.main, folder, stderr=folder / "stderr")
     return folder
 
 

@@ -162,6 +162,7 @@ def test_test_writes_rows_for_the_model_and_the_references(here, run, capsys):
         assert f"clip0.{suffix}" in printed
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_checkpoint_without_a_config_rebuilds_its_model(here, run):
     argv = ["test", "--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--data", "ucf101"]
     argv += ["--data.root=data/UCF-101", "--data.num_frames=4", "--data.resolution=32", "--data.fps=25"]
@@ -180,6 +181,7 @@ def test_a_checkpoint_without_a_config_rebuilds_its_model(here, run):
     assert with_config["protocol_hash"] == without["protocol_hash"]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_row_without_a_checkpoint_is_marked_as_untrained(here, capsys):
     argv = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", "untrained", *QUICK]
     assert main(argv) == 0
@@ -406,7 +408,8 @@ def test_a_new_run_does_not_replace_an_old_one(here, run, capsys):
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_row_of_another_checkpoint_is_put_aside(here, run, capsys):
+@pytest.mark.usefixtures("without_pictures")
+def test_a_row_of_another_checkpoint_is_kept_in_earlier(here, run, capsys):
     argv = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", "aside", *QUICK]
     assert main([*argv, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
     files = {path.name: path.read_bytes() for path in Path("aside/rows/VidTwin").iterdir()}
@@ -418,6 +421,7 @@ def test_a_row_of_another_checkpoint_is_put_aside(here, run, capsys):
     assert json.loads(Path("aside/rows/VidTwin/results.json").read_text())["kind"] == "untrained"
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_model_measured_alone_is_complete_in_a_sweep_over_the_same_folder(here, run, capsys):
     last = str(run / "checkpoints" / "last.ckpt")
     argv = ["test", "--config", "tiny.yaml", "--data.root", "data/UCF-101", "--results_dir", "shared"]

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ ONE_STEP = [
     "--data.num_val=1",
     "--data.num_test=2",
     "--trainer.max_steps=1",
+    "--trainer.num_sanity_val_steps=0",
     "--trainer.accelerator=cpu",
     "--trainer.devices=1",
     "--trainer.enable_progress_bar=false",
@@ -70,11 +72,15 @@ FAMILIES = {
 
 def parsed(*configs: str) -> dict[str, Any]:
     """Return the configs as `vidtwin fit` joins them, with every default."""
-    argv = [f"--config={CONFIGS / name}" for name in configs]
-    with redirect_stdout(io.StringIO()) as text:
-        assert main(["fit", *argv, "--print_config"]) == 0
-    config: dict[str, Any] = yaml.safe_load(text.getvalue())
+    config: dict[str, Any] = yaml.safe_load(printed(*(f"--config={CONFIGS / name}" for name in configs)))
     return config
+
+
+@cache
+def printed(*options: str) -> str:
+    with redirect_stdout(io.StringIO()) as text:
+        assert main(["fit", *options, "--print_config"]) == 0
+    return text.getvalue()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,7 +90,7 @@ def test_a_models_config_trains_a_step(name, tmp_path, monkeypatch):
 
 
 def small_options(name: str, config: dict) -> list[str]:
-    """Of a baseline's config at full size: the model, the clips and the discriminator made small."""
+    """List options that make a baseline at full size small: its model and the clips."""
     options = [f"--model.autoencoder.{each}" for each in FAMILIES[name.partition("_")[0]]]
     arguments = config["model"]["autoencoder"].get("init_args", {})
     if arguments.get("inner_resolution"):
@@ -106,6 +112,7 @@ def gan_options(config: dict, resolution: int) -> list[str]:
     return options
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monkeypatch, capsys):
     """With its own losses, optimizers and options; the tiny ones in their own size too."""

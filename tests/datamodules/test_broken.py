@@ -55,7 +55,7 @@ def test_a_training_names_each_unusable_file_once_and_takes_others(tree, tmp_pat
     assert set(seen) == {video.name for video in data.videos("train")} - BAD
 
 
-def test_each_reason_is_told_and_counted(tree, capsys):
+def test_each_reason_is_logged_and_counted(tree, capsys):
     data = folder(tree, max_broken=0.5)
     list(data.train_dataloader())
     lines = capsys.readouterr().err.splitlines()
@@ -97,7 +97,7 @@ def test_a_clip_in_the_place_of_a_damaged_one_is_anothers_under_its_own_name(tre
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_what_is_met_does_not_depend_on_the_workers(tree, workers):
+def test_broken_videos_that_are_met_do_not_depend_on_the_workers(tree, workers):
     def epochs(num_workers: int) -> list[Any]:
         data = folder(tree, max_broken=0.5, num_workers=num_workers)
         loader = data.train_dataloader()
@@ -182,7 +182,7 @@ def test_with_one_rate_or_several_the_other_draws_are_the_same(tmp_path):
     assert all(torch.equal(one[epoch, 0]["clip"], several[epoch, 0]["clip"]) for epoch in range(4))
 
 
-def test_what_was_found_is_remembered_until_the_file_changes(tree, monkeypatch):
+def test_survey_results_are_kept_until_the_file_changes(tree, monkeypatch):
     paths = sorted(tree.iterdir())
     first = index.survey_all(paths)
     asked: list[Path] = []
@@ -205,7 +205,7 @@ def test_many_videos_are_surveyed_in_parallel_as_one_by_one(tree, monkeypatch):
     assert index.survey_all(paths, workers=2) == one_by_one
 
 
-def test_what_the_system_could_not_read_is_neither_skipped_nor_remembered(tree, monkeypatch):
+def test_read_errors_of_the_system_are_neither_skipped_nor_kept(tree, monkeypatch):
     with monkeypatch.context() as patch:
         failing = index.Fault("unreadable", "Input/output error", lasting=False)
         patch.setattr(index, "_survey_one", lambda path: failing)
@@ -226,7 +226,7 @@ def test_a_list_of_rates_holds_no_null():
         VideoFolder("anywhere", fps=[None, 8.0])  # type: ignore[list-item]
 
 
-def test_a_damaged_or_unwritable_memory_is_no_error(tree, tmp_path, monkeypatch):
+def test_a_damaged_or_unwritable_index_raises_no_error(tree, tmp_path, monkeypatch):
     paths = sorted(tree.iterdir())
     expected = index.survey_all(paths)
     file = index._cache_file(paths)

@@ -197,7 +197,7 @@ def write_thirty(out: Path, workers: int = 1) -> None:
     write_cache(data, out, ["train"], epochs=2, shard_bytes=30_000)
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
+def test_a_cache_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path):
     """Once as nobody disturbs it, then killed after each few shards until it comes through."""
     start = multiprocessing.get_context("fork").Process
     undisturbed = start(target=write_thirty, args=(tmp_path / "whole",))
@@ -280,7 +280,7 @@ def test_a_full_disk_leaves_the_shards_before_it(make, written, tmp_path, monkey
     assert contents(tmp_path / "cache") == contents(written)
 
 
-def test_too_little_room_is_told_before_it_begins(make, tmp_path, monkeypatch):
+def test_too_little_room_is_an_error_before_the_first_shard(make, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"expected 0\.0 GB of free disk for the clips still to be written"):
         write_cache(make(), tmp_path, ["train"])
@@ -310,7 +310,7 @@ def test_a_cache_of_something_else_is_refused(make, copied, arguments, differenc
     assert contents(copied) == before
 
 
-def test_what_is_excluded_is_not_stored_and_belongs_to_the_cache(make, tmp_path):
+def test_excluded_videos_are_not_stored_and_belong_to_the_caches_identity(make, tmp_path):
     (tmp_path / "exclude.txt").write_text("Bounce/v_Bounce_g25_c01.avi\n")
     data = make(exclude=str(tmp_path / "exclude.txt"))
     write_cache(data, tmp_path / "cache", ["val"])
@@ -513,7 +513,7 @@ class Faulty(Synthetic):
         return dataset
 
 
-def test_what_can_not_be_read_is_listed_with_its_reason_and_never_another_clip(tmp_path):
+def test_unreadable_clips_are_listed_with_the_reason_and_never_replaced(tmp_path):
     data = Faulty(num_train=5, num_val=5, num_test=1, **SMALL)
     train, val = write_cache(data, tmp_path, ["train", "val"], epochs=2, shard_bytes=SHARD)
     assert val.manifest.skipped == {1: ("Drift/val_00001", "broken.avi: decoding stops")}
@@ -534,7 +534,7 @@ def test_what_can_not_be_read_is_listed_with_its_reason_and_never_another_clip(t
 
 
 @pytest.mark.parametrize("format", ["clips", "videos"])
-def test_what_the_system_could_not_read_is_no_hole_in_a_cache(make, small_ucf, tmp_path, monkeypatch, format):
+def test_a_read_error_of_the_system_leaves_no_gap_in_a_cache(make, small_ucf, tmp_path, monkeypatch, format):
     bad = next(path for path in sorted(small_ucf.rglob("*_g25_c02.avi")))
     dataset = make().make_dataset("val")
     clip, read = dataset.clip, Path.read_bytes

@@ -50,7 +50,7 @@ def test_a_folder_of_images_is_known_by_all_of_them(tmp_path):
     assert content.digest_all([tmp_path / "v"]) != [first]
 
 
-def test_a_damaged_cache_of_digests_is_written_anew(tmp_path, monkeypatch):
+def test_a_damaged_cache_of_digests_is_written_again(tmp_path, monkeypatch):
     monkeypatch.setenv("VIDTWIN_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "a.avi"
     path.write_bytes(b"a")

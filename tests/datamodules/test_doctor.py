@@ -167,7 +167,7 @@ def measure(path, name):
 """
 
 
-def test_a_file_that_kills_or_holds_its_worker_is_named_and_the_scan_goes_on(
+def test_a_file_that_kills_or_blocks_its_worker_is_named_and_the_scan_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = tmp_path / "killer_for_doctor.py"
@@ -334,7 +334,7 @@ def test_failures_of_the_system_are_tried_again(
     assert {name for name, row in scan(videos, out)["videos"].items() if row["fault"]} == {"text.mp4"}
 
 
-def test_measurements_of_another_version_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurements_of_another_version_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "run", run_in_process)
     videos, out = tmp_path / "videos", tmp_path / "out"
     for name in ("old", "new", "unknown"):

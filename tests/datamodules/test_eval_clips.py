@@ -201,7 +201,7 @@ def test_a_container_that_promises_a_little_too_much_loses_only_what_is_not_ther
     np.testing.assert_array_equal(looped[0]["clip"].numpy(), every[[*range(10), 0, 1]])
 
 
-def test_a_video_that_merely_ends_early_is_told_and_does_not_count_as_broken(root, capsys):
+def test_a_video_that_merely_ends_early_is_logged_and_does_not_count_as_broken(root, capsys):
     data = folder(root, max_broken=0.0)
     clips = data.dataset("test")
     assert isinstance(clips, VideoClips)
@@ -347,7 +347,7 @@ def test_cached_and_streamed_clips_of_whole_videos_are_the_online_ones(root, tmp
     ]
 
 
-def test_a_cached_clip_before_which_the_video_ends_is_no_broken_one(root, tmp_path):
+def test_a_cached_clip_after_the_end_of_its_video_does_not_count_as_broken(root, tmp_path):
     data = folder(root)
     clips = data.make_dataset("test")
     assert isinstance(clips, VideoClips)
@@ -361,7 +361,7 @@ def test_a_cached_clip_before_which_the_video_ends_is_no_broken_one(root, tmp_pa
     assert sum(len(batch["name"]) for batch in cached.test_dataloader()) == 5
 
 
-def test_a_cache_of_other_clips_is_refused_and_an_old_one_goes_on(root, tmp_path):
+def test_a_cache_of_other_clips_is_refused_and_an_old_one_still_loads(root, tmp_path):
     middle = folder(root, eval_clips="middle")
     write_cache(middle, tmp_path / "middle", ["test"])
     write_cache(folder(root), tmp_path / "all", ["test"])

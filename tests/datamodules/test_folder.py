@@ -229,7 +229,7 @@ def test_a_list_that_names_a_video_twice_is_refused(tmp_path: Path) -> None:
             data.videos("train")
 
 
-def test_what_is_tested_on_is_not_trained_on(tmp_path: Path) -> None:
+def test_test_videos_are_not_trained_on(tmp_path: Path) -> None:
     write(tmp_path, *(f"{split}/{kind}/{i}.mp4" for split in ("train", "test") for kind in "ab" for i in range(3)))
     write(tmp_path, "train.txt", text="train/a/0.mp4\ntest/a/1.mp4\ntest/b/0.mp4")
     write(tmp_path, "other.csv", text="path\ntrain/b/0.mp4\n./train/a/0.mp4\ngone.mp4\n")

@@ -218,7 +218,7 @@ def fit(folder: Path, data: LatentDataModule, steps: int, ckpt: Path | None = No
     return model, path
 
 
-def test_a_resumed_training_goes_on_with_the_very_next_batch(tmp_path):
+def test_a_resumed_training_starts_with_the_very_next_batch(tmp_path):
     folder = tmp_path / "latents"
     folder.mkdir()
     write(folder)
@@ -278,7 +278,7 @@ def test_latents_that_are_not_complete_are_refused(tmp_path):
         made(tmp_path).setup("fit")
 
 
-def test_shapes_that_differ_are_told_with_what_to_do(tmp_path):
+def test_shapes_that_differ_are_an_error_with_advice(tmp_path):
     write(tmp_path, shapes={"b": (2, 3, 5)})
     with pytest.raises(UserError, match=r"Expected grid of one shape .* encode with --size"):
         made(tmp_path).setup("fit")
@@ -297,7 +297,7 @@ def test_shapes_that_differ_are_told_with_what_to_do(tmp_path):
         ({"val_share": 1 - 1e-9}, "Expected latents to train on"),
     ],
 )
-def test_wrong_arguments_are_told(tmp_path, arguments, expected):
+def test_wrong_arguments_are_refused(tmp_path, arguments, expected):
     write(tmp_path, moments=False)
     with pytest.raises(UserError, match=expected):
         made(tmp_path, **arguments).setup("fit")

@@ -1,4 +1,4 @@
-"""Which files are videos, and whether one has changed."""
+"""Lists of videos, and detection of changed ones."""
 
 import os
 import shutil

@@ -149,7 +149,7 @@ def test_from_every_checkpoint_the_very_next_batch_follows(make, tmp_path, mode,
         assert rest == whole[steps:], f"{moment} after {steps} batches"
 
 
-def test_a_run_that_max_steps_ended_in_an_epoch_goes_on_in_it(make, tmp_path, undisturbed):
+def test_a_run_that_max_steps_ended_within_an_epoch_resumes_there(make, tmp_path, undisturbed):
     for steps in range(1, 9):
         saver = SaveAtEveryMoment(tmp_path)
         first = train(tmp_path, make(), diary=saver, **(MODES["steps"] | {"max_steps": steps}))
@@ -206,7 +206,7 @@ def test_a_model_may_ask_for_the_number_of_steps(make, tmp_path, undisturbed, wo
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_another_batch_size_goes_on_with_the_next_clips(make, tmp_path, undisturbed, batch_size):
+def test_another_batch_size_resumes_with_the_next_clips(make, tmp_path, undisturbed, batch_size):
     path = undisturbed.saved["batch end", 5]  # the first two clips of epoch 1
     data = make(batch_size=batch_size)
     rest = [name for names, *_ in train(tmp_path, data, path, **MODES["steps"]) for name in names]
@@ -217,7 +217,7 @@ def test_another_batch_size_goes_on_with_the_next_clips(make, tmp_path, undistur
     assert rest == expected[: 4 * batch_size]
 
 
-def test_a_checkpoint_without_a_place_begins_its_epoch_anew(make, tmp_path, undisturbed):
+def test_a_checkpoint_without_a_place_restarts_its_epoch(make, tmp_path, undisturbed):
     checkpoint = torch.load(undisturbed.saved["batch end", 6], weights_only=True)
     assert checkpoint.pop("UCF101") == {"epoch": 1, "clips": 4, "batches": 6}
     torch.save(checkpoint, tmp_path / "old.ckpt")
@@ -226,7 +226,7 @@ def test_a_checkpoint_without_a_place_begins_its_epoch_anew(make, tmp_path, undi
     assert rest == undisturbed.steps[4:7]
 
 
-def test_what_one_data_module_did_before_moves_no_training(make, tmp_path, undisturbed):
+def test_earlier_runs_of_a_data_module_move_no_training(make, tmp_path, undisturbed):
     data, path = make(), undisturbed.saved["batch end", 5]
     run = trainer(tmp_path, **MODES["steps"])
     run.test(Model(), datamodule=data, ckpt_path=path, verbose=False)
@@ -237,7 +237,7 @@ def test_what_one_data_module_did_before_moves_no_training(make, tmp_path, undis
         assert train(tmp_path, data, path, **MODES["steps"]) == undisturbed.steps[5:]
 
 
-def test_nobody_is_warned_that_the_data_can_not_be_resumed(make, tmp_path, undisturbed):
+def test_no_warning_says_that_the_data_can_not_be_resumed(make, tmp_path, undisturbed):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         train(tmp_path, make(), undisturbed.saved["batch end", 5], **MODES["steps"])
@@ -308,7 +308,7 @@ def names_of(data: ClipDataModule, batches: int) -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_two_ranks_go_on_and_one_may_go_on_for_them(make, workers):
+def test_two_ranks_resume_and_so_does_one_in_their_place(make, workers):
     small = {"batch_size": 1, "num_workers": workers}
     both = [on_rank(rank, 2, make(**small), 0) for rank in (0, 1)]
     whole = [names_of(data, 4) for data in both]

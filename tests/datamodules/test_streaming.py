@@ -224,7 +224,7 @@ class Diary(Callback):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_training_goes_on_with_the_very_next_batch_from_every_step_of_two_epochs(make, tmp_path, workers):
+def test_a_training_resumes_with_the_very_next_batch_from_every_step_of_two_epochs(make, tmp_path, workers):
     def run(diary: Diary, path: Path | None = None) -> list[Any]:
         trainer = Trainer(
             accelerator="cpu", devices=1, max_steps=8, logger=False, enable_checkpointing=False, callbacks=[diary],
@@ -261,7 +261,7 @@ def broken(small_ucf: Path, tmp_path: Path) -> tuple[UCF101, Path]:
     return data, tmp_path / "shards"
 
 
-def test_what_can_not_be_read_is_named_and_treated_as_the_files_are(make, broken, capfd):
+def test_unreadable_clips_are_named_and_treated_as_with_files(make, broken, capfd):
     files, shards = broken
     data = make(url=str(shards), max_broken=1.0)
     assert data.shards("train").manifest.skipped[0][0] == "Bounce/v_Bounce_g09_c01.avi"
@@ -347,7 +347,7 @@ def test_a_failing_storage_is_asked_again_and_damage_is_not_taken(make, out, sto
     assert store.asked.count("chunk-0-0.bin") == 4
 
 
-def test_a_storage_that_goes_on_failing_is_one_line(make, out, store):
+def test_a_storage_that_keeps_failing_is_one_line(make, out, store):
     store.failures = [ConnectionError("reset by\npeer")] * 9
     dataset = make("clips", url=f"fake:/{out}/clips").dataset("val")
     with pytest.raises(UserError, match=r"chunk-0-0\.bin: .* could not get it: ConnectionError: reset by$"):
@@ -355,7 +355,7 @@ def test_a_storage_that_goes_on_failing_is_one_line(make, out, store):
     assert len(store.failures) == 5
 
 
-def test_what_is_not_there_is_told_at_once(make, store):
+def test_a_missing_cache_is_refused_at_once(make, store):
     with pytest.raises(UserError, match=r"fake://nowhere/val/manifest\.json: expected a file written by `vidtwin"):
         make(url="fake://nowhere").dataset("val")
     assert len(store.asked) == 1
@@ -436,7 +436,7 @@ def test_the_shard_that_follows_is_fetched_ahead(make, out, store):
     assert store.asked == ["manifest.json", f"chunk-0-{first // 3}.bin", f"chunk-0-{second}.bin"]
 
 
-def test_without_litdata_it_is_told_what_to_install(make, out, monkeypatch):
+def test_without_litdata_the_error_names_the_extra_to_install(make, out, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "litdata"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "litdata", None)

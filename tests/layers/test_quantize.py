@@ -142,6 +142,6 @@ def test_bf16_vectors_are_quantized_in_single_precision():
 
 
 @pytest.mark.parametrize("arguments", [{"bits": 0}, {"bits": 23}, {"bits": 4, "temperature": 0.0}])
-def test_what_cannot_be_built_is_refused(arguments):
+def test_invalid_quantizers_are_refused(arguments):
     with pytest.raises(UserError, match="Expected"):
         LookupFreeQuantizer(**arguments)

@@ -1,4 +1,4 @@
-"""What `AutoencoderLoss` promises whoever trains with it."""
+"""Promises of `AutoencoderLoss` to a training."""
 
 import math
 from pathlib import Path

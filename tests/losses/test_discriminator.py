@@ -161,7 +161,7 @@ def test_spectral_norm_keeps_every_layer_at_a_largest_singular_value_of_one() ->
     assert norms == pytest.approx([1.0, 1.0], rel=1e-3)
 
 
-def test_magvits_discriminator_tells_clips_apart_from_the_start() -> None:
+def test_magvits_discriminator_distinguishes_clips_from_the_start() -> None:
     torch.manual_seed(0)
     discriminator = BlurPoolDiscriminator3d(16, 64, channels=16)
     logits = discriminator(torch.rand(6, 3, 16, 64, 64) * torch.linspace(-1, 1, 6).view(6, 1, 1, 1, 1))

@@ -31,7 +31,7 @@ def values(shared: Path) -> dict[str, Any]:
 
 
 def frame_mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """What stands for LPIPS in the golden file."""
+    """Stand-in for LPIPS in the golden file."""
     return (prediction - target).square().mean(dim=(1, 3, 4)).flatten()
 
 

@@ -215,7 +215,7 @@ def test_failed_download_is_one_line_and_the_timeout_is_restored(
         LPIPS().load(download=False)
 
 
-def test_a_file_that_is_no_vgg16_is_refused_by_name(weights: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_file_without_vgg16_is_refused_by_name(weights: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "other.pth"
     wrong = dict(weights)
     wrong["features.2.weight"] = torch.zeros(1, 2)

@@ -196,7 +196,7 @@ def test_a_file_that_is_not_the_named_one_is_not_run(i3d: tuple[Path, str], tmp_
         FeatureNetwork(path, digest, "vgg")  # type: ignore[arg-type]
 
 
-def test_a_network_that_is_no_i3d_is_refused_before_clips_come(tmp_path: Path, i3d: tuple[Path, str]) -> None:
+def test_a_network_other_than_i3d_is_refused_before_the_first_clip(tmp_path: Path, i3d: tuple[Path, str]) -> None:
     few = script(Few(), tmp_path / "few.pt")
     with pytest.raises(UserError, match=r"features of shape \(1, 400\) from .*, got \(1, 3\)"):
         FeatureNetwork(*few, convention="videogpt")

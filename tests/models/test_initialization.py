@@ -74,7 +74,7 @@ def test_a_patch_is_decoded_from_its_own_place_of_the_structure_latent(downsampl
 
 
 @torch.no_grad()
-def test_places_below_one_place_of_the_structure_latent_are_told_apart():
+def test_places_below_one_place_of_the_structure_latent_differ():
     model = build("released latents")
     features = model.structure.decode(model.encode(clips_like(model)).mode()["structure"])
     first, second = features[..., 0, 0], features[..., 0, 1]

@@ -79,7 +79,7 @@ def importable(monkeypatch):
 # Reading.
 
 
-def test_what_was_saved_is_read_back(saved):
+def test_a_saved_checkpoint_is_read_back(saved):
     model, path = saved
     read = checkpoints.AtomicCheckpointIO().load_checkpoint(path)
     assert read["global_step"] == 12
@@ -270,7 +270,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint_and_nothing_else(tmp_path
         assert checkpoints.read(path)["global_step"] == 12
 
 
-def test_a_removed_checkpoint_is_gone_and_an_absent_one_is_no_error(saved):
+def test_a_removed_checkpoint_is_gone_and_a_missing_one_raises_no_error(saved):
     writer = checkpoints.AtomicCheckpointIO()
     writer.remove_checkpoint(saved[1])
     writer.remove_checkpoint(saved[1])

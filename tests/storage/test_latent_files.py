@@ -75,7 +75,7 @@ def test_the_digest_is_that_of_the_plan_alone():
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1}', '{"schema_version": 1, "latents": 3}'])
-def test_something_else_is_no_manifest(tmp_path, text):
+def test_another_file_is_refused_as_a_manifest(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="Expected a manifest written by `vidtwin encode`"):
         Manifest.read(tmp_path)

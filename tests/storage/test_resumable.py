@@ -51,7 +51,7 @@ def start(target, *arguments):
     return process
 
 
-def test_a_killed_run_goes_on_with_the_missing_units_and_its_leftovers_go(tmp_path):
+def test_a_killed_run_resumes_with_the_missing_units_and_its_leftovers_are_removed(tmp_path):
     process = start(die_at, tmp_path, 2)
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -17,7 +17,7 @@ from vidtwin.storage import checkpoints
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What each of two ranks wrote; a hang would be a failure after four minutes."""
+    """Outcomes that each of two ranks wrote; a hang would be a failure after four minutes."""
     folder = tmp_path_factory.mktemp("ranks")
     write_tree(folder / "videos")
     tests = Path(__file__).parents[1]

@@ -40,7 +40,7 @@ def test_an_exchange_gives_the_model_the_average_and_a_second_one_its_own() -> N
     torch.testing.assert_close(average.values, mean, rtol=0, atol=0)
 
 
-def test_only_what_is_trained_is_averaged() -> None:
+def test_only_trained_parameters_are_averaged() -> None:
     model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
     model[0].requires_grad_(False)
     assert set(WeightAverage(model, 0.9).values) == {"1.weight", "1.bias"}

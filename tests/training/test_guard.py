@@ -173,7 +173,7 @@ def test_the_weights_after_going_back_are_those_of_the_checkpoint(tmp_path):
     assert back.rate == four.rate > 0
 
 
-def test_what_fails_again_goes_back_further_and_then_ends_with_the_reason(tmp_path):
+def test_a_failure_after_a_rollback_goes_back_further_and_then_ends_with_the_reason(tmp_path):
     watcher = Watcher()
     guard = StepGuard(patience=2, rollbacks=2)
     callbacks = [Explode(at=5, times=99), watcher, guard, saved(tmp_path)]
@@ -246,7 +246,7 @@ def test_a_poisoned_step_is_logged_and_replayed_from_the_command_line(tmp_path, 
     assert report.splitlines()[-1].startswith("reproduced: loss: pixel is nan")
 
 
-def test_a_buffer_that_is_put_anew_is_restored_too(tmp_path):
+def test_a_buffer_that_is_replaced_is_restored_too(tmp_path):
     class Codebook(nn.Module):
         def __init__(self, inner):
             super().__init__()

@@ -149,7 +149,7 @@ def test_after_a_rollback_the_same_steps_are_saved_again(tmp_path, at, to, expec
     assert names(tmp_path / "checkpoints") == ["last.ckpt", *step_names(4, 6)]
 
 
-def test_what_was_saved_before_a_rollback_goes_when_the_next_one_stands(tmp_path):
+def test_checkpoints_from_before_a_rollback_are_removed_when_the_next_one_is_written(tmp_path):
     seen: list[list[str]] = []
 
     class Look(Callback):

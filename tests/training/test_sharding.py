@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import sharded_run
 import torch
@@ -29,19 +27,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    """What one process does with the clips of both ranks."""
+    """Outcomes of one process with the clips of both ranks."""
     scenarios = ("whole", "parts", "one_unit", "baseline", "poisoned")
     return {name: getattr(sharded_run, name)(folder / "alone" / name) for name in scenarios}
 
 
 @pytest.fixture(scope="module")
 def ranks(folder, one):
-    """What each of two ranks wrote; a hang would be a failure after four minutes."""
-    tests = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tests / "sharded_run.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Outcomes that each of two ranks wrote; a hang would be a failure after four minutes."""
+    forked.run_ranks(sharded_run.main, folder, stderr=folder / "stderr")
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 

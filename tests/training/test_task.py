@@ -124,7 +124,7 @@ def test_a_checkpoint_of_another_discriminator_is_named_too(trained, tmp_path):
         ({}, {"scheduler": lambda o: ReduceLROnPlateau(o)}, "counts steps, got ReduceLROnPlateau"),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, arguments, task_arguments, message):
+def test_invalid_settings_are_refused_before_the_first_step(tmp_path, arguments, task_arguments, message):
     with pytest.raises(UserError, match=message):
         trainer(tmp_path, **arguments).fit(tiny_task(**task_arguments), Clips())
 
@@ -269,7 +269,7 @@ def test_lecams_means_move_equally_with_and_without_accumulation(tmp_path):
     torch.testing.assert_close(means[1], means[0], rtol=0.1, atol=1e-3)
 
 
-def test_what_is_frozen_is_in_evaluation_mode_too(tmp_path):
+def test_frozen_parts_are_in_evaluation_mode_too(tmp_path):
     modes = []
 
     class Modes(Callback):

@@ -159,7 +159,7 @@ def test_the_main_video_is_read_and_not_the_first(tmp_path: Path) -> None:
     assert numbers(read_clip(path, 0.4, 4, 25)) == [10, 11, 12, 13]
 
 
-def test_a_disk_that_fails_is_no_fault_of_the_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_is_not_blamed_on_the_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.mp4", 20)
     with monkeypatch.context() as patch:
         patch.setattr(av, "open", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(5, "Input/output error")))

@@ -165,7 +165,7 @@ def test_the_crop_is_the_square_at_its_place(tmp_path: Path) -> None:
     assert middle[:, 0].max() < 60 < 200 < middle[:, -1].min()
 
 
-def test_what_is_written_is_read_back_nearly_without_loss(tmp_path: Path) -> None:
+def test_written_frames_are_read_back_nearly_without_loss(tmp_path: Path) -> None:
     smooth = [np.full((32, 48, 3), (40 + 3 * k, 120, 200 - 3 * k), np.uint8) for k in range(20)]
     for path in (
         write_video(tmp_path / "new/a.mp4", smooth, 12.5),
@@ -202,7 +202,7 @@ def test_a_video_that_ends_early_says_how_many_frames_it_had(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("content", [b"", b"this is no video at all\n" * 40])
-def test_a_file_that_is_no_video_is_named_in_one_line(tmp_path: Path, content: bytes) -> None:
+def test_a_file_without_a_video_is_named_in_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.avi"
     path.write_bytes(content)
     for read in (lambda: probe(path), lambda: read_clip(path), lambda: list(iter_frames(path))):
@@ -441,7 +441,7 @@ def test_frames_that_the_decoder_loses_move_no_others(tmp_path: Path) -> None:
     assert caught.value.kind == "corrupt"
 
 
-def test_damage_before_the_clip_and_in_it_is_told_and_behind_it_is_not(tmp_path: Path) -> None:
+def test_damage_before_or_in_the_clip_is_an_error_and_behind_it_is_not(tmp_path: Path) -> None:
     noise = [np.random.default_rng(k).integers(0, 256, (32, 48, 3), dtype=np.uint8) for k in range(60)]
     path = write_video(tmp_path / "a.avi", noise, 25, "mpeg4", g="1000")
     whole = read_clip(path, 0, 10, 25)
@@ -458,7 +458,7 @@ def test_damage_before_the_clip_and_in_it_is_told_and_behind_it_is_not(tmp_path:
         assert caught.value.kind == "corrupt"
 
 
-def test_titles_in_another_encoding_and_codecs_that_nobody_knows(tmp_path: Path) -> None:
+def test_titles_in_another_encoding_are_read_and_unknown_codecs_named(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", moving_pictures(20), 25)
     content = path.read_bytes()
     path.write_bytes(content.replace(b"Lavf", b"L\xe4vf"))
@@ -470,7 +470,7 @@ def test_titles_in_another_encoding_and_codecs_that_nobody_knows(tmp_path: Path)
             read(path)
 
 
-def test_the_cover_of_a_song_is_no_video(tmp_path: Path) -> None:
+def test_the_cover_of_a_song_is_not_a_video(tmp_path: Path) -> None:
     path, cover = tmp_path / "song.mp4", io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(cover, "JPEG")
     with av.open(str(path), "w") as container:

@@ -90,7 +90,7 @@ def test_an_error_leaves_no_file_and_the_earlier_one_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("room", [10, 3_000])
-def test_a_full_disk_is_told_with_and_without_sound_and_leaves_no_file(tmp_path, room):
+def test_a_full_disk_is_an_error_with_and_without_sound_and_leaves_no_file(tmp_path, room):
     """With sound the header was written a second time after it had failed, and FFmpeg crashed the process."""
     resource = pytest.importorskip("resource")
     source = with_tone(tmp_path / "in.mp4", "aac")
@@ -106,7 +106,7 @@ def test_a_full_disk_is_told_with_and_without_sound_and_leaves_no_file(tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
 
 
-def test_sound_that_the_container_refuses_is_left_out_and_told(tmp_path):
+def test_sound_that_the_container_refuses_is_left_out_and_logged(tmp_path):
     source = with_tone(tmp_path / "in.mkv", "libopus")
     with VideoWriter(tmp_path / "out.avi", 25, codec="mpeg4", sound=source) as writer:
         for picture in pictures(5):
@@ -115,7 +115,7 @@ def test_sound_that_the_container_refuses_is_left_out_and_told(tmp_path):
     assert probe(tmp_path / "out.avi").num_frames == 5
 
 
-def test_what_can_not_be_written_is_told(tmp_path):
+def test_invalid_frames_are_refused_and_leave_no_file(tmp_path):
     (picture,) = pictures(1)
     with pytest.raises(VideoError, match="expected at least one frame"):
         write(tmp_path / "a.mp4")

@@ -1,12 +1,10 @@
 """`vidtwin decode`: latents on disk back to videos. Nothing heavy is imported at the top."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vidtwin.apply.inputs import check_folder
-from vidtwin.apply.options import SessionOptions, add_class_options, build, check_weights
-from vidtwin.errors import UserError
+from vidtwin.apply.options import DecodeOptions, SessionOptions, add_class_options, build, check_weights
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -23,31 +21,6 @@ encoding; without --ckpt_path they are read from the path in the manifest.
 
 Exit code: 0 all done, 1 a part is missing or damaged (a line on stderr gives the reason), 2 nothing was decoded.
 """
-
-
-@dataclass
-class DecodeOptions:
-    """Options of the decoding.
-
-    Args:
-        out: Folder of the videos.
-        batch_size: Windows per forward pass.
-        overwrite: Replace existing videos.
-        skip_existing: Leave out existing videos.
-        progress: Show a progress bar.
-    """
-
-    out: str
-    batch_size: int = 8
-    overwrite: bool = False
-    skip_existing: bool = False
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"Expected --batch_size of at least 1, got {self.batch_size}.")
-        if self.overwrite and self.skip_existing:
-            raise UserError("Expected --overwrite or --skip_existing, got both.")
 
 
 def add_options(parser: "ArgumentParser") -> None:

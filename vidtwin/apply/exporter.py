@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +20,13 @@ from torch.export import ExportedProgram
 
 from vidtwin import hub, weights
 from vidtwin.apply.export_files import FAILED, FILES, MANIFEST, ONNX
+from vidtwin.apply.options import ExportOptions
 from vidtwin.apply.programs import CODES, DecoderProgram, EncoderProgram, Part, prune, quiet, summarize_error, trace
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.errors import UserError
 from vidtwin.files import write_text
 from vidtwin.posteriors import Latents
 from vidtwin.storage import checkpoints
-
-if TYPE_CHECKING:
-    from vidtwin.apply.export import ExportOptions
 
 FORMAT_VERSION = 1
 _SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
@@ -38,7 +36,7 @@ _CODES_THAT_MAY_DIFFER = 0.01  # rounding breaks ties between two entries of a c
 class Exporter:
     """Export encoder and decoder; see `ExportOptions`."""
 
-    def __init__(self, options: "ExportOptions") -> None:
+    def __init__(self, options: ExportOptions) -> None:
         self.options, self.folder = options, Path(str(options.out))
 
     def run(self) -> int:

@@ -6,7 +6,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from vidtwin import console
 from vidtwin.apply.inputs import Input, check_folder, check_targets
-from vidtwin.apply.options import SessionOptions, exit_code
+from vidtwin.apply.options import DecodeOptions, SessionOptions, exit_code
 from vidtwin.apply.session import Session
 from vidtwin.errors import UserError
 from vidtwin.files import inside, no_room
@@ -31,9 +31,6 @@ from vidtwin.storage.latent_files import (
 )
 from vidtwin.video import Frames, VideoWriter
 
-if TYPE_CHECKING:
-    from vidtwin.apply.decode import DecodeOptions
-
 
 class LatentReader:
     """Decode latents; see `DecodeOptions`.
@@ -44,7 +41,7 @@ class LatentReader:
         session_options: Weights and devices; without a checkpoint, the manifest's weights.
     """
 
-    def __init__(self, folder: str, options: "DecodeOptions", session_options: SessionOptions) -> None:
+    def __init__(self, folder: str, options: DecodeOptions, session_options: SessionOptions) -> None:
         self.folder = Path(folder)
         self.options = options
         self.manifest = Manifest.read(folder)

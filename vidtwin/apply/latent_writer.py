@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from vidtwin import console
 from vidtwin.apply.inputs import Input
 from vidtwin.apply.latent_plan import cut, difference, finish, survey_inputs
-from vidtwin.apply.options import SessionOptions
+from vidtwin.apply.options import EncodeOptions, SessionOptions
 from vidtwin.apply.pieces import PieceReader
 from vidtwin.apply.session import Session
 from vidtwin.apply.windows import Window
@@ -48,9 +48,6 @@ from vidtwin.storage.latent_files import (
 from vidtwin.storage.resumable import Resumable, lock
 from vidtwin.video import COLOUR, RESIZE_FILTER
 
-if TYPE_CHECKING:
-    from vidtwin.apply.encode import EncodeOptions
-
 _ADVICE = "set another --out, or --overwrite to begin anew"
 
 
@@ -71,7 +68,7 @@ class LatentWriter:
         inputs: Videos.
     """
 
-    def __init__(self, options: "EncodeOptions", session_options: SessionOptions, inputs: list[Input]) -> None:
+    def __init__(self, options: EncodeOptions, session_options: SessionOptions, inputs: list[Input]) -> None:
         self.options = options
         self.session_options = session_options
         self.folder = Path(options.out)

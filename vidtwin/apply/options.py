@@ -1,11 +1,14 @@
 """Share options between the commands on videos. Imports no torch, so that `--help` and refusals are quick."""
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from vidtwin.apply.export_files import FILES, ONNX
+from vidtwin.apply.inputs import check_folder
 from vidtwin.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,6 +49,118 @@ class SessionOptions:
         """Raise `UserError` if no weights are given."""
         if not self.ckpt_path:
             raise UserError("Expected trained weights, got none; give --ckpt_path PATH.")
+
+
+@dataclass
+class EncodeOptions:
+    """Options of the encoding.
+
+    Args:
+        inputs: Video files, folders, globs.
+        out: Folder of the latents.
+        size: Side of the square that pictures are cropped and resized to; by default the model's own, or the whole
+            picture for models of any size.
+        posterior: Part of Gaussian latents to store: the mean, or moments, which are mean and log-variance.
+        dtype: Type of continuous latents; codes have the smallest type that holds them.
+        clips_per_shard: Windows per shard, held in memory until it is written.
+        batch_size: Windows per forward pass.
+        labels: Take the folder of a video as its class.
+        overwrite: Begin anew if the folder holds latents, these or others.
+        progress: Show a progress bar.
+    """
+
+    inputs: list[str]
+    out: str
+    size: int | None = None
+    posterior: Literal["mean", "moments"] = "mean"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    clips_per_shard: int = 256
+    batch_size: int = 8
+    labels: Literal["folders", "none"] = "none"
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("clips_per_shard", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"Expected --{name} of at least 1, got {getattr(self, name)}.")
+
+
+@dataclass
+class DecodeOptions:
+    """Options of the decoding.
+
+    Args:
+        out: Folder of the videos.
+        batch_size: Windows per forward pass.
+        overwrite: Replace existing videos.
+        skip_existing: Leave out existing videos.
+        progress: Show a progress bar.
+    """
+
+    out: str
+    batch_size: int = 8
+    overwrite: bool = False
+    skip_existing: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"Expected --batch_size of at least 1, got {self.batch_size}.")
+        if self.overwrite and self.skip_existing:
+            raise UserError("Expected --overwrite or --skip_existing, got both.")
+
+
+@dataclass
+class ExportOptions:
+    """Choose the model and the programs to export.
+
+    Args:
+        ckpt_path: Trained weights: a checkpoint of `vidtwin fit`, a folder that `save_pretrained` or `vidtwin convert`
+            wrote, or hf://OWNER/NAME.
+        out: Folder for the programs.
+        format: torch (.pt2), onnx, or both.
+        use_ema: Take the averaged weights of a checkpoint.
+        num_frames: T of the clips; by default the model's own, or one near 16.
+        resolution: H = W of the clips, if the model fixes none; by default 256.
+        batch_size: B of the random clips of the comparison, and of programs with a fixed B.
+        tolerance: Maximum difference between a program and the model, relative to the largest number (at least 1).
+        overwrite: Replace the programs in `out`.
+    """
+
+    ckpt_path: str | None = None
+    out: str | None = None
+    format: Literal["torch", "onnx", "both"] = "torch"
+    use_ema: bool = False
+    num_frames: int | None = None
+    resolution: int | None = None
+    batch_size: int = 2
+    tolerance: float = 1e-3
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.ckpt_path:
+            raise UserError("Expected trained weights, got none; give --ckpt_path PATH.")
+        if not self.out:
+            raise UserError("Expected a folder to write to, got none; give --out DIR.")
+        check_counts(num_frames=self.num_frames, resolution=self.resolution, batch_size=self.batch_size)
+        if not 0 < self.tolerance < 1:
+            raise UserError(f"Expected --tolerance between 0 and 1, got {self.tolerance}.")
+
+    @property
+    def formats(self) -> list[Literal["torch", "onnx"]]:
+        return ["torch", "onnx"] if self.format == "both" else [self.format]
+
+    def check(self) -> None:
+        """Raise `UserError` if libraries or weights are missing, or files of an export exist."""
+        if "onnx" in self.formats and (missing := [name for name in ONNX if importlib.util.find_spec(name) is None]):
+            raise UserError(f"Expected {', '.join(missing)} for --format onnx; pip install 'vidtwin[export]'.")
+        folder = Path(str(self.out))
+        check_folder(folder)
+        there = [name for name in FILES if (folder / name).exists()]
+        if there and not self.overwrite:
+            raise UserError(f"Expected no {there[0]} in {folder}; give --overwrite to replace the files.")
+        check_weights(self.ckpt_path)
 
 
 def add_class_options(parser: "ArgumentParser", *classes: type) -> None:

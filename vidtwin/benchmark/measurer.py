@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -14,16 +14,14 @@ from torch import Tensor
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import cost, downstream
 from vidtwin.benchmark.loaded_model import LoadedModel
-from vidtwin.benchmark.plan import Job, ModelError, Plan, format_error, make_empty_part
+from vidtwin.benchmark.options import SweepOptions
+from vidtwin.benchmark.plan import CodeCounts, Job, ModelError, Part, Plan, format_error, make_empty_part
 from vidtwin.benchmark.rfvd import ClipFeatures
 from vidtwin.distributed import forward_context
 from vidtwin.errors import UserError
 from vidtwin.metrics.fvd import MIN_FRAMES, FeatureNetwork
 from vidtwin.metrics.measures import Measures
 from vidtwin.posteriors import Encoding, Quantized
-
-if TYPE_CHECKING:
-    from vidtwin.benchmark.sweep import Sweep
 
 MAX_TOKENS, MAX_TOKENS_ON_CPU = 20_000, 4_000  # of which a DiT's training step is timed
 
@@ -36,7 +34,7 @@ class Measurer:
     """Measure one model at a time in this process.
 
     Args:
-        sweep: Settings and data.
+        options: Options of the sweep, and its data.
         fabric: Processes and the device.
         plan: Clips and protocol.
 
@@ -48,41 +46,41 @@ class Measurer:
         costs_extent: Settings that decide its costs.
     """
 
-    def __init__(self, sweep: "Sweep", fabric: Fabric, plan: Plan) -> None:
-        self.sweep, self.fabric, self.plan = sweep, fabric, plan
+    def __init__(self, options: SweepOptions, fabric: Fabric, plan: Plan) -> None:
+        self.options, self.fabric, self.plan = options, fabric, plan
         self.device = fabric.device
-        self.fps: float = sweep.source.eval_fps or 25.0
+        self.fps: float = options.source.eval_fps or 25.0
         protocol = plan.protocol
         compared, psnr, epsilon, ssim = (protocol[key] for key in ("compared", "psnr", "psnr_epsilon", "ssim"))
         network = protocol["lpips"]["net"]
         self.measures = Measures(
-            compared, psnr, epsilon, ssim, network, self.fps, sweep.backbones, sweep.vmaf, sweep.st_lpips
+            compared, psnr, epsilon, ssim, network, self.fps, options.backbones, options.vmaf, options.st_lpips
         )
         self.measures.setup(*plan.shape[1:])
         for name, reason in self.measures.unavailable.items():  # what was asked for has to be there
             if name in ("vmaf", "st_lpips", "st_lpips_alex") or any(
-                path and str(path) in reason for path in sweep.backbones.values()
+                path and str(path) in reason for path in options.backbones.values()
             ):
                 raise UserError(reason)
         home = str(Path.home())  # a report is passed on
         self.unavailable = {name: text.replace(home, "~") for name, text in self.measures.unavailable.items()}
         self.features: ClipFeatures | None = None
-        if not (sweep.i3d.path and sweep.i3d.sha256):
+        if not (options.i3d.path and options.i3d.sha256):
             missing = "Expected an I3D network for rFVD, got none; give --fvd.path and --fvd.sha256."
             self.unavailable["rfvd"] = missing
         elif (length := plan.shape[1]) < MIN_FRAMES:
             self.unavailable["rfvd"] = f"Expected clips of at least {MIN_FRAMES} frames for rFVD, got {length}."
         else:
-            i3d = FeatureNetwork(sweep.i3d.path, sweep.i3d.sha256, protocol["fvd"]["convention"])
-            self.features = ClipFeatures(i3d, sweep.folder, plan, self._load_target)
+            i3d = FeatureNetwork(options.i3d.path, options.i3d.sha256, protocol["fvd"]["convention"])
+            self.features = ClipFeatures(i3d, options.folder, plan, self._load_target)
         self.extent = {
             "metrics": [*self.measures.names, *(["rfvd"] if self.features else [])],
             "protocol": plan.digest,
             "batch": len(plan.chunks[0]),
             "device": self.device.type,
-            **({"seed": sweep.seed} if protocol["posterior"] == "sample" else {}),
+            **({"seed": options.seed} if protocol["posterior"] == "sample" else {}),
         }
-        self.costs_extent = [sweep.repeats, sweep.cost, sweep.downstream, cost.device_name(self.device)]
+        self.costs_extent = [options.repeats, options.cost, options.downstream, cost.device_name(self.device)]
 
     def build(self, job: Job) -> LoadedModel:
         """Build a model on the device; `ModelError` if that fails or if it does not take the clips."""
@@ -96,16 +94,16 @@ class Measurer:
 
     def load(self, chunks: Sequence[Sequence[int]]) -> Iterable[dict[str, Any]]:
         """Load clips: a batch per chunk, see `ClipSource.chunk_loader`."""
-        processes = max(1, self.fabric.world_size // max(1, self.sweep.num_nodes))
-        return self.sweep.source.chunk_loader("test", chunks, self.device.type, processes)
+        processes = max(1, self.fabric.world_size // max(1, self.options.num_nodes))
+        return self.options.source.chunk_loader("test", chunks, self.device.type, processes)
 
     def prepare_clip(self, batch: dict[str, Any]) -> Tensor:
         """Return a loaded batch's clips (B, 3, T, H, W) in [-1, 1] on the device."""
         moved = {**batch, "clip": batch["clip"].to(self.device)}
-        clip: Tensor = self.sweep.source.on_after_batch_transfer(moved, 0)["clip"]
+        clip: Tensor = self.options.source.on_after_batch_transfer(moved, 0)["clip"]
         return clip
 
-    def measure(self, model: LoadedModel, batch: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, model: LoadedModel, batch: dict[str, Any]) -> Part:
         """Measure the clips of a batch at once; if that fails, one by one, so that only bad clips are lost."""
         part, indices = make_empty_part(), batch["indices"]
         if indices:
@@ -127,7 +125,7 @@ class Measurer:
     def reconstruct(self, model: LoadedModel, clip: Tensor, indices: list[int]) -> tuple[Encoding, Tensor]:
         """Encode and decode clips by the protocol; samples of posteriors are seeded by the first clip's index."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.sweep.seed * 1_000_003 + indices[0])
+            torch.manual_seed(self.options.seed * 1_000_003 + indices[0])
             with self._precision():
                 encoding = model.encode(clip)
                 latents = encoding.sample() if self.plan.protocol["posterior"] == "sample" else encoding.mode()
@@ -147,9 +145,9 @@ class Measurer:
 
     def measure_costs(self, model: LoadedModel) -> dict[str, Any]:
         """Measure a model's costs and those of a DiT on its latents, as far as they are asked for."""
-        shape, repeats, precision = self.plan.shape, self.sweep.repeats, self._precision
+        shape, repeats, precision = self.plan.shape, self.options.repeats, self._precision
         found: dict[str, Any] = {"cost": None, "downstream": None}
-        if self.sweep.cost:
+        if self.options.cost:
 
             def wrap(copy: VideoAutoencoder) -> LoadedModel:
                 return replace(model, model=copy)
@@ -157,7 +155,7 @@ class Measurer:
             found["cost"] = _catch(
                 lambda: cost.measure(model.model, shape, self.device, precision, repeats=repeats, wrap=wrap)
             )
-        if self.sweep.downstream:
+        if self.options.downstream:
             shapes = model.latent_shapes(shape)
             limit = MAX_TOKENS if self.device.type == "cuda" else MAX_TOKENS_ON_CPU
             measured = _catch(lambda: downstream.measure(shapes, self.device, repeats=repeats, max_tokens=limit))
@@ -167,7 +165,7 @@ class Measurer:
         return found
 
     @torch.inference_mode()
-    def _add(self, part: dict[str, Any], model: LoadedModel, clip: Tensor, indices: list[int]) -> None:
+    def _add(self, part: Part, model: LoadedModel, clip: Tensor, indices: list[int]) -> None:
         """Measure clips and add their numbers to a part."""
         encoding, prediction = self.reconstruct(model, clip, indices)
         broken = [not bool(each.isfinite().all()) for each in prediction]
@@ -193,7 +191,7 @@ class Measurer:
                 part["features"].append(features[place])
             _count_codes(part["codes"], encoding, slice(place * windows, (place + 1) * windows))
 
-    def _add_failure(self, part: dict[str, Any], index: int, reason: str) -> None:
+    def _add_failure(self, part: Part, index: int, reason: str) -> None:
         name, start = self.plan.keys[index]
         part["failed"].append({"name": name, "start_frame": start, "reason": reason})
 
@@ -207,7 +205,7 @@ class Measurer:
 
     def _precision(self) -> AbstractContextManager[Any]:
         # 32-true means it: without TensorFloat-32, which PyTorch's convolutions have on CUDA by default.
-        return forward_context(self.fabric, self.sweep.precision)
+        return forward_context(self.fabric, self.options.precision)
 
     def _load_target(self, index: int) -> Tensor:
         (batch,) = self.load([[index]])
@@ -222,8 +220,8 @@ def _catch(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": format_error(error)}
 
 
-def _count_codes(counts: dict[str, Any], encoding: Encoding, clips: slice) -> None:
-    """Add the codes that occur in some clips of a batch: {"size", "counts": {code: times}} by latent."""
+def _count_codes(counts: dict[str, CodeCounts], encoding: Encoding, clips: slice) -> None:
+    """Add the codes that occur in some clips of a batch."""
     for name, posterior in encoding.items():
         if not isinstance(posterior, Quantized):
             continue

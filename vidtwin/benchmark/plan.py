@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from vidtwin.benchmark import rows
 from vidtwin.benchmark.loaded_model import LoadedModel
@@ -60,8 +60,43 @@ class ModelError(Exception):
     """A model can't be measured; the message is one line."""
 
 
-def make_empty_part() -> dict[str, Any]:
-    """Return a part of a row without clips: the numbers of a chunk, as `Measurer.measure` adds them."""
+class Failure(TypedDict):
+    """A clip on which a model failed."""
+
+    name: str
+    start_frame: int
+    reason: str
+
+
+class CodeCounts(TypedDict):
+    """Occurrences of a latent's codes: times by code, of a codebook of `size` entries."""
+
+    size: int
+    counts: dict[str, int]
+
+
+class Part(TypedDict):
+    """Numbers of a chunk's clips, and the content of its file beside `identity` and `chunk`.
+
+    Attributes:
+        clips: Name, start, length and metrics of each.
+        failed: Clips that the model could not reconstruct.
+        features: Of each clip for rFVD, as text of base64; arrays once all parts are joined.
+        latents: By name, `LoadedModel.describe_latents`; None without clips.
+        codes: By latent.
+        skipped: Name and reason of each video that could not be read.
+    """
+
+    clips: list[rows.Clip]
+    failed: list[Failure]
+    features: list[Any]
+    latents: dict[str, Any] | None
+    codes: dict[str, CodeCounts]
+    skipped: list[list[str]]
+
+
+def make_empty_part() -> Part:
+    """Return a part without clips."""
     return {"clips": [], "failed": [], "features": [], "latents": None, "codes": {}, "skipped": []}
 
 

@@ -9,7 +9,7 @@ import io
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,22 +20,20 @@ from vidtwin.benchmark import rows
 from vidtwin.benchmark.loaded_model import LoadedModel
 from vidtwin.benchmark.measurer import Measurer
 from vidtwin.benchmark.plan import format_error
+from vidtwin.benchmark.runner import Runner
 from vidtwin.console import log
 from vidtwin.files import inside, replacing, write_text
 from vidtwin.video import Frames, convert, panels, write_video
-
-if TYPE_CHECKING:
-    from vidtwin.benchmark.runner import Runner
 
 MAX_SIDE = 160  # pixels of a frame: a page with ten models stays below 20 MB
 MAX_HEIGHT = 16_383  # of a WebP picture
 QUALITY = 85
 
 
-def write_players(results: rows.Results, runner: "Runner") -> None:
+def write_players(results: rows.Results, runner: Runner) -> None:
     """Write views of the worst and the median clips by every model, unless they are there."""
-    sweep, measurer, plan = runner.sweep, runner.measurer, runner.plan
-    chosen = choose(results, sweep.players)
+    options, measurer, plan = runner.options, runner.measurer, runner.plan
+    chosen = choose(results, options.players)
     measured = [row for row in runner.rows if row.name in results.clips]
     identities = {row["name"]: row.get("identity") for row in results.rows}
     mark = hashlib.sha256(json.dumps([[clip["name"], clip["start_frame"]] for clip in chosen]).encode())
@@ -48,8 +46,8 @@ def write_players(results: rows.Results, runner: "Runner") -> None:
     batches = list(measurer.load(chunks))
     places = [batch["indices"].index(index) for batch, index in zip(batches, indices, strict=True)]
     clips = [measurer.prepare_clip(batch)[[place]].cpu() for batch, place in zip(batches, places, strict=True)]
-    writer = Writer(sweep.folder, chosen, clips, measurer.fps)
-    for row in tqdm(measured, "players", disable=not sweep.progress, dynamic_ncols=True, leave=False):
+    writer = Writer(options.folder, chosen, clips, measurer.fps)
+    for row in tqdm(measured, "players", disable=not options.progress, dynamic_ncols=True, leave=False):
         try:
             model = measurer.build(row.job)
             views = [measurer.make_views(model, batch, place) for batch, place in zip(batches, places, strict=True)]
@@ -61,14 +59,14 @@ def write_players(results: rows.Results, runner: "Runner") -> None:
     writer.finish(mark.hexdigest())
 
 
-def write_clips(runner: "Runner") -> list[Path]:
+def write_clips(runner: Runner) -> list[Path]:
     """Write the missing pictures of the first clips by each model, as clip<i>.mp4 and .png → the paths of all."""
     paths: list[Path] = []
     for row in runner.rows:
         content = row.read()
         if content is None or content["kind"] in ("failed", "reference"):
             continue
-        number = min(runner.sweep.pictures, len(runner.plan.keys))
+        number = min(runner.options.pictures, len(runner.plan.keys))
         targets = [(row.folder / f"clip{i}.mp4", row.folder / f"clip{i}.png") for i in range(number)]
         if not all(path.exists() for pair in targets for path in pair):
             try:

@@ -11,12 +11,12 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from vidtwin.benchmark import rows
-from vidtwin.benchmark.plan import Job, ModelError, Plan, compute_digest, make_empty_part
+from vidtwin.benchmark.plan import Job, ModelError, Part, Plan, compute_digest, make_empty_part
 from vidtwin.benchmark.rfvd import decode_features
 from vidtwin.console import log
 from vidtwin.errors import UserError
@@ -45,11 +45,7 @@ class RowFolder:
         self.folder = inside(results, f"rows/{job.name}")
         self.identity = compute_digest([compute_digest(job.identity), extent])
         costs_identity = compute_digest([self.identity, costs_extent])
-        self.parts = Resumable(
-            inside(self.folder, "parts"),
-            "{:06d}.json",
-            lambda chunk, path: read_json(path, identity=self.identity, chunk=plan.list_clips(chunk)),
-        )
+        self.parts = Resumable(inside(self.folder, "parts"), "{:06d}.json", self._read_part)
         self.costs = Resumable(self.folder, COSTS, lambda _, path: read_json(path, identity=costs_identity))
         self.costs_identity = costs_identity
 
@@ -86,9 +82,9 @@ class RowFolder:
         """Write `results.json` alone."""
         write_text(self.folder / RESULTS, json.dumps(row, indent=2) + "\n")
 
-    def write_part(self, chunk: int, part: dict[str, Any]) -> None:
+    def write_part(self, chunk: int, part: Part) -> None:
         """Write the numbers of a chunk."""
-        content = part | {"identity": self.identity, "chunk": self.plan.list_clips(chunk)}
+        content = {**part, "identity": self.identity, "chunk": self.plan.list_clips(chunk)}
         write_text(self.parts.path(chunk), json.dumps(content) + "\n")
 
     def write_costs(self, costs: dict[str, Any]) -> None:
@@ -105,27 +101,28 @@ class RowFolder:
             return None
         return next((clip["reason"] for part in found if part for clip in part["failed"]), None)
 
-    def join(self) -> dict[str, Any]:
+    def join(self) -> Part:
         """Join all parts to one, features as arrays; `ModelError` if a part or every clip is missing."""
         joined = make_empty_part()
         for chunk in range(len(self.plan.chunks)):
             part = self.parts.get(chunk)
             if part is None:
                 raise ModelError(f"part {chunk} of it, which was measured, is missing; run the sweep again")
-            for key in ("clips", "failed", "skipped"):
-                joined[key] += part[key]
+            joined["clips"] += part["clips"]
+            joined["failed"] += part["failed"]
+            joined["skipped"] += part["skipped"]
             joined["features"] += map(decode_features, part["features"])
             joined["latents"] = part["latents"] or joined["latents"]
             for latent, found in part["codes"].items():
                 known = joined["codes"].setdefault(latent, {"size": found["size"], "counts": Counter()})
-                known["counts"].update(found["counts"])
+                known["counts"].update(found["counts"])  # a Counter adds
         if not joined["clips"]:
             self.remove_parts()  # so that they are tried again
             reason = joined["failed"][0]["reason"] if joined["failed"] else "no clip could be read"
             raise ModelError(f"none of the clips could be measured; {reason}")
         return joined
 
-    def write(self, row: rows.Row, part: dict[str, Any]) -> None:
+    def write(self, row: rows.Row, part: Part) -> None:
         """Write a row in place of another one; the parts of clips that failed are removed to be tried again."""
         self._put_aside()
         for picture in self.folder.glob(PICTURES):
@@ -136,7 +133,7 @@ class RowFolder:
         rows.write_row(self.results, row, [{"model": self.name, **clip} for clip in part["clips"]])
         if not part["failed"]:
             self.remove_parts()
-        failed = {self.plan.index_of[rows.key_of(clip)] for clip in part["failed"]}
+        failed = {self.plan.index_of[clip["name"], clip["start_frame"]] for clip in part["failed"]}
         for number, chunk in enumerate(self.plan.chunks):
             if not failed.isdisjoint(chunk):
                 self.parts.path(number).unlink()
@@ -164,6 +161,9 @@ class RowFolder:
         """Remove all parts."""
         if self.parts.folder.exists():
             shutil.rmtree(self.parts.folder)
+
+    def _read_part(self, chunk: int, path: Path) -> Part | None:
+        return cast("Part | None", read_json(path, identity=self.identity, chunk=self.plan.list_clips(chunk)))
 
     def _read_intact(self, folder: Path) -> rows.Row:
         """Read a row all of whose files are there; `UserError` names one that is not."""

@@ -1,7 +1,7 @@
 """Run a sweep in one of its processes: each measures every world-size-th chunk, the first one joins and writes rows."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -10,15 +10,13 @@ from tqdm import tqdm
 from vidtwin.benchmark import rows
 from vidtwin.benchmark.loaded_model import LoadedModel, compare_claim
 from vidtwin.benchmark.measurer import DeviceError, Measurer
-from vidtwin.benchmark.plan import Job, ModelError, Plan, format_error
+from vidtwin.benchmark.options import SweepOptions
+from vidtwin.benchmark.plan import Failure, Job, ModelError, Plan, format_error
 from vidtwin.benchmark.row_folder import RowFolder
 from vidtwin.console import log
 from vidtwin.distributed import gather_objects
 from vidtwin.errors import UserError
 from vidtwin.files import remove_leftovers
-
-if TYPE_CHECKING:
-    from vidtwin.benchmark.sweep import Sweep
 
 HEAD = 16  # clips: a model that fails on all of the first ones fails, one that fails on others lacks those
 
@@ -27,7 +25,7 @@ class Runner:
     """Measure the rows that are missing.
 
     Args:
-        sweep: Settings and data.
+        options: Options of the sweep, and its data.
         fabric: Processes.
         plan: Clips and protocol.
         jobs: Rows.
@@ -36,11 +34,11 @@ class Runner:
         failed: Names of rows that could not be measured.
     """
 
-    def __init__(self, sweep: "Sweep", fabric: Fabric, plan: Plan, jobs: list[Job]) -> None:
-        self.sweep, self.fabric, self.plan = sweep, fabric, plan
-        self.measurer = Measurer(sweep, fabric, plan)
+    def __init__(self, options: SweepOptions, fabric: Fabric, plan: Plan, jobs: list[Job]) -> None:
+        self.options, self.fabric, self.plan = options, fabric, plan
+        self.measurer = Measurer(options, fabric, plan)
         extents = self.measurer.extent, self.measurer.costs_extent
-        self.rows = [RowFolder(sweep.folder, job, plan, *extents) for job in jobs]
+        self.rows = [RowFolder(options.folder, job, plan, *extents) for job in jobs]
         self.mine = [chunk for chunk in range(len(plan.chunks)) if chunk % fabric.world_size == fabric.global_rank]
         self.head = range(min(len(plan.chunks), -(-HEAD // len(plan.chunks[0]))))
         self.failed: list[str] = []
@@ -49,7 +47,7 @@ class Runner:
         """Measure every missing row. A model that fails becomes a row with its error; the others go on."""
         waiting = self._select()
         clips = sum(len(self.plan.chunks[chunk]) for chunk in self.mine)
-        hidden = not (self.sweep.progress and self.fabric.is_global_zero and waiting)
+        hidden = not (self.options.progress and self.fabric.is_global_zero and waiting)
         with tqdm(total=clips * len(waiting), unit="clip", disable=hidden, dynamic_ncols=True) as bar:
             for row in waiting:
                 bar.set_description(row.name)
@@ -64,7 +62,7 @@ class Runner:
         """Measure this process's share of a row; the first process then measures its costs and writes it."""
         model, error, needs_costs = None, row.job.error, False
         missing: list[int] = []
-        failed: list[dict[str, Any]] = []
+        failed: list[Failure] = []
         if not error:
             missing = row.parts.missing(self.mine)
             needs_costs = self.fabric.is_global_zero and self._lacks_costs(row)
@@ -122,13 +120,13 @@ class Runner:
                 bar.initial += ready  # the rate, and with it the ETA, is of what is measured now
             bar.update(ready)
 
-    def _log_failed(self, row: RowFolder, failed: list[dict[str, Any]]) -> None:
+    def _log_failed(self, row: RowFolder, failed: list[Failure]) -> None:
         for clip in failed:
             log(f"{row.name} fails on {clip['name']} at frame {clip['start_frame']}: {clip['reason']}")
 
     def _measure_chunks(
         self, row: RowFolder, model: LoadedModel, chunks: list[int], bar: tqdm
-    ) -> Iterator[list[dict[str, Any]]]:
+    ) -> Iterator[list[Failure]]:
         """Measure chunks and write their parts; yield the clips of each on which the model failed."""
         if not chunks:
             return
@@ -147,7 +145,7 @@ class Runner:
             yield part["failed"]
 
     def _lacks_costs(self, row: RowFolder) -> bool:
-        if not (self.sweep.cost or self.sweep.downstream):
+        if not (self.options.cost or self.options.downstream):
             return False
         costs = row.costs.get(0)
         # Out of memory may have been a neighbour's doing.
@@ -176,6 +174,7 @@ class Runner:
                 unavailable["rfvd"] = format_error(caught)
         metrics |= dict.fromkeys(unavailable, "unavailable")
         costs = row.costs.get(0) or {}
+        assert part["latents"] is not None  # as always if there are clips
         content = model.describe(part["latents"], self.plan.shape, part["codes"], self.fabric.device) | {
             "metrics": metrics,
             "unavailable": unavailable,

@@ -9,169 +9,34 @@ clips of a chunk, and with them all numbers, do not depend on the number of proc
 """
 
 import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from lightning import LightningDataModule
 from lightning.fabric import Fabric
 
 from vidtwin import hub, plugins
-from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import players as player_files
 from vidtwin.benchmark import plots as plot_files
 from vidtwin.benchmark import render, report, rows
 from vidtwin.benchmark.loaded_model import AVERAGE, LAST, LoadedModel, fingerprint
+from vidtwin.benchmark.options import FVD, Entry, ModelConfig, SweepOptions
 from vidtwin.benchmark.plan import Job, Plan, format_error
-from vidtwin.benchmark.protocol import ProtocolSettings, protocol_hash
+from vidtwin.benchmark.protocol import protocol_hash
 from vidtwin.benchmark.protocol import write as write_protocol
 from vidtwin.benchmark.runner import Runner
 from vidtwin.console import log, write
-from vidtwin.data import ClipSource
-from vidtwin.distributed import Precision, launch
-from vidtwin.errors import UserError, suggestion
+from vidtwin.distributed import launch
+from vidtwin.errors import UserError
 from vidtwin.storage import checkpoints
 from vidtwin.storage.resumable import lock
 
-
-@dataclass
-class ModelConfig:
-    """An autoencoder of configs before it is built: its `class_path` and `init_args`, and its builder."""
-
-    spec: dict[str, Any]
-    build: Callable[[], VideoAutoencoder]
+__all__ = ["FVD", "Entry", "ModelConfig", "Sweep"]
 
 
-ConfigReader = Callable[[Sequence[str]], ModelConfig]
-
-
-@dataclass
-class Entry:
-    """One autoencoder of a sweep.
-
-    Args:
-        name: Name of the row and of its folder.
-        config: A config of `fit`, or several, each over those before it, of which the autoencoder counts; by default
-            the model of the checkpoint. Paths are relative to the sweep's config, then to the current folder.
-        checkpoint: Trained weights; without them the row is marked as untrained.
-        claimed_rate: Compression rate that the model's authors state; 0.002 is 0.2%.
-        windows: Give clips in windows to a model that takes shorter ones; its row says so.
-    """
-
-    name: str
-    config: str | list[str] | None = None
-    checkpoint: str | None = None
-    claimed_rate: float | None = None
-    windows: bool = False
-
-
-@dataclass
-class FVD:
-    """Network of rFVD, without which rFVD is unavailable.
-
-    Args:
-        path: TorchScript file of I3D.
-        sha256: SHA-256 of the file: it is a program, and only a known one is run.
-    """
-
-    path: str | None = None
-    sha256: str | None = None
-
-
-@dataclass
-class Sweep:
+class Sweep(SweepOptions):
     """Measure every autoencoder on the same test clips and write rows, table, plots, players and report.
 
-    Args:
-        autoencoders: Models: {name, config, checkpoint, claimed_rate, windows}.
-        data: Data module with the test clips.
-        protocol: How reconstructions are compared; `preset` is vidtwin, vidtok, tokenbench or wfvae.
-        checkpoints_dir: Folder of relative paths of checkpoints.
-        results_dir: Folder of the results. Complete rows in it are not measured again.
-        dataset: Name of the data set in papers (MCL-JCV), by which published numbers are found.
-        references: Short names of autoencoders without weights to measure too; by default all that are registered as
-            `vidtwin.references`: the clip's mean colour and its temporal mean frame.
-        accelerator: Kind of device, as in Lightning: auto, cpu, cuda, ….
-        devices: Number of devices, or which; each is a process that takes its share of the chunks.
-        num_nodes: Number of machines with so many devices.
-        precision: Precision of the models; metrics are always in full precision.
-        perceptual_backbones: Files of torchvision's weights for LPIPS, by "vgg" and "alex" (default: torch hub's
-            cache).
-        fvd: Network of rFVD.
-        vmaf: Measure VMAF too; needs the extra `vmaf`.
-        st_lpips: Measure shift-tolerant LPIPS too, by VGG-16 (vgg), AlexNet (alex) or both; needs the extra `offline`.
-        cost: Measure FLOPs, clips per second and peak memory.
-        downstream: Measure the cost of the paper's DiT on each model's latents.
-        repeats: Timed passes of both.
-        players: Number of worst and of median clips to keep for the report's players.
-        seed: Seed of the samples of posteriors.
-        progress: Show a progress bar.
-        read_config: Reader of an entry's configs; raises `UserError` if they have no autoencoder.
-        pictures: Number of first clips to write as rows/<name>/clip<i>.mp4 and .png for each entry.
-        strict: Refuse entries that can't be built before anything is written, instead of writing failed rows.
+    `SweepOptions` lists the arguments.
     """
-
-    autoencoders: list[Entry]
-    data: LightningDataModule
-    protocol: ProtocolSettings = ProtocolSettings()  # noqa: RUF009 - it is frozen
-    checkpoints_dir: str = "."
-    results_dir: str = "results"
-    dataset: str | None = None
-    references: list[str] | None = None
-    accelerator: str = "auto"
-    devices: int | list[int] | str = 1
-    num_nodes: int = 1
-    precision: Precision = "32-true"
-    perceptual_backbones: dict[str, str | None] | None = None
-    fvd: FVD | None = None
-    vmaf: bool = False
-    st_lpips: Literal["vgg", "alex", "both"] | None = None
-    cost: bool = True
-    downstream: bool = True
-    repeats: int = 5
-    players: int = 2
-    seed: int = 0
-    progress: bool = True
-    read_config: ConfigReader | None = None
-    pictures: int = 0
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        self.source: Any = self.data
-        self.checkpoints, self.folder = Path(self.checkpoints_dir), Path(self.results_dir)
-        self.i3d, self.backbones = self.fvd or FVD(), self.perceptual_backbones or {}
-        self._check_names()
-        if (self.i3d.path is None) != (self.i3d.sha256 is None):
-            raise UserError("Expected fvd.path and fvd.sha256 together: only a file that is known is run.")
-        for name, value, least in (("repeats", self.repeats, 1), ("players", self.players, 0)):
-            if value < least:
-                raise UserError(f"Expected {name} of at least {least}, got {value}.")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"Expected seed of at least 0 and below 2^32, got {self.seed}.")
-        for entry in self.autoencoders:
-            if entry.claimed_rate is not None and not 0 < entry.claimed_rate < math.inf:
-                raise UserError(
-                    f"Expected claimed_rate of {entry.name} above 0, as 0.002 for 0.2%, got {entry.claimed_rate}."
-                )
-        if not isinstance(self.data, ClipSource):
-            raise UserError(f"Expected a data module with test clips of its own, got {type(self.data).__name__}.")
-
-    def _check_names(self) -> None:
-        known = sorted(plugins.available("vidtwin.references"))
-        self.reference_names = known if self.references is None else self.references
-        if not self.autoencoders and not self.reference_names:
-            raise UserError("Expected autoencoders to measure, got none.")
-        for name in self.reference_names:
-            if name not in known:
-                raise UserError(f"Expected references of {', '.join(known)}, got {name!r}{suggestion(name, known)}")
-        names = [entry.name for entry in self.autoencoders] + self.reference_names
-        for name in names:
-            if name != Path(name).name or name.startswith(".") or not name.strip():
-                raise UserError(f"Expected an autoencoder's name that can be a folder's, got {name!r}.")
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UserError(f"Expected a name of its own for each row, got several called {', '.join(twice)}.")
 
     def run(self) -> int:
         """Measure what is missing and write everything → 0, or 1 if a model could not be measured."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from jsonargparse import ActionConfigFile, Namespace
 from lightning import LightningDataModule
 
-from vidtwin.benchmark.sweep import Entry, ModelConfig, Sweep
+from vidtwin.benchmark.options import Entry, ModelConfig, SweepOptions
+from vidtwin.benchmark.sweep import Sweep
 from vidtwin.cli import model_config
 from vidtwin.cli.options import CONFIG, DESCRIPTION, INTERNAL, NAMES, OF_ONE, USAGE
 from vidtwin.cli.parser import Parser, config_paths, option_value, read_config, resolve_short_names, user_errors
@@ -73,13 +74,15 @@ def _make_single_sweep(parser: Parser, config: Namespace, chosen: bool) -> Sweep
 def _make_sweep_parser() -> Parser:
     parser = _make_parser()
     parser.add_argument("-c", "--config", action=ActionConfigFile, help=CONFIG)
-    parser.add_class_arguments(Sweep, fail_untyped=False, sub_configs=True, skip=INTERNAL)
+    parser.add_class_arguments(SweepOptions, fail_untyped=False, sub_configs=True, skip=INTERNAL)
     return parser
 
 
 def _make_model_parser(configs: Sequence[Path]) -> Parser:
     parser = _make_parser()
-    parser.add_class_arguments(Sweep, fail_untyped=False, sub_configs=True, skip={"autoencoders", "data", *INTERNAL})
+    parser.add_class_arguments(
+        SweepOptions, fail_untyped=False, sub_configs=True, skip={"autoencoders", "data", *INTERNAL}
+    )
     parser.add_subclass_arguments(LightningDataModule, "data", as_group=False, fail_untyped=False, required=False)
     for option in ("ckpt_path", "name"):
         parser.add_argument(f"--{option}", type=str, help=OF_ONE[option])
@@ -103,7 +106,7 @@ def _make_parser() -> Parser:
 
 
 def _list_options() -> list[str]:
-    return [name for name in inspect.signature(Sweep).parameters if name not in {"autoencoders", *INTERNAL}]
+    return [name for name in inspect.signature(SweepOptions).parameters if name not in {"autoencoders", *INTERNAL}]
 
 
 def read_model(paths: Sequence[str], folders: Sequence[Path]) -> ModelConfig:

@@ -29,19 +29,19 @@ same command resumes an interrupted sweep: complete rows in --results_dir are no
 row is there, 1 if a model could not be measured (its row has the error), 2 for a command that is not usable.
 """
 USAGE = "vidtwin test [--config FILE ...] [--OPTION VALUE ...]"
-INTERNAL = {"read_config", "pictures", "strict"}  # arguments of `Sweep` that are no options
+INTERNAL = {"read_config", "pictures", "strict"}  # arguments of `Sweep` that the command line sets itself
 OF_ONE = {  # options of the form that measures one model
     "ckpt_path": "Trained weights; without them the row is marked as untrained.",
     "name": "Name of the row (default: the autoencoder's class).",
     "model.autoencoder": "The model, by name or class path (default: that of the checkpoint).",
 }
 CONFIG = "Config of a sweep, or of `fit`, of which the autoencoder and the data count; several are joined."
-_GROUPS = {"protocol": ("vidtwin.benchmark.protocol", "ProtocolSettings"), "fvd": ("vidtwin.benchmark.sweep", "FVD")}
+_GROUPS = {"protocol": ("vidtwin.benchmark.protocol", "ProtocolSettings"), "fvd": ("vidtwin.benchmark.options", "FVD")}
 
 
 def names_of_test() -> set[str]:
     """Return the first part of each option of `test`."""
-    sweep = set(read_options("vidtwin.benchmark.sweep", "Sweep")) - INTERNAL
+    sweep = set(read_options("vidtwin.benchmark.options", "SweepOptions")) - INTERNAL
     return {"config", "help", "print_config", "trainer", *sweep, *(name.partition(".")[0] for name in OF_ONE)}
 
 
@@ -57,7 +57,7 @@ def print_help_of_test() -> None:
     parser.add_argument("-c", "--config", metavar="FILE", help=CONFIG)
     for name, text in OF_ONE.items():
         parser.add_argument(f"--{name}", metavar="VALUE", help=text)
-    for name, option in read_options("vidtwin.benchmark.sweep", "Sweep").items():
+    for name, option in read_options("vidtwin.benchmark.options", "SweepOptions").items():
         group = read_options(*_GROUPS[name]) if name in _GROUPS else {}
         shown = {f"{name}.{key}": each for key, each in group.items()} or {name: option}
         for key, (text, default) in shown.items():

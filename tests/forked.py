@@ -1,0 +1,64 @@
+"""Run functions in processes that are forked from one in which torch and Lightning are imported already.
+
+A process that imports them itself takes ten seconds of CPU time for it. The processes are ranks as a cluster starts
+them; test_distributed.py and apply/test_encode.py have Lightning start them.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["sweeping", "tiny"])
+
+
+def run_ranks(work: Callable[..., Any], *arguments: Any, stderr: Path, timeout: float = 240) -> None:
+    """Call `work` on two ranks, with stderr of both in a file; a rank that fails or hangs is a failure."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    cluster = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    codes = _run([({**cluster, "LOCAL_RANK": str(rank)}, work, arguments) for rank in (0, 1)], stderr, timeout)
+    assert codes == [0, 0], stderr.read_text()[-3000:]
+
+
+def run_code(code: str, argv: Sequence[str], stderr: Path, timeout: float = 120) -> int | None:
+    """Execute `code` with `argv` as sys.argv[1:] → exit code; of one that a signal ended the negative number."""
+    (result,) = _run([({}, _execute, (code, list(argv)))], stderr, timeout)
+    return result
+
+
+def _run(calls: Sequence[tuple[Any, ...]], stderr: Path, timeout: float) -> list[int | None]:
+    processes = [_CONTEXT.Process(target=_enter, args=(stderr, Path.cwd(), *call)) for call in calls]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(timeout)
+        return [process.exitcode for process in processes]  # None: it hangs
+    finally:
+        for process in processes:
+            with contextlib.suppress(OSError):
+                process.kill()
+
+
+def _enter(stderr: Path, folder: Path, environment: dict[str, str], work: Callable[..., Any], arguments: Any) -> None:
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.chdir(folder)
+    os.environ.update(environment)
+    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # that of a process is read on import
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def _execute(code: str, argv: list[str]) -> None:
+    sys.argv[1:] = argv
+    exec(code, {"__name__": "__main__"})
