@@ -1,0 +1,114 @@
+"""Explain errors that a user can mend in one line. Import nothing heavy.
+
+Torch and its process groups raise plain `RuntimeError`, which only their wording tells from a bug.
+"""
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+from vidtwin import files
+from vidtwin.errors import UserError
+
+_WORKER = re.compile(
+    r"DataLoader worker \(pid.*?\) (?:is killed by signal: [^.]*|exited unexpectedly)|DataLoader timed out"
+)
+_SHARED_MEMORY = re.compile(r"[^.]*(?:shared memory|</torch_)[^.]*", re.IGNORECASE)
+_LOST = re.compile(r"connection (?:closed|reset)|broken pipe|remote process|ncclRemoteError|timed out", re.IGNORECASE)
+_ERRNO = re.compile(r"\[Errno (\d+)\] .*?(?:: '(.*)')?$")
+_PATIENCE = 2.0  # seconds until the system has noticed the end of a process that closed its connections
+
+
+def explain(error: BaseException) -> str | None:
+    """Return one line for an error that a user can mend; None for a bug, which keeps its traceback."""
+    if isinstance(error, UserError):
+        return _join(_last_line(str(error)))
+    for cause in _causes(error):
+        if isinstance(cause, RuntimeError) and (line := _explain_worker(str(cause))):
+            return line
+    for cause in _causes(error):
+        if line := _explain_exchange(cause):
+            return line
+        if isinstance(cause, UnicodeEncodeError) and not cause.encoding.lower().startswith("utf"):
+            letters = ascii(cause.object[cause.start : cause.end])
+            return (
+                f"Expected a locale that has the letters of all names, got the encoding {cause.encoding}, which lacks "
+                f"{letters}; set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
+            )
+    if isinstance(error, OSError) and error.errno is None and (found := _ERRNO.search(_last_line(str(error)))):
+        error = OSError(int(found[1]), os.strerror(int(found[1])), found[2])  # came from a data loader's worker
+    return files.explain(error)
+
+
+def _explain_worker(text: str) -> str | None:
+    """Explain the end of a process that a data loader had started."""
+    worker, memory = _WORKER.search(text), _SHARED_MEMORY.search(text)
+    if memory:
+        return (
+            f"Expected shared memory for the data's processes, got {_join(memory[0])!r}; give the machine more "
+            "(docker run --shm-size 8g), or lower data.num_workers: 0 needs none."
+        )
+    if worker:
+        return (
+            f"Expected the data's processes to live, got {_join(worker[0])!r}; the system kills for lack of memory: "
+            "lower data.num_workers or data.batch_size, and continue a training by --resume auto."
+        )
+    return None
+
+
+def _explain_exchange(error: BaseException) -> str | None:
+    """Explain an error of the exchange between processes."""
+    text, distributed = str(error), getattr(sys.modules.get("torch"), "distributed", None)
+    first = _join(text.strip().partition("\n")[0])
+    ours = isinstance(error, getattr(distributed, "DistError", ())) or (
+        isinstance(error, RuntimeError) and "gloo" in text.lower()
+    )
+    if ours and _LOST.search(text):
+        found = _find_ended_child() or f"a lost one: {first}"
+        return (
+            f"Expected all processes to live, got {found}; its own message says why. Without one the system has killed "
+            "it, mostly for lack of memory: lower data.batch_size or data.num_workers, and continue a training by "
+            "--resume auto."
+        )
+    if isinstance(error, getattr(distributed, "DistNetworkError", ())):
+        return f"Expected processes that reach one another, got {first}; check MASTER_ADDR and MASTER_PORT."
+    return None
+
+
+def _find_ended_child() -> str | None:
+    """Describe a child of this process that has ended, if there is one; it stays for its owner to wait for."""
+    if not hasattr(os, "waitid"):  # macOS before Python 3.13, Windows
+        return None
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return None
+        if child is not None and child.si_pid:
+            if child.si_code == os.CLD_EXITED:
+                return f"process {child.si_pid} ended with exit code {child.si_status}"
+            return f"process {child.si_pid} ended by {signal.Signals(child.si_status).name}"
+        if time.monotonic() > until:
+            return None
+        time.sleep(0.05)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _last_line(text: str) -> str:
+    """Return the message of an error from a data loader's worker, which comes back with the worker's traceback."""
+    if "Original Traceback" in text:
+        return text.strip().splitlines()[-1].partition(": ")[2] or text
+    return text
+
+
+def _join(text: str) -> str:
+    return " ".join(text.split())
