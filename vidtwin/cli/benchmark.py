@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
 
 def _make_sweep(parser: Parser, config: Namespace, argv: list[str]) -> Sweep:
     folders = [path.resolve().parent for path in config_paths(argv)]
-    with user_errors():
+    with user_errors(config):
         arguments = parser.instantiate(config).as_dict()
         arguments.pop("config", None)
         return Sweep(**arguments, read_config=partial(read_model, folders=folders))
@@ -65,7 +65,7 @@ def _make_single_sweep(parser: Parser, config: Namespace, chosen: bool) -> Sweep
     name = config.name or given.spec["class_path"].rpartition(".")[2]
     entry = Entry(name, ["the command line"] if chosen else None, config.ckpt_path)
     own = Namespace({key: config[key] for key in _list_options()})
-    with user_errors():
+    with user_errors(own):
         arguments = parser.instantiate(own).as_dict()
         return Sweep([entry], **arguments, read_config=lambda _: given, pictures=_PICTURES, strict=True)
 

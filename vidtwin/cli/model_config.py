@@ -57,10 +57,10 @@ def read(config: str) -> tuple[dict[str, Any], Callable[[], VideoAutoencoder]]:
 
 
 def spec(parsed: Namespace) -> dict[str, Any]:
-    """Return `class_path` and `init_args` as the config has them."""
+    """Return `class_path` and `init_args` as the config has them; those in `dict_kwargs` are arguments too."""
     given = parsed.model.autoencoder
-    arguments = given.get("init_args") or Namespace()
-    return {"class_path": given.class_path, "init_args": arguments.as_dict()}
+    arguments = (given.get("init_args") or Namespace()).as_dict()
+    return {"class_path": given.class_path, "init_args": arguments | dict(given.get("dict_kwargs") or {})}
 
 
 def build(parser: Parser, parsed: Namespace) -> VideoAutoencoder:

@@ -9,6 +9,7 @@ import operator
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,6 +25,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vidtwin import plugins
+from vidtwin.cli import model_config
 from vidtwin.cli.parser import Parser, option_value, resolve_short_names, user_errors
 from vidtwin.errors import Preempted, UserError
 from vidtwin.storage import checkpoints
@@ -60,13 +62,21 @@ def run(command: str, argv: list[str]) -> int:
     try:
         with _ending_by_sigterm() if command == "fit" else nullcontext():
             VidTwinCLI(argv)
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
+        if isinstance(error, UserError) or not _is_of_lightning(error):
+            raise
         raise UserError(str(error)) from error
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning, after Ctrl-C
             raise KeyboardInterrupt from end
         raise
     return 0
+
+
+def _is_of_lightning(error: Exception) -> bool:
+    """Return whether Lightning's own code raised an error, as it does for options that do not fit one another."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "lightning"
 
 
 @contextmanager
@@ -164,10 +174,8 @@ class VidTwinCLI(LightningCLI):
             return
         checkpoint = checkpoints.read(path, lazily=True)
         stored = checkpoint.get("model_spec")
-        given = config.model.autoencoder
-        if stored and given:
-            given = {"class_path": given.class_path, "init_args": dict(given.get("init_args") or {})}
-            for line in checkpoints.differences(given, stored):
+        if stored and config.model.autoencoder:
+            for line in checkpoints.differences(model_config.spec(config), stored):
                 sys.stderr.write(f"vidtwin: {path} differs from the config, which wins: {line}\n")
 
     def before_instantiate_classes(self) -> None:
@@ -186,7 +194,7 @@ class VidTwinCLI(LightningCLI):
             _continue_latest_run(config.trainer)
 
     def instantiate_classes(self) -> None:
-        with user_errors():
+        with user_errors(self._own_config()):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
