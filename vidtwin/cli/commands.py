@@ -161,4 +161,4 @@ def _read_model(config: str, source: Path | None = None) -> Any:
 
     if source is not None:
         plugins.check_trusted(read_config(bases.chain(config)).get("model"), source)
-    return model_config.read(config)
+    return model_config.read(config, foreign=source is not None)

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 
 from vidtwin import files
@@ -27,7 +28,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return _join(_last_line(str(error)))
     for cause in _causes(error):
-        if isinstance(cause, RuntimeError) and (line := _explain_worker(str(cause))):
+        if line := _explain_worker(cause):
             return line
     for cause in _causes(error):
         if line := _explain_exchange(cause):
@@ -43,20 +44,34 @@ def explain(error: BaseException) -> str | None:
     return files.explain(error)
 
 
-def _explain_worker(text: str) -> str | None:
+def _explain_worker(error: BaseException) -> str | None:
     """Explain the end of a process that a data loader had started."""
-    worker, memory = _WORKER.search(text), _SHARED_MEMORY.search(text)
-    if memory:
-        return (
-            f"Expected shared memory for the data's processes, got {_join(memory[0])!r}; give the machine more "
-            "(docker run --shm-size 8g), or lower data.num_workers: 0 needs none."
-        )
-    if worker:
-        return (
-            f"Expected the data's processes to live, got {_join(worker[0])!r}; the system kills for lack of memory: "
-            "lower data.num_workers or data.batch_size, and continue a training by --resume auto."
-        )
-    return None
+    found: str | None = None
+    if isinstance(error, RuntimeError):
+        if memory := _SHARED_MEMORY.search(str(error)):
+            return (
+                f"Expected shared memory for the data's processes, got {_join(memory[0])!r}; give the machine more "
+                "(docker run --shm-size 8g), or lower data.num_workers: 0 needs none."
+            )
+        worker = _WORKER.search(str(error))
+        found = worker and repr(_join(worker[0]))
+    elif isinstance(error, ConnectionError | EOFError | FileNotFoundError) and _is_of_loader(error):
+        try:
+            found = _find_ended_child()  # in the middle of handing over a batch
+        except RuntimeError as noticed:  # torch's handler of the signal that a child has ended
+            return _explain_worker(noticed)
+    if found is None:
+        return None
+    return (
+        f"Expected the data's processes to live, got {found}; the system kills for lack of memory: lower "
+        "data.num_workers or data.batch_size, and continue a training by --resume auto."
+    )
+
+
+def _is_of_loader(error: BaseException) -> bool:
+    """Return whether an error comes from what a data loader and its processes exchange."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return "torch.utils.data.dataloader" in modules and modules[-1].startswith("multiprocessing.")
 
 
 def _explain_exchange(error: BaseException) -> str | None:

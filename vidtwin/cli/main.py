@@ -9,7 +9,7 @@ import signal
 import sys
 
 from vidtwin import __version__
-from vidtwin.cli import bases, commands, failures, own_modules
+from vidtwin.cli import bases, commands, failures, own_modules, paths
 from vidtwin.errors import REQUEUE_EXIT_CODE, Preempted, UserError
 
 
@@ -20,14 +20,14 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        _check_folder()
         if not argv or argv[0] in ("-h", "--help"):
             _say(_help())
             return 0
         if argv[0] == "--version":
             _say(f"vidtwin {__version__}")
             return 0
-        _check_folder()
-        with own_modules.admit(bases.expand(argv[1:])) as words:
+        with own_modules.admit(bases.expand(paths.expand_words(argv[1:]))) as words:
             return commands.run(argv[0], words)
     except Preempted as end:
         sys.stderr.write(f"vidtwin: {end}\n")

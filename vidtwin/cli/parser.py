@@ -109,14 +109,16 @@ def user_errors(config: Namespace | None = None) -> Iterator[None]:
             raise cause from None
         if isinstance(root, ImportError):
             text = " ".join(str(root).split())
-            raise UserError(f"Expected the packages that the config's classes need, got none of one: {text}") from error
+            raise UserError(f"Expected the packages that the config's classes need, got none: {text}") from error
         unchecked = list(_find_dict_kwargs(config)) if isinstance(root, TypeError) else []
         if isinstance(root, TypeError) and not unchecked:
             raise
+        if unchecked:
+            given = ", ".join(unchecked)
+            raise UserError(f"Expected arguments that {given} takes in dict_kwargs, got others: {root}.") from error
         from vidtwin.testing import describe  # which imports torch
 
-        given = f" (dict_kwargs of {', '.join(unchecked)})" if unchecked else ""
-        raise UserError(f"Expected arguments{given} that the config's classes take, got {describe(root)}.") from error
+        raise UserError(f"Expected arguments that the config's classes take, got {describe(root)}.") from error
 
 
 def _find_dict_kwargs(config: Any) -> Iterator[str]:

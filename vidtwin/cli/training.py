@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 from pathlib import Path
@@ -25,7 +25,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vidtwin import plugins
-from vidtwin.cli import model_config
+from vidtwin.cli import model_config, paths
 from vidtwin.cli.parser import Parser, option_value, resolve_short_names, user_errors
 from vidtwin.errors import Preempted, UserError
 from vidtwin.storage import checkpoints
@@ -45,8 +45,9 @@ def run(command: str, argv: list[str]) -> int:
 
         _quieten(command)
         return benchmark.run(argv)
+    foreign: set[str] = set()
     if command == "replay":
-        argv = _expand_dump(argv)
+        argv, foreign = _expand_dump(argv)
     argv = [command, *argv]
     argv = resolve_short_names(argv)
     checkpoint = option_value(argv, "ckpt_path")
@@ -58,10 +59,11 @@ def run(command: str, argv: list[str]) -> int:
     ):
         spec = checkpoints.model_spec(checkpoints.read(checkpoint, lazily=True), checkpoint)
         argv.insert(1, f"--model.autoencoder={json.dumps(spec)}")  # first, so that other options change it
+        foreign = paths.texts(spec)
     _quieten(command)
     try:
         with _ending_by_sigterm() if command == "fit" else nullcontext():
-            VidTwinCLI(argv)
+            VidTwinCLI(argv, foreign)
     except (MisconfigurationException, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
         if isinstance(error, UserError) or not _is_of_lightning(error):
             raise
@@ -124,9 +126,10 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class VidTwinCLI(LightningCLI):
-    """Commands of the trainer; `args` starts with the subcommand."""
+    """Commands of the trainer; `args` starts with the subcommand, and `foreign` are texts in it that others wrote."""
 
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, args: list[str], foreign: Collection[str] = ()) -> None:
+        self._foreign = foreign
         super().__init__(
             AutoencoderTask,
             LightningDataModule,
@@ -165,7 +168,7 @@ class VidTwinCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # Lightning's own method warns if sys.argv holds arguments too, as it does for every command line.
-        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        self.config = paths.expand(parser.parse_args(args), self._foreign)  # type: ignore[arg-type]
 
     def _parse_ckpt_path(self) -> None:
         """Let `--config` win over the checkpoint's arguments, and report differences; Lightning would not."""
@@ -256,22 +259,22 @@ def _usage(command: str) -> str:
     return f"vidtwin {command}{before} [--config FILE ...] [--OPTION VALUE ...]"
 
 
-def _expand_dump(argv: list[str]) -> list[str]:
-    """Turn `replay DUMP` into `--dump DUMP` and options for the config that the dump holds."""
+def _expand_dump(argv: list[str]) -> tuple[list[str], set[str]]:
+    """Turn `replay DUMP` into `--dump DUMP` and options for the config that the dump holds; return its texts too."""
     if argv and not argv[0].startswith("-"):
         argv = ["--dump", *argv]
     if not (path := option_value(argv, "dump")):
         if {"-h", "--help"} & set(argv):
-            return argv
+            return argv, set()
         raise UserError("Expected the dump of a skipped step, got none: vidtwin replay DUMP.")
     content = replay.read(path)
     argv = [f"--trainer.precision={content['precision']}", *argv]
     plugins.check_trusted(content["config"], path)
     if content["config"]:
-        return [f"--model={json.dumps(content['config'])}", *argv]
+        return [f"--model={json.dumps(content['config'])}", *argv], paths.texts(content["config"])
     if not option_value(argv, "config", "c"):
         raise UserError(f"Expected --config FILE: {path} comes from a training without one, so the loss is not known.")
-    return argv
+    return argv, set()
 
 
 def _quieten(command: str) -> None:

@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from torch import nn
 
 from vidtwin.autoencoder import VideoAutoencoder
@@ -45,6 +50,7 @@ def _check_callbacks(trainer: Trainer) -> None:
     """Raise `UserError` for callbacks of Lightning that change the one optimizer of an automatic optimization."""
     instead: tuple[tuple[type[Callback], str, str], ...] = (
         (LearningRateFinder, "varies the rate of one optimizer", "compare short trainings by --model.optimizer.lr"),
+        (BatchSizeFinder, "takes steps before a GAN starts and needs its memory", "set --data.batch_size"),
         (GradientAccumulationScheduler, "joins batches to a step", "--model.accumulation splits each batch"),
         (StochasticWeightAveraging, "replaces the schedule", "--model.ema_decay averages weights"),
     )
