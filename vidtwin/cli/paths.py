@@ -9,8 +9,6 @@ import re
 from collections.abc import Collection, Iterable
 from typing import TypeVar
 
-from jsonargparse import Namespace
-
 from vidtwin.errors import UserError
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
@@ -34,6 +32,8 @@ def expand(value: T, foreign: Collection[str] = ()) -> T:
         value: A namespace is changed in place.
         foreign: Texts that others wrote; these stay.
     """
+    from jsonargparse import Namespace
+
     if isinstance(value, str):
         return value if value in foreign else expand_text(value)  # type: ignore[return-value]
     if isinstance(value, Namespace):
