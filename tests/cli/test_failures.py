@@ -177,6 +177,8 @@ def test_a_current_folder_that_was_removed_is_one_line(tmp_path, monkeypatch, ca
 def test_a_locale_without_a_names_letters_is_named():
     error = UnicodeEncodeError("ascii", "größe.mp4", 2, 4, "ordinal not in range(128)")
     assert "encoding ascii, which lacks '\\xf6\\xdf'; set LC_ALL=C.UTF-8" in (failures.explain(error) or "")
+    error = UnicodeDecodeError("ascii", b"\xc3\xa4", 0, 1, "ordinal not in range(128)")  # a config's text
+    assert "which lacks b'\\xc3'; set LC_ALL=C.UTF-8" in (failures.explain(error) or "")
     assert failures.explain(UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed")) is None
 
 

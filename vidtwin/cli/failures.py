@@ -17,9 +17,10 @@ from vidtwin.errors import UserError
 _WORKER = re.compile(
     r"DataLoader worker \(pid.*?\) (?:is killed by signal: [^.]*|exited unexpectedly)|DataLoader timed out"
 )
-_SHARED_MEMORY = re.compile(r"[^.]*(?:shared memory|</torch_)[^.]*", re.IGNORECASE)
+_SHARED_MEMORY = re.compile(r"[^.]*(?:out of shared memory|shared memory limit|</torch_)[^.]*", re.IGNORECASE)
 _LOST = re.compile(r"connection (?:closed|reset)|broken pipe|remote process|ncclRemoteError|timed out", re.IGNORECASE)
 _ERRNO = re.compile(r"\[Errno (\d+)\] .*?(?:: '(.*)')?$")
+_LOCALES = ("ascii", "latin-1", "charmap")  # encodings, by Python's names, that locales have beside UTF-8
 _PATIENCE = 2.0  # seconds until the system has noticed the end of a process that closed its connections
 
 
@@ -33,11 +34,11 @@ def explain(error: BaseException) -> str | None:
     for cause in _causes(error):
         if line := _explain_exchange(cause):
             return line
-        if isinstance(cause, UnicodeEncodeError) and not cause.encoding.lower().startswith("utf"):
+        if isinstance(cause, UnicodeEncodeError | UnicodeDecodeError) and cause.encoding.lower() in _LOCALES:
             letters = ascii(cause.object[cause.start : cause.end])
             return (
-                f"Expected a locale that has the letters of all names, got the encoding {cause.encoding}, which lacks "
-                f"{letters}; set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
+                f"Expected a locale that has the letters of all names and configs, got the encoding "
+                f"{cause.encoding}, which lacks {letters}; set LC_ALL=C.UTF-8, or PYTHONUTF8=1."
             )
     if isinstance(error, OSError) and error.errno is None and (found := _ERRNO.search(_last_line(str(error)))):
         error = OSError(int(found[1]), os.strerror(int(found[1])), found[2])  # came from a data loader's worker
