@@ -154,6 +154,24 @@ def test_a_temporary_file_names_its_target(tmp_path, monkeypatch):
         assert intended_name(Path(name)) is None
 
 
+@pytest.mark.parametrize("name", ["x" * 250 + ".mp4", "é" * 120 + ".safetensors"])
+def test_a_name_as_long_as_the_file_system_takes_can_be_written(tmp_path, name):
+    write_text(tmp_path / name, "old")
+    (tmp_path / "other").mkdir()
+    with replacing(tmp_path / name) as temporary:
+        temporary.write_text("new")
+        assert temporary.suffix == Path(name).suffix
+        left = tmp_path / "other" / temporary.name
+        left.touch()  # as of a killed process
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == {name: "new"}
+    write_text(tmp_path / "other" / ("y" + name[1:]), "of another name")
+    assert left.exists()
+    write_text(tmp_path / "other" / name, "whole")
+    assert not left.exists()
+    link(tmp_path / name, tmp_path / "other")
+    assert os.readlink(tmp_path / name) == "other"
+
+
 def test_the_file_gets_the_permissions_that_open_would_give_it(tmp_path, umask):
     write_text(tmp_path / "a.txt", "")
     (tmp_path / "b.txt").touch()

@@ -1,6 +1,10 @@
-"""Write files atomically (beside the target, flushed to disk, then moved over it), and keep foreign names inside."""
+"""Write files atomically (beside the target, flushed to disk, then moved over it), and keep foreign names inside.
+
+`explain` says in one line why the system refused a file, if a user can mend it.
+"""
 
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -20,19 +24,56 @@ except ImportError:  # Windows
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit
 _TEMPORARY = re.compile(r"\.(.+)-[a-z0-9_]{8}(\.\w+)")  # mkstemp's alphabet
-# Bytes of a part of a foreign path, of which file systems take 255 and `replacing` adds 10, and of a whole one.
-_LONGEST, _LONGEST_PATH = 240, 2000
+_LONGEST, _LONGEST_PATH = 255, 2000  # bytes of a part of a path, and of a whole foreign one
+_ADDED = len(".-12345678")  # to a stem by a temporary name
+_FOREIGN_ERROR = re.compile(r"\bos error (\d+)")
 _ABANDONED = 3600  # seconds without a change, on a file system without locks
+# Expected thing and advice by the system's error; a thing is formatted with the file's path.
+_PERMISSION = ("permission for {}", "correct it, or name another path")
+_PATH = ("a path that can be used, not {}", "name another")
+_DISK = ("a disk that can be read and written at {}", "check it")
+_HANDLES = ("fewer open files", "raise the limit by `ulimit -n`, or lower data.num_workers")
+_REFUSALS = {
+    **dict.fromkeys(NO_ROOM, ("room to write {}", "free space, or name another disk")),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _PERMISSION),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP), _PATH),
+    errno.ENAMETOOLONG: ("a name that the file system takes, not {}", "shorten it"),
+    **dict.fromkeys((errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE), _DISK),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), _HANDLES),
+}
+_ALSO_UNNAMED = (*NO_ROOM, errno.EMFILE, errno.ENFILE)
 
 
 def no_room(error: BaseException | None) -> str | None:
     """Return the system's reason if a full disk, a quota or a limit caused an error, also below errors of libraries."""
+    code = _find_no_room(error)
+    return None if code is None else os.strerror(code)
+
+
+def _find_no_room(error: BaseException | None) -> int | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
-            return error.strerror
-        if "os error 28" in str(error):  # safetensors', which has no OSError behind it
-            return os.strerror(errno.ENOSPC)
+            return error.errno
+        # safetensors' errors have no OSError behind them.
+        if (match := _FOREIGN_ERROR.search(str(error))) and int(match[1]) in NO_ROOM:
+            return int(match[1])
         error = error.__cause__ or error.__context__
+    return None
+
+
+def explain(error: BaseException | None) -> str | None:
+    """Return one line for the system's refusal of a file if it caused an error; None for other errors.
+
+    Such as a folder that is read-only, or a full disk. A missing file is none of them: whoever reads one checks it.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _REFUSALS and (error.filename or error.errno in _ALSO_UNNAMED):
+            wanted, advice = _REFUSALS[error.errno]
+            path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else None
+            if path is not None and (name := intended_name(path)):
+                path = path.with_name(name)
+            return f"Expected {wanted.format(path or 'a file')}, got {error.strerror!r}; {advice}."
+        error = error.__cause__
     return None
 
 
@@ -81,13 +122,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` (same suffix) that becomes `path` if the block ends without an error.
 
     A kill or a power failure at any moment leaves the previous file, or none. The temporary one is removed on an error,
-    and after a kill when the same file is written again.
+    and after a kill when the same file is written again. The error of a full disk names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
+    short = _shorten(path)
     while True:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{short.stem}-", suffix=short.suffix, dir=path.parent)
         if fcntl is None:
             os.close(handle)  # Windows moves no open file
             break
@@ -103,6 +145,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
         _flush_folder(path.parent)
+    except Exception as error:
+        code = _find_no_room(error)
+        if code is None or (isinstance(error, OSError) and error.filename):
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error  # the system names no file that it can't extend
     finally:
         try:
             temporary.unlink(missing_ok=True)
@@ -119,7 +166,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 def link(path: Path, target: Path) -> None:
     """Make `path` a relative symbolic link to `target` in the same folder, in one move over an earlier `path`."""
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    short = _shorten(path)
+    temporary = path.with_name(f".{short.stem}-{secrets.token_hex(4)}{short.suffix}")
     try:
         temporary.symlink_to(target.name)
     except OSError:  # a file system without links, such as a mounted cloud drive
@@ -134,9 +182,19 @@ def link(path: Path, target: Path) -> None:
 
 
 def intended_name(path: Path) -> str | None:
-    """Return the name of the file that a temporary file was to become; None for any other file."""
+    """Return the name of the file that a temporary file was to become, cut if it is long; None for any other file."""
     match = _TEMPORARY.fullmatch(path.name)
     return match[1] + match[2] if match else None
+
+
+def _shorten(path: Path) -> Path:
+    """Cut a stem with which a temporary name would be longer than the file system takes; a digest keeps it unique."""
+    room = _LONGEST - _ADDED - len(os.fsencode(path.suffix))
+    stem = os.fsencode(path.stem)
+    if len(stem) <= room:
+        return path
+    digest = hashlib.sha256(stem).hexdigest()[:8]
+    return path.with_name(f"{stem[: room - 9].decode(errors='ignore')}~{digest}{path.suffix}")
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
@@ -144,9 +202,10 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
     Files that a living process is writing stay.
     """
+    wanted = None if name is None else _shorten(folder / name).name
     for path in folder.glob(".*-*"):
         target = intended_name(path)
-        if target is not None and name in (None, target):
+        if target is not None and wanted in (None, target):
             with suppress(OSError), path.open("rb+") as file:  # in use, or moved or removed meanwhile
                 if _lock(file.fileno(), wait=False) or time.time() - path.stat().st_mtime > _ABANDONED:
                     path.unlink()  # under the lock: a process that has just made the file waits for it

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from jsonargparse import capture_parser
+from lightning_utilities.core.imports import RequirementCache
 from safetensors.torch import load_file
 
 from vidtwin.cli import benchmark, main, messages, options
@@ -523,6 +524,64 @@ def test_plugins_lists_what_is_registered(capsys):
     assert "vidtwin.models.vidtwin.VidTwin" in printed
     assert "vidtwin.datamodules.ucf101.UCF101" in printed
     assert "vidtwin.commands: none" in printed
+
+
+def test_a_folder_that_cannot_be_is_named(here, capsys):
+    argv = ["fit", "--config", "tiny.yaml", "--data.root=data/UCF-101"]
+    line = fails(capsys, *argv, "--trainer.logger.init_args.save_dir=tiny.yaml")
+    assert "Expected a path that can be used, not " in line
+    assert line.endswith("/tiny.yaml/tiny, got 'Not a directory'; name another.")
+
+
+def test_a_read_only_results_folder_is_named(here, run, capsys, monkeypatch):
+    def refuse(*_, dir, prefix, suffix, **__):
+        raise OSError(30, "Read-only file system", f"{dir}/{prefix}abcd1234{suffix}")
+
+    argv = ["test", "--config", "tiny.yaml", "--data.root=data/UCF-101", *QUICK]
+    assert main([*argv, "--results_dir=read_only"]) == 0
+    monkeypatch.setattr("vidtwin.files.tempfile.mkstemp", refuse)
+    assert "Expected permission for read_only/" in fails(capsys, "report", "read_only")
+    argv.append("--results_dir=new")
+    assert "Expected permission for new/videos.json, got 'Read-only" in fails(capsys, *argv)
+    argv = ["fit", "--config", "tiny.yaml", "--data.root=data/UCF-101", "--trainer.logger.init_args.name=frozen"]
+    assert "frozen/checkpoints/" in fails(capsys, *argv)
+
+
+def test_a_logger_whose_package_is_missing_is_one_line(here, capsys, monkeypatch):
+    absent = RequirementCache("absent-package>=1")
+    monkeypatch.setattr("lightning.pytorch.loggers.mlflow._MLFLOW_AVAILABLE", absent)
+    argv = ["fit", "--config", "tiny.yaml", "--data.root=data/UCF-101", "--trainer.logger=MLFlowLogger"]
+    line = fails(capsys, *argv)
+    assert "Expected the packages that the config's classes need, got none: " in line
+    assert "absent-package>=1" in line
+
+
+def test_dict_kwargs_are_arguments_too(here, capsys):
+    config = yaml.safe_load(Path("tiny.yaml").read_text())
+    config["data"]["dict_kwargs"] = {"colour": "grey"}
+    Path("kwargs.yaml").write_text(yaml.safe_dump(config))
+    for command in ("fit", "test"):
+        line = fails(capsys, command, "--config", "kwargs.yaml", "--data.root=data/UCF-101")
+        assert "ucf101.UCF101 takes in dict_kwargs, got others: " in line
+        assert "'colour'" in line
+
+
+def test_a_printed_config_prints_itself(here, capsys):
+    printed = []
+    for config in ("tiny.yaml", "printed.yaml"):
+        capsys.readouterr()
+        assert main(["fit", "--config", config, "--data.root=data/UCF-101", "--print_config"]) == 0
+        printed.append(capsys.readouterr().out)
+        Path("printed.yaml").write_text(printed[-1])
+    assert printed[0] == printed[1]
+
+
+def test_a_limit_of_test_batches_is_named_as_one_that_does_not_hold(here, capsys):
+    config = yaml.safe_load(Path("tiny.yaml").read_text())
+    config["trainer"]["limit_test_batches"] = 1
+    Path("limited.yaml").write_text(yaml.safe_dump(config))
+    assert main(["test", "--config", "limited.yaml", "--data.root=nowhere"]) == 2
+    assert "limit_test_batches 1 does not hold here: every test clip is measured" in capsys.readouterr().err
 
 
 def test_the_still_is_a_png_of_four_rows(here, run):

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from vidtwin.cli import main
+from vidtwin.cli import bases, main
 from vidtwin.losses import AutoencoderLoss
 from vidtwin.storage import checkpoints
 from vidtwin.video import probe, write_video
@@ -229,6 +229,22 @@ def test_an_unknown_short_name_lists_the_others(key, name, near, tmp_path, capsy
     assert f"{key}: Expected one of " in error
     assert f"got {name!r}; did you mean {near!r}?" in error
     assert error.count("\n") == 1
+
+
+def test_configs_state_what_the_tasks_default_optimizers_would_add():
+    """An optimizer's class in a config keeps the default's arguments that the config does not name."""
+    stated = {}
+    for path in [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("baselines/*.yaml")]:
+        for each in map(Path, bases.chain(path)):
+            model = yaml.safe_load(each.read_text()).get("model") or {}
+            for key in ("optimizer", "discriminator_optimizer"):
+                given = model.get(key) or {}
+                given = yaml.safe_load((CONFIGS / given).read_text()) if isinstance(given, str) else given
+                stated.setdefault((path.name, key), set()).update(given.get("init_args") or {})
+    assert len(stated) > 20
+    for (name, key), arguments in stated.items():
+        if arguments:
+            assert arguments >= {"lr", "weight_decay"} | ({"eps"} if key == "optimizer" else set()), (name, key)
 
 
 def test_the_overlay_for_gpus_composes():

@@ -4,14 +4,14 @@ import pytest
 import torch
 from tiny import tiny_model
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
-from torch.optim.lr_scheduler import ConstantLR
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop, SparseAdam
+from torch.optim.lr_scheduler import ConstantLR, OneCycleLR
 
 from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.models.vidtwin import VidTwin
 from vidtwin.schedules import WarmupCosine
-from vidtwin.training.optimization import check_resumed, step_at
+from vidtwin.training.optimization import check_length, check_resumed, make_optimizer, make_schedule, step_at
 from vidtwin.training.task import AutoencoderTask
 
 NUMBERS_PER_FRAME = 3 * 224 * 224
@@ -60,6 +60,40 @@ def test_a_step_at_a_scaled_rate_leaves_the_schedules_rate():
     assert weight.item() == 0.75
     assert optimizer.param_groups[0]["lr"] == 1.0
     assert weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (LBFGS, "one gradient, got LBFGS, which computes the loss several times a step; set model.optimizer"),
+        (SparseAdam, "dense gradients, got SparseAdam"),
+        (lambda p: AdamW(p, lr=-1.0), "takes in model.optimizer, got: Invalid learning rate: -1.0"),
+        (lambda p: AdamW(p, rate=1.0), "takes in model.optimizer, got: .*unexpected keyword argument 'rate'"),
+    ],
+)
+def test_an_optimizer_that_cannot_take_our_steps_is_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make_optimizer([nn.Parameter(torch.ones(1))], make, "model.optimizer")
+
+
+def test_a_schedule_that_ends_before_the_training_is_refused_also_when_resumed():
+    optimizer = SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+
+    def make(steps: int, max_steps: int) -> OneCycleLR:
+        return make_schedule(optimizer, lambda o: OneCycleLR(o, 1.0, steps), max_steps, "model.scheduler")
+
+    with pytest.raises(UserError, match=r"OneCycleLR of trainer\.max_steps=5 .*, got 4; set model\.scheduler\.total_s"):
+        make(4, 5)
+    with pytest.raises(UserError, match=r"takes in model\.scheduler, got: You must define either total_steps"):
+        make_schedule(optimizer, lambda o: OneCycleLR(o, 1.0), 5, "model.scheduler")
+    longer = make(6, 6)
+    longer.load_state_dict(make(4, 4).state_dict())  # which holds the length
+    with pytest.raises(UserError, match="got 4"):
+        check_length(longer, 6, "model.scheduler")
+    whole = make(4, 4)
+    for _ in range(4):
+        optimizer.step()
+        whole.step()
 
 
 @pytest.mark.parametrize("other", [SGD, Adam, RMSprop])

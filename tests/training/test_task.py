@@ -6,11 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from tiny import Clips, Poisoned, baseline_task, tiny_model, tiny_task, trainer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim import LBFGS
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
@@ -122,6 +129,13 @@ def test_a_checkpoint_of_another_discriminator_is_named_too(trained, tmp_path):
         ({"gradient_clip_val": 1.0}, {}, "got 1.0 and None; --model.gradient_clip_norm NORM"),
         ({"gradient_clip_algorithm": "value"}, {}, "--model.gradient_clip_norm NORM"),
         ({}, {"scheduler": lambda o: ReduceLROnPlateau(o)}, "counts steps, got ReduceLROnPlateau"),
+        ({}, {"scheduler": lambda o: OneCycleLR(o, 1.0, 6)}, "max_steps=7 steps at least, got 6"),
+        ({}, {"optimizer": lambda p: LBFGS(p)}, "by one gradient, got LBFGS"),
+        ({"val_check_interval": 4}, {}, "at most the 3 batches of an epoch, got 4; .* null counts batches"),
+        ({"callbacks": [LearningRateFinder()]}, {}, r"got LearningRateFinder, .* --model\.optimizer\.lr"),
+        ({"callbacks": [BatchSizeFinder()]}, {}, r"got BatchSizeFinder, .* --data\.batch_size"),
+        ({"callbacks": [StochasticWeightAveraging(1e-3)]}, {}, r"--model\.ema_decay"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, {}, r"--model\.accumulation"),
     ],
 )
 def test_invalid_settings_are_refused_before_the_first_step(tmp_path, arguments, task_arguments, message):

@@ -29,7 +29,6 @@ IN is one of
 
 Exit code: 0 written, 2 failed, with OUT unchanged.
 """
-TAKES_UNKNOWN = True  # the options of the class of --model
 _DEFAULT = "vidtwin"
 
 

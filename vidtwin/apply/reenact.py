@@ -47,7 +47,6 @@ Exit code: 0 done, 1 a video is damaged (the frames before the damage were used)
 
 Blend = tuple[float, ...]  # the share of B, per latent of the model
 
-TAKES_UNKNOWN = True  # each latent of the model is an option
 _NAME_LENGTH = 28  # of a video in pictures, in characters
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import yaml
 
+from vidtwin.cli import paths
 from vidtwin.errors import UserError
 
-_BASE = re.compile(r"^base:.*$", re.MULTILINE)
+_BASE = re.compile(r"^\ufeff?base:.*$", re.MULTILINE)  # Windows editors put a byte order mark in front
 
 
 def expand(argv: list[str]) -> list[str]:
@@ -63,4 +64,4 @@ def _base(config: Path) -> Path | None:
     base = line.get("base")
     if base is not None and not isinstance(base, str):
         raise UserError(f"Expected the path of one config after base: in {config}, got {base!r}.")
-    return config.parent / base if base else None
+    return config.parent / paths.expand_text(base) if base else None

@@ -6,13 +6,15 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace
 from lightning import LightningDataModule
 
+from vidtwin import console
 from vidtwin.benchmark.options import Entry, ModelConfig, SweepOptions
 from vidtwin.benchmark.sweep import Sweep
-from vidtwin.cli import model_config
+from vidtwin.cli import model_config, paths
 from vidtwin.cli.options import CONFIG, DESCRIPTION, INTERNAL, NAMES, OF_ONE, USAGE
 from vidtwin.cli.parser import Parser, config_paths, option_value, read_config, resolve_short_names, user_errors
 from vidtwin.errors import UserError, suggestion
@@ -39,16 +41,20 @@ def run(argv: list[str]) -> int:
     several = _is_sweep(argv)
     argv = resolve_short_names(argv)
     chosen = bool(config_paths(argv)) or any(word.startswith(f"--{model_config.KEY}") for word in argv)
+    spec = None if several else _read_model_of_checkpoint(argv)
     if not several:
-        argv = [*_name_model_of_checkpoint(argv), *_rename(argv)]
+        argv = [*([f"--model.autoencoder={json.dumps(spec)}"] if spec else []), *_rename(argv)]
     parser = _make_sweep_parser() if several else _make_model_parser(config_paths(argv))
     config = parser.parse_args(argv)
+    for key in ("autoencoders", model_config.KEY, *_list_options()):  # other keys of `fit` count for nothing here
+        if config.get(key) is not None:
+            config[key] = paths.expand(config[key], paths.texts(spec))
     return (_make_sweep(parser, config, argv) if several else _make_single_sweep(parser, config, chosen)).run()
 
 
 def _make_sweep(parser: Parser, config: Namespace, argv: list[str]) -> Sweep:
     folders = [path.resolve().parent for path in config_paths(argv)]
-    with user_errors():
+    with user_errors(config):
         arguments = parser.instantiate(config).as_dict()
         arguments.pop("config", None)
         return Sweep(**arguments, read_config=partial(read_model, folders=folders))
@@ -66,7 +72,7 @@ def _make_single_sweep(parser: Parser, config: Namespace, chosen: bool) -> Sweep
     name = config.name or given.spec["class_path"].rpartition(".")[2]
     entry = Entry(name, ["the command line"] if chosen else None, config.ckpt_path)
     own = Namespace({key: config[key] for key in _list_options()})
-    with user_errors():
+    with user_errors(own):
         arguments = parser.instantiate(own).as_dict()
         return Sweep([entry], **arguments, read_config=lambda _: given, pictures=_PICTURES, strict=True)
 
@@ -109,20 +115,19 @@ def _list_options() -> list[str]:
     return [name for name in inspect.signature(SweepOptions).parameters if name not in {"autoencoders", *INTERNAL}]
 
 
-def read_model(paths: Sequence[str], folders: Sequence[Path]) -> ModelConfig:
+def read_model(configs: Sequence[str], folders: Sequence[Path]) -> ModelConfig:
     """Read the model of configs that lie in one of `folders` or below the current one."""
-    found = [next((f / path for f in folders if (f / path).is_file()), Path(path)) for path in paths]
+    found = [next((f / path for f in folders if (f / path).is_file()), Path(path)) for path in configs]
     parser, parsed = model_config.parse(found)
     return ModelConfig(model_config.spec(parsed), lambda: model_config.build(parser, parsed))
 
 
-def _name_model_of_checkpoint(argv: list[str]) -> list[str]:
-    """Return the option that names the checkpoint's model if nothing else does; later options change it."""
+def _read_model_of_checkpoint(argv: list[str]) -> dict[str, Any] | None:
+    """Return class path and arguments of the checkpoint's model if nothing else names one; options may change them."""
     checkpoint = option_value(argv, "ckpt_path")
     if not checkpoint or option_value(argv, "config", "c") or option_value(argv, "model.autoencoder"):
-        return []
-    spec = checkpoints.model_spec(checkpoints.read(checkpoint, lazily=True), checkpoint)
-    return [f"--model.autoencoder={json.dumps(spec)}"]
+        return None
+    return checkpoints.model_spec(checkpoints.read(checkpoint, lazily=True), checkpoint)
 
 
 def _rename(argv: list[str]) -> list[str]:
@@ -159,8 +164,14 @@ def _read_options(argv: list[str]) -> list[str]:
             if isinstance(value, int | str) and not option_value(argv, name, f"trainer.{name}"):
                 options.append(f"--{name}={_PRECISIONS.get(str(value), value)}")
         path = (loss.get("init_args") or {}).get("perceptual_backbone") if isinstance(loss, dict) else None
-        if path and Path(path).is_file():
+        if path and Path(path := paths.expand_text(path)).is_file():
             options.append(f"--perceptual_backbones.vgg={path}")
+        limit = trainer.get("limit_test_batches") if isinstance(trainer, dict) else None
+        if limit is not None and not (isinstance(limit, float) and limit == 1):  # 1.0 is all, 1 is one
+            console.log(
+                f"trainer.limit_test_batches {limit} does not hold here: every test clip is "
+                "measured; a shorter list of test videos, as --data folder --data.csv FILE has it, measures fewer"
+            )
     return options
 
 

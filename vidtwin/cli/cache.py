@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from vidtwin.cli import paths
 from vidtwin.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def cache_command(argv: list[str]) -> int:
     config = (parser := _parser(sorted(others), light=wants_help(argv))).parse_args(argv)
     if config.get("data") is None:
         raise UserError("Expected data to cache; give --data ucf101 --data.root PATH or a --config.")
-    with user_errors():
+    paths.expand(config.data)
+    with user_errors(config):
         data = parser.instantiate(config).data
     from vidtwin.data import ClipSource  # which imports torch
 

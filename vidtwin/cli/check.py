@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from vidtwin import plugins
+from vidtwin.cli import paths
 from vidtwin.errors import UserError, suggestion
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def check_command(argv: list[str]) -> int:
     given = (config.get("model") or {}).get("autoencoder")
     if not (given and given.get("class_path")):
         raise UserError("Expected an autoencoder to check; give its name, vidtwin check NAME, or a --config FILE.")
+    paths.expand(given)
     model = model_config.build(parser, config)
     return _report(model, config.num_frames, config.resolution, config.batch_size, config.device)
 

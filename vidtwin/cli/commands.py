@@ -7,7 +7,7 @@ A target is a function of the arguments that returns the exit code ("module:func
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vidtwin import plugins
 from vidtwin.cli import bases
@@ -15,71 +15,94 @@ from vidtwin.cli.messages import Answered
 from vidtwin.errors import UserError, suggestion
 
 GROUP = "vidtwin.commands"
-TABLE: dict[str, tuple[str, str]] = {
-    "fit": (
+
+
+class Command(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+        summary: For `vidtwin --help`.
+        target: "module:function", or the name of a module.
+        takes_unknown: The module judges options that its parser does not know: they are passed to `run` as a second
+            argument, pairs of name and value.
+        adds_more_options: The module has `add_more_options(parser, options, wants_help)`, which adds options that
+            depend on others.
+    """
+
+    summary: str
+    target: str
+    takes_unknown: bool = False
+    adds_more_options: bool = False
+
+
+TABLE: dict[str, Command] = {
+    "fit": Command(
         "Train an autoencoder: vidtwin fit --config configs/vidtwin_base.yaml --data.root PATH",
         "vidtwin.cli.trainer_commands:fit",
     ),
-    "validate": ("Measure an autoencoder on the validation clips.", "vidtwin.cli.trainer_commands:validate"),
-    "test": (
+    "validate": Command("Measure an autoencoder on the validation clips.", "vidtwin.cli.trainer_commands:validate"),
+    "test": Command(
         "Measure an autoencoder, or a list of them, on the test clips: table, plots, report.",
         "vidtwin.cli.trainer_commands:test",
     ),
-    "predict": ("Write latents and reconstruction of each test clip.", "vidtwin.cli.trainer_commands:predict"),
-    "replay": (
+    "predict": Command("Write latents and reconstruction of each test clip.", "vidtwin.cli.trainer_commands:predict"),
+    "replay": Command(
         "Run a step again that training skipped, and say where it breaks: vidtwin replay DUMP",
         "vidtwin.cli.trainer_commands:replay",
     ),
-    "plugins": (
+    "plugins": Command(
         "List the autoencoders, data modules and commands that installed packages register.",
         "vidtwin.cli.small_commands:list_plugins",
     ),
-    "configs": (
+    "configs": Command(
         "Copy the configs that come with the package: vidtwin configs [FOLDER]",
         "vidtwin.cli.small_commands:copy_configs",
     ),
-    "cache": (
+    "cache": Command(
         "Write decoded clips, or video files, as shards: vidtwin cache OUT --config FILE",
         "vidtwin.cli.cache:cache_command",
     ),
-    "check": (
+    "check": Command(
         "Hold an autoencoder to the promises of the interface: vidtwin check NAME",
         "vidtwin.cli.check:check_command",
     ),
-    "convert": (
+    "convert": Command(
         "Turn released weights or a checkpoint into the folder of from_pretrained: vidtwin convert IN OUT",
         "vidtwin.apply.convert",
+        takes_unknown=True,
+        adds_more_options=True,
     ),
-    "decode": ("Decode latents on disk to videos: vidtwin decode LATENTS --out DIR", "vidtwin.apply.decode"),
-    "decouple": (
+    "decode": Command("Decode latents on disk to videos: vidtwin decode LATENTS --out DIR", "vidtwin.apply.decode"),
+    "decouple": Command(
         "Show what each latent carries: vidtwin decouple a.mp4 --out DIR --ckpt_path last.ckpt",
         "vidtwin.apply.decouple",
     ),
-    "doctor": (
+    "doctor": Command(
         "Check a folder of videos and list those to leave out: vidtwin doctor DIR",
         "vidtwin.datamodules.doctor.command",
     ),
-    "encode": (
+    "encode": Command(
         "Encode videos to latents on disk: vidtwin encode IN... --out LATENTS --ckpt_path last.ckpt",
         "vidtwin.apply.encode",
     ),
-    "export": (
+    "export": Command(
         "Write encoder and decoder as torch.export or ONNX programs: vidtwin export --ckpt_path PATH --out DIR",
         "vidtwin.apply.export",
     ),
-    "prepare": (
+    "prepare": Command(
         "Unpack and check a data set: vidtwin prepare ucf101 UCF101.rar UCF101TrainTestSplits-RecognitionTask.zip",
         "vidtwin.datamodules.ucf101.prepare",
     ),
-    "reconstruct": (
+    "reconstruct": Command(
         "Reconstruct videos: vidtwin reconstruct a.mp4 b.mp4 --ckpt_path last.ckpt",
         "vidtwin.apply.reconstruct",
     ),
-    "reenact": (
+    "reenact": Command(
         "Combine latents of two videos: vidtwin reenact --structure A --dynamics B --out DIR --ckpt_path last.ckpt",
         "vidtwin.apply.reenact",
+        takes_unknown=True,
     ),
-    "report": (
+    "report": Command(
         "Make table, plots and page of a results folder again: vidtwin report RESULTS",
         "vidtwin.benchmark.report_command",
     ),
@@ -88,7 +111,7 @@ TABLE: dict[str, tuple[str, str]] = {
 
 def summaries() -> dict[str, str]:
     """Return a line for each command; those of other packages are not imported."""
-    found = {name: summary for name, (summary, _) in TABLE.items()}
+    found = {name: command.summary for name, command in TABLE.items()}
     others = {name: f"({entry.value})" for name, entry in plugins.available(GROUP).items()}
     return found | {name: text for name, text in others.items() if name not in found}
 
@@ -96,7 +119,7 @@ def summaries() -> dict[str, str]:
 def run(name: str, argv: list[str]) -> int:
     """Run a command → exit code. Raises `UserError` for invalid input."""
     if name in TABLE:
-        module, _, function = TABLE[name][1].partition(":")
+        module, _, function = TABLE[name].target.partition(":")
         loaded = import_module(module)
         try:
             return int(getattr(loaded, function)(argv) if function else _run_module(name, loaded, argv))
@@ -119,9 +142,8 @@ def _run_module(name: str, module: Any, argv: list[str]) -> int:
     parser = command_parser(name, module.USAGE, module.DESCRIPTION)
     module.add_options(parser)
     known, unknown = parser.split_unknown(argv)
-    judges_unknown = hasattr(module, "TAKES_UNKNOWN")
-    words = known if judges_unknown else argv
-    if hasattr(module, "add_more_options"):
+    words = known if TABLE[name].takes_unknown else argv
+    if TABLE[name].adds_more_options:
         needed = [word for word in known if word not in ("-h", "--help")]
         module.add_more_options(parser, parser.parse_words(needed), wants_help(argv))
         words = argv  # which the parser then knows in full
@@ -130,7 +152,7 @@ def _run_module(name: str, module: Any, argv: list[str]) -> int:
     if "config" in options:
         options.read_model = _read_model
         options.read_config = lambda path: read_config(bases.chain(path))
-    return int(module.run(options, unknown) if judges_unknown else module.run(options))
+    return int(module.run(options, unknown) if TABLE[name].takes_unknown else module.run(options))
 
 
 def _read_model(config: str, source: Path | None = None) -> Any:
@@ -139,4 +161,4 @@ def _read_model(config: str, source: Path | None = None) -> Any:
 
     if source is not None:
         plugins.check_trusted(read_config(bases.chain(config)).get("model"), source)
-    return model_config.read(config)
+    return model_config.read(config, foreign=source is not None)

@@ -3,14 +3,14 @@
 Import nothing heavy: `vidtwin --help` answers without torch.
 """
 
+import io
 import os
-import re
+import signal
 import sys
 
 from vidtwin import __version__
-from vidtwin.cli import bases, commands, own_modules
+from vidtwin.cli import bases, commands, failures, own_modules, paths
 from vidtwin.errors import REQUEUE_EXIT_CODE, Preempted, UserError
-from vidtwin.files import NO_ROOM
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,24 +20,15 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        _check_folder()
         if not argv or argv[0] in ("-h", "--help"):
             _say(_help())
             return 0
         if argv[0] == "--version":
             _say(f"vidtwin {__version__}")
             return 0
-        with own_modules.admit(bases.expand(argv[1:])) as words:
+        with own_modules.admit(bases.expand(paths.expand_words(argv[1:]))) as words:
             return commands.run(argv[0], words)
-    except UserError as error:
-        sys.stderr.write(f"vidtwin: error: {_one_line(error)}\n")
-        return 2
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        sys.stderr.write(
-            f"vidtwin: error: Expected room to write {error.filename or 'a file'}, got {error.strerror!r}.\n"
-        )
-        return 2
     except Preempted as end:
         sys.stderr.write(f"vidtwin: {end}\n")
         # Lightning kills the process that it was started by when one that it has started itself ends with another code.
@@ -48,11 +39,45 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("vidtwin: interrupted\n")
         return 130
+    except Exception as error:
+        if _reader_has_left(error):
+            return 128 + signal.SIGPIPE
+        line = failures.explain(error)
+        if line is None:
+            raise
+        sys.stderr.write(f"vidtwin: error: {line}\n")
+        return 2
 
 
 def entry_point() -> None:
     """Run the installed script `vidtwin`."""
-    sys.exit(main())
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks, as on stderr
+    code = main()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        _reader_has_left(error)
+    sys.exit(code)
+
+
+def _check_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("Expected a current folder, got one that was removed; change to one that exists.") from error
+
+
+def _reader_has_left(error: Exception) -> bool:
+    """Return whether a command like `head` has closed the pipe behind stdout; then discard the rest of the output."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _help() -> str:
@@ -62,14 +87,6 @@ def _help() -> str:
     lines += ["", "Weights of a class of your own module need --trust_module MODULE (repeatable) with every command."]
     lines += ["A first run: `make demo`. Configs that come with the package: `vidtwin configs`."]
     return "\n".join(lines)
-
-
-def _one_line(error: Exception) -> str:
-    # An error from a data loader's worker comes back with the worker's traceback around it.
-    text = str(error)
-    if "Original Traceback" in text:
-        text = text.strip().splitlines()[-1].partition(": ")[2] or text
-    return re.sub(r"\s+", " ", text).strip()
 
 
 def _say(text: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from jsonargparse import ActionConfigFile, Namespace
 
 from vidtwin.autoencoder import VideoAutoencoder
-from vidtwin.cli import bases
+from vidtwin.cli import bases, paths
 from vidtwin.cli.parser import Parser, read_config
 from vidtwin.errors import UserError
 
@@ -38,8 +38,11 @@ def add_arguments(parser: Parser, configs: Iterable[str | Path], own: Iterable[s
         parser.add_argument(f"--{key}", type=Any, help=argparse.SUPPRESS)
 
 
-def parse(configs: Sequence[str | Path]) -> tuple[Parser, Namespace]:
-    """Parse configs, each over those before it. Raises `UserError` if none names an autoencoder."""
+def parse(configs: Sequence[str | Path], foreign: bool = False) -> tuple[Parser, Namespace]:
+    """Parse configs, each over those before it. Raises `UserError` if none names an autoencoder.
+
+    Paths in `foreign` ones, which others wrote, are not expanded.
+    """
     configs = bases.expand_paths(configs)
     parser = Parser(prog="vidtwin")
     add_arguments(parser, configs)
@@ -47,20 +50,22 @@ def parse(configs: Sequence[str | Path]) -> tuple[Parser, Namespace]:
     given = (parsed.get("model") or {}).get("autoencoder")
     if not (given and given.get("class_path")):
         raise UserError(f"Expected model.autoencoder in {', '.join(map(str, configs))}, got none.")
+    if not foreign:
+        paths.expand(given)
     return parser, parsed
 
 
-def read(config: str) -> tuple[dict[str, Any], Callable[[], VideoAutoencoder]]:
-    """Read the autoencoder of a config: its `spec` and a function that builds it."""
-    parser, parsed = parse([config])
+def read(config: str, foreign: bool = False) -> tuple[dict[str, Any], Callable[[], VideoAutoencoder]]:
+    """Read the autoencoder of a config (`foreign`: that others wrote): its `spec` and a function that builds it."""
+    parser, parsed = parse([config], foreign)
     return spec(parsed), lambda: build(parser, parsed)
 
 
 def spec(parsed: Namespace) -> dict[str, Any]:
-    """Return `class_path` and `init_args` as the config has them."""
+    """Return `class_path` and `init_args` as the config has them; those in `dict_kwargs` are arguments too."""
     given = parsed.model.autoencoder
-    arguments = given.get("init_args") or Namespace()
-    return {"class_path": given.class_path, "init_args": arguments.as_dict()}
+    arguments = (given.get("init_args") or Namespace()).as_dict()
+    return {"class_path": given.class_path, "init_args": arguments | dict(given.get("dict_kwargs") or {})}
 
 
 def build(parser: Parser, parsed: Namespace) -> VideoAutoencoder:

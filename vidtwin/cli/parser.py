@@ -90,17 +90,48 @@ def command_parser(name: str, usage: str, description: str) -> Parser:
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Raise the `UserError` of a class that is built: jsonargparse wraps it into the types that it tried."""
+def user_errors(config: Namespace | None = None) -> Iterator[None]:
+    """Turn errors of classes that are built from a config into a `UserError`: jsonargparse wraps them into a tree.
+
+    A package that is missing and a `ValueError` are the user's to mend, and a `TypeError` if the config has
+    `dict_kwargs`, which no parser checks.
+    """
     try:
         yield
-    except ValueError as error:
+    except (ValueError, TypeError, ImportError) as error:
+        root: Exception = error
+        while isinstance(root.__cause__, Exception):
+            root = root.__cause__
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        if cause is not None:
+            raise cause from None
+        if isinstance(root, ImportError):
+            text = " ".join(str(root).split())
+            raise UserError(f"Expected the packages that the config's classes need, got none: {text}") from error
+        unchecked = list(_find_dict_kwargs(config)) if isinstance(root, TypeError) else []
+        if isinstance(root, TypeError) and not unchecked:
             raise
-        raise cause from None
+        if unchecked:
+            given = ", ".join(unchecked)
+            raise UserError(f"Expected arguments that {given} takes in dict_kwargs, got others: {root}.") from error
+        from vidtwin.testing import describe  # which imports torch
+
+        raise UserError(f"Expected arguments that the config's classes take, got {describe(root)}.") from error
+
+
+def _find_dict_kwargs(config: Any) -> Iterator[str]:
+    """Yield the class path of each specification with `dict_kwargs`."""
+    if isinstance(config, Namespace):
+        config = vars(config)
+    if isinstance(config, dict):
+        if config.get("dict_kwargs"):
+            yield str(config.get("class_path"))
+        config = list(config.values())
+    if isinstance(config, list):
+        for value in config:
+            yield from _find_dict_kwargs(value)
 
 
 def wants_help(argv: Sequence[str]) -> bool:

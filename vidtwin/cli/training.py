@@ -9,8 +9,9 @@ import operator
 import signal
 import sys
 import threading
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 from pathlib import Path
@@ -24,6 +25,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vidtwin import plugins
+from vidtwin.cli import model_config, paths
 from vidtwin.cli.parser import Parser, option_value, resolve_short_names, user_errors
 from vidtwin.errors import Preempted, UserError
 from vidtwin.storage import checkpoints
@@ -43,8 +45,9 @@ def run(command: str, argv: list[str]) -> int:
 
         _quieten(command)
         return benchmark.run(argv)
+    foreign: set[str] = set()
     if command == "replay":
-        argv = _expand_dump(argv)
+        argv, foreign = _expand_dump(argv)
     argv = [command, *argv]
     argv = resolve_short_names(argv)
     checkpoint = option_value(argv, "ckpt_path")
@@ -56,17 +59,26 @@ def run(command: str, argv: list[str]) -> int:
     ):
         spec = checkpoints.model_spec(checkpoints.read(checkpoint, lazily=True), checkpoint)
         argv.insert(1, f"--model.autoencoder={json.dumps(spec)}")  # first, so that other options change it
+        foreign = paths.texts(spec)
     _quieten(command)
     try:
         with _ending_by_sigterm() if command == "fit" else nullcontext():
-            VidTwinCLI(argv)
-    except MisconfigurationException as error:
+            VidTwinCLI(argv, foreign)
+    except (MisconfigurationException, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
+        if isinstance(error, UserError) or not _is_of_lightning(error):
+            raise
         raise UserError(str(error)) from error
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning, after Ctrl-C
             raise KeyboardInterrupt from end
         raise
     return 0
+
+
+def _is_of_lightning(error: Exception) -> bool:
+    """Return whether Lightning's own code raised an error, as it does for options that do not fit one another."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "lightning"
 
 
 @contextmanager
@@ -114,9 +126,10 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class VidTwinCLI(LightningCLI):
-    """Commands of the trainer; `args` starts with the subcommand."""
+    """Commands of the trainer; `args` starts with the subcommand, and `foreign` are texts in it that others wrote."""
 
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, args: list[str], foreign: Collection[str] = ()) -> None:
+        self._foreign = foreign
         super().__init__(
             AutoencoderTask,
             LightningDataModule,
@@ -155,7 +168,7 @@ class VidTwinCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # Lightning's own method warns if sys.argv holds arguments too, as it does for every command line.
-        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        self.config = paths.expand(parser.parse_args(args), self._foreign)  # type: ignore[arg-type]
 
     def _parse_ckpt_path(self) -> None:
         """Let `--config` win over the checkpoint's arguments, and report differences; Lightning would not."""
@@ -164,10 +177,8 @@ class VidTwinCLI(LightningCLI):
             return
         checkpoint = checkpoints.read(path, lazily=True)
         stored = checkpoint.get("model_spec")
-        given = config.model.autoencoder
-        if stored and given:
-            given = {"class_path": given.class_path, "init_args": dict(given.get("init_args") or {})}
-            for line in checkpoints.differences(given, stored):
+        if stored and config.model.autoencoder:
+            for line in checkpoints.differences(model_config.spec(config), stored):
                 sys.stderr.write(f"vidtwin: {path} differs from the config, which wins: {line}\n")
 
     def before_instantiate_classes(self) -> None:
@@ -186,7 +197,7 @@ class VidTwinCLI(LightningCLI):
             _continue_latest_run(config.trainer)
 
     def instantiate_classes(self) -> None:
-        with user_errors():
+        with user_errors(self._own_config()):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -248,22 +259,22 @@ def _usage(command: str) -> str:
     return f"vidtwin {command}{before} [--config FILE ...] [--OPTION VALUE ...]"
 
 
-def _expand_dump(argv: list[str]) -> list[str]:
-    """Turn `replay DUMP` into `--dump DUMP` and options for the config that the dump holds."""
+def _expand_dump(argv: list[str]) -> tuple[list[str], set[str]]:
+    """Turn `replay DUMP` into `--dump DUMP` and options for the config that the dump holds; return its texts too."""
     if argv and not argv[0].startswith("-"):
         argv = ["--dump", *argv]
     if not (path := option_value(argv, "dump")):
         if {"-h", "--help"} & set(argv):
-            return argv
+            return argv, set()
         raise UserError("Expected the dump of a skipped step, got none: vidtwin replay DUMP.")
     content = replay.read(path)
     argv = [f"--trainer.precision={content['precision']}", *argv]
     plugins.check_trusted(content["config"], path)
     if content["config"]:
-        return [f"--model={json.dumps(content['config'])}", *argv]
+        return [f"--model={json.dumps(content['config'])}", *argv], paths.texts(content["config"])
     if not option_value(argv, "config", "c"):
         raise UserError(f"Expected --config FILE: {path} comes from a training without one, so the loss is not known.")
-    return argv
+    return argv, set()
 
 
 def _quieten(command: str) -> None:

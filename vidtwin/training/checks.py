@@ -1,8 +1,15 @@
 """Check a training's options against its model, loss and trainer, before anything is computed."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from torch import nn
 
 from vidtwin.autoencoder import VideoAutoencoder
@@ -36,6 +43,24 @@ def check_trainer(trainer: Trainer) -> None:
             f"Expected no trainer.gradient_clip_val and gradient_clip_algorithm, got {trainer.gradient_clip_val} and "
             f"{trainer.gradient_clip_algorithm}; --model.gradient_clip_norm NORM clips each player's gradient."
         )
+    _check_callbacks(trainer)
+
+
+def _check_callbacks(trainer: Trainer) -> None:
+    """Raise `UserError` for callbacks of Lightning that change the one optimizer of an automatic optimization."""
+    instead: tuple[tuple[type[Callback], str, str], ...] = (
+        (LearningRateFinder, "varies the rate of one optimizer", "compare short trainings by --model.optimizer.lr"),
+        (BatchSizeFinder, "takes steps before a GAN starts and needs its memory", "set --data.batch_size"),
+        (GradientAccumulationScheduler, "joins batches to a step", "--model.accumulation splits each batch"),
+        (StochasticWeightAveraging, "replaces the schedule", "--model.ema_decay averages weights"),
+    )
+    for callback in cast(Any, trainer).callbacks:
+        for kind, action, advice in instead:
+            if isinstance(callback, kind):
+                raise UserError(
+                    f"Expected callbacks for a task that steps its optimizers itself, got {type(callback).__name__}, "
+                    f"which {action}; leave it out: {advice}."
+                )
 
 
 def check_training(autoencoder: VideoAutoencoder, loss: AutoencoderLoss, trainer: Trainer) -> None:

@@ -1,13 +1,14 @@
 """Make learning-rate schedules that end with the training, and take steps at a scaled rate."""
 
 from collections.abc import Sequence
+from inspect import Parameter, signature
 from typing import Any
 
-from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim import Optimizer, SparseAdam
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from vidtwin.errors import UserError
 from vidtwin.schedules import WarmupCosine
@@ -18,9 +19,35 @@ _COMMON |= {"foreach", "fused", "capturable", "differentiable"}
 _OF_WARMUP = {"last_epoch", "_step_count"}  # all that the state of WarmupCosine has
 
 
-def make_schedule(optimizer: Optimizer, make: LRSchedulerCallable, max_steps: int | None) -> LRScheduler:
-    """Make an optimizer's schedule, which ends at `max_steps`; None ends it after the warm-up."""
-    scheduler = make(optimizer)
+def make_optimizer(parameters: Any, make: OptimizerCallable, option: str) -> Optimizer:
+    """Make an optimizer of `parameters`; raise `UserError` for one that can't be made, or can't take these steps.
+
+    `option` is the name of the config's key.
+    """
+    try:
+        optimizer = make(parameters)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"Expected arguments that an optimizer takes in {option}, got: {error}.") from error
+    closure = signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise UserError(
+            f"Expected an optimizer that steps by one gradient, got {type(optimizer).__name__}, which computes "
+            f"the loss several times a step; set {option} to torch.optim.AdamW."
+        )
+    if isinstance(optimizer, SparseAdam):
+        raise UserError(f"Expected an optimizer of dense gradients, got SparseAdam; set {option} to torch.optim.AdamW.")
+    return optimizer
+
+
+def make_schedule(optimizer: Optimizer, make: LRSchedulerCallable, max_steps: int | None, option: str) -> LRScheduler:
+    """Make an optimizer's schedule, which ends at `max_steps`; None ends it after the warm-up.
+
+    Raises `UserError` for one that can't be made, or does not reach `max_steps`. `option` is the name of its key.
+    """
+    try:
+        scheduler = make(optimizer)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"Expected arguments that a schedule takes in {option}, got: {error}.") from error
     if isinstance(scheduler, ReduceLROnPlateau):
         raise UserError(
             "Expected a schedule that counts steps, got ReduceLROnPlateau, which waits for validations; set "
@@ -28,7 +55,17 @@ def make_schedule(optimizer: Optimizer, make: LRSchedulerCallable, max_steps: in
         )
     if isinstance(scheduler, WarmupCosine):
         scheduler.set_total_steps(scheduler.warmup_steps + 1 if max_steps is None else max_steps)
+    check_length(scheduler, max_steps, option)
     return scheduler
+
+
+def check_length(scheduler: LRScheduler, max_steps: int | None, option: str) -> None:
+    """Raise `UserError` for a OneCycleLR that ends before the training, which it would stop with an error."""
+    if isinstance(scheduler, OneCycleLR) and max_steps is not None and scheduler.total_steps < max_steps:
+        raise UserError(
+            f"Expected a OneCycleLR of trainer.max_steps={max_steps} steps at least, got {scheduler.total_steps}; set "
+            f"{option}.total_steps. A resumed one keeps its length."
+        )
 
 
 def check_resumed(

@@ -36,7 +36,15 @@ from vidtwin.training.buffers import copy_buffers, restore_buffers, share_buffer
 from vidtwin.training.callbacks.ema import EMA
 from vidtwin.training.checks import check_training, freeze
 from vidtwin.training.finite import bad_gradients, bad_terms, find_reason
-from vidtwin.training.optimization import check_resumed, list_gradients, make_schedule, resume_rates, step_at
+from vidtwin.training.optimization import (
+    check_length,
+    check_resumed,
+    list_gradients,
+    make_optimizer,
+    make_schedule,
+    resume_rates,
+    step_at,
+)
 from vidtwin.training.sharding import Placement, placement_of
 
 Batch = dict[str, Any]
@@ -138,22 +146,25 @@ class AutoencoderTask(LightningModule):
         return placement_of(self._trainer)
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
-        players: list[tuple[Any, OptimizerCallable, LRSchedulerCallable]]
-        players = [(self._generator_parameters(), self.optimizer, self.scheduler)]
+        players: list[tuple[str, Any, OptimizerCallable, LRSchedulerCallable]]
+        players = [("", self._generator_parameters(), self.optimizer, self.scheduler)]
         if self.loss.discriminator is not None:
             parameters = list(self.loss.discriminator.parameters())
-            players.append((parameters, self.discriminator_optimizer, self.discriminator_scheduler))
-        # A dry run may end within the warm-up.
-        max_steps = None if getattr(self.trainer, "fast_dev_run", False) else self.trainer.max_steps
-        optimizers = [make_optimizer(parameters) for parameters, make_optimizer, _ in players]
-        makers = [make_scheduler for *_, make_scheduler in players]
-        schedulers = [
-            make_schedule(optimizer, make, max_steps) for optimizer, make in zip(optimizers, makers, strict=True)
-        ]
+            players.append(("discriminator_", parameters, self.discriminator_optimizer, self.discriminator_scheduler))
+        optimizers, schedulers = [], []
+        for prefix, parameters, optimizer, scheduler in players:
+            optimizers.append(make_optimizer(parameters, optimizer, f"model.{prefix}optimizer"))
+            option = f"model.{prefix}scheduler"
+            schedulers.append(make_schedule(optimizers[-1], scheduler, self._max_steps, option))
         if self._resumed is not None:
             check_resumed(optimizers, schedulers, *self._resumed)
             self._resumed = None
         return optimizers, schedulers
+
+    @property
+    def _max_steps(self) -> int | None:
+        """The training's steps; None in a dry run, which may end within the warm-up."""
+        return None if getattr(self.trainer, "fast_dev_run", False) else self.trainer.max_steps
 
     def _generator_parameters(self) -> list[nn.Parameter] | list[dict[str, Any]]:
         parameters = [p for p in self.autoencoder.parameters() if p.requires_grad]
@@ -167,7 +178,8 @@ class AutoencoderTask(LightningModule):
             self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
 
     def on_train_start(self) -> None:
-        for scheduler in self._schedulers():
+        for scheduler, prefix in zip(self._schedulers(), ("", "discriminator_"), strict=False):
+            check_length(scheduler, self._max_steps, f"model.{prefix}scheduler")
             resume_rates(scheduler)
 
     # Train.

@@ -107,7 +107,22 @@ class VideoTrainer(Trainer):
             own = len(task.autoencoder.state_dict())
             kept = sum(line.startswith(("missing", "skipped")) for line in lines)
             console.log(f"{own - kept} of {own} tensors from {init_from}", rank_zero=True)
-        super().fit(task, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+        try:
+            super().fit(task, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+        except ValueError as error:
+            interval, batches = self.val_check_interval, self.fit_loop.max_batches
+            if (
+                isinstance(error, UserError)
+                or not isinstance(interval, int)
+                or interval <= batches
+                or self.check_val_every_n_epoch is None
+                or not self.limit_val_batches
+            ):
+                raise
+            raise UserError(
+                f"Expected trainer.val_check_interval of at most the {batches} batches of an epoch, got {interval}; "
+                "--trainer.check_val_every_n_epoch null counts batches over all epochs."
+            ) from error
 
     def _find_newest(self, resume: str) -> Path | None:
         """Find the checkpoint to resume; None if there is none for "auto"."""
