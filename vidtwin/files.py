@@ -147,8 +147,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _flush_folder(path.parent)
     except Exception as error:
         code = _find_no_room(error)
-        if code is None or (isinstance(error, OSError) and error.filename):
-            raise
+        if code is None or isinstance(error, UserError) or (isinstance(error, OSError) and error.filename):
+            raise  # it names its file
         raise OSError(code, os.strerror(code), str(path)) from error  # the system names no file that it can't extend
     finally:
         try:
