@@ -5,7 +5,7 @@ The command line prints a `UserError` as one line and exits with 2; other except
 
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 # "Temporary failure; the user is invited to retry" (sysexits.h): schedulers that requeue on it resume the job.
@@ -29,6 +29,21 @@ class Preempted(BaseException):
             text = f"after step {step}, {f'saved in {folder}' if folder else 'not saved: there is no LatestCheckpoint'}"
         goes_on = "; the same command with --resume auto goes on" if step is None or folder else ""
         super().__init__(f"ended by SIGTERM {text}{goes_on}")
+
+
+def causes(error: BaseException | None, contexts: bool = False) -> Iterator[BaseException]:
+    """Yield an error, the one that it was raised from, and so on to the first.
+
+    Args:
+        error: None yields nothing.
+        contexts: Go on with the error that was being handled if one was raised from no other, as a traceback does.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # `raise error from error` is legal
+        seen.add(id(error))
+        yield error
+        context = None if error.__suppress_context__ or not contexts else error.__context__
+        error = error.__cause__ or context
 
 
 def few(names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, causes
 
 try:
     import fcntl
@@ -51,13 +51,12 @@ def no_room(error: BaseException | None) -> str | None:
 
 
 def _find_no_room(error: BaseException | None) -> int | None:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            return error.errno
+    for cause in causes(error, contexts=True):
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+            return cause.errno
         # safetensors' errors have no OSError behind them.
-        if (match := _FOREIGN_ERROR.search(str(error))) and int(match[1]) in NO_ROOM:
+        if (match := _FOREIGN_ERROR.search(str(cause))) and int(match[1]) in NO_ROOM:
             return int(match[1])
-        error = error.__cause__ or error.__context__
     return None
 
 
@@ -66,14 +65,13 @@ def explain(error: BaseException | None) -> str | None:
 
     Such as a folder that is read-only, or a full disk. A missing file is none of them: whoever reads one checks it.
     """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _REFUSALS and (error.filename or error.errno in _ALSO_UNNAMED):
-            wanted, advice = _REFUSALS[error.errno]
-            path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else None
+    for cause in causes(error):
+        if isinstance(cause, OSError) and cause.errno in _REFUSALS and (cause.filename or cause.errno in _ALSO_UNNAMED):
+            wanted, advice = _REFUSALS[cause.errno]
+            path = Path(os.fsdecode(cause.filename)) if isinstance(cause.filename, str | bytes | os.PathLike) else None
             if path is not None and (name := intended_name(path)):
                 path = path.with_name(name)
-            return f"Expected {wanted.format(path or 'a file')}, got {error.strerror!r}; {advice}."
-        error = error.__cause__
+            return f"Expected {wanted.format(path or 'a file')}, got {cause.strerror!r}; {advice}."
     return None
 
 

@@ -199,7 +199,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """Format an error with the innermost line of the model's own code: `TypeError('…'), raised at file.py:12`."""
     frames = [
         (frame.f_globals.get("__name__", ""), frame.f_code.co_filename, line)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vidtwin.autoencoder import VideoAutoencoder
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, causes
 from vidtwin.posteriors import Latents, Quantized
 
 CODES = ".codes"
@@ -93,9 +93,7 @@ def prune(program: ExportedProgram) -> ExportedProgram:
 
 def summarize_error(error: BaseException) -> str:
     """Reduce an error to one line: the operator, if one is named, and the innermost reason."""
-    chain = [error]
-    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(inner)
+    chain = list(causes(error, contexts=True))
     texts = [re.sub(r"\x1b\[\d*m", "", str(each)) for each in chain]
     operator = next((match[0] for text in texts for match in [_OPERATOR.search(text)] if match), None)
     first = next((line.strip() for line in texts[-1].splitlines() if line.strip()), type(chain[-1]).__name__)

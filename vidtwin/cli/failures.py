@@ -9,10 +9,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 
 from vidtwin import files
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, causes
 
 _WORKER = re.compile(
     r"DataLoader worker \(pid.*?\) (?:is killed by signal: [^.]*|exited unexpectedly)|DataLoader timed out"
@@ -28,10 +27,10 @@ def explain(error: BaseException) -> str | None:
     """Return one line for an error that a user can mend; None for a bug, which keeps its traceback."""
     if isinstance(error, UserError):
         return _join(_last_line(str(error)))
-    for cause in _causes(error):
+    for cause in causes(error):
         if line := _explain_worker(cause):
             return line
-    for cause in _causes(error):
+    for cause in causes(error):
         if line := _explain_exchange(cause):
             return line
         if isinstance(cause, UnicodeEncodeError | UnicodeDecodeError) and cause.encoding.lower() in _LOCALES:
@@ -111,12 +110,6 @@ def _find_ended_child() -> str | None:
         if time.monotonic() > until:
             return None
         time.sleep(0.05)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 def _last_line(text: str) -> str:

@@ -10,11 +10,10 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 from vidtwin import plugins
-from vidtwin.errors import UserError, suggestion
+from vidtwin.errors import UserError, causes, suggestion
 
 SHORT_NAMES = {"data": "vidtwin.datamodules", "model.autoencoder": "vidtwin.autoencoders"}
 # Classes that a config may name derive from these; those that are not imported yet have no names to suggest.
@@ -55,7 +54,7 @@ def shorten(message: str, parser: argparse.ArgumentParser, error: Exception | No
     key = ""
     if match := re.match(r'Parser key "([\w.]+)": ', text):
         key, text = match[1], text[match.end() :]
-    for cause in _causes(error):
+    for cause in causes(error, contexts=True):
         if isinstance(cause, OptionError):
             return OptionError(".".join(filter(None, (key, cause.key))), cause.reason)
         if reason := _reason(cause):
@@ -78,12 +77,6 @@ def shorten(message: str, parser: argparse.ArgumentParser, error: Exception | No
         return OptionError(key, f"Expected a class path, got {match[1]!r}{suggestion(match[1], classes)}")
     text = re.sub(r"^Expected an? (?:<class '(\w+)'>|typing\.(.+))\. Got value: ", r"Expected \1\2, got ", text)
     return OptionError(key, f"{text}.")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _reason(cause: BaseException) -> str | None:

@@ -14,7 +14,7 @@ from jsonargparse import ActionConfigFile, Namespace
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.cli import bases, paths
 from vidtwin.cli.parser import Parser, read_config
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, causes
 
 KEY = "model.autoencoder"
 
@@ -79,16 +79,9 @@ def build(parser: Parser, parsed: Namespace) -> VideoAutoencoder:
             torch.manual_seed(0)
             model: VideoAutoencoder = parser.instantiate(alone).model.autoencoder
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):  # jsonargparse wraps it
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None:
-            raise UserError(str(cause)) from error
-        raise UserError(f"{path} can't be built: {describe(_find_root(error))}.") from error
+        chain = list(causes(error))
+        for cause in chain:  # jsonargparse wraps it
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from error
+        raise UserError(f"{path} can't be built: {describe(chain[-1])}.") from error
     return model
-
-
-def _find_root(error: Exception) -> Exception:
-    while isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return error

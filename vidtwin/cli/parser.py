@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from vidtwin import plugins
 from vidtwin.cli import bases, messages
-from vidtwin.errors import UserError, suggestion
+from vidtwin.errors import UserError, causes, suggestion
 
 _CLASS_NAME = re.compile(r"""(\bclass_path["']?\s*:\s*["']?)(\w+)(?=["']?\s*(?:[,}#]|$))""", re.MULTILINE)
 
@@ -99,14 +99,11 @@ def user_errors(config: Namespace | None = None) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, ImportError) as error:
-        root: Exception = error
-        while isinstance(root.__cause__, Exception):
-            root = root.__cause__
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None:
-            raise cause from None
+        chain = list(causes(error))
+        for cause in chain:
+            if isinstance(cause, UserError):
+                raise cause from None
+        root = chain[-1]
         if isinstance(root, ImportError):
             text = " ".join(str(root).split())
             raise UserError(f"Expected the packages that the config's classes need, got none: {text}") from error
