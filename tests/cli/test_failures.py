@@ -1,6 +1,7 @@
 """Failures that a user can mend are one line: of the system, of processes that end, of locale and terminal."""
 
 import errno
+import locale
 import multiprocessing
 import os
 import re
@@ -59,6 +60,118 @@ def test_too_little_shared_memory_is_named(text):
     assert "lower data.num_workers" in line
 
 
+def shared(reason: str) -> RuntimeError:
+    return RuntimeError(f"unable to open shared memory object </torch_7_12_0> in read-write mode: {reason}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        shared("Too many open files (24)"),
+        RuntimeError("Too many open files. Communication with the workers is no longer possible. Please increase the"),
+        RuntimeError("received 0 items of ancdata"),
+    ],
+)
+def test_too_many_shared_files_are_a_matter_of_handles_not_of_memory(error):
+    line = failures.explain(error)
+    assert line is not None
+    assert "`ulimit -n`" in line
+    assert "--shm-size" not in line
+
+
+def test_memory_that_is_short_or_on_a_device_is_no_shared_memory():
+    line = failures.explain(shared("Cannot allocate memory (12)"))
+    assert line is not None
+    assert "lower data.num_workers or data.batch_size" in line
+    assert "--shm-size" not in line
+    assert failures.explain(RuntimeError("CUDA error: Shared memory limit exceeded")) is None
+    assert failures.explain(shared("Invalid argument (22)")) is None
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Forget the children of other tests, and don't wait for those that may end."""
+    multiprocessing.active_children()
+    monkeypatch.setattr(failures, "_PATIENCE", 0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        dist.DistNetworkError(
+            "The client socket has timed out after 600000ms while trying to connect to (10.0.0.1, 29500)."
+        ),
+        dist.DistNetworkError(
+            "The server socket has failed to listen on any local network address. port: 29500, useIpv6: false, code: "
+            "-98, name: EADDRINUSE, message: address already in use"
+        ),
+        dist.DistStoreError("Timed out after 61 seconds waiting for clients. 1/2 clients joined."),
+        dist.DistStoreError("wait timeout after 300000ms, keys: /default_pg/0//cpu//0/rank_1"),
+    ],
+)
+def test_processes_that_do_not_meet_are_pointed_to_their_address(error, at_once):
+    line = failures.explain(error, "fit")
+    assert line is not None
+    assert f"reach one another, got {str(error)!r}; check MASTER_ADDR and MASTER_PORT, and that all" in line
+    assert "lack of memory" not in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete"
+        ),
+        RuntimeError("Application timeout caused pair closure"),
+        dist.DistBackendError("[1] is setting up NCCL communicator, but store->get('0') got error: wait timeout"),
+    ],
+)
+def test_a_process_that_does_not_answer_is_not_called_killed(error, at_once):
+    line = failures.explain(error, "fit")
+    assert line is not None
+    assert line.startswith("Expected all processes to answer, got ")
+    assert "killed" not in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        dist.DistNetworkError(
+            "failed to recv, got 0 bytes. Connection was likely closed. Did the remote server crash?"
+        ),
+        dist.DistBackendError("NCCL error: ncclRemoteError: A call failed possibly due to a network error"),
+        RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:6104"),
+    ],
+)
+def test_a_lost_process_is_resumed_by_the_command_that_can(error, at_once):
+    for command, ending in {"fit": "continue by --resume auto.", "test": "run the command again."}.items():
+        line = failures.explain(error, command)
+        assert line is not None
+        assert line.startswith("Expected all processes to live, got a lost one: ")
+        assert line.endswith(ending)
+
+
+def end(status: int) -> None:
+    os._exit(status)
+
+
+def test_a_child_that_ended_well_is_not_the_lost_one(at_once):
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=end, args=(status,)) for status in (0, 3)]
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:6104")
+    try:
+        for child in children:
+            child.start()
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+            line = failures.explain(error)
+            assert line is not None
+            assert str(children[0].pid) not in line
+        assert f"got process {children[1].pid} ended with exit code 3; " in line
+    finally:
+        for child in children:
+            child.join()
+
+
 def exchange(rank: int, store: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     dist.barrier()
@@ -73,7 +186,7 @@ def lead(store: Path, outcome: "multiprocessing.SimpleQueue[str | None]") -> Non
     try:
         exchange(0, store)
     except RuntimeError as error:
-        line = failures.explain(error)
+        line = failures.explain(error, "fit")
         outcome.put(None if line is None else line.replace(str(other.pid), "PID"))
 
 
@@ -87,7 +200,7 @@ def test_another_process_that_the_system_kills_is_named_with_its_signal(tmp_path
     line = outcome.get()
     assert line is not None
     assert "processes to live, got process PID ended by SIGKILL; " in line
-    assert line.endswith("continue a training by --resume auto.")
+    assert line.endswith("continue by --resume auto.")
 
 
 @pytest.mark.parametrize(
@@ -174,12 +287,31 @@ def test_a_current_folder_that_was_removed_is_one_line(tmp_path, monkeypatch, ca
     assert "Expected a current folder, got one that was removed" in capsys.readouterr().err
 
 
-def test_a_locale_without_a_names_letters_is_named():
-    error = UnicodeEncodeError("ascii", "größe.mp4", 2, 4, "ordinal not in range(128)")
-    assert "encoding ascii, which lacks '\\xf6\\xdf'; set LC_ALL=C.UTF-8" in (failures.explain(error) or "")
-    error = UnicodeDecodeError("ascii", b"\xc3\xa4", 0, 1, "ordinal not in range(128)")  # a config's text
-    assert "which lacks b'\\xc3'; set LC_ALL=C.UTF-8" in (failures.explain(error) or "")
-    assert failures.explain(UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed")) is None
+@pytest.mark.parametrize(
+    ("of_locale", "error", "lacking"),
+    [
+        (
+            "ANSI_X3.4-1968",
+            UnicodeEncodeError("ascii", "größe.mp4", 2, 4, ""),
+            "encoding ascii, which lacks '\\xf6\\xdf'",
+        ),
+        ("ascii", UnicodeDecodeError("ascii", b"\xc3\xa4", 0, 1, ""), "which lacks b'\\xc3'"),  # a config's text
+        ("ISO-8859-1", UnicodeEncodeError("latin-1", "\u4e2d", 0, 1, ""), "encoding latin-1, "),
+        ("cp1252", UnicodeEncodeError("charmap", "\u4e2d", 0, 1, ""), "encoding charmap, "),
+    ],
+)
+def test_a_locale_without_a_names_letters_is_named(monkeypatch, of_locale, error, lacking):
+    monkeypatch.setattr(locale, "getpreferredencoding", lambda do_setlocale=True: of_locale)
+    line = failures.explain(error)
+    assert line is not None
+    assert lacking in line
+    assert "; set LC_ALL=C.UTF-8" in line
+
+
+def test_an_encoding_that_code_names_is_not_the_locales(monkeypatch):
+    monkeypatch.setattr(locale, "getpreferredencoding", lambda do_setlocale=True: "UTF-8")
+    for encoding in ("ascii", "latin-1", "charmap", "utf-8"):
+        assert failures.explain(UnicodeEncodeError(encoding, "\udcff", 0, 1, "")) is None
 
 
 def test_names_that_a_terminal_lacks_are_printed_and_a_reader_that_leaves_is_no_error(tmp_path):

@@ -3,12 +3,17 @@
 Torch and its process groups raise plain `RuntimeError`, which only their wording tells from a bug.
 """
 
+import codecs
+import errno
+import locale
 import os
 import re
 import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
+from pathlib import Path
 
 from vidtwin import files
 from vidtwin.errors import UserError, causes
@@ -16,24 +21,41 @@ from vidtwin.errors import UserError, causes
 _WORKER = re.compile(
     r"DataLoader worker \(pid.*?\) (?:is killed by signal: [^.]*|exited unexpectedly)|DataLoader timed out"
 )
-_SHARED_MEMORY = re.compile(r"[^.]*(?:out of shared memory|shared memory limit|</torch_)[^.]*", re.IGNORECASE)
-_LOST = re.compile(r"connection (?:closed|reset)|broken pipe|remote process|ncclRemoteError|timed out", re.IGNORECASE)
+_SHARED_FILE = re.compile(r"[^.]*</torch_[^>]*>[^()]*\((\d+)\)")  # the system's error stands in brackets
+_BUS_ERROR = re.compile(r"[^.]*workers are out of shared memory[^.]*")
+_HANDLES = re.compile(r"received \d+ items of ancdata|too many open files", re.IGNORECASE)
+_LOST = re.compile(
+    r"connection (?:was likely )?(?:closed|reset)|broken pipe|remote process|ncclRemoteError", re.IGNORECASE
+)
+_LATE = re.compile(r"timed out|timeout", re.IGNORECASE)
+_OF_GLOO = re.compile(r"gloo|application timeout caused pair closure", re.IGNORECASE)
 _ERRNO = re.compile(r"\[Errno (\d+)\] .*?(?:: '(.*)')?$")
-_LOCALES = ("ascii", "latin-1", "charmap")  # encodings, by Python's names, that locales have beside UTF-8
 _PATIENCE = 2.0  # seconds until the system has noticed the end of a process that closed its connections
 
 
-def explain(error: BaseException) -> str | None:
-    """Return one line for an error that a user can mend; None for a bug, which keeps its traceback."""
+def explain(error: BaseException, command: str = "") -> str | None:
+    """Return one line for an error that a user can mend; None for a bug, which keeps its traceback.
+
+    Args:
+        error: That ended a command.
+        command: Its name; the line says how it goes on.
+    """
     if isinstance(error, UserError):
         return _join(_last_line(str(error)))
+    try:
+        return _explain(error, command)
+    except RuntimeError as noticed:  # torch's handler of the signal that a child has ended, at any moment
+        return _explain(noticed, command)
+
+
+def _explain(error: BaseException, command: str) -> str | None:
     for cause in causes(error):
-        if line := _explain_worker(cause):
+        if line := _explain_worker(cause, command):
             return line
     for cause in causes(error):
-        if line := _explain_exchange(cause):
+        if line := _explain_exchange(cause, command):
             return line
-        if isinstance(cause, UnicodeEncodeError | UnicodeDecodeError) and cause.encoding.lower() in _LOCALES:
+        if isinstance(cause, UnicodeEncodeError | UnicodeDecodeError) and _is_of_locale(cause.encoding):
             letters = ascii(cause.object[cause.start : cause.end])
             return (
                 f"Expected a locale that has the letters of all names and configs, got the encoding "
@@ -44,27 +66,34 @@ def explain(error: BaseException) -> str | None:
     return files.explain(error)
 
 
-def _explain_worker(error: BaseException) -> str | None:
-    """Explain the end of a process that a data loader had started."""
+def _explain_worker(error: BaseException, command: str) -> str | None:
+    """Explain the end of a process that a data loader had started, or the memory that it shares."""
     found: str | None = None
     if isinstance(error, RuntimeError):
-        if memory := _SHARED_MEMORY.search(str(error)):
+        text = str(error)
+        shared = _SHARED_FILE.search(text)
+        code = int(shared[1]) if shared else errno.EMFILE if _HANDLES.search(text) else None
+        if full := shared if code in files.NO_ROOM else _BUS_ERROR.search(text):
             return (
-                f"Expected shared memory for the data's processes, got {_join(memory[0])!r}; give the machine more "
+                f"Expected shared memory for the data's processes, got {_join(full[0])!r}; give the machine more "
                 "(docker run --shm-size 8g), or lower data.num_workers: 0 needs none."
             )
-        worker = _WORKER.search(str(error))
+        if code == errno.ENOMEM and shared:
+            return (
+                f"Expected memory for the data's processes, got {_join(shared[0])!r}; lower data.num_workers or "
+                "data.batch_size."
+            )
+        if code is not None:
+            return files.explain(OSError(code, os.strerror(code)))
+        worker = _WORKER.search(text)
         found = worker and repr(_join(worker[0]))
     elif isinstance(error, ConnectionError | EOFError | FileNotFoundError) and _is_of_loader(error):
-        try:
-            found = _find_ended_child()  # in the middle of handing over a batch
-        except RuntimeError as noticed:  # torch's handler of the signal that a child has ended
-            return _explain_worker(noticed)
+        found = _find_ended_child()  # in the middle of handing over a batch
     if found is None:
         return None
     return (
         f"Expected the data's processes to live, got {found}; the system kills for lack of memory: lower "
-        "data.num_workers or data.batch_size, and continue a training by --resume auto."
+        f"data.num_workers or data.batch_size, and {_continuation(command)}."
     )
 
 
@@ -74,42 +103,72 @@ def _is_of_loader(error: BaseException) -> bool:
     return "torch.utils.data.dataloader" in modules and modules[-1].startswith("multiprocessing.")
 
 
-def _explain_exchange(error: BaseException) -> str | None:
+def _explain_exchange(error: BaseException, command: str) -> str | None:
     """Explain an error of the exchange between processes."""
     text, distributed = str(error), getattr(sys.modules.get("torch"), "distributed", None)
     first = _join(text.strip().partition("\n")[0])
-    ours = isinstance(error, getattr(distributed, "DistError", ())) or (
-        isinstance(error, RuntimeError) and "gloo" in text.lower()
-    )
-    if ours and _LOST.search(text):
-        found = _find_ended_child() or f"a lost one: {first}"
+    meets = isinstance(error, tuple(getattr(distributed, name, ()) for name in ("DistNetworkError", "DistStoreError")))
+    if not isinstance(error, getattr(distributed, "DistError", ())) and not (
+        isinstance(error, RuntimeError) and _OF_GLOO.search(text)
+    ):
+        return None
+    lost, late = _LOST.search(text), _LATE.search(text)
+    ended = _find_ended_child() if lost or late else None
+    if lost or ended:
         return (
-            f"Expected all processes to live, got {found}; its own message says why. Without one the system has killed "
-            "it, mostly for lack of memory: lower data.batch_size or data.num_workers, and continue a training by "
-            "--resume auto."
+            f"Expected all processes to live, got {ended or f'a lost one: {first}'}; its own message says why. Without "
+            "one the system has killed it, mostly for lack of memory: lower data.batch_size or data.num_workers, and "
+            f"{_continuation(command)}."
         )
-    if isinstance(error, getattr(distributed, "DistNetworkError", ())):
-        return f"Expected processes that reach one another, got {first}; check MASTER_ADDR and MASTER_PORT."
+    if meets:
+        return (
+            f"Expected processes that reach one another, got {first!r}; check MASTER_ADDR and MASTER_PORT, and that "
+            "all processes of WORLD_SIZE have started."
+        )
+    if late:
+        return (
+            f"Expected all processes to answer, got {first!r}; one of them hangs or has ended, which its own "
+            f"messages or `py-spy dump --pid PID` show; then {_continuation(command)}."
+        )
     return None
 
 
+def _continuation(command: str) -> str:
+    return "continue by --resume auto" if command == "fit" else "run the command again"
+
+
 def _find_ended_child() -> str | None:
-    """Describe a child of this process that has ended, if there is one; it stays for its owner to wait for."""
+    """Describe a child of this process that has failed, if there is one; it stays for its owner to wait for."""
     if not hasattr(os, "waitid"):  # macOS before Python 3.13, Windows
         return None
     until = time.monotonic() + _PATIENCE
     while True:
-        try:
-            child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return None
-        if child is not None and child.si_pid:
-            if child.si_code == os.CLD_EXITED:
-                return f"process {child.si_pid} ended with exit code {child.si_status}"
-            return f"process {child.si_pid} ended by {signal.Signals(child.si_status).name}"
+        for kind, process in _children():
+            with suppress(ChildProcessError):
+                child = os.waitid(kind, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if child is None or not child.si_pid:
+                    continue
+                if child.si_code != os.CLD_EXITED:
+                    return f"process {child.si_pid} ended by {signal.Signals(child.si_status).name}"
+                if child.si_status:
+                    return f"process {child.si_pid} ended with exit code {child.si_status}"
         if time.monotonic() > until:
             return None
         time.sleep(0.05)
+
+
+def _children() -> list[tuple[int, int]]:
+    """Return the children of this process, as `os.waitid` names them; where the system lists none, any of them."""
+    lists = list(Path("/proc/self/task").glob("*/children"))
+    return [(os.P_PID, int(word)) for path in lists for word in path.read_text().split()] if lists else [(os.P_ALL, 0)]
+
+
+def _is_of_locale(encoding: str) -> bool:
+    """Return whether an error's encoding is the locale's and lacks letters, rather than one that code has named."""
+    mine = {codecs.lookup(name).name for name in (locale.getpreferredencoding(False), sys.getfilesystemencoding())}
+    if encoding == "charmap":  # Python's name for all that have a table of 256 letters
+        return bool(mine - {"utf-8", "ascii", "iso8859-1"})
+    return codecs.lookup(encoding).name in mine - {"utf-8"}
 
 
 def _last_line(text: str) -> str:

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if _reader_has_left(error):
             return 128 + signal.SIGPIPE
-        line = failures.explain(error)
+        line = failures.explain(error, *argv[:1])
         if line is None:
             raise
         sys.stderr.write(f"vidtwin: error: {line}\n")
