@@ -7,8 +7,10 @@ them; test_distributed.py and apply/test_encode.py have Lightning start them.
 import contextlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,19 +40,24 @@ def run_code(code: str, argv: Sequence[str], stderr: Path, timeout: float = 120)
 
 def _run(calls: Sequence[tuple[Any, ...]], stderr: Path, timeout: float) -> list[int | None]:
     processes = [_CONTEXT.Process(target=_enter, args=(stderr, Path.cwd(), *call)) for call in calls]
+    until = time.monotonic() + timeout
     for process in processes:
         process.start()
     try:
         for process in processes:
-            process.join(timeout)
+            process.join(max(0, until - time.monotonic()))
         return [process.exitcode for process in processes]  # None: it hangs
     finally:
         for process in processes:
-            with contextlib.suppress(OSError):
+            if process.exitcode != 0:  # what it has started may hang too
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.kill()
+            process.join()
 
 
 def _enter(stderr: Path, folder: Path, environment: dict[str, str], work: Callable[..., Any], arguments: Any) -> None:
+    os.setsid()  # a group of its own, which `_run` ends as a whole
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.chdir(folder)
     os.environ.update(environment)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,6 +173,26 @@ def test_a_child_that_ended_well_is_not_the_lost_one(at_once):
             child.join()
 
 
+def finish(process: multiprocessing.Process, outcome: "multiprocessing.SimpleQueue[Any]") -> Any:
+    """Return what a process has put; one that has ended otherwise would be waited for without end."""
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
+    return outcome.get()
+
+
+def die() -> None:
+    raise SystemExit(7)
+
+
+def test_a_process_that_ends_without_a_result_is_a_failure():
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=die)
+    process.start()
+    with pytest.raises(AssertionError, match="7 == 0"):
+        finish(process, context.SimpleQueue())
+
+
 def exchange(rank: int, store: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     dist.barrier()
@@ -195,9 +216,7 @@ def test_another_process_that_the_system_kills_is_named_with_its_signal(tmp_path
     outcome = context.SimpleQueue()
     process = context.Process(target=lead, args=(tmp_path / "store", outcome))
     process.start()
-    process.join(60)
-    assert not process.is_alive()
-    line = outcome.get()
+    line = finish(process, outcome)
     assert line is not None
     assert "processes to live, got process PID ended by SIGKILL; " in line
     assert line.endswith("continue by --resume auto.")
@@ -272,8 +291,7 @@ def test_a_folder_that_belongs_to_another_user_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stderr, "write", lambda text: os.write(2, text.encode()))
     process = context.Process(target=copy_configs_as_nobody, args=(tmp_path, outcome))
     process.start()
-    process.join(60)
-    code, line = outcome.get()
+    code, line = finish(process, outcome)
     assert code == 2
     assert line.startswith(f"vidtwin: error: Expected permission for {tmp_path / 'copied'}")
     assert line.count("\n") == 1
