@@ -34,6 +34,8 @@ def home(tmp_path, monkeypatch):
         ("x/${RUNS}/a", "x/my runs/a"),
         ("a~b", "a~b"),
         ("cost$", "cost$"),
+        ("--data.root=pa$$RUNS", "--data.root=pa$RUNS"),
+        ("$$$RUNS", "$my runs"),
         ("$1.mp4", "$1.mp4"),
         ("--data=[~/a]", "--data=[~/a]"),  # of which the parser makes a list first
         ("hf://owner/name", "hf://owner/name"),
@@ -61,9 +63,23 @@ def test_values_at_every_depth_are_expanded_and_those_of_others_are_not(home):
     assert expanded["model"]["init_args"] == inner
 
 
+def test_a_text_is_expanded_once_and_a_saved_config_gives_it_back(home, monkeypatch):
+    monkeypatch.setenv("A", "/tmp/x$B")
+    words = paths.expand_words(["--root=$A", "--out", "a$$FOO", "--names=[c$$d]"])
+    assert words == ["--root=/tmp/x$B", "--out", "a$FOO", "--names=[c$$d]"]  # of which the parser makes a config
+    config = Namespace(root="/tmp/x$B", out="a$FOO", names=["c$$d"], inner=Namespace(more={"key": "$A"}))
+    expected = {"root": "/tmp/x$B", "out": "a$FOO", "names": ["c$d"], "inner": {"more": {"key": "/tmp/x$B"}}}
+    expanded = paths.expand(config, paths.values(words))
+    assert expanded.as_dict() == expected
+    assert paths.expand(paths.escape(expanded)).as_dict() == expected
+
+
 def test_a_training_writes_everything_below_one_folder_and_resumes_from_it(home, capsys):
     content = yaml.safe_load(write_config(Path()).read_text())
-    logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "~/${RUNS}"}}
+    logger = {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": "~/${RUNS}/a$$UNSET"},
+    }
     content["trainer"] |= {"logger": logger, "max_steps": 2, "limit_val_batches": 0}
     base, variant = Path("base.yaml"), Path("variant.yaml")
     base.write_text(yaml.safe_dump(content))
@@ -74,10 +90,12 @@ def test_a_training_writes_everything_below_one_folder_and_resumes_from_it(home,
         assert main(["fit", "--config", "variant.yaml", "--resume=auto", "--trainer.max_steps=3"]) == 0
     finally:
         del os.environ["HERE"]
-    run = home / "my runs" / "lightning_logs" / "version_0"
+    run = home / "my runs" / "a$UNSET" / "lightning_logs" / "version_0"
     assert f"resuming from {run}" in capsys.readouterr().err
     assert {path.name for path in (run / "checkpoints").iterdir()} >= {"last.ckpt", "step-00000003.ckpt"}
     assert list(run.glob("events.*"))
+    saved = yaml.safe_load((run / "config.yaml").read_text())["trainer"]["logger"]
+    assert saved["init_args"]["save_dir"] == f"{home}/my runs/a$$UNSET"
     assert sorted(path.name for path in Path().iterdir()) == ["base.yaml", "config.yaml", "variant.yaml"]
     last = str(run / "checkpoints" / "last.ckpt").replace(str(home), "~")
     assert main(["validate", "--config", "variant.yaml", f"--ckpt_path={last}"]) == 2  # HERE is gone
@@ -90,6 +108,17 @@ def test_a_config_of_others_keeps_its_variables(home):
     config.write_text(yaml.safe_dump({"model": {"autoencoder": spec}}))
     specs = [model_config.spec(model_config.parse([config], foreign)[1]) for foreign in (True, False)]
     assert [each["init_args"]["weights"] for each in specs] == ["$RUNS", "my runs"]
+
+
+def test_the_base_of_a_config_of_others_keeps_its_variables(home):
+    config = Path("theirs.yaml")
+    for base in ("$RUNS/base.yaml", "${RUNS}/base.yaml", "~/base.yaml"):
+        config.write_text(f"base: {base}\n")
+        with pytest.raises(UserError, match="Expected a config at ") as caught:
+            model_config.parse([config], foreign=True)
+        assert base in str(caught.value)
+        assert "my runs" not in str(caught.value)
+        assert str(home) not in str(caught.value)
 
 
 def test_configs_with_windows_line_ends_and_a_byte_order_mark_are_read_with_their_bases(home):

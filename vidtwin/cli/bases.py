@@ -33,15 +33,18 @@ def expand(argv: list[str]) -> list[str]:
     return expanded
 
 
-def expand_paths(paths: Iterable[str | Path]) -> list[str | Path]:
-    """Put the bases of each config in front of it."""
-    return [each for path in paths for each in chain(path)]
+def expand_paths(configs: Iterable[str | Path], foreign: bool = False) -> list[str | Path]:
+    """Put the bases of each config in front of it; `foreign` as of `chain`."""
+    return [each for config in configs for each in chain(config, foreign)]
 
 
-def chain(config: str | Path) -> list[str | Path]:
-    """Return the bases of a config, the first one first, and the config itself."""
+def chain(config: str | Path, foreign: bool = False) -> list[str | Path]:
+    """Return the bases of a config, the first one first, and the config itself.
+
+    `~` and variables in the bases' paths are expanded, except in `foreign` configs, which others wrote.
+    """
     found: list[str | Path] = [config]
-    while base := _base(Path(found[0])):
+    while base := _base(Path(found[0]), foreign):
         if base.resolve() in {Path(each).resolve() for each in found}:
             raise UserError(f"Expected a base that does not lead back to {base}, got it in {found[0]}.")
         if not base.is_file():
@@ -55,7 +58,7 @@ def remove(content: str) -> str:
     return _BASE.sub("", content)
 
 
-def _base(config: Path) -> Path | None:
+def _base(config: Path, foreign: bool) -> Path | None:
     try:
         text = config.read_text(encoding="utf-8")
         line = yaml.safe_load(match[0]) if (match := _BASE.search(text)) else {}
@@ -64,4 +67,4 @@ def _base(config: Path) -> Path | None:
     base = line.get("base")
     if base is not None and not isinstance(base, str):
         raise UserError(f"Expected the path of one config after base: in {config}, got {base!r}.")
-    return config.parent / paths.expand_text(base) if base else None
+    return config.parent / (base if foreign else paths.expand_text(base)) if base else None

@@ -46,9 +46,10 @@ def run(argv: list[str]) -> int:
         argv = [*([f"--model.autoencoder={json.dumps(spec)}"] if spec else []), *_rename(argv)]
     parser = _make_sweep_parser() if several else _make_model_parser(config_paths(argv))
     config = parser.parse_args(argv)
+    kept = paths.texts(spec) | paths.values(argv)
     for key in ("autoencoders", model_config.KEY, *_list_options()):  # other keys of `fit` count for nothing here
         if config.get(key) is not None:
-            config[key] = paths.expand(config[key], paths.texts(spec))
+            config[key] = paths.expand(config[key], kept)
     return (_make_sweep(parser, config, argv) if several else _make_single_sweep(parser, config, chosen)).run()
 
 

@@ -43,7 +43,7 @@ def cache_command(argv: list[str]) -> int:
     config = (parser := _parser(sorted(others), light=wants_help(argv))).parse_args(argv)
     if config.get("data") is None:
         raise UserError("Expected data to cache; give --data ucf101 --data.root PATH or a --config.")
-    paths.expand(config.data)
+    paths.expand(config.data, paths.values(argv))
     with user_errors(config):
         data = parser.instantiate(config).data
     from vidtwin.data import ClipSource  # which imports torch

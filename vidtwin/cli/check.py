@@ -58,7 +58,7 @@ def check_command(argv: list[str]) -> int:
     given = (config.get("model") or {}).get("autoencoder")
     if not (given and given.get("class_path")):
         raise UserError("Expected an autoencoder to check; give its name, vidtwin check NAME, or a --config FILE.")
-    paths.expand(given)
+    paths.expand(given, paths.values(argv))
     model = model_config.build(parser, config)
     return _report(model, config.num_frames, config.resolution, config.batch_size, config.device)
 

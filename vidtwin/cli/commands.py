@@ -160,5 +160,5 @@ def _read_model(config: str, source: Path | None = None) -> Any:
     from vidtwin.cli.parser import read_config
 
     if source is not None:
-        plugins.check_trusted(read_config(bases.chain(config)).get("model"), source)
+        plugins.check_trusted(read_config(bases.chain(config, foreign=True)).get("model"), source)
     return model_config.read(config, foreign=source is not None)

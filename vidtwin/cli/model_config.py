@@ -43,7 +43,7 @@ def parse(configs: Sequence[str | Path], foreign: bool = False) -> tuple[Parser,
 
     Paths in `foreign` ones, which others wrote, are not expanded.
     """
-    configs = bases.expand_paths(configs)
+    configs = bases.expand_paths(configs, foreign)
     parser = Parser(prog="vidtwin")
     add_arguments(parser, configs)
     parsed = parser.parse_args([f"--config={path}" for path in configs])

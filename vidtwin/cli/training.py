@@ -119,9 +119,10 @@ class _SaveConfig(SaveConfigCallback):
         """Do nothing yet: a run that is still refused must not replace the config of another one."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().setup(trainer, pl_module, "fit")
         # For dumps of skipped steps, which `vidtwin replay` runs again.
         text = self.parser.dump(self.config, skip_unset=False)
+        self.config = paths.escape(self.config)  # expanded again when the file is read
+        super().setup(trainer, pl_module, "fit")
         cast(AutoencoderTask, pl_module).config = yaml.safe_load(text)["model"]
 
 
@@ -168,7 +169,8 @@ class VidTwinCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # Lightning's own method warns if sys.argv holds arguments too, as it does for every command line.
-        self.config = paths.expand(parser.parse_args(args), self._foreign)  # type: ignore[arg-type]
+        words = cast(list[str], args)
+        self.config = paths.expand(parser.parse_args(words), {*self._foreign, *paths.values(words)})
 
     def _parse_ckpt_path(self) -> None:
         """Let `--config` win over the checkpoint's arguments, and report differences; Lightning would not."""
