@@ -50,7 +50,7 @@ class Streamed(ClipDataModule):
         if lanes < 1:
             raise UserError(f"Expected data.lanes of at least 1, got {lanes}.")
         self.url = url
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache_home() / "shards"
+        self.cache_dir = Path(cache_dir) if cache_dir else cache_home() / "shards"
         self.cache_gb = cache_gb
         self.lanes = lanes
         self.storage_options = storage_options

@@ -1,10 +1,12 @@
 """List the commands, and run one. `vidtwin --help` reads this table and imports no command.
 
 A target is a function of the arguments that returns the exit code ("module:function"), or a module with `USAGE`,
-`DESCRIPTION`, `add_options(parser)` and `run(options)`. Other packages add functions as entry points of the group
-`vidtwin.commands`.
+`DESCRIPTION`, `add_options(parser)` and `run(options)`. With `run(options, unknown)` the module judges options that its
+parser does not know: pairs of name and value. `add_more_options(parser, options, wants_help)` of a module adds options
+that depend on others. Other packages add functions as entry points of the group `vidtwin.commands`.
 """
 
+import inspect
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +25,10 @@ class Command(NamedTuple):
     Attributes:
         summary: For `vidtwin --help`.
         target: "module:function", or the name of a module.
-        takes_unknown: The module judges options that its parser does not know: they are passed to `run` as a second
-            argument, pairs of name and value.
-        adds_more_options: The module has `add_more_options(parser, options, wants_help)`, which adds options that
-            depend on others.
     """
 
     summary: str
     target: str
-    takes_unknown: bool = False
-    adds_more_options: bool = False
 
 
 TABLE: dict[str, Command] = {
@@ -69,8 +65,6 @@ TABLE: dict[str, Command] = {
     "convert": Command(
         "Turn released weights or a checkpoint into the folder of from_pretrained: vidtwin convert IN OUT",
         "vidtwin.apply.convert",
-        takes_unknown=True,
-        adds_more_options=True,
     ),
     "decode": Command("Decode latents on disk to videos: vidtwin decode LATENTS --out DIR", "vidtwin.apply.decode"),
     "decouple": Command(
@@ -100,7 +94,6 @@ TABLE: dict[str, Command] = {
     "reenact": Command(
         "Combine latents of two videos: vidtwin reenact --structure A --dynamics B --out DIR --ckpt_path last.ckpt",
         "vidtwin.apply.reenact",
-        takes_unknown=True,
     ),
     "report": Command(
         "Make table, plots and page of a results folder again: vidtwin report RESULTS",
@@ -142,8 +135,9 @@ def _run_module(name: str, module: Any, argv: list[str]) -> int:
     parser = command_parser(name, module.USAGE, module.DESCRIPTION)
     module.add_options(parser)
     known, unknown = parser.split_unknown(argv)
-    words = known if TABLE[name].takes_unknown else argv
-    if TABLE[name].adds_more_options:
+    judges_unknown = "unknown" in inspect.signature(module.run).parameters
+    words = known if judges_unknown else argv
+    if hasattr(module, "add_more_options"):
         needed = [word for word in known if word not in ("-h", "--help")]
         module.add_more_options(parser, parser.parse_words(needed), wants_help(argv))
         words = argv  # which the parser then knows in full
@@ -152,7 +146,7 @@ def _run_module(name: str, module: Any, argv: list[str]) -> int:
     if "config" in options:
         options.read_model = _read_model
         options.read_config = lambda path: read_config(bases.chain(path))
-    return int(module.run(options, unknown) if TABLE[name].takes_unknown else module.run(options))
+    return int(module.run(options, unknown) if judges_unknown else module.run(options))
 
 
 def _read_model(config: str, source: Path | None = None) -> Any:

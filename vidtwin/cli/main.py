@@ -7,10 +7,13 @@ import io
 import os
 import signal
 import sys
+import traceback
 
 from vidtwin import __version__
 from vidtwin.cli import bases, commands, failures, own_modules, paths
 from vidtwin.errors import REQUEUE_EXIT_CODE, Preempted, UserError
+
+_TRACEBACK = "VIDTWIN_TRACEBACK"  # 1 prints the traceback of an error that is explained in one line, too
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         line = failures.explain(error, *argv[:1])
         if line is None:
             raise
+        if os.environ.get(_TRACEBACK, "0") != "0":
+            traceback.print_exception(error)
         sys.stderr.write(f"vidtwin: error: {line}\n")
         return 2
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -93,8 +94,8 @@ def command_parser(name: str, usage: str, description: str) -> Parser:
 def user_errors(config: Namespace | None = None) -> Iterator[None]:
     """Turn errors of classes that are built from a config into a `UserError`: jsonargparse wraps them into a tree.
 
-    A package that is missing and a `ValueError` are the user's to mend, and a `TypeError` if the config has
-    `dict_kwargs`, which no parser checks.
+    A package that is missing and a `ValueError` of a constructor or of Lightning are the user's to mend, and a
+    `TypeError` if the config has `dict_kwargs`, which no parser checks. Other errors are bugs of the classes.
     """
     try:
         yield
@@ -104,11 +105,11 @@ def user_errors(config: Namespace | None = None) -> Iterator[None]:
             if isinstance(cause, UserError):
                 raise cause from None
         root = chain[-1]
-        if isinstance(root, ImportError):
+        if isinstance(root, ModuleNotFoundError):  # as which Lightning names packages that it requires too
             text = " ".join(str(root).split())
             raise UserError(f"Expected the packages that the config's classes need, got none: {text}") from error
         unchecked = list(_find_dict_kwargs(config)) if isinstance(root, TypeError) else []
-        if isinstance(root, TypeError) and not unchecked:
+        if not (unchecked or (isinstance(root, ValueError) and _is_refusal(root))):
             raise
         if unchecked:
             given = ", ".join(unchecked)
@@ -116,6 +117,15 @@ def user_errors(config: Namespace | None = None) -> Iterator[None]:
         from vidtwin.testing import describe  # which imports torch
 
         raise UserError(f"Expected arguments that the config's classes take, got {describe(root)}.") from error
+
+
+def _is_refusal(error: ValueError) -> bool:
+    """Return whether an error speaks of arguments: a constructor raised it, or a library that checks them."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and (
+        frames[-1].f_code.co_name in ("__init__", "__post_init__")
+        or str(frames[-1].f_globals.get("__name__")).partition(".")[0] in ("jsonargparse", "lightning")
+    )
 
 
 def _find_dict_kwargs(config: Any) -> Iterator[str]:

@@ -37,6 +37,8 @@ from vidtwin.training.callbacks.health import Health
 from vidtwin.training.task import AutoencoderTask
 from vidtwin.training.trainer import VideoTrainer
 
+_STEPS = ("advance", "_evaluation_step", "_predict_step")  # methods of Lightning's loops for batches
+
 
 def run(command: str, argv: list[str]) -> int:
     """Run one of the trainer's commands → exit code; raises `UserError` for invalid input."""
@@ -76,9 +78,17 @@ def run(command: str, argv: list[str]) -> int:
 
 
 def _is_of_lightning(error: Exception) -> bool:
-    """Return whether Lightning's own code raised an error, as it does for options that do not fit one another."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__")).partition(".")[0] == "lightning"
+    """Return whether Lightning refuses options, before the first batch or by its own class of errors.
+
+    Any other error of its code, perhaps after days of training, keeps its traceback.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [str(frame.f_globals.get("__name__")) for frame in frames]
+    begun = any(
+        module.startswith("lightning.pytorch.loops") and frame.f_code.co_name in _STEPS
+        for module, frame in zip(modules, frames, strict=True)
+    )
+    return modules[-1].partition(".")[0] == "lightning" and (isinstance(error, MisconfigurationException) or not begun)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class LatestCheckpoint(Checkpoint):
     def folder(self, trainer: Trainer) -> Path:
         """Return the folder for a trainer, as this rank sees it; `setup` broadcasts it as `dirpath`."""
         if self._given is not None:
-            return Path(os.path.realpath(os.path.expanduser(self._given)))
+            return Path(os.path.realpath(self._given))
         if not trainer.loggers:
             return Path(trainer.default_root_dir) / "checkpoints"
         logger = trainer.loggers[0]  # as in ModelCheckpoint, so that both write to one folder
