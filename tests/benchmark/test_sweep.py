@@ -97,7 +97,9 @@ def test_a_video_that_another_replaces_is_refused_by_name_and_its_numbers_are_no
         write_video(tmp_path / "videos" / name, frames, 8.0)
     assert measure() == measure() == 0
     write_video(tmp_path / "videos" / "b.avi", frames[::-1] // 2, 8.0)
-    with pytest.raises(UserError, match=r"differ in data.videos_sha256 \w+ for \w+; the content of b.avi is another\)"):
+    with pytest.raises(
+        UserError, match=r"differ in data.videos_sha256 \w+ for \w+; the content of b.avi has changed\)"
+    ):
         measure()
 
 
@@ -275,7 +277,7 @@ def test_a_row_of_another_checkpoint_is_kept_aside(tmp_path, capfd):
     table = (tmp_path / "r" / "table.csv").read_text()
     checkpoint(tmp_path / "a.ckpt", 0.6)
     sweep(tmp_path / "r", [Entry("a", checkpoint=path)]).run()
-    assert "a is measured again: the row there is of another checkpoint" in capfd.readouterr().err
+    assert "a is measured again: the row there has another checkpoint" in capfd.readouterr().err
     assert row(tmp_path / "r", "a")["fingerprint"] != before["fingerprint"]
     kept = tmp_path / "r" / "rows" / "a" / "earlier" / before["identity"]
     assert json.loads((kept / "results.json").read_text()) == before
@@ -761,7 +763,7 @@ def test_a_missing_checkpoint_leaves_the_complete_row_and_nothing_is_measured_ag
     away = Path(entries[0].checkpoint).with_suffix(".away")
     Path(entries[0].checkpoint).rename(away)
     assert sweep(folder, entries, players=1).run() == 1
-    assert "the row that is there stays" in capfd.readouterr().err
+    assert "kept the complete row" in capfd.readouterr().err
     assert contents(folder) == before
     away.rename(entries[0].checkpoint)
     sweeping.calls.clear()
@@ -776,7 +778,7 @@ def test_an_earlier_row_is_restored(done, capfd):
     assert contents(folder) != before
     sweeping.calls.clear()
     assert sweep(folder, entries).run() == 0
-    assert "is taken back" in capfd.readouterr().err
+    assert "restored the earlier row" in capfd.readouterr().err
     assert sweeping.calls == []
     assert row(folder, "a")["checkpoint"] == entries[0].checkpoint
 

@@ -416,7 +416,7 @@ def test_a_row_of_another_checkpoint_is_kept_in_earlier(here, run, capsys):
     files = {path.name: path.read_bytes() for path in Path("aside/rows/VidTwin").iterdir()}
     capsys.readouterr()
     assert main(argv) == 0
-    assert "the earlier row is kept in" in capsys.readouterr().err
+    assert "moved the earlier row to" in capsys.readouterr().err
     (earlier,) = Path("aside/rows/VidTwin/earlier").iterdir()
     assert {path.name: path.read_bytes() for path in earlier.iterdir()} == files
     assert json.loads(Path("aside/rows/VidTwin/results.json").read_text())["kind"] == "untrained"

@@ -69,7 +69,7 @@ def test_videos_of_another_content_are_refused_by_name(tmp_path):
     protocol.write(resolve("1"), tmp_path, {"a.avi": "1", "b.avi": "1"})
     (tmp_path / "rows" / "a").mkdir(parents=True)
     (tmp_path / "rows" / "a" / "clips.csv").touch()
-    with pytest.raises(UserError, match=r"data.videos_sha256 2 for 1; the content of b.avi is another\); choose"):
+    with pytest.raises(UserError, match=r"data.videos_sha256 2 for 1; the content of b.avi has changed\); choose"):
         protocol.write(resolve("2"), tmp_path, {"a.avi": "1", "b.avi": "2"})
     (tmp_path / "videos.json").unlink()
     with pytest.raises(UserError, match=r"data.videos_sha256 2 for 1\); choose"):

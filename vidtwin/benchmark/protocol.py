@@ -1,7 +1,8 @@
 """The protocol of a measurement, and its hash.
 
-Two papers' PSNR of one model differ by how it was computed. All that decides a number is in one object, whose hash is
-in every row; rows of different hashes are never put side by side.
+Two papers' PSNR of one model differ by how it was computed. The settings that all rows of a comparison share are one
+object, whose hash is in every row; rows of different hashes are never compared. A row's `identity` has the settings of
+its own too: checkpoint, metrics, batch size, kind of device, seed, windows.
 """
 
 import hashlib
@@ -157,13 +158,13 @@ class ProtocolSettings:
         dataset: str | None = None,
         skipped: dict[str, str] | None = None,
     ) -> dict[str, Any]:
-        """Make the whole protocol, as `protocol.json` has it.
+        """Build the whole protocol, the content of `protocol.json`.
 
         Args:
             data: The data module's description of its test clips.
             precision: Of the models.
             fvd_sha256: Digest of the I3D network; None without one.
-            dataset: Name of the data set as papers call it (MCL-JCV), by which published numbers are found.
+            dataset: Name of the data set in papers (MCL-JCV), used to look up published numbers.
             skipped: Videos without a usable clip, with the reason.
         """
         if self.preset not in PRESETS:
@@ -210,7 +211,7 @@ class ProtocolSettings:
 
 
 def protocol_hash(protocol: dict[str, Any]) -> str:
-    """Compute the first 16 digits of the SHA-256 of the protocol as canonical JSON, without remarks on the peer."""
+    """Compute the first 16 digits of the SHA-256 of the protocol as sorted, compact JSON without `peer:` lines."""
     text = json.dumps(_drop_remarks(protocol), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -223,7 +224,7 @@ def _drop_remarks(protocol: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat(protocol: dict[str, Any]) -> dict[str, Any]:
-    """Join nested keys with dots."""
+    """Flatten nested dictionaries; keys are joined by dots."""
     found: dict[str, Any] = {}
     for key, value in protocol.items():
         if isinstance(value, dict) and value:
@@ -265,9 +266,9 @@ def write(protocol: dict[str, Any], folder: Path, videos: dict[str, str] | None 
             ) from error
         if protocol_hash(found) == digest:
             return digest
-        if any(folder.glob("rows/*/*")):  # before anything is measured it may be put right
+        if any(folder.glob("rows/*/*")):  # before anything is measured it may be replaced
             changed = _changed_videos(videos or {}, listing)
-            remark = f"; the content of {few(changed)} is another" if changed else ""
+            remark = f"; the content of {few(changed)} has changed" if changed else ""
             raise UserError(
                 f"Expected results of protocol {digest} in {folder}, got those of {protocol_hash(found)} "
                 f"(they differ in {', '.join(differences(protocol, found))}{remark}); choose another --results_dir."

@@ -37,14 +37,14 @@ class Runner:
     def __init__(self, options: SweepOptions, fabric: Fabric, plan: Plan, jobs: list[Job]) -> None:
         self.options, self.fabric, self.plan = options, fabric, plan
         self.measurer = Measurer(options, fabric, plan)
-        extents = self.measurer.extent, self.measurer.costs_extent
-        self.rows = [RowFolder(options.folder, job, plan, *extents) for job in jobs]
+        settings = self.measurer.settings, self.measurer.costs_settings
+        self.rows = [RowFolder(options.folder, job, plan, *settings) for job in jobs]
         self.mine = [chunk for chunk in range(len(plan.chunks)) if chunk % fabric.world_size == fabric.global_rank]
         self.head = range(min(len(plan.chunks), -(-HEAD // len(plan.chunks[0]))))
         self.failed: list[str] = []
 
     def run(self) -> None:
-        """Measure every missing row. A model that fails becomes a row with its error; the others go on."""
+        """Measure every missing row. A model that fails becomes a row with its error; the others continue."""
         waiting = self._select()
         clips = sum(len(self.plan.chunks[chunk]) for chunk in self.mine)
         hidden = not (self.options.progress and self.fabric.is_global_zero and waiting)

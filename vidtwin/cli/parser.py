@@ -38,7 +38,7 @@ class Parser(ArgumentParser):
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """End the command after --help and the like; `commands.run` lets no other SystemExit pass as success."""
-        raise messages.Answered(status)
+        raise messages.ParserExit(status)
 
     def parse_words(self, argv: Sequence[str]) -> Namespace:
         """Parse `argv`, in which positional words may stand anywhere and `--flag` means `--flag=true`."""
