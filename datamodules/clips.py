@@ -375,7 +375,7 @@ class VideoClips(ClipDataset):
     def _check_rate(self, info: VideoInfo, fps: float | None) -> None:
         if fps is not None and not (self.training or self.whole) and fps > info.fps * _NEAR:
             raise VideoError(
-                f"{info.path}: expected at least data.fps={fps:g} frames per second, the video has "
+                f"{info.path}: expected at least data.fps={fps:g} frames per second, got "
                 f"{float(info.fps):.4g}; lower data.fps (null: every frame) or set data.frame_steps: whole.",
                 kind="slow",
             )

@@ -66,7 +66,9 @@ def _digest(path: Path) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:  # it must not become a part of the protocol
-        raise UserError(f"Expected to read {path}, the system failed: {error.strerror or error}; try again.") from error
+        raise UserError(
+            f"Expected to read {path}, got an error of the system: {error.strerror or error}; try again."
+        ) from error
 
 
 def _read(file: Path) -> _Known:

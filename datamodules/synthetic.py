@@ -102,7 +102,7 @@ def _colour(random: np.random.Generator) -> Array:
 
 
 def _sample(texture: Array, rows: Array, columns: Array) -> Array:
-    """Sample a periodic texture bilinearly on the grid rows × columns, one axis after the other, which is cheap."""
+    """Sample a periodic texture bilinearly on the grid rows × columns, one axis after the other to save time."""
     side = texture.shape[0]
     for axis, places in enumerate((rows, columns)):
         low = np.floor(places).astype(np.int64)
@@ -286,7 +286,7 @@ def write_ucf_like(
         found = root / "synthetic.json"
         made_with = read_json(found) or "something else"
         if made_with != recipe:
-            raise UserError(f"{root}: expected data made with {recipe}, it holds {made_with}; delete or rename it.")
+            raise UserError(f"{root}: expected data made with {recipe}, got {made_with}; delete or rename it.")
         return root
     partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
     try:

@@ -1,6 +1,6 @@
 """Write files atomically (beside the target, flushed to disk, then moved over it), and keep foreign names inside.
 
-`explain` says in one line why the system refused a file, if a user can mend it.
+`explain` says in one line why the system refused a file, if a user can fix it.
 """
 
 import errno
@@ -64,7 +64,7 @@ def _find_no_room(error: BaseException | None) -> int | None:
 def explain(error: BaseException | None) -> str | None:
     """Return one line for the system's refusal of a file if it caused an error; None for other errors.
 
-    Such as a folder that is read-only, or a full disk. A missing file is none of them: whoever reads one checks it.
+    Such as a folder that is read-only, or a full disk. A missing file is not among them: its reader checks for it.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in _REFUSALS and (error.filename or error.errno in _ALSO_UNNAMED):
@@ -87,7 +87,7 @@ def inside(folder: str | Path, name: str) -> Path:
         name: Relative path with slashes.
 
     Raises:
-        UserError: The name is no such path, or leads out of the folder, be it by a symbolic link.
+        UserError: The name is not such a path, or leads out of the folder, be it by a symbolic link.
     """
     path, fault = Path(folder), None
     try:
@@ -188,7 +188,7 @@ def intended_name(path: Path) -> str | None:
 
 
 def _shorten(path: Path) -> Path:
-    """Cut a stem with which a temporary name would be longer than the file system takes; a digest keeps it unique."""
+    """Shorten a stem whose temporary name would be too long for the file system; a digest keeps it unique."""
     room = _LONGEST - _ADDED - len(os.fsencode(path.suffix))
     stem = os.fsencode(path.stem)
     if len(stem) <= room:

@@ -127,11 +127,11 @@ def encoding_of(file: Path) -> str:
 
 
 def _check_latin(file: Path, lines: Iterable[bytes]) -> None:
-    """Log the first line that is no UTF-8; raise `UserError` if other bytes beyond ASCII are."""
+    """Log the first line that is not UTF-8; raise `UserError` if other bytes beyond ASCII are."""
     first: tuple[int, bytes] | None = None
     some = False
     for number, line in enumerate(lines, 1):
-        text = line.decode(errors="surrogateescape")  # a byte that is no UTF-8 becomes U+DC80 to U+DCFF
+        text = line.decode(errors="surrogateescape")  # a byte that is not UTF-8 becomes U+DC80 to U+DCFF
         if first is None and not is_text(text):
             first = number, line
         some = some or any(character > "\x7f" and not "\udc80" <= character <= "\udcff" for character in text)
@@ -140,10 +140,10 @@ def _check_latin(file: Path, lines: Iterable[bytes]) -> None:
     shown = ascii(line.decode("latin-1").strip())[:100]
     if some:
         raise UserError(
-            f"{file}: expected one encoding, line {number} is no UTF-8 ({shown}), while other characters are; save it "
-            "as UTF-8."
+            f"{file}: expected one encoding, got a line {number} that is not UTF-8 ({shown}) and others that are; "
+            "save it as UTF-8."
         )
-    _log_once(f"{file}: line {number} is no UTF-8 ({shown}): the file is read as Latin-1")
+    _log_once(f"{file}: line {number} is not UTF-8 ({shown}): the file is read as Latin-1")
 
 
 @functools.cache

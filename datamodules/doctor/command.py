@@ -100,7 +100,7 @@ def run(options: "Namespace") -> int:
     except KeyboardInterrupt:
         sys.stderr.write(
             f"vidtwin: interrupted; the measurements so far are in {Path(given.out) / 'measurements.jsonl'}, and the "
-            "same command goes on with the rest\n"
+            "same command measures the rest\n"
         )
         return 130
 
@@ -148,7 +148,7 @@ def find_videos(folder: Path, image_folders: bool) -> tuple[dict[str, Path], Pat
 
 
 def format_exclusions(excluded: dict[str, str], root: Path, kinds: Sequence[str]) -> str:
-    """Write lines of a name, a tab and the reason, which the data modules read."""
+    """Write a line per video, its name, a tab and the reason, for `data.exclude`."""
     lines = [
         f"# Videos of {root} to leave out, by `vidtwin doctor`: {', '.join(kinds)}.",
         "# One per line, relative to that folder, then a tab and the reason.",

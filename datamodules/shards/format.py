@@ -111,7 +111,7 @@ class Manifest:
         texts = [self.split, self.split_name, *self.left_out.values(), *(self.digests or {}).values()]
         places = [*self.skipped, *self.replaced, *self.padded]
         if self.format not in FIELDS or not all(isinstance(text, str) for text in texts):
-            raise ValueError("a format or names that are none")
+            raise ValueError("an invalid format or invalid names")
         if not (
             _is_count(self.epochs) and _is_count(self.clips) and self.epochs and isinstance(self.description, dict)
         ):
@@ -124,7 +124,7 @@ class Manifest:
         if self.complete and (total != self.epochs * self.clips or len(self.shards) % self.epochs):
             raise ValueError(f"shards of {total} items, not of {self.epochs} times {self.clips}")
         if not all(0 <= place < max(total, 1) for place in places) or not all(map(_is_count, self.padded.values())):
-            raise ValueError("notes on items that are none")
+            raise ValueError("invalid notes on items")
 
     def to_json(self) -> str:
         return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n"
@@ -136,7 +136,7 @@ class Manifest:
             text = path.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
-                f"Expected {path}, there is no such file; write it by `vidtwin cache`, or give the folder that holds "
+                f"Expected {path}, got no such file; write it by `vidtwin cache`, or give the folder that holds "
                 "the folders of the splits."
             ) from None
         except UnicodeDecodeError:

@@ -129,7 +129,7 @@ def _scratch(out: Path) -> Iterator[Path]:
         yield folder
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise UserError(f"{out}: expected space for UCF-101 (7 GB), the disk is full; free some.") from None
+            raise UserError(f"{out}: expected space for UCF-101 (7 GB), got a full disk; free some.") from None
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -163,7 +163,7 @@ def test_an_interrupted_encoding_resumes_to_the_same_bytes(here, monkeypatch, ca
     monkeypatch.setattr(Interruption, "after", calls)
     assert encode(*words) == 130
     if calls > 1:
-        assert "complete shards are in latents; the same command goes on" in capsys.readouterr().err
+        assert "complete shards are in latents; run the same command again to continue" in capsys.readouterr().err
     made = {path.name: path.stat().st_mtime_ns for path in Path("latents").glob("shard-*")}
     assert len(made) == calls - 1
     monkeypatch.setattr(Interruption, "after", None)
@@ -226,7 +226,7 @@ def test_a_truncated_shard_is_logged_and_made_again(here, capsys):
     path = Path("latents/shard-00001.safetensors")
     path.write_bytes(path.read_bytes()[:-7])
     assert encode("--clips_per_shard", "2") == 0
-    assert "shard-00001.safetensors: expected a whole shard, it is cut off" in capsys.readouterr().err
+    assert "shard-00001.safetensors: expected a whole shard, got one that is cut off" in capsys.readouterr().err
     assert contents("latents") == before
 
 
@@ -305,7 +305,7 @@ def test_an_error_that_all_videos_would_have_ends_it(here, capsys, monkeypatch):
     fail_at(monkeypatch, "long.mp4", errno.ENFILE)
     assert encode() == 2
     said = capsys.readouterr().err
-    assert "Expected to read videos/run/long.mp4, the system failed: " in said
+    assert "Expected to read videos/run/long.mp4, got an error of the system: " in said
     assert said.endswith(f"FFmpeg says: {os.strerror(errno.ENFILE)}. Try again.\n")
     assert not Path("latents").exists()
 
@@ -417,7 +417,7 @@ def test_a_full_disk_is_one_line_and_what_is_whole_stays(here, capsys, monkeypat
     assert encode("--clips_per_shard", "2") == 1
     said = capsys.readouterr().err
     assert "Expected to write latents/shard-00001.safetensors, got 'No space left on device'" in said
-    assert "1 of 4 shards are complete in latents; the same command goes on" in said
+    assert "1 of 4 shards are complete in latents; run the same command again to continue" in said
     monkeypatch.setattr(writer, "write_shard", real)
     assert encode("--clips_per_shard", "2") == 0
 

@@ -234,7 +234,7 @@ def test_forty_frames_a_second_of_videos_with_25_are_refused(tmp_path, monkeypat
     argv = ["test", "--config", str(FOLDER / "fps40.yaml"), f"--data.root={tmp_path / 'slow'}", *OPTIONS]
     assert main(argv) == 2
     logged = capsys.readouterr().err
-    assert "expected at least data.fps=40 frames per second, the video has 25" in logged
+    assert "expected at least data.fps=40 frames per second, got 25" in logged
     assert not (tmp_path / "runs").exists()
 
 

@@ -493,7 +493,7 @@ def test_a_part_that_was_cut_off_is_measured_again_alone(tmp_path, capfd):
     sweeping.calls.clear()
     assert sweep(tmp_path / "r", entries).run() == 0
     assert sweeping.calls == [[2, 3], [4, 5]]
-    assert "000001.json: expected a whole JSON file, it is truncated or damaged" in capfd.readouterr().err
+    assert "000001.json: expected a whole JSON file, got one that is truncated or damaged" in capfd.readouterr().err
 
 
 def test_a_folder_of_another_protocol_is_refused_by_what_differs(done):

@@ -1,4 +1,4 @@
-"""Failures that a user can mend are one line: of the system, of processes that end, of locale and terminal."""
+"""Failures that a user can fix are one line: of the system, of processes that end, of locale and terminal."""
 
 import errno
 import multiprocessing

@@ -88,7 +88,9 @@ def test_content_that_can_not_be_read_becomes_no_part_of_a_protocol(tmp_path, mo
     with monkeypatch.context() as patched:
         patched.setattr(hashlib, "file_digest", fail)
         reason = os.strerror(number)
-        with pytest.raises(UserError, match=rf"Expected to read .*a\.avi, the system failed: {reason}; try again"):
+        with pytest.raises(
+            UserError, match=rf"Expected to read .*a\.avi, got an error of the system: {reason}; try again"
+        ):
             content.digest_all([tmp_path / "a.avi"])
     assert content.digest_all([tmp_path / "a.avi"]) == [sha256(b"a")]  # nothing was stored for it
 

@@ -219,7 +219,7 @@ def test_ctrl_c_keeps_what_was_measured(
     monkeypatch.setattr(pool, "run", interrupted)
     command = [str(tmp_path / "videos"), "--out", str(tmp_path / "out")]
     assert commands.run("doctor", command) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command measures the rest" in capsys.readouterr().err
     assert not (tmp_path / "out" / "report.json").exists()
     with (tmp_path / "out" / "measurements.jsonl").open("a") as file:
         file.write('{"name": "half a li')  # a kill in the middle of a line

@@ -317,7 +317,7 @@ def test_rendered_clips_have_no_end():
 
 
 def test_a_video_of_a_lower_rate_than_asked_for_is_refused(root):
-    with pytest.raises(UserError, match=r"at least data\.fps=30 frames per second, the video has 25"):
+    with pytest.raises(UserError, match=r"at least data\.fps=30 frames per second, got 25"):
         folder(root, fps=30.0, tail="pad").dataset("test")
 
 

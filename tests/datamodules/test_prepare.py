@@ -314,10 +314,10 @@ def test_damaged_archives_and_other_files_leave_nothing(archives: list[Path], li
     page = tmp_path / "page.rar"
     page.write_text("<html>404</html>")
     for path, message in (
-        (half, "half.zip: expected an intact archive, it can't be unpacked"),
-        (flipped, "flipped.zip: expected an intact archive, it can't be unpacked (Bad CRC-32"),
-        (tar, "cut.tar: expected an intact archive, it can't be unpacked"),
-        (packed, "packed.tar.gz: expected an intact archive, it can't be unpacked"),
+        (half, "half.zip: expected an intact archive, got one that can't be unpacked"),
+        (flipped, "flipped.zip: expected an intact archive, got one that can't be unpacked (Bad CRC-32"),
+        (tar, "cut.tar: expected an intact archive, got one that can't be unpacked"),
+        (packed, "packed.tar.gz: expected an intact archive, got one that can't be unpacked"),
         (page, "got a file that begins with b'<html>4'"),
         (tmp_path / "absent.rar", "Expected an archive or a folder at"),
         (tmp_path / "lists_only", "13,320 missing videos"),

@@ -77,7 +77,7 @@ def test_a_finished_data_set_is_left_alone_and_another_is_not_overwritten(tmp_pa
     other = tmp_path / "other"
     other.mkdir()
     (other / "precious.txt").touch()
-    with pytest.raises(UserError, match="it holds something else"):
+    with pytest.raises(UserError, match="got something else"):
         write_ucf_like(other)
     assert [path.name for path in other.iterdir()] == ["precious.txt"]
 

@@ -1,4 +1,4 @@
-"""A killed run goes on: whole units stay, invalid ones are made again, leftovers go, and one writer works at a time."""
+"""A killed run is resumed: whole units stay, invalid ones are made again, leftovers go; one writer at a time."""
 
 import errno
 import json
@@ -70,7 +70,7 @@ def test_an_invalid_unit_is_logged_and_made_again_and_one_of_another_identity_is
     store.path(2).write_text('{"identity"')
     assert store.get(0) == {"identity": "a", "number": 0}
     assert store.missing(range(4)) == [1, 2, 3]
-    assert "unit-002.json: expected a whole JSON file, it is truncated or damaged. It is made again." in (
+    assert "unit-002.json: expected a whole JSON file, got one that is truncated or damaged. It is made again." in (
         said := capfd.readouterr().err
     )
     assert said.count("\n") == 1

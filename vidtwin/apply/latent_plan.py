@@ -53,7 +53,9 @@ def survey_inputs(
             video = _survey_video(entry, known.get(entry.name))
         except VideoError as error:
             if not is_of_file(error):
-                raise UserError(f"Expected to read {entry.path}, the system failed: {error} Try again.") from error
+                raise UserError(
+                    f"Expected to read {entry.path}, got an error of the system: {error} Try again."
+                ) from error
             skipped[entry.name] = _reason(error, entry.path)
         else:
             videos.append(replace(video, label=label))

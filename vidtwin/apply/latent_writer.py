@@ -84,7 +84,7 @@ class LatentWriter:
                 return self._run(planned)
         except KeyboardInterrupt:
             if self.session.is_main:
-                console.log(f"complete shards are in {self.folder}; the same command goes on")
+                console.log(f"complete shards are in {self.folder}; run the same command again to continue")
             raise
 
     def _run(self, planned: Manifest) -> int:
@@ -172,7 +172,7 @@ class LatentWriter:
         return planned, missing
 
     def _compare(self, planned: Manifest, store: "Resumable[Shard]") -> str | None:
-        """Compare the folder's manifest to the plan → what differs; one that is damaged is judged by the shards."""
+        """Compare the folder's manifest to the plan → the difference; for a damaged one compare the shards."""
         try:
             return difference(planned, Manifest.read(self.folder))
         except UserError as error:
@@ -267,7 +267,7 @@ class LatentWriter:
         except OSError as error:
             raise UserError(
                 f"Expected to write {path}, got {(error.strerror or str(error))!r}; complete shards stay, and "
-                "the same command goes on."
+                "run the same command again to continue."
             ) from error
 
     def _finish(self, manifest: Manifest, made: list[int], seconds: float) -> int:
@@ -275,7 +275,10 @@ class LatentWriter:
         missing = [number for number in range(len(manifest.shards)) if not (folder / SHARD.format(number)).exists()]
         if missing:
             whole = len(manifest.shards) - len(missing)
-            console.log(f"{whole} of {len(manifest.shards)} shards are complete in {folder}; the same command goes on")
+            console.log(
+                f"{whole} of {len(manifest.shards)} shards are complete in {folder}; run the same command again to "
+                "continue"
+            )
             return 1 if whole else 2
         if not manifest.complete:
             done = finish(manifest, folder)

@@ -62,7 +62,9 @@ class PieceReader:
             except VideoError as error:
                 path = self.paths[self.manifest.videos[self._at[0]].name]
                 if not is_of_file(error):
-                    raise UserError(f"Expected to read {path}, the system failed: {error} Try again.") from error
+                    raise UserError(
+                        f"Expected to read {path}, got an error of the system: {error} Try again."
+                    ) from error
                 self.damage = str(error).removeprefix(f"{path}: ").rstrip(".")
                 return
             count = None if count is None else count - 1

@@ -93,7 +93,7 @@ def command_parser(name: str, usage: str, description: str) -> Parser:
 def user_errors(config: Namespace | None = None) -> Iterator[None]:
     """Turn errors of classes that are built from a config into a `UserError`: jsonargparse wraps them into a tree.
 
-    A package that is missing and a `ValueError` are the user's to mend, and a `TypeError` if the config has
+    A package that is missing and a `ValueError` are the user's to fix, and a `TypeError` if the config has
     `dict_kwargs`, which no parser checks.
     """
     try:

@@ -53,5 +53,5 @@ def _luma(clips: Tensor) -> Tensor:
 
 @cache
 def _network() -> Any:
-    # The package names no types, and its absence is no error before VMAF is asked for.
+    # The package has no types, and may be missing unless VMAF is requested.
     return importlib.import_module("vmaf_torch").VMAF(clip_score=True).eval().requires_grad_(False)

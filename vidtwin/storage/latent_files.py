@@ -338,13 +338,17 @@ class Shard:
             header = json.loads((self._file.metadata() or {})[_KEY])
             version, plan = header["schema_version"], header["plan"]
         except FileNotFoundError:
-            raise UserError(f"{path}: expected a shard, there is no such file.") from None
+            raise UserError(f"{path}: expected a shard, got no such file; encode again.") from None
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: expected a whole shard, it is cut off or damaged ({error}).") from None
+            raise UserError(
+                f"{path}: expected a whole shard, got one that is cut off or damaged ({error}); encode again."
+            ) from None
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{path}: expected a shard written by `vidtwin encode`, got something else.") from None
+            raise UserError(
+                f"{path}: expected a shard written by `vidtwin encode`, got something else; encode again."
+            ) from None
         if version != SCHEMA_VERSION or plan != digest:
-            raise UserError(f"{path}: expected a shard of these latents, it is one of others.")
+            raise UserError(f"{path}: expected a shard of these latents, got one of others; encode again.")
         self.names = set(self._file.keys())
         try:
             self.pieces = [_check_piece(StoredPiece(**piece)) for piece in header["pieces"]]
@@ -352,7 +356,9 @@ class Shard:
             _check_sums(self.sums)
             self._digest: str = header["sha256"]
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: expected a shard written by `vidtwin encode`, it is damaged ({error}).") from None
+            raise UserError(
+                f"{path}: expected a shard written by `vidtwin encode`, got a damaged one ({error}); encode again."
+            ) from None
 
     def rows(self, piece: int, latent: str, first: int, last: int, part: str | None = None) -> Tensor:
         """Read windows `first` to `last` (exclusive) of a piece as stored: (n, ...)."""
@@ -382,7 +388,9 @@ class Shard:
         if fault is None and (expected != self.names or summed != set(self.sums)):
             fault = "more tensors, or sums of others"
         if fault is not None:
-            raise UserError(f"{self.path}: expected a shard of these latents, it is damaged ({fault}); encode again.")
+            raise UserError(
+                f"{self.path}: expected a shard of these latents, got a damaged one ({fault}); encode again."
+            )
         self._codebooks = {name: latent.codebook_size for name, latent in manifest.latents.items()}
         return self
 
@@ -402,7 +410,9 @@ class Shard:
     def check(self) -> Self:
         """Verify the checksum of the whole shard → the shard; raise `UserError` if it differs."""
         if _hash_tensors((name, self._file.get_tensor(name)) for name in sorted(self.names)) != self._digest:
-            raise UserError(f"{self.path}: expected a whole shard, its content is damaged (checksum).")
+            raise UserError(
+                f"{self.path}: expected a whole shard, got one whose content is damaged (checksum); encode again."
+            )
         return self
 
 

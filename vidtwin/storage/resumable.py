@@ -52,7 +52,7 @@ class Resumable(Generic[Unit]):
         return self.folder / self.name.format(number)
 
     def get(self, number: int) -> Unit | None:
-        """Return a unit; None if it is missing, of another identity, or invalid, which is logged."""
+        """Return a unit; None if it is missing, of another identity, or invalid; log the last case."""
         path = self.path(number)
         if not path.exists():
             return None
@@ -110,7 +110,7 @@ def read_json(path: Path, **expected: Any) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path}: expected a whole JSON file, it is truncated or damaged.") from None
+        raise UserError(f"{path}: expected a whole JSON file, got one that is truncated or damaged.") from None
     return content if same else None
 
 
@@ -142,7 +142,7 @@ def lock(folder: Path, writer: str, fabric: "Fabric | None" = None, wait: bool =
 
 @contextmanager
 def lock_file(path: Path) -> Iterator[None]:
-    """Let one process at a time into the block by a lock on the file `path`, which is made in an existing folder.
+    """Run the block in one process at a time by a lock on the file `path`, created in an existing folder.
 
     Raises:
         UserError: The file may not be written.
@@ -157,7 +157,7 @@ def lock_file(path: Path) -> Iterator[None]:
 
 
 def _acquire(held: FileLock, folder: Path, writer: str, wait: bool) -> str | None:
-    """Acquire a folder's lock → why not, if it can't be."""
+    """Acquire a folder's lock; return the reason on failure."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -177,7 +177,7 @@ def _acquire(held: FileLock, folder: Path, writer: str, wait: bool) -> str | Non
 
 
 def _take(held: FileLock, path: Path, writer: str, timeout: float = -1) -> str | None:
-    """Acquire a lock → why not, if its file may not be written; without locks, log that and go on.
+    """Acquire a lock; return the reason if its file can't be written. Log a file system without locks and continue.
 
     Raises:
         Timeout: Another process holds it.

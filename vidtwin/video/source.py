@@ -41,7 +41,7 @@ COUNTED_FORMATS = frozenset(
 )
 # Containers whose index locates times, and whose first timestamp is that of the first picture.
 SOUGHT_FORMATS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
-# Broadcasts, which may start within a group of pictures: undecodable packets before the first keyframe are no damage.
+# Broadcasts, which may start within a group of pictures: undecodable packets before the first keyframe are not damage.
 CUT_IN_FORMATS = frozenset({"mpegts", "mpeg"})
 
 MIN_RATE, MAX_RATE = Fraction(1, 10**6), 10**6  # frames per second of a file that is written
@@ -131,7 +131,7 @@ def open_video(source: Source, strict: bool = True) -> Iterator[tuple[InputConta
             best = container.streams.best("video")
             stream = best if isinstance(best, VideoStream) and best in streams else streams[0]
             if stream.codec_context is None:
-                raise VideoError(f"{name}: expected a video that FFmpeg can decode, it does not know the codec.")
+                raise VideoError(f"{name}: expected a video that FFmpeg can decode, got an unknown codec.")
             stream.thread_type = "NONE"  # threads within one small video are slower, and workers have one core each
             stream.codec_context.options = {"err_detect": "explode"} if strict else {}
             yield (cast(InputContainer, Images(container, images)) if images else container), stream
@@ -204,7 +204,7 @@ def _list_images(folder: Path) -> list[Path]:
         if parts.get(path) != (prefix, number, suffix):
             width = len(images[0].name) - len(prefix) - len(suffix)
             expected = f"{prefix}{number:0{width}d}{suffix}"
-            raise VideoError(f"{folder}: expected the image {expected}, the next one is {path.name}.", kind="truncated")
+            raise VideoError(f"{folder}: expected the image {expected}, got {path.name}.", kind="truncated")
     return images
 
 
@@ -355,7 +355,7 @@ def rate_of(stream: VideoStream, source: Source) -> Fraction:
     """Return the average frame rate in the header; raise `VideoError` if it has none."""
     rate = stream.average_rate or stream.guessed_rate
     if not rate or rate <= 0:
-        raise VideoError(f"{name_of(source)}: expected a video with a frame rate, the header has none.")
+        raise VideoError(f"{name_of(source)}: expected a video with a frame rate, got a header without one.")
     return Fraction(rate)
 
 
