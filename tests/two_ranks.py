@@ -203,3 +203,4 @@ if __name__ == "__main__":
     outcomes = {name: scenario(out / name, devices=2) for name, scenario in SCENARIOS.items()}
     rank = torch.distributed.get_rank()
     (out / f"rank{rank}.json").write_text(json.dumps(outcomes))
+    torch.distributed.barrier()
