@@ -98,6 +98,8 @@ def small_options(name: str, config: dict) -> list[str]:
     if name.startswith("ivideogpt"):
         small = {"codebook_size": 16, "dynamics_codebook_size": 16, "attention_resolution": 16}
         options += [f"--model.autoencoder.{key}={value}" for key, value in small.items()]
+    if not name.startswith("cmd"):  # which has its frames in the model
+        options.append("--data.num_frames=8")
     return [*options, "--data.resolution=32"]
 
 
@@ -108,7 +110,7 @@ def gan_options(config: dict, resolution: int) -> list[str]:
     options = ["--model.loss.adversarial_start=0", "--model.discriminator_scheduler.init_args.warmup_steps=0"]
     options += ["--model.loss.discriminator.channels=4", "--model.loss.adaptive_reference=nll"]
     if discriminator["class_path"].endswith("BlurPoolDiscriminator3d"):
-        options.append(f"--model.loss.discriminator.resolution={resolution}")
+        options += [f"--model.loss.discriminator.resolution={resolution}", "--model.loss.discriminator.num_frames=8"]
     return options
 
 
