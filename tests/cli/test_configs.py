@@ -98,8 +98,6 @@ def small_options(name: str, config: dict) -> list[str]:
     if name.startswith("ivideogpt"):
         small = {"codebook_size": 16, "dynamics_codebook_size": 16, "attention_resolution": 16}
         options += [f"--model.autoencoder.{key}={value}" for key, value in small.items()]
-    if not name.startswith("cmd"):  # which has its frames in the model
-        options.append("--data.num_frames=8")
     return [*options, "--data.resolution=32"]
 
 
@@ -117,13 +115,14 @@ def gan_options(config: dict, resolution: int) -> list[str]:
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monkeypatch, capsys):
-    """With its own losses, optimizers and options; the tiny ones in their own size too."""
+    """With its own losses, optimizers and options; the tiny ones with a model of their own size too."""
     monkeypatch.chdir(tmp_path)
     path = CONFIGS / "baselines" / f"{name}.yaml"
     config = parsed(f"baselines/{name}.yaml")
     tiny = name.endswith("_tiny")
     options = ["--config", str(path), *ONE_STEP]
     options += ["--data.resolution=64"] if tiny else small_options(name, config)
+    options += [] if name.startswith("cmd") else ["--data.num_frames=8"]  # its model holds their number
     assert main(["fit", *options, *gan_options(config, 64 if tiny else 32)]) == 0
     (last,) = tmp_path.rglob("last.ckpt")
     data = [option for option in options if option.startswith("--data")]
