@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -190,8 +188,6 @@ def test_two_processes_and_one_that_was_killed_give_the_bytes_of_one(here):
     words = ["--clips_per_shard", "3"]
     write_video("videos/a_long.mp4", moving(50, seed=5), 25)  # over several shards, and both processes
     assert encode(*words, out="whole") == 0
-    tests = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
     command = ["encode", "videos", "--out", "killed", "--ckpt_path", "pool.ckpt", "--accelerator", "cpu", *words]
     command += ["--trust_module", "sweeping"]
     stderr = here / "stderr"
@@ -203,12 +199,7 @@ def test_two_processes_and_one_that_was_killed_give_the_bytes_of_one(here):
     assert contents("killed") == contents("whole")
     assert not list(Path("killed").glob(".shard*"))
 
-    script = str(Path(__file__).with_name("two_ranks_encode.py"))
-    done = subprocess.run(
-        [sys.executable, script, "videos", "pool.ckpt", str(here)],
-        env=environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run_script(Path(__file__).with_name("two_ranks_encode.py"), ["videos", "pool.ckpt", str(here)], stderr)
     assert [Path(f"rank{rank}.txt").read_text() for rank in (0, 1)] == ["[0, 0, 0, 2]"] * 2
     assert contents("latents") == contents("whole")
     assert main(["decode", "whole", "--out", "one", "--accelerator", "cpu", "--progress", "false"]) == 0

@@ -533,6 +533,7 @@ def test_a_folder_that_cannot_be_is_named(here, capsys):
     assert line.endswith("/tiny.yaml/tiny, got 'Not a directory'; name another.")
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_read_only_results_folder_is_named(here, run, capsys, monkeypatch):
     def refuse(*_, dir, prefix, suffix, **__):
         raise OSError(30, "Read-only file system", f"{dir}/{prefix}abcd1234{suffix}")
