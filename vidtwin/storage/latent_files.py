@@ -136,6 +136,7 @@ class Manifest:
         settings: Settings of the encoding: num_frames per window, size, posterior, dtype, ….
         classes: Names of the labels.
         skipped: Name → reason of videos without a readable frame.
+        unread: Name → reason of videos at which the system failed: without them, the latents are not complete.
         statistics: "mean" and "std" per channel (axis 1) of each continuous latent; with moments also "sample_std",
             that of samples. None if the channels differ between videos.
         totals: clips, videos, frames, bytes, compression_rate, bits_per_pixel.
@@ -148,6 +149,7 @@ class Manifest:
     shards: list[list[Piece]]
     classes: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
     complete: bool = False
     statistics: dict[str, dict[str, list[float]] | None] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)
@@ -193,7 +195,7 @@ class Manifest:
         _check_text(model["class_path"], model["weights_sha256"])
         _check_text(model.get("checkpoint", ""), model.get("config") or "")
         _check_counts(self.settings["num_frames"], model.get("use_ema", False))
-        _check_text(*self.classes, *self.skipped, *self.skipped.values())
+        _check_text(*self.classes, *self.skipped, *self.skipped.values(), *self.unread, *self.unread.values())
         for name, latent in self.latents.items():
             if latent.kind not in ("gaussian", "deterministic", "codes"):
                 raise ValueError(f"a kind of {ascii(name)[:100]}")
@@ -214,6 +216,8 @@ class Manifest:
     def write(self, folder: str | Path) -> None:
         """Write the manifest atomically."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        if not self.unread:  # a key that earlier versions refuse
+            del content["unread"]
         write_text(Path(folder) / MANIFEST, json.dumps(content, indent=1) + "\n")
 
     @property
