@@ -85,7 +85,7 @@ def _survey_video(entry: Input, known: VideoEntry | None) -> VideoEntry:
     if known is not None and (known.bytes, known.changed, known.source) == (size, changed, str(entry.path)):
         return replace(known, num_frames=None, height=None, width=None)
     info, fault = examine(entry.path)
-    if fault is not None and not (info.num_frames and fault.lasting):
+    if fault is not None and not info.num_frames:
         raise fault
     damage = _reason(fault, entry.path) if fault else None
     return VideoEntry(entry.name, str(entry.path), -1, str(info.fps), info.num_frames, size, changed, damage=damage)
