@@ -41,9 +41,7 @@ class Survey(NamedTuple):
     unread: dict[str, str]
 
 
-def survey_inputs(
-    inputs: Sequence[Input], labelled: bool, known: Mapping[str, VideoEntry]
-) -> Survey:
+def survey_inputs(inputs: Sequence[Input], labelled: bool, known: Mapping[str, VideoEntry]) -> Survey:
     """Survey the videos without decoding them.
 
     Args:
