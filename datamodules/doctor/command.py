@@ -51,6 +51,8 @@ class DoctorOptions:
         workers: Processes, by default one per core.
         num_frames: Frames of a clip.
         fps: Frames per second of a clip.
+        frame_steps: Frames that a clip takes at `fps`, as of `data.frame_steps` in evaluation: with "whole", every n-th
+            frame, no video is slow.
         split: Which official split of UCF-101.
         image_folders: Treat folders of numbered images as videos too.
         exclude: Verdicts that put a video on exclude.txt, separated by commas: broken, duplicates, cuts, short, slow,
@@ -63,6 +65,7 @@ class DoctorOptions:
     workers: int | None = None
     num_frames: int = 16
     fps: float = 8.0
+    frame_steps: Literal["timed", "whole"] = "timed"
     split: Literal[1, 2, 3] = 1
     image_folders: bool = False
     exclude: str = "broken,duplicates"
