@@ -11,7 +11,7 @@ import av
 import pytest
 
 from vidtwin import files
-from vidtwin.files import explain, intended_name, link, remove_leftovers, replacing, write_text
+from vidtwin.files import explain, intended_name, link, parse_json, remove_leftovers, replacing, write_text
 
 
 @pytest.fixture
@@ -240,6 +240,12 @@ def test_a_temporary_file_that_another_process_removed_before_it_was_locked_is_m
         assert temporary.name not in taken
         temporary.write_text("whole")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "whole"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, b"\xff"])
+def test_json_that_can_not_be_parsed_is_one_kind_of_error(text):
+    with pytest.raises(ValueError, match=r"."):
+        parse_json(text)
 
 
 def test_without_locks_old_temporary_files_go(tmp_path, monkeypatch):

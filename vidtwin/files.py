@@ -5,6 +5,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from vidtwin.errors import UserError
 
@@ -150,6 +152,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
         finally:
             if fcntl is not None:
                 os.close(handle)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON of a file that may come from anywhere; raise `ValueError` for any that can't be parsed."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _make_temporary(path: Path) -> tuple[int, Path]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vidtwin import plugins, weights
 from vidtwin.errors import UserError
-from vidtwin.files import replacing, write_text
+from vidtwin.files import parse_json, replacing, write_text
 
 if TYPE_CHECKING:
     from vidtwin.autoencoder import VideoAutoencoder
@@ -296,8 +296,8 @@ def read_config(folder: Path, name: str | Path) -> dict[str, Any]:
         has = f"it holds {', '.join(there)}" if there else "it is empty"
         raise UserError(f"Expected a folder of save_pretrained, got {name} without {CONFIG}: {has}.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"Expected JSON in {path}, got: {error}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("class_path"), str):
         raise UserError(

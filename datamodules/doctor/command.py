@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from tqdm import tqdm
 
@@ -16,7 +16,7 @@ from vidtwin import listing
 from vidtwin.datamodules.cores import count_cores
 from vidtwin.datamodules.ucf101.lists import class_root
 from vidtwin.errors import UserError, suggestion
-from vidtwin.files import write_text
+from vidtwin.files import parse_json, write_text
 from vidtwin.listing import identity, is_text
 
 from . import pool
@@ -215,8 +215,8 @@ def _read_journal(journal: Path) -> "dict[Key, Measurement]":
         return {}
     for line in lines:
         try:
-            entry: Any = json.loads(line)
-        except (ValueError, RecursionError):
+            entry = parse_json(line)
+        except ValueError:
             continue
         if isinstance(entry, dict) and entry.pop("version", None) == VERSION and entry.keys() == FIELDS:
             found = Measurement(**entry)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vidtwin import console
 from vidtwin.apply.windows import VideoWindows, examine
-from vidtwin.video import VideoError, iter_frames, picture, probe, read_clip, reading, source, survey, write_video
+from vidtwin.video import VideoError, iter_frames, probe, read_clip, reading, source, survey, write_video
 from vidtwin.video.picture import Converter, FilterChain
 
 ORIENTATION = 0x0112  # the tag of EXIF
@@ -131,7 +132,7 @@ def convert(frame: av.VideoFrame, name: str = "a.mp4") -> np.ndarray:
 def test_colours_that_ffmpeg_refuses_are_converted_and_named_once(
     tags: dict[str, int], like: dict[str, int], described: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture._log_once.cache_clear()
+    console.log_once.cache_clear()
     for _ in range(2):
         np.testing.assert_array_equal(convert(tagged(**tags)), convert(tagged(**like)))
     (line,) = capsys.readouterr().err.splitlines()

@@ -59,7 +59,9 @@ def survey_inputs(inputs: Sequence[Input], labelled: bool, known: Mapping[str, V
             "give the folder that holds the classes."
         )
     classes = sorted(set(folders)) if labelled else []
-    videos, skipped, unread = [], {}, {}
+    videos: list[VideoEntry] = []
+    skipped: dict[str, str] = {}
+    unread: dict[str, str] = {}
     bar = tqdm(inputs, desc="surveying videos", unit="video", disable=None, delay=1, dynamic_ncols=True)
     for entry, folder in zip(bar, folders, strict=True):
         label = classes.index(folder) if labelled else -1

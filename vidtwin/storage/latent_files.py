@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vidtwin.errors import UserError
-from vidtwin.files import replacing, write_text
+from vidtwin.files import parse_json, replacing, write_text
 from vidtwin.video import parse_rate
 
 MANIFEST = "manifest.json"
@@ -163,13 +163,13 @@ class Manifest:
         """
         path = Path(folder) / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             version = content.pop("schema_version")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"Expected a folder of latents with {path}, got none; write it by `vidtwin encode`."
             ) from None
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"Expected a manifest written by `vidtwin encode` in {path}, got something else.") from None
         if version != SCHEMA_VERSION:
             raise UserError(
@@ -339,13 +339,13 @@ class Shard:
         self._codebooks: dict[str, int | None] = {}  # known when it is compared to a manifest
         try:
             self._file = safe_open(path, "pt")
-            header = json.loads((self._file.metadata() or {})[_KEY])
+            header = parse_json((self._file.metadata() or {})[_KEY])
             version, plan = header["schema_version"], header["plan"]
         except FileNotFoundError:
             raise UserError(f"{path}: expected a shard, there is no such file.") from None
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: expected a whole shard, it is cut off or damaged ({error}).") from None
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}: expected a shard written by `vidtwin encode`, got something else.") from None
         if version != SCHEMA_VERSION or plan != digest:
             raise UserError(f"{path}: expected a shard of these latents, it is one of others.")
