@@ -222,10 +222,10 @@ class Synthetic(ClipDataModule):
         self, num_train: int = 256, num_val: int = 32, num_test: int = 32, num_classes: int = 4, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if self.eval_clips != "middle":
-            raise UserError(
-                f"Expected data.eval_clips: middle for rendered clips, which have no end, got {self.eval_clips}."
-            )
+        of_files = {"eval_clips": "middle", "frame_steps": "timed", "resize": "area"}
+        for key, usual in of_files.items():
+            if (given := getattr(self.settings, key)) != usual:
+                raise UserError(f"Expected data.{key}: {usual} for clips that are rendered, not read, got {given}.")
         self.lengths = {"train": num_train, "val": num_val, "test": num_test}
         self.classes = _choose_motions(num_classes)
 

@@ -1,7 +1,6 @@
 """Find videos in folders, read lists of them, detect changed files, and locate the cache."""
 
 import codecs
-import functools
 import os
 import re
 import stat
@@ -9,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vidtwin import console
+from vidtwin.console import log_once
 from vidtwin.errors import UserError
 
 _NUMBERED = re.compile(r"\d\.\w+$")  # the end of an image's name in a sequence: 00000.jpg, frame_1.png
@@ -143,12 +142,7 @@ def _check_latin(file: Path, lines: Iterable[bytes]) -> None:
             f"{file}: expected one encoding, got a line {number} that is not UTF-8 ({shown}) and others that are; "
             "save it as UTF-8."
         )
-    _log_once(f"{file}: line {number} is not UTF-8 ({shown}): the file is read as Latin-1")
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    console.log(message, rank_zero=True)
+    log_once(f"{file}: line {number} is not UTF-8 ({shown}): the file is read as Latin-1", rank_zero=True)
 
 
 def read_lines(file: Path) -> list[str]:

@@ -52,7 +52,8 @@ def read_table(path: Path, odd_names: bool = False) -> list[dict[str, str]]:
         OSError: It can't be read.
         ValueError: It is not UTF-8 (without `odd_names`), or a row has more or fewer cells than the header.
     """
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape" if odd_names else "strict") as file:
+    # A spreadsheet puts a byte order mark at the beginning.
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape" if odd_names else "strict") as file:
         try:
             header, *rows = ([unescape(cell) for cell in row] for row in csv.reader(file, strict=True) if row)
         except csv.Error as error:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from vidtwin.data import Skip
 from vidtwin.errors import UserError
+from vidtwin.files import parse_json
 from vidtwin.tables import read_table
 from vidtwin.video import VideoError
 
@@ -147,9 +148,9 @@ class Manifest:
     def parse(cls, text: str, where: str) -> "Manifest":
         """Parse a manifest; `UserError` if this version can't read it."""
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             version = content.pop("schema_version")
-        except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        except (ValueError, AttributeError, TypeError, KeyError):
             raise UserError(f"{where}: expected a manifest written by `vidtwin cache`, got something else.") from None
         if version != SCHEMA_VERSION:
             raise UserError(

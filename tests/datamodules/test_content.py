@@ -39,6 +39,16 @@ def test_a_file_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
     assert content.digest_all([tmp_path / "missing.avi"]) == [""]
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_file_that_the_system_fails_to_find_is_not_taken_for_a_missing_one(tmp_path, monkeypatch, number):
+    def fail(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(content, "identity", fail)
+    with pytest.raises(UserError, match=rf"an error of the system: {os.strerror(number)}; try again"):
+        content.digest_all([tmp_path / "a.avi"])
+
+
 def test_a_folder_of_images_is_known_by_all_of_them(tmp_path):
     for name in ("0.png", "1.png"):
         (tmp_path / "v").mkdir(exist_ok=True)

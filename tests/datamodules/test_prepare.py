@@ -18,6 +18,7 @@ import pytest
 
 from vidtwin.cli import commands
 from vidtwin.datamodules.ucf101 import UCF101
+from vidtwin.datamodules.ucf101 import prepare as module
 from vidtwin.errors import UserError
 
 HANDSTAND = "HandstandPushups/v_HandStandPushups_g{}_c01.avi"
@@ -370,6 +371,16 @@ def test_a_mistake_is_one_line(prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "UCF-101").symlink_to(prepared / "UCF-101")
     (tmp_path / "ucfTrainTestlist").symlink_to(prepared / "ucfTrainTestlist")
     assert "expected a table with the columns path, label, group," in failure(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["=HYPERLINK(1)/v_A_g01_c01.avi", "@a,b/v_A_g01_c01.avi", "A/v_A_g01_c01.avi"])
+def test_no_name_in_the_manifest_is_a_formula(tmp_path: Path, name: str) -> None:
+    table = tmp_path / "ucf101_manifest.csv"
+    row = dict.fromkeys(module._COLUMNS, "1") | {"path": name}
+    module._write_manifest(table, [row])
+    (written,) = manifest(tmp_path)
+    assert not written["path"].startswith(("=", "@"))
+    assert module._read_manifest(table) == {name: row}
 
 
 def test_the_command_imports_nothing_heavy() -> None:

@@ -212,7 +212,7 @@ class RowFolder:
         row = self.read()
         if row is None or row["kind"] == "failed" or row.get("identity") == self.identity:
             return
-        target = self._earlier(str(row.get("identity") or row["fingerprint"] or "row"))
+        target = self._earlier(str(row.get("identity") or row["fingerprint"] or compute_digest(row)))
         _move_row(self.folder, target)
         log(f"{self.name}: moved the earlier row to {target}")
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vidtwin.errors import UserError
-from vidtwin.files import replacing, write_text
+from vidtwin.files import parse_json, replacing, write_text
 from vidtwin.video import parse_rate
 
 MANIFEST = "manifest.json"
@@ -136,6 +136,7 @@ class Manifest:
         settings: Settings of the encoding: num_frames per window, size, posterior, dtype, ….
         classes: Names of the labels.
         skipped: Name → reason of videos without a readable frame.
+        unread: Name → reason of videos at which the system failed: without them, the latents are not complete.
         statistics: "mean" and "std" per channel (axis 1) of each continuous latent; with moments also "sample_std",
             that of samples. None if the channels differ between videos.
         totals: clips, videos, frames, bytes, compression_rate, bits_per_pixel.
@@ -148,6 +149,7 @@ class Manifest:
     shards: list[list[Piece]]
     classes: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
     complete: bool = False
     statistics: dict[str, dict[str, list[float]] | None] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)
@@ -161,13 +163,13 @@ class Manifest:
         """
         path = Path(folder) / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             version = content.pop("schema_version")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"Expected a folder of latents with {path}, got none; write it by `vidtwin encode`."
             ) from None
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"Expected a manifest written by `vidtwin encode` in {path}, got something else.") from None
         if version != SCHEMA_VERSION:
             raise UserError(
@@ -193,7 +195,7 @@ class Manifest:
         _check_text(model["class_path"], model["weights_sha256"])
         _check_text(model.get("checkpoint", ""), model.get("config") or "")
         _check_counts(self.settings["num_frames"], model.get("use_ema", False))
-        _check_text(*self.classes, *self.skipped, *self.skipped.values())
+        _check_text(*self.classes, *self.skipped, *self.skipped.values(), *self.unread, *self.unread.values())
         for name, latent in self.latents.items():
             if latent.kind not in ("gaussian", "deterministic", "codes"):
                 raise ValueError(f"a kind of {ascii(name)[:100]}")
@@ -214,6 +216,8 @@ class Manifest:
     def write(self, folder: str | Path) -> None:
         """Write the manifest atomically."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        if not self.unread:  # a key that earlier versions refuse
+            del content["unread"]
         write_text(Path(folder) / MANIFEST, json.dumps(content, indent=1) + "\n")
 
     @property
@@ -335,7 +339,7 @@ class Shard:
         self._codebooks: dict[str, int | None] = {}  # known when it is compared to a manifest
         try:
             self._file = safe_open(path, "pt")
-            header = json.loads((self._file.metadata() or {})[_KEY])
+            header = parse_json((self._file.metadata() or {})[_KEY])
             version, plan = header["schema_version"], header["plan"]
         except FileNotFoundError:
             raise UserError(f"{path}: expected a shard, got no such file; encode again.") from None
@@ -343,7 +347,7 @@ class Shard:
             raise UserError(
                 f"{path}: expected a whole shard, got one that is cut off or damaged ({error}); encode again."
             ) from None
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{path}: expected a shard written by `vidtwin encode`, got something else; encode again."
             ) from None

@@ -5,8 +5,6 @@ time holds the folder's lock. Its manifest, if it has one, is written last.
 """
 
 import errno
-import functools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from filelock import FileLock, Timeout
 
-from vidtwin.console import log
+from vidtwin.console import log, log_once
 from vidtwin.errors import UserError
-from vidtwin.files import inside, remove_leftovers
+from vidtwin.files import inside, parse_json, remove_leftovers
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -105,11 +103,11 @@ def read_json(path: Path, **expected: Any) -> dict[str, Any] | None:
         UserError: The file is truncated or damaged.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         same = all(content[key] == value for key, value in expected.items())
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: expected a whole JSON file, got one that is truncated or damaged.") from None
     return content if same else None
 
@@ -193,10 +191,5 @@ def _take(held: FileLock, path: Path, writer: str, timeout: float = -1) -> str |
                 f"{error.strerror!r}; change its permissions, or give another folder."
             )
         reason = getattr(error, "strerror", None) or "a file system without locks"
-        _log_once(f"{path.parent} can't be locked ({reason}); run one {writer} at a time in it")
+        log_once(f"{path.parent} can't be locked ({reason}); run one {writer} at a time in it")
     return None
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    log(message)

@@ -51,8 +51,8 @@ _SYSTEM_ERRORS = frozenset(
     | {errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETDOWN}
     | {errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 )
-# Of these, errors that one file or its part of a disk has while others can be read.
-_FILE_ERRORS = frozenset({errno.EIO, errno.EACCES, errno.EBUSY})
+# Of these, errors that one file or its part of a disk has while others can be read; with them files that have gone.
+_FILE_ERRORS = frozenset({errno.EIO, errno.EACCES, errno.EBUSY, errno.ENOENT})
 HEADER_EXCESS = 3  # UCF-101's headers promise 1 to 3 frames more than there are
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.\w+)")
 _RAW_SIZE = re.compile(r"_(\d+)x(\d+)(?:_(\d+(?:\.\d+)?))?")
@@ -137,8 +137,8 @@ def open_video(source: Source, strict: bool = True) -> Iterator[tuple[InputConta
             yield (cast(InputContainer, Images(container, images)) if images else container), stream
     except (VideoError, DisorderedError):
         raise
-    except FileNotFoundError:
-        raise VideoError(f"{name}: there is no such file.", lasting=False) from None
+    except FileNotFoundError as error:
+        raise VideoError(f"{name}: there is no such file.", lasting=False) from error
     # A damaged header may request huge allocations, and one file that meets a bug must not end the work on the others.
     except Exception as error:
         known = isinstance(error, OSError | MemoryError | av.error.FFmpegError)

@@ -67,7 +67,7 @@ class LatestCheckpoint(Checkpoint):
             )
         if trainer.is_global_zero and self.dirpath.is_dir():
             for path in list(self.dirpath.iterdir()):
-                target = files.intended_name(path) or ""
+                target = files.intended_name(path, unmarked=True) or ""
                 if checkpoints.is_checkpoint_name(target):
                     if path.is_symlink():  # of `files.link`, which locks nothing
                         path.unlink(missing_ok=True)
