@@ -305,7 +305,10 @@ def test_a_disk_that_fails_while_a_video_is_decoded_leaves_no_gap(here, whole, c
         fail_at(patch, "long.mp4", number, opened=1)
         assert encode("--clips_per_shard", "2") == 1
     said = capsys.readouterr().err
-    assert "shard-00000.safetensors is not made: Expected to read videos/run/long.mp4, got an error of the system: " in said
+    assert (
+        "shard-00000.safetensors is not made: Expected to read videos/run/long.mp4, got an error of the system: "
+        in said
+    )
     assert os.strerror(number) in said
     made = contents("latents")
     assert not json.loads(made.pop("manifest.json"))["complete"]
