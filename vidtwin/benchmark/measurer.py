@@ -21,6 +21,7 @@ from vidtwin.distributed import forward_context
 from vidtwin.errors import UserError
 from vidtwin.metrics.fvd import MIN_FRAMES, FeatureNetwork
 from vidtwin.metrics.measures import Measures
+from vidtwin.metrics.registry import BY_KEY
 from vidtwin.posteriors import Encoding, Quantized
 
 MAX_TOKENS, MAX_TOKENS_ON_CPU = 20_000, 4_000  # of which a DiT's training step is timed
@@ -58,9 +59,7 @@ class Measurer:
         )
         self.measures.setup(*plan.shape[1:])
         for name, reason in self.measures.unavailable.items():  # a metric that an option names is required
-            if name in ("vmaf", "st_lpips", "st_lpips_alex") or any(
-                path and str(path) in reason for path in options.backbones.values()
-            ):
+            if BY_KEY[name].on_request or any(path and str(path) in reason for path in options.backbones.values()):
                 raise UserError(reason)
         home = str(Path.home())  # reports are shared
         self.unavailable = {name: text.replace(home, "~") for name, text in self.measures.unavailable.items()}

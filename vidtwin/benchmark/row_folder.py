@@ -9,13 +9,14 @@ rows/<name>/earlier/<identity>/                    a complete row that another o
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from vidtwin.benchmark import rows
+from vidtwin.benchmark.identity import compute_identity, find_known
 from vidtwin.benchmark.plan import Job, ModelError, Part, Plan, compute_digest, make_empty_part
 from vidtwin.benchmark.rfvd import decode_features
 from vidtwin.console import log
@@ -45,11 +46,36 @@ class RowFolder:
         self.results, self.job, self.plan = results, job, plan
         self.name = job.name
         self.folder = inside(results, f"rows/{job.name}")
-        self.identity = compute_digest([compute_digest(job.identity), settings])
-        costs_identity = compute_digest([self.identity, costs_settings])
+        self.settings, self.costs_settings = settings, costs_settings
+        self.identity = compute_identity(job.identity, settings)
         self.parts = Resumable(inside(self.folder, "parts"), "{:06d}.json", self._read_part)
-        self.costs = Resumable(self.folder, COSTS, lambda _, path: read_json(path, identity=costs_identity))
-        self.costs_identity = costs_identity
+        self.costs = Resumable(self.folder, COSTS, lambda _, path: read_json(path, identity=self.costs_identity))
+
+    @property
+    def costs_identity(self) -> str:
+        """The identity of the row's costs."""
+        return compute_digest([self.identity, self.costs_settings])
+
+    def find_identity(self) -> str:
+        """Return the identity under which this model was measured here, maybe by an earlier version; else the own."""
+        return find_known(self.job.identity, self.settings, self._list_identities()) or self.identity
+
+    def _list_identities(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
+        """List the identities in the folder, each with the model's spec if it is known: row, earlier rows, parts."""
+        for path in [self.folder / RESULTS, *sorted(self.folder.glob(f"earlier/*/{RESULTS}"))]:
+            try:
+                row = rows.read_row(path)
+            except UserError:  # `is_complete` says so
+                continue
+            if row["kind"] != "failed" and row.get("identity"):
+                yield str(row["identity"]), row.get("model")
+        for path in sorted(self.parts.folder.glob("[0-9]*.json")):
+            try:
+                part = read_json(path)
+            except UserError:  # `parts` says so
+                continue
+            if isinstance(part, dict) and part.get("identity"):
+                yield str(part["identity"]), None
 
     def is_complete(self) -> bool:
         """Return whether an up-to-date row exists, restored from `earlier/` if needed; log the reason if not."""

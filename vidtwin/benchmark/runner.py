@@ -101,6 +101,7 @@ class Runner:
         if self.fabric.is_global_zero:
             for number, row in enumerate(self.rows):
                 remove_leftovers(row.folder)
+                row.identity = row.find_identity()
                 if row.is_complete():
                     row.remove_parts()  # the sweep was killed before it did that
                 else:
@@ -108,7 +109,10 @@ class Runner:
             if complete := len(self.rows) - len(waiting):
                 log(f"{complete} of {len(self.rows)} rows are complete")
             waiting.sort(key=lambda number: (self.rows[number].read() or {}).get("kind") == "failed")
-        return [self.rows[number] for number in self.fabric.broadcast(waiting)]
+        waiting, identities = self.fabric.broadcast((waiting, [row.identity for row in self.rows]))
+        for row, identity in zip(self.rows, identities, strict=True):
+            row.identity = identity
+        return [self.rows[number] for number in waiting]
 
     def _log_progress(self, row: RowFolder, missing: list[int], bar: tqdm) -> None:
         stale = len(list(row.parts.folder.glob("[0-9]*.json"))) - len(self.mine) + len(missing)
