@@ -59,7 +59,8 @@ class UnusableVideos:
         for name, fault in faults.items():
             if not fault.lasting:  # others may have read it, and would then have another epoch
                 raise UserError(
-                    f"Expected to read {name}, the system failed: {fault.reason}; try again or list it in data.exclude."
+                    f"Expected to read {name}, got an error of the system: {fault.reason}; try again or list it in "
+                    "data.exclude."
                 )
         self.restart(split, total, {name: fault.reason for name, fault in faults.items()})
         self._broken[split] = {name for name, fault in faults.items() if fault.broken}

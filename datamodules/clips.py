@@ -163,7 +163,7 @@ class VideoClips(ClipDataset):
         try:
             return super().__getitem__(key)
         except VideoError as error:
-            if self.replace:
+            if self.replace or not error.lasting:  # a disk that fails for a moment must not leave a gap in results
                 raise
             return {"skipped": [self.skip(_split(key)[1], error)]}
 
@@ -294,10 +294,11 @@ class VideoClips(ClipDataset):
             try:
                 start, frames = self._read_at(info, fps, position, (x, y))
             except VideoError as error:
-                if error.decodable is None or not 0 < info.num_frames - error.decodable <= HEADER_EXCESS:
+                missing = _count_missing(info, error)
+                if missing is None or not 0 < missing <= HEADER_EXCESS:
                     raise
                 # The container promised a little too much: choose again from the frames that were decoded.
-                info = replace(info, num_frames=error.decodable)
+                info = replace(info, num_frames=info.num_frames - missing)
                 start, frames = self._read_at(info, fps, position, (x, y))
         if self.horizontal_flip and mirror < 0.5:
             frames = frames[:, :, ::-1]
@@ -326,7 +327,8 @@ class VideoClips(ClipDataset):
             try:
                 frames = self._read(info, time, length, fps, loop=loop)
             except VideoError as error:
-                if error.decodable is None or info.num_frames - error.decodable > HEADER_EXCESS:
+                missing = _count_missing(info, error)
+                if missing is None or missing > HEADER_EXCESS:
                     raise
                 ended = error
                 continue
@@ -375,7 +377,7 @@ class VideoClips(ClipDataset):
     def _check_rate(self, info: VideoInfo, fps: float | None) -> None:
         if fps is not None and not (self.training or self.whole) and fps > info.fps * _NEAR:
             raise VideoError(
-                f"{info.path}: expected at least data.fps={fps:g} frames per second, the video has "
+                f"{info.path}: expected at least data.fps={fps:g} frames per second, got "
                 f"{float(info.fps):.4g}; lower data.fps (null: every frame) or set data.frame_steps: whole.",
                 kind="slow",
             )
@@ -405,6 +407,11 @@ def _split(key: Key) -> tuple[int, int]:
 
 def _with_tensor(item: dict[str, Any]) -> dict[str, Any]:
     return {"padded": 0, **item, "clip": torch.from_numpy(np.ascontiguousarray(item["clip"]))}
+
+
+def _count_missing(info: VideoInfo, error: VideoError) -> int | None:
+    """Return the number of promised frames that do not decode; None if it is unknown or the system failed."""
+    return info.num_frames - error.decodable if error.decodable is not None and error.lasting else None
 
 
 def _pad(frames: Frames, padded: int) -> Frames:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from vidtwin.errors import UserError
 from vidtwin.files import write_text
 from vidtwin.listing import cache_home, identity, images_of
+from vidtwin.video import is_lasting
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,11 @@ def digest_all(paths: Sequence[Path], show: bool = False) -> list[str]:
 def _key(path: Path) -> tuple[str, int, int] | None:
     try:
         return str(path.absolute()), *identity(path)
-    except (OSError, ValueError):  # missing, or a name that no file can have
+    except OSError as error:
+        if not is_lasting(error):
+            raise _refuse(path, error) from error
+        return None  # missing
+    except ValueError:  # a name that no file can have
         return None
 
 
@@ -65,8 +70,13 @@ def _digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return ""
-    except OSError as error:  # it must not become a part of the protocol
-        raise UserError(f"Expected to read {path}, the system failed: {error.strerror or error}; try again.") from error
+    except OSError as error:
+        raise _refuse(path, error) from error
+
+
+def _refuse(path: Path, error: OSError) -> UserError:
+    """Return the error for a failure of the system, which must not become a part of the protocol."""
+    return UserError(f"Expected to read {path}, got an error of the system: {error.strerror or error}; try again.")
 
 
 def _read(file: Path) -> _Known:

@@ -40,8 +40,8 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
     """Base of the data modules of clips.
 
     Workers hand out clips as uint8 (B, T, H, W, 3); on the device a batch is a `vidtwin.data.Batch`. A subclass lists
-    its videos (`videos`), or creates the dataset itself (`make_dataset`). The splits are "train", "val" and "test";
-    prediction takes "test".
+    its videos (`videos`), or creates the dataset itself (`make_dataset`). One with arguments of its own that choose or
+    change clips also returns them in `cache_key`. The splits are "train", "val" and "test"; prediction takes "test".
 
     Args:
         batch_size: Clips per batch and device in training.
@@ -110,7 +110,11 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
         return clips
 
     def cache_key(self, split: str) -> dict[str, Any]:
-        """Return the arguments of the subclass that identify a cache: those on which its clips depend."""
+        """Return the arguments of the subclass on which its clips depend, by name, as JSON has them; here none.
+
+        A subclass with arguments of its own overrides it: a cache made with other values is refused, even if the videos
+        themselves are missing.
+        """
         return {}
 
     def describe(self, split: str, format: Literal["clips", "videos"] = "clips") -> dict[str, Any]:

@@ -263,7 +263,7 @@ def _number_rows(handle: TextIO, file: Path) -> Iterator[tuple[int, list[str]]]:
             line = rows.line_num + 1
     except csv_files.Error as error:
         raise UserError(
-            f"{file}: expected a table whose quotes are closed, the row that begins in line {line} can't be read "
+            f"{file}: expected a table whose quotes are closed, got an unreadable row from line {line} on "
             f"({error}); correct the file."
         ) from None
 

@@ -1,4 +1,4 @@
-"""Loaders of clips, whose workers outlive a scheduler's SIGTERM and report what they could not read."""
+"""Loaders of clips; their workers outlive a scheduler's SIGTERM and report unreadable videos."""
 
 import multiprocessing
 import os
@@ -67,7 +67,7 @@ class ClipLoader(WorkerLoader):
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join the items that have a clip to a batch; add what could not be read, if anything, as "skipped"."""
+    """Collate the items that have a clip; list the unreadable videos, if any, under "skipped"."""
     skipped = [entry for item in items for entry in item.get("skipped", [])]
     whole = [{key: value for key, value in item.items() if key != "skipped"} for item in items if "clip" in item]
     batch: dict[str, Any] = default_collate(whole) if whole else {}

@@ -14,7 +14,7 @@ from .sampler import ClipSampler, Place
 
 
 class ResumableDataModule(LightningDataModule):
-    """A data module whose training goes on with the very next batch.
+    """A data module whose training resumes at the very next batch.
 
     Attributes:
         num_workers: Reading processes per device; None shares the cores among the devices, with at most 8 each.

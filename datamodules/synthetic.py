@@ -102,7 +102,7 @@ def _colour(random: np.random.Generator) -> Array:
 
 
 def _sample(texture: Array, rows: Array, columns: Array) -> Array:
-    """Sample a periodic texture bilinearly on the grid rows × columns, one axis after the other, which is cheap."""
+    """Sample a periodic texture bilinearly on the grid rows × columns, one axis after the other to save time."""
     side = texture.shape[0]
     for axis, places in enumerate((rows, columns)):
         low = np.floor(places).astype(np.int64)
@@ -222,10 +222,10 @@ class Synthetic(ClipDataModule):
         self, num_train: int = 256, num_val: int = 32, num_test: int = 32, num_classes: int = 4, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if self.eval_clips != "middle":
-            raise UserError(
-                f"Expected data.eval_clips: middle for rendered clips, which have no end, got {self.eval_clips}."
-            )
+        of_files = {"eval_clips": "middle", "frame_steps": "timed", "resize": "area"}
+        for key, usual in of_files.items():
+            if (given := getattr(self.settings, key)) != usual:
+                raise UserError(f"Expected data.{key}: {usual} for clips that are rendered, not read, got {given}.")
         self.lengths = {"train": num_train, "val": num_val, "test": num_test}
         self.classes = _choose_motions(num_classes)
 
@@ -286,7 +286,7 @@ def write_ucf_like(
         found = root / "synthetic.json"
         made_with = read_json(found) or "something else"
         if made_with != recipe:
-            raise UserError(f"{root}: expected data made with {recipe}, it holds {made_with}; delete or rename it.")
+            raise UserError(f"{root}: expected data made with {recipe}, got {made_with}; delete or rename it.")
         return root
     partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
     try:

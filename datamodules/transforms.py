@@ -1,4 +1,4 @@
-"""What happens to a batch on the device: the workers hand out bytes, a quarter of what floats would take."""
+"""Transform a batch on the device: the workers send bytes, a quarter of the size of floats."""
 
 from typing import Any
 
@@ -8,6 +8,6 @@ from vidtwin.video.convert import to_clip
 
 
 def to_batch(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch of the workers with its clip as floats; a batch that has them already comes back as it is."""
+    """Convert the clip of a workers' batch to floats; return a batch that has floats unchanged."""
     clip = batch["clip"]
     return {**batch, "clip": to_clip(clip)} if clip.dtype == torch.uint8 else batch

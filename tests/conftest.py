@@ -9,9 +9,9 @@ import pytest
 
 # Tests that fork processes (forked.py): all in one worker, which imports what they need once more.
 FORKING = "benchmark/test_sweep.py", "benchmark/test_sweep_on_two_ranks.py"
-FORKING += "apply/test_encode.py", "training/test_sharding.py"
+FORKING += "apply/test_encode.py", "training/test_sharding.py", "training/test_distributed.py"
 # By their CPU time, heaviest first: short files at the end keep all workers busy.
-HEAVY = *FORKING, "cli/test_configs.py", "training/test_distributed.py", "test_hub.py", "training/test_resume.py"
+HEAVY = *FORKING, "cli/test_configs.py", "test_hub.py", "training/test_resume.py"
 HEAVY += "benchmark/test_benchmark_configs.py", "benchmark/test_report_in_chromium.py", "apply/test_export.py"
 HEAVY += "cli/test_cli.py", "test_readme.py", "datamodules/test_doctor.py", "datamodules/test_streaming.py"
 HEAVY += "datamodules/test_broken.py", "datamodules/test_cache.py", "benchmark/test_plots.py"

@@ -1,12 +1,13 @@
 """Run functions in processes that are forked from one in which torch and Lightning are imported already.
 
 A process that imports them itself takes ten seconds of CPU time for it. The processes are ranks as a cluster starts
-them; test_distributed.py and apply/test_encode.py have Lightning start them.
+them, or the first rank alone, which has Lightning start the second.
 """
 
 import contextlib
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -36,6 +37,15 @@ def run_code(code: str, argv: Sequence[str], stderr: Path, timeout: float = 120)
     """Execute `code` with `argv` as sys.argv[1:] → exit code; of one that a signal ended the negative number."""
     (result,) = _run([({}, _execute, (code, list(argv)))], stderr, timeout)
     return result
+
+
+def run_script(path: Path, argv: Sequence[str], stderr: Path, timeout: float = 240) -> None:
+    """Run a script whose second rank Lightning starts, with stderr of both in a file; a failure or a hang is one.
+
+    The script has to end with a barrier: the second rank may write until then.
+    """
+    (code,) = _run([({}, _launch, (path, list(argv)))], stderr, timeout)
+    assert code == 0, stderr.read_text()[-3000:]
 
 
 def _run(calls: Sequence[tuple[Any, ...]], stderr: Path, timeout: float) -> list[int | None]:
@@ -69,3 +79,10 @@ def _enter(stderr: Path, folder: Path, environment: dict[str, str], work: Callab
 def _execute(code: str, argv: list[str]) -> None:
     sys.argv[1:] = argv
     exec(code, {"__name__": "__main__"})
+
+
+def _launch(path: Path, argv: list[str]) -> None:
+    tests = Path(__file__).parent
+    os.environ |= {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}  # for the second rank
+    sys.argv = [str(path), *argv]
+    runpy.run_path(str(path), run_name="__main__")

@@ -27,7 +27,7 @@ from vidtwin.training.callbacks.health import Health
 from vidtwin.training.sharding import placement_of
 from vidtwin.training.task import AutoencoderTask
 
-STEPS = 3
+STEPS = 2
 
 
 class Diary(Callback):
@@ -61,10 +61,10 @@ class BrokenGradient(Callback):
 
 
 class Uneven(Clips):
-    """Twelve clips to train on, three to evaluate: two batches on the first rank, one on the second."""
+    """Two steps of clips to train on, three to evaluate: two batches on the first rank, one on the second."""
 
     def __init__(self, world_size: int) -> None:
-        super().__init__(count=12, batch_size=4 // world_size)
+        super().__init__(count=4 * STEPS, batch_size=4 // world_size)
         self.eval_batch_size = 1
 
     def make_dataset(self, split: str) -> Any:
@@ -102,7 +102,7 @@ def momentum(parameters: Any, lr: float = 0.3) -> SGD:
     return SGD(parameters, lr=lr, momentum=0.9)
 
 
-def task_of(model: VideoAutoencoder | None = None, **arguments: Any) -> AutoencoderTask:
+def task_of(model: VideoAutoencoder | None = None, depth: int = 1, **arguments: Any) -> AutoencoderTask:
     """A GAN from the first step on, with all that is not sharded: discriminator, log-variance, running means."""
     torch.manual_seed(0)
     loss = AutoencoderLoss(
@@ -121,7 +121,7 @@ def task_of(model: VideoAutoencoder | None = None, **arguments: Any) -> Autoenco
         "discriminator_optimizer": partial(momentum, lr=0.1),
         "discriminator_scheduler": partial(ConstantLR, factor=1.0),
     }
-    model = model or tiny_model(depth=2, qformer_dropout=0.0, activation_checkpointing=True)
+    model = model or tiny_model(depth=depth, qformer_dropout=0.0, activation_checkpointing=True)
     defaults = {"gradient_clip_norm": 0.1, "ema_decay": 0.5}
     return AutoencoderTask(model, loss, **{**players, **defaults, **arguments})
 
@@ -137,7 +137,7 @@ def train(
     ckpt_path: Path | None = None,
     steps: int = STEPS,
     data: Clips | None = None,
-    every: int = 1,
+    every: int = STEPS,
     **devices: Any,
 ) -> dict[str, Any]:
     """From the mode of the posterior: what ranks would draw differs from what one process would."""
@@ -156,8 +156,8 @@ def train(
 
 def whole(folder: Path, **devices: Any) -> dict[str, Any]:
     """Callbacks that run parts of the model: on all ranks, and on the first alone."""
-    task = task_of()
-    outcome = train(folder, task, [ClipLogger(), Health()], **devices)
+    task = task_of(depth=2)
+    outcome = train(folder, task, [ClipLogger(), Health()], every=1, **devices)
     own = [*task.autoencoder.parameters(), *task.optimizers()[0].state.keys()]
     outcome["sharded"] = sum(isinstance(parameter, DTensor) for parameter in own) / len(own)
     outcome["share"] = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in own)
@@ -190,7 +190,7 @@ def poisoned(folder: Path, **devices: Any) -> dict[str, Any]:
     """A clip without finite pixels, then a gradient that is not finite; each time the training goes back."""
     callbacks = [StepGuard(patience=1, rollbacks=9), BrokenGradient(at=5)]
     data = Poisoned(count=12, batch_size=4 // devices.get("devices", 1))
-    return train(folder, task_of(), callbacks, steps=4, data=data, **devices)
+    return train(folder, task_of(), callbacks, steps=4, data=data, every=1, **devices)
 
 
 def adaptive(folder: Path, ckpt_path: Path | None = None, **devices: Any) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def averaged(folder: Path, **devices: Any) -> dict[str, Any]:
 
 def measured(folder: Path, checkpoint: Path, **devices: Any) -> dict[str, Any]:
     """`vidtwin validate`, with the averaged weights."""
-    task = task_of(use_ema=True)
+    task = task_of(depth=2, use_ema=True)
     data = Uneven(devices.get("devices", 1))
     run = trainer(folder, **devices)
     return dict(run.validate(task, datamodule=data, ckpt_path=checkpoint, verbose=False)[0])
@@ -239,7 +239,7 @@ def refused(folder: Path, checkpoint: Path, **devices: Any) -> dict[str, Any]:
     torch.save({"state_dict": {}, "run": partial(print)}, files["code"])
     errors = {}
     for name, path in files.items():
-        task = tiny_task(model={"hidden_size": 16}) if name == "other" else task_of()
+        task = tiny_task(model={"hidden_size": 16}) if name == "other" else task_of(depth=2)
         try:
             train(folder / name, task, ckpt_path=path, **devices)
         except UserError as error:
@@ -259,7 +259,7 @@ def main(out: Path) -> None:
         for scenario in (whole, parts, one_unit, baseline, poisoned, adaptive, averaged, low_precision)
     }
     alone = out / "alone" / "whole"
-    outcomes["from_one"] = train(out / "from_one", task_of(), ckpt_path=alone / "step-00000001.ckpt", **two)
+    outcomes["from_one"] = train(out / "from_one", task_of(depth=2), ckpt_path=alone / "step-00000001.ckpt", **two)
     outcomes["again"] = adaptive(out / "again", out / "adaptive" / "step-00000002.ckpt", **two)
     outcomes["measured"] = measured(out / "measured", alone / "last.ckpt", **two)
     rank = torch.distributed.get_rank()

@@ -1,4 +1,4 @@
-"""Who may import whom (docs/architecture.md), read from the sources with `ast`.
+"""The import rules of docs/architecture.md, read from the sources with `ast`.
 
 Imports inside functions count; those under `if TYPE_CHECKING:` run nothing and count in the check of circles alone.
 """

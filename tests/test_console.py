@@ -22,6 +22,13 @@ def test_a_name_that_is_no_text_is_written_by_its_codes(capsys: pytest.CaptureFi
     assert capsys.readouterr().out == "caf\\udce9.mp4\n"
 
 
+def test_a_message_that_is_logged_once_comes_once(capfd: pytest.CaptureFixture[str]) -> None:
+    console.log_once.cache_clear()
+    for message in ("a", "b", "a"):
+        console.log_once(message)
+    assert capfd.readouterr().err == "vidtwin: a\nvidtwin: b\n"
+
+
 def test_the_first_rank_alone_logs_if_asked(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
     console.log("once", rank_zero=True)

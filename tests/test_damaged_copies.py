@@ -42,7 +42,7 @@ def test_the_decoders_pictures_are_freed_with_each_clip(shared: Path) -> None:
 
 
 @pytest.mark.skipif(not STATM.exists(), reason="needs /proc/self/statm, where Linux tells a process's memory")
-def test_a_thousand_clips_need_no_more_memory_than_two_hundred(tmp_path: Path) -> None:
+def test_four_hundred_clips_need_no_more_memory_than_a_hundred(tmp_path: Path) -> None:
     frames = list(np.random.default_rng(0).integers(0, 256, (24, 48, 64, 3), dtype=np.uint8))
     videos = [
         Video(write_video(tmp_path / name, frames, 25, codec), name)
@@ -50,7 +50,7 @@ def test_a_thousand_clips_need_no_more_memory_than_two_hundred(tmp_path: Path) -
     ]
     clips = VideoClips(videos, ClipSettings(8, 64, 12.5), "train")
     megabytes = []
-    for number in range(1000):
+    for number in range(400):
         clips[number, number % 3]
         megabytes.append(int(STATM.read_text().split()[1]) * 4096 / 1e6)
-    assert np.median(megabytes[900:]) - np.median(megabytes[100:200]) < 4
+    assert np.median(megabytes[350:]) - np.median(megabytes[50:100]) < 2  # 7 kB a clip

@@ -7,10 +7,11 @@ import signal
 import stat
 from pathlib import Path
 
+import av
 import pytest
 
 from vidtwin import files
-from vidtwin.files import intended_name, link, remove_leftovers, replacing, write_text
+from vidtwin.files import explain, intended_name, link, parse_json, remove_leftovers, replacing, write_text
 
 
 @pytest.fixture
@@ -150,17 +151,18 @@ def test_a_temporary_file_names_its_target(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda source, target: seen.append(Path(source)))
     link(tmp_path / "last.ckpt", tmp_path / "clips.csv")
     assert [intended_name(path) for path in seen] == ["last.ckpt"]
-    for name in (".hidden", ".bash-history", "last-abcdefgh.ckpt", ".last-short.ckpt", ".last-abcdefghi.ckpt"):
+    for name in (".hidden", ".docker-override.yml", ".bash-history", "last-abcdefgh.ckpt", ".last-short.ckpt"):
         assert intended_name(Path(name)) is None
+    assert intended_name(Path(".last-abcdefgh.ckpt"), unmarked=True) == "last.ckpt"  # of earlier versions
 
 
-@pytest.mark.parametrize("name", ["x" * 250 + ".mp4", "é" * 120 + ".safetensors"])
+@pytest.mark.parametrize("name", ["x" * 250 + ".mp4", "é" * 120 + ".safetensors", "x" * 255, "a." + "b" * 250])
 def test_a_name_as_long_as_the_file_system_takes_can_be_written(tmp_path, name):
     write_text(tmp_path / name, "old")
     (tmp_path / "other").mkdir()
     with replacing(tmp_path / name) as temporary:
         temporary.write_text("new")
-        assert temporary.suffix == Path(name).suffix
+        assert temporary.suffix == Path(name).suffix or len(Path(name).suffix) > 32
         left = tmp_path / "other" / temporary.name
         left.touch()  # as of a killed process
     assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == {name: "new"}
@@ -184,23 +186,43 @@ def test_folders_are_made_and_text_is_utf8(tmp_path):
 
 
 def test_leftovers_of_killed_processes_go_and_files_in_use_stay(tmp_path):
-    for name in (
-        ".a-abcdefgh.mp4",
-        ".a-12345678.mp4",
-        ".a-abcdefgh.png",
-        ".b-abcdefgh.mp4",
-        ".bash-history",
-        "a-b.mp4",
-    ):
+    users = {".b-abcdefgh.mp4", ".docker-override.yml", ".bash-history", "a-b.mp4"}
+    others = {".~vidtwin-abcdefgh-a.png", ".~vidtwin-12345678-note", ".~vidtwin-12345678-x.a-b c"}
+    for name in (".~vidtwin-abcdefgh-a.mp4", ".~vidtwin-12345678-a.mp4", ".a-abcdefgh.mp4", *others, *users):
         (tmp_path / name).touch()
     with replacing(tmp_path / "a.mp4") as temporary:
         remove_leftovers(tmp_path, "a.mp4")
-        kept = {".a-abcdefgh.png", ".b-abcdefgh.mp4", ".bash-history", "a-b.mp4"}
-        assert set(os.listdir(tmp_path)) == kept | {temporary.name}
+        assert set(os.listdir(tmp_path)) == {temporary.name, *others, *users}
+        remove_leftovers(tmp_path, "note")
+        assert not (tmp_path / ".~vidtwin-12345678-note").exists()
         remove_leftovers(tmp_path)
-        assert set(os.listdir(tmp_path)) == {temporary.name, ".bash-history", "a-b.mp4"}
+        assert set(os.listdir(tmp_path)) == {temporary.name, *users}
     remove_leftovers(tmp_path)
-    assert set(os.listdir(tmp_path)) == {"a.mp4", ".bash-history", "a-b.mp4"}
+    assert set(os.listdir(tmp_path)) == {"a.mp4", *users}
+
+
+def test_an_error_names_the_file_that_was_to_be_written_however_long_its_name_is(tmp_path):
+    path = tmp_path / ("x" * 250 + ".csv")
+    path.mkdir()
+    with pytest.raises(OSError, match="directory") as caught:
+        write_text(path, "")
+    assert str(path) in (explain(caught.value) or "")
+    with pytest.raises(OSError, match="directory") as caught:
+        link(path, tmp_path / "target")
+    assert str(path) in (explain(caught.value) or "")
+    assert os.listdir(tmp_path) == [path.name]
+
+    def write(path, error) -> None:
+        with replacing(path) as temporary:
+            raise error(errno.EACCES, os.strerror(errno.EACCES), str(temporary))
+
+    with pytest.raises(av.error.PermissionError) as caught:  # whose name of the file can't be changed
+        write(tmp_path / "a.mp4", av.error.PermissionError)
+    assert f"permission for {tmp_path}/a.mp4, got" in (explain(caught.value) or "")
+    with pytest.raises(OSError, match="denied") as caught:
+        write(tmp_path / ("y" * 250 + ".csv"), PermissionError)
+    assert f"{tmp_path}/yyy" in (said := explain(caught.value) or "")
+    assert "~" not in said
 
 
 def test_a_temporary_file_that_another_process_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
@@ -220,13 +242,20 @@ def test_a_temporary_file_that_another_process_removed_before_it_was_locked_is_m
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "whole"}
 
 
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, b"\xff"])
+def test_json_that_can_not_be_parsed_is_one_kind_of_error(text):
+    with pytest.raises(ValueError, match=r"."):
+        parse_json(text)
+
+
 def test_without_locks_old_temporary_files_go(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(files.fcntl, "flock", fail)
-    (tmp_path / ".a-abcdefgh.mp4").touch()
-    os.utime(tmp_path / ".a-abcdefgh.mp4", (0, 0))
+    left = tmp_path / ".~vidtwin-abcdefgh-a.mp4"
+    left.touch()
+    os.utime(left, (0, 0))
     with replacing(tmp_path / "a.mp4") as temporary:
         remove_leftovers(tmp_path)
         assert os.listdir(tmp_path) == [temporary.name]

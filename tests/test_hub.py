@@ -24,7 +24,7 @@ from vidtwin.cli import main
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.errors import UserError
 from vidtwin.storage import checkpoints
-from vidtwin.video import RESIZE_FILTER, write_video
+from vidtwin.video import COLOURS, RESIZE_FILTER, RESIZE_FILTERS, write_video
 
 
 def saved(folder, model=None):
@@ -77,6 +77,11 @@ def test_the_config_describes_preprocessing_and_weights(tmp_path):
     assert contract["num_frames"] == model.temporal.usual_length
     assert (contract["resolution"], contract["spatial_multiple"]) == (None, model.spatial_multiple)
     assert contract["resize"] == RESIZE_FILTER
+    model.training_record = {"data": {"resize": "bilinear"}}
+    trained = config_of(saved(tmp_path / "bilinear", model))["preprocessing"]
+    assert trained["resize"] == RESIZE_FILTERS["bilinear"]
+    assert trained["colour"] == COLOURS["bilinear"]
+    assert trained["crop"] == "the largest square in the middle, after the resizing"
     digest = hashlib.sha256()  # of names, types, shapes and bytes, told without our own function
     for name, value in sorted(load_file(tmp_path / "model.safetensors").items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode() + value.numpy().tobytes())

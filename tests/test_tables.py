@@ -51,6 +51,13 @@ def test_names_of_files_that_are_no_utf_8_come_back(tmp_path):
         read_table(tmp_path / "table.csv")
 
 
+def test_a_table_that_a_spreadsheet_has_saved_is_read(tmp_path):
+    write_table(tmp_path / "table.csv", ["name", "label"], [["=a", 1]])
+    saved = (tmp_path / "table.csv").read_text().replace("\n", "\r\n")
+    (tmp_path / "table.csv").write_bytes(saved.encode("utf-8-sig"))
+    assert read_table(tmp_path / "table.csv") == [{"name": "=a", "label": "1"}]
+
+
 def test_common_cells_are_written_as_by_the_csv_module(tmp_path):
     rows = [["a b", 1, 0.1, None], ['q"', -1, "x,y", ""], ["two\nlines", 0, "", ""]]
     with (tmp_path / "expected.csv").open("w", newline="") as file:

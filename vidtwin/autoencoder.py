@@ -62,13 +62,13 @@ class TemporalSpec:
 
     @property
     def usual_length(self) -> int:
-        """The default length: the first legal one from 16 frames on, or the last one below if there is none."""
+        """The default length: the first legal one from 16 frames on, else the last legal one below."""
         length = max(self.minimum, 16 if self.maximum is None else min(16, self.maximum))
         length += -(length - self.offset) % self.multiple
         if not self.is_legal(length):  # above the maximum
             length -= self.multiple
         if not self.is_legal(length):
-            raise UserError(f"Expected a temporal that some length keeps, got {self}; mend minimum and maximum.")
+            raise UserError(f"Expected a temporal that some length keeps, got {self}; correct minimum and maximum.")
         return length
 
     def __str__(self) -> str:

@@ -1,5 +1,6 @@
 """Text for the user: messages on stderr, and a command's own output on stdout, both above progress bars."""
 
+import functools
 import logging
 import sys
 
@@ -31,6 +32,12 @@ def log(message: str, rank_zero: bool = False) -> None:
     """
     if not rank_zero or _rank() == 0:
         _logger.info(message)
+
+
+@functools.cache
+def log_once(message: str, rank_zero: bool = False) -> None:
+    """Log a message as `log` does, unless this process has logged it before."""
+    log(message, rank_zero)
 
 
 def write(text: str, rank_zero: bool = False) -> None:

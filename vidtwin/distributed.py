@@ -19,7 +19,7 @@ _WAIT = timedelta(hours=12)  # one process may work for long while the others wa
 
 
 def launch(accelerator: str, devices: int | list[int] | str, num_nodes: int, precision: Precision) -> Fabric:
-    """Start the processes, each of which returns from here; `UserError` if the machine lacks a device."""
+    """Start the processes; each returns from here. Raise `UserError` if the machine lacks a device."""
     several = num_nodes > 1 or (len(devices) > 1 if isinstance(devices, list) else devices not in (1, "1"))
     started = int(os.environ.get("WORLD_SIZE", 1))
     if not several and started > 1:

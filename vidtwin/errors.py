@@ -17,18 +17,22 @@ class UserError(ValueError):
 
 
 class Preempted(BaseException):
-    """Training ended by SIGTERM after saving its state in `folder` (None: nothing was saved).
+    """Training ended by SIGTERM.
+
+    Args:
+        step: The last trained step; None before training, after it, or before its first step.
+        folder: Folder of the checkpoint of this step; None if it was not saved.
 
     Not an `Exception`, like KeyboardInterrupt: a signal handler raises it, and no library may swallow it as an error.
     """
 
     def __init__(self, step: int | None = None, folder: Path | None = None) -> None:
         if step is None:
-            text = "before a step was trained"
+            text = "with no new step to save"
         else:
             text = f"after step {step}, {f'saved in {folder}' if folder else 'not saved: there is no LatestCheckpoint'}"
-        goes_on = "; the same command with --resume auto goes on" if step is None or folder else ""
-        super().__init__(f"ended by SIGTERM {text}{goes_on}")
+        advice = "; run the same command again with --resume auto" if step is None or folder else ""
+        super().__init__(f"ended by SIGTERM {text}{advice}")
 
 
 def causes(error: BaseException | None, contexts: bool = False) -> Iterator[BaseException]:

@@ -1,10 +1,11 @@
 """Write files atomically (beside the target, flushed to disk, then moved over it), and keep foreign names inside.
 
-`explain` says in one line why the system refused a file, if a user can mend it.
+`explain` says in one line why the system refused a file, if a user can fix it.
 """
 
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from vidtwin.errors import UserError, causes
 
@@ -23,9 +25,12 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit
-_TEMPORARY = re.compile(r"\.(.+)-[a-z0-9_]{8}(\.\w+)")  # mkstemp's alphabet
+_MARK = ".~vidtwin-"  # begins the names of temporary files, and of no hidden file of a user
+_TEMPORARY = re.compile(rf"{re.escape(_MARK)}[a-z0-9_]{{8}}-(.+)", re.DOTALL)  # mkstemp's alphabet
+_UNMARKED = re.compile(r"\.(.+)-[a-z0-9_]{8}(\.\w+)")  # of earlier versions
 _LONGEST, _LONGEST_PATH = 255, 2000  # bytes of a part of a path, and of a whole foreign one
-_ADDED = len(".-12345678")  # to a stem by a temporary name
+_LONGEST_SUFFIX = 32  # bytes; formats have shorter ones
+_ADDED = len(f"{_MARK}12345678-")
 _FOREIGN_ERROR = re.compile(r"\bos error (\d+)")
 _ABANDONED = 3600  # seconds without a change, on a file system without locks
 # Expected thing and advice by the system's error; a thing is formatted with the file's path.
@@ -63,7 +68,7 @@ def _find_no_room(error: BaseException | None) -> int | None:
 def explain(error: BaseException | None) -> str | None:
     """Return one line for the system's refusal of a file if it caused an error; None for other errors.
 
-    Such as a folder that is read-only, or a full disk. A missing file is none of them: whoever reads one checks it.
+    Such as a folder that is read-only, or a full disk. A missing file is not among them: its reader checks for it.
     """
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno in _REFUSALS and (cause.filename or cause.errno in _ALSO_UNNAMED):
@@ -85,7 +90,7 @@ def inside(folder: str | Path, name: str) -> Path:
         name: Relative path with slashes.
 
     Raises:
-        UserError: The name is no such path, or leads out of the folder, be it by a symbolic link.
+        UserError: The name is not such a path, or leads out of the folder, be it by a symbolic link.
     """
     path, fault = Path(folder), None
     try:
@@ -120,22 +125,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` (same suffix) that becomes `path` if the block ends without an error.
 
     A kill or a power failure at any moment leaves the previous file, or none. The temporary one is removed on an error,
-    and after a kill when the same file is written again. The error of a full disk names `path`.
+    and after a kill when the same file is written again. The system's errors, also of a full disk, name `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
-    short = _shorten(path)
-    while True:
-        handle, name = tempfile.mkstemp(prefix=f".{short.stem}-", suffix=short.suffix, dir=path.parent)
-        if fcntl is None:
-            os.close(handle)  # Windows moves no open file
-            break
-        _lock(handle, wait=True)  # by which `remove_leftovers` knows that it is in use
-        if os.fstat(handle).st_nlink:
-            break
-        os.close(handle)  # another process took it for a leftover before it was locked
-    temporary = Path(name)
+    handle, temporary = _make_temporary(path)
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0o600
@@ -144,6 +139,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
         _flush_folder(path.parent)
     except Exception as error:
+        _name_target(error, path)
         code = _find_no_room(error)
         if code is None or isinstance(error, UserError) or (isinstance(error, OSError) and error.filename):
             raise  # it names its file
@@ -156,6 +152,41 @@ def replacing(path: str | Path) -> Iterator[Path]:
                 os.close(handle)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON of a file that may come from anywhere; raise `ValueError` for any that can't be parsed."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _make_temporary(path: Path) -> tuple[int, Path]:
+    """Make a locked temporary file beside `path` → its handle (on Windows closed) and path."""
+    while True:
+        try:
+            handle, name = tempfile.mkstemp(prefix=_MARK, suffix=f"-{_shorten(path.name)}", dir=path.parent)
+        except OSError as error:
+            _name_target(error, path)
+            raise
+        if fcntl is None:
+            os.close(handle)  # Windows moves no open file
+            return handle, Path(name)
+        _lock(handle, wait=True)  # by which `remove_leftovers` knows that it is in use
+        if os.fstat(handle).st_nlink:
+            return handle, Path(name)
+        os.close(handle)  # another process took it for a leftover before it was locked
+
+
+def _name_target(error: BaseException | None, path: Path) -> None:
+    """Replace the name of the temporary file, which a user does not know, by `path` in an error and its causes."""
+    while error is not None:
+        name = error.filename if isinstance(error, OSError) else None
+        if isinstance(name, str | bytes | os.PathLike) and intended_name(Path(os.fsdecode(name))):
+            with suppress(AttributeError):  # PyAV's errors can't be changed
+                error.filename = str(path)  # type: ignore[attr-defined]
+        error = error.__cause__
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as temporary:
@@ -164,8 +195,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def link(path: Path, target: Path) -> None:
     """Make `path` a relative symbolic link to `target` in the same folder, in one move over an earlier `path`."""
-    short = _shorten(path)
-    temporary = path.with_name(f".{short.stem}-{secrets.token_hex(4)}{short.suffix}")
+    temporary = path.with_name(f"{_MARK}{secrets.token_hex(4)}-{_shorten(path.name)}")
     try:
         temporary.symlink_to(target.name)
     except OSError:  # a file system without links, such as a mounted cloud drive
@@ -175,34 +205,46 @@ def link(path: Path, target: Path) -> None:
     try:
         temporary.replace(path)
         _flush_folder(path.parent)
+    except OSError as error:
+        _name_target(error, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def intended_name(path: Path) -> str | None:
-    """Return the name of the file that a temporary file was to become, cut if it is long; None for any other file."""
-    match = _TEMPORARY.fullmatch(path.name)
+def intended_name(path: Path, unmarked: bool = False) -> str | None:
+    """Return the name of the file that a temporary file was to become, cut if it is long; None for any other file.
+
+    Args:
+        path: Path of the temporary file.
+        unmarked: Accept a name of earlier versions too, such as `.a-12345678.mp4`, which a user's file may also have.
+    """
+    if match := _TEMPORARY.fullmatch(path.name):
+        return match[1]
+    match = _UNMARKED.fullmatch(path.name) if unmarked else None
     return match[1] + match[2] if match else None
 
 
-def _shorten(path: Path) -> Path:
-    """Cut a stem with which a temporary name would be longer than the file system takes; a digest keeps it unique."""
-    room = _LONGEST - _ADDED - len(os.fsencode(path.suffix))
-    stem = os.fsencode(path.stem)
-    if len(stem) <= room:
-        return path
-    digest = hashlib.sha256(stem).hexdigest()[:8]
-    return path.with_name(f"{stem[: room - 9].decode(errors='ignore')}~{digest}{path.suffix}")
+def _shorten(name: str) -> str:
+    """Cut a name whose temporary one would be longer than the file system takes; a digest keeps it unique."""
+    encoded, room = os.fsencode(name), _LONGEST - _ADDED
+    if len(encoded) <= room:
+        return name
+    suffix = Path(name).suffix
+    if len(os.fsencode(suffix)) > _LONGEST_SUFFIX:
+        suffix = ""
+    end = f"~{hashlib.sha256(encoded).hexdigest()[:8]}{suffix}"
+    return encoded[: room - len(os.fsencode(end))].decode(errors="ignore") + end
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove the temporary files that killed processes left in a folder, of the file `name` or of all its files.
 
-    Files that a living process is writing stay.
+    Files that a living process is writing stay. Those of earlier versions are removed if `name` is given.
     """
-    wanted = None if name is None else _shorten(folder / name).name
+    wanted = None if name is None else _shorten(name)
     for path in folder.glob(".*-*"):
-        target = intended_name(path)
+        target = intended_name(path, unmarked=name is not None)
         if target is not None and wanted in (None, target):
             with suppress(OSError), path.open("rb+") as file:  # in use, or moved or removed meanwhile
                 if _lock(file.fileno(), wait=False) or time.time() - path.stat().st_mtime > _ABANDONED:

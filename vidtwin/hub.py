@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vidtwin import plugins, weights
 from vidtwin.errors import UserError
-from vidtwin.files import replacing, write_text
+from vidtwin.files import parse_json, replacing, write_text
 
 if TYPE_CHECKING:
     from vidtwin.autoencoder import VideoAutoencoder
@@ -205,9 +205,11 @@ class Pretrained(
 def describe(model: "VideoAutoencoder", sha256: str) -> dict[str, Any]:
     """Return the content of config.json for a model and the SHA-256 of its weights (`weights.sha256`)."""
     from vidtwin import __version__
-    from vidtwin.video import COLOUR, RESIZE_FILTER  # needs PyAV
+    from vidtwin.video import COLOURS, RESIZE_FILTERS, Resize  # needs PyAV
 
-    settings = model.training_record.get("data")
+    data = model.training_record.get("data")
+    settings = data if isinstance(data, dict) else {}
+    resize: Resize = "bilinear" if settings.get("resize") == "bilinear" else "area"
     return {
         "format_version": FORMAT_VERSION,
         "vidtwin_version": __version__,
@@ -221,10 +223,10 @@ def describe(model: "VideoAutoencoder", sha256: str) -> dict[str, Any]:
             "legal_lengths": asdict(model.temporal),
             "resolution": model.resolution,
             "spatial_multiple": model.spatial_multiple,
-            "resize": RESIZE_FILTER,
-            "crop": "the largest square in the middle, before the resizing",
-            "colour": COLOUR,
-            "fps": settings.get("fps") if isinstance(settings, dict) else None,
+            "resize": RESIZE_FILTERS[resize],
+            "crop": f"the largest square in the middle, {'after' if resize == 'bilinear' else 'before'} the resizing",
+            "colour": COLOURS[resize],
+            "fps": settings.get("fps"),
         },
         "training": model.training_record,
         "weights_sha256": sha256,
@@ -294,8 +296,8 @@ def read_config(folder: Path, name: str | Path) -> dict[str, Any]:
         has = f"it holds {', '.join(there)}" if there else "it is empty"
         raise UserError(f"Expected a folder of save_pretrained, got {name} without {CONFIG}: {has}.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"Expected JSON in {path}, got: {error}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("class_path"), str):
         raise UserError(

@@ -1,7 +1,6 @@
 """Find videos in folders, read lists of them, detect changed files, and locate the cache."""
 
 import codecs
-import functools
 import os
 import re
 import stat
@@ -9,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vidtwin import console
+from vidtwin.console import log_once
 from vidtwin.errors import UserError
 
 _NUMBERED = re.compile(r"\d\.\w+$")  # the end of an image's name in a sequence: 00000.jpg, frame_1.png
@@ -127,11 +126,11 @@ def encoding_of(file: Path) -> str:
 
 
 def _check_latin(file: Path, lines: Iterable[bytes]) -> None:
-    """Log the first line that is no UTF-8; raise `UserError` if other bytes beyond ASCII are."""
+    """Log the first line that is not UTF-8; raise `UserError` if other bytes beyond ASCII are."""
     first: tuple[int, bytes] | None = None
     some = False
     for number, line in enumerate(lines, 1):
-        text = line.decode(errors="surrogateescape")  # a byte that is no UTF-8 becomes U+DC80 to U+DCFF
+        text = line.decode(errors="surrogateescape")  # a byte that is not UTF-8 becomes U+DC80 to U+DCFF
         if first is None and not is_text(text):
             first = number, line
         some = some or any(character > "\x7f" and not "\udc80" <= character <= "\udcff" for character in text)
@@ -140,15 +139,10 @@ def _check_latin(file: Path, lines: Iterable[bytes]) -> None:
     shown = ascii(line.decode("latin-1").strip())[:100]
     if some:
         raise UserError(
-            f"{file}: expected one encoding, line {number} is no UTF-8 ({shown}), while other characters are; save it "
-            "as UTF-8."
+            f"{file}: expected one encoding, got a line {number} that is not UTF-8 ({shown}) and others that are; "
+            "save it as UTF-8."
         )
-    _log_once(f"{file}: line {number} is no UTF-8 ({shown}): the file is read as Latin-1")
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    console.log(message, rank_zero=True)
+    log_once(f"{file}: line {number} is not UTF-8 ({shown}): the file is read as Latin-1", rank_zero=True)
 
 
 def read_lines(file: Path) -> list[str]:

@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 def escape(cell: Any) -> Any:
-    """Put an apostrophe, as which spreadsheets show it, before a text that they would take for a formula.
+    """Escape a text that spreadsheets would take for a formula by an apostrophe before it.
 
     Numbers, also as text, stay. `unescape` gives every text back; one that was never escaped, as those of older files,
     stays unless it begins with apostrophes before a formula.
@@ -46,13 +46,14 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 
 def read_table(path: Path, odd_names: bool = False) -> list[dict[str, str]]:
-    """Read the rows of a file of `write_table`, by its columns; with `odd_names` also names that are no UTF-8.
+    """Read the rows of a file of `write_table`, by its columns; with `odd_names` also names that are not UTF-8.
 
     Raises:
         OSError: It can't be read.
-        ValueError: It is no UTF-8 (without `odd_names`), or a row has more or fewer cells than the header.
+        ValueError: It is not UTF-8 (without `odd_names`), or a row has more or fewer cells than the header.
     """
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape" if odd_names else "strict") as file:
+    # A spreadsheet puts a byte order mark at the beginning.
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape" if odd_names else "strict") as file:
         try:
             header, *rows = ([unescape(cell) for cell in row] for row in csv.reader(file, strict=True) if row)
         except csv.Error as error:

@@ -291,7 +291,7 @@ def _check_rate(check: _Check) -> None:
     _require(
         math.isclose(rate, measured),
         f"compression_rate() is measured from latents: {rate} is not {measured}; "
-        "leave the method to the base class and mend _latent_shapes()",
+        "leave the method to the base class and correct _latent_shapes()",
     )
 
 
@@ -356,7 +356,7 @@ def _check_bits(check: _Check) -> None:
     measured = sum(posterior.bits for posterior in codes) / math.prod(check.shape[1:])
     _require(
         bits is not None and math.isclose(bits, measured),
-        f"bits_per_pixel() is measured from codes: {bits} is not {measured}; mend code_shapes()",
+        f"bits_per_pixel() is measured from codes: {bits} is not {measured}; correct code_shapes()",
     )
 
 
@@ -570,7 +570,7 @@ def _check_sizes(check: _Check) -> None:
         _round_trip(model, check.other_clip(frames, height, width + step), described, advice)
     if step > 1:
         other = check.other_clip(frames, height, width + 1)
-        _require(_refuses(model, other), f"a width that is no multiple of {step} is refused with a UserError")
+        _require(_refuses(model, other), f"a width that is not a multiple of {step} is refused with a UserError")
 
 
 def _refuses(model: VideoAutoencoder, clip: Tensor) -> bool:
@@ -584,7 +584,9 @@ def _refuses(model: VideoAutoencoder, clip: Tensor) -> bool:
     return False
 
 
-def _round_trip(model: VideoAutoencoder, clip: Tensor, described: str, advice: str = "mend _latent_shapes()") -> None:
+def _round_trip(
+    model: VideoAutoencoder, clip: Tensor, described: str, advice: str = "correct _latent_shapes()"
+) -> None:
     latents = model.encode(clip).mode()
     decoded = model.decode(latents, clip.shape[2])
     wanted, got = tuple(clip.shape), tuple(decoded.shape)

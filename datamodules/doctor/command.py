@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from tqdm import tqdm
 
@@ -16,7 +16,7 @@ from vidtwin import listing
 from vidtwin.datamodules.cores import count_cores
 from vidtwin.datamodules.ucf101.lists import class_root
 from vidtwin.errors import UserError, suggestion
-from vidtwin.files import write_text
+from vidtwin.files import parse_json, write_text
 from vidtwin.listing import identity, is_text
 
 from . import pool
@@ -51,6 +51,8 @@ class DoctorOptions:
         workers: Processes, by default one per core.
         num_frames: Frames of a clip.
         fps: Frames per second of a clip.
+        frame_steps: Frames that a clip takes at `fps`, as of `data.frame_steps` in evaluation: with "whole", every n-th
+            frame, no video is slow.
         split: Which official split of UCF-101.
         image_folders: Treat folders of numbered images as videos too.
         exclude: Verdicts that put a video on exclude.txt, separated by commas: broken, duplicates, cuts, short, slow,
@@ -63,6 +65,7 @@ class DoctorOptions:
     workers: int | None = None
     num_frames: int = 16
     fps: float = 8.0
+    frame_steps: Literal["timed", "whole"] = "timed"
     split: Literal[1, 2, 3] = 1
     image_folders: bool = False
     exclude: str = "broken,duplicates"
@@ -100,7 +103,7 @@ def run(options: "Namespace") -> int:
     except KeyboardInterrupt:
         sys.stderr.write(
             f"vidtwin: interrupted; the measurements so far are in {Path(given.out) / 'measurements.jsonl'}, and the "
-            "same command goes on with the rest\n"
+            "same command measures the rest\n"
         )
         return 130
 
@@ -148,7 +151,7 @@ def find_videos(folder: Path, image_folders: bool) -> tuple[dict[str, Path], Pat
 
 
 def format_exclusions(excluded: dict[str, str], root: Path, kinds: Sequence[str]) -> str:
-    """Write lines of a name, a tab and the reason, which the data modules read."""
+    """Write a line per video, its name, a tab and the reason, for `data.exclude`."""
     lines = [
         f"# Videos of {root} to leave out, by `vidtwin doctor`: {', '.join(kinds)}.",
         "# One per line, relative to that folder, then a tab and the reason.",
@@ -212,8 +215,8 @@ def _read_journal(journal: Path) -> "dict[Key, Measurement]":
         return {}
     for line in lines:
         try:
-            entry: Any = json.loads(line)
-        except (ValueError, RecursionError):
+            entry = parse_json(line)
+        except ValueError:
             continue
         if isinstance(entry, dict) and entry.pop("version", None) == VERSION and entry.keys() == FIELDS:
             found = Measurement(**entry)

@@ -1,4 +1,4 @@
-"""Run jobs in worker processes that may die or hang: whatever a job does to its worker, the other jobs go on.
+"""Run jobs in worker processes that may die or hang, without losing the other jobs.
 
 Each worker has a pipe of its own, so that a process that is killed at any moment holds no lock that others wait for.
 Pools with one shared queue can then stop (concurrent.futures, pebble) or lose a job (multiprocessing, pebble).

@@ -42,6 +42,13 @@ def judge(video: "Measurement", num_frames: int, fps: float) -> list[str]:
     return found
 
 
+def clip_rate(video: "Measurement", fps: float, frame_steps: str) -> float:
+    """Return the frames per second of a video's clips: `fps`, or of steps that are "whole" the rate next to it."""
+    if frame_steps != "whole" or not video.fps:
+        return fps
+    return video.fps / max(1, round(video.fps / fps))
+
+
 def cut_share(video: "Measurement", num_frames: int, fps: float) -> float | None:
     """Return the share of the possible clips that contain a cut; None if the video has no clip."""
     if video.fault is not None or video.fps is None or video.frames is None:
@@ -83,13 +90,14 @@ def make_report(
 
     Args:
         others: Number of files that were not scanned, by suffix.
-        arguments: Of the command line: num_frames, fps, exclude and so on.
+        arguments: Of the command line: num_frames, fps, frame_steps, exclude and so on.
     """
-    num_frames, fps = arguments["num_frames"], arguments["fps"]
+    num_frames = arguments["num_frames"]
     rows = []
     for video in videos:
         row = dataclasses.asdict(video)
         row["split"] = splits.get(video.name)
+        fps = clip_rate(video, arguments["fps"], arguments["frame_steps"])
         row["verdicts"] = judge(video, num_frames, fps)
         row["cut_share"] = cut_share(video, num_frames, fps)
         rows.append(row)

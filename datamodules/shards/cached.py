@@ -98,10 +98,10 @@ class CachedClips(ClipDataset):
 def check(manifest: Manifest, where: str, format: Format, expected: Mapping[str, Any] | None) -> None:
     """Raise `UserError` unless a manifest is that of a complete cache of the expected clips."""
     if not manifest.complete:
-        raise UserError(f"{where}: expected a finished cache; run `vidtwin cache` again, which goes on with it.")
+        raise UserError(f"{where}: expected a finished cache; run `vidtwin cache` again to complete it.")
     if manifest.format != format:
         use = "stream them by --data streamed --data.url" if manifest.format == "videos" else "write --format videos"
-        raise UserError(f"{where}: expected {format}, it holds {manifest.format}; {use}.")
+        raise UserError(f"{where}: expected {format}, got {manifest.format}; {use}.")
     if expected is not None and (found := difference(expected, manifest.description)):
         raise UserError(
             f"{where}: expected the requested clips, got {found}; use the arguments of the cache, or write "

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from vidtwin.data import Skip
 from vidtwin.errors import UserError
+from vidtwin.files import parse_json
 from vidtwin.tables import read_table
 from vidtwin.video import VideoError
 
@@ -111,7 +112,7 @@ class Manifest:
         texts = [self.split, self.split_name, *self.left_out.values(), *(self.digests or {}).values()]
         places = [*self.skipped, *self.replaced, *self.padded]
         if self.format not in FIELDS or not all(isinstance(text, str) for text in texts):
-            raise ValueError("a format or names that are none")
+            raise ValueError("an invalid format or invalid names")
         if not (
             _is_count(self.epochs) and _is_count(self.clips) and self.epochs and isinstance(self.description, dict)
         ):
@@ -124,7 +125,7 @@ class Manifest:
         if self.complete and (total != self.epochs * self.clips or len(self.shards) % self.epochs):
             raise ValueError(f"shards of {total} items, not of {self.epochs} times {self.clips}")
         if not all(0 <= place < max(total, 1) for place in places) or not all(map(_is_count, self.padded.values())):
-            raise ValueError("notes on items that are none")
+            raise ValueError("invalid notes on items")
 
     def to_json(self) -> str:
         return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n"
@@ -136,7 +137,7 @@ class Manifest:
             text = path.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
-                f"Expected {path}, there is no such file; write it by `vidtwin cache`, or give the folder that holds "
+                f"Expected {path}, got no such file; write it by `vidtwin cache`, or give the folder that holds "
                 "the folders of the splits."
             ) from None
         except UnicodeDecodeError:
@@ -147,9 +148,9 @@ class Manifest:
     def parse(cls, text: str, where: str) -> "Manifest":
         """Parse a manifest; `UserError` if this version can't read it."""
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             version = content.pop("schema_version")
-        except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        except (ValueError, AttributeError, TypeError, KeyError):
             raise UserError(f"{where}: expected a manifest written by `vidtwin cache`, got something else.") from None
         if version != SCHEMA_VERSION:
             raise UserError(

@@ -43,7 +43,7 @@ class Record:
             for place, *entry in [*record.skipped, *([place, *e] for place, some in record.replaced for e in some)]:
                 known = known and isinstance(place, int) and bool(as_skip(entry))
             if not known or not all(isinstance(place, int) for place, _ in record.padded):
-                raise ValueError("rows or notes that are none")
+                raise ValueError("invalid rows or notes")
             return record
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{record_path(folder, number)}: expected the record of a shard, got {error}.") from None

@@ -189,7 +189,7 @@ def _downloader(url: str, options: dict[str, Any] | None) -> Any:
         from litdata.streaming.downloader import get_downloader
     except ImportError as error:
         raise UserError(
-            f"Expected litdata to stream from {url}, it can't be imported ({error}); pip install 'vidtwin[stream]'."
+            f"Expected litdata to stream from {url}, got an import error ({error}); pip install 'vidtwin[stream]'."
         ) from None
     try:
         return get_downloader(url, "", [], options)

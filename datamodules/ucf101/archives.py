@@ -76,8 +76,8 @@ def unpack(archives: Sequence[Path], scratch: Path, videos: bool, lists: bool) -
                         bar.update(target.parent.name == "videos")
             except _DAMAGE as error:
                 raise UserError(
-                    f"{archive}: expected an intact archive, it can't be unpacked ({error}); fetch it again, or unpack "
-                    "it by other means and give the folder."
+                    f"{archive}: expected an intact archive, got one that can't be unpacked ({error}); fetch it "
+                    "again, or unpack it by other means and give the folder."
                 ) from error
     return [
         *describe_names(strange, ".avi files with other names than UCF-101's"),

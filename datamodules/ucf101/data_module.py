@@ -117,7 +117,7 @@ class UCF101(ClipDataModule):
             check_apart(path, {parse_entry(line)[0] for line in read_lines(test)} & set(names), "test", "")
         if wrong := find_mislabelled(entries, _read(read_classes, lists / "classInd.txt")):
             raise UserError(
-                f"{path}: expected the numbers of classInd.txt, {len(wrong):,} are others ({few(wrong)}); correct one "
+                f"{path}: expected the numbers of classInd.txt, got {len(wrong):,} others ({few(wrong)}); correct one "
                 "of the files."
             )
         absent = [name for name in names if name not in present]

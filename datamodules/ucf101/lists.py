@@ -40,7 +40,7 @@ def parse_entry(line: str) -> tuple[str, int | None]:
 
 
 def read_classes(path: Path) -> dict[str, int]:
-    """Read the classes' numbers from classInd.txt; `UserError` for a line that is none, and for repeated ones."""
+    """Read the classes' numbers from classInd.txt; `UserError` for an invalid or repeated line."""
     lines = read_lines(path)
     pairs = [(match[2], int(match[1])) for match in map(_CLASS.fullmatch, lines) if match]
     if len(pairs) < len(lines):

@@ -4,7 +4,6 @@ Everything is unpacked into a hidden folder beside its place and moves there onl
 leaves nothing half-made under the names that training reads.
 """
 
-import csv
 import hashlib
 import os
 import re
@@ -18,8 +17,9 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from vidtwin.errors import UserError, few
-from vidtwin.files import NO_ROOM, inside, replacing
+from vidtwin.files import NO_ROOM, inside
 from vidtwin.listing import read_lines, walk
+from vidtwin.tables import read_table, write_table
 
 from .archives import unpack
 from .lists import FILES, OFFICIAL, VALIDATION_GROUPS, Lists, describe_names, group_of, parse_entry
@@ -129,7 +129,7 @@ def _scratch(out: Path) -> Iterator[Path]:
         yield folder
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise UserError(f"{out}: expected space for UCF-101 (7 GB), the disk is full; free some.") from None
+            raise UserError(f"{out}: expected space for UCF-101 (7 GB), got a full disk; free some.") from None
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -212,10 +212,11 @@ def _read_manifest(path: Path) -> dict[str, dict[str, str]]:
     """Read the rows of a manifest by path; none if there is no manifest."""
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    if reader.fieldnames != _COLUMNS or any(not (row["bytes"] or "").isdecimal() for row in rows):
+    try:
+        rows = read_table(path)
+    except ValueError:
+        rows = []
+    if not rows or list(rows[0]) != _COLUMNS or any(not row["bytes"].isdecimal() for row in rows):
         raise UserError(f"{path}: expected a table with the columns {', '.join(_COLUMNS)}; delete it to make it anew.")
     return {row["path"]: row for row in rows}
 
@@ -250,10 +251,7 @@ def _sha256(path: Path) -> str:
 
 
 def _write_manifest(path: Path, rows: list[dict[str, str]]) -> None:
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(path, _COLUMNS, ([row[column] for column in _COLUMNS] for row in rows))
 
 
 def _summarize(out: Path, rows: list[dict[str, str]], kept: bool, unread: Sequence[Path]) -> None:

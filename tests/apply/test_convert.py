@@ -192,4 +192,4 @@ def test_weights_that_cannot_be_converted_are_one_line_and_leave_nothing(argv, m
     names |= {"pool": pool, "tensors": tmp_path / "tensors.pt", "cut": tmp_path / "cut.ckpt"}
     assert message in fails(capsys, *(word.format(**names) for word in argv))
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".out*"))
+    assert not list(tmp_path.glob(".*out*"))

@@ -149,7 +149,7 @@ def test_windows_before_a_damaged_shard_are_decoded(here, capsys):
     path.write_bytes(content)
     assert decode() == 1
     said = capsys.readouterr().err
-    assert "run/long: latents/shard-00001.safetensors: expected a whole shard, its content is damaged" in said
+    assert "run/long: latents/shard-00001.safetensors: expected a whole shard, got one whose content is damaged" in said
     assert "the 8 frames before are decoded" in said
     assert survey("decoded/run/long.mp4").num_frames == 8
     assert survey("decoded/short.mp4").num_frames == 3
@@ -159,7 +159,10 @@ def test_a_truncated_shard_is_named_and_its_video_skipped(here, capsys):
     path = Path("latents/shard-00000.safetensors")
     path.write_bytes(path.read_bytes()[:-9])
     assert decode() == 1
-    assert "run/long: latents/shard-00000.safetensors: expected a whole shard, it is cut off" in capsys.readouterr().err
+    assert (
+        "run/long: latents/shard-00000.safetensors: expected a whole shard, got one that is cut off"
+        in capsys.readouterr().err
+    )
     assert not Path("decoded/run/long.mp4").exists()
 
 
@@ -169,8 +172,8 @@ def test_an_incomplete_folder_gives_what_is_there(here, capsys):
     Path("latents/shard-00003.safetensors").unlink()
     assert decode() == 1
     said = capsys.readouterr().err
-    assert "latents is not complete: `vidtwin encode` goes on with it" in said
-    assert "short: latents/shard-00003.safetensors: expected a shard, there is no such file; skipped" in said
+    assert "latents is not complete; decoding the shards that exist" in said
+    assert "short: latents/shard-00003.safetensors: expected a shard, got no such file; encode again; skipped" in said
     assert survey("decoded/run/long.mp4").num_frames == 20
 
 

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,6 +17,8 @@ import torch
 from safetensors import safe_open
 from sweeping import Coded, Interruption, Two, checkpoint
 
+from vidtwin.apply import latent_plan
+from vidtwin.apply.outputs import write_png
 from vidtwin.cli import main
 from vidtwin.clips import as_clip
 from vidtwin.storage.checkpoints import load_autoencoder
@@ -163,7 +163,7 @@ def test_an_interrupted_encoding_resumes_to_the_same_bytes(here, monkeypatch, ca
     monkeypatch.setattr(Interruption, "after", calls)
     assert encode(*words) == 130
     if calls > 1:
-        assert "complete shards are in latents; the same command goes on" in capsys.readouterr().err
+        assert "complete shards are in latents; run the same command again to continue" in capsys.readouterr().err
     made = {path.name: path.stat().st_mtime_ns for path in Path("latents").glob("shard-*")}
     assert len(made) == calls - 1
     monkeypatch.setattr(Interruption, "after", None)
@@ -190,8 +190,6 @@ def test_two_processes_and_one_that_was_killed_give_the_bytes_of_one(here):
     words = ["--clips_per_shard", "3"]
     write_video("videos/a_long.mp4", moving(50, seed=5), 25)  # over several shards, and both processes
     assert encode(*words, out="whole") == 0
-    tests = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
     command = ["encode", "videos", "--out", "killed", "--ckpt_path", "pool.ckpt", "--accelerator", "cpu", *words]
     command += ["--trust_module", "sweeping"]
     stderr = here / "stderr"
@@ -201,14 +199,9 @@ def test_two_processes_and_one_that_was_killed_give_the_bytes_of_one(here):
     ]
     assert encode(*words, out="killed") == 0
     assert contents("killed") == contents("whole")
-    assert not list(Path("killed").glob(".shard*"))
+    assert not list(Path("killed").glob(".*shard*"))
 
-    script = str(Path(__file__).with_name("two_ranks_encode.py"))
-    done = subprocess.run(
-        [sys.executable, script, "videos", "pool.ckpt", str(here)],
-        env=environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run_script(Path(__file__).with_name("two_ranks_encode.py"), ["videos", "pool.ckpt", str(here)], stderr)
     assert [Path(f"rank{rank}.txt").read_text() for rank in (0, 1)] == ["[0, 0, 0, 2]"] * 2
     assert contents("latents") == contents("whole")
     assert main(["decode", "whole", "--out", "one", "--accelerator", "cpu", "--progress", "false"]) == 0
@@ -226,7 +219,7 @@ def test_a_truncated_shard_is_logged_and_made_again(here, capsys):
     path = Path("latents/shard-00001.safetensors")
     path.write_bytes(path.read_bytes()[:-7])
     assert encode("--clips_per_shard", "2") == 0
-    assert "shard-00001.safetensors: expected a whole shard, it is cut off" in capsys.readouterr().err
+    assert "shard-00001.safetensors: expected a whole shard, got one that is cut off" in capsys.readouterr().err
     assert contents("latents") == before
 
 
@@ -274,6 +267,17 @@ def test_damaged_and_unreadable_videos_are_named_and_the_others_encoded(here, ca
     assert "run/text" in capsys.readouterr().err
 
 
+def fail_to_read(name: str, real):
+    """Return `Path.read_bytes` of a disk that fails at a file."""
+
+    def read(path):
+        if path.name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path)
+
+    return read
+
+
 def fail_at(monkeypatch, name: str, number: int, opened: int = 0) -> None:
     """Let the system fail whenever a video is opened once more after `opened` times."""
     count, real = 0, av.open
@@ -288,24 +292,81 @@ def fail_at(monkeypatch, name: str, number: int, opened: int = 0) -> None:
     monkeypatch.setattr(av, "open", fail)
 
 
-@pytest.mark.parametrize("opened", [0, 1], ids=["survey", "decoding"])
+@pytest.fixture
+def whole(here) -> dict[str, bytes]:
+    """The latents of an undisturbed run, two clips per shard."""
+    assert encode("--clips_per_shard", "2", out="whole") == 0
+    return contents("whole")
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
-def test_a_disk_that_fails_at_one_video_is_named_and_the_others_are_encoded(here, capsys, monkeypatch, number, opened):
-    fail_at(monkeypatch, "long.mp4", number, opened)
-    assert encode("--clips_per_shard", "2") == 1
+def test_a_disk_that_fails_while_a_video_is_decoded_leaves_no_gap(here, whole, capsys, number):
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, "long.mp4", number, opened=1)
+        assert encode("--clips_per_shard", "2") == 1
     said = capsys.readouterr().err
-    assert "vidtwin: run/long: " in said
+    assert (
+        "shard-00000.safetensors is not made: Expected to read videos/run/long.mp4, got an error of the system: "
+        in said
+    )
     assert os.strerror(number) in said
+    made = contents("latents")
+    assert not json.loads(made.pop("manifest.json"))["complete"]
+    assert made == {name: whole[name] for name in ("shard-00002.safetensors", "shard-00003.safetensors")}
+    assert encode("--clips_per_shard", "2") == 0
+    assert contents("latents") == whole
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_disk_that_fails_while_a_video_is_surveyed_leaves_no_gap(here, whole, capsys, number):
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, "long.mp4", number)
+        for _ in range(2):
+            assert encode("--clips_per_shard", "2") == 1
+            said = capsys.readouterr().err
+            assert f"{os.strerror(number)}; left out until it can be read" in said
+            assert "run/long could not be read, so the latents in latents are not complete" in said
     manifest = Manifest.read("latents")
-    assert manifest.complete
-    assert {video.name for video in manifest.videos if video.num_frames} == {"run/short", "walk/odd"}
+    assert not manifest.complete
+    assert [video.name for video in manifest.videos] == ["run/short", "walk/odd"]
+    shutil.copytree("latents", "others")
+    assert encode("--clips_per_shard", "2") == 0
+    assert "run/long can be read now" in capsys.readouterr().err
+    assert contents("latents") == whole
+
+    assert encode("--clips_per_shard", "3", out="others") == 2  # other latents are not replaced
+    Path("videos/run/long.mp4").unlink()
+    assert encode("--clips_per_shard", "2", out="others") == 0  # the others alone, which are all there
+    assert Manifest.read("others").complete
+
+
+def test_a_video_that_was_surveyed_before_and_can_not_be_found_ends_it(here, whole, capsys, monkeypatch):
+    def refuse(path):
+        if path.name == "long.mp4":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    real = latent_plan.identity
+    monkeypatch.setattr(latent_plan, "identity", refuse)
+    assert encode("--clips_per_shard", "2", out="whole") == 2
+    assert "Expected to read videos/run/long.mp4, got an error of the system: " in capsys.readouterr().err
+    assert contents("whole") == whole
+
+
+def test_an_image_that_the_disk_fails_at_is_not_the_end_of_its_folder(here, capsys, monkeypatch):
+    for number, frame in enumerate(moving(5)):
+        write_png(Path("videos/images", f"{number}.png"), frame)
+    monkeypatch.setattr(Path, "read_bytes", fail_to_read("3.png", Path.read_bytes))
+    assert encode() == 1
+    assert "images: the image 3.png can't be read: " in capsys.readouterr().err
+    assert list(Manifest.read("latents").unread) == ["images"]
 
 
 def test_an_error_that_all_videos_would_have_ends_it(here, capsys, monkeypatch):
     fail_at(monkeypatch, "long.mp4", errno.ENFILE)
     assert encode() == 2
     said = capsys.readouterr().err
-    assert "Expected to read videos/run/long.mp4, the system failed: " in said
+    assert "Expected to read videos/run/long.mp4, got an error of the system: " in said
     assert said.endswith(f"FFmpeg says: {os.strerror(errno.ENFILE)}. Try again.\n")
     assert not Path("latents").exists()
 
@@ -417,7 +478,7 @@ def test_a_full_disk_is_one_line_and_what_is_whole_stays(here, capsys, monkeypat
     assert encode("--clips_per_shard", "2") == 1
     said = capsys.readouterr().err
     assert "Expected to write latents/shard-00001.safetensors, got 'No space left on device'" in said
-    assert "1 of 4 shards are complete in latents; the same command goes on" in said
+    assert "1 of 4 shards are complete in latents; run the same command again to continue" in said
     monkeypatch.setattr(writer, "write_shard", real)
     assert encode("--clips_per_shard", "2") == 0
 

@@ -45,7 +45,7 @@ def test_a_view_is_like_itself_and_one_too_small_for_ssim_has_none():
     small = Quality()
     small.add(video(height=10), video(height=10))
     assert small.ssim.value is None
-    assert metrics.ssim_allowed(10, 24)
+    assert metrics.ssim_unavailable(10, 24)
     assert Quality().psnr.value is None
 
 

@@ -1,10 +1,14 @@
 """Cutting long videos into clips of one length."""
 
+import errno
+import os
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vidtwin.apply.outputs import write_png
 from vidtwin.apply.windows import VideoWindows, Window, batched, windows
 from vidtwin.video import VideoError, VideoWriter, iter_frames, write_video
 
@@ -50,6 +54,26 @@ def test_of_a_damaged_video_all_before_the_damage_is_given_then_the_error(tmp_pa
         next(reader)
     assert sum(window.num_frames for window in found) == caught.value.decodable == 9
     assert [window.num_frames for window in found] == [4, 4, 1]
+
+
+def test_a_disk_that_fails_is_no_end_of_a_video(tmp_path, monkeypatch):
+    folder = tmp_path / "a"
+    for number, frame in enumerate(numbered(9)):
+        write_png(folder / f"{number}.png", frame)
+    real, fails = Path.read_bytes, False
+
+    def read(path):
+        if fails and path.name == "8.png":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    reader = VideoWindows(folder, 4)
+    fails = True
+    with pytest.raises(VideoError, match=os.strerror(errno.EIO)):
+        list(reader)
+    with pytest.raises(VideoError, match=os.strerror(errno.EIO)):
+        VideoWindows(folder, 4)
 
 
 def test_windows_end_at_the_damage_unless_it_lies_behind_the_limit(monkeypatch, tmp_path):

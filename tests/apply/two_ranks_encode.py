@@ -20,3 +20,4 @@ if __name__ == "__main__":
     codes.append(main(["decode", f"{out}/latents", "--out", f"{out}/two", *shared]))
     refused = main(["encode", videos, "--out", f"{out}/latents", "--ckpt_path", checkpoint, *shared])
     Path(out, f"rank{os.environ['LOCAL_RANK']}.txt").write_text(str([*codes, refused]))
+    torch.distributed.barrier()

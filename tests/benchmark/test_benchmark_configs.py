@@ -16,11 +16,12 @@ import pytest
 import torch
 import yaml
 
-from vidtwin.benchmark.loaded_model import CLAIM_TOLERANCE
+from vidtwin.benchmark.loaded_model import CLAIM_TOLERANCE, LoadedModel
 from vidtwin.benchmark.protocol import PRESETS, ProtocolSettings
 from vidtwin.benchmark.sweep import FVD, Entry, Sweep
 from vidtwin.cli import main, model_config
 from vidtwin.datamodules.synthetic import write_ucf_like
+from vidtwin.errors import UserError
 from vidtwin.video import write_video
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +132,7 @@ def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monke
         agrees = claimed is not None and abs(row["compression_rate"] - claimed) <= CLAIM_TOLERANCE * claimed
         assert row["claimed"] == (None if claimed is None else {"rate": claimed, "agrees": agrees})
         in_windows = {"num_frames": 16, "windows": num_frames // 16}
-        assert row["windows"] == (in_windows if entry["windows"] else None)
+        assert row["windows"] == (in_windows if entry["windows"] and num_frames > 16 else None)
         assert row["num_clips"] == 2 * math.ceil(shown / num_frames)
     protocol = json.loads((out / "protocol.json").read_text())
     assert protocol["dataset"] == content.get("dataset")
@@ -166,7 +167,7 @@ def test_sweeps_leave_their_results_in_folders_of_their_own():
 def test_the_papers_sweeps_take_the_clips_of_its_protocol(name):
     data = sweep(name)["data"]["init_args"]
     if name != "fps40":
-        kept = {key: value for key, value in data.items() if key != "num_frames"}
+        kept = {key: value for key, value in data.items() if key not in ("num_frames", "resolution")}
         assert kept == yaml.safe_load((ROOT / "configs/data/mcl_jcv.yaml").read_text())["init_args"]
     wanted = {
         key: value for key, value in PRESETS["vidtwin"]["data"].items() if key not in ("num_frames", "resolution")
@@ -234,7 +235,7 @@ def test_forty_frames_a_second_of_videos_with_25_are_refused(tmp_path, monkeypat
     argv = ["test", "--config", str(FOLDER / "fps40.yaml"), f"--data.root={tmp_path / 'slow'}", *OPTIONS]
     assert main(argv) == 2
     logged = capsys.readouterr().err
-    assert "expected at least data.fps=40 frames per second, the video has 25" in logged
+    assert "expected at least data.fps=40 frames per second, got 25" in logged
     assert not (tmp_path / "runs").exists()
 
 
@@ -255,6 +256,46 @@ def test_commands_that_are_shown_are_taken(path, monkeypatch, capsys):
         else:
             assert main(["test", *argv, "--print_config"]) == 0
             assert "autoencoders:" in capsys.readouterr().out
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """The models of a command that do not take its clips, at full size, each with the reason."""
+    assert main(["test", *argv, "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    data = {"num_frames": 16, "resolution": 224} | printed["data"]["init_args"]
+    found = {}
+    for entry in printed["autoencoders"]:
+        model = at_full_size(entry)
+        window = model.temporal.usual_length if entry.get("windows") else None
+        try:
+            LoadedModel(entry["name"], "untrained", model, window=window).check(data["num_frames"], data["resolution"])
+        except UserError as error:
+            found[entry["name"]] = str(error)
+    return found
+
+
+PROTOCOLS = sorted((ROOT / "configs" / "protocols").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [PAGE, *PROTOCOLS, FOLDER / "paper256.yaml"], ids=lambda path: path.stem)
+def test_models_take_the_clips_of_the_protocols_that_they_are_shown_with(path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    shown = [command for command in commands(path) if "configs/protocols/" in command]
+    assert shown
+    for command in shown:
+        assert refused(shlex.split(command)[2:], capsys) == {}, command
+
+
+def test_the_models_that_do_not_take_the_peers_clips_are_those_that_the_page_names(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for preset in ("vidtok", "wfvae"):
+        protocol = ["--config", f"configs/protocols/{preset}.yaml"]
+        assert set(refused(["--config", "configs/benchmark/paper.yaml", *protocol], capsys)) == {
+            "VidTwin",
+            "CMD",
+            "iVideoGPT",
+        }
+        assert set(refused(["--config", "configs/benchmark/paper256.yaml", *protocol], capsys)) == {"VidTwin", "CMD"}
 
 
 def test_the_page_names_every_option_every_preset_and_every_config():

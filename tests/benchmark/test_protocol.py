@@ -1,11 +1,13 @@
 """Rows are compared only under one protocol, which its hash names."""
 
 import json
+import re
 
 import pytest
 
 from vidtwin.benchmark import protocol
 from vidtwin.errors import UserError
+from vidtwin.video import RESIZE_FILTERS
 
 FULL = protocol.ProtocolSettings(posterior="mode").resolve(
     {"num_frames": 16, "fps": 8.0, "clips": ["a", "b"]}, "32-true", "a" * 64, "MCL-JCV", {"v.avi": "too short"}
@@ -49,7 +51,7 @@ def test_the_default_protocol_keeps_its_hash():
 def test_remarks_on_the_peer_stand_in_the_file_but_not_in_the_hash(tmp_path):
     remarks = [line for line in FULL["departs"] if line.startswith(protocol.PEER)]
     assert "peer: fps 25 in whole steps of the source's frames, not 8.0" in remarks
-    assert "peer: resize bilinear, antialiased (torchvision), not None (-1.4 to +0.6 dB of PSNR)" in remarks
+    assert "peer: resize bilinear, antialiased (torchvision), not None" in remarks
     without = FULL | {"departs": [line for line in FULL["departs"] if line not in remarks]}
     assert protocol.protocol_hash(without) == protocol.protocol_hash(FULL)
     assert protocol.differences(FULL, without) == []
@@ -57,6 +59,65 @@ def test_remarks_on_the_peer_stand_in_the_file_but_not_in_the_hash(tmp_path):
     (tmp_path / "rows" / "a").mkdir(parents=True)
     (tmp_path / "rows" / "a" / "results.json").touch()
     assert protocol.write(FULL, tmp_path) == protocol.protocol_hash(FULL)
+    assert json.loads((tmp_path / "protocol.json").read_text()) == FULL  # which table and report print
+
+
+def remarks_of(preset="wfvae", precision="bf16-true", data=None, **settings):
+    """The remarks on a preset's peer for clips of files, or as `data` changes them."""
+    described = {"num_frames": 33, "crop": "largest centre square", "resize": RESIZE_FILTERS["bilinear"]} | (data or {})
+    departs = protocol.ProtocolSettings(preset=preset, **settings).resolve(described, precision)["departs"]
+    return [line.removeprefix(protocol.PEER) for line in departs if line.startswith(protocol.PEER)]
+
+
+@pytest.mark.parametrize("preset", ["vidtwin", "vidtok", "wfvae"])
+def test_remarks_on_resizing_are_those_of_the_filter_and_not_of_rendered_clips(preset):
+    def remarks(resize):
+        return [line for line in remarks_of(preset, data={"resize": resize}) if "resize" in line or "square" in line]
+
+    peers, area = (
+        [line for line in remarks(RESIZE_FILTERS[name]) if "cropped" not in line] for name in ("bilinear", "area")
+    )
+    assert [line[:16] for line in peers] == ["resized pictures", "pixels that are "]
+    assert area[1:] == peers
+    assert area[0].startswith("resize bilinear, antialiased (torchvision), not area (swscale): ")
+    assert area[0].endswith(" dB of PSNR)")
+    rendered = remarks_of(preset, data={"resize": "none", "crop": "none"})
+    assert [line for line in rendered if "resize" in line or "square" in line or "cropped" in line] == []
+
+
+def test_remarks_are_those_of_what_is_compared():
+    def about(word, preset, **settings):
+        return [line for line in remarks_of(preset, **settings) if word in line]
+
+    for compared in ("mp4v", "8-bit"):
+        assert len(about("truncation", "wfvae", compared=compared)) == 1
+    for compared in ("floats", "h264"):
+        assert about("truncation", "wfvae", compared=compared) == []
+    assert len(about("186.6", "tokenbench")) == len(about("a file is", "tokenbench")) == 1
+    assert about("186.6", "tokenbench", psnr_epsilon=1e-8) == []
+    assert about("a file is", "tokenbench", compared="floats") == []
+
+
+def test_frames_that_no_clip_of_tokenbench_has_are_named():
+    def lines(**data):
+        return [line for line in remarks_of("tokenbench", data=data) if line.startswith(("tail", "short"))]
+
+    assert lines(tail="drop", short_videos="skip") == [
+        "tail none, not drop (frames at the end that fill no clip are left out)",
+        "short_videos none, not skip (videos that are shorter than a clip are left out)",
+    ]
+    assert lines(tail="pad", short_videos="pad") == [
+        "tail none, not pad (the last clip repeats its last frame)",
+        "short_videos none, not pad (videos that are shorter than a clip repeat their last frame)",
+    ]
+
+
+def test_crop_truncation_and_bf16_of_wfvae_are_named_with_what_they_change():
+    found = remarks_of("wfvae", "32-true")
+    for word in ("truncation", "--crop_size", "bf16-true, not 32-true"):
+        (line,) = [line for line in found if word in line]
+        assert re.search(r"[+-]0\.\d+ to [+-]0\.\d+ dB of PSNR\)$", line), line
+    assert not any(line.startswith("precision") for line in remarks_of("wfvae", "bf16-true"))
 
 
 def test_a_precision_that_is_not_the_peers_is_named():

@@ -283,7 +283,7 @@ def test_players_are_pictures_of_the_results_folder(tmp_path, file, message):
 
 
 def test_the_command_makes_everything_again_from_the_files_of_the_sweep(tmp_path, capsys):
-    folder = write_results(tmp_path / "results")
+    folder = write_results(tmp_path / "results", {"a": ("trained", 0.1, 20.0), "b": ("trained", 0.2, 21.0)})
     before = {path for path in folder.rglob("*") if path.is_file()}
     assert commands.run("report", [str(folder)]) == 0
     printed = capsys.readouterr().out

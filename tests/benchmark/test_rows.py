@@ -5,6 +5,7 @@ import math
 import os
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from benchmark.fixture_results import settings, write_results
 
 from vidtwin.benchmark import rows
-from vidtwin.benchmark.row_folder import _move_row
+from vidtwin.benchmark.row_folder import RowFolder, _move_row
 from vidtwin.errors import UserError
 
 # Two clips of one video, one shorter of another: name, start_frame, num_frames, mse.
@@ -179,6 +180,18 @@ def test_a_kill_at_any_step_of_moving_a_row_leaves_it_whole_in_one_folder(tmp_pa
             break
     assert kill > 10
     assert (contents(source), contents(target)) == ({}, row)
+
+
+def test_rows_that_lack_an_identity_are_put_aside_beside_one_another(tmp_path):
+    folder = write_results(tmp_path / "r", num_clips=3, players=False)
+    job = SimpleNamespace(name="CMD", identity="new", error=None)
+    row_folder = RowFolder(folder, job, None, {}, [])
+    row = rows.read_row(row_folder.folder / "results.json") | {"identity": None, "fingerprint": None}
+    for speed in (1, 2):
+        row_folder.update({**row, "speed": speed})
+        row_folder._put_aside()
+    kept = sorted((row_folder.folder / "earlier").glob("*/results.json"))
+    assert sorted(json.loads(path.read_text())["speed"] for path in kept) == [1, 2]
 
 
 def test_a_clips_file_that_ends_anywhere_is_refused(tmp_path):

@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,15 @@ from torch import Tensor
 from vidtwin.baselines.references import MeanColour
 from vidtwin.benchmark import plots, report, rows
 from vidtwin.benchmark.measurer import Measurer
+from vidtwin.benchmark.plan import Job
 from vidtwin.benchmark.protocol import ProtocolSettings
-from vidtwin.benchmark.sweep import FVD, Entry
+from vidtwin.benchmark.sweep import FVD, Entry, Sweep
 from vidtwin.cli import main
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import UserError
 from vidtwin.losses import st_lpips
 from vidtwin.metrics.fvd import FeatureNetwork
+from vidtwin.metrics.registry import METRICS
 from vidtwin.video import write_video
 from vidtwin.weights import PackagedFile
 
@@ -97,7 +101,9 @@ def test_a_video_that_another_replaces_is_refused_by_name_and_its_numbers_are_no
         write_video(tmp_path / "videos" / name, frames, 8.0)
     assert measure() == measure() == 0
     write_video(tmp_path / "videos" / "b.avi", frames[::-1] // 2, 8.0)
-    with pytest.raises(UserError, match=r"differ in data.videos_sha256 \w+ for \w+; the content of b.avi is another\)"):
+    with pytest.raises(
+        UserError, match=r"differ in data.videos_sha256 \w+ for \w+; the content of b.avi has changed\)"
+    ):
         measure()
 
 
@@ -275,12 +281,77 @@ def test_a_row_of_another_checkpoint_is_kept_aside(tmp_path, capfd):
     table = (tmp_path / "r" / "table.csv").read_text()
     checkpoint(tmp_path / "a.ckpt", 0.6)
     sweep(tmp_path / "r", [Entry("a", checkpoint=path)]).run()
-    assert "a is measured again: the row there is of another checkpoint" in capfd.readouterr().err
+    assert "a is measured again: the row there has another checkpoint" in capfd.readouterr().err
     assert row(tmp_path / "r", "a")["fingerprint"] != before["fingerprint"]
     kept = tmp_path / "r" / "rows" / "a" / "earlier" / before["identity"]
     assert json.loads((kept / "results.json").read_text()) == before
     assert len((kept / "clips.csv").read_text().splitlines()) == 7
     assert (tmp_path / "r" / "table.csv").read_text() != table
+
+
+class Grown(Pool):
+    """`Pool` in a later version, with four arguments more."""
+
+    def __init__(self, pool: int = 4, a: int = 0, b: float = 0.0, c: str = "", d: bool = False) -> None:
+        super().__init__(pool)
+
+
+@pytest.fixture
+def grown(tmp_path: Path) -> list[Entry]:
+    """An entry of `Grown`, by a config."""
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({"model": {"autoencoder": {"class_path": f"{__name__}.Grown"}}}))
+    return [Entry("m", str(tmp_path / "m.yaml"), checkpoint(tmp_path / "m.ckpt", model=Grown()))]
+
+
+def without(monkeypatch: pytest.MonkeyPatch, dropped: list[str]) -> None:
+    """Make the identities of a version whose `Grown` lacks some arguments."""
+    known = Sweep._make_job
+
+    def make_job(self: Sweep, entry: Entry) -> Job:
+        job = known(self, entry)
+        arguments = {key: value for key, value in job.identity["model"]["init_args"].items() if key not in dropped}
+        return replace(job, identity=job.identity | {"model": job.identity["model"] | {"init_args": arguments}})
+
+    monkeypatch.setattr(Sweep, "_make_job", make_job)
+
+
+@pytest.mark.parametrize("dropped", [["a"], ["a", "b", "c", "d"]])
+def test_a_row_of_a_version_whose_model_had_fewer_arguments_is_complete(tmp_path, monkeypatch, grown, dropped):
+    def run(*entries: Entry) -> None:
+        assert sweep(tmp_path / "r", list(entries), references=[]).run() == 0
+
+    with monkeypatch.context() as patch:
+        without(patch, dropped)
+        run(*grown)
+    before = row(tmp_path / "r", "m")
+    for argument in dropped:
+        del before["model"]["init_args"][argument]
+    (tmp_path / "r" / "rows" / "m" / "results.json").write_text(json.dumps(before))
+    run(*grown)
+    assert len(sweeping.calls) == 3
+    assert row(tmp_path / "r", "m") == before
+    # A row that another one has replaced comes back.
+    run(replace(grown[0], checkpoint=checkpoint(tmp_path / "other.ckpt", 0.5, Grown())))
+    run(*grown)
+    assert len(sweeping.calls) == 6
+    assert row(tmp_path / "r", "m") == before
+    # An argument that is not the default makes another model.
+    autoencoder = {"class_path": f"{__name__}.Grown", "init_args": {"a": 1}}
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({"model": {"autoencoder": autoencoder}}))
+    run(*grown)
+    assert len(sweeping.calls) == 9
+
+
+def test_parts_of_a_version_whose_model_had_fewer_arguments_are_kept(tmp_path, monkeypatch, grown):
+    with monkeypatch.context() as patch:
+        without(patch, ["b", "d"])
+        patch.setattr(Interruption, "after", 2)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(tmp_path / "r", grown, references=[]).run()
+    sweeping.calls.clear()
+    for _ in range(2):
+        assert sweep(tmp_path / "r", grown, references=[]).run() == 0
+        assert sweeping.calls == [[4, 5]]
 
 
 # Failures.
@@ -491,7 +562,7 @@ def test_a_part_that_was_cut_off_is_measured_again_alone(tmp_path, capfd):
     sweeping.calls.clear()
     assert sweep(tmp_path / "r", entries).run() == 0
     assert sweeping.calls == [[2, 3], [4, 5]]
-    assert "000001.json: expected a whole JSON file, it is truncated or damaged" in capfd.readouterr().err
+    assert "000001.json: expected a whole JSON file, got one that is truncated or damaged" in capfd.readouterr().err
 
 
 def test_a_folder_of_another_protocol_is_refused_by_what_differs(done):
@@ -738,6 +809,13 @@ def test_a_metric_on_request_whose_package_is_missing_is_refused(config, monkeyp
     assert capfd.readouterr().err.splitlines()[-1] == f"vidtwin: error: {message}"
 
 
+def test_vmaf_is_on_request_too(config, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "vmaf_torch", None)
+    assert main(["test", "--config", str(config), "--vmaf", "true"]) == 2
+    assert "pip install 'vidtwin[vmaf]'" in capfd.readouterr().err.splitlines()[-1]
+    assert {metric.key for metric in METRICS if metric.on_request} == {"st_lpips", "st_lpips_alex", "vmaf"}
+
+
 def test_an_option_that_changes_no_clips_number_measures_no_clip_again(done):
     folder, entries, _ = done
     costs = json.loads((folder / "rows" / "a" / "results.json").read_text())["cost"]
@@ -761,7 +839,7 @@ def test_a_missing_checkpoint_leaves_the_complete_row_and_nothing_is_measured_ag
     away = Path(entries[0].checkpoint).with_suffix(".away")
     Path(entries[0].checkpoint).rename(away)
     assert sweep(folder, entries, players=1).run() == 1
-    assert "the row that is there stays" in capfd.readouterr().err
+    assert "kept the complete row" in capfd.readouterr().err
     assert contents(folder) == before
     away.rename(entries[0].checkpoint)
     sweeping.calls.clear()
@@ -776,7 +854,7 @@ def test_an_earlier_row_is_restored(done, capfd):
     assert contents(folder) != before
     sweeping.calls.clear()
     assert sweep(folder, entries).run() == 0
-    assert "is taken back" in capfd.readouterr().err
+    assert "restored the earlier row" in capfd.readouterr().err
     assert sweeping.calls == []
     assert row(folder, "a")["checkpoint"] == entries[0].checkpoint
 

@@ -416,7 +416,7 @@ def test_a_row_of_another_checkpoint_is_kept_in_earlier(here, run, capsys):
     files = {path.name: path.read_bytes() for path in Path("aside/rows/VidTwin").iterdir()}
     capsys.readouterr()
     assert main(argv) == 0
-    assert "the earlier row is kept in" in capsys.readouterr().err
+    assert "moved the earlier row to" in capsys.readouterr().err
     (earlier,) = Path("aside/rows/VidTwin/earlier").iterdir()
     assert {path.name: path.read_bytes() for path in earlier.iterdir()} == files
     assert json.loads(Path("aside/rows/VidTwin/results.json").read_text())["kind"] == "untrained"
@@ -533,6 +533,7 @@ def test_a_folder_that_cannot_be_is_named(here, capsys):
     assert line.endswith("/tiny.yaml/tiny, got 'Not a directory'; name another.")
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_read_only_results_folder_is_named(here, run, capsys, monkeypatch):
     def refuse(*_, dir, prefix, suffix, **__):
         raise OSError(30, "Read-only file system", f"{dir}/{prefix}abcd1234{suffix}")

@@ -108,20 +108,21 @@ def gan_options(config: dict, resolution: int) -> list[str]:
     options = ["--model.loss.adversarial_start=0", "--model.discriminator_scheduler.init_args.warmup_steps=0"]
     options += ["--model.loss.discriminator.channels=4", "--model.loss.adaptive_reference=nll"]
     if discriminator["class_path"].endswith("BlurPoolDiscriminator3d"):
-        options.append(f"--model.loss.discriminator.resolution={resolution}")
+        options += [f"--model.loss.discriminator.resolution={resolution}", "--model.loss.discriminator.num_frames=8"]
     return options
 
 
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monkeypatch, capsys):
-    """With its own losses, optimizers and options; the tiny ones in their own size too."""
+    """With its own losses, optimizers and options; the tiny ones with a model of their own size too."""
     monkeypatch.chdir(tmp_path)
     path = CONFIGS / "baselines" / f"{name}.yaml"
     config = parsed(f"baselines/{name}.yaml")
     tiny = name.endswith("_tiny")
     options = ["--config", str(path), *ONE_STEP]
     options += ["--data.resolution=64"] if tiny else small_options(name, config)
+    options += [] if name.startswith("cmd") else ["--data.num_frames=8"]  # its model holds their number
     assert main(["fit", *options, *gan_options(config, 64 if tiny else 32)]) == 0
     (last,) = tmp_path.rglob("last.ckpt")
     data = [option for option in options if option.startswith("--data")]

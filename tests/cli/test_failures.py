@@ -1,4 +1,4 @@
-"""Failures that a user can mend are one line: of the system, of processes that end, of locale and terminal."""
+"""Failures that a user can fix are one line: of the system, of processes that end, of locale and terminal."""
 
 import errno
 import locale
@@ -237,7 +237,7 @@ def test_another_process_that_the_system_kills_is_named_with_its_signal(tmp_path
 )
 def test_a_refusal_of_the_system_names_the_file_that_was_to_be_written(code, expected):
     # A temporary file's name says nothing to a user.
-    refused = OSError(code, os.strerror(code), "results/.a-abcd1234.csv")
+    refused = OSError(code, os.strerror(code), "results/.~vidtwin-abcd1234-a.csv")
     through_a_worker = OSError(
         "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
         f"{type(refused).__name__}: {refused}"

@@ -1,4 +1,4 @@
-"""Bugs keep their traceback; what a user can mend is one line."""
+"""Bugs keep their traceback; what a user can fix is one line."""
 
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException

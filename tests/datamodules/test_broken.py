@@ -209,7 +209,9 @@ def test_read_errors_of_the_system_are_neither_skipped_nor_kept(tree, monkeypatc
     with monkeypatch.context() as patch:
         failing = index.Fault("unreadable", "Input/output error", lasting=False)
         patch.setattr(index, "_survey_one", lambda path: failing)
-        with pytest.raises(UserError, match=r"Expected to read .*the system failed: Input/output error; try again"):
+        with pytest.raises(
+            UserError, match=r"Expected to read .*got an error of the system: Input/output error; try again"
+        ):
             folder(tree, max_broken=1.0).dataset("train")
     assert len(folder(tree, max_broken=0.5).dataset("train")) == 13
 

@@ -104,7 +104,7 @@ def test_a_data_module_takes_its_clips_from_a_cache(make, written, small_ucf, tm
     assert away.protocol() == online.protocol()
     with pytest.raises(UserError, match="expected the requested clips, got num_frames=4, not num_frames=3"):
         make(cache=str(written), num_frames=3).dataset("val")
-    with pytest.raises(UserError, match=r"manifest\.json, there is no such file; write it by `vidtwin cache`"):
+    with pytest.raises(UserError, match=r"manifest\.json, got no such file; write it by `vidtwin cache`"):
         make(cache=str(tmp_path)).dataset("val")
 
 
@@ -337,7 +337,7 @@ def test_other_epochs_formats_and_folders_are_refused(make, copied, tmp_path):
     for out in (tmp_path / "file", tmp_path / "other/val/thesis.tex/cache"):
         with pytest.raises(UserError, match="which is a file or inside one; give another"):
             write_cache(make(), out, ["val"])
-    with pytest.raises(UserError, match=r"there is no such file; write it by `vidtwin cache`"):
+    with pytest.raises(UserError, match=r"got no such file; write it by `vidtwin cache`"):
         CachedClips(tmp_path / "nowhere")
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="expected a manifest written by"):

@@ -1,18 +1,21 @@
 """Chunks of evaluation clips by number, for a sweep that has no trainer."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from broken_tree import damage, pictures
+from PIL import Image
 
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.datamodules.shards.writer import write_cache
 from vidtwin.datamodules.streaming import Streamed
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.errors import UserError
-from vidtwin.video import write_video
+from vidtwin.video import VideoError, write_video
 
 SMALL: dict[str, Any] = {"num_frames": 4, "resolution": 16, "fps": None, "batch_size": 3, "num_workers": 0}
 WHOLE: dict[str, Any] = {**SMALL, "eval_clips": "all", "tail": "pad"}
@@ -29,6 +32,26 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def folder(root: Path, **kwargs: Any) -> VideoFolder:
     return VideoFolder(str(root), **(WHOLE | {"val_fraction": 0.0, "test_fraction": 1.0} | kwargs))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("image", ["2.png", "6.png"])  # in the middle of a clip, and near the end of the video
+def test_a_disk_that_fails_leaves_no_gap_in_the_results(tmp_path, monkeypatch, workers, image):
+    for number, picture in enumerate(pictures(7, 0)):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.fromarray(picture).save(tmp_path / "a" / f"{number}.png")
+    data = folder(tmp_path, image_folders=True, fps=None, num_workers=workers)
+    assert len(data.dataset("test")) == 2
+    real = Path.read_bytes
+
+    def read(path):
+        if path.name == image:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    with pytest.raises(VideoError, match=rf"the image {image} can't be read: {os.strerror(errno.EIO)}"):
+        list(data.chunk_loader("test", [[0, 1]]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

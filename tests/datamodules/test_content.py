@@ -39,6 +39,16 @@ def test_a_file_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
     assert content.digest_all([tmp_path / "missing.avi"]) == [""]
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_file_that_the_system_fails_to_find_is_not_taken_for_a_missing_one(tmp_path, monkeypatch, number):
+    def fail(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(content, "identity", fail)
+    with pytest.raises(UserError, match=rf"an error of the system: {os.strerror(number)}; try again"):
+        content.digest_all([tmp_path / "a.avi"])
+
+
 def test_a_folder_of_images_is_known_by_all_of_them(tmp_path):
     for name in ("0.png", "1.png"):
         (tmp_path / "v").mkdir(exist_ok=True)
@@ -69,7 +79,7 @@ def test_videos_of_another_content_are_refused_by_name(tmp_path):
     protocol.write(resolve("1"), tmp_path, {"a.avi": "1", "b.avi": "1"})
     (tmp_path / "rows" / "a").mkdir(parents=True)
     (tmp_path / "rows" / "a" / "clips.csv").touch()
-    with pytest.raises(UserError, match=r"data.videos_sha256 2 for 1; the content of b.avi is another\); choose"):
+    with pytest.raises(UserError, match=r"data.videos_sha256 2 for 1; the content of b.avi has changed\); choose"):
         protocol.write(resolve("2"), tmp_path, {"a.avi": "1", "b.avi": "2"})
     (tmp_path / "videos.json").unlink()
     with pytest.raises(UserError, match=r"data.videos_sha256 2 for 1\); choose"):
@@ -88,7 +98,9 @@ def test_content_that_can_not_be_read_becomes_no_part_of_a_protocol(tmp_path, mo
     with monkeypatch.context() as patched:
         patched.setattr(hashlib, "file_digest", fail)
         reason = os.strerror(number)
-        with pytest.raises(UserError, match=rf"Expected to read .*a\.avi, the system failed: {reason}; try again"):
+        with pytest.raises(
+            UserError, match=rf"Expected to read .*a\.avi, got an error of the system: {reason}; try again"
+        ):
             content.digest_all([tmp_path / "a.avi"])
     assert content.digest_all([tmp_path / "a.avi"]) == [sha256(b"a")]  # nothing was stored for it
 

@@ -219,7 +219,7 @@ def test_ctrl_c_keeps_what_was_measured(
     monkeypatch.setattr(pool, "run", interrupted)
     command = [str(tmp_path / "videos"), "--out", str(tmp_path / "out")]
     assert commands.run("doctor", command) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command measures the rest" in capsys.readouterr().err
     assert not (tmp_path / "out" / "report.json").exists()
     with (tmp_path / "out" / "measurements.jsonl").open("a") as file:
         file.write('{"name": "half a li')  # a kill in the middle of a line
@@ -393,6 +393,8 @@ def test_the_list_holds_the_requested_verdicts(tmp_path: Path, capsys: pytest.Ca
     text = capsys.readouterr().out
     assert f"--data.exclude {out / 'exclude.txt'}" in text
     assert "train/cut.mp4: 2.50" in text
+    scan(videos, out, "--frame_steps", "whole", "--exclude", "short,slow")  # 8 fps: all frames of 10 and of 5
+    assert listed(out) == {"train/short.mp4": "short: 15 frames at 10 per second"}
     scan(videos, out, "--exclude", "cuts,short,slow,static")
     assert listed(out) == {
         "train/cut.mp4": "cuts: 1, the first at 2.50 s",

@@ -17,7 +17,6 @@ from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.datamodules.shards.cached import difference
 from vidtwin.datamodules.shards.writer import write_cache
 from vidtwin.datamodules.streaming import Streamed
-from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.errors import UserError
 from vidtwin.video import COLOUR, RESIZE_FILTER, VideoInfo, VideoWriter, iter_frames, read_clip, survey, write_video
 
@@ -311,13 +310,8 @@ def test_wrong_arguments_are_named(root, arguments, message):
         folder(root, **arguments)
 
 
-def test_rendered_clips_have_no_end():
-    with pytest.raises(UserError, match=r"data\.eval_clips: middle for rendered clips"):
-        Synthetic(eval_clips="all")
-
-
 def test_a_video_of_a_lower_rate_than_asked_for_is_refused(root):
-    with pytest.raises(UserError, match=r"at least data\.fps=30 frames per second, the video has 25"):
+    with pytest.raises(UserError, match=r"at least data\.fps=30 frames per second, got 25"):
         folder(root, fps=30.0, tail="pad").dataset("test")
 
 

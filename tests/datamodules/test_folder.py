@@ -255,10 +255,10 @@ def test_test_videos_are_not_trained_on(tmp_path: Path) -> None:
 def test_an_unclosed_quote_is_refused_with_its_line(shared: Path, tmp_path: Path) -> None:
     given = shared / "data" / "odd" / "unbalanced_quote.csv"
     write(tmp_path, "clips/a.avi", "clips/b.avi", "clips/c.avi")
-    with pytest.raises(UserError, match=r"unbalanced_quote\.csv: .* begins in line 2 can't be read"):
+    with pytest.raises(UserError, match=r"unbalanced_quote\.csv: .* unreadable row from line 2 on"):
         VideoFolder(str(tmp_path), str(given), 0, 1).videos("test")
     for text, message in (
-        ('path,label\nclips/a.avi,"a\ndog"\nclips/b.avi,"a" cat\n', "begins in line 4 can't be read"),
+        ('path,label\nclips/a.avi,"a\ndog"\nclips/b.avi,"a" cat\n', "unreadable row from line 4 on"),
         ("path,label\nclips/a.avi,a dog, asleep\n", "expected 2 columns in line 2, got 3"),
         ('path,label\nclips/a.avi,"a\ndog"\nclips/b.avi\n', "expected 2 columns in line 4, got 1"),
     ):
@@ -294,10 +294,12 @@ def test_a_guessed_encoding_is_logged_once_with_its_line_and_damaged_utf_8_is_re
     for _ in range(2):
         VideoFolder(str(tmp_path), splits=splits).videos("test")
     assert capfd.readouterr().err == (
-        f"vidtwin: {file}: line 3 is no UTF-8 ('caf\\xe9.mp4'): the file is read as Latin-1\n"
+        f"vidtwin: {file}: line 3 is not UTF-8 ('caf\\xe9.mp4'): the file is read as Latin-1\n"
     )
     file.write_bytes("path\ngr\u00f6\u00dfe.mp4\ncaf\u00e9.mp4\n".encode().replace(b"\xc3\xa9", b"\xc3"))
-    with pytest.raises(UserError, match=rf"{name}: expected one encoding, line 3 is no UTF-8 .*; save it as UTF-8"):
+    with pytest.raises(
+        UserError, match=rf"{name}: expected one encoding, got a line 3 that is not UTF-8 .*; save it as UTF-8"
+    ):
         VideoFolder(str(tmp_path), splits=splits).videos("test")
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from vidtwin.cli import commands
 from vidtwin.datamodules.ucf101 import UCF101
+from vidtwin.datamodules.ucf101 import prepare as module
 from vidtwin.errors import UserError
 
 HANDSTAND = "HandstandPushups/v_HandStandPushups_g{}_c01.avi"
@@ -314,10 +315,10 @@ def test_damaged_archives_and_other_files_leave_nothing(archives: list[Path], li
     page = tmp_path / "page.rar"
     page.write_text("<html>404</html>")
     for path, message in (
-        (half, "half.zip: expected an intact archive, it can't be unpacked"),
-        (flipped, "flipped.zip: expected an intact archive, it can't be unpacked (Bad CRC-32"),
-        (tar, "cut.tar: expected an intact archive, it can't be unpacked"),
-        (packed, "packed.tar.gz: expected an intact archive, it can't be unpacked"),
+        (half, "half.zip: expected an intact archive, got one that can't be unpacked"),
+        (flipped, "flipped.zip: expected an intact archive, got one that can't be unpacked (Bad CRC-32"),
+        (tar, "cut.tar: expected an intact archive, got one that can't be unpacked"),
+        (packed, "packed.tar.gz: expected an intact archive, got one that can't be unpacked"),
         (page, "got a file that begins with b'<html>4'"),
         (tmp_path / "absent.rar", "Expected an archive or a folder at"),
         (tmp_path / "lists_only", "13,320 missing videos"),
@@ -370,6 +371,16 @@ def test_a_mistake_is_one_line(prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "UCF-101").symlink_to(prepared / "UCF-101")
     (tmp_path / "ucfTrainTestlist").symlink_to(prepared / "ucfTrainTestlist")
     assert "expected a table with the columns path, label, group," in failure(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["=HYPERLINK(1)/v_A_g01_c01.avi", "@a,b/v_A_g01_c01.avi", "A/v_A_g01_c01.avi"])
+def test_no_name_in_the_manifest_is_a_formula(tmp_path: Path, name: str) -> None:
+    table = tmp_path / "ucf101_manifest.csv"
+    row = dict.fromkeys(module._COLUMNS, "1") | {"path": name}
+    module._write_manifest(table, [row])
+    (written,) = manifest(tmp_path)
+    assert not written["path"].startswith(("=", "@"))
+    assert module._read_manifest(table) == {name: row}
 
 
 def test_the_command_imports_nothing_heavy() -> None:

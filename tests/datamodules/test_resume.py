@@ -1,4 +1,4 @@
-"""A resumed training goes on with the very next batch; ranks have equally many; workers outlive a SIGTERM."""
+"""A resumed training continues with the very next batch; ranks have equally many; workers outlive a SIGTERM."""
 
 import multiprocessing
 import signal

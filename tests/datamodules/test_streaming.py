@@ -359,7 +359,7 @@ def test_a_missing_cache_is_refused_at_once(make, store):
     with pytest.raises(UserError, match=r"fake://nowhere/val/manifest\.json: expected a file written by `vidtwin"):
         make(url="fake://nowhere").dataset("val")
     assert len(store.asked) == 1
-    with pytest.raises(UserError, match=r"/nowhere/val/manifest\.json, there is no such file"):
+    with pytest.raises(UserError, match=r"/nowhere/val/manifest\.json, got no such file"):
         make(url="/nowhere").dataset("val")
 
 

@@ -42,6 +42,12 @@ def test_clips_differ_by_epoch_in_training_only() -> None:
     assert (protocol["num_clips"], protocol["resolution"], protocol["fps"]) == (2, 16, 8.0)
 
 
+@pytest.mark.parametrize("given", [{"eval_clips": "all"}, {"frame_steps": "whole"}, {"resize": "bilinear"}])
+def test_settings_that_change_no_rendered_clip_are_refused(given: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=rf"Expected data\.{next(iter(given))}: .* for clips that are rendered"):
+        Synthetic(**given)
+
+
 def test_without_augment_each_epoch_has_the_same_scenes() -> None:
     small = {"num_train": 2, "num_frames": 3, "resolution": 16, "num_workers": 0}
     fixed, fresh = Synthetic(augment=False, **small).dataset("train"), Synthetic(**small).dataset("train")
@@ -77,7 +83,7 @@ def test_a_finished_data_set_is_left_alone_and_another_is_not_overwritten(tmp_pa
     other = tmp_path / "other"
     other.mkdir()
     (other / "precious.txt").touch()
-    with pytest.raises(UserError, match="it holds something else"):
+    with pytest.raises(UserError, match="got something else"):
         write_ucf_like(other)
     assert [path.name for path in other.iterdir()] == ["precious.txt"]
 

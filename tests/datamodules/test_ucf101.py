@@ -119,7 +119,7 @@ def test_lists_that_contradict_themselves_are_refused(small_ucf: Path, lists: Pa
     for file, text, message in (
         ("trainlist01.txt", train + train.splitlines()[0], r"trainlist01\.txt: .* 1 come twice or more \("),
         ("trainlist01.txt", f"{train}{first} 1\n", rf"are in no other split, 1 are in test too \({first}\)"),
-        ("trainlist01.txt", train.replace(" 1", " 2", 1), r"the numbers of classInd\.txt, 1 are others \(Bounce/"),
+        ("trainlist01.txt", train.replace(" 1", " 2", 1), r"the numbers of classInd\.txt, got 1 others \(Bounce/"),
         ("classInd.txt", "1 Bounce\n1 Drift\n", r"classInd\.txt: expected each class once, 1 come twice"),
         ("classInd.txt", "1 Bounce\n2 Bounce\n", r"classInd\.txt: expected each class once, Bounce come twice"),
         ("classInd.txt", "1 Bounce\nDrift\n", r"classInd\.txt: .* a number and a class, got 'Drift'; correct"),

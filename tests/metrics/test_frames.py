@@ -14,7 +14,7 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 
 from vidtwin.errors import UserError
 from vidtwin.metrics import ms_ssim, mse, psnr, ssim
-from vidtwin.metrics.frames import SSIMVariant, ms_ssim_allowed
+from vidtwin.metrics.frames import SSIMVariant, ms_ssim_unavailable
 
 
 @pytest.fixture
@@ -175,8 +175,8 @@ def test_ms_ssim_is_the_product_of_scikit_images_parts() -> None:
 
 def test_small_frames_have_no_ms_ssim_and_it_says_why() -> None:
     clip = torch.zeros(1, 3, 1, 200, 175)
-    assert ms_ssim_allowed(176, 176) is None
-    assert "at least 176x176 pixels for MS-SSIM" in str(ms_ssim_allowed(200, 175))
+    assert ms_ssim_unavailable(176, 176) is None
+    assert "at least 176x176 pixels for MS-SSIM" in str(ms_ssim_unavailable(200, 175))
     with pytest.raises(UserError, match=r"176x176.*\(200, 175\)"):
         ms_ssim(clip, clip)
 

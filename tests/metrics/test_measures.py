@@ -18,7 +18,7 @@ from vidtwin.benchmark.protocol import PRESETS
 from vidtwin.errors import UserError
 from vidtwin.losses import STLPIPS
 from vidtwin.metrics import Measures
-from vidtwin.video.writing import through_file
+from vidtwin.video.writing import write_and_read
 
 FPS = 8.0
 METRICS = ("compared", "psnr", "psnr_epsilon", "ssim", "lpips")
@@ -131,7 +131,7 @@ def test_psnr_ssim_and_lpips_agree_with_independent_ones(
         if compared == "floats":
             pair = [clip.clamp(-1, 1).double().permute(1, 2, 3, 0).numpy() / 2 + 0.5 for clip in (x, y)]
         else:  # TokenBench has the file that was read on one side
-            files = [through_file(eight_bit(clip), compared, FPS) for clip in (x, y)]
+            files = [write_and_read(eight_bit(clip), compared, FPS) for clip in (x, y)]
             pair = [files[0] / 255.0, (eight_bit(y) if preset == "tokenbench" else files[1]) / 255.0]
         psnr, ssim = PEERS[preset](*pair)
         assert values["psnr"][index].item() == pytest.approx(psnr, abs=1e-4)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vidtwin.errors import UserError
 from vidtwin.metrics import Measures
-from vidtwin.metrics.vmaf import vmaf, vmaf_allowed
+from vidtwin.metrics.vmaf import vmaf, vmaf_unavailable
 
 
 def clips(size: int = 48) -> tuple[Tensor, Tensor]:
@@ -50,6 +50,6 @@ def test_measures_have_it_where_it_is_asked_for() -> None:
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vmaf_torch", None)
-    assert str(vmaf_allowed(64, 64)).startswith("pip install 'vidtwin[vmaf]'")
+    assert str(vmaf_unavailable(64, 64)).startswith("pip install 'vidtwin[vmaf]'")
     with pytest.raises(UserError, match="vidtwin"):
         vmaf(*clips())

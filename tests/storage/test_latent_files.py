@@ -110,7 +110,7 @@ def test_a_truncated_shard_is_named(tmp_path, kept):
     path = tmp_path / "a.safetensors"
     written(path, grid=numbers(5, 30))
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match=r"a\.safetensors: expected a whole shard, it is cut off or damaged"):
+    with pytest.raises(UserError, match=r"a\.safetensors: expected a whole shard, got one that is cut off or damaged"):
         Shard(path, DIGEST)
 
 
@@ -206,9 +206,9 @@ def test_a_manifest_of_other_values_is_refused(tmp_path, change):
 
 def test_a_shard_of_other_latents_is_refused(tmp_path):
     written(tmp_path / "a.safetensors", grid=numbers(5, 3))
-    with pytest.raises(UserError, match="it is one of others"):
+    with pytest.raises(UserError, match="got one of others"):
         Shard(tmp_path / "a.safetensors", "e" * 64)
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="got no such file"):
         Shard(tmp_path / "absent.safetensors", DIGEST)
 
 

@@ -1,4 +1,4 @@
-"""A killed run goes on: whole units stay, invalid ones are made again, leftovers go, and one writer works at a time."""
+"""A killed run is resumed: whole units stay, invalid ones are made again, leftovers go; one writer at a time."""
 
 import errno
 import json
@@ -55,7 +55,7 @@ def test_a_killed_run_resumes_with_the_missing_units_and_its_leftovers_are_remov
     process = start(die_at, tmp_path, 2)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert len(list(tmp_path.glob(".unit-002-*.json"))) == 1
+    assert len(list(tmp_path.glob(".*-unit-002.json"))) == 1
     store = make_store(tmp_path)
     with lock(tmp_path, "test"):  # which the kill has released
         assert store.begin(lambda: None, "stop") is True
@@ -70,7 +70,7 @@ def test_an_invalid_unit_is_logged_and_made_again_and_one_of_another_identity_is
     store.path(2).write_text('{"identity"')
     assert store.get(0) == {"identity": "a", "number": 0}
     assert store.missing(range(4)) == [1, 2, 3]
-    assert "unit-002.json: expected a whole JSON file, it is truncated or damaged. It is made again." in (
+    assert "unit-002.json: expected a whole JSON file, got one that is truncated or damaged. It is made again." in (
         said := capfd.readouterr().err
     )
     assert said.count("\n") == 1
@@ -107,6 +107,18 @@ def test_another_identity_and_other_files_are_refused_by_one_line_and_nothing_is
     with pytest.raises(UserError, match=r"Expected an empty folder or one of numbers, got .* with other files"):
         store.begin(lambda: None, "stop")
     assert sorted(os.listdir(store.folder)) == [".thesis-abcdefgh.tex", "thesis.tex"]
+
+
+def test_hidden_files_of_a_user_stay(tmp_path):
+    store = make_store(tmp_path)
+    users = {".docker-override.yml", ".DS_Store", ".note-abcdefgh"}
+    for name in (*users, ".~vidtwin-abcdefgh-unit-000.json"):
+        (tmp_path / name).touch()
+    assert store.begin(refuse, "stop") is False
+    assert set(os.listdir(tmp_path)) == users
+    write_unit(store, 0)
+    store.begin(refuse, "stop", overwrite=True)
+    assert set(os.listdir(tmp_path)) == users
 
 
 def test_a_second_writer_is_refused_or_waits_with_one_line(tmp_path, capfd):

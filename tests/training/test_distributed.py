@@ -1,11 +1,9 @@
 """Two ranks train as one does with the same clips, skip together, end together and never wait for ever."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import two_ranks
@@ -20,14 +18,8 @@ def outcomes(tmp_path_factory):
     """Outcomes that each of two ranks wrote; a hang would be a failure after four minutes."""
     folder = tmp_path_factory.mktemp("ranks")
     write_tree(folder / "videos")
-    tests = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tests / "two_ranks.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    (folder / "stderr").write_text(done.stderr)
-    return folder, ranks
+    forked.run_script(Path(two_ranks.__file__), [str(folder)], folder / "stderr")
+    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,9 @@ def test_a_resumed_sharded_training_equals_an_uninterrupted_one(folder, ranks):
 
 def test_a_checkpoint_resumes_under_either_strategy(folder, one, ranks, tmp_path):
     assert_same_training(folder / "from_one" / "last.ckpt", folder / "alone" / "whole" / "last.ckpt")
-    outcome = sharded_run.train(tmp_path, sharded_run.task_of(), ckpt_path=folder / "whole" / "step-00000001.ckpt")
+    outcome = sharded_run.train(
+        tmp_path, sharded_run.task_of(depth=2), ckpt_path=folder / "whole" / "step-00000001.ckpt"
+    )
     assert outcome["step"] == sharded_run.STEPS
     assert_same_training(tmp_path / "last.ckpt", folder / "alone" / "whole" / "last.ckpt")
 

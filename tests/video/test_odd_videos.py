@@ -1,6 +1,7 @@
 """Videos that are sound but unusual are read, damaged ones are named, and no file ends the work on the others."""
 
 import errno
+import io
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -10,10 +11,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from PIL import Image
 
+from vidtwin import console
 from vidtwin.apply.windows import VideoWindows, examine
-from vidtwin.video import VideoError, iter_frames, picture, probe, read_clip, reading, source, survey, write_video
+from vidtwin.video import VideoError, iter_frames, probe, read_clip, reading, source, survey, write_video
 from vidtwin.video.picture import Converter, FilterChain
 
 ORIENTATION = 0x0112  # the tag of EXIF
@@ -131,7 +134,7 @@ def convert(frame: av.VideoFrame, name: str = "a.mp4") -> np.ndarray:
 def test_colours_that_ffmpeg_refuses_are_converted_and_named_once(
     tags: dict[str, int], like: dict[str, int], described: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture._log_once.cache_clear()
+    console.log_once.cache_clear()
     for _ in range(2):
         np.testing.assert_array_equal(convert(tagged(**tags)), convert(tagged(**like)))
     (line,) = capsys.readouterr().err.splitlines()
@@ -185,7 +188,7 @@ def test_images_come_in_the_order_of_their_numbers(tmp_path: Path, name: str) ->
     assert survey(folder).num_frames == 13
     assert [int(frame[2, 2, 2]) for frame in iter_frames(folder)] == [10 * number for number in range(13)]
     (folder / name.format(11)).unlink()
-    with pytest.raises(VideoError, match=r"expected the image .*11\.png, the next one is .*12\.png") as caught:
+    with pytest.raises(VideoError, match=r"expected the image .*11\.png, got .*12\.png") as caught:
         survey(folder)
     assert caught.value.kind == "truncated"
 
@@ -277,3 +280,81 @@ def test_a_gif_is_a_video(tmp_path: Path) -> None:
     info = survey(tmp_path / "a.gif")
     assert (info.num_frames, info.fps) == (6, 25)
     assert [round(int(frame[2, 2, 2]) / 10) for frame in iter_frames(tmp_path / "a.gif")] == list(range(6))
+
+
+COVER = 64  # its side in pixels
+
+
+def write_streams(path: Path, *streams: tuple[int, int, int], chosen: int | None = None, cover: bool = False) -> Path:
+    """Write ten frames of each stream (width, height, level), which brighten by 5; `chosen` is marked as default."""
+    with av.open(str(path), "w") as container:
+        if cover:
+            picture = container.add_stream("mjpeg")
+            picture.width, picture.height, picture.pix_fmt = COVER, COVER, "yuvj420p"
+            picture.disposition = Disposition.attached_pic
+        added = [container.add_stream("libx264", rate=25) for _ in streams]
+        for number, (stream, (width, height, _)) in enumerate(zip(added, streams, strict=True)):
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            if number == chosen:
+                stream.disposition = Disposition.default
+        if cover:
+            content = io.BytesIO()
+            Image.new("RGB", (COVER, COVER), "red").save(content, "JPEG")
+            packet = av.Packet(content.getvalue())
+            packet.stream, packet.pts, packet.dts = picture, 0, 0
+            container.mux(packet)
+        for number in range(10):
+            for stream, (width, height, level) in zip(added, streams, strict=True):
+                flat = np.full((height, width, 3), level + 5 * number, np.uint8)
+                frame = av.VideoFrame.from_ndarray(flat, "rgb24")
+                frame.pts = number
+                container.mux(stream.encode(frame))
+        for stream in added:
+            container.mux(stream.encode(None))
+    return path
+
+
+def boxes(content: bytes) -> list[bytes]:
+    """Split the content of a box of MP4 into its boxes."""
+    found, place = [], 0
+    while place < len(content):
+        size = int.from_bytes(content[place : place + 4], "big")
+        found.append(content[place : place + size])
+        place += size
+    return found
+
+
+def check_frames(path: Path, size: tuple[int, int], levels: list[int]) -> None:
+    """Check the frames (width, height) that each way of reading gives, by their levels."""
+    assert survey(path).num_frames == len(levels)
+    assert (probe(path).width, probe(path).height) == size
+    for frames in (np.stack(list(iter_frames(path))), read_clip(path, 0, len(levels))):
+        assert frames.shape == (len(levels), size[1], size[0], 3)
+        np.testing.assert_allclose(frames.mean((1, 2, 3)), levels, atol=2)
+
+
+def test_a_cover_before_the_video_is_passed_over(tmp_path: Path) -> None:
+    path = write_streams(tmp_path / "a.mp4", (48, 32, 40), cover=True)
+    *others, index = boxes(path.read_bytes())
+    parts = sorted(boxes(index[8:]), key=lambda box: box[4:8] != b"udta")  # which holds the cover
+    path.write_bytes(b"".join([*others, index[:8], *parts]))
+    with av.open(str(path)) as container:
+        assert [stream.width for stream in container.streams.video] == [COVER, 48]
+    check_frames(path, (48, 32), list(range(40, 90, 5)))
+
+
+@pytest.mark.parametrize(("chosen", "size", "level"), [(None, (48, 32), 40), (0, (48, 32), 40), (1, (96, 64), 90)])
+def test_of_two_videos_in_a_file_the_one_that_players_show_is_read(
+    tmp_path: Path, chosen: int | None, size: tuple[int, int], level: int
+) -> None:
+    path = write_streams(tmp_path / "a.mkv", (48, 32, 40), (96, 64, 90), chosen=chosen)
+    check_frames(path, size, list(range(level, level + 50, 5)))
+
+
+def test_a_picture_whose_size_changes_keeps_that_of_the_first_frame(tmp_path: Path) -> None:
+    parts = [
+        write_streams(tmp_path / f"{level}.264", (*size, level)) for level, size in ((40, (48, 32)), (90, (96, 80)))
+    ]
+    path = tmp_path / "joined.264"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    check_frames(path, (48, 32), list(range(40, 140, 5)))

@@ -185,7 +185,7 @@ class Decouple:
 
 
 def average(videos: list[Video]) -> dict[str, dict[str, float | None]]:
-    """Average the measures of each view over videos, each of which counts once."""
+    """Average the measures of each view over videos; each video counts once."""
     found: dict[str, dict[str, float | None]] = {}
     for name in videos[0].views if videos else ():
         found[name] = {}

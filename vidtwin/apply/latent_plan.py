@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -22,12 +22,26 @@ from vidtwin.storage.latent_files import (
     channel_statistics,
     open_shard,
 )
-from vidtwin.video import VideoError, is_of_file
+from vidtwin.video import VideoError, is_lasting, is_of_file
 
 
-def survey_inputs(
-    inputs: Sequence[Input], labelled: bool, known: Mapping[str, VideoEntry]
-) -> tuple[list[VideoEntry], list[str], dict[str, str]]:
+class Survey(NamedTuple):
+    """Outcome of `survey_inputs`.
+
+    Attributes:
+        videos: The usable videos.
+        classes: Names of the labels.
+        skipped: Name → reason of the videos that are unusable.
+        unread: Name → reason of the videos at which the system failed, which may be usable.
+    """
+
+    videos: list[VideoEntry]
+    classes: list[str]
+    skipped: dict[str, str]
+    unread: dict[str, str]
+
+
+def survey_inputs(inputs: Sequence[Input], labelled: bool, known: Mapping[str, VideoEntry]) -> Survey:
     """Survey the videos without decoding them.
 
     Args:
@@ -35,8 +49,8 @@ def survey_inputs(
         labelled: Take the folders of the videos as their classes.
         known: Videos surveyed before, by name; taken over if the file has not changed.
 
-    Returns:
-        The videos, the names of the classes, and the reason for each unusable video by its name.
+    Raises:
+        UserError: The system fails at a video in a way that others would meet, or at one that was surveyed before.
     """
     folders = [entry.name.rpartition("/")[0] for entry in inputs]
     if labelled and "" in folders:
@@ -45,26 +59,31 @@ def survey_inputs(
             "give the folder that holds the classes."
         )
     classes = sorted(set(folders)) if labelled else []
-    videos, skipped = [], {}
+    videos: list[VideoEntry] = []
+    skipped: dict[str, str] = {}
+    unread: dict[str, str] = {}
     bar = tqdm(inputs, desc="surveying videos", unit="video", disable=None, delay=1, dynamic_ncols=True)
     for entry, folder in zip(bar, folders, strict=True):
         label = classes.index(folder) if labelled else -1
         try:
             video = _survey_video(entry, known.get(entry.name))
         except VideoError as error:
-            if not is_of_file(error):
-                raise UserError(f"Expected to read {entry.path}, the system failed: {error} Try again.") from error
-            skipped[entry.name] = _reason(error, entry.path)
+            if not is_of_file(error) or (not error.lasting and entry.name in known):
+                raise UserError(
+                    f"Expected to read {entry.path}, got an error of the system: {error} Try again."
+                ) from error
+            (skipped if error.lasting else unread)[entry.name] = _reason(error, entry.path)
         else:
             videos.append(replace(video, label=label))
-    return videos, classes, skipped
+    return Survey(videos, classes, skipped, unread)
 
 
 def _survey_video(entry: Input, known: VideoEntry | None) -> VideoEntry:
     try:
         size, changed = identity(entry.path)
     except OSError as error:
-        raise VideoError(f"{entry.path}: {error.strerror}.") from error
+        lasting = is_lasting(error) and not isinstance(error, FileNotFoundError)
+        raise VideoError(f"{entry.path}: {error.strerror}.", lasting=lasting) from error
     if known is not None and (known.bytes, known.changed, known.source) == (size, changed, str(entry.path)):
         return replace(known, num_frames=None, height=None, width=None)
     info, fault = examine(entry.path)
@@ -95,7 +114,10 @@ def cut(counts: Sequence[int], clips_per_shard: int) -> list[list[Piece]]:
 
 
 def difference(ours: Manifest, theirs: Manifest) -> str | None:
-    """Return the first difference between the latents of two manifests, "theirs, not ours"; None if they agree."""
+    """Return the first difference between the latents of two manifests, "theirs, not ours"; None if they agree.
+
+    Videos that could not be read for theirs are no difference.
+    """
     for key in ("class_path", "init_args", "weights_sha256"):
         mine, other = ours.model[key], theirs.model.get(key)
         if key == "init_args" and mine != other:  # of one class, which `ours` has imported
@@ -113,13 +135,20 @@ def difference(ours: Manifest, theirs: Manifest) -> str | None:
     held = {video.name: video for video in theirs.videos}
     for video in ours.videos:
         other = held.pop(video.name, None)
+        if other is None and video.name in theirs.unread:
+            continue
         if other is None:
             return f"no video {video.name}"
         if (video.bytes, video.changed) != (other.bytes, other.changed):
             return f"latents of {video.name} as it was before it changed"
     if held:
         return f"a video {next(iter(held))}, which is not among the inputs"
-    return None if ours.digest == theirs.digest else "another plan of its shards"
+    return None if ours.digest == theirs.digest or read_since(ours, theirs) else "another plan of its shards"
+
+
+def read_since(ours: Manifest, theirs: Manifest) -> list[str]:
+    """Return the names of our videos that could not be read for theirs."""
+    return [video.name for video in ours.videos if video.name in theirs.unread]
 
 
 def finish(manifest: Manifest, folder: Path) -> Manifest:

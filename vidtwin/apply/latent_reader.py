@@ -61,7 +61,9 @@ class LatentReader:
         """Write every video → exit code: 1 if a part is missing, 2 if all are."""
         session, manifest = self.session, self.manifest
         if not manifest.complete and session.is_main:
-            console.log(f"{self.folder} is not complete: `vidtwin encode` goes on with it; its shards are decoded")
+            console.log(
+                f"{self.folder} is not complete; decoding the shards that exist (`vidtwin encode` makes the others)"
+            )
         places = manifest.places()
         shares = self._assign()
         done = failed = frames = 0

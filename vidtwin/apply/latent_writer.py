@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from vidtwin import console
 from vidtwin.apply.inputs import Input
-from vidtwin.apply.latent_plan import cut, difference, finish, survey_inputs
+from vidtwin.apply.latent_plan import cut, difference, finish, read_since, survey_inputs
 from vidtwin.apply.options import EncodeOptions, SessionOptions
 from vidtwin.apply.pieces import PieceReader
 from vidtwin.apply.session import Session
 from vidtwin.apply.windows import Window
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, few
 from vidtwin.posteriors import DiagonalGaussian, Posterior, Quantized
 from vidtwin.storage.latent_files import (
     DTYPES,
@@ -84,7 +84,7 @@ class LatentWriter:
                 return self._run(planned)
         except KeyboardInterrupt:
             if self.session.is_main:
-                console.log(f"complete shards are in {self.folder}; the same command goes on")
+                console.log(f"complete shards are in {self.folder}; run the same command again to continue")
             raise
 
     def _run(self, planned: Manifest) -> int:
@@ -98,7 +98,7 @@ class LatentWriter:
             console.log(str(error))
         session.fabric.barrier()
         seconds = time.perf_counter() - start
-        return int(self._on_main(lambda: self._finish(manifest, missing, seconds)))
+        return int(self._on_main(lambda: self._finish(manifest, planned.unread, missing, seconds)))
 
     def _on_main(self, work: Any) -> Any:
         """Do `work` in the main process → its result, or `UserError`, in all processes."""
@@ -115,9 +115,11 @@ class LatentWriter:
 
     def _plan(self) -> Manifest:
         session, options = self.session, self.options
-        videos, classes, skipped = survey_inputs(self.inputs, options.labels == "folders", self._known())
+        videos, classes, skipped, unread = survey_inputs(self.inputs, options.labels == "folders", self._known())
         for name, reason in skipped.items():
             console.log(f"{name}: {reason}; skipped")
+        for name, reason in unread.items():
+            console.log(f"{name}: {reason}; left out until it can be read")
         if not videos:
             raise UserError(f"Expected a video that can be read, got none of {len(self.inputs)}; nothing was written.")
         settings = {
@@ -136,7 +138,7 @@ class LatentWriter:
         model |= {"config": self.session_options.config, "use_ema": self.session_options.use_ema}
         counts = [math.ceil(video.planned_frames / session.num_frames) for video in videos]
         shards = cut(counts, options.clips_per_shard)
-        return Manifest(model, settings, self._latents(), videos, shards, classes, skipped)
+        return Manifest(model, settings, self._latents(), videos, shards, classes, skipped, unread)
 
     def _known(self) -> dict[str, VideoEntry]:
         """Return the videos that an earlier run has surveyed."""
@@ -162,7 +164,8 @@ class LatentWriter:
     def _prepare(self, planned: Manifest) -> tuple[Manifest, list[int]]:
         """Claim the folder for these latents → its manifest and the missing shards."""
         store = Resumable(self.folder, SHARD, partial(_read_shard, planned), "latents", MANIFEST)
-        store.begin(lambda: self._compare(planned, store), _ADVICE, self.options.overwrite)
+        anew = self.options.overwrite or self._may_grow(planned)
+        store.begin(lambda: self._compare(planned, store), _ADVICE, anew)
         missing = store.missing(range(len(planned.shards)))
         with suppress(UserError):  # of a manifest that is missing or damaged
             earlier = Manifest.read(self.folder)
@@ -171,8 +174,18 @@ class LatentWriter:
         self._write(store.folder / MANIFEST, lambda: planned.write(self.folder))
         return planned, missing
 
+    def _may_grow(self, planned: Manifest) -> bool:
+        """Return whether the folder holds these latents without videos that can be read by this run."""
+        with suppress(UserError):
+            earlier = Manifest.read(self.folder)
+            names = read_since(planned, earlier)
+            if names and difference(planned, earlier) is None:
+                console.log(f"{few(names)} can be read now, which moves the others to other shards: all are made again")
+                return True
+        return False
+
     def _compare(self, planned: Manifest, store: "Resumable[Shard]") -> str | None:
-        """Compare the folder's manifest to the plan → what differs; one that is damaged is judged by the shards."""
+        """Compare the folder's manifest to the plan → the difference; for a damaged one compare the shards."""
         try:
             return difference(planned, Manifest.read(self.folder))
         except UserError as error:
@@ -267,16 +280,25 @@ class LatentWriter:
         except OSError as error:
             raise UserError(
                 f"Expected to write {path}, got {(error.strerror or str(error))!r}; complete shards stay, and "
-                "the same command goes on."
+                "run the same command again to continue."
             ) from error
 
-    def _finish(self, manifest: Manifest, made: list[int], seconds: float) -> int:
+    def _finish(self, manifest: Manifest, unread: dict[str, str], made: list[int], seconds: float) -> int:
         session, folder = self.session, self.folder
         missing = [number for number in range(len(manifest.shards)) if not (folder / SHARD.format(number)).exists()]
         if missing:
             whole = len(manifest.shards) - len(missing)
-            console.log(f"{whole} of {len(manifest.shards)} shards are complete in {folder}; the same command goes on")
+            console.log(
+                f"{whole} of {len(manifest.shards)} shards are complete in {folder}; run the same command again to "
+                "continue"
+            )
             return 1 if whole else 2
+        if unread:
+            console.log(
+                f"{few(list(unread))} could not be read, so the latents in {folder} are not complete; try again, or "
+                "give the other videos alone"
+            )
+            return 1
         if not manifest.complete:
             done = finish(manifest, folder)
             self._write(folder / MANIFEST, lambda: done.write(folder))

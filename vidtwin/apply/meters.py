@@ -37,7 +37,7 @@ class Quality:
 
     def add(self, view: Frames, target: Frames) -> None:
         """Add the next frames (T, H, W, 3) of both. Frames smaller than SSIM's window of 11 pixels have no SSIM."""
-        has_ssim = metrics.ssim_allowed(*view.shape[1:3]) is None
+        has_ssim = metrics.ssim_unavailable(*view.shape[1:3]) is None
         step = max(1, _NUMBERS_AT_ONCE // view[0].size)
         for start in range(0, len(view), step):
             shown, wanted = (as_clip([frames[start : start + step]]) for frames in (view, target))

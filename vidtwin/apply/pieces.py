@@ -8,7 +8,7 @@ from vidtwin.apply.inputs import Input
 from vidtwin.apply.windows import Window, windows
 from vidtwin.errors import UserError
 from vidtwin.storage.latent_files import Manifest, Piece, StoredPiece
-from vidtwin.video import VideoError, is_of_file
+from vidtwin.video import VideoError
 
 
 class PieceReader:
@@ -61,8 +61,10 @@ class PieceReader:
                 return
             except VideoError as error:
                 path = self.paths[self.manifest.videos[self._at[0]].name]
-                if not is_of_file(error):
-                    raise UserError(f"Expected to read {path}, the system failed: {error} Try again.") from error
+                if not error.lasting:  # a disk that fails for a moment must not leave a gap for good
+                    raise UserError(
+                        f"Expected to read {path}, got an error of the system: {error} Try again."
+                    ) from error
                 self.damage = str(error).removeprefix(f"{path}: ").rstrip(".")
                 return
             count = None if count is None else count - 1

@@ -67,12 +67,12 @@ def examine(source: Source) -> tuple[VideoInfo, VideoError | None]:
     """Probe a video without decoding it → its properties, and its damage if it ends before its header says.
 
     Raises:
-        VideoError: It can't be read at all.
+        VideoError: It can't be read at all, or the system failed.
     """
     try:
         return survey(source), None
     except VideoError as error:
-        if error.kind not in ("truncated", "corrupt"):
+        if error.kind not in ("truncated", "corrupt") or not error.lasting:
             raise
         return replace(probe(source), num_frames=error.decodable or 0), error
 
@@ -91,7 +91,7 @@ class VideoWindows:
         damage: Why the video ends early, by its header or its frames; None if it does not.
 
     Raises:
-        VideoError: The video can't be read at all, or no window of it can be decoded.
+        VideoError: The video can't be read at all, no window of it can be decoded, or the system failed.
     """
 
     def __init__(self, source: Source, length: int, size: int | None = None, limit: int | None = None) -> None:
@@ -108,7 +108,7 @@ class VideoWindows:
                 if count == self._limit and window.num_frames == len(window.frames):
                     return
         except VideoError as error:
-            if not count:
+            if not count or not error.lasting:  # a disk that fails for a moment must not leave a part for the whole
                 raise
             self.damage = str(error)
 

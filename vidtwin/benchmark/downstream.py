@@ -166,7 +166,7 @@ def measure(
 
 
 def counts(latent_shapes: LatentShapes) -> dict[str, Any]:
-    """Count what needs no run: tokens, parameters and FLOPs."""
+    """Count tokens, parameters and FLOPs, which need no run."""
     with torch.device("meta"):
         model = LatentDiT(latent_shapes)
     return {

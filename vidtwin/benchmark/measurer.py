@@ -21,6 +21,7 @@ from vidtwin.distributed import forward_context
 from vidtwin.errors import UserError
 from vidtwin.metrics.fvd import MIN_FRAMES, FeatureNetwork
 from vidtwin.metrics.measures import Measures
+from vidtwin.metrics.registry import BY_KEY
 from vidtwin.posteriors import Encoding, Quantized
 
 MAX_TOKENS, MAX_TOKENS_ON_CPU = 20_000, 4_000  # of which a DiT's training step is timed
@@ -42,8 +43,8 @@ class Measurer:
         fps: Frames per second of videos that are written.
         unavailable: Metrics that can't be measured here, with the reason.
         features: Features for rFVD; None without its network.
-        extent: Settings beside a model that decide a row's numbers; with other ones it is measured again.
-        costs_extent: Settings that decide its costs.
+        settings: Settings beside a model that decide a row's numbers; with other ones it is measured again.
+        costs_settings: Settings that decide its costs.
     """
 
     def __init__(self, options: SweepOptions, fabric: Fabric, plan: Plan) -> None:
@@ -57,12 +58,10 @@ class Measurer:
             compared, psnr, epsilon, ssim, network, self.fps, options.backbones, options.vmaf, options.st_lpips
         )
         self.measures.setup(*plan.shape[1:])
-        for name, reason in self.measures.unavailable.items():  # what was asked for has to be there
-            if name in ("vmaf", "st_lpips", "st_lpips_alex") or any(
-                path and str(path) in reason for path in options.backbones.values()
-            ):
+        for name, reason in self.measures.unavailable.items():  # a metric that an option names is required
+            if BY_KEY[name].on_request or any(path and str(path) in reason for path in options.backbones.values()):
                 raise UserError(reason)
-        home = str(Path.home())  # a report is passed on
+        home = str(Path.home())  # reports are shared
         self.unavailable = {name: text.replace(home, "~") for name, text in self.measures.unavailable.items()}
         self.features: ClipFeatures | None = None
         if not (options.i3d.path and options.i3d.sha256):
@@ -73,14 +72,14 @@ class Measurer:
         else:
             i3d = FeatureNetwork(options.i3d.path, options.i3d.sha256, protocol["fvd"]["convention"])
             self.features = ClipFeatures(i3d, options.folder, plan, self._load_target)
-        self.extent = {
+        self.settings = {
             "metrics": [*self.measures.names, *(["rfvd"] if self.features else [])],
             "protocol": plan.digest,
             "batch": len(plan.chunks[0]),
             "device": self.device.type,
             **({"seed": options.seed} if protocol["posterior"] == "sample" else {}),
         }
-        self.costs_extent = [options.repeats, options.cost, options.downstream, cost.device_name(self.device)]
+        self.costs_settings = [options.repeats, options.cost, options.downstream, cost.device_name(self.device)]
 
     def build(self, job: Job) -> LoadedModel:
         """Build a model on the device; `ModelError` if that fails or if it does not take the clips."""
@@ -133,7 +132,7 @@ class Measurer:
 
     @torch.inference_mode()
     def make_views(self, model: LoadedModel, batch: dict[str, Any], place: int) -> dict[str, Tensor]:
-        """Return the reconstruction ("") of a batch's clip, and by title that of each latent alone, if models can."""
+        """Return a clip's reconstructions by title: "" from all latents, others from one alone if the model can."""
         clip = self.prepare_clip(batch)
         encoding, prediction = self.reconstruct(model, clip, batch["indices"])
         shown = {"": prediction}
@@ -144,7 +143,7 @@ class Measurer:
         return {title: view[place].float().cpu() for title, view in shown.items()}
 
     def measure_costs(self, model: LoadedModel) -> dict[str, Any]:
-        """Measure a model's costs and those of a DiT on its latents, as far as they are asked for."""
+        """Measure a model's costs and those of a DiT on its latents, as the options say."""
         shape, repeats, precision = self.plan.shape, self.options.repeats, self._precision
         found: dict[str, Any] = {"cost": None, "downstream": None}
         if self.options.cost:

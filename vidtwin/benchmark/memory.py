@@ -102,7 +102,7 @@ def peak_memory(run: Callable[[], object], device: torch.device, held: Iterable[
 
 
 def within_memory(run: Callable[[], Result], device: torch.device, tried: str) -> Result:
-    """Call `run`; a lack of memory becomes a `UserError` that names what was `tried`, and the device stays usable."""
+    """Call `run`; turn a lack of memory into a `UserError` that names `tried`, and keep the device usable."""
     try:
         return run()
     except (RuntimeError, MemoryError) as error:

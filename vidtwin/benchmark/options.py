@@ -53,7 +53,7 @@ class FVD:
 
     Args:
         path: TorchScript file of I3D.
-        sha256: SHA-256 of the file: it is a program, and only a known one is run.
+        sha256: SHA-256 of the file: it is a program, and is run only if it has this digest.
     """
 
     path: str | None = None
@@ -70,7 +70,7 @@ class SweepOptions:
         protocol: How reconstructions are compared; `preset` is vidtwin, vidtok, tokenbench or wfvae.
         checkpoints_dir: Folder of relative paths of checkpoints.
         results_dir: Folder of the results. Complete rows in it are not measured again.
-        dataset: Name of the data set in papers (MCL-JCV), by which published numbers are found.
+        dataset: Name of the data set in papers (MCL-JCV), used to look up published numbers.
         references: Short names of autoencoders without weights to measure too; by default all that are registered as
             `vidtwin.references`: the clip's mean colour and its temporal mean frame.
         accelerator: Kind of device, as in Lightning: auto, cpu, cuda, ….

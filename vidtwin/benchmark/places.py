@@ -1,4 +1,4 @@
-"""Places of the trained rows in a metric: shared by those whose difference is inside the noise of the test videos."""
+"""Rank the trained rows by a metric; rows tie if their difference is within the noise of the test videos."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +15,7 @@ Unit = tuple[str, float, float]  # video, weight, value
 
 
 def units_of(results: Results) -> dict[str, list[rows.Unit]]:
-    """List, by trained row, what its means are over."""
+    """List by trained row the clips or videos over which its means are taken, with weights and numbers."""
     trained = [row["name"] for row in results.rows if row["kind"] == "trained"]
     return {name: rows.units_of(rows.chosen_clips(results, name), results.protocol) for name in trained}
 
@@ -23,7 +23,7 @@ def units_of(results: Results) -> dict[str, list[rows.Unit]]:
 def rank(
     results: Results, metric: Metric, means: Mapping[str, float], units_by_row: Mapping[str, Sequence[rows.Unit]]
 ) -> dict[str, int]:
-    """Assign the places of rows by their means; a row that is worse than a reference has none."""
+    """Rank rows by their means; a row that is worse than a reference has no rank."""
     units: dict[str, list[Unit]] = {}
     for name in means if metric.per_clip else ():
         units[name] = [(video, weight, values[metric.key]) for video, weight, values in units_by_row[name]]
@@ -33,7 +33,7 @@ def rank(
 
 
 def _is_worse(results: Results, metric: Metric, name: str, reference: str) -> bool:
-    """Check whether a row is worse than a reference over the clips that both have; not if they can't be compared."""
+    """Return whether a row is worse than a reference over their common clips; False if they can't be compared."""
     compared = results.comparison["rows"]
     found = [compared[each].get(metric.key) for each in (name, reference)]
     if metric.per_clip and results.comparison["counts"][reference] < results.comparison["num_clips"]:
@@ -50,10 +50,10 @@ def _is_worse(results: Results, metric: Metric, name: str, reference: str) -> bo
 
 
 def assign(means: Mapping[str, float], units: Mapping[str, Sequence[Unit]], higher: bool) -> dict[str, int]:
-    """Assign places from 1 on; rows share one if their difference from its best row may be chance.
+    """Assign ranks from 1 on; a row ties with the best row of a rank unless they differ significantly.
 
-    Videos are drawn with replacement, the same ones for all rows; a difference may be chance if the interval that holds
-    `CONFIDENCE` of the drawn differences holds 0.
+    Bootstrap: videos are drawn with replacement, the same ones for all rows. Two rows tie if the central interval of
+    probability `CONFIDENCE` of the drawn differences contains 0.
 
     Args:
         means: By row.
@@ -94,5 +94,5 @@ def _draw_means(units: Mapping[str, Sequence[Unit]]) -> dict[str, NDArray[np.flo
 
 
 def _overlap(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
-    """Check whether the interval of the difference of two rows' drawn means holds 0."""
+    """Return whether the interval of the difference of two rows' drawn means contains 0."""
     return bool(min((one >= other).mean(), (one <= other).mean()) > (1 - CONFIDENCE) / 2)

@@ -128,7 +128,7 @@ def _take_other_videos(ranked: list[rows.Key], number: int, taken: list[rows.Key
 
 
 class Writer:
-    """Write views beside the earlier ones, which they replace in the end.
+    """Write views to new files, which replace the earlier ones at the end.
 
     Args:
         folder: Results folder.

@@ -391,7 +391,7 @@ def _finish(
     panels: list[tuple[list[Point], list[tuple[float, float]]]],
     key: str | None = None,
 ) -> None:
-    """Add the footer, settle the layout and then label each panel's points where there is room beside its line."""
+    """Add the footer, fix the layout, then label the points of each panel beside its line if there is room."""
     number, unit = summary.count(results)
     clips = f"{number:,} {unit} of {summary.data_set(results)} that {summary.owners(results)} have"
     shown = [row["name"] for row in results.rows]

@@ -1,12 +1,13 @@
 """The protocol of a measurement, and its hash.
 
-Two papers' PSNR of one model differ by how it was computed. All that decides a number is in one object, whose hash is
-in every row; rows of different hashes are never put side by side.
+Two papers' PSNR of one model differ by how it was computed. The settings that all rows of a comparison share are one
+object, whose hash is in every row; rows of different hashes are never compared. A row's `identity` has the settings of
+its own too: checkpoint, metrics, batch size, kind of device, seed, windows.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,15 +18,40 @@ PEER = "peer: "
 """Beginning of departures that are not hashed: they describe the peer's evaluation, and decide no number of ours."""
 
 _TORCHVISION = "bilinear, antialiased (torchvision)"
-# What no setting changes of evaluations that resize clips. The differences in brackets are those of the PSNR of real
-# videos averaged over 2x2 and 4x4 pixels, at 18 to 39 dB.
+
+
+@dataclass(frozen=True)
+class _Remark:
+    """A step of a peer that no setting here repeats, and the values of settings with which it matters."""
+
+    text: str
+    only: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def holds(self, settings: dict[str, Any]) -> bool:
+        return all(settings.get(key) in values for key, values in self.only.items())
+
+
+# Differences in dB, ours minus the peer's, are those that benchmarks/peers.py prints: of means over 2x2 and 4x4 pixels.
+_AREA = "area (swscale): antialiased shrinking, bilinear enlarging"
+_RESIZING = {"resize": (_TORCHVISION, _AREA)}  # rendered clips are not resized
 _RESIZED = (
-    "resized pictures stay floats there, and have 8 bits here (below 0.04 dB of PSNR)",
-    "pixels that are not square stay so there, and are shown square here",
+    _Remark("resized pictures stay floats there, and have 8 bits here (-0.02 to +0.00 dB of PSNR)", _RESIZING),
+    _Remark(
+        "pixels that are not square stay so there, and are shown square here (+0.05 to +0.82 dB of PSNR)", _RESIZING
+    ),
 )
-_EFFECTS = {"resize": "-1.4 to +0.6 dB of PSNR"}
+_UNPUBLISHED_RFVD = _Remark("how rFVD was computed is not published")
+_EFFECTS = {
+    ("resize", _TORCHVISION, _AREA): "-1.15 to +0.22 dB of PSNR",
+    ("tail", "none", "drop"): "frames at the end that fill no clip are left out",
+    ("tail", "none", "pad"): "the last clip repeats its last frame",
+    ("short_videos", "none", "skip"): "videos that are shorter than a clip are left out",
+    ("short_videos", "none", "loop"): "videos that are shorter than a clip start again",
+    ("short_videos", "none", "pad"): "videos that are shorter than a clip repeat their last frame",
+    ("precision", "bf16-true", "32-true"): "the rounding of clip and reconstruction alone: +0.00 to +0.01 dB of PSNR",
+}
 # The evaluation of each peer. `data` are its settings of the data module, and `peer` others that are compared to those
-# chosen: differences are named, not forced. `remarks` hold whatever is chosen.
+# chosen: differences are named, not forced.
 PRESETS: dict[str, dict[str, Any]] = {
     # VidTok's evaluation, which VidTwin's authors use with a mean over clips, at the rate of their README.
     "vidtwin": {
@@ -43,7 +69,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "resize": _TORCHVISION,
             "precision": "32-true",
         },
-        "remarks": (*_RESIZED, "how rFVD was computed is not published"),
+        "remarks": (*_RESIZED, _UNPUBLISHED_RFVD),
     },
     "vidtok": {
         "compared": "floats",
@@ -60,7 +86,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "resize": _TORCHVISION,
             "precision": "32-true",
         },
-        "remarks": (*_RESIZED, "how rFVD was computed is not published"),
+        "remarks": (*_RESIZED, _UNPUBLISHED_RFVD),
     },
     # Cosmos' TokenBench: the reconstruction's file beside the one that was read, one MSE a video.
     "tokenbench": {
@@ -79,11 +105,13 @@ PRESETS: dict[str, dict[str, Any]] = {
             "crop": "none",
             "clip": "all clips of a video",
         },
-        "peer": {"precision": "bf16-true"},
+        "peer": {"tail": "none", "short_videos": "none", "precision": "bf16-true"},
         "remarks": (
-            "a file is of a whole video of up to 1080p there, and of a square clip here",
-            "rFVD is of whole videos of up to 300 frames there, and of clips here",
-            "equal videos have 186.6 dB there, and 100 here",
+            _Remark(
+                "a file is of a whole video of up to 1080p there, and of a square clip here", {"compared": ("h264",)}
+            ),
+            _Remark("rFVD is of whole videos of up to 300 frames there, and of clips here"),
+            _Remark("equal videos have 186.6 dB there, and 100 here", {"psnr_epsilon": (0.0,)}),
         ),
     },
     # Open-Sora-Plan's evaluation of WF-VAE, which decodes a sample. Its mean over batches of equal size is that over
@@ -107,12 +135,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "peer": {"resize": _TORCHVISION, "precision": "bf16-true"},
         "remarks": (
             *_RESIZED,
-            "both sides get 8 bits by truncation there, and by rounding here (below 0.05 dB of PSNR)",
-            "rFVD is the mean of those of batches there, and one of all clips here",
+            _Remark(
+                "both sides get 8 bits by truncation there, and by rounding here (-0.05 to +0.04 dB of PSNR)",
+                {"compared": ("8-bit", "mp4v")},
+            ),
+            _Remark(
+                "without --crop_size whole pictures are reconstructed and then cropped there, and clips are cropped "
+                "before here (-0.17 to +0.39 dB of PSNR)",
+                {"crop": ("largest centre square",)},
+            ),
+            _Remark("rFVD is the mean of those of batches there, and one of all clips here"),
         ),
     },
 }
-# How the pictures of `compared` become files: numbers of other files are others.
+# How the pictures of `compared` become files: numbers of other files are others. These sentences, and the lines of
+# `departs` that do not begin with PEER, are hashed as they stand: another word makes another protocol.
 _FILES = {
     "mp4v": "both sides: OpenCV's MPEG-4 part 2, 1.5 bits per pixel, quantizers from 3, a keyframe every 12 frames",
     "h264": "the reconstruction, beside the clip as it was read: x264 medium, quantizer 20, above 640x480 pixels 28",
@@ -157,35 +194,36 @@ class ProtocolSettings:
         dataset: str | None = None,
         skipped: dict[str, str] | None = None,
     ) -> dict[str, Any]:
-        """Make the whole protocol, as `protocol.json` has it.
+        """Build the whole protocol, the content of `protocol.json`.
 
         Args:
             data: The data module's description of its test clips.
             precision: Of the models.
             fvd_sha256: Digest of the I3D network; None without one.
-            dataset: Name of the data set as papers call it (MCL-JCV), by which published numbers are found.
+            dataset: Name of the data set in papers (MCL-JCV), used to look up published numbers.
             skipped: Videos without a usable clip, with the reason.
         """
         if self.preset not in PRESETS:
             raise UserError(f"Expected protocol.preset to be one of {', '.join(PRESETS)}, got {self.preset!r}.")
         preset = PRESETS[self.preset]
         changed = {
-            field.name: value
-            for field in fields(self)
-            if field.name in preset and (value := getattr(self, field.name)) not in (None, preset[field.name])
+            each.name: value
+            for each in fields(self)
+            if each.name in preset and (value := getattr(self, each.name)) not in (None, preset[each.name])
         }
         chosen = {key: value for key, value in preset.items() if key != "data"} | changed
         if chosen["psnr"] == "video" and chosen["average"] != "video":
             raise UserError(f"Expected protocol.average: video for protocol.psnr: video, got {chosen['average']}.")
-        ours = data | {"precision": precision}
+        ours = chosen | data | {"precision": precision}
         departs = [
             f"{key} {data.get(key)} for {value}" for key, value in preset["data"].items() if data.get(key) != value
         ]
         remarks = [
-            f"{key} {value}, not {ours.get(key)}" + (f" ({_EFFECTS[key]})" if key in _EFFECTS else "")
+            _describe_step(key, value, ours.get(key))
             for key, value in preset["peer"].items()
-            if ours.get(key) != value
+            if ours.get(key) not in (value, "none")  # rendered clips, of which nothing is resized
         ]
+        remarks += [remark.text for remark in preset["remarks"] if remark.holds(ours)]
         if chosen["psnr_epsilon"] < 0:
             raise UserError(f"Expected protocol.psnr_epsilon of at least 0, got {chosen['psnr_epsilon']}.")
         return {
@@ -205,12 +243,17 @@ class ProtocolSettings:
             "precision": precision,
             "data": data,
             "skipped": dict(sorted((skipped or {}).items())),
-            "departs": [*departs, *(PEER + remark for remark in (*remarks, *preset["remarks"]))] if data else [],
+            "departs": [*departs, *(PEER + remark for remark in remarks)] if data else [],
         }
 
 
+def _describe_step(key: str, peers: Any, ours: Any) -> str:
+    effect = _EFFECTS.get((key, peers, ours))
+    return f"{key} {peers}, not {ours}" + (f" ({effect})" if effect else "")
+
+
 def protocol_hash(protocol: dict[str, Any]) -> str:
-    """Compute the first 16 digits of the SHA-256 of the protocol as canonical JSON, without remarks on the peer."""
+    """Compute the first 16 digits of the SHA-256 of the protocol as sorted, compact JSON without `peer:` lines."""
     text = json.dumps(_drop_remarks(protocol), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -223,7 +266,7 @@ def _drop_remarks(protocol: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat(protocol: dict[str, Any]) -> dict[str, Any]:
-    """Join nested keys with dots."""
+    """Flatten nested dictionaries; keys are joined by dots."""
     found: dict[str, Any] = {}
     for key, value in protocol.items():
         if isinstance(value, dict) and value:
@@ -256,6 +299,7 @@ def write(protocol: dict[str, Any], folder: Path, videos: dict[str, str] | None 
     """
     path, listing = folder / "protocol.json", folder / "videos.json"
     digest = protocol_hash(protocol)
+    text = json.dumps(protocol, indent=2, sort_keys=True) + "\n"
     if path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -264,16 +308,18 @@ def write(protocol: dict[str, Any], folder: Path, videos: dict[str, str] | None 
                 f"Expected JSON in {path}, got a file that is cut off or damaged ({error}); remove it and run again."
             ) from error
         if protocol_hash(found) == digest:
+            if found != protocol:  # remarks of another version
+                write_text(path, text)
             return digest
-        if any(folder.glob("rows/*/*")):  # before anything is measured it may be put right
+        if any(folder.glob("rows/*/*")):  # before anything is measured it may be replaced
             changed = _changed_videos(videos or {}, listing)
-            remark = f"; the content of {few(changed)} is another" if changed else ""
+            remark = f"; the content of {few(changed)} has changed" if changed else ""
             raise UserError(
                 f"Expected results of protocol {digest} in {folder}, got those of {protocol_hash(found)} "
                 f"(they differ in {', '.join(differences(protocol, found))}{remark}); choose another --results_dir."
             )
     write_text(listing, json.dumps(videos or {}, indent=1, sort_keys=True) + "\n")
-    write_text(path, json.dumps(protocol, indent=2, sort_keys=True) + "\n")
+    write_text(path, text)
     return digest
 
 

@@ -9,13 +9,14 @@ rows/<name>/earlier/<identity>/                    a complete row that another o
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from vidtwin.benchmark import rows
+from vidtwin.benchmark.identity import compute_identity, find_known
 from vidtwin.benchmark.plan import Job, ModelError, Part, Plan, compute_digest, make_empty_part
 from vidtwin.benchmark.rfvd import decode_features
 from vidtwin.console import log
@@ -35,22 +36,49 @@ class RowFolder:
         results: Results folder.
         job: The row to measure.
         plan: Clips and protocol.
-        extent: Settings beside the model that decide the row's numbers.
-        costs_extent: Settings that decide its costs.
+        settings: Settings beside the model that decide the row's numbers, by name.
+        costs_settings: Settings that decide its costs.
     """
 
-    def __init__(self, results: Path, job: Job, plan: Plan, extent: dict[str, Any], costs_extent: list[Any]) -> None:
+    def __init__(
+        self, results: Path, job: Job, plan: Plan, settings: dict[str, Any], costs_settings: list[Any]
+    ) -> None:
         self.results, self.job, self.plan = results, job, plan
         self.name = job.name
         self.folder = inside(results, f"rows/{job.name}")
-        self.identity = compute_digest([compute_digest(job.identity), extent])
-        costs_identity = compute_digest([self.identity, costs_extent])
+        self.settings, self.costs_settings = settings, costs_settings
+        self.identity = compute_identity(job.identity, settings)
         self.parts = Resumable(inside(self.folder, "parts"), "{:06d}.json", self._read_part)
-        self.costs = Resumable(self.folder, COSTS, lambda _, path: read_json(path, identity=costs_identity))
-        self.costs_identity = costs_identity
+        self.costs = Resumable(self.folder, COSTS, lambda _, path: read_json(path, identity=self.costs_identity))
+
+    @property
+    def costs_identity(self) -> str:
+        """The identity of the row's costs."""
+        return compute_digest([self.identity, self.costs_settings])
+
+    def find_identity(self) -> str:
+        """Return the identity under which this model was measured here, maybe by an earlier version; else the own."""
+        return find_known(self.job.identity, self.settings, self._list_identities()) or self.identity
+
+    def _list_identities(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
+        """List the identities in the folder, each with the model's spec if it is known: row, earlier rows, parts."""
+        for path in [self.folder / RESULTS, *sorted(self.folder.glob(f"earlier/*/{RESULTS}"))]:
+            try:
+                row = rows.read_row(path)
+            except UserError:  # `is_complete` says so
+                continue
+            if row["kind"] != "failed" and row.get("identity"):
+                yield str(row["identity"]), row.get("model")
+        for path in sorted(self.parts.folder.glob("[0-9]*.json")):
+            try:
+                part = read_json(path)
+            except UserError:  # `parts` says so
+                continue
+            if isinstance(part, dict) and part.get("identity"):
+                yield str(part["identity"]), None
 
     def is_complete(self) -> bool:
-        """Return whether an up-to-date row exists, if need be one that was put aside; log the reason if not."""
+        """Return whether an up-to-date row exists, restored from `earlier/` if needed; log the reason if not."""
         if not self.job.error:
             self._restore()
         if not (self.folder / RESULTS).exists():
@@ -64,7 +92,10 @@ class RowFolder:
             log(f"{self.name} failed before and is tried again")
         elif row.get("identity") != self.identity:
             if not self.job.error:
-                log(f"{self.name} is measured again: the row there is of another checkpoint, model or set of metrics")
+                log(
+                    f"{self.name} is measured again: the row there has another checkpoint, model, set of metrics, "
+                    "batch size, seed, kind of device or windows"
+                )
         elif row["failed_clips"]:
             log(f"{self.name} failed on {len(row['failed_clips'])} clips, which are tried again")
         else:
@@ -107,7 +138,7 @@ class RowFolder:
         for chunk in range(len(self.plan.chunks)):
             part = self.parts.get(chunk)
             if part is None:
-                raise ModelError(f"part {chunk} of it, which was measured, is missing; run the sweep again")
+                raise ModelError(f"its part {chunk} is missing, though it was measured; run the sweep again")
             joined["clips"] += part["clips"]
             joined["failed"] += part["failed"]
             joined["skipped"] += part["skipped"]
@@ -139,10 +170,10 @@ class RowFolder:
                 self.parts.path(number).unlink()
 
     def write_failed(self, error: str) -> None:
-        """Write a row with an error; a row whose checkpoint is missing stays."""
+        """Write a row with an error, but keep a complete one if the model could not be built (no checkpoint)."""
         row = self.read()
         if self.job.error and row and row["kind"] != "failed":
-            log(f"{self.name}: the row that is there stays, of its own checkpoint")
+            log(f"{self.name}: kept the complete row that was measured earlier")
             return
         self._put_aside()
         self.update(
@@ -166,7 +197,7 @@ class RowFolder:
         return cast("Part | None", read_json(path, identity=self.identity, chunk=self.plan.list_clips(chunk)))
 
     def _read_intact(self, folder: Path) -> rows.Row:
-        """Read a row all of whose files are there; `UserError` names one that is not."""
+        """Read a row with all of its files; `UserError` names a missing or damaged one."""
         row = rows.read_row(folder / RESULTS)
         if row["kind"] == "failed":
             return row
@@ -181,19 +212,19 @@ class RowFolder:
         return row
 
     def _restore(self) -> None:
-        """Take back a row that was put aside, if it is the one that is wanted now."""
+        """Move the earlier row of this identity back, if there is one."""
         earlier = self._earlier(self.identity)
         if not self._is_wanted(earlier):
             return
         if self._is_wanted(self.folder):
-            shutil.rmtree(earlier)  # a run was killed when it had taken it back
+            shutil.rmtree(earlier)  # a run was killed after it had restored the row
             return
         self._put_aside()
         _move_row(earlier, self.folder)
-        log(f"{self.name}: the row that was put aside is taken back")
+        log(f"{self.name}: restored the earlier row of these settings")
 
     def _is_wanted(self, folder: Path) -> bool:
-        """Return whether a folder has the intact row of this identity."""
+        """Return whether a folder has an intact row of this identity."""
         try:
             return self._read_intact(folder).get("identity") == self.identity
         except UserError:
@@ -203,19 +234,19 @@ class RowFolder:
         return inside(inside(self.folder, "earlier"), identity)
 
     def _put_aside(self) -> None:
-        """Put a complete row of another checkpoint, model or set of metrics aside before another replaces it."""
+        """Move a complete row of another identity to `earlier/` before another row replaces it."""
         row = self.read()
         if row is None or row["kind"] == "failed" or row.get("identity") == self.identity:
             return
-        target = self._earlier(str(row.get("identity") or row["fingerprint"] or "row"))
+        target = self._earlier(str(row.get("identity") or row["fingerprint"] or compute_digest(row)))
         _move_row(self.folder, target)
-        log(f"{self.name}: the earlier row is kept in {target}")
+        log(f"{self.name}: moved the earlier row to {target}")
 
 
 def _move_row(source: Path, target: Path) -> None:
-    """Move a row's files so that the row is complete in one of the two folders at every moment.
+    """Move a row's files so that one of the two folders has all of them at every moment.
 
-    `results.json`, which says that a row is complete, arrives last and then leaves first.
+    `results.json`, without which a folder has no row, arrives last and then leaves first.
     """
     target.mkdir(parents=True, exist_ok=True)
     (target / RESULTS).unlink(missing_ok=True)

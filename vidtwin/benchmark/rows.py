@@ -55,7 +55,7 @@ class Results:
 
 
 def read(folder: str | Path) -> Results:
-    """Read a results folder; `UserError` for one that is absent, empty, cut off somewhere or of several protocols."""
+    """Read a results folder; `UserError` if it is missing, empty, truncated or of several protocols."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"Expected a results folder, got {folder}, which does not exist.")
@@ -149,7 +149,7 @@ def read_clips(folder: Path, row: Row) -> list[Clip]:
 
 
 def write_row(folder: Path, row: Row, clips: list[Clip]) -> None:
-    """Write `clips.csv`, then `results.json`, whose presence says that the row is complete."""
+    """Write `clips.csv`, then `results.json`, without which a folder has no row."""
     target = inside(folder, f"rows/{row['name']}")
     metrics = [metric for metric in PER_CLIP if clips and metric in clips[0]]
     columns = [*_IDENTITY, *metrics]
@@ -171,7 +171,7 @@ def common_clips(results: Results) -> set[Key]:
 
 
 def chosen_clips(results: Results, name: str) -> list[Clip]:
-    """Return those of a row's clips of which its means are."""
+    """Return the clips of a row over which its means are taken."""
     common = common_clips(results)
     return [clip for clip in results.clips[name] if key_of(clip) in common]
 
@@ -189,10 +189,10 @@ def compare(results: Results, kept: dict[str, Any]) -> dict[str, Any]:
         kept: An earlier comparison. Its rFVD, which needs the clips' features, holds while the clips are the same.
 
     Returns:
-        "num_clips", "num_videos" that they are of, "num_test_clips" of the data, "ranked" (whether the common ones are
-        at least `FLOOR` of those), "clips_sha256", "left_out" (by row, the clips of the others that it lacks),
-        "counts" (by row, the number of clips of its means), "rows" (by row, "mean" and "std" of each metric; "rfvd" as
-        in `results.json`).
+        "num_clips" and "num_videos" of the common clips, "num_test_clips" of the data, "ranked" (whether the common
+        clips are at least `FLOOR` of those), "clips_sha256", "left_out" (by row, the clips of other rows that it
+        lacks), "counts" (by row, the number of clips of its means), "rows" (by row, "mean" and "std" of each metric;
+        "rfvd" as in `results.json`).
     """
     common = common_clips(results)
     every: set[Key] = {key_of(clip) for clips in results.clips.values() for clip in clips}
@@ -256,7 +256,7 @@ def means(clips: Sequence[Clip], protocol: dict[str, Any]) -> dict[str, dict[str
 
 
 def units_of(clips: Sequence[Clip], protocol: dict[str, Any]) -> list[Unit]:
-    """List what a mean is over, clips or videos: the video, the weight and the numbers of each."""
+    """List video, weight and numbers of each clip, or of each video if the protocol averages videos."""
     names = [metric for metric in PER_CLIP if clips and metric in clips[0] and metric != "mse"]
     average = protocol["average"]
     if average == "video":
@@ -302,7 +302,7 @@ def _deviation(values: list[float], weights: list[int]) -> float | None:
 
 
 def look_up(found: dict[str, Any], path: str) -> Any:
-    """Return what stands at a dotted path of nested dictionaries; None if any part is absent."""
+    """Return the value at a dotted path of nested dictionaries; None if any part is absent."""
     value: Any = found
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None

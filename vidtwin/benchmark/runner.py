@@ -37,14 +37,14 @@ class Runner:
     def __init__(self, options: SweepOptions, fabric: Fabric, plan: Plan, jobs: list[Job]) -> None:
         self.options, self.fabric, self.plan = options, fabric, plan
         self.measurer = Measurer(options, fabric, plan)
-        extents = self.measurer.extent, self.measurer.costs_extent
-        self.rows = [RowFolder(options.folder, job, plan, *extents) for job in jobs]
+        settings = self.measurer.settings, self.measurer.costs_settings
+        self.rows = [RowFolder(options.folder, job, plan, *settings) for job in jobs]
         self.mine = [chunk for chunk in range(len(plan.chunks)) if chunk % fabric.world_size == fabric.global_rank]
         self.head = range(min(len(plan.chunks), -(-HEAD // len(plan.chunks[0]))))
         self.failed: list[str] = []
 
     def run(self) -> None:
-        """Measure every missing row. A model that fails becomes a row with its error; the others go on."""
+        """Measure every missing row. A model that fails becomes a row with its error; the others continue."""
         waiting = self._select()
         clips = sum(len(self.plan.chunks[chunk]) for chunk in self.mine)
         hidden = not (self.options.progress and self.fabric.is_global_zero and waiting)
@@ -101,6 +101,7 @@ class Runner:
         if self.fabric.is_global_zero:
             for number, row in enumerate(self.rows):
                 remove_leftovers(row.folder)
+                row.identity = row.find_identity()
                 if row.is_complete():
                     row.remove_parts()  # the sweep was killed before it did that
                 else:
@@ -108,7 +109,10 @@ class Runner:
             if complete := len(self.rows) - len(waiting):
                 log(f"{complete} of {len(self.rows)} rows are complete")
             waiting.sort(key=lambda number: (self.rows[number].read() or {}).get("kind") == "failed")
-        return [self.rows[number] for number in self.fabric.broadcast(waiting)]
+        waiting, identities = self.fabric.broadcast((waiting, [row.identity for row in self.rows]))
+        for row, identity in zip(self.rows, identities, strict=True):
+            row.identity = identity
+        return [self.rows[number] for number in waiting]
 
     def _log_progress(self, row: RowFolder, missing: list[int], bar: tqdm) -> None:
         stale = len(list(row.parts.folder.glob("[0-9]*.json"))) - len(self.mine) + len(missing)

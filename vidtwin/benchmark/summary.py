@@ -67,7 +67,7 @@ class Line:
 
     @property
     def group(self) -> int:
-        """Sorting keeps trained models before the others, which are not ranked."""
+        """Sort key: trained models before the others, which are not ranked."""
         return rows.KINDS.index(self.kind)
 
 
@@ -99,7 +99,7 @@ def metrics(results: Results) -> list[Metric]:
 
 
 def measured_metrics(results: Results) -> list[Metric]:
-    """List the metrics of which at least one row has a value: those with a column, the notes explain the others."""
+    """List the metrics that have a column: at least one row has a value. Notes explain the others."""
     return [m for m in metrics(results) if any(mean(results, row["name"], m.key) is not None for row in results.rows)]
 
 
@@ -120,7 +120,7 @@ def is_ranked(results: Results, row: Row, key: str) -> bool:
 
 
 def note(results: Results, row: Row) -> str:
-    """Say how a row differs from a trained model on all clips, or why it failed."""
+    """Describe how a row differs from a trained model on all clips, or why it failed."""
     if row["kind"] == "failed":
         return f"failed: {' '.join(str(row.get('error') or 'no reason was kept').split())}"
     windows, failed = row.get("windows"), row.get("failed_clips")
@@ -152,7 +152,7 @@ def clip_format(results: Results) -> str:
 
 
 def count(results: Results) -> tuple[int, str]:
-    """Count what the means are over, and name it: clips, or the videos that they are of."""
+    """Count the clips, or the videos if the protocol averages them, over which the means are taken; name the unit."""
     clips = results.comparison["num_clips"]
     if results.protocol["average"] == "video":
         return results.comparison["num_videos"], f"videos of the {_clips(clips)}"
@@ -359,7 +359,7 @@ def _at(path: str, text: Callable[[Any], str] = "{:,}".format) -> Callable[[dict
 
 
 def _costs(results: Results, key: str, caption: str, filled: list[Any], notes: list[str]) -> Table | None:
-    """Build a table of what rows have under `key`; the last note, on settings, is filled for rows that share them."""
+    """Build a table of the values of rows under `key`; rows with the same settings share the last note."""
     lines = []
     shared: dict[str, list[str]] = {}
     for row in rows.order(results):
@@ -443,7 +443,7 @@ def _notes(results: Results, measured: list[Row]) -> Iterator[str]:
 
 
 def claims(results: Results) -> Iterator[str]:
-    """Say which rows claim another compression rate than they have."""
+    """Yield a note for each row whose claimed compression rate differs from the measured one."""
     for row in rows.order(results):
         if (claimed := row.get("claimed")) and not claimed["agrees"]:
             rates = format_rate(claimed["rate"]), format_rate(row["compression_rate"])

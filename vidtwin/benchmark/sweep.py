@@ -39,16 +39,16 @@ class Sweep(SweepOptions):
     """
 
     def run(self) -> int:
-        """Measure what is missing and write everything → 0, or 1 if a model could not be measured."""
+        """Measure the missing chunks and write all outputs → 0, or 1 if a model could not be measured."""
         fabric = launch(self.accelerator, self.devices, self.num_nodes, self.precision)
-        self.source.dataset("test")  # data that are refused leave no folder behind
+        self.source.dataset("test")  # before the folder is made: refused data leave none
         if self.strict:
             self._check_models()
         try:
             with lock(self.folder, "sweep", fabric):
                 return self._run(fabric)
         except KeyboardInterrupt:
-            log(f"what was measured is in {self.folder}; the same command goes on", rank_zero=True)
+            log(f"finished chunks are in {self.folder}; run the same command again to continue", rank_zero=True)
             raise
 
     def _run(self, fabric: Fabric) -> int:
@@ -175,7 +175,7 @@ class Sweep(SweepOptions):
         return Job(name, {"name": name, "reference": plugins.resolve(name, "vidtwin.references")}, build)
 
     def _check_other_rows(self, own: set[str], digest: str) -> None:
-        """Refuse unreadable rows of no entry, which would end the sweep after all was measured; log the others."""
+        """Log the rows of models that the config does not list; refuse unreadable ones before anything is measured."""
         others = [path for path in sorted(self.folder.glob("rows/*/results.json")) if path.parent.name not in own]
         for path in others:
             row = rows.read_row(path)
@@ -188,7 +188,10 @@ class Sweep(SweepOptions):
                 rows.read_clips(path.parent, row)
         if others:
             names = ", ".join(path.parent.name for path in others)
-            log(f"rows there of no autoencoder in the config, which are compared too: {names}", rank_zero=True)
+            log(
+                f"also compared, since they are in {self.folder}: {names}, which the config does not list",
+                rank_zero=True,
+            )
 
 
 def _refuse() -> LoadedModel:

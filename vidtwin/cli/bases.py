@@ -48,7 +48,9 @@ def chain(config: str | Path, foreign: bool = False) -> list[str | Path]:
         if base.resolve() in {Path(each).resolve() for each in found}:
             raise UserError(f"Expected a base that does not lead back to {base}, got it in {found[0]}.")
         if not base.is_file():
-            raise UserError(f"Expected a config at {base}, the base of {found[0]}; got no such file.")
+            raise UserError(
+                f"Expected a config at {base}, the base of {found[0]}, got no such file; correct base or create it."
+            )
         found.insert(0, base)
     return found
 

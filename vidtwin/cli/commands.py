@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from vidtwin import plugins
 from vidtwin.cli import bases
-from vidtwin.cli.messages import Answered
+from vidtwin.cli.messages import ParserExit
 from vidtwin.errors import UserError, suggestion
 
 GROUP = "vidtwin.commands"
@@ -116,7 +116,7 @@ def run(name: str, argv: list[str]) -> int:
         loaded = import_module(module)
         try:
             return int(getattr(loaded, function)(argv) if function else _run_module(name, loaded, argv))
-        except Answered as end:
+        except ParserExit as end:
             return int(end.code or 0)
     if name in plugins.available(GROUP):
         command = plugins.load(name, GROUP)

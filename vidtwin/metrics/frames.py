@@ -87,7 +87,7 @@ def ssim(prediction: Tensor, target: Tensor, variant: SSIMVariant = "gaussian_po
     Returns:
         (B, T), 1 for equal frames.
     """
-    reason = ssim_allowed(prediction.shape[-2], prediction.shape[-1], variant)
+    reason = ssim_unavailable(prediction.shape[-2], prediction.shape[-1], variant)
     if reason:
         raise UserError(reason)
     pool = max(1, round(min(prediction.shape[3:]) / 256)) if variant == "gaussian_pooled" else 1
@@ -100,8 +100,8 @@ def ssim(prediction: Tensor, target: Tensor, variant: SSIMVariant = "gaussian_po
     return _by_frames(of_frames, prediction, target)
 
 
-def ssim_allowed(height: int, width: int, variant: SSIMVariant = "gaussian_pooled") -> str | None:
-    """Say why frames of this size have no such SSIM; None if they have one."""
+def ssim_unavailable(height: int, width: int, variant: SSIMVariant = "gaussian_pooled") -> str | None:
+    """Return the reason why SSIM is unavailable for frames of this size, or None."""
     if variant not in _WINDOWS:
         raise UserError(f"Expected the variant of SSIM to be one of {', '.join(_WINDOWS)}, got {variant!r}.")
     window = _WINDOWS[variant]
@@ -123,14 +123,14 @@ def ms_ssim(prediction: Tensor, target: Tensor) -> Tensor:
     Returns:
         (B, T), 1 for equal frames.
     """
-    reason = ms_ssim_allowed(*prediction.shape[-2:])
+    reason = ms_ssim_unavailable(*prediction.shape[-2:])
     if reason:
         raise UserError(reason)
     return _by_frames(_ms_ssim, prediction, target)
 
 
-def ms_ssim_allowed(height: int, width: int) -> str | None:
-    """Say why frames of this size have no MS-SSIM; None if they have one."""
+def ms_ssim_unavailable(height: int, width: int) -> str | None:
+    """Return the reason why MS-SSIM is unavailable for frames of this size, or None."""
     if min(height, width) >= _MS_SMALLEST:
         return None
     return (

@@ -76,7 +76,7 @@ class FeatureNetwork:
                 f"Expected a TorchScript file at {path}, got one that torch.jit.load refuses "
                 f"({_first_line(error)}); a file of weights has to be exported with torch.jit.script first."
             ) from error
-        self(torch.zeros(1, 3, 16, 32, 32))  # a file that is no I3D is refused before anything is measured
+        self(torch.zeros(1, 3, 16, 32, 32))  # refuses a file of another network before anything is measured
 
     @torch.no_grad()
     def __call__(self, clip: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ ACTIVE_VARIANCE = 0.01
 
 
 class LatentStatistics:
-    """Running sums over clips, in double precision on the CPU, of which those of several ranks can be merged.
+    """Running sums over clips, in double precision on the CPU; those of several ranks can be merged.
 
-    Sums know their sizes by the first clip alone, so that this is no torchmetrics `Metric`: its ranks could not agree
+    Sums know their sizes by the first clip alone, so this is not a torchmetrics `Metric`: its ranks could not agree
     on what to exchange when one of them has seen no clip.
 
         statistics.update(encoding)                     # for each batch
@@ -41,7 +41,7 @@ class LatentStatistics:
             self._add(name, sums)
 
     def compute(self) -> dict[str, dict[str, Tensor]]:
-        """By latent, for those that came:
+        """Return by latent, for those that were given:
 
         - "active_units" (C,): how many units of the channel are active, of "units" () that it has: those whose
           posterior's mean (or value, where there is no noise) has a variance over the clips above 0.01.

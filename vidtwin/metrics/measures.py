@@ -12,20 +12,20 @@ from vidtwin.errors import UserError
 from vidtwin.losses.frame_distance import FrameDistance
 from vidtwin.losses.perceptual import LPIPS
 from vidtwin.losses.st_lpips import STLPIPS
-from vidtwin.metrics.files import Compared, as_compared
+from vidtwin.metrics.compared import Compared, as_compared
 from vidtwin.metrics.frames import (
     SSIMVariant,
     decibels,
     ms_ssim,
-    ms_ssim_allowed,
+    ms_ssim_unavailable,
     mse,
     psnr,
     ssim,
-    ssim_allowed,
+    ssim_unavailable,
 )
 from vidtwin.metrics.registry import PER_CLIP
-from vidtwin.metrics.temporal import flicker, flicker_allowed
-from vidtwin.metrics.vmaf import vmaf, vmaf_allowed
+from vidtwin.metrics.temporal import flicker, flicker_unavailable
+from vidtwin.metrics.vmaf import vmaf, vmaf_unavailable
 from vidtwin.precision import full_precision
 
 PSNROver = Literal["frame", "clip", "video"]
@@ -117,14 +117,14 @@ class Measures:
         if self.compared == "mp4v" and (height % 2 or width % 2):
             raise UserError(f"Expected frames with an even height and width for mp4v, got {(height, width)}.")
         reasons = {
-            "ssim": ssim_allowed(height, width, self.ssim),
-            "ms_ssim": ms_ssim_allowed(height, width),
-            **{name: _distance_allowed(distance, height, width) for name, distance in self._perceptual.items()},
-            "flicker": flicker_allowed(num_frames),
+            "ssim": ssim_unavailable(height, width, self.ssim),
+            "ms_ssim": ms_ssim_unavailable(height, width),
+            **{name: _distance_unavailable(distance, height, width) for name, distance in self._perceptual.items()},
+            "flicker": flicker_unavailable(num_frames),
         }
         metrics = self._all()
         if self.vmaf:
-            reasons["vmaf"] = vmaf_allowed(height, width)
+            reasons["vmaf"] = vmaf_unavailable(height, width)
         self.unavailable = {name: reason for name, reason in reasons.items() if reason}
         self._metrics = {name: metrics[name] for name in PER_CLIP if name in metrics and name not in self.unavailable}
 
@@ -138,10 +138,10 @@ class Measures:
         return self.values(*self.prepare(prediction, target))
 
     def prepare(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Make both sides what the protocol compares, which FVD has to take as well; see `as_compared`.
+        """Convert both clips to the form that the protocol compares; FVD takes the same. See `as_compared`.
 
-        With "h264" the target stays as it was read: TokenBench compares the reconstruction's file to the one that the
-        model got, and encodes that no second time.
+        With "h264" the target is only rounded to 8 bits: TokenBench compares the reconstruction's file to the file
+        that the model got, which is not encoded a second time.
         """
         of_target: Compared = "8-bit" if self.compared == "h264" else self.compared
         return as_compared(prediction, self.compared, self.fps), as_compared(target, of_target, self.fps)
@@ -178,9 +178,9 @@ class Measures:
         return metrics | dict(self._perceptual)
 
 
-def _distance_allowed(distance: FrameDistance, height: int, width: int) -> str | None:
+def _distance_unavailable(distance: FrameDistance, height: int, width: int) -> str | None:
     try:
         distance.load(download=False)
     except UserError as error:
         return str(error)
-    return distance.allowed(height, width)
+    return distance.unavailable(height, width)

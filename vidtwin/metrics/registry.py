@@ -38,7 +38,8 @@ class Metric(Column):
         digits: Digits after the point.
         per_clip: Whether each clip has a value; rFVD needs the whole set.
         shown: Whether tables and plots have it; MSE only serves to compute PSNR.
-        on_request: Whether table.csv has its columns only if a row was measured by it.
+        on_request: Whether it is measured only if an option asks for it; a sweep that can't measure it is then refused,
+            and table.csv has its columns only if a row was measured by it.
     """
 
     higher: bool = True
@@ -77,7 +78,9 @@ METRICS = (
         needs="`st_lpips: alex`, the extra `offline`, 21 px a side",
     ),
     Metric("flicker", "Flicker", higher=False, digits=5, needs="2 frames"),
-    Metric("vmaf", "VMAF", higher=True, digits=2, needs="`vmaf: true`, the extra `vmaf`, 32 px a side"),
+    Metric(
+        "vmaf", "VMAF", higher=True, digits=2, on_request=True, needs="`vmaf: true`, the extra `vmaf`, 32 px a side"
+    ),
     Metric("rfvd", "rFVD", higher=False, digits=1, needs="an I3D network, 10 frames", per_clip=False),
 )
 BY_KEY = {metric.key: metric for metric in METRICS}

@@ -20,13 +20,13 @@ def flicker(prediction: Tensor, target: Tensor) -> Tensor:
     Returns:
         (B,), 0 for a reconstruction that is off by the same in all frames.
     """
-    reason = flicker_allowed(prediction.shape[2]) if prediction.ndim == 5 else None
+    reason = flicker_unavailable(prediction.shape[2]) if prediction.ndim == 5 else None
     if reason:
         raise UserError(reason)
     prediction, target = unit_range(prediction, target)
     return (prediction - target).diff(dim=2).abs().mean(dim=(1, 2, 3, 4))
 
 
-def flicker_allowed(num_frames: int) -> str | None:
-    """Say why clips of so many frames have no flicker; None if they have one."""
+def flicker_unavailable(num_frames: int) -> str | None:
+    """Return the reason why flicker is unavailable for clips of this length, or None."""
     return None if num_frames > 1 else f"Expected clips of at least 2 frames for flicker, got {num_frames}."

@@ -26,7 +26,7 @@ def vmaf(prediction: Tensor, target: Tensor) -> Tensor:
     Returns:
         (B,).
     """
-    reason = vmaf_allowed(prediction.shape[-2], prediction.shape[-1])
+    reason = vmaf_unavailable(prediction.shape[-2], prediction.shape[-1])
     if reason:
         raise UserError(reason)
     network = _network().to(prediction.device)
@@ -34,8 +34,8 @@ def vmaf(prediction: Tensor, target: Tensor) -> Tensor:
     return torch.stack([network(there, here).mean() for here, there in pairs])
 
 
-def vmaf_allowed(height: int, width: int) -> str | None:
-    """Say why VMAF can't be measured here or on frames of this size; None if it can."""
+def vmaf_unavailable(height: int, width: int) -> str | None:
+    """Return the reason why VMAF is unavailable, here or for frames of this size, or None."""
     try:
         importlib.import_module("vmaf_torch")
     except ImportError as error:
@@ -53,5 +53,5 @@ def _luma(clips: Tensor) -> Tensor:
 
 @cache
 def _network() -> Any:
-    # The package names no types, and its absence is no error before VMAF is asked for.
+    # The package has no types, and may be missing unless VMAF is requested.
     return importlib.import_module("vmaf_torch").VMAF(clip_score=True).eval().requires_grad_(False)

@@ -133,7 +133,7 @@ class StructureBranch(nn.Module):
         keep_variance(self.conv_in)
         for layers in (self.downsample, self.embed, self.to_features):
             _keep_variance_all(layers)
-        # A kernel after an up-sampling needs all its taps: only its neighbours tell apart the positions that the
+        # A kernel after an up-sampling needs all its taps: only its neighbours distinguish the positions that the
         # up-sampling made equal.
         for level, layer in enumerate(layer for layer in self.upsample if isinstance(layer, nn.Conv2d)):
             keep_variance(layer, relu=True, local=level == 0)

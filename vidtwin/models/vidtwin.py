@@ -53,9 +53,10 @@ class VidTwin(VideoAutoencoder):
         activation_checkpointing: Recompute each block in the backward pass: less memory, about a third more time.
         initialization: "balanced" for training from scratch (docs/training_from_scratch.md), or "released": the initial
             values of the released code.
-        structure_shortcut: Frame groups of a shortcut without parameters over the structure branch, a divisor of
-            `num_queries`: 1 averages all frames, `num_queries` keeps as many moments as there are maps. 0, the paper's
-            arithmetic, has no shortcut (docs/training_from_scratch.md; `vidtwin.models.shortcut`).
+        structure_shortcut: Number of frame groups of a residual without parameters around the structure branch; divides
+            `num_queries`, at most `num_frames`. 0, as in the paper: none. 1 keeps structure static; `num_queries`
+            gives the best PSNR, but structure absorbs motion (docs/training_from_scratch.md; formulas in
+            `vidtwin.models.shortcut`).
     """
 
     latent_names: ClassVar[tuple[str, ...]] = ("structure", "dynamics")

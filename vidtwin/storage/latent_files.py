@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vidtwin.errors import UserError
-from vidtwin.files import replacing, write_text
+from vidtwin.files import parse_json, replacing, write_text
 from vidtwin.video import parse_rate
 
 MANIFEST = "manifest.json"
@@ -136,6 +136,7 @@ class Manifest:
         settings: Settings of the encoding: num_frames per window, size, posterior, dtype, ….
         classes: Names of the labels.
         skipped: Name → reason of videos without a readable frame.
+        unread: Name → reason of videos at which the system failed: without them, the latents are not complete.
         statistics: "mean" and "std" per channel (axis 1) of each continuous latent; with moments also "sample_std",
             that of samples. None if the channels differ between videos.
         totals: clips, videos, frames, bytes, compression_rate, bits_per_pixel.
@@ -148,6 +149,7 @@ class Manifest:
     shards: list[list[Piece]]
     classes: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
     complete: bool = False
     statistics: dict[str, dict[str, list[float]] | None] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)
@@ -161,13 +163,13 @@ class Manifest:
         """
         path = Path(folder) / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             version = content.pop("schema_version")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"Expected a folder of latents with {path}, got none; write it by `vidtwin encode`."
             ) from None
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"Expected a manifest written by `vidtwin encode` in {path}, got something else.") from None
         if version != SCHEMA_VERSION:
             raise UserError(
@@ -193,7 +195,7 @@ class Manifest:
         _check_text(model["class_path"], model["weights_sha256"])
         _check_text(model.get("checkpoint", ""), model.get("config") or "")
         _check_counts(self.settings["num_frames"], model.get("use_ema", False))
-        _check_text(*self.classes, *self.skipped, *self.skipped.values())
+        _check_text(*self.classes, *self.skipped, *self.skipped.values(), *self.unread, *self.unread.values())
         for name, latent in self.latents.items():
             if latent.kind not in ("gaussian", "deterministic", "codes"):
                 raise ValueError(f"a kind of {ascii(name)[:100]}")
@@ -214,6 +216,8 @@ class Manifest:
     def write(self, folder: str | Path) -> None:
         """Write the manifest atomically."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        if not self.unread:  # a key that earlier versions refuse
+            del content["unread"]
         write_text(Path(folder) / MANIFEST, json.dumps(content, indent=1) + "\n")
 
     @property
@@ -335,16 +339,20 @@ class Shard:
         self._codebooks: dict[str, int | None] = {}  # known when it is compared to a manifest
         try:
             self._file = safe_open(path, "pt")
-            header = json.loads((self._file.metadata() or {})[_KEY])
+            header = parse_json((self._file.metadata() or {})[_KEY])
             version, plan = header["schema_version"], header["plan"]
         except FileNotFoundError:
-            raise UserError(f"{path}: expected a shard, there is no such file.") from None
+            raise UserError(f"{path}: expected a shard, got no such file; encode again.") from None
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: expected a whole shard, it is cut off or damaged ({error}).") from None
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{path}: expected a shard written by `vidtwin encode`, got something else.") from None
+            raise UserError(
+                f"{path}: expected a whole shard, got one that is cut off or damaged ({error}); encode again."
+            ) from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path}: expected a shard written by `vidtwin encode`, got something else; encode again."
+            ) from None
         if version != SCHEMA_VERSION or plan != digest:
-            raise UserError(f"{path}: expected a shard of these latents, it is one of others.")
+            raise UserError(f"{path}: expected a shard of these latents, got one of others; encode again.")
         self.names = set(self._file.keys())
         try:
             self.pieces = [_check_piece(StoredPiece(**piece)) for piece in header["pieces"]]
@@ -352,7 +360,9 @@ class Shard:
             _check_sums(self.sums)
             self._digest: str = header["sha256"]
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: expected a shard written by `vidtwin encode`, it is damaged ({error}).") from None
+            raise UserError(
+                f"{path}: expected a shard written by `vidtwin encode`, got a damaged one ({error}); encode again."
+            ) from None
 
     def rows(self, piece: int, latent: str, first: int, last: int, part: str | None = None) -> Tensor:
         """Read windows `first` to `last` (exclusive) of a piece as stored: (n, ...)."""
@@ -382,7 +392,9 @@ class Shard:
         if fault is None and (expected != self.names or summed != set(self.sums)):
             fault = "more tensors, or sums of others"
         if fault is not None:
-            raise UserError(f"{self.path}: expected a shard of these latents, it is damaged ({fault}); encode again.")
+            raise UserError(
+                f"{self.path}: expected a shard of these latents, got a damaged one ({fault}); encode again."
+            )
         self._codebooks = {name: latent.codebook_size for name, latent in manifest.latents.items()}
         return self
 
@@ -402,7 +414,9 @@ class Shard:
     def check(self) -> Self:
         """Verify the checksum of the whole shard → the shard; raise `UserError` if it differs."""
         if _hash_tensors((name, self._file.get_tensor(name)) for name in sorted(self.names)) != self._digest:
-            raise UserError(f"{self.path}: expected a whole shard, its content is damaged (checksum).")
+            raise UserError(
+                f"{self.path}: expected a whole shard, got one whose content is damaged (checksum); encode again."
+            )
         return self
 
 

@@ -5,8 +5,6 @@ time holds the folder's lock. Its manifest, if it has one, is written last.
 """
 
 import errno
-import functools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from filelock import FileLock, Timeout
 
-from vidtwin.console import log
+from vidtwin.console import log, log_once
 from vidtwin.errors import UserError
-from vidtwin.files import inside, remove_leftovers
+from vidtwin.files import inside, parse_json, remove_leftovers
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -52,7 +50,7 @@ class Resumable(Generic[Unit]):
         return self.folder / self.name.format(number)
 
     def get(self, number: int) -> Unit | None:
-        """Return a unit; None if it is missing, of another identity, or invalid, which is logged."""
+        """Return a unit; None if it is missing, of another identity, or invalid; log the last case."""
         path = self.path(number)
         if not path.exists():
             return None
@@ -105,12 +103,12 @@ def read_json(path: Path, **expected: Any) -> dict[str, Any] | None:
         UserError: The file is truncated or damaged.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         same = all(content[key] == value for key, value in expected.items())
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path}: expected a whole JSON file, it is truncated or damaged.") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: expected a whole JSON file, got one that is truncated or damaged.") from None
     return content if same else None
 
 
@@ -142,7 +140,7 @@ def lock(folder: Path, writer: str, fabric: "Fabric | None" = None, wait: bool =
 
 @contextmanager
 def lock_file(path: Path) -> Iterator[None]:
-    """Let one process at a time into the block by a lock on the file `path`, which is made in an existing folder.
+    """Run the block in one process at a time by a lock on the file `path`, created in an existing folder.
 
     Raises:
         UserError: The file may not be written.
@@ -157,7 +155,7 @@ def lock_file(path: Path) -> Iterator[None]:
 
 
 def _acquire(held: FileLock, folder: Path, writer: str, wait: bool) -> str | None:
-    """Acquire a folder's lock → why not, if it can't be."""
+    """Acquire a folder's lock; return the reason on failure."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -177,7 +175,7 @@ def _acquire(held: FileLock, folder: Path, writer: str, wait: bool) -> str | Non
 
 
 def _take(held: FileLock, path: Path, writer: str, timeout: float = -1) -> str | None:
-    """Acquire a lock → why not, if its file may not be written; without locks, log that and go on.
+    """Acquire a lock; return the reason if its file can't be written. Log a file system without locks and continue.
 
     Raises:
         Timeout: Another process holds it.
@@ -193,10 +191,5 @@ def _take(held: FileLock, path: Path, writer: str, timeout: float = -1) -> str |
                 f"{error.strerror!r}; change its permissions, or give another folder."
             )
         reason = getattr(error, "strerror", None) or "a file system without locks"
-        _log_once(f"{path.parent} can't be locked ({reason}); run one {writer} at a time in it")
+        log_once(f"{path.parent} can't be locked ({reason}); run one {writer} at a time in it")
     return None
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    log(message)

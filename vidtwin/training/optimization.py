@@ -60,7 +60,7 @@ def make_schedule(optimizer: Optimizer, make: LRSchedulerCallable, max_steps: in
 
 
 def check_length(scheduler: LRScheduler, max_steps: int | None, option: str) -> None:
-    """Raise `UserError` for a OneCycleLR that ends before the training, which it would stop with an error."""
+    """Raise `UserError` for a OneCycleLR that ends before the training, since its next step would fail."""
     if isinstance(scheduler, OneCycleLR) and max_steps is not None and scheduler.total_steps < max_steps:
         raise UserError(
             f"Expected a OneCycleLR of trainer.max_steps={max_steps} steps at least, got {scheduler.total_steps}; set "

@@ -163,7 +163,7 @@ class AutoencoderTask(LightningModule):
 
     @property
     def _max_steps(self) -> int | None:
-        """The training's steps; None in a dry run, which may end within the warm-up."""
+        """Number of steps of the training; None in a dry run, which may end within the warm-up."""
         return None if getattr(self.trainer, "fast_dev_run", False) else self.trainer.max_steps
 
     def _generator_parameters(self) -> list[nn.Parameter] | list[dict[str, Any]]:

@@ -6,7 +6,18 @@ at given times; writing.py encodes; sound.py copies sound. These do not import t
 
 from .picture import COLOUR, COLOURS, RESIZE_FILTER, RESIZE_FILTERS, Frames, Resize
 from .reading import decode, iter_frames, read_clip, timed_frames
-from .source import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Source, VideoError, VideoInfo, is_of_file, parse_rate, probe, survey
+from .source import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Source,
+    VideoError,
+    VideoInfo,
+    is_lasting,
+    is_of_file,
+    parse_rate,
+    probe,
+    survey,
+)
 from .writing import VideoWriter, write_video
 
 __all__ = [
@@ -23,6 +34,7 @@ __all__ = [
     "VideoInfo",
     "VideoWriter",
     "decode",
+    "is_lasting",
     "is_of_file",
     "iter_frames",
     "parse_rate",

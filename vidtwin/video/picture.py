@@ -9,7 +9,6 @@ With `resize="bilinear"` the whole picture is converted as decord does it, by sw
 interpolate chroma; then resized in single precision by Pillow, whose filter is torchvision's; rounded; and cropped.
 """
 
-import functools
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, Literal, cast
@@ -22,7 +21,7 @@ from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 from PIL import Image
 
-from vidtwin import console
+from vidtwin.console import log_once
 
 Resize = Literal["area", "bilinear"]
 # Descriptions for evaluation protocols.
@@ -86,7 +85,7 @@ class FilterChain:
                     converted = self._run(frame)
                 except av.error.FFmpegError:
                     continue
-                _log_once(f"{self._name}: {described}")
+                log_once(f"{self._name}: {described}")
                 return converted
             raise
 
@@ -118,11 +117,6 @@ def _replace_tags(frame: VideoFrame) -> Iterator[tuple[Node, str]]:
             f"H.273); converted by {name}, as if the rest was untagged."
         )
         yield ("setparams", f"colorspace={tag}:color_trc=unknown:color_primaries=unknown"), described
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    console.log(message)
 
 
 class Converter:

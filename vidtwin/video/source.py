@@ -41,7 +41,7 @@ COUNTED_FORMATS = frozenset(
 )
 # Containers whose index locates times, and whose first timestamp is that of the first picture.
 SOUGHT_FORMATS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
-# Broadcasts, which may start within a group of pictures: undecodable packets before the first keyframe are no damage.
+# Broadcasts, which may start within a group of pictures: undecodable packets before the first keyframe are not damage.
 CUT_IN_FORMATS = frozenset({"mpegts", "mpeg"})
 
 MIN_RATE, MAX_RATE = Fraction(1, 10**6), 10**6  # frames per second of a file that is written
@@ -51,8 +51,8 @@ _SYSTEM_ERRORS = frozenset(
     | {errno.ETIMEDOUT, errno.ESTALE, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETDOWN}
     | {errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 )
-# Of these, errors that one file or its part of a disk has while others can be read.
-_FILE_ERRORS = frozenset({errno.EIO, errno.EACCES, errno.EBUSY})
+# Of these, errors that one file or its part of a disk has while others can be read; with them files that have gone.
+_FILE_ERRORS = frozenset({errno.EIO, errno.EACCES, errno.EBUSY, errno.ENOENT})
 HEADER_EXCESS = 3  # UCF-101's headers promise 1 to 3 frames more than there are
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.\w+)")
 _RAW_SIZE = re.compile(r"_(\d+)x(\d+)(?:_(\d+(?:\.\d+)?))?")
@@ -131,14 +131,14 @@ def open_video(source: Source, strict: bool = True) -> Iterator[tuple[InputConta
             best = container.streams.best("video")
             stream = best if isinstance(best, VideoStream) and best in streams else streams[0]
             if stream.codec_context is None:
-                raise VideoError(f"{name}: expected a video that FFmpeg can decode, it does not know the codec.")
+                raise VideoError(f"{name}: expected a video that FFmpeg can decode, got an unknown codec.")
             stream.thread_type = "NONE"  # threads within one small video are slower, and workers have one core each
             stream.codec_context.options = {"err_detect": "explode"} if strict else {}
             yield (cast(InputContainer, Images(container, images)) if images else container), stream
     except (VideoError, DisorderedError):
         raise
-    except FileNotFoundError:
-        raise VideoError(f"{name}: there is no such file.", lasting=False) from None
+    except FileNotFoundError as error:
+        raise VideoError(f"{name}: there is no such file.", lasting=False) from error
     # A damaged header may request huge allocations, and one file that meets a bug must not end the work on the others.
     except Exception as error:
         known = isinstance(error, OSError | MemoryError | av.error.FFmpegError)
@@ -204,7 +204,7 @@ def _list_images(folder: Path) -> list[Path]:
         if parts.get(path) != (prefix, number, suffix):
             width = len(images[0].name) - len(prefix) - len(suffix)
             expected = f"{prefix}{number:0{width}d}{suffix}"
-            raise VideoError(f"{folder}: expected the image {expected}, the next one is {path.name}.", kind="truncated")
+            raise VideoError(f"{folder}: expected the image {expected}, got {path.name}.", kind="truncated")
     return images
 
 
@@ -355,7 +355,7 @@ def rate_of(stream: VideoStream, source: Source) -> Fraction:
     """Return the average frame rate in the header; raise `VideoError` if it has none."""
     rate = stream.average_rate or stream.guessed_rate
     if not rate or rate <= 0:
-        raise VideoError(f"{name_of(source)}: expected a video with a frame rate, the header has none.")
+        raise VideoError(f"{name_of(source)}: expected a video with a frame rate, got a header without one.")
     return Fraction(rate)
 
 

@@ -180,8 +180,8 @@ def write_video(
     return Path(path)
 
 
-def through_file(frames: Frames, codec: str, fps: float | Fraction) -> Frames:
-    """Encode frames as an .mp4 in memory with `encode` and read them back, as evaluations that compare files do.
+def write_and_read(frames: Frames, codec: str, fps: float | Fraction) -> Frames:
+    """Encode frames as an .mp4 in memory with `encode` and read them back, as evaluations of files do.
 
     Reading converts colours by swscale's defaults, as OpenCV, decord and FFmpeg's command do: up to 2 of 255 darker
     than `read_clip`, and without interpolation of chroma.

@@ -67,7 +67,7 @@ class LatestCheckpoint(Checkpoint):
             )
         if trainer.is_global_zero and self.dirpath.is_dir():
             for path in list(self.dirpath.iterdir()):
-                target = files.intended_name(path) or ""
+                target = files.intended_name(path, unmarked=True) or ""
                 if checkpoints.is_checkpoint_name(target):
                     if path.is_symlink():  # of `files.link`, which locks nothing
                         path.unlink(missing_ok=True)
@@ -101,7 +101,7 @@ class LatestCheckpoint(Checkpoint):
         trainer.strategy.barrier("LatestCheckpoint.save")  # after it `last.ckpt` is the new one for all ranks
 
     def _remove_others(self, newest: int) -> None:
-        """Remove all but the newest `keep`, and those of later steps, which are from before a rollback."""
+        """Remove all but the newest `keep` checkpoints, and those of later steps that a rollback has left."""
         assert self.dirpath is not None
         found = checkpoints.step_files(self.dirpath)
         kept = [step for step in found if step <= newest][: self.keep]

@@ -13,7 +13,10 @@ from vidtwin.training.task import AutoencoderTask
 
 
 class Preemption(Callback):
-    """After SIGTERM on any rank finish the step (or the validation) on all of them, save, and raise `Preempted`.
+    """After SIGTERM on any rank finish the step on all of them, save, and raise `Preempted`.
+
+    During the sanity check there is nothing to save: `Preempted` is raised at its end. During a later validation the
+    rest of it and one more step come first.
 
     The handler only sets a flag. Lightning's handler communicates with the other ranks, possibly in the middle of
     another exchange, and saves nothing.

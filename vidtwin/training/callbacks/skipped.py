@@ -7,7 +7,7 @@ from vidtwin.distributed import gather_objects
 
 
 class SkippedVideos(Callback):
-    """Share at the end of each epoch which videos any rank could not read, if the data are a `ClipSource`.
+    """Share the unreadable videos of all ranks at the end of each epoch, if the data are a `ClipSource`.
 
     So a video is reported once, results list what any rank skipped, and too many of them stop all ranks together.
     """

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vidtwin.errors import UserError
-from vidtwin.metrics.files import as_compared
-from vidtwin.video.writing import encode, through_file
+from vidtwin.metrics.compared import as_compared
+from vidtwin.video.writing import encode, write_and_read
 
 
 def pictures(number: int = 14, height: int = 48, width: int = 64, noise: float = 8.0) -> np.ndarray:
@@ -58,7 +58,7 @@ def test_mp4v_has_the_size_and_the_pictures_of_opencvs_file(noise: float) -> Non
     *sizes, psnr = OPENCV[noise]
     for clip, size in zip((frames, blurred(frames)), sizes, strict=True):
         assert len(encode(clip, "mp4v", 24)) == pytest.approx(size, rel=0.01)
-    x, y = (through_file(clip, "mp4v", 24) / 255 for clip in (frames, blurred(frames)))
+    x, y = (write_and_read(clip, "mp4v", 24) / 255 for clip in (frames, blurred(frames)))
     errors = np.square(x - y).mean((1, 2, 3))
     assert np.mean(20 * np.log10(1 / np.sqrt(errors))) == pytest.approx(psnr, abs=0.02)
 
@@ -67,13 +67,13 @@ def test_mp4v_has_the_size_and_the_pictures_of_opencvs_file(noise: float) -> Non
 def test_h264_is_mediapys_quantizer(tmp_path: Path, size: tuple[int, int], quantizer: int) -> None:
     frames = pictures(3, *size)
     expected = written(tmp_path / "a.mp4", frames, "libx264", 8, {"qp": str(quantizer)})
-    np.testing.assert_array_equal(through_file(frames, "h264", 8.0), expected)
+    np.testing.assert_array_equal(write_and_read(frames, "h264", 8.0), expected)
 
 
 @pytest.mark.parametrize("codec", ["mp4v", "h264"])
 def test_a_file_keeps_the_frames_their_order_and_most_of_their_colours(codec: str) -> None:
     frames = pictures()
-    back = through_file(frames, codec, 29.97)
+    back = write_and_read(frames, codec, 29.97)
     assert back.dtype == np.uint8
     errors = np.abs(back.astype(float) - frames).mean((1, 2, 3))
     assert (errors < 12).all()
@@ -82,11 +82,11 @@ def test_a_file_keeps_the_frames_their_order_and_most_of_their_colours(codec: st
 
 def test_odd_sizes_are_written_in_full_colour_or_refused() -> None:
     frames = pictures(2, 49, 63)
-    assert through_file(frames, "h264", 8).shape == frames.shape
+    assert write_and_read(frames, "h264", 8).shape == frames.shape
     with pytest.raises(UserError, match=r"even height and width for codec=mp4v, got \(49, 63\)"):
-        through_file(frames, "mp4v", 8)
+        write_and_read(frames, "mp4v", 8)
     with pytest.raises(UserError, match="mp4v or h264, got 'vp9'"):
-        through_file(frames, "vp9", 8)
+        write_and_read(frames, "vp9", 8)
 
 
 def clips() -> Tensor:
@@ -105,7 +105,7 @@ def test_a_file_of_each_clip_holds_its_8_bit_values() -> None:
     prepared = as_compared(clips(), "h264", 8.0)
     for clip, result in zip(clips(), prepared, strict=True):
         frames = ((clip.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
-        back = torch.from_numpy(through_file(frames, "h264", 8.0)).permute(3, 0, 1, 2)
+        back = torch.from_numpy(write_and_read(frames, "h264", 8.0)).permute(3, 0, 1, 2)
         torch.testing.assert_close(result, back / 127.5 - 1)
 
 
