@@ -176,6 +176,8 @@ class VidTwinCLI(LightningCLI):
         parser.add_lightning_class_args(StepGuard, "guard")
         parser.add_lightning_class_args(Health, "health")
         parser.add_lightning_class_args(ClipLogger, "clip_logger")
+        if data := parser.groups.get("data"):  # Lightning's title is the first line of a longer text
+            data.title = "Data module, the source of clips"
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # Lightning's own method warns if sys.argv holds arguments too, as it does for every command line.

@@ -31,7 +31,7 @@ from vidtwin.video.convert import to_uint8
 
 
 class VideoTrainer(Trainer):
-    """`lightning.pytorch.Trainer` with defaults for autoencoders with a GAN, and commands of its own.
+    """Train, validate and predict with autoencoders: Lightning's Trainer with defaults for a GAN.
 
     Checkpoints are written atomically and read without running code. On several devices DDP looks for parameters
     without a gradient, since each player's backward pass leaves out the other's. Steps that are not finite are logged,

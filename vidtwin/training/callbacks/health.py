@@ -16,7 +16,9 @@ from vidtwin.training.task import AutoencoderTask
 
 
 class Health(Callback):
-    """Log in each validation of a training, over the clips of all ranks in evaluation mode:
+    """Log statistics of the latents in each validation of a training.
+
+    They are over the clips of all ranks, in evaluation mode:
 
     - `val/kl/<latent>`: KL of a Gaussian latent to N(0, 1) in nats per clip, the sum of `val/kl/<latent>/<channel>`.
     - `val/active_units/<latent>`: share (0 to 1) of the latent's numbers whose posterior mean has a variance above 0.01
