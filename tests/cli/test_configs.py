@@ -359,7 +359,7 @@ def test_a_base_is_read_first_and_does_not_stay_in_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("base: absent.yaml", "absent.yaml, the base of mine.yaml; got no such file"),
+        ("base: absent.yaml", "absent.yaml, the base of mine.yaml, got no such file"),
         ("base: mine.yaml", "does not lead back to mine.yaml"),
         ("base: [a.yaml, b.yaml]", "the path of one config after base: in mine.yaml"),
     ],
