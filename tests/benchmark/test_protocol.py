@@ -167,3 +167,10 @@ def test_a_protocol_under_which_nothing_was_measured_may_be_put_right(tmp_path):
     other = changed(("data", "fps"))
     assert protocol.write(other, tmp_path) == protocol.protocol_hash(other)
     assert json.loads((tmp_path / "protocol.json").read_text()) == other
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"name": "vid', "[" * 100_000])
+def test_a_protocol_that_is_not_a_json_object_is_one_line(tmp_path, text):
+    (tmp_path / "protocol.json").write_text(text)
+    with pytest.raises(UserError, match=r"Expected JSON in .*protocol\.json, got a file that is cut off or damaged"):
+        protocol.write(FULL, tmp_path)

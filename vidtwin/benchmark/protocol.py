@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vidtwin.errors import UserError, few
-from vidtwin.files import write_text
+from vidtwin.files import parse_json, write_text
 
 PEER = "peer: "
 """Beginning of departures that are not hashed: they describe the peer's evaluation, and decide no number of ours."""
@@ -302,8 +302,10 @@ def write(protocol: dict[str, Any], folder: Path, videos: dict[str, str] | None 
     text = json.dumps(protocol, indent=2, sort_keys=True) + "\n"
     if path.exists():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            found = parse_json(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError(f"it holds a {type(found).__name__}")
+        except ValueError as error:
             raise UserError(
                 f"Expected JSON in {path}, got a file that is cut off or damaged ({error}); remove it and run again."
             ) from error
@@ -326,7 +328,7 @@ def write(protocol: dict[str, Any], folder: Path, videos: dict[str, str] | None 
 def _changed_videos(videos: dict[str, str], listing: Path) -> list[str]:
     """List the videos whose content is not the listed one; none if the list is missing or damaged."""
     try:
-        listed = json.loads(listing.read_text(encoding="utf-8"))
+        listed = parse_json(listing.read_text(encoding="utf-8"))
         return sorted(name for name, digest in videos.items() if listed.get(name, digest) != digest)
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return []

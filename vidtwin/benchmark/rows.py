@@ -16,7 +16,7 @@ from typing import Any
 
 from vidtwin.benchmark.protocol import protocol_hash
 from vidtwin.errors import UserError, few
-from vidtwin.files import inside, write_text
+from vidtwin.files import inside, parse_json, write_text
 from vidtwin.metrics.registry import PER_CLIP
 from vidtwin.tables import read_table, write_table
 
@@ -92,10 +92,10 @@ _NEEDED = {"name": str, "num_clips": int, "metrics": dict, "latents": dict, "com
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of a results folder; `UserError` for a file that is absent or cut off."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"Expected {path}, got no such file; run the sweep again.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(
             f"Expected JSON in {path}, got a file that is cut off or damaged ({error}); remove it and run the sweep "
             "again, which measures that again alone."
