@@ -176,7 +176,7 @@ class VidTwinCLI(LightningCLI):
         parser.add_lightning_class_args(StepGuard, "guard")
         parser.add_lightning_class_args(Health, "health")
         parser.add_lightning_class_args(ClipLogger, "clip_logger")
-        if data := parser.groups.get("data"):  # Lightning's title is the first line of a longer text
+        if data := (parser.groups or {}).get("data"):  # Lightning's title is the first line of a longer text
             data.title = "Data module, the source of clips"
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
