@@ -164,19 +164,24 @@ def test_test_writes_rows_for_the_model_and_the_references(here, run, capsys):
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_a_checkpoint_without_a_config_rebuilds_its_model(here, run):
+@pytest.mark.parametrize("config", [None, "data: {init_args: {num_frames: 4}}\nprotocol: {preset: vidtwin}\n"])
+def test_a_checkpoint_without_a_config_of_a_model_rebuilds_its_own(here, run, config):
     argv = ["test", "--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--data", "ucf101"]
-    argv += ["--data.root=data/UCF-101", "--data.num_frames=4", "--data.resolution=32", "--data.fps=25"]
+    argv += ["--data.root=data/UCF-101", "--data.resolution=32", "--data.fps=25"]
+    if config:
+        Path("clips.yaml").write_text(config)
+    argv += ["--config", "clips.yaml"] if config else ["--data.num_frames=4"]
     argv += [
         "--data.num_workers=0",
         "--data.batch_size=2",
         "--trainer.enable_progress_bar=false",
-        "--results_dir=rebuilt",
+        f"--results_dir=rebuilt{bool(config)}",
         *QUICK,
     ]
     assert main(argv) == 0
     with_config, without = (
-        json.loads(Path(f"{folder}/rows/VidTwin/results.json").read_text()) for folder in ("results", "rebuilt")
+        json.loads(Path(folder, "rows/VidTwin/results.json").read_text())
+        for folder in ("results", f"rebuilt{bool(config)}")
     )
     assert with_config["metrics"] == without["metrics"]
     assert with_config["protocol_hash"] == without["protocol_hash"]

@@ -40,8 +40,9 @@ def run(argv: list[str]) -> int:
     """Run `vidtwin test ARGV` → exit code."""
     several = _is_sweep(argv)
     argv = resolve_short_names(argv)
-    chosen = bool(config_paths(argv)) or any(word.startswith(f"--{model_config.KEY}") for word in argv)
-    spec = None if several else _read_model_of_checkpoint(argv)
+    in_configs = bool((read_config(config_paths(argv)).get("model") or {}).get("autoencoder"))
+    chosen = in_configs or any(word.startswith(f"--{model_config.KEY}") for word in argv)
+    spec = None if several or in_configs else _read_model_of_checkpoint(argv)
     if not several:
         argv = [*([f"--model.autoencoder={json.dumps(spec)}"] if spec else []), *_rename(argv)]
     parser = _make_sweep_parser() if several else _make_model_parser(config_paths(argv))
@@ -124,9 +125,9 @@ def read_model(configs: Sequence[str], folders: Sequence[Path]) -> ModelConfig:
 
 
 def _read_model_of_checkpoint(argv: list[str]) -> dict[str, Any] | None:
-    """Return class path and arguments of the checkpoint's model if nothing else names one; options may change them."""
+    """Return class path and arguments of the checkpoint's model if no option names one; options may change them."""
     checkpoint = option_value(argv, "ckpt_path")
-    if not checkpoint or option_value(argv, "config", "c") or option_value(argv, "model.autoencoder"):
+    if not checkpoint or option_value(argv, "model.autoencoder"):
         return None
     return checkpoints.model_spec(checkpoints.read(checkpoint, lazily=True), checkpoint)
 
