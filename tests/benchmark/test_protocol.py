@@ -42,7 +42,7 @@ def test_one_key_more_gives_another_hash():
 
 
 def test_the_default_protocol_keeps_its_hash():
-    """Of folders that were measured before presets described more of their peers."""
+    """Folders that were measured under these hashes are continued."""
     assert protocol.protocol_hash(FULL) == "7b2738feb8d0d073"
     data = {"num_frames": 16, "resolution": 224, "fps": 8.0, "clip": "one per video, from its middle", "tail": "none"}
     assert protocol.protocol_hash(protocol.ProtocolSettings().resolve(data, "32-true")) == "4c98d343b73a7964"

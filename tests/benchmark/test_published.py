@@ -207,7 +207,7 @@ def test_vidtoks_authors_measured_wf_vae_by_their_own_protocol():
 
 
 def test_a_preset_states_what_its_papers_rows_state():
-    """Where a source states what one of its preset's keys is, both say the same."""
+    """A preset's keys equal those that its source states."""
     sources = {"VidTwin main table": "vidtwin", "VidTok Tab1": "vidtok", "Open-Sora-Plan report": "wfvae"}
     for entry in published.read():
         for source, preset in sources.items():

@@ -38,7 +38,7 @@ def explain(error: BaseException, command: str = "") -> str | None:
 
     Args:
         error: That ended a command.
-        command: Its name; the line says how it goes on.
+        command: Its name, by which the line says how to continue.
     """
     if isinstance(error, UserError):
         return _join(_last_line(str(error)))
