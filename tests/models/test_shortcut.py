@@ -1,4 +1,4 @@
-"""The shortcut over the structure branch: its two maps against loops over every number, and in the model."""
+"""The shortcuts over the branches: their maps against loops over every number, and in the model."""
 
 import math
 from itertools import product
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vidtwin.errors import UserError
-from vidtwin.models.shortcut import StructureShortcut
+from vidtwin.models.shortcut import DynamicsShortcut, StructureShortcut
 from vidtwin.models.vidtwin import VidTwin
 from vidtwin.testing import check_autoencoder
 
@@ -75,6 +75,57 @@ def test_both_maps_are_those_of_the_formulas(case):
     torch.testing.assert_close(shortcut.repeat(latent), repeated)
 
 
+# Sizes (C, T, grid, d_D, halvings, frame groups, the structure's channel groups), and the segments S.
+DYNAMICS = {
+    "a segment per patch": ((6, 3, 4, 4, 0, 1, 1), 4),
+    "two channel groups": ((6, 3, 4, 8, 1, 1, 1), 4),
+    "two of the structure's three channel groups": ((7, 3, 4, 8, 1, 1, 3), 4),
+    "a divisor below the grid": ((5, 2, 4, 6, 1, 1, 1), 3),
+    "odd grid, unequal segments": ((4, 2, 5, 4, 1, 1, 1), 4),
+    "frame groups": ((4, 5, 2, 2, 1, 2, 1), 2),
+    "prime number of channels": ((6, 2, 3, 5, 0, 1, 1), 1),
+    "one patch": ((4, 2, 1, 2, 1, 1, 2), 1),
+}
+
+
+@pytest.mark.parametrize("case", DYNAMICS)
+def test_both_maps_of_the_dynamics_are_those_of_the_formulas(case):
+    sizes, segments = DYNAMICS[case]
+    size, frames, grid, channels, halvings, frame_groups, structure_groups = sizes
+    shortcut = DynamicsShortcut(*sizes).double()
+    assert shortcut.segments == segments
+    side, groups = 2**halvings, channels // segments
+    places = math.ceil(grid / side)
+    features = torch.randn(2, size, frames, grid, grid, dtype=torch.double)
+    latent = torch.randn(2, channels, frames, 2 * places, dtype=torch.double)
+    moved = features.clone()
+    for f in range(frame_groups):
+        times = [t for t in range(frames) if group_of(t, frames, frame_groups) == f]
+        moved[:, :, times] -= features[:, :, times].mean(2, keepdim=True)
+    averaged, repeated = torch.zeros_like(latent), torch.zeros_like(features)
+    for g, s, t, j in product(range(groups), range(segments), range(frames), range(places)):
+        inside = [c for c in range(size) if group_of(c, size, max(groups, structure_groups)) == g]
+        across = [y for y in range(grid) if group_of(y, grid, segments) == s]
+        along = [x for x in range(grid) if x // side == j]
+        for place, channel in enumerate(inside):
+            sign = (-1) ** place
+            frame = moved[:, channel, t]
+            d = g * segments + s
+            averaged[:, d, t, j] += sign * frame[:, across][:, :, along].mean((1, 2)) / len(inside) ** 0.5
+            averaged[:, d, t, places + j] += sign * frame[:, along][:, :, across].mean((1, 2)) / len(inside) ** 0.5
+            for y, x in product(across, along):
+                repeated[:, channel, t, y, x] += sign * latent[:, d, t, j] / 2
+                repeated[:, channel, t, x, y] += sign * latent[:, d, t, places + j] / 2
+    torch.testing.assert_close(shortcut.average(features), averaged)
+    torch.testing.assert_close(shortcut.repeat(latent), repeated)
+
+
+def test_a_still_has_no_dynamics_in_the_shortcut():
+    shortcut = DynamicsShortcut(8, 4, 4, 4, 1)
+    still = torch.randn(1, 8, 1, 4, 4).expand(-1, -1, 4, -1, -1)
+    torch.testing.assert_close(shortcut.average(still), torch.zeros(1, 4, 4, 4), atol=1e-6, rtol=0)
+
+
 def test_both_maps_keep_the_size_of_independent_channels():
     shortcut = StructureShortcut(768, 1, 4, 4, 4, 1, 1)
     features = torch.randn(2, 768, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -117,13 +168,14 @@ def tiny(**arguments):
         {"structure_shortcut": 1},
         {"structure_shortcut": 4, "structure_channels": 12, "structure_downsamples": 2},
         {"structure_shortcut": 2, "resolution": 40, "structure_channels": 3},
+        {"structure_shortcut": 1, "dynamics_shortcut": True, "initialization": "linear", "resolution": 40},
     ],
-    ids=["all frames", "each frame", "odd grid"],
+    ids=["all frames", "each frame", "odd grid", "both branches"],
 )
 def test_a_model_with_a_shortcut_keeps_the_contract(arguments):
     model = tiny(**arguments)
     check_autoencoder(model, num_frames=4)
-    assert model.spec()["init_args"]["structure_shortcut"] == arguments["structure_shortcut"]
+    assert arguments.items() <= model.spec()["init_args"].items()
 
 
 @torch.no_grad()
@@ -143,6 +195,22 @@ def test_the_shortcut_is_added_to_the_structure_alone_and_has_no_weights():
     dynamics = {"dynamics": latents["dynamics"]}
     assert torch.equal(model.decode(dynamics), plain.decode(dynamics))
     assert not torch.allclose(model.decode(latents), plain.decode(latents), atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_shortcut_over_the_dynamics_is_added_to_them_alone_and_has_no_weights():
+    plain, model = tiny(), tiny(dynamics_shortcut=True)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    clip = torch.rand(2, 3, 4, 32, 32) * 2 - 1
+    shortcut, encodings = model.dynamics.shortcut, [m.encode(clip) for m in (plain, model)]
+    averaged = shortcut.average(model.features(clip))
+    assert float(averaged.abs().max()) > 0.1
+    torch.testing.assert_close(encodings[1]["dynamics"].mean, encodings[0]["dynamics"].mean + averaged)
+    torch.testing.assert_close(encodings[1]["dynamics"].logvar, encodings[0]["dynamics"].logvar)
+    torch.testing.assert_close(encodings[1]["structure"].mean, encodings[0]["structure"].mean)
+    latent = encodings[1].mode()["dynamics"]
+    repeated = model.dynamics.decode(latent) - plain.dynamics.decode(latent)
+    torch.testing.assert_close(repeated, shortcut.repeat(latent))
 
 
 def test_with_one_frame_group_a_structure_latent_alone_starts_as_a_still():
@@ -169,8 +237,23 @@ def test_with_one_frame_group_a_structure_latent_alone_starts_as_a_still():
             r"^Expected at most 96 structure numbers per frame group \(.*\), got 112; set a larger structure_shortcut "
             r"or fewer structure_channels\.$",
         ),
+        (
+            {"dynamics_shortcut": True, "dynamics_channels": 29},
+            r"^Expected at most 24 dynamics_channels with dynamics_shortcut, got 29\.$",
+        ),
+        (
+            {"dynamics_shortcut": True, "initialization": "linear"},
+            r'^Expected structure_shortcut of at least 1 with initialization "linear", got 0; set 1\.$',
+        ),
     ],
-    ids=["negative", "no divisor", "more than frames", "more numbers than features"],
+    ids=[
+        "negative",
+        "no divisor",
+        "more than frames",
+        "more numbers than features",
+        "more dynamics than features",
+        "linear without a shortcut",
+    ],
 )
 def test_a_shortcut_that_does_not_fit_is_refused_in_one_line(arguments, message):
     with pytest.raises(UserError, match=message):

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidtwin.models.qformer import QFormer
-from vidtwin.models.shortcut import StructureShortcut
+from vidtwin.models.shortcut import DynamicsShortcut, StructureShortcut
 
 
 def downsample_size(size: int, times: int) -> int:
@@ -88,7 +88,7 @@ class StructureBranch(nn.Module):
         channels: Channels of the latent (paper: d_S).
         downsamples: Number of times that height and width are halved.
         width: Channels of the first convolution; doubled by each down-sampling.
-        shortcut_frame_groups: Frame groups of the shortcut over the branch; 0 for none.
+        shortcut: Shortcut over the branch; None for none.
     """
 
     def __init__(
@@ -100,16 +100,12 @@ class StructureBranch(nn.Module):
         channels: int,
         downsamples: int,
         width: int = 128,
-        shortcut_frame_groups: int = 0,
+        shortcut: StructureShortcut | None = None,
     ) -> None:
         super().__init__()
         num_queries, query_size = qformer.queries.shape
         self.grid_size = grid_size
-        self.shortcut: StructureShortcut | None = None
-        if shortcut_frame_groups:
-            self.shortcut = StructureShortcut(
-                hidden_size, num_frames, grid_size, num_queries, channels, downsamples, shortcut_frame_groups
-            )
+        self.shortcut = shortcut
         self.qformer = qformer
         widths = [width * 2**level for level in range(downsamples + 1)]
         self.conv_in = nn.Conv2d(query_size, width, 3, padding=1)
@@ -174,10 +170,19 @@ class DynamicsBranch(nn.Module):
         grid_size: H = W of the features.
         channels: Channels of the latent (paper: d_D).
         downsamples: Number of times that height and width are halved before the means.
+        shortcut: Shortcut over the branch; None for none.
     """
 
-    def __init__(self, hidden_size: int, grid_size: int, channels: int, downsamples: int) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        grid_size: int,
+        channels: int,
+        downsamples: int,
+        shortcut: DynamicsShortcut | None = None,
+    ) -> None:
         super().__init__()
+        self.shortcut = shortcut
         size = downsample_size(grid_size, downsamples)
         self.size = size
         self.downsamples = downsamples
@@ -216,11 +221,12 @@ class DynamicsBranch(nn.Module):
         profiles = torch.cat([maps.mean(3), maps.mean(4)])  # one batch: the head must not see across the two
         moments = torch.cat(self.head(profiles).unflatten(0, (2, -1)).unbind(), dim=3)
         mean, logvar = moments.chunk(2, dim=1)
-        return mean, logvar
+        return mean if self.shortcut is None else mean + self.shortcut.average(features), logvar
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decode (B, d_D, T, w + h) to features (B, C, T, H, W)."""
         profiles = torch.cat(latent.split(self.size, dim=3))
         embedded = self.upsample(self.embed(profiles.movedim(1, -1)).movedim(-1, 1))
         along_width, along_height = embedded.unflatten(0, (2, -1)).unbind()
-        return along_width[:, :, :, None, :] + along_height[:, :, :, :, None]
+        features = along_width[:, :, :, None, :] + along_height[:, :, :, :, None]
+        return features if self.shortcut is None else features + self.shortcut.repeat(latent)

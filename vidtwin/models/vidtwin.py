@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from vidtwin import weights
 from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
 from vidtwin.errors import UserError
-from vidtwin.models import official
+from vidtwin.models import linear, official
 from vidtwin.models.branches import DynamicsBranch, StructureBranch, downsample_size
 from vidtwin.models.qformer import QFormer
+from vidtwin.models.shortcut import DynamicsShortcut, StructureShortcut
 from vidtwin.models.transformer import Decoder, Encoder, SpatialTemporalBlock, SpatialTemporalTransformer
 from vidtwin.posteriors import DiagonalGaussian, Encoding, Latents
 
@@ -51,12 +52,15 @@ class VidTwin(VideoAutoencoder):
         qformer_cross_every: Insert cross-attention every this many Q-Former layers.
         qformer_dropout: Dropout of the Q-Former in training.
         activation_checkpointing: Recompute each block in the backward pass: less memory, about a third more time.
-        initialization: "balanced" for training from scratch (docs/training_from_scratch.md), or "released": the initial
-            values of the released code.
+        initialization: Initial values (docs/training_from_scratch.md): "balanced"; "linear", which starts as a linear
+            code of each patch through the shortcuts, and needs `structure_shortcut`; or "released", those of the
+            released code.
         structure_shortcut: Number of frame groups of a residual without parameters around the structure branch; divides
             `num_queries`, at most `num_frames`. 0, as in the paper: none. 1 keeps structure static; `num_queries`
             gives the best PSNR, but structure absorbs motion (docs/training_from_scratch.md; formulas in
             `vidtwin.models.shortcut`).
+        dynamics_shortcut: Put a residual without parameters around the dynamics branch too: the differences of the
+            frames from their mean, averaged over segments of the height and of the width.
     """
 
     latent_names: ClassVar[tuple[str, ...]] = ("structure", "dynamics")
@@ -84,8 +88,9 @@ class VidTwin(VideoAutoencoder):
         qformer_cross_every: int = 2,
         qformer_dropout: float = 0.1,
         activation_checkpointing: bool = False,
-        initialization: Literal["balanced", "released"] = "balanced",
+        initialization: Literal["balanced", "linear", "released"] = "balanced",
         structure_shortcut: int = 0,
+        dynamics_shortcut: bool = False,
     ) -> None:
         super().__init__()
         counts = {k: v for k, v in self.init_args.items() if type(v) is int and k != "qformer_dropout"}
@@ -105,6 +110,14 @@ class VidTwin(VideoAutoencoder):
                 hidden_size, depth, num_heads, num_frames, grid_size, activation_checkpointing
             )
 
+        sizes = (hidden_size, num_frames, grid_size)
+        structure = (num_queries, structure_channels, structure_downsamples)
+        dynamics = (dynamics_channels, dynamics_downsamples)
+        static = StructureShortcut(*sizes, *structure, structure_shortcut) if structure_shortcut else None
+        channel_groups = static.channel_weights.shape[0] if static else 1
+        moving = None
+        if dynamics_shortcut:
+            moving = DynamicsShortcut(*sizes, *dynamics, structure_shortcut or 1, channel_groups)
         self.encoder = Encoder(patch_size, transformer(), hidden_size)
         self.structure = StructureBranch(
             hidden_size,
@@ -123,16 +136,21 @@ class VidTwin(VideoAutoencoder):
             structure_channels,
             structure_downsamples,
             structure_width,
-            structure_shortcut,
+            static,
         )
-        self.dynamics = DynamicsBranch(hidden_size, grid_size, dynamics_channels, dynamics_downsamples)
+        self.dynamics = DynamicsBranch(hidden_size, grid_size, *dynamics, moving)
         self.decoder = Decoder(patch_size, transformer(), hidden_size, grid_size)
-        if initialization not in ("balanced", "released"):
-            raise UserError(f'Expected initialization "balanced" or "released", got {initialization!r}.')
+        if initialization not in ("balanced", "linear", "released"):
+            raise UserError(f'Expected initialization "balanced", "linear" or "released", got {initialization!r}.')
+        if initialization == "linear" and static is None:
+            raise UserError('Expected structure_shortcut of at least 1 with initialization "linear", got 0; set 1.')
         self._initialize_as_released()
-        if initialization == "balanced":
+        if initialization != "released":
             self.structure.initialize()
             self.dynamics.initialize()
+        if initialization == "linear":
+            assert static is not None
+            linear.initialize(self.encoder, self.decoder, self.structure, self.dynamics, static.channel_weights)
 
         structure_size = downsample_size(grid_size, structure_downsamples)
         self._shapes = {
