@@ -12,6 +12,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from vidtwin.datamodules.clips import ClipDataset, VideoClips
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.datamodules.ucf101 import UCF101
 from vidtwin.models.vidtwin import VidTwin
+from vidtwin.training.callbacks.ema import WeightAverage
 from vidtwin.video.convert import to_clip
 
 # "balanced" with one part at its released initialization: patterns of the tensors to replace.
@@ -39,13 +41,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--structure-downsamples", type=int, default=0)
     parser.add_argument("--structure-channels", type=int, default=8)
-    parser.add_argument("--structure-shortcut", type=int, default=0, help="its frame groups")
     parser.add_argument("--num-queries", type=int, default=4)
     parser.add_argument("--dynamics-channels", type=int, default=8)
     parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--width", type=int, default=128, help="of encoder and decoder; a head per 32 channels")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the Q-Former")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.99))
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: of the matrices")
+    parser.add_argument("--schedule", choices=("cosine", "wsd"), default="cosine", help="wsd cools in the last 40%%")
+    parser.add_argument("--ema", type=float, default=0.0, help="decay of the averaged weights that are measured")
+    parser.add_argument("--pixel", choices=("l1", "l2"), default="l1")
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
@@ -100,7 +106,8 @@ def reset_log_variance(model: VidTwin) -> None:
 VARIANTS = ["released", "balanced", "kernels spread", "log-variance 0", *ABLATIONS]
 
 
-def build(variant: str, args: argparse.Namespace, seed: int) -> VidTwin:
+def build(variant: str, args: argparse.Namespace, seed: int, **arguments: Any) -> VidTwin:
+    """Build a model with a variant of initial values; `arguments` of VidTwin replace those of the options."""
     if variant not in VARIANTS:
         raise SystemExit(f"Expected a variant of {VARIANTS}, got {variant!r}.")
 
@@ -110,9 +117,9 @@ def build(variant: str, args: argparse.Namespace, seed: int) -> VidTwin:
             num_frames=16,
             resolution=args.resolution,
             patch_size=8,
-            hidden_size=128,
+            hidden_size=args.width,
             depth=args.depth,
-            num_heads=4,
+            num_heads=args.width // 32,
             num_queries=args.num_queries,
             structure_channels=args.structure_channels,
             structure_downsamples=args.structure_downsamples,
@@ -121,8 +128,7 @@ def build(variant: str, args: argparse.Namespace, seed: int) -> VidTwin:
             qformer_depth=2,
             qformer_intermediate_size=256,
             qformer_dropout=args.dropout,
-            initialization=initialization,  # type: ignore[arg-type]
-            structure_shortcut=args.structure_shortcut,
+            **{"initialization": initialization, **arguments},  # type: ignore[arg-type]
         )
 
     built = create("released" if variant == "released" else "balanced")
@@ -145,29 +151,58 @@ def evaluate(model: VidTwin, clips: Tensor) -> float:
     return value
 
 
+def create_optimizers(model: VidTwin, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Create AdamW, or Muon for the matrices of blocks and branches and AdamW for the others."""
+    matrices = []
+    if args.optimizer == "muon":
+        outer = (model.encoder.patch_embed.weight, model.decoder.linear.weight)
+        matrices = [
+            weight
+            for name, weight in model.named_parameters()
+            if weight.ndim == 2 and not name.endswith("modulation") and not any(weight is layer for layer in outer)
+        ]
+    chosen = set(matrices)
+    others = [weight for weight in model.parameters() if weight not in chosen]
+    adamw = torch.optim.AdamW(others, lr=args.lr, betas=tuple(args.betas), weight_decay=1e-4, eps=1e-15)
+    if not matrices:
+        return [adamw]
+    return [adamw, torch.optim.Muon(matrices, lr=args.lr, weight_decay=1e-4, adjust_lr_fn="match_rms_adamw")]
+
+
 def train(model: VidTwin, clips: Tensor, test: Tensor, args: argparse.Namespace, seed: int) -> dict[int, float]:
-    """Train a model → PSNR (dB) of the held-out clips by step."""
+    """Train a model → PSNR (dB) of the held-out clips by step. The model ends with its averaged weights, if any."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.betas), weight_decay=1e-4, eps=1e-15)
+    optimizers = create_optimizers(model, args)
 
     def rate(step: int) -> float:
-        cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - args.warmup) / max(1, args.steps - args.warmup))
-        return min(1, (step + 1) / args.warmup) * cosine
+        warm = min(1, (step + 1) / args.warmup)
+        if args.schedule == "wsd":
+            return warm * min(1, (args.steps - step) / (0.4 * args.steps))
+        return warm * (0.5 + 0.5 * math.cos(math.pi * max(0, step - args.warmup) / max(1, args.steps - args.warmup)))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     numbers = test[0, :, 0].numel()  # per frame: the released loss adds a KL per clip to errors summed over a frame
+    average = WeightAverage(model, args.ema) if args.ema else None
     curve = {}
     for step in range(1, args.steps + 1):
         clip = to_clip(clips[torch.randint(len(clips), (args.batch,), generator=generator)])
         output = model.train()(clip)
-        loss = (output.clip - clip).abs().mean() + 1e-3 / numbers * output.regularization["kl"]
-        optimizer.zero_grad()
+        error = output.clip - clip
+        pixel = error.abs().mean() if args.pixel == "l1" else error.square().mean()
+        loss = pixel + 1e-3 / numbers * output.regularization["kl"]
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step in (50, 100) or step % 200 == 0 or step == args.steps:
+        for part in (*optimizers, *schedules):
+            part.step()
+        if average:
+            average.update(model)
+        if step in (10, 25, 50, 75) or step % 100 == 0 or step == args.steps:
+            if average:
+                average.exchange(model)
             curve[step] = evaluate(model, test)
+            if average and step < args.steps:
+                average.exchange(model)
     return curve
 
 

@@ -1,11 +1,12 @@
-"""Measure the shortcut over VidTwin's structure branch: quality, and what each latent carries.
+"""Measure how fast VidTwin learns from scratch, and what each of its latents carries (docs/training_from_scratch.md).
 
-    python benchmarks/shortcut.py path/to/UCF-101 --steps 150 --seeds 0 1
-    python benchmarks/shortcut.py synthetic --resolution 64 --variants none "1 frame group" --steps 300
+    python benchmarks/recipe.py path/to/UCF-101 --resolution 64 --structure-channels 4 --batch 4 --steps 300 \\
+        --variants released balanced fast --seeds 0 1 2
+    python benchmarks/recipe.py synthetic --variants "structure shortcut, F = 1" fast --steps 100
 
 Trains the model of benchmarks/plateau.py with each variant and seed on the training clips of the folder, and measures
-it on validation clips from the same list (UCF-101's layout, or "synthetic"); the test clips are not read. It prints a
-table for docs/training_from_scratch.md:
+it on validation clips from the same list (UCF-101's layout, or "synthetic"), unless `--split test`. It prints a table,
+and with --plot draws PSNR by step:
 
     linear   PSNR of the best linear code of the training clips with as many numbers per frame group and position of the
              latent as the shortcut has: what it can carry at most before encoder and decoder learn
@@ -24,8 +25,11 @@ import json
 import math
 import statistics
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 from einops import rearrange
 from experiments import as_markdown
@@ -40,55 +44,55 @@ from vidtwin.video import Frames
 from vidtwin.video.convert import to_clip, to_uint8
 
 PATCH = 8  # of the model of benchmarks/plateau.py
-# Frame groups of the shortcut by variant; -1: as many as there are maps of structure.
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Changes of the model's arguments, and of the options of the training."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    each_map: bool = False  # a frame group of the shortcut per map of structure
+
+
+FAST = {"structure_shortcut": 1, "dynamics_shortcut": True, "initialization": "linear"}
 VARIANTS = {
-    "none": 0,
-    "1 frame group": 1,
-    "1 frame group, first map alone": 1,
-    "1 frame group, equal signs": 1,
-    "2 frame groups": 2,
-    "a frame group per map": -1,
-    "a frame group per map, equal signs": -1,
+    "released": Variant({"initialization": "released"}),
+    "balanced": Variant(),
+    "structure shortcut, F = 1": Variant({"structure_shortcut": 1}),
+    "structure shortcut, F = 2": Variant({"structure_shortcut": 2}),
+    "structure shortcut, F = n_q": Variant(each_map=True),
+    "dynamics shortcut alone": Variant({"dynamics_shortcut": True}),
+    "both shortcuts, F = 1": Variant({"structure_shortcut": 1, "dynamics_shortcut": True}),
+    "both shortcuts, F = n_q": Variant({"dynamics_shortcut": True}, each_map=True),
+    "structure shortcut, F = 1, linear start": Variant({"structure_shortcut": 1, "initialization": "linear"}),
+    "fast": Variant(FAST),
+    "fast, F = n_q": Variant({"dynamics_shortcut": True, "initialization": "linear"}, each_map=True),
+    "fast, L2": Variant(FAST, {"pixel": "l2"}),
+    "fast, lr / 2": Variant(FAST, {"lr": 1.5e-3}),
+    "fast, lr * 2": Variant(FAST, {"lr": 6e-3}),
+    "fast, betas (0.9, 0.95)": Variant(FAST, {"betas": (0.9, 0.95)}),
+    "fast, betas (0, 0.9)": Variant(FAST, {"betas": (0.0, 0.9)}),
+    "fast, Muon": Variant(FAST, {"optimizer": "muon"}),
+    "fast, WSD": Variant(FAST, {"schedule": "wsd"}),
+    "fast, EMA 0.99": Variant(FAST, {"ema": 0.99}),
+    "fast, WSD, EMA 0.99": Variant(FAST, {"schedule": "wsd", "ema": 0.99}),
 }
 Results = dict[str, dict[str, float]]
 
 
-def create(variant: str, args: argparse.Namespace, seed: int) -> VidTwin:
-    """Build a model with a variant of the shortcut."""
-    groups = VARIANTS[variant]
-    args.structure_shortcut = args.num_queries if groups < 0 else groups
-    model = build(args.initialization, args, seed)
-    shortcut = model.structure.shortcut
-    if shortcut is not None and variant.endswith("equal signs"):
-        shortcut.channel_weights.abs_()
-    if shortcut is not None and variant.endswith("first map alone"):
-        _use_first_map(model)
-    return model
+def create(variant: Variant, args: argparse.Namespace, seed: int) -> VidTwin:
+    """Build the model of a variant."""
+    groups = {"structure_shortcut": args.num_queries} if variant.each_map else {}
+    return build("balanced", args, seed, **variant.model, **groups)
 
 
-def _use_first_map(model: VidTwin) -> None:
-    """Average onto the first map of structure only, with as many channel groups as it has numbers for."""
-    shortcut, arguments = model.structure.shortcut, model.init_args
-    assert shortcut is not None
-    single = VidTwin(**{**arguments, "num_queries": 1}).structure.shortcut
-    assert single is not None
-    maps = arguments["num_queries"]
-
-    def average(features: Tensor) -> Tensor:
-        first = single.average(features)
-        return torch.cat([first, first.new_zeros(1).expand(*first.shape[:2], maps - 1, *first.shape[3:])], dim=2)
-
-    shortcut.average = average  # type: ignore[method-assign]
-    shortcut.repeat = lambda latent: single.repeat(latent[:, :, :1])  # type: ignore[method-assign]
-
-
-def bound_linear(variant: str, training: Tensor, held_out: Tensor, args: argparse.Namespace) -> float:
-    """Compute the PSNR (dB) of the principal components that fit into the numbers of the shortcut; nan for none."""
-    maps = args.num_queries
-    groups = maps if VARIANTS[variant] < 0 else VARIANTS[variant]
+def bound_linear(variant: Variant, training: Tensor, held_out: Tensor, args: argparse.Namespace) -> float:
+    """Compute the PSNR (dB) of the principal components that fit into the numbers of the structure shortcut."""
+    groups = args.num_queries if variant.each_map else variant.model.get("structure_shortcut", 0)
     if not groups:
         return math.nan
-    numbers = (1 if variant.endswith("first map alone") else maps // groups) * args.structure_channels
+    numbers = args.num_queries // groups * args.structure_channels
     side = PATCH * 2**args.structure_downsamples
 
     def blocks(clips: Tensor) -> Tensor:
@@ -146,27 +150,55 @@ def _frames(clips: Tensor) -> list[Frames]:
 
 def format_table(results: Results, bounds: dict[str, float]) -> str:
     """Format a row per variant: means over the seeds ± their standard deviation."""
-    steps = [key for key in next(iter(results.values())) if key.isdigit()]
-    columns = {f"PSNR at {step}": (step,) for step in steps}
+    steps = sorted({int(key) for values in results.values() for key in values if key.isdigit()})
+    columns = {f"PSNR at {step}": (str(step),) for step in steps}
+    columns["SSIM"] = ("reconstruction ssim",)
     columns["structure alone"] = ("structure psnr", "structure change")
     columns["dynamics alone"] = ("dynamics psnr", "dynamics change")
     columns["change"] = ("reconstruction change",)
     columns |= {f"motion: {name}": (f"{name} motion",) for name in ("reconstruction", "structure", "dynamics")}
-    by_variant: dict[str, list[dict[str, float]]] = {}
-    for key, values in results.items():
-        by_variant.setdefault(json.loads(key)["variant"], []).append(values)
     rows = []
-    for variant, runs in by_variant.items():
+    for variant, runs in _group(results).items():
         cells = [" / ".join(_mean(runs, key) for key in keys) for keys in columns.values()]
         bound = "" if math.isnan(bounds[variant]) else f"{bounds[variant]:.2f}"
         rows.append([variant, str(len(runs)), bound, *cells])
-    return as_markdown(["shortcut", "seeds", "linear", *columns], rows)
+    return as_markdown(["variant", "seeds", "linear", *columns], rows)
+
+
+def _group(results: Results) -> dict[str, list[dict[str, float]]]:
+    """Group the runs by variant."""
+    by_variant: dict[str, list[dict[str, float]]] = {}
+    for key, values in results.items():
+        by_variant.setdefault(json.loads(key)["variant"], []).append(values)
+    return by_variant
 
 
 def _mean(runs: list[dict[str, float]], key: str) -> str:
-    values = [run[key] for run in runs]
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+    values = [run[key] for run in runs if key in run]
+    if not values:
+        return ""
+    digits = 3 if key.endswith("ssim") else 2
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def plot(results: Results, references: dict[str, float], path: Path) -> None:
+    """Draw PSNR by step: the mean over the seeds, and the range of all seeds as a band."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for variant, runs in _group(results).items():
+        steps = sorted(int(key) for key in runs[0] if key.isdigit())
+        values = [[run[str(step)] for run in runs] for step in steps]
+        (line,) = axes.plot(steps, [statistics.mean(of_step) for of_step in values], marker=".", label=variant)
+        lowest, highest = zip(*((min(of_step), max(of_step)) for of_step in values), strict=True)
+        axes.fill_between(steps, lowest, highest, color=line.get_color(), alpha=0.2, linewidth=0)
+    for style, (name, value) in zip(("--", ":"), references.items(), strict=True):
+        axes.axhline(value, color="grey", linestyle=style, linewidth=1, label=name)
+    axes.set(xlabel="steps", ylabel="PSNR of held-out clips (dB)", xscale="log")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
 
 
 def main(argv: list[str]) -> None:
@@ -175,43 +207,55 @@ def main(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Other options are those of benchmarks/plateau.py.",
     )
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="VARIANT")
-    parser.add_argument("--initialization", choices=("balanced", "released"), default="balanced")
-    parser.add_argument("--out", type=Path, default=Path("runs/shortcut.json"), help="file of the finished runs")
+    parser.add_argument(
+        "--variants", nargs="+", default=["balanced", "fast"], choices=VARIANTS, metavar="VARIANT", help=list_variants()
+    )
+    parser.add_argument("--split", choices=("val", "test"), default="val", help="split of the held-out clips")
+    parser.add_argument("--out", type=Path, default=Path("runs/recipe.json"), help="file of the finished runs")
+    parser.add_argument("--plot", type=Path, help="picture of the curves")
     parser.add_argument("--linear-only", action="store_true", help="train nothing and print the linear codes alone")
     own, rest = parser.parse_known_args(argv)
-    args = parse(rest)
-    args.initialization = own.initialization
-    settings = {k: v for k, v in vars(args).items() if k not in ("clips", "seeds", "variants", "structure_shortcut")}
-    settings["clips"] = Path(args.clips).name
+    base = parse(rest)
+    clips, held_out = load(base.clips, base.resolution, base.epochs_in_memory, own.split)
+    targets = to_clip(held_out)
     finished: Results = json.loads(own.out.read_text()) if own.out.is_file() else {}
-    clips, held_out = load(args.clips, args.resolution, args.epochs_in_memory, "val")
-    validation = to_clip(held_out)
     results: Results = {}
-    runs = [] if own.linear_only else [(variant, seed) for variant in own.variants for seed in args.seeds]
-    for number, (variant, seed) in enumerate(runs, 1):
-        key = json.dumps({"variant": variant, "seed": seed, **settings}, sort_keys=True)
+    runs = [] if own.linear_only else [(name, seed) for name in own.variants for seed in base.seeds]
+    for number, (name, seed) in enumerate(runs, 1):
+        variant = VARIANTS[name]
+        args = argparse.Namespace(**{**vars(base), **variant.training})
+        settings = {k: v for k, v in vars(args).items() if k not in ("clips", "seeds", "variants")}
+        settings |= {"clips": Path(args.clips).name, "split": own.split}
+        key = json.dumps({"variant": name, "seed": seed, **settings}, sort_keys=True)
         if key not in finished:
-            sys.stderr.write(f"{number} of {len(runs)}: {variant}, seed {seed}\n")
+            sys.stderr.write(f"{number} of {len(runs)}: {name}, seed {seed}\n")
             model = create(variant, args, seed)
-            curve = train(model, clips, validation, args, seed)
-            finished[key] = {str(step): value for step, value in curve.items()} | measure(model, validation)
+            curve = train(model, clips, targets, args, seed)
+            values = {str(step): value for step, value in curve.items()} | measure(model, targets)
             own.out.parent.mkdir(parents=True, exist_ok=True)
+            finished = (json.loads(own.out.read_text()) if own.out.is_file() else {}) | {key: values}
             write_text(own.out, json.dumps(finished, indent=1) + "\n")
         results[key] = finished[key]
     changes = FrameChange()
     for frames in held_out.numpy():
         changes.add(frames)
-    mean_colour, temporal_mean = (
-        psnr(validation.mean(axes, keepdim=True).expand_as(validation), validation) for axes in ((2, 3, 4), (2,))
-    )
-    print(f"{settings['clips']}: {len(clips)} training, {len(validation)} validation clips at {args.resolution} px; ")
-    print(f"mean colour {mean_colour:.2f} dB, temporal mean {temporal_mean:.2f} dB, change {changes.value:.2f}\n")
-    bounds = {name: bound_linear(name, clips, validation, args) for name in own.variants}
+    references = {
+        name: psnr(targets.mean(axes, keepdim=True).expand_as(targets), targets)
+        for name, axes in {"mean colour": (2, 3, 4), "temporal mean": (2,)}.items()
+    }
+    print(f"{Path(base.clips).name}: {len(clips)} training, {len(targets)} held-out clips at {base.resolution} px;")
+    print(", ".join(f"{name} {value:.2f} dB" for name, value in references.items()) + f", change {changes.value:.2f}\n")
+    bounds = {name: bound_linear(VARIANTS[name], clips, targets, base) for name in own.variants}
     if own.linear_only:
-        print(as_markdown(["shortcut", "linear"], [[name, f"{value:.2f}"] for name, value in bounds.items()]))
-    else:
-        print(format_table(results, bounds))
+        print(as_markdown(["variant", "linear"], [[name, f"{value:.2f}"] for name, value in bounds.items()]))
+        return
+    print(format_table(results, bounds))
+    if own.plot:
+        plot(results, references, own.plot)
+
+
+def list_variants() -> str:
+    return "; ".join(VARIANTS)
 
 
 if __name__ == "__main__":
