@@ -25,6 +25,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from torch import Tensor
 
 from vidtwin.apply.meters import FrameChange, Quality
 from vidtwin.files import write_text
+from vidtwin.models.transformer import SpatialTemporalBlock
 from vidtwin.models.vidtwin import VidTwin
 from vidtwin.posteriors import Latents
 from vidtwin.video import Frames
@@ -53,6 +55,21 @@ class Variant:
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     each_map: bool = False  # a frame group of the shortcut per map of structure
+    change: Callable[[VidTwin], None] = lambda model: None  # of the model, where VidTwin has no argument
+
+
+def see_all_frames(model: VidTwin) -> None:
+    """Let the temporal attention see later frames too."""
+    for module in model.modules():
+        if isinstance(module, SpatialTemporalBlock):
+            module.temporal_attention.causal = False
+
+
+def move_a_block(model: VidTwin) -> None:
+    """Move a block from the encoder to the decoder: as many parameters and FLOPs."""
+    encoder, decoder = model.encoder.transformer.blocks, model.decoder.transformer.blocks
+    decoder.append(encoder[-1])
+    del encoder[-1]
 
 
 FAST = {"structure_shortcut": 1, "dynamics_shortcut": True, "initialization": "linear"}
@@ -73,6 +90,8 @@ VARIANTS = {
     "fast, lr * 2": Variant(FAST, {"lr": 6e-3}),
     "fast, betas (0.9, 0.95)": Variant(FAST, {"betas": (0.9, 0.95)}),
     "fast, betas (0, 0.9)": Variant(FAST, {"betas": (0.0, 0.9)}),
+    "fast, frames see all": Variant(FAST, change=see_all_frames),
+    "fast, decoder 3 blocks, encoder 1": Variant(FAST, change=move_a_block),
     "fast, Muon": Variant(FAST, {"optimizer": "muon"}),
     "fast, WSD": Variant(FAST, {"schedule": "wsd"}),
     "fast, EMA 0.99": Variant(FAST, {"ema": 0.99}),
@@ -84,7 +103,9 @@ Results = dict[str, dict[str, float]]
 def create(variant: Variant, args: argparse.Namespace, seed: int) -> VidTwin:
     """Build the model of a variant."""
     groups = {"structure_shortcut": args.num_queries} if variant.each_map else {}
-    return build("balanced", args, seed, **variant.model, **groups)
+    model = build("balanced", args, seed, **variant.model, **groups)
+    variant.change(model)
+    return model
 
 
 def bound_linear(variant: Variant, training: Tensor, held_out: Tensor, args: argparse.Namespace) -> float:
@@ -208,7 +229,12 @@ def main(argv: list[str]) -> None:
         epilog="Other options are those of benchmarks/plateau.py.",
     )
     parser.add_argument(
-        "--variants", nargs="+", default=["balanced", "fast"], choices=VARIANTS, metavar="VARIANT", help=list_variants()
+        "--variants",
+        nargs="+",
+        default=["balanced", "fast"],
+        choices=VARIANTS,
+        metavar="VARIANT",
+        help="; ".join(VARIANTS),
     )
     parser.add_argument("--split", choices=("val", "test"), default="val", help="split of the held-out clips")
     parser.add_argument("--out", type=Path, default=Path("runs/recipe.json"), help="file of the finished runs")
@@ -252,10 +278,6 @@ def main(argv: list[str]) -> None:
     print(format_table(results, bounds))
     if own.plot:
         plot(results, references, own.plot)
-
-
-def list_variants() -> str:
-    return "; ".join(VARIANTS)
 
 
 if __name__ == "__main__":
