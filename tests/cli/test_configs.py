@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from vidtwin.cli import bases, main
 from vidtwin.losses import AutoencoderLoss
+from vidtwin.models.vidtwin import VidTwin
 from vidtwin.storage import checkpoints
 from vidtwin.video import probe, write_video
 
@@ -149,12 +150,17 @@ def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monk
 
 
 @pytest.mark.parametrize("name", LATENTS)
-def test_latent_sizes_compose_with_a_model(name, tmp_path, monkeypatch):
+def test_latent_sizes_and_the_recipe_compose_with_a_model(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = parsed("vidtwin_base.yaml", f"latents/{name}")["model"]["autoencoder"]["init_args"]
-    wanted = yaml.safe_load((CONFIGS / "latents" / name).read_text())["model"]["autoencoder"]["init_args"]
-    assert wanted.items() <= arguments.items()
+    files = [f"latents/{name}", "recipes/fast.yaml"]
+    arguments = parsed("vidtwin_base.yaml", *files)["model"]["autoencoder"]["init_args"]
+    for file in files:
+        wanted = yaml.safe_load((CONFIGS / file).read_text())["model"]["autoencoder"]["init_args"]
+        assert wanted.items() <= arguments.items()
     assert arguments["hidden_size"] == 768
+    with torch.device("meta"):
+        model = VidTwin(**arguments)
+    assert model.dynamics.shortcut.segments == {8: 8, 12: 12, 16: 8}[arguments["dynamics_channels"]]
 
 
 def test_base_follows_the_papers_table_6():

@@ -115,5 +115,5 @@ def test_released_values_are_those_of_the_released_code():
 
 
 def test_unknown_name_is_refused():
-    with pytest.raises(UserError, match='Expected initialization "balanced" or "released"'):
+    with pytest.raises(UserError, match='Expected initialization "balanced", "linear" or "released"'):
         build("small", initialization="xavier")
