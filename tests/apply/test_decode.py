@@ -260,6 +260,7 @@ def test_a_full_disk_ends_the_command_which_skip_existing_resumes(here, capsys, 
     Path("decoded/run/long.mp4").unlink()
     before = Path("decoded/short.mp4").stat().st_mtime_ns
     assert decode("--skip_existing") == 0
+    assert "1 of 2 outputs exist in decoded and were skipped" in capsys.readouterr().err
     assert len(read("decoded/run/long.mp4")) == 20
     assert Path("decoded/short.mp4").stat().st_mtime_ns == before
     assert decode("--skip_existing", "--overwrite") == 2

@@ -202,6 +202,7 @@ def test_existing_outputs_are_kept_unless_overwritten(here, capsys):
     assert run("in") == 2
     assert "got reconstructions/a.mp4; --overwrite replaces them" in capsys.readouterr().err
     assert run("in", "--skip_existing") == 0
+    assert "1 of 2 outputs exist in reconstructions and were skipped" in capsys.readouterr().err
     assert Path("reconstructions/a.mp4").stat().st_mtime_ns == before
     assert Path("reconstructions/b.mp4").exists()
     assert run("in", "--overwrite") == 0

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vidtwin import console
 from vidtwin.errors import UserError
 from vidtwin.listing import find_videos
 
@@ -51,6 +52,12 @@ def find(given: Sequence[str | Path]) -> list[Input]:
                 f"Expected inputs of different names, got {', '.join(same[:3])}; give a folder that holds them all."
             )
     return [Input(found[real], name) for real, name in names.items()]
+
+
+def log_existing(existing: int, found: int, folder: str | Path) -> None:
+    """Log how many of the inputs --skip_existing left out, if any."""
+    if existing:
+        console.log(f"{existing:,} of {found:,} outputs exist in {folder} and were skipped")
 
 
 def target(out: str | Path, name: str, suffix: str) -> Path:

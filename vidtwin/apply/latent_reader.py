@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vidtwin import console
-from vidtwin.apply.inputs import Input, check_folder, check_targets
+from vidtwin.apply.inputs import Input, check_folder, check_targets, log_existing
 from vidtwin.apply.options import DecodeOptions, SessionOptions, exit_code
 from vidtwin.apply.session import Session
 from vidtwin.errors import UserError
@@ -47,6 +47,7 @@ class LatentReader:
         self.manifest = Manifest.read(folder)
         check_folder(options.out)
         self.videos = [video for video in self.manifest.videos if video.num_frames != 0]
+        self._found = len(self.videos)
         if options.skip_existing:
             self.videos = [video for video in self.videos if not self._target(video).exists()]
         self._wanted = {video.name for video in self.videos}
@@ -86,6 +87,8 @@ class LatentReader:
                 if self._full:
                     console.log("finished videos are kept; free space and continue with --skip_existing")
                     break
+        if session.is_main:
+            log_existing(self._found - len(self.videos), self._found, self.options.out)
         done, failed, frames = map(sum, zip(*session.gather((done, failed, frames)), strict=True))
         if done:
             session.say(f"{done:,} videos, {frames:,} frames -> {self.options.out}")

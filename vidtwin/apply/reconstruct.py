@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from vidtwin import console
 from vidtwin.apply.command import run_in_session
-from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
+from vidtwin.apply.inputs import Input, check_folder, check_targets, find, log_existing, target
 from vidtwin.apply.options import SessionOptions, add_class_options, check_counts, exit_code
 from vidtwin.apply.outputs import write_views
 from vidtwin.apply.tiling import run_in_tiles
@@ -115,6 +115,7 @@ class Reconstruct:
         check_folder(self.out)
         self.entries = find(self.inputs)
         self._full = False  # the disk, by the last video
+        self._found = len(self.entries)
         if self.skip_existing:
             self.entries = [entry for entry in self.entries if not self._target(entry).exists()]
         check_targets(map(self._target, self.entries), self.entries, self.overwrite)
@@ -133,6 +134,8 @@ class Reconstruct:
                 if self._full:
                     console.log("finished videos are kept; free space and continue with --skip_existing")
                     break
+        if session.is_main:
+            log_existing(self._found - len(self.entries), self._found, self.out)
         rows = [row for part in session.gather(done) for row in part]
         return exit_code(sum(row.frames > 0 for row in rows), sum(bool(row.note) for row in rows))
 
