@@ -91,8 +91,8 @@ class VideoTrainer(Trainer):
             ckpt_path: Checkpoint to resume: weights, optimizers, schedules, step, place in the data.
             resume: "auto": resume the newest intact checkpoint of the run that the logger names, or start a new run if
                 there is none. A folder: resume the newest one in it.
-            init_from: Checkpoint or weights to start a new training from, as far as they fit; the others are listed.
-                The discriminator is new. Ignored if a run is resumed.
+            init_from: Weights to start a new training from, as far as they fit (`checkpoints.load_part`); the log
+                lists what is kept, interpolated and fresh. The discriminator is new. Ignored if a run is resumed.
         """
         task = self._task(model)
         check_trainer(self)
@@ -101,12 +101,8 @@ class VideoTrainer(Trainer):
         if resume:
             ckpt_path = self._find_newest(resume)
         if init_from and not ckpt_path:
-            lines = checkpoints.load_part(task.autoencoder, init_from)
-            for line in lines:
+            for line in checkpoints.load_part(task.autoencoder, init_from):
                 console.log(f"{init_from}: {line}", rank_zero=True)
-            own = len(task.autoencoder.state_dict())
-            kept = sum(line.startswith(("missing", "skipped")) for line in lines)
-            console.log(f"{own - kept} of {own} tensors from {init_from}", rank_zero=True)
         try:
             super().fit(task, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
         except ValueError as error:
