@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
 
@@ -21,6 +21,7 @@ from vidtwin.training.callbacks.guard import StepGuard
 from vidtwin.training.callbacks.preemption import Preemption
 from vidtwin.training.callbacks.progress import ProgressBar
 from vidtwin.training.callbacks.skipped import SkippedVideos
+from vidtwin.training.callbacks.summary import Summary
 from vidtwin.training.checks import check_trainer
 from vidtwin.training.replay import read as read_dump
 from vidtwin.training.replay import replay as run_again
@@ -57,6 +58,9 @@ class VideoTrainer(Trainer):
         wanted: list[type[Callback]] = [SkippedVideos, StepGuard, Preemption]
         if kwargs.get("enable_progress_bar") is not False:
             wanted.append(ProgressBar)
+        if kwargs.get("enable_model_summary") is not False and not any(isinstance(c, ModelSummary) for c in callbacks):
+            wanted.append(Summary)
+            kwargs["enable_model_summary"] = False  # Lightning's own
         callbacks += [cls() for cls in wanted if not any(isinstance(callback, cls) for callback in callbacks)]
         kwargs["callbacks"] = callbacks
         super().__init__(*args, **kwargs)
