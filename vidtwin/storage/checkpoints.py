@@ -27,6 +27,7 @@ from vidtwin.models import official, resizing
 from vidtwin.models.vidtwin import VidTwin
 
 PREFIX = "autoencoder."
+_FORMS = "a checkpoint, a folder of weights or hf://owner/name"
 _LEAST_SHARE = 0.25  # of a model's numbers, in weights to start from
 _STEP_FILE = re.compile(r"step-(\d{8,})\.ckpt")
 
@@ -163,7 +164,7 @@ def read(path: str | Path, lazily: bool = False) -> dict[str, Any]:
     """
     if hub.is_pretrained(path):
         return _read_pretrained(path, check=not lazily)
-    checkpoint = weights.read(path, lazily)
+    checkpoint = weights.read(path, lazily, _FORMS)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"Expected a checkpoint written by `vidtwin fit`, got {path} without a state_dict.")
     return checkpoint
@@ -268,7 +269,7 @@ def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
 
 def _read_part(path: str | Path) -> tuple[dict[str, Tensor], str]:
     """Read an autoencoder's weights in any form → by name, and their origin in words."""
-    held = read(path) if hub.is_pretrained(path) else weights.read(path)
+    held = read(path) if hub.is_pretrained(path) else weights.read(path, wanted=_FORMS)
     if not isinstance(held, dict):
         raise UserError(f"Expected weights by their names in {path}, got a {type(held).__name__}.")
     state = held.get("state_dict", held)
