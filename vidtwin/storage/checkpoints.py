@@ -256,7 +256,8 @@ def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
 
     parts = Counter(name.partition(".")[0] for name in kept)
     lines = [f"{len(kept) + len(resized)} of {len(own)} tensors, {origin}"]
-    lines += ["kept " + ", ".join(f"{count} of {part}" for part, count in parts.items())]
+    if parts:
+        lines.append("kept " + ", ".join(f"{count} of {part}" for part, count in parts.items()))
     lines += [
         f"{'interpolated' if change.interpolated else 'kept in part'} {name} from {tuple(found[name].shape)} to "
         f"{tuple(change.value.shape)}"
