@@ -286,9 +286,10 @@ def test_init_from_takes_the_fitting_weights_and_lists_the_others(config, tmp_pa
 
 
 def test_init_from_of_another_model_is_refused(tmp_path):
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"weights of VidTwin in .*other\.pt, got none that fits; it has a"):
-        trainer(tmp_path).fit(tiny_task(), datamodule=Clips(), init_from=str(tmp_path / "other.pt"))
+    for held in ({"a": torch.zeros(1)}, {"state_dict": {"a": torch.zeros(1)}}):
+        torch.save(held, tmp_path / "other.pt")
+        with pytest.raises(UserError, match=r"weights of VidTwin in .*other\.pt, got none that fits; it has a"):
+            trainer(tmp_path).fit(tiny_task(), datamodule=Clips(), init_from=str(tmp_path / "other.pt"))
 
 
 def test_freezing_a_missing_module_lists_the_existing_ones(tmp_path):

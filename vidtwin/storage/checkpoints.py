@@ -271,16 +271,16 @@ def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
 def _read_part(path: str | Path) -> tuple[dict[str, Tensor], str]:
     """Read an autoencoder's weights in any form → by name, and their origin in words."""
     held = read(path) if hub.is_pretrained(path) else weights.read(path, wanted=_FORMS)
-    if not isinstance(held, dict):
-        raise UserError(f"Expected weights by their names in {path}, got a {type(held).__name__}.")
-    state = held.get("state_dict", held)
-    origin = "weights"
-    if isinstance(state, dict) and official.is_official(state):
-        state, origin = official.convert(state, Path(path))[1], "weights of the released VidTwin"
-    elif state is not held:
-        averaged = "ema" in held
-        state, origin = autoencoder_weights(held, averaged), "averaged weights" if averaged else "weights"
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}, origin
+    state = held.get("state_dict", held) if isinstance(held, dict) else held
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"Expected weights by their names in {path}, got a {type(state).__name__}.")
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if official.is_official(tensors):
+        return official.convert(tensors, Path(path))[1], "weights of the released VidTwin"
+    if state is held or not any(name.startswith(PREFIX) for name in tensors):
+        return tensors, "weights"
+    averaged = "ema" in held
+    return autoencoder_weights(held, averaged), "averaged weights" if averaged else "weights"
 
 
 def _fold(chosen: Mapping[str, str], names: Iterable[str]) -> list[tuple[str, str]]:
