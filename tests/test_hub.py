@@ -362,7 +362,7 @@ def test_a_training_starts_from_a_folder_but_does_not_resume_it(tmp_path, monkey
     saved(tmp_path / "model")
     assert main(["fit", "--config", str(config), "--init_from", "model"]) == 0
     own = len(tiny_model().state_dict())
-    assert f"{own} of {own} tensors from model" in capsys.readouterr().err
+    assert f"model: {own} of {own} tensors, weights" in capsys.readouterr().err
     assert main(["fit", "--config", str(config), "--ckpt_path", "model"]) == 2
     assert "--init_from starts a new training" in capsys.readouterr().err
 

@@ -49,7 +49,7 @@ def test_a_command_has_options_that_exist(command, monkeypatch, capsys, tmp_path
     monkeypatch.chdir(ROOT)
     spec = {"class_path": "vidtwin.models.vidtwin.VidTwin", "init_args": {}}
     monkeypatch.setattr(checkpoints, "read", lambda path, lazily=False: {"state_dict": {}, "model_spec": spec})
-    monkeypatch.setattr("vidtwin.cli.trainer_commands.check_weights", lambda path: None)
+    monkeypatch.setattr("vidtwin.cli.trainer_commands.check_weights", lambda *_: None)
     argv = shlex.split(command)[1:]
     assert main([*argv, "--print_config"]) == 0
     assert "autoencoder:" in capsys.readouterr().out

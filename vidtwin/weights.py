@@ -49,12 +49,13 @@ class PackagedFile:
         return path
 
 
-def read(path: str | Path, lazily: bool = False) -> Any:
+def read(path: str | Path, lazily: bool = False, wanted: str = "a file of weights") -> Any:
     """Read a .safetensors file or a torch file (.ckpt, .pth, .pt) onto the CPU.
 
     Args:
         path: The file.
         lazily: Map the file into memory, so that tensors are read only when used: for a look at the other values.
+        wanted: Forms that the caller takes, for the message if there is no such file.
 
     Raises:
         UserError: The file is missing, truncated, or holds more than tensors and plain values.
@@ -62,7 +63,7 @@ def read(path: str | Path, lazily: bool = False) -> Any:
     path = Path(path)
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob(f"*{path.suffix or '*'}") if p.is_file())[:5]
-        raise UserError(f"Expected a file of weights, got none at {path}" + _list_neighbours(beside))
+        raise UserError(f"Expected {wanted}, got none at {path}" + _list_neighbours(beside))
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -128,7 +128,7 @@ def test_latents_of_another_model_are_refused_by_name(here, capsys):
     assert "Expected the latents of Coded " in said
     assert "latents holds those of Pool " in said
     assert "give the weights that encoded, pool.ckpt" in said
-    checkpoint(here / "other.ckpt", scale=0.5, frames=LENGTH)
+    checkpoint(here / "other.ckpt", pool=8, frames=LENGTH)
     assert decode("--ckpt_path", "other.ckpt") == 2
     assert not Path("decoded").exists()
 
@@ -264,3 +264,16 @@ def test_a_full_disk_ends_the_command_which_skip_existing_resumes(here, capsys, 
     assert len(read("decoded/run/long.mp4")) == 20
     assert Path("decoded/short.mp4").stat().st_mtime_ns == before
     assert decode("--skip_existing", "--overwrite") == 2
+
+
+def test_weights_with_another_decoder_decode_the_latents_that_they_would_encode(here, written, capsys):
+    """As after a training of the decoder alone."""
+    checkpoint(here / "later.ckpt", scale=0.5, frames=LENGTH)
+    assert decode("--ckpt_path", "later.ckpt") == 0
+    assert "later.ckpt decodes latents of pool.ckpt, which encodes alike" in capsys.readouterr().out
+    np.testing.assert_array_equal(
+        np.stack(written["decoded/run/long.mp4"]), reconstructed("videos/run/long.mp4", "later.ckpt")
+    )
+    checkpoint(here / "pool.ckpt", scale=0.7, frames=LENGTH)  # not those that encoded
+    assert decode("--ckpt_path", "later.ckpt", "--overwrite") == 2
+    assert "give the weights that encoded, pool.ckpt" in capsys.readouterr().err

@@ -21,7 +21,8 @@ refusals = {
     f"reconstruct {sys.executable} --ckpt_path absent.ckpt": "got none at absent.ckpt",
     "encode videos --out latents --ckpt_pth last.ckpt": "did you mean 'ckpt_path'?",
     "decode latents --out latents --skip_exist": "did you mean 'skip_existing'?",
-    "convert absent.ckpt out": "got none at absent.ckpt",
+    "convert absent.ckpt out": "or released weights (a file or a folder), got none at absent.ckpt",
+    "convert hf://owner/name out": "--ckpt_path takes it as it is",
     "export --ckpt_path absent.ckpt --out new": "got none at absent.ckpt",
     "reenact --structure a.mp4 --dynamics b.mp4 --out o --ckpt_path absent.ckpt": "Expected a video at a.mp4",
     "configs .": "nothing was overwritten",
@@ -37,7 +38,8 @@ refusals = {
     "cache out --epocs 2": "did you mean 'epochs'?",
     "fit --data absent.yaml": "Expected a config at absent.yaml",
     "predict --ckpt_path absent.ckpt": "got none at absent.ckpt",
-    "replay absent.pt": "got none at absent.pt",
+    "fit --init_from absent": "Expected a checkpoint, a folder of weights or hf://owner/name, got none at absent",
+    "replay absent.pt": "Expected the dump of a skipped step, got none at absent.pt",
 }
 for words, expected in refusals.items():
     with contextlib.redirect_stderr(io.StringIO()) as printed:

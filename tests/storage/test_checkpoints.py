@@ -93,7 +93,8 @@ def test_an_absent_file_is_named_with_its_neighbours(saved):
     with pytest.raises(UserError) as error:
         checkpoints.read(path.parent / "lst.ckpt")
     assert str(error.value) == (
-        f"Expected a file of weights, got none at {path.parent / 'lst.ckpt'}; in its folder are best.ckpt, last.ckpt."
+        "Expected a checkpoint, a folder of weights or hf://owner/name, got none at "
+        f"{path.parent / 'lst.ckpt'}; in its folder are best.ckpt, last.ckpt."
     )
     with pytest.raises(UserError, match=r"got none at \S+/absent/last\.ckpt\.$"):
         checkpoints.read(path.parent / "absent" / "last.ckpt")

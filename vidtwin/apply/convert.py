@@ -50,7 +50,9 @@ def add_more_options(parser: "ArgumentParser", options: "Namespace", wants_help:
     if not wants_help:
         if len(options.places) != 2:
             raise UserError(f"Expected `vidtwin convert IN OUT`, got {len(options.places)} of the two.")
-        check_weights(options.places[0])
+        if options.places[0].startswith("hf:"):
+            raise UserError(f"Expected a file or folder, got {options.places[0]}; --ckpt_path takes it as it is.")
+        check_weights(options.places[0], "a checkpoint or released weights (a file or a folder)")
         _check_target(Path(options.places[1]), options.overwrite)
     from vidtwin.apply.converter import released_class
 

@@ -184,13 +184,13 @@ def check_counts(**counts: int | None) -> None:
             raise UserError(f"Expected --{name} of at least 1, got {count}.")
 
 
-def check_weights(path: str | None) -> None:
-    """Raise `UserError` if `path` names a file or folder of weights that does not exist."""
+def check_weights(path: str | None, wanted: str = "a checkpoint, a folder of weights or hf://owner/name") -> None:
+    """Raise `UserError` if `path` names a file or folder that does not exist; `wanted` says which forms it may have."""
     if path and not path.startswith("hf:") and not Path(path).exists():
         place = Path(path)
         beside = sorted(p.name for p in place.parent.glob(f"*{place.suffix or '*'}") if p.is_file())[:5]
         among = f"; in its folder are {', '.join(beside)}." if beside else "."
-        raise UserError(f"Expected a file of weights, got none at {path}{among}")
+        raise UserError(f"Expected {wanted}, got none at {path}{among}")
 
 
 def exit_code(done: int, failed: int) -> int:

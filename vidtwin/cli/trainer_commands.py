@@ -38,10 +38,12 @@ def refuse(command: str, argv: list[str]) -> None:
         read_config([data])
     paths = [path for path in config_paths(argv) if not set(str(path)) & set("{\n")]
     read_config(paths)
-    if (path := option_value(argv, "ckpt_path")) and path not in (*_SPECIAL, "null") and "://" not in path:
-        check_weights(path)
+    for option in ("ckpt_path", "init_from"):
+        if (path := option_value(argv, option)) and path not in (*_SPECIAL, "null") and "://" not in path:
+            check_weights(path)
     if command == "replay":
-        check_weights(argv[0] if argv and not argv[0].startswith("-") else option_value(argv, "dump"))
+        dump = argv[0] if argv and not argv[0].startswith("-") else option_value(argv, "dump")
+        check_weights(dump, "the dump of a skipped step")
 
 
 fit: Callable[[list[str]], int] = partial(_run, "fit")

@@ -307,6 +307,7 @@ def _quieten(command: str) -> None:
         r".*isinstance\(treespec, LeafSpec\).*",
         r".*sync_dist=True.*",  # the metrics are means over all ranks already
         r".*`lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",  # the discriminator's steps from the start
+        r".*module\(s\) in eval mode at the start of training.*",  # those of model.freeze
         r".*exists and is not empty.*",  # the folder of a run that continues
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -5,6 +5,7 @@ The arithmetic is in the sibling files.
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -69,7 +70,16 @@ def load(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
     Raises:
         UserError: The file is not such a checkpoint.
     """
-    state = _read(path)
+    return convert(_read(path), path)
+
+
+def is_official(state: Mapping[str, object]) -> bool:
+    """Return whether tensors have the names of a released checkpoint."""
+    return {"encoder.x_embedder.proj.weight", "temporal_qformer.query_embeds"} <= set(state)
+
+
+def convert(state: dict[str, Tensor], path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Convert the tensors of an official checkpoint, as `load` does; `path` is its name in messages."""
     sizes = _sizes(state, path)
     _check_positions(state, path)
     return sizes, _rename(state, path)

@@ -8,7 +8,8 @@ checkpoints of the weights alone.
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,14 @@ from torch import Tensor
 
 from vidtwin import hub, plugins, weights
 from vidtwin.autoencoder import VideoAutoencoder, build, complete
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, few
 from vidtwin.files import no_room, replacing
+from vidtwin.models import official, resizing
+from vidtwin.models.vidtwin import VidTwin
 
 PREFIX = "autoencoder."
+_FORMS = "a checkpoint, a folder of weights or hf://owner/name"
+_LEAST_SHARE = 0.25  # of a model's numbers, in weights to start from
 _STEP_FILE = re.compile(r"step-(\d{8,})\.ckpt")
 
 
@@ -159,7 +164,7 @@ def read(path: str | Path, lazily: bool = False) -> dict[str, Any]:
     """
     if hub.is_pretrained(path):
         return _read_pretrained(path, check=not lazily)
-    checkpoint = weights.read(path, lazily)
+    checkpoint = weights.read(path, lazily, _FORMS)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"Expected a checkpoint written by `vidtwin fit`, got {path} without a state_dict.")
     return checkpoint
@@ -205,34 +210,94 @@ def load_weights(model: VideoAutoencoder, path: str | Path, ema: bool = False) -
 
 
 def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
-    """Load the weights that fit from another training's autoencoder, the averaged ones if there are any.
+    """Load the weights that fit from another autoencoder, the averaged ones if there are any.
 
-    Accepts a checkpoint of `vidtwin fit`, a file of an autoencoder's weights alone, a folder of `save_pretrained` or
-    `hf://owner/name`. Discriminator, optimizers and steps are ignored.
+    Accepts a checkpoint of `vidtwin fit`, a file of an autoencoder's weights alone or of the released VidTwin, a folder
+    of `save_pretrained`, and `hf://owner/name`. Discriminator, optimizers and steps are ignored. VidTwin's weights are
+    fitted to other latents, clip lengths, resolutions and patches (`vidtwin.models.resizing`).
 
     Returns:
-        A line per tensor of the model that keeps its initial values, and per tensor of the file that was not used.
+        Lines of a report: the tensors that were kept, those in another shape, those that have their initial values,
+        and those of the file that were not used.
+
+    Raises:
+        UserError: Less than a quarter of the model's numbers would come from the file.
     """
-    held = read(path) if hub.is_pretrained(path) else weights.read(path)
-    if not isinstance(held, dict):
-        raise UserError(f"Expected weights by their names in {path}, got a {type(held).__name__}.")
-    if "state_dict" in held:
-        held = autoencoder_weights(held, ema="ema" in held)
+    given, origin = _read_part(path)
     own = model.state_dict()
-    fitting = {name: value for name, value in held.items() if name in own and value.shape == own[name].shape}
-    if not fitting:
+    resizes = isinstance(model, VidTwin)
+    sources = resizing.align_levels(given, own) if resizes else {name: name for name in given}
+    found = {name: given[sources[name]] for name in own if name in sources}
+    kept = {name: value for name, value in found.items() if value.shape == own[name].shape}
+    resized: dict[str, resizing.Resized] = {}
+    fresh = {name: "not in the file" for name in own if name not in found}
+    for name in [name for name in found if name not in kept]:
+        there, here = tuple(found[name].shape), tuple(own[name].shape)
+        change = resizing.resize(name, found[name], own[name]) if resizes else None
+        if change is None:
+            fresh[name] = f"{there} in the file, {here} here"
+        else:
+            resized[name] = change
+    for bias in [f"{name.removesuffix('weight')}bias" for name in fresh if name.endswith(".weight")]:
+        if kept.pop(bias, None) is not None or resized.pop(bias, None) is not None:
+            fresh[bias] = "its layer is fresh"
+
+    numbers = sum(value.numel() for value in kept.values()) + sum(change.numbers for change in resized.values())
+    share = numbers / max(sum(value.numel() for value in own.values()), 1)
+    if share < _LEAST_SHARE:
+        shapes = [f"{name} is {reason}" for name, reason in fresh.items() if reason.endswith(" here")]
+        differing = f" ({'; '.join(shapes[:2])})" if shapes else ""
+        taken = f"{share:.1%} of its numbers{differing}" if numbers else f"none that fits; it has {few([*given])}"
         raise UserError(
-            f"Expected weights of {type(model).__name__} in {path}, got none that fits; it has "
-            f"{', '.join([*map(str, held)][:3])}."
+            f"Expected weights of {type(model).__name__} in {path}, got {taken}; set the model's class, widths and "
+            "depth to those of the file."
         )
-    model.load_state_dict(fitting, strict=False)
-    lines = [f"missing {name}" for name in own if name not in held]
-    lines += [f"unexpected {name}" for name in held if name not in own]
-    return lines + [
-        f"skipped {name} of another shape: {tuple(held[name].shape)} there, {tuple(own[name].shape)} here"
-        for name in own
-        if name in held and name not in fitting
+    model.load_state_dict(kept | {name: change.value for name, change in resized.items()}, strict=False)
+
+    parts = Counter(name.partition(".")[0] for name in kept)
+    lines = [f"{len(kept) + len(resized)} of {len(own)} tensors, {origin}"]
+    if parts:
+        lines.append("kept " + ", ".join(f"{count} of {part}" for part, count in parts.items()))
+    lines += [
+        f"{'interpolated' if change.interpolated else 'kept in part'} {name} from {tuple(found[name].shape)} to "
+        f"{tuple(change.value.shape)}"
+        for name, change in resized.items()
     ]
+    lines += [f"fresh {names}: {reason}" for names, reason in _fold(fresh, own)]
+    unused = {original: "" for name, original in sources.items() if name not in own}
+    return lines + [f"unused {names}" for names, _ in _fold(unused, given)]
+
+
+def _read_part(path: str | Path) -> tuple[dict[str, Tensor], str]:
+    """Read an autoencoder's weights in any form → by name, and their origin in words."""
+    held = read(path) if hub.is_pretrained(path) else weights.read(path, wanted=_FORMS)
+    state = held.get("state_dict", held) if isinstance(held, dict) else held
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"Expected weights by their names in {path}, got a {type(state).__name__}.")
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if official.is_official(tensors):
+        return official.convert(tensors, Path(path))[1], "weights of the released VidTwin"
+    if state is held or not any(name.startswith(PREFIX) for name in tensors):
+        return tensors, "weights"
+    averaged = "ema" in held
+    return autoencoder_weights(held, averaged), "averaged weights" if averaged else "weights"
+
+
+def _fold(chosen: Mapping[str, str], names: Iterable[str]) -> list[tuple[str, str]]:
+    """Join chosen tensors of one reason to modules of which none is left out → (names, reason)."""
+    members: dict[str, list[str]] = {}
+    for name in names:
+        modules = name.split(".")
+        for length in range(1, len(modules) + 1):
+            members.setdefault(".".join(modules[:length]), []).append(name)
+    folded: dict[str, tuple[str, str]] = {}
+    for name, reason in chosen.items():
+        modules = name.split(".")
+        prefixes = (".".join(modules[:length]) for length in range(1, len(modules) + 1))
+        whole = next(p for p in prefixes if all(chosen.get(member) == reason for member in members[p]))
+        count = len(members[whole])
+        folded[whole] = (whole if whole == name else f"{whole} ({count} tensors)", reason)
+    return [*folded.values()]
 
 
 def _load(model: VideoAutoencoder, checkpoint: dict[str, Any], path: str | Path, ema: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
 
@@ -21,6 +21,7 @@ from vidtwin.training.callbacks.guard import StepGuard
 from vidtwin.training.callbacks.preemption import Preemption
 from vidtwin.training.callbacks.progress import ProgressBar
 from vidtwin.training.callbacks.skipped import SkippedVideos
+from vidtwin.training.callbacks.summary import Summary
 from vidtwin.training.checks import check_trainer
 from vidtwin.training.replay import read as read_dump
 from vidtwin.training.replay import replay as run_again
@@ -57,6 +58,9 @@ class VideoTrainer(Trainer):
         wanted: list[type[Callback]] = [SkippedVideos, StepGuard, Preemption]
         if kwargs.get("enable_progress_bar") is not False:
             wanted.append(ProgressBar)
+        if kwargs.get("enable_model_summary") is not False and not any(isinstance(c, ModelSummary) for c in callbacks):
+            wanted.append(Summary)
+            kwargs["enable_model_summary"] = False  # Lightning's own
         callbacks += [cls() for cls in wanted if not any(isinstance(callback, cls) for callback in callbacks)]
         kwargs["callbacks"] = callbacks
         super().__init__(*args, **kwargs)
@@ -91,8 +95,8 @@ class VideoTrainer(Trainer):
             ckpt_path: Checkpoint to resume: weights, optimizers, schedules, step, place in the data.
             resume: "auto": resume the newest intact checkpoint of the run that the logger names, or start a new run if
                 there is none. A folder: resume the newest one in it.
-            init_from: Checkpoint or weights to start a new training from, as far as they fit; the others are listed.
-                The discriminator is new. Ignored if a run is resumed.
+            init_from: Weights to start a new training from, as far as they fit (`checkpoints.load_part`); the log
+                lists what is kept, interpolated and fresh. The discriminator is new. Ignored if a run is resumed.
         """
         task = self._task(model)
         check_trainer(self)
@@ -101,12 +105,8 @@ class VideoTrainer(Trainer):
         if resume:
             ckpt_path = self._find_newest(resume)
         if init_from and not ckpt_path:
-            lines = checkpoints.load_part(task.autoencoder, init_from)
-            for line in lines:
+            for line in checkpoints.load_part(task.autoencoder, init_from):
                 console.log(f"{init_from}: {line}", rank_zero=True)
-            own = len(task.autoencoder.state_dict())
-            kept = sum(line.startswith(("missing", "skipped")) for line in lines)
-            console.log(f"{own - kept} of {own} tensors from {init_from}", rank_zero=True)
         try:
             super().fit(task, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
         except ValueError as error:
