@@ -36,12 +36,13 @@ _CONFIG = "Config as for fit; only its autoencoder is used."
 
 def check_command(argv: list[str]) -> int:
     """Hold an autoencoder to the promises of the interface: vidtwin check NAME"""
-    from vidtwin.cli.parser import config_paths, option_value, read_config, wants_help
+    from vidtwin.cli.parser import config_paths, option_value, read_config, refuse_values, wants_help
 
     if wants_help(argv):
         parser = _parser()
         parser.add_argument("--config", metavar="FILE", help=_CONFIG)
         parser.parse_args(["--help"])
+    refuse_values(config_paths(argv))
     read_config(config_paths(argv))  # refuses a missing file before torch is imported
     argv = [_expand_option(word) for word in argv]
     if argv and not argv[0].startswith("-"):
