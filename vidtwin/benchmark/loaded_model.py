@@ -87,7 +87,8 @@ class LoadedModel:
             self.model.temporal.legal_length(length)
         except UserError as error:
             maximum = self.model.temporal.maximum
-            short = self.window is None and maximum is not None and maximum < num_frames
+            sized = self.model.resolution in (None, height) and self.model.resolution in (None, width)
+            short = self.window is None and sized and maximum is not None and maximum < num_frames
             advice = "; or give its entry windows: true" if short else ""
             raise UserError(f"{str(error).rstrip('.')}{advice}.") from error
 
