@@ -70,7 +70,7 @@ class Sweep(SweepOptions):
             frames, height, width = largest = max(self.shapes, key=math.prod)
             log(
                 f"the largest clip has {frames} frames of {width} x {height} px, {_GB * math.prod(largest):.1f} GB as "
-                "floats, of which its measurement holds about ten copies; a number for data.num_frames or "
+                "floats, of which its measurement holds several copies; a number for data.num_frames or "
                 "data.resolution takes less",
                 rank_zero=True,
             )
