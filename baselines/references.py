@@ -13,24 +13,31 @@ from vidtwin.posteriors import Deterministic, Encoding, Latents
 
 
 class _Mean(VideoAutoencoder):
-    """The clip's mean over some axes, repeated."""
+    """The clip's mean over some axes, repeated.
+
+    Args:
+        num_frames: T.
+        resolution: H = W in pixels, or [H, W].
+    """
 
     axes: ClassVar[tuple[int, ...]]
-    resolution: int
 
-    def __init__(self, num_frames: int = 16, resolution: int = 224) -> None:
+    def __init__(self, num_frames: int = 16, resolution: int | list[int] = 224) -> None:
         super().__init__()
         self.temporal = TemporalSpec.exactly(num_frames)
         self.num_frames = num_frames
-        self.resolution = resolution
+        self.resolution = resolution if isinstance(resolution, int) else None
+        self.size = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
 
     def _encode(self, clip: Tensor) -> Encoding:
+        if clip.shape[3:] != self.size:
+            raise UserError(f"Expected a clip of {self.size} pixels, got {tuple(clip.shape[3:])}.")
         return Encoding({self.latent_names[0]: Deterministic(clip.mean(self.axes))})
 
     def _decode(self, latents: Latents) -> Tensor:
         mean = latents[self.latent_names[0]]
         mean = mean[:, :, None] if mean.ndim == 4 else mean[:, :, None, None, None]
-        return mean.expand(-1, -1, self.num_frames, self.resolution, self.resolution)
+        return mean.expand(-1, -1, self.num_frames, *self.size)
 
     @property
     def last_layer(self) -> NoReturn:
@@ -54,4 +61,4 @@ class TemporalMean(_Mean):
     axes = (2,)
 
     def _latent_shapes(self, clip_shape: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
-        return {"frame": (3, self.resolution, self.resolution)}
+        return {"frame": (3, *self.size)}

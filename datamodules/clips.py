@@ -9,7 +9,7 @@ A video that can't be used is reported once, with its reason, and never replaced
 the ranks' shares are right. Damage that only decoding finds is skipped when it is met: training takes another clip
 instead, also drawn by (seed, epoch, index); evaluation has a clip less. A video cut into consecutive clips may end
 within the last one, a little before the end that its container promises: that clip is padded or left out, without an
-error.
+error. A whole video as one clip has the frames that decode.
 """
 
 import math
@@ -80,6 +80,11 @@ class ClipDataset(Dataset[dict[str, Any]], ABC):
     def identity(self, index: int) -> tuple[str, int]:
         """Return name and start frame of an evaluation clip, without decoding it."""
 
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """Return frames, height and width of an evaluation clip; its video may end a few frames before."""
+        frames, height, width, _ = self.clip(0, index)["clip"].shape
+        return frames, height, width
+
     def digests(self, show: bool = False) -> dict[str, str]:
         """Return the SHA-256 of the content of each video, by name; none for clips that are not of files.
 
@@ -107,9 +112,9 @@ class ClipDataset(Dataset[dict[str, Any]], ABC):
 class VideoClips(ClipDataset):
     """Clips of video files.
 
-    Training takes a random start, a random square crop, one of the rates and, with `horizontal_flip`, the mirror image
-    of every second clip. Evaluation takes the clip in the middle of the video, or all consecutive clips, cropped at the
-    centre, at the first rate.
+    Training takes a random start, a random crop, one of the rates and, with `horizontal_flip`, the mirror image of
+    every second clip. Evaluation takes the clip in the middle of the video, all consecutive clips, or the whole video,
+    cropped at the centre, at the first rate.
 
     Clip k of "all" has the frames that are shown from k·T / fps on: joined, the clips are the video at that rate from
     its first frame on. `start_frame` is the frame of the file that is shown first, so no two clips share one.
@@ -127,18 +132,20 @@ class VideoClips(ClipDataset):
 
     def __init__(self, videos: list[Video], settings: ClipSettings, split: str = "test") -> None:
         self.videos = videos
-        self.num_frames, self.resolution, self.seed = settings.num_frames, settings.resolution, settings.seed
+        self.num_frames, self.size, self.seed = settings.num_frames, settings.size, settings.seed
         self.rates = settings.rates
         self.training = settings.draws(split)
         self.horizontal_flip = settings.horizontal_flip and self.training
         self.loop = settings.short_videos == "loop"
         self.replace = split == "train"
         self.consecutive = settings.takes_all(split)
+        self.entire = settings.takes_whole(split)
         self.pad = settings.pads(split)
         self.first = settings.takes_first(split)
         self.whole = settings.steps_whole(split)
         self.resize = settings.resize
         self._ends: NDArray[np.int64] | None = None
+        self._sizes: dict[int, tuple[int, int]] = {}  # of pictures at their own size, by the videos' places
 
     def __len__(self) -> int:
         return int(self._clip_ends()[-1]) if self.consecutive and self.videos else len(self.videos)
@@ -147,8 +154,22 @@ class VideoClips(ClipDataset):
         place, number = self._place(index)
         info = self._info(place)
         fps = self._usable_rates(info)[0]
+        if self.entire:
+            return self.videos[place].name, 0
         start = self._start(info, fps, number)[0] if self.consecutive else self._fixed_start(info, fps)
         return self.videos[place].name, start
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        place = self._place(index)[0]
+        info = self._info(place)
+        size = self.size or self._sizes.get(place)
+        if size is None:
+            try:  # turned pictures and pixels that are not square show in a frame alone
+                height, width, _ = self._read(info, Fraction(0), 1, self._usable_rates(info)[0])[0].shape
+            except VideoError:  # reported when its clip is read
+                height, width = info.height, info.width
+            size = self._sizes[place] = (height, width)
+        return (self._length(info, self._usable_rates(info)[0]), *size)
 
     def digests(self, show: bool = False) -> dict[str, str]:
         digests = digest_all([video.path for video in self.videos], show)
@@ -157,7 +178,7 @@ class VideoClips(ClipDataset):
     def leave_out(self, names: Collection[str]) -> None:
         """Remove these videos."""
         self.videos = [video for video in self.videos if video.name not in names]
-        self._ends = None
+        self._ends, self._sizes = None, {}
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         try:
@@ -189,9 +210,10 @@ class VideoClips(ClipDataset):
     def _together(self, run: list[int]) -> list[dict[str, Any]] | None:
         """Return the items of consecutive clips of a video; None unless all can be read."""
         place, number = self._place(run[0])
-        info, length = self._info(place), len(run) * self.num_frames
+        info = self._info(place)
         fps = self._usable_rates(info)[0]
-        promised = self._num_shown(info, fps) - number * self.num_frames
+        length, each = len(run) * self._length(info, fps), self._length(info, fps)
+        promised = self._num_shown(info, fps) - number * each
         try:
             self._check_rate(info, fps)
             frames = self._read(info, self._start(info, fps, number)[1], min(length, promised), fps)
@@ -236,7 +258,7 @@ class VideoClips(ClipDataset):
         info = self._info(place)
         fps = self._usable_rates(info)[0]
         try:
-            (self._check_rate if self.pad else self._last_start)(info, fps)
+            (self._check_rate if self.pad or self.entire else self._last_start)(info, fps)
         except VideoError as error:
             return Fault.of(error, info.path)
         return None
@@ -267,10 +289,15 @@ class VideoClips(ClipDataset):
 
     def _num_clips(self, info: VideoInfo) -> int:
         """Count the consecutive clips of a video."""
-        shown = self._num_shown(info, self._usable_rates(info)[0])
+        fps = self._usable_rates(info)[0]
+        shown, length = self._num_shown(info, fps), self._length(info, fps)
         if self.pad:
-            return math.ceil(shown / self.num_frames)
-        return max(shown // self.num_frames, int(self.loop))
+            return math.ceil(shown / length)
+        return max(shown // length, int(self.loop))
+
+    def _length(self, info: VideoInfo, fps: float | None) -> int:
+        """Return the frames of a clip."""
+        return self._num_shown(info, fps) if self.num_frames is None else self.num_frames
 
     def _num_shown(self, info: VideoInfo, fps: float | None) -> int:
         """Count the frames of a whole video at the clip's rate: the last one is shown until its end."""
@@ -278,7 +305,7 @@ class VideoClips(ClipDataset):
 
     def _start(self, info: VideoInfo, fps: float | None, number: int) -> tuple[int, Fraction]:
         """Return the first frame of the `number`-th consecutive clip, and its time in seconds."""
-        time = number * self.num_frames / self._rate(info, fps)
+        time = number * self._length(info, fps) / self._rate(info, fps)
         return math.floor(time * info.fps), time
 
     def _draw(self, index: int, random: np.random.Generator) -> dict[str, Any]:
@@ -288,7 +315,7 @@ class VideoClips(ClipDataset):
         rates = self._usable_rates(info)
         fps = rates[int(rate * len(rates))]
         padded = 0
-        if self.consecutive:
+        if self.consecutive or self.entire:
             start, frames, padded = self._read_consecutive(info, fps, number)
         else:
             try:
@@ -311,18 +338,18 @@ class VideoClips(ClipDataset):
             start = min(int(position * (last + 1)), last)
         else:
             start = self._fixed_start(info, fps)
-        return start, self._read(info, start / info.fps, self.num_frames, fps, crop, self.loop)
+        return start, self._read(info, start / info.fps, self._length(info, fps), fps, crop, self.loop)
 
     def _read_consecutive(self, info: VideoInfo, fps: float | None, number: int) -> tuple[int, Frames, int]:
         """Read a clip of those that a video is cut into → first frame, pictures, number of padded ones."""
         self._check_rate(info, fps)
         start, time = self._start(info, fps, number)
-        promised = least = self.num_frames
-        if self.pad:
-            promised = min(promised, self._num_shown(info, fps) - number * self.num_frames)
-            # Frames that the container promised in excess are padded too.
+        wanted = promised = least = self._length(info, fps)
+        if self.pad or self.entire:
+            promised = min(wanted, self._num_shown(info, fps) - number * wanted)
+            # Frames that the container promised in excess are padded too, or left out of a whole video.
             least = max(1, promised - HEADER_EXCESS - 1)
-        loop = self.loop and not self.pad and number == 0
+        loop = self.loop and not (self.pad or self.entire) and number == 0
         for length in range(promised, least - 1, -1):
             try:
                 frames = self._read(info, time, length, fps, loop=loop)
@@ -332,7 +359,7 @@ class VideoClips(ClipDataset):
                     raise
                 ended = error
                 continue
-            padded = self.num_frames - length
+            padded = 0 if self.entire else wanted - length
             return start, _pad(frames, padded), padded
         raise EndedError(str(ended), ended.decodable, ended.kind) from None
 
@@ -341,7 +368,7 @@ class VideoClips(ClipDataset):
     ) -> Frames:
         source, rate = self.content(info), None if fps is None else self._rate(info, fps)
         try:
-            return read_clip(source, time, length, rate, self.resolution, crop, loop, info.fps, self.resize, self.whole)
+            return read_clip(source, time, length, rate, self.size, crop, loop, info.fps, self.resize, self.whole)
         except VideoError as error:
             if isinstance(source, bytes):  # whose name the error lacks
                 reason = str(error).partition(": ")[2]
@@ -372,7 +399,7 @@ class VideoClips(ClipDataset):
 
     def _span(self, info: VideoInfo, fps: float | None) -> int:
         """Return the frames of the video from the first to the last of a clip."""
-        return int((self.num_frames - 1) * info.fps / self._rate(info, fps))
+        return int((self._length(info, fps) - 1) * info.fps / self._rate(info, fps))
 
     def _check_rate(self, info: VideoInfo, fps: float | None) -> None:
         if fps is not None and not (self.training or self.whole) and fps > info.fps * _NEAR:
@@ -394,7 +421,7 @@ class VideoClips(ClipDataset):
         if info.num_frames <= span and not self.loop:
             rate = "all frames" if fps is None else f"{fps:g} frames per second"
             raise VideoError(
-                f"{info.path}: too short: a clip of {self.num_frames} at {rate} spans {span + 1}, "
+                f"{info.path}: too short: a clip of {self._length(info, fps)} at {rate} spans {span + 1}, "
                 f"it has {info.num_frames}.",
                 kind="short",
             )

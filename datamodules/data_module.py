@@ -28,6 +28,7 @@ from .shards.cached import CachedClips
 from .shards.writer import Written, write_cache
 from .transforms import to_batch
 
+_CROPS = ("none", "largest centre square", "largest centre rectangle of that shape")
 WHOLE_STEPS = "in whole steps of the source's frames"
 _CLIPS = {
     "middle": "one per video, from its middle",
@@ -45,7 +46,8 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
 
     Args:
         batch_size: Clips per batch and device in training.
-        eval_batch_size: Clips per batch and device in evaluation; null: `batch_size`.
+        eval_batch_size: Clips per batch and device in evaluation; null: `batch_size`, or 1 if clips differ in length or
+            size.
         num_workers: Decoding processes per device; null shares the cores among the devices, with at most 8 each.
         max_broken: Share of a split's videos that may be unreadable, truncated or corrupt; more stop the run. One
             video may be broken unless the share is 0.
@@ -69,7 +71,12 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
     ) -> None:
         super().__init__(batch_size, num_workers)
         self.settings = ClipSettings(**kwargs)
-        self.eval_batch_size = eval_batch_size or batch_size
+        if self.settings.varies and (eval_batch_size or 1) > 1:
+            raise UserError(
+                "Expected data.eval_batch_size: 1 for clips that differ in length or size (data.num_frames or "
+                f"data.resolution is null), got {eval_batch_size}; leave it out."
+            )
+        self.eval_batch_size = eval_batch_size or (1 if self.settings.varies else batch_size)
         self.exclude, self.cache = exclude, cache
         self.unusable = UnusableVideos(max_broken)
         self.skipped = self.unusable.reasons
@@ -99,6 +106,7 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
 
     def dataset(self, split: str) -> ClipDataset:
         """Return the clips of a split, created on first use."""
+        self.settings.check(split)
         if split not in self._datasets:
             self._datasets[split] = self._read_cache(split) if self.cache else self.make_dataset(split)
         return self._datasets[split]
@@ -202,20 +210,21 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
         dataset = self.dataset("test")
         identities = [dataset.identity(index) for index in range(len(dataset))]
         listing = "".join(f"{name}\t{start}\n" for name, start in identities)
+        entire, size = self.settings.takes_whole("test"), self.settings.size
         contents = "".join(f"{name}\t{digest}\n" for name, digest in sorted(self.digests().items()))
         return {
             "data": type(self).__name__,
             "split": dataset.split_name or self.split_name("test"),
             "num_clips": len(identities),
-            "num_frames": self.num_frames,
-            "resolution": self.resolution,
+            "num_frames": "all of a video" if entire else self.num_frames,
+            "resolution": self.resolution or "native",
             "fps": f"{self.eval_fps:g} {WHOLE_STEPS}" if self.settings.steps_whole("test") else self.eval_fps,
             "short_videos": self.settings.short_rule("test"),
-            "crop": "largest centre square",
-            "resize": RESIZE_FILTERS[self.settings.resize],
+            "crop": _CROPS[0 if size is None else 1 if size[0] == size[1] else 2],
+            "resize": RESIZE_FILTERS[self.settings.resize] if size else "none",
             "colour": COLOURS[self.settings.resize],
-            "clip": _CLIPS[self.eval_clips],
-            "tail": self.settings.tail if self.eval_clips == "all" else "none",
+            "clip": _CLIPS["all" if entire else self.eval_clips],
+            "tail": self.settings.tail if self.settings.takes_all("test") else "none",
             "clips_sha256": hashlib.sha256(listing.encode()).hexdigest(),
             "videos_sha256": hashlib.sha256(contents.encode()).hexdigest() if contents else None,
         }

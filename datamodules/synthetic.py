@@ -184,7 +184,9 @@ class SyntheticClips(ClipDataset):
 
     def __init__(self, length: int, split: str, settings: ClipSettings, classes: list[str]) -> None:
         self.length, self.split, self.classes = length, split, classes
-        self.num_frames, self.resolution, self.seed = settings.num_frames, settings.resolution, settings.seed
+        assert settings.num_frames is not None  # `Synthetic` checks both
+        assert settings.size is not None
+        self.num_frames, self.size, self.seed = settings.num_frames, settings.size, settings.seed
         self.rates = [FILE_FPS if rate is None else rate for rate in settings.rates]
         self.training = settings.draws(split)
 
@@ -202,7 +204,7 @@ class SyntheticClips(ClipDataset):
         if self.training and len(self.rates) > 1:  # from its own generator, so that it changes no scene
             rate = float(np.random.default_rng((self.seed, scene, index)).choice(self.rates))
         times = np.arange(self.num_frames) / rate
-        frames = np.stack(list(render(random, self.classes[label], times, (self.resolution, self.resolution))))
+        frames = np.stack(list(render(random, self.classes[label], times, self.size[::-1])))
         name, start = self.identity(index)
         return {"clip": frames, "label": label, "name": name, "start_frame": start}
 
@@ -226,6 +228,9 @@ class Synthetic(ClipDataModule):
         for key, usual in of_files.items():
             if (given := getattr(self.settings, key)) != usual:
                 raise UserError(f"Expected data.{key}: {usual} for clips that are rendered, not read, got {given}.")
+        for key in ("num_frames", "resolution"):
+            if getattr(self.settings, key) is None:
+                raise UserError(f"Expected data.{key} of clips that are rendered, not read, got null; give a number.")
         self.lengths = {"train": num_train, "val": num_val, "test": num_test}
         self.classes = _choose_motions(num_classes)
 

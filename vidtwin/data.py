@@ -41,8 +41,10 @@ class ClipSettings:
     """Choice of the clips of a video. All settings are options of each data module of clips (`--data.num_frames`).
 
     Args:
-        num_frames: Frames per clip, T.
-        resolution: Side of the square picture in pixels.
+        num_frames: Frames per clip, T; null, in evaluation alone: each video is one clip, whatever `eval_clips`, `tail`
+            and `short_videos` say.
+        resolution: Side of the square picture in pixels; [height, width]; or null, in evaluation alone: the whole
+            picture at its own size, with square pixels.
         fps: Frames per second of the clip; null takes every frame of the video. From a list, training draws a rate for
             each clip among those that the video has, and evaluation takes the first. A video of a lower rate repeats
             frames in training and is refused in evaluation.
@@ -58,12 +60,12 @@ class ClipSettings:
         frame_steps: Frames that evaluation takes at `fps`: "timed", those shown at the times k / fps, or "whole", every
             n-th frame of the file, n being the video's rate / fps rounded, and at least 1. So no video is refused for
             its rate: 30 of 25 frames a second are all frames (VidTok, VidTwin).
-        resize: Filter: "area" (swscale) of the cropped square, or "bilinear", antialiased as torchvision's, of the
-            picture that is then cropped.
+        resize: Filter: "area" (swscale) of the cropped picture, or "bilinear", antialiased as torchvision's, of the
+            picture that is then cropped. It chooses the conversion of colours too, also of pictures at their own size.
     """
 
-    num_frames: int = 16
-    resolution: int = 224
+    num_frames: int | None = 16
+    resolution: int | list[int] | None = 224
     fps: float | list[float] | None = 8.0
     seed: int = 0
     horizontal_flip: bool = True
@@ -75,9 +77,17 @@ class ClipSettings:
     resize: Literal["area", "bilinear"] = "area"
 
     def __post_init__(self) -> None:
-        for key in ("num_frames", "resolution"):
-            if getattr(self, key) < 1:
-                raise UserError(f"Expected data.{key} of at least 1, got {getattr(self, key)}.")
+        if self.num_frames is not None and self.num_frames < 1:
+            raise UserError(f"Expected data.num_frames of at least 1, or null for whole videos, got {self.num_frames}.")
+        if self.resolution is not None:
+            sides = self.resolution if isinstance(self.resolution, Sequence) else [self.resolution] * 2
+            if len(sides) != 2 or min(sides) < 1:
+                raise UserError(
+                    "Expected data.resolution to be a side of at least 1, [height, width], or null for the videos' own "
+                    f"size, got {self.resolution}."
+                )
+            # Equal sides are a square, under whatever name: its clips, hashes and caches are the same.
+            object.__setattr__(self, "resolution", sides[0] if sides[0] == sides[1] else list(sides))
         rates, fps = self.rates, self.fps
         if not rates or any(rate is not None and rate <= 0 for rate in rates) or (None in rates and len(rates) > 1):
             raise UserError(f"Expected data.fps above 0, a list of such rates, or null for every frame, got {fps}.")
@@ -98,6 +108,27 @@ class ClipSettings:
             )
 
     @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width in pixels; None: those of each video."""
+        if self.resolution is None:
+            return None
+        height, width = (self.resolution,) * 2 if isinstance(self.resolution, int) else self.resolution
+        return height, width
+
+    @property
+    def varies(self) -> bool:
+        """Whether clips differ in length or size, so that no two of them make a batch."""
+        return self.num_frames is None or self.resolution is None
+
+    def check(self, split: str) -> None:
+        """Raise `UserError` if a split can't have such clips."""
+        if split == "train" and self.varies:
+            key = "num_frames" if self.num_frames is None else "resolution"
+            raise UserError(
+                f"Expected data.{key} of training clips, which come in batches, got null; only evaluation takes it."
+            )
+
+    @property
     def rates(self) -> list[float | None]:
         """`fps` as a list."""
         return list(self.fps) if isinstance(self.fps, Sequence) else [self.fps]
@@ -108,11 +139,15 @@ class ClipSettings:
 
     def takes_all(self, split: str) -> bool:
         """Return whether a split has all clips of each video."""
-        return split != "train" and self.eval_clips == "all"
+        return split != "train" and self.eval_clips == "all" and self.num_frames is not None
 
     def takes_first(self, split: str) -> bool:
         """Return whether a split has the first clip of each video."""
-        return split != "train" and self.eval_clips == "first"
+        return split != "train" and self.eval_clips == "first" and self.num_frames is not None
+
+    def takes_whole(self, split: str) -> bool:
+        """Return whether a split has each video as one clip."""
+        return split != "train" and self.num_frames is None
 
     def steps_whole(self, split: str) -> bool:
         """Return whether a split has every n-th frame of a file instead of those at given times."""
@@ -123,7 +158,9 @@ class ClipSettings:
         return self.takes_all(split) and self.tail == "pad"
 
     def short_rule(self, split: str) -> str:
-        """Return how a split treats a video shorter than a clip: "skip", "loop" or "pad"."""
+        """Return how a split treats a video shorter than a clip: "skip", "loop", "pad", or "none" if none can be."""
+        if self.takes_whole(split):
+            return "none"
         return "pad" if self.pads(split) else self.short_videos
 
 
@@ -134,6 +171,10 @@ class NamedClips(Protocol):
 
     def identity(self, index: int) -> tuple[str, int]:
         """Return a clip's video name and start frame."""
+        ...
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """Return a clip's frames, height and width; its video may end a few frames before."""
         ...
 
 
@@ -154,13 +195,13 @@ class ClipSource(ABC):
     skipped: dict[str, dict[str, str]]
 
     @property
-    def num_frames(self) -> int:
-        """Frames per clip."""
+    def num_frames(self) -> int | None:
+        """Frames per clip; None: those of each video."""
         return self.settings.num_frames
 
     @property
-    def resolution(self) -> int:
-        """Side of the square picture in pixels."""
+    def resolution(self) -> int | list[int] | None:
+        """Side of the square picture in pixels, or [height, width]; None: the size of each video."""
         return self.settings.resolution
 
     @property

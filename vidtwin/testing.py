@@ -11,7 +11,7 @@ import copy
 import io
 import math
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ class Promise:
 
 
 def check_autoencoder(
-    model: VideoAutoencoder, num_frames: int | None = None, resolution: int = 64, batch_size: int = 2
+    model: VideoAutoencoder, num_frames: int | None = None, resolution: int | Sequence[int] = 64, batch_size: int = 2
 ) -> None:
     """Check every promise of `VideoAutoencoder` and raise `ContractError` at the first broken one.
 
@@ -56,7 +56,7 @@ def check_autoencoder(
     Args:
         model: The autoencoder.
         num_frames: T of the clip; by default the model's usual length.
-        resolution: H = W of the clip in pixels, if the model has no fixed resolution.
+        resolution: H = W of the clip in pixels, or (H, W), if the model has no fixed resolution.
         batch_size: B of the clip, at least 2 to see that clips do not depend on their batch.
 
     Raises:
@@ -69,7 +69,10 @@ def check_autoencoder(
 
 
 def check_promises(
-    model: VideoAutoencoder, num_frames: int | None = None, resolution: int = 64, batch_size: int = 2
+    model: VideoAutoencoder,
+    num_frames: int | None = None,
+    resolution: int | Sequence[int] = 64,
+    batch_size: int = 2,
 ) -> Iterator[Promise]:
     """Check every promise in turn and yield its outcome, continuing after a broken one.
 
@@ -80,10 +83,11 @@ def check_promises(
             f"Expected a batch of at least 2 clips, to see that each is treated on its own; got {batch_size}."
         )
     num_frames = model.temporal.usual_length if num_frames is None else num_frames
-    side = model.resolution or resolution
+    size = model.resolution or resolution
+    height, width = (size, size) if isinstance(size, int) else size
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    shape = (batch_size, 3, num_frames, side, side)
+    shape = (batch_size, 3, num_frames, height, width)
     clip = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=dtype) * 2 - 1
     model.check_clip(clip)
     model.temporal.legal_length(num_frames)

@@ -80,6 +80,12 @@ class CachedClips(ClipDataset):
                 raise UserError(f"{self._place}/{TABLE}: expected a line for clip {min(missing)}, got none; {AGAIN}.")
         return self._identities[index]
 
+    def shape(self, index: int) -> tuple[int, int, int]:
+        try:
+            return self.items.shape(index)
+        except VideoError:  # there is no clip
+            return 0, 0, 0
+
     def digests(self, show: bool = False) -> dict[str, str]:
         return self.manifest.content()
 

@@ -197,6 +197,9 @@ class Items:
     def __init__(self, manifest: Manifest, locate: Callable[[Shard], Path]) -> None:
         self.manifest = manifest
         self.locate = locate
+        frames, side = (manifest.description.get(key) for key in ("num_frames", "resolution"))
+        sides = side if isinstance(side, list) and len(side) == 2 else (side, side)
+        self._own = (frames, *sides, 3)  # the shape of every clip; None if clips differ in it
         self._firsts = [shard.first for shard in manifest.shards]
         self._total = sum(shard.places for shard in manifest.shards)
         self._offsets: dict[int, NDArray[np.uint32]] = {}
@@ -250,13 +253,19 @@ class Items:
         # Mapped privately: an array that can be written to is one that torch takes without a copy.
         return np.memmap(path, np.uint8, "c", begin, (end - begin,)).view(np.ndarray)
 
+    def shape(self, place: int) -> tuple[int, int, int]:
+        """Return frames, height and width of a clip."""
+        frames, height, width, _ = self.clip(place)["clip"].shape  # mapped, not read
+        return frames, height, width
+
     def clip(self, place: int) -> dict[str, Any]:
         """Return a decoded clip as `ClipDataset.clip` does."""
         array, label, name, start = self.fields(place)
         try:
             header = array[: 4 * 6].view(np.uint32).tolist()
-            shape = [self.manifest.description.get(key) for key in ("num_frames", "resolution", "resolution")] + [3]
-            if header != [UINT8, 4, *shape]:
+            shape = header[2:]
+            differs = any(own not in (None, found) for own, found in zip(self._own, shape, strict=True))
+            if header[:2] != [UINT8, 4] or differs:
                 raise self._damaged(place)
             item: dict[str, Any] = {
                 "clip": array[4 * 6 :].reshape(shape),

@@ -67,9 +67,15 @@ class _Item:
 class ClipSource:
     """Clips in order, epoch by epoch."""
 
+    advice = "give --data.num_frames or --data.resolution"  # for clips that no shard can hold
+
     def __init__(self, dataset: ClipDataset, may_skip: bool) -> None:
         self.dataset = dataset
         self.may_skip = may_skip  # not in training, where another clip stands in for an unreadable one
+
+    def name(self, place: int) -> str:
+        """Return the name of an evaluation clip."""
+        return self.dataset.identity(place % len(self.dataset))[0]
 
     def describe(self, place: int, error: VideoError) -> Skip:
         """Return the name of an unreadable clip and the reason."""
@@ -96,10 +102,15 @@ class ClipSource:
 class VideoSource:
     """Video files as they are."""
 
+    advice = "use --format clips for these data"
+
     may_skip = True
 
     def __init__(self, videos: list[Video]) -> None:
         self.videos = videos
+
+    def name(self, place: int) -> str:
+        return self.videos[place].name
 
     def describe(self, place: int, error: VideoError) -> Skip:
         return self.videos[place].name, Fault.of(error, self.videos[place].path).reason
@@ -184,8 +195,7 @@ class ShardWriter(Dataset[Record | str]):
         offsets = 4 * (len(pieces) + 2) + np.cumsum([0, *lengths])
         if offsets[-1] >= 2**32:
             raise UserError(
-                f"Expected video files below 4 GB, the limit of a shard, got {record.rows[0][1]}; use --format clips "
-                "for these data."
+                f"Expected items below 4 GB, the limit of a shard, got {self.source.name(first)}; {self.source.advice}."
             )
         digest = hashlib.sha256()
         with replacing(self.folder / record.shard.file) as temporary, temporary.open("wb") as stream:

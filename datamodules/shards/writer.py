@@ -5,6 +5,7 @@ complete; after a kill only the missing ones are made, to the same bytes.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -117,31 +118,32 @@ def write_cache(
 def _write_split(
     data: Cacheable, folder: Path, split: str, epochs: int, format: Format, verify: bool, shard_bytes: int
 ) -> Written:
-    clip, name, description = 0, data.split_name(split), data.describe(split, format)
+    name, description = data.split_name(split), data.describe(split, format)
     if format == "videos":
         videos = data.videos(split)
         source: Source = VideoSource(videos)
         digests = _digests(videos) if split == "test" else {}
         wanted = Manifest(format, split, name, description, 1, len(videos), digests=digests)
-        ranges = list(_group_by_size([_file_size(video.path) for video in videos], shard_bytes))
+        sizes = [_file_size(video.path) for video in videos]
+        ranges = list(_group_by_size(sizes, shard_bytes))
     else:
+        data.settings.check(split)
         dataset = data.make_dataset(split)
         source = ClipSource(dataset, may_skip=split != "train")
         epochs = epochs if data.settings.draws(split) else 1
         left_out = dict(data.skipped[split])
         digests = dataset.digests(show=True) if split == "test" else {}
         wanted = Manifest(format, split, name, description, epochs, len(dataset), left_out, digests=digests)
-        clip = data.settings.num_frames * data.settings.resolution**2 * 3
-        each = max(1, shard_bytes // clip)
+        sizes = _clip_sizes(dataset, data.settings)
         # No shard holds clips of two epochs: streaming reads one epoch.
         ranges = [
-            (epoch * len(dataset) + first, min(each, len(dataset) - first))
+            (epoch * len(dataset) + first, count)
             for epoch in range(epochs)
-            for first in range(0, len(dataset), each)
+            for first, count in _group_by_size(sizes, shard_bytes)
         ]
     if not wanted.clips:
         raise UserError(f"Expected videos in the {split} split to store, got none; leave it out of --splits.")
-    split_writer = _SplitWriter(folder, wanted, ranges, source, data.workers(), verify, clip)
+    split_writer = _SplitWriter(folder, wanted, ranges, source, data.workers(), verify, sizes)
     with lock(folder, "`vidtwin cache`", wait=True):
         return split_writer.run()
 
@@ -157,7 +159,7 @@ class _SplitWriter:
         source: Items.
         workers: Number of processes that write shards.
         verify: Compare the checksums of existing shards.
-        clip: Bytes of a decoded clip.
+        sizes: Bytes of each item of an epoch.
     """
 
     folder: Path
@@ -166,7 +168,7 @@ class _SplitWriter:
     source: Source
     workers: int
     verify: bool
-    clip: int
+    sizes: list[int]
 
     def __post_init__(self) -> None:
         self.found = self.wanted  # or the manifest of an earlier run
@@ -179,7 +181,9 @@ class _SplitWriter:
         records = {number: record for number in numbers if (record := self.units.get(number)) is not None}
         missing = [number for number in numbers if number not in records]
         if self.wanted.format == "clips" and missing:
-            _expect_room(self.folder, sum(self.ranges[number][1] for number in missing) * self.clip)
+            wanted = [range(first, first + count) for first, count in (self.ranges[number] for number in missing)]
+            clips = len(self.sizes)
+            _expect_room(self.folder, sum(self.sizes[place % clips] for places in wanted for place in places))
         total = sum(count for _, count in self.ranges)
         with tqdm(total=total, desc=f"{self.wanted.split} {self.wanted.format}", unit="", disable=None) as bar:
             bar.update(sum(record.shard.places for record in records.values()))
@@ -286,6 +290,13 @@ def _expect_room(folder: Path, wanted: int) -> None:
             f"{folder}: expected {wanted / 1e9:.1f} GB of free disk for the clips still to be written, got "
             f"{free / 1e9:.1f} GB; free some, choose another folder or fewer --epochs."
         )
+
+
+def _clip_sizes(dataset: ClipDataset, settings: ClipSettings) -> list[int]:
+    """Return the bytes of each decoded clip."""
+    if settings.num_frames and settings.size:
+        return [settings.num_frames * math.prod(settings.size) * 3] * len(dataset)
+    return [math.prod(dataset.shape(index)) * 3 for index in range(len(dataset))]
 
 
 def _file_size(path: Path) -> int:

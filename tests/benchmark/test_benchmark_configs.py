@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "benchmark"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmark.md"
 SWEEPS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-PAPER_SWEEPS = [name for name in SWEEPS if name != "demo"]  # demo's models are tiny as they are
+FULL_SWEEPS = [name for name in SWEEPS if name != "demo"]  # demo's models are tiny as they are
+PAPER_SWEEPS = [name for name in FULL_SWEEPS if name != "native"]  # on other videos
 
 # Arguments that make each model small; its structure and its latents' sizes stay those of the config.
 SMALL: dict[str, dict[str, Any]] = {
@@ -109,19 +110,23 @@ def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monke
         request.getfixturevalue("without_pictures")
     monkeypatch.chdir(tmp_path)  # what a config names is found beside it, from any folder
     content = sweep(name)
-    entries = [made_small(entry, tmp_path, name not in PAPER_SWEEPS) for entry in content["autoencoders"]]
+    entries = [made_small(entry, tmp_path, name not in FULL_SWEEPS) for entry in content["autoencoders"]]
     Path("small.yaml").write_text(yaml.safe_dump({"autoencoders": entries}))
     data = content["data"]
     videos = ucf if data["class_path"].endswith("UCF101") else root
     argv = ["--config", str(FOLDER / f"{name}.yaml"), "--config", "small.yaml", f"--data.root={videos}", *OPTIONS]
-    argv.append(f"--data.resolution={64 if name == 'demo' else 32}")
+    if name == "native":
+        argv.append("--data.eval_batch_size=1")
+    else:
+        argv.append(f"--data.resolution={64 if name == 'demo' else 32}")
     assert main(["test", *argv, "--checkpoints_dir=."]) == 0
     out = Path(content["results_dir"])
     rows = {path.parent.name: json.loads(path.read_text()) for path in out.glob("rows/*/results.json")}
     references = {key for key, row in rows.items() if row["kind"] == "reference"}
     assert references == {"mean_colour", "temporal_mean"}
     assert set(rows) - references == {entry["name"] for entry in content["autoencoders"]}
-    num_frames = data["init_args"].get("num_frames", 16)
+    num_frames = data["init_args"].get("num_frames", 16) or 40  # of whole videos
+    whole = name == "native"
     # Of two videos of 40 frames: UCF-101's have 25 a second and clips 8, the others have 50.
     shown = 40 * 8 / 25 if name == "demo" else 40 * (data["init_args"]["fps"] or 50) / 50
     for entry in entries:
@@ -132,11 +137,14 @@ def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monke
         agrees = claimed is not None and abs(row["compression_rate"] - claimed) <= CLAIM_TOLERANCE * claimed
         assert row["claimed"] == (None if claimed is None else {"rate": claimed, "agrees": agrees})
         in_windows = {"num_frames": 16, "windows": num_frames // 16}
+        if whole:
+            in_windows = {"num_frames": 17 if entry["name"] == "MAGVIT-v2" else 16, "windows": None}
         assert row["windows"] == (in_windows if entry["windows"] and num_frames > 16 else None)
         assert row["num_clips"] == 2 * math.ceil(shown / num_frames)
     protocol = json.loads((out / "protocol.json").read_text())
     assert protocol["dataset"] == content.get("dataset")
-    assert (protocol["data"]["num_frames"], protocol["data"]["tail"]) == (num_frames, "pad")
+    clips = (protocol["data"]["num_frames"], protocol["data"]["tail"])
+    assert clips == (("all of a video", "none") if whole else (num_frames, "pad"))
     written = {path.name for path in out.iterdir()}
     assert {"table.csv", "table.md", "table.tex", "comparison.json"} <= written
     if name == "demo":
@@ -175,7 +183,7 @@ def test_the_papers_sweeps_take_the_clips_of_its_protocol(name):
     assert wanted == {"clip": f"{data['eval_clips']} clips of a video", "tail": data["tail"]}
 
 
-@pytest.mark.parametrize("name", PAPER_SWEEPS)
+@pytest.mark.parametrize("name", FULL_SWEEPS)
 def test_the_checkpoints_are_where_the_commands_in_the_header_leave_them(name, capsys):
     """Of each `vidtwin fit`: the logger's folder, and in it the configs of the entry that takes the checkpoint."""
     text = (FOLDER / f"{name}.yaml").read_text().replace("\\\n#", "")
@@ -268,7 +276,10 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, st
         model = at_full_size(entry)
         window = model.temporal.usual_length if entry.get("windows") else None
         try:
-            LoadedModel(entry["name"], "untrained", model, window=window).check(data["num_frames"], data["resolution"])
+            side = data["resolution"]
+            native = side is None and data["num_frames"] is None
+            clip = (300, 1080, 1920) if native else (data["num_frames"], side, side)
+            LoadedModel(entry["name"], "untrained", model, window=window, pads=native).check(*clip)
         except UserError as error:
             found[entry["name"]] = str(error)
     return found

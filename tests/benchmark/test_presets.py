@@ -17,7 +17,7 @@ from skimage.metrics import structural_similarity
 from torchvision.transforms import v2
 
 from vidtwin.benchmark import rows
-from vidtwin.benchmark.protocol import PEER, PRESETS, ProtocolSettings
+from vidtwin.benchmark.protocol import PEER, PRESETS, ProtocolSettings, protocol_hash
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.metrics import Measures
 from vidtwin.video import write_video
@@ -109,30 +109,35 @@ def of_wfvae(path: Path, length: int) -> Numbers:
     return [float(np.mean(psnr))], [float(np.mean(ssim))]
 
 
-def of_tokenbench(path: Path, length: int) -> Numbers:
-    """The whole video in 8 bits beside mediapy's file of its reconstruction."""
-    target = decoded(path / "square" / "a.mp4")
-    assert len(target) == length
-    found = pooled(torch.from_numpy(target).permute(0, 3, 1, 2).double()).permute(0, 2, 3, 1).numpy()
-    read = written((found + 0.5).astype(np.uint8), "libx264", "rgb24", {"qp": "20", "preset": "medium"})
-    error = np.square(target.astype(np.float64) - read).mean()
-    ssim = [structural_similarity(y, x, data_range=255, channel_axis=-1) for y, x in zip(target, read, strict=True)]
-    return [float(20 * np.log10(255 / (np.sqrt(error) + 1.2e-7)))], [float(np.mean(ssim))]
+def of_tokenbench(path: Path) -> Numbers:
+    """Whole videos in 8 bits, at their own sizes, beside mediapy's files of their reconstructions; a number a video."""
+    found: Numbers = ([], [])
+    for name in ("square/a.mp4", "wide/a.mp4"):
+        target = decoded(path / name)
+        clip = pooled(torch.from_numpy(target).permute(0, 3, 1, 2).double()).permute(0, 2, 3, 1).numpy()
+        read = written((clip + 0.5).astype(np.uint8), "libx264", "rgb24", {"qp": "20", "preset": "medium"})
+        error = np.square(target.astype(np.float64) - read).mean()
+        found[0].append(float(20 * np.log10(255 / (np.sqrt(error) + 1.2e-7))))
+        pairs = zip(target, read, strict=True)
+        ssim = [structural_similarity(y, x, data_range=255, channel_axis=-1) for y, x in pairs]
+        found[1].append(float(np.mean(ssim)))
+    return found
 
 
+SQUARES = {"resolution": SIDE}
 PEERS: dict[str, tuple[Callable[[Path], Numbers], str, dict[str, int]]] = {
-    "vidtwin": (lambda path: of_vidtok(path, 16, 25), "wide", {}),
-    "vidtok": (lambda path: of_vidtok(path, 17, 30), "wide", {}),
-    "wfvae": (lambda path: of_wfvae(path, 33), "wide", {}),
-    "tokenbench": (lambda path: of_tokenbench(path, 20), "square", {"num_frames": 20}),
+    "vidtwin": (lambda path: of_vidtok(path, 16, 25), "wide", SQUARES),
+    "vidtok": (lambda path: of_vidtok(path, 17, 30), "wide", SQUARES),
+    "wfvae": (lambda path: of_wfvae(path, 33), "wide", SQUARES),
+    "tokenbench": (of_tokenbench, ".", {}),
 }
 
 
 def data_of(preset: str, root: Path, **others: Any) -> VideoFolder:
-    """The clips of the preset's config, smaller."""
+    """The clips of the preset's config, squares smaller."""
     config = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text())
     assert config["protocol"] == {"preset": preset}
-    arguments = config["data"]["init_args"] | {"resolution": SIDE, "num_workers": 0} | others
+    arguments = config["data"]["init_args"] | {"num_workers": 0} | others
     return VideoFolder(str(root), val_fraction=0, test_fraction=1, **arguments)
 
 
@@ -146,7 +151,7 @@ def test_a_preset_computes_what_its_peer_computes(preset: str, videos: Path) -> 
     data = data_of(preset, videos / folder, **others)
     protocol = ProtocolSettings(preset=preset).resolve(data.protocol(), "32-true")
     measures = Measures(protocol["compared"], protocol["psnr"], protocol["psnr_epsilon"], protocol["ssim"], fps=24)
-    measures.setup(data.num_frames, SIDE, SIDE)
+    measures.setup(data.num_frames or 20, SIDE, SIDE)
     clips: list[dict[str, Any]] = []
     for batch in data.chunk_loader("test", [[index] for index in range(len(data.dataset("test")))]):
         clip = data.on_after_batch_transfer(batch, 0)["clip"]
@@ -161,19 +166,27 @@ def test_a_preset_computes_what_its_peer_computes(preset: str, videos: Path) -> 
 
 @pytest.mark.parametrize("preset", PEERS)
 def test_clips_of_a_presets_config_depart_by_what_no_setting_changes_alone(preset: str, videos: Path) -> None:
-    described = data_of(preset, videos / "wide").protocol() | {"resolution": PRESETS[preset]["data"]["resolution"]}
+    _, folder, others = PEERS[preset]
+    described = data_of(preset, videos / folder, **others).protocol()
+    described |= {"resolution": PRESETS[preset]["data"]["resolution"]} if others else {}
     precision = PRESETS[preset]["peer"]["precision"]
     departs = ProtocolSettings(preset=preset).resolve(described, precision)["departs"]
-    own = [line for line in departs if not line.startswith(PEER)]
-    if preset == "tokenbench":
-        assert own == ["num_frames 16 for all of a video", "crop largest centre square for none"]
-    else:
-        assert own == []
-    others = [line.removeprefix(PEER) for line in departs[len(own) :]]
-    if preset == "tokenbench":
-        assert [line.partition(" (")[0] for line in others[:2]] == [
-            "tail none, not drop",
-            "short_videos none, not skip",
-        ]
-        others = others[2:]
-    assert others == [remark.text for remark in PRESETS[preset]["remarks"]]
+    of_clips = (
+        "a file is of a whole video",
+        "rFVD is of whole videos",
+    )  # what tokenbench says of clips that are shorter
+    remarks = [remark.text for remark in PRESETS[preset]["remarks"] if not remark.text.startswith(of_clips)]
+    assert departs == [PEER + text for text in remarks]
+
+
+def test_squares_of_one_length_depart_from_whole_videos_as_before_there_were_any(videos: Path) -> None:
+    clips = data_of("tokenbench", videos / "wide", num_frames=16, resolution=SIDE, resize="area").protocol()
+    resolved = ProtocolSettings(preset="tokenbench").resolve(clips, "32-true")
+    assert [line for line in resolved["departs"] if not line.startswith(PEER)] == [
+        "num_frames 16 for all of a video",
+        f"resolution {SIDE} for native",
+        "crop largest centre square for none",
+    ]
+    # Of commit 9c5185c: folders of that version are still of this protocol.
+    resolved["data"] |= {"videos_sha256": None}
+    assert protocol_hash(resolved) == "1e7f15053692df6b"

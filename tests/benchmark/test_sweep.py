@@ -31,7 +31,7 @@ from sweeping import (
 from torch import Tensor
 
 from vidtwin.baselines.references import MeanColour
-from vidtwin.benchmark import plots, report, rows
+from vidtwin.benchmark import plots, report, rows, summary
 from vidtwin.benchmark.measurer import Measurer
 from vidtwin.benchmark.plan import Job
 from vidtwin.benchmark.protocol import ProtocolSettings
@@ -877,3 +877,51 @@ def test_a_reconstruction_that_is_not_finite_has_no_number_however_it_is_compare
     found = row(tmp_path / "r", "broken")
     assert found["num_clips"] == 5
     assert "not finite" in found["failed_clips"][0]["reason"]
+
+
+def test_whole_videos_at_their_own_size_are_measured_one_by_one(tmp_path):
+    """Rates are of all clips together; players are written of clips of any shape."""
+    for name, frames, height, width in (("wide", 9, 34, 62), ("tall", 5, 50, 32), ("square", 6, 36, 36)):
+        y, x, t = np.ogrid[:height, :width, :frames]
+        waves = 128 + 90 * np.sin(x / 5 + t / 3) * np.cos(y / 7)
+        clip = np.repeat(waves.transpose(2, 0, 1)[..., None], 3, 3).astype(np.uint8)
+        write_video(tmp_path / "videos" / f"{name}.mp4", clip, 25)
+    arguments = {"num_frames": None, "resolution": None, "fps": None, "num_workers": 0}
+    data = VideoFolder(str(tmp_path / "videos"), val_fraction=0, test_fraction=1, **arguments)
+    entries = [
+        Entry("whole", None, checkpoint(tmp_path / "a.ckpt", model=Coded())),
+        Entry("windows", None, checkpoint(tmp_path / "b.ckpt", model=Coded(frames=4)), windows=True),
+        Entry("fixed", None, checkpoint(tmp_path / "c.ckpt", model=MeanColour(4, 32))),
+    ]
+    out = tmp_path / "results"
+    protocol = ProtocolSettings(preset="tokenbench")
+    assert sweep(out, entries, data, protocol=protocol, players=1, cost=True, repeats=1).run() == 1
+    found = {path.parent.name: json.loads(path.read_text()) for path in out.glob("rows/*/results.json")}
+    assert found["fixed"]["error"].endswith("set data.num_frames=4 and data.resolution=32.")
+    pixels = 9 * 34 * 62 + 5 * 50 * 32 + 6 * 36 * 36
+    padded = {
+        "whole": 9 * 9 * 16 + 5 * 13 * 8 + 6 * 9 * 9,
+        "windows": 12 * 9 * 16 + 8 * 13 * 8 + 8 * 9 * 9,
+    }  # in blocks of 4x4 px, of which each has three codes
+    for name, blocks in padded.items():
+        row = found[name]
+        assert (row["num_clips"], row["failed_clips"]) == (3, [])
+        assert row["latents"]["grid"]["numbers"] == 3 * blocks
+        assert row["compression_rate"] == blocks / pixels
+        assert row["bits_per_pixel"] == 3 * blocks / pixels
+        assert row["metrics"]["psnr"]["mean"] > 12
+    assert found["whole"]["cost"]["clip_shape"] == [3, 5, 50, 32]
+    assert found["windows"]["cost"]["clip_shape"] == [3, 4, 50, 32]
+    assert found["whole"]["windows"] is None
+    assert found["windows"]["windows"] == {"num_frames": 4, "windows": None}
+    for reference in ("mean_colour", "temporal_mean"):
+        assert found[reference]["num_clips"] == 3
+    assert found["mean_colour"]["compression_rate"] == 3 * 3 / (3 * pixels)
+    assert summary.clip_format(rows.read(out)) == "whole videos at their own size"
+    kept = json.loads((out / "players" / "players.json").read_text())
+    assert len(kept["clips"]) == 2
+    assert kept["num_frames"] <= 9
+    # The rows are complete: nothing is measured again.
+    sweeping.calls.clear()
+    assert sweep(out, entries[:2], data, protocol=protocol, players=1, cost=True, repeats=1).run() == 0
+    assert sweeping.calls == []

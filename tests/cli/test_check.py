@@ -168,6 +168,7 @@ def function():
     pass
 """
 SMALL = ["--num_frames", "4", "--resolution", "16"]
+TINY_MAGVIT2 = ["--autoencoder.channels=4", "--autoencoder.num_blocks=1", "--autoencoder.latent_channels=4"]
 
 
 @pytest.fixture(autouse=True)
@@ -200,9 +201,13 @@ def check(capsys, *words):
             ["structure (", "dynamics ("],
         ),
         (["their_models.Good", "--autoencoder.channels", "3", *SMALL], ["latents            patches (3, 4, 2, 2)"]),
+        (
+            ["magvit2", *TINY_MAGVIT2, "--num_frames=4", "--resolution=[16,24]"],
+            ["4 frames of 24 x 16 pixels", "latents            latent (4, 1, 2, 3)"],
+        ),
         (["their_models.Mixed", *SMALL], ["signs 2 entries", "ok       decode needs only the codes\n"]),
     ],
-    ids=["short name", "class name", "vidtwin", "file in the current folder", "some latents discrete"],
+    ids=["short name", "class name", "vidtwin", "file in the current folder", "rectangle", "some latents discrete"],
 )
 def test_a_model_that_keeps_its_promises_exits_with_0_and_is_summarized(capsys, words, expected):
     code, printed = check(capsys, *words)
@@ -303,6 +308,8 @@ def test_an_exception_of_the_users_code_is_shown_with_its_line_and_later_promise
         (["their_models.Good", "--num_frame=2"], "did you mean 'num_frames'?"),
         (["their_models.Good", "--num_frames=0"], "Expected num_frames of at least 1, got 0."),
         (["their_models.Good", "--resolution=20"], "multiples of 8"),
+        (["their_models.Good", "--resolution=[16]"], "Expected resolution of at least 1, or as [height, width]"),
+        (["temporal_mean", "--resolution=[32,16]"], "Expected clips of the model's own resolution 224, got [32, 16]."),
         (["their_models.Good", "--batch_size=1"], "Expected a batch of at least 2 clips"),
         (["their_models.Good", "--device=abacus"], "Expected a device that this machine has, got 'abacus'"),
         (["temporal_mean", "--resolution=32"], "Expected clips of the model's own resolution 224, got 32."),

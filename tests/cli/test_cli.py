@@ -1,9 +1,11 @@
 """The command line in process, from data to results; each mistake is one line with exit code 2."""
 
 import csv
+import errno
 import json
 import struct
 import sys
+import threading
 import zlib
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -16,10 +18,12 @@ from lightning_utilities.core.imports import RequirementCache
 from safetensors.torch import load_file
 
 from vidtwin.cli import benchmark, main, messages, options
-from vidtwin.cli.parser import Parser, read_config
+from vidtwin.cli.parser import Parser, name_data_first, read_config
 from vidtwin.cli.training import VidTwinCLI
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.video import iter_frames, panels, probe, write_video
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 QUICK = ["--cost=false", "--downstream=false", "--players=0"]
 CONFIG = {
@@ -124,6 +128,32 @@ def test_fit_leaves_checkpoints_and_its_config(run):
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert names == ["best.ckpt", "last.ckpt", "step-00000003.ckpt"]
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 3
+
+
+def test_a_disk_that_is_full_for_tensorboard_ends_the_training_in_one_line(here, tmp_path, monkeypatch, capfd):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    write, written = RecordWriter.write, []
+
+    def fill(writer: RecordWriter, data: bytes) -> None:
+        written.append(data)
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(writer, data)
+
+    monkeypatch.setattr(RecordWriter, "write", fill)
+    hook = threading.excepthook
+    argv = ["--data.root=data/UCF-101", f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    assert main(["fit", "--config", "tiny.yaml", *argv]) == 2
+    lines = [
+        line for line in capfd.readouterr().err.splitlines() if line.startswith(("vidtwin: ", "Traceback", "  File"))
+    ]
+    assert lines == [
+        "vidtwin: TensorBoard can't write its events: No space left on device",
+        "vidtwin: error: Expected room to write TensorBoard's events, got 'No space left on device'; free space, or "
+        "name another disk.",
+    ]
+    assert threading.excepthook is hook
 
 
 def test_tensorboard_shows_losses_rates_norms_quality_and_clips_from_step_0_on(run):
@@ -282,9 +312,16 @@ def test_predict_keeps_all_clips_of_a_video_apart(here, run):
         ),
         (
             ["fit", "--config", "tiny.yaml", "--model.loss.pixel", "l3"],
-            "model.loss.pixel: Expected Literal['l1', 'l2'], got l3.",
+            "model.loss.pixel: Expected one of l1, l2, got l3; did you mean 'l2'?",
         ),
         (["fit", "--config", "tiny.yaml", "--trainer.precision", "bf17"], "bf16-mixed, 32-true"),
+        (["test", "--config", "tiny.yaml", "--protocol.preset", "wfvea"], "got wfvea; did you mean 'wfvae'?"),
+        (["test", "--config", "tiny.yaml", "--protocol.psnr", "fram"], "got fram; did you mean 'frame'?"),
+        (["test", "--config", f"{CONFIGS}/data/folder.yaml"], f"; give it as --data {CONFIGS}/data/folder.yaml."),
+        (["fit", "--config", f"{CONFIGS}/optimizer/paper.yaml"], "AdamW; give it as --model.optimizer "),
+        (["cache", "out", "--config", f"{CONFIGS}/data/folder.yaml"], "; give it as --data "),
+        (["check", "--config", f"{CONFIGS}/loss/vidtwin.yaml"], "; give it as --model.loss "),
+        (["cache", "out", "--config", f"{CONFIGS}/protocols/wfvae.yaml"], "wfvae.yaml, got none; add --data NAME."),
         (["fit", "--config", "tiny.yaml", "--data.root=data/UCF-101", "--trainer.accelerator", "gpuu"], "gpuu"),
         (["fit", "--config", "tiny.yaml", "--data.root=data/UCF-101", "--data.num_workers=-1"], "num_workers"),
         (
@@ -307,6 +344,33 @@ def test_predict_keeps_all_clips_of_a_video_apart(here, run):
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(here, capsys, argv, expected):
     assert expected in fails(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("given", "ordered"),
+    [
+        ("--config P --data folder --data.root R", "--data=folder --config P --data.root R"),
+        ("--data.root R --config=P --data=folder", "--data=folder --data.root R --config=P"),
+        ("fit -c P --data.root R --data folder --seed 3", "fit --data=folder -c P --data.root R --seed 3"),
+        ("--data folder --config P --data.root R", "--data=folder --config P --data.root R"),
+    ],
+)
+def test_the_data_module_may_stand_behind_its_settings(given, ordered):
+    """The settings of a protocol's config are those of the class that --data names, wherever it stands."""
+    protocol = f"{CONFIGS}/protocols/wfvae.yaml"
+    assert name_data_first(given.replace("P", protocol).split()) == ordered.replace("P", protocol).split()
+
+
+def test_a_config_that_names_its_data_module_keeps_its_place():
+    words = ["--config", f"{CONFIGS}/demo.yaml", "--config", f"{CONFIGS}/protocols/wfvae.yaml", "--data", "folder"]
+    assert name_data_first(words) == words
+
+
+def test_a_protocol_before_the_data_module_is_taken(here, capsys):
+    argv = ["--config", f"{CONFIGS}/protocols/tokenbench.yaml", "--data", "folder", "--data.root", "data"]
+    assert main(["test", "--model.autoencoder", "magvit2", *argv, "--print_config"]) == 0
+    arguments = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
+    assert (arguments["root"], arguments["num_frames"], arguments["resolution"]) == ("data", None, None)
 
 
 def test_a_message_of_another_wording_passes_through_in_one_line():

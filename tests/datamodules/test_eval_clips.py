@@ -341,6 +341,104 @@ def test_cached_and_streamed_clips_of_whole_videos_are_the_online_ones(root, tmp
     ]
 
 
+NATIVE: dict[str, Any] = {"num_frames": None, "resolution": None, "batch_size": 3}
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two videos that differ in size and length."""
+    folder = tmp_path_factory.mktemp("sizes")
+    for name, frames, height, width in (("wide.mp4", 9, 20, 32), ("tall.avi", 5, 30, 18)):
+        noise = np.random.default_rng(frames).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+        write_video(folder / name, noise, 25, "mpeg4" if name.endswith("avi") else "libx264")
+    return folder
+
+
+@pytest.mark.parametrize("others", [{}, {"tail": "pad"}, {"eval_clips": "middle", "short_videos": "loop"}])
+def test_a_whole_video_at_its_own_size_is_one_clip(sizes, others):
+    data = folder(sizes, **NATIVE, **others)
+    clips = data.dataset("test")
+    assert identities(data) == [("tall.avi", 0), ("wide.mp4", 0)]
+    assert [clips.shape(index) for index in range(2)] == [(5, 30, 18), (9, 20, 32)]
+    for index, name in enumerate(("tall.avi", "wide.mp4")):
+        item = clips[index]
+        np.testing.assert_array_equal(item["clip"].numpy(), np.stack(list(iter_frames(sizes / name))))
+        assert (item["start_frame"], item["padded"]) == (0, 0)
+    described = data.protocol()
+    assert {key: described[key] for key in ("num_frames", "resolution", "crop", "resize", "tail", "short_videos")} == {
+        "num_frames": "all of a video",
+        "resolution": "native",
+        **dict.fromkeys(("crop", "resize", "tail", "short_videos"), "none"),
+    }
+    assert described["clip"] == "all clips of a video"
+    assert described == folder(sizes, **NATIVE).protocol()
+
+
+def test_clips_that_differ_in_size_come_one_by_one(sizes):
+    data = folder(sizes, **NATIVE)
+    assert data.eval_batch_size == 1
+    data.setup("test")
+    assert [tuple(batch["clip"].shape) for batch in data.test_dataloader()] == [(1, 5, 30, 18, 3), (1, 9, 20, 32, 3)]
+    with pytest.raises(UserError, match=r"^Expected data.eval_batch_size: 1 .*, got 2; leave it out.$"):
+        folder(sizes, **NATIVE, eval_batch_size=2)
+
+
+@pytest.mark.parametrize("key", ["num_frames", "resolution"])
+def test_training_clips_have_one_size(sizes, key, tmp_path):
+    data = folder(sizes, **{key: None})
+    with pytest.raises(UserError, match=f"^Expected data.{key} of training clips, .*, got null; only evaluation"):
+        data.dataset("train")
+    with pytest.raises(UserError, match=f"^Expected data.{key} of training clips"):
+        write_cache(data, tmp_path, ["train"])
+
+
+@pytest.mark.parametrize("arguments", [NATIVE, {"num_frames": None}, {"resolution": None}, {"resolution": [10, 14]}])
+def test_cached_and_streamed_clips_of_other_sizes_are_the_online_ones(sizes, tmp_path, arguments):
+    online = folder(sizes, **arguments)
+    write_cache(online, tmp_path / "clips", ["test"], shard_bytes=9000)
+    write_cache(online, tmp_path / "videos", ["test"], format="videos")
+    cached = folder(sizes, **arguments, cache=str(tmp_path / "clips"))
+    streamed = [Streamed(str(tmp_path / what), **SMALL | arguments, eval_clips="all") for what in ("clips", "videos")]
+    for other in (cached, *streamed):
+        assert_same_clips(other, online)
+        shapes = [[data.dataset("test").shape(index) for index in range(2)] for data in (other, online)]
+        assert shapes[0] == shapes[1]
+    with pytest.raises(UserError, match="expected the requested clips, got"):
+        folder(sizes, cache=str(tmp_path / "clips")).dataset("test")
+
+
+def test_a_rectangle_is_described_as_one_and_equal_sides_as_the_square_that_they_are(sizes):
+    square = folder(sizes).protocol()
+    assert (square["resolution"], square["crop"]) == (16, "largest centre square")
+    assert folder(sizes, resolution=[16, 16]).protocol() == square
+    assert folder(sizes, resolution=[16, 16]).describe("train") == folder(sizes).describe("train")
+    rectangle = folder(sizes, resolution=[16, 12]).protocol()
+    assert (rectangle["resolution"], rectangle["crop"]) == ([16, 12], "largest centre rectangle of that shape")
+    clips = folder(sizes, resolution=[16, 12]).dataset("test")
+    assert clips[0]["clip"].shape == (4, 16, 12, 3)
+    assert clips.shape(0) == (4, 16, 12)
+
+
+def test_training_clips_may_be_rectangles(sizes):
+    data = folder(sizes, resolution=[16, 12], test_fraction=0.0)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["clip"].shape == (2, 4, 16, 12, 3)
+
+
+@pytest.mark.parametrize("resolution", [0, [16], [16, 0], [16, 16, 16], []])
+def test_a_size_that_is_none_is_refused(resolution):
+    with pytest.raises(UserError, match=r"^Expected data\.resolution to be a side of at least 1"):
+        ClipSettings(resolution=resolution)
+
+
+def test_the_frames_that_a_container_promised_too_many_are_no_part_of_a_whole_video(tmp_path):
+    path = write_video(tmp_path / "a.avi", pictures(9), 25, "mpeg4")
+    info = survey(path)
+    clips = VideoClips([Video(path, "a", info=replace(info, num_frames=10))], ClipSettings(None, 16, None))
+    assert clips.shape(0) == (10, 16, 16)
+    assert clips[0]["clip"].shape == (9, 16, 16, 3)
+
+
 def test_a_cached_clip_after_the_end_of_its_video_does_not_count_as_broken(root, tmp_path):
     data = folder(root)
     clips = data.make_dataset("test")

@@ -545,6 +545,46 @@ def test_the_bilinear_filter_is_torchvisions(tmp_path, shape, size):
     assert np.abs(found - expected.permute(0, 2, 3, 1).numpy()).max() < 0.501
 
 
+@pytest.mark.parametrize("shape", [(40, 72), (72, 42)])
+@pytest.mark.parametrize("size", [(18, 32), (32, 18), (40, 20)])
+@pytest.mark.parametrize("resize", ["area", "bilinear"])
+def test_a_rectangle_is_the_largest_one_at_the_centre(tmp_path, shape, size, resize):
+    """Cropped by numpy, then resized whole by the same filter; `bilinear` resizes first, whose edges see more."""
+    ramp = np.add.outer(np.arange(shape[0]), np.arange(shape[1]))[None, ..., None] * np.array([1, 2, 0.5])
+    path = write_video(tmp_path / "a.mkv", (ramp % 256).astype(np.uint8).repeat(2, 0), 25, codec="ffv1")
+    frames = read_clip(path, 0, 2, resize=resize)
+    scale = min(shape[0] / size[0], shape[1] / size[1])
+    height, width = round(size[0] * scale), round(size[1] * scale)
+    top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
+    cropped = torch.from_numpy(frames[:, top : top + height, left : left + width]).permute(0, 3, 1, 2).float()
+    expected = v2.functional.resize(cropped, list(size), antialias=True).permute(0, 2, 3, 1).numpy()
+    found = read_clip(path, 0, 2, None, size, resize=resize)
+    assert found.shape == (2, *size, 3)
+    inner = np.abs(found - expected)[:, 2:-2, 2:-2]
+    assert np.median(inner) < 1.5
+
+
+@pytest.mark.parametrize("side", [16, 31])
+@pytest.mark.parametrize("resize", ["area", "bilinear"])
+@pytest.mark.parametrize("name", ["rotate_90.mov", "anamorphic_sar10_11.avi"])
+def test_equal_sides_are_the_square(shared, name, resize, side):
+    path = shared / "data" / "clips" / "hard" / name
+    square, sides = (read_clip(path, 0, 2, None, size, resize=resize) for size in (side, (side, side)))
+    np.testing.assert_array_equal(square, sides)
+
+
+@pytest.mark.parametrize("name", ["rotate_90.mov", "anamorphic_sar10_11.avi", "portrait_160x320.mp4"])
+def test_pictures_at_their_own_size_are_the_same_by_both_filters_but_for_their_colours(shared, name):
+    path = shared / "data" / "clips" / "hard" / name
+    area, bilinear = (read_clip(path, 0, 1, resize=resize) for resize in ("area", "bilinear"))
+    assert area.shape == bilinear.shape
+    assert np.abs(area.astype(int) - bilinear).mean() < 3
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        if name.startswith("portrait"):  # neither turned nor stretched: swscale's own conversion
+            np.testing.assert_array_equal(bilinear[0], frame.to_ndarray(format="rgb24"))
+
+
 @pytest.mark.parametrize("name", ["rotate_90.mov", "anamorphic_sar10_11.avi", "portrait_160x320.mp4"])
 def test_the_bilinear_filter_resizes_pictures_as_they_are_shown(shared, name):
     found, expected = (

@@ -3,11 +3,13 @@
 import hashlib
 import math
 import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from vidtwin.metrics.latents import LatentStatistics
 from vidtwin.posteriors import Encoding, Latents
 
 LAST, AVERAGE = "of the last step", "running average"
+BLACK = -1.0
 CLAIM_TOLERANCE = 0.05  # of a rate: papers print two digits
 
 
@@ -38,6 +41,10 @@ class LoadedModel:
         claimed_rate: Compression rate stated by its authors.
         window: Frames per window, for a model that takes shorter clips.
         differs: Differences to the model that the checkpoint was trained as, a line each.
+        pads: Whether clips differ in length and size. Pictures are then padded with black at all sides to multiples
+            that the model takes, and windows of a clip are encoded one after the other, the last one as it is or, if
+            the model takes no such length, padded with copies of its last frame. Padding counts in the rate.
+        rebuild: Make the model for clips of other frames, height and width, if one is not for all.
     """
 
     name: str
@@ -49,10 +56,12 @@ class LoadedModel:
     claimed_rate: float | None = None
     window: int | None = None
     differs: list[str] = field(default_factory=list)
+    pads: bool = False
+    rebuild: Callable[[int, int, int], VideoAutoencoder] | None = None
 
     def count_windows(self, num_frames: int) -> int:
-        """Return the number of windows of a clip; 1 if the model takes it whole."""
-        if self.window is None or num_frames <= self.window:
+        """Return the number of windows that are encoded at once of a clip; 1 if the model takes it whole."""
+        if self.pads or self.window is None or num_frames <= self.window:
             return 1
         if num_frames % self.window:
             raise UserError(
@@ -61,27 +70,48 @@ class LoadedModel:
             )
         return num_frames // self.window
 
-    def check(self, num_frames: int, resolution: int) -> None:
+    def cut(self, clip: Tensor) -> list[Tensor]:
+        """Cut clips (B, 3, T, H, W) into the parts that are encoded one after the other."""
+        return list(clip.split(self.window, 2)) if self.pads and self.window else [clip]
+
+    def piece_shape(self, clip_shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """Return the shape of the first of the parts of a clip (3, T, H, W) that are encoded one after the other."""
+        channels, frames, height, width = clip_shape
+        return channels, min(frames, self.window) if self.pads and self.window else frames, height, width
+
+    def check(self, num_frames: int, height: int, width: int) -> None:
         """Raise `UserError` for clips that the model does not take."""
-        length = num_frames // self.count_windows(num_frames)
+        _, length, height, width = self._window_shape(self.piece_shape((3, num_frames, height, width)))
         try:
-            self.model.check_clip(torch.empty(1, 3, length, resolution, resolution, device="meta"))
+            self.model.check_clip(torch.empty(1, 3, length, height, width, device="meta"))
             self.model.temporal.legal_length(length)
         except UserError as error:
             maximum = self.model.temporal.maximum
-            short = self.window is None and maximum is not None and maximum < num_frames
+            sized = self.model.resolution in (None, height) and self.model.resolution in (None, width)
+            short = self.window is None and sized and maximum is not None and maximum < num_frames
             advice = "; or give its entry windows: true" if short else ""
             raise UserError(f"{str(error).rstrip('.')}{advice}.") from error
 
+    def fit(self, clip_shape: tuple[int, ...], device: torch.device) -> None:
+        """Rebuild the model for clips (3, T, H, W) if it takes those of one shape alone."""
+        if self.rebuild is not None:
+            _, frames, height, width = clip_shape
+            self.model = self.rebuild(frames, height, width).eval().to(device)
+
     def encode(self, clip: Tensor) -> Encoding:
         """Encode clips (B, 3, T, H, W) to posteriors of (B · windows, …)."""
+        self.fit(tuple(clip.shape[1:]), clip.device)
+        clip = self._pad(clip)
         windows = self.count_windows(clip.shape[2])
         return self.model.encode(rearrange(clip, "b c (w t) h x -> (b w) c t h x", w=windows))
 
-    def decode(self, latents: Latents, num_frames: int) -> Tensor:
-        """Decode latents (B · windows, …) to clips (B, 3, T, H, W)."""
+    def decode(self, latents: Latents, num_frames: int, size: tuple[int, int] | None = None) -> Tensor:
+        """Decode latents (B · windows, …) to clips (B, 3, T, H, W), cropped to `size` if pictures were padded."""
         windows = self.count_windows(num_frames)
         clip = self.model.decode(latents, num_frames // windows)
+        height, width = size or clip.shape[3:]
+        top, left = (clip.shape[3] - height) // 2, (clip.shape[4] - width) // 2
+        clip = clip[..., top : top + height, left : left + width]
         return rearrange(clip, "(b w) c t h x -> b c (w t) h x", w=windows)
 
     def latent_shapes(self, clip_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -106,13 +136,30 @@ class LoadedModel:
             found[name] = {"shape": shape, "numbers": numbers, "rate": rate, "bits": bits}
         return found
 
+    def sum_latents(self, pieces: Sequence[Latents], clip_shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+        """Describe the latents of a clip (3, T, H, W) that was encoded in parts, to be added up by `add_latents`."""
+        total: dict[str, dict[str, Any]] = {}
+        for place, latents in enumerate(pieces):
+            frames = min(self.window or clip_shape[1], clip_shape[1] - place * (self.window or 0))
+            shape = (clip_shape[0], frames, *clip_shape[2:])
+            found = self.describe_latents(latents, shape)
+            total = add_latents(total, {name: each | {"values": math.prod(shape)} for name, each in found.items()})
+        return total
+
     def describe(
         self, latents: dict[str, Any], clip_shape: tuple[int, ...], codes: dict[str, Any], device: torch.device
     ) -> dict[str, Any]:
         """Describe the model for its row: rates of the encoded latents, parameters, use of the codebooks."""
-        rate = sum(latent["numbers"] for latent in latents.values()) / math.prod(clip_shape)
+        # Of clips that differ in size, the latents are those of all.
+        values = next((latent["values"] for latent in latents.values() if "values" in latent), math.prod(clip_shape))
+        rate = sum(latent["numbers"] for latent in latents.values()) / values
         bits = [latent["bits"] for latent in latents.values()]
         windows = self.count_windows(clip_shape[1])
+        used: dict[str, int | None] | None = None
+        if windows > 1:
+            used = {"num_frames": clip_shape[1] // windows, "windows": windows}
+        if self.pads and self.window:
+            used = {"num_frames": self.window, "windows": None}
         return {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
@@ -123,11 +170,11 @@ class LoadedModel:
             "fingerprint": self.fingerprint,
             "weights": self.weights,
             "differs_from_checkpoint": self.differs,
-            "windows": {"num_frames": clip_shape[1] // windows, "windows": windows} if windows > 1 else None,
+            "windows": used,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "latents": latents,
             "compression_rate": rate,
-            "bits_per_pixel": None if None in bits else sum(bits) / math.prod(clip_shape[1:]),
+            "bits_per_pixel": None if None in bits else sum(bits) / (values // 3),
             "claimed": compare_claim(rate, self.claimed_rate),
             "codebooks": _describe_codebooks(codes),
             "device": device_name(device),
@@ -136,7 +183,43 @@ class LoadedModel:
 
     def _window_shape(self, clip_shape: tuple[int, ...]) -> tuple[int, int, int, int]:
         channels, frames, height, width = clip_shape
-        return channels, frames // self.count_windows(frames), height, width
+        frames //= self.count_windows(frames)
+        if self.pads:
+            temporal, step = self.model.temporal, self.model.spatial_multiple
+            if temporal.pad is None and not temporal.is_legal(frames):
+                longest = self.window or temporal.maximum or frames
+                frames = next((length for length in range(frames, longest + 1) if temporal.is_legal(length)), frames)
+            height, width = height + -height % step, width + -width % step
+        return channels, frames, height, width
+
+    def _pad(self, clip: Tensor) -> Tensor:
+        """Pad clips (B, 3, T, H, W) that differ in size to a shape that the model takes."""
+        if not self.pads:
+            return clip
+        _, frames, height, width = self._window_shape(tuple(clip.shape[1:]))
+        if extra := frames - clip.shape[2]:
+            clip = torch.cat([clip, clip[:, :, -1:].expand(-1, -1, extra, -1, -1)], 2)
+        tall, wide = height - clip.shape[3], width - clip.shape[4]
+        if tall or wide:
+            clip = F.pad(clip, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2), value=BLACK)
+        return clip
+
+
+def add_latents(first: dict[str, Any], second: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Add up two descriptions of latents: their numbers and bits, and "values", the numbers of the clips."""
+    total = {}
+    for name in second:
+        parts = [each[name] for each in (first, second) if name in each]
+        bits = [part["bits"] for part in parts]
+        numbers, values = (sum(part[key] for part in parts) for key in ("numbers", "values"))
+        total[name] = {
+            "shape": None,
+            "numbers": numbers,
+            "rate": numbers / values,
+            "bits": None if None in bits else sum(bits),
+            "values": values,
+        }
+    return total
 
 
 def compare_claim(rate: float, claimed: float | None) -> dict[str, Any] | None:

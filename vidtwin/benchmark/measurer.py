@@ -57,7 +57,7 @@ class Measurer:
         self.measures = Measures(
             compared, psnr, epsilon, ssim, network, self.fps, options.backbones, options.vmaf, options.st_lpips
         )
-        self.measures.setup(*plan.shape[1:])
+        self.measures.setup(*plan.smallest)
         for name, reason in self.measures.unavailable.items():  # a metric that an option names is required
             if BY_KEY[name].on_request or any(path and str(path) in reason for path in options.backbones.values()):
                 raise UserError(reason)
@@ -67,7 +67,7 @@ class Measurer:
         if not (options.i3d.path and options.i3d.sha256):
             missing = "Expected an I3D network for rFVD, got none; give --fvd.path and --fvd.sha256."
             self.unavailable["rfvd"] = missing
-        elif (length := plan.shape[1]) < MIN_FRAMES:
+        elif (length := plan.smallest[0]) < MIN_FRAMES:
             self.unavailable["rfvd"] = f"Expected clips of at least {MIN_FRAMES} frames for rFVD, got {length}."
         else:
             i3d = FeatureNetwork(options.i3d.path, options.i3d.sha256, protocol["fvd"]["convention"])
@@ -85,7 +85,7 @@ class Measurer:
         """Build a model on the device; `ModelError` if that fails or if it does not take the clips."""
         try:
             model = job.build()
-            model.check(self.plan.shape[1], self.plan.shape[2])
+            model.check(*self.plan.shape[1:])
             model.model.eval().requires_grad_(False).to(self.device)
         except Exception as error:
             raise ModelError(format_error(error)) from error
@@ -121,30 +121,54 @@ class Measurer:
         part["skipped"] = [[name, reason] for _, name, reason in batch["skipped"]]
         return part
 
-    def reconstruct(self, model: LoadedModel, clip: Tensor, indices: list[int]) -> tuple[Encoding, Tensor]:
-        """Encode and decode clips by the protocol; samples of posteriors are seeded by the first clip's index."""
+    def reconstruct(self, model: LoadedModel, clip: Tensor, indices: list[int]) -> tuple[list[Encoding], Tensor]:
+        """Encode and decode clips by the protocol; samples of posteriors are seeded by the first clip's index.
+
+        Returns:
+            The encodings of the parts of the clips, one after the other, and the reconstructions (B, 3, T, H, W).
+        """
+        encodings, decoded = [], []
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.options.seed * 1_000_003 + indices[0])
-            with self._precision():
-                encoding = model.encode(clip)
-                latents = encoding.sample() if self.plan.protocol["posterior"] == "sample" else encoding.mode()
-                return encoding, model.decode(latents, clip.shape[2])
+            for piece in model.cut(clip):
+                with self._precision():
+                    encoding = model.encode(piece)
+                    latents = encoding.sample() if self.plan.protocol["posterior"] == "sample" else encoding.mode()
+                    decoded.append(model.decode(latents, piece.shape[2], (piece.shape[3], piece.shape[4])))
+                encodings.append(encoding)
+        return encodings, decoded[0] if len(decoded) == 1 else torch.cat(decoded, 2)
 
     @torch.inference_mode()
-    def make_views(self, model: LoadedModel, batch: dict[str, Any], place: int) -> dict[str, Tensor]:
-        """Return a clip's reconstructions by title: "" from all latents, others from one alone if the model can."""
+    def make_views(
+        self, model: LoadedModel, batch: dict[str, Any], place: int, num_frames: int | None = None
+    ) -> dict[str, Tensor]:
+        """Return a clip's reconstructions by title: "" from all latents, others from one alone if the model can.
+
+        Args:
+            model: In evaluation mode, on the device.
+            batch: A loaded chunk.
+            place: Of the clip in it.
+            num_frames: Number of the first frames to return; None: all.
+        """
         clip = self.prepare_clip(batch)
-        encoding, prediction = self.reconstruct(model, clip, batch["indices"])
+        encodings, prediction = self.reconstruct(model, clip, batch["indices"])
         shown = {"": prediction}
         if model.model.partial_latents:
+            pieces = [(encoding.mode(), piece) for encoding, piece in zip(encodings, model.cut(clip), strict=True)]
             with self._precision():
-                for name, latent in encoding.mode().items():
-                    shown[f"{name} only"] = model.decode({name: latent}, clip.shape[2])
-        return {title: view[place].float().cpu() for title, view in shown.items()}
+                for name in pieces[0][0]:
+                    parts = [
+                        model.decode({name: latents[name]}, piece.shape[2], (piece.shape[3], piece.shape[4]))
+                        for latents, piece in pieces
+                    ]
+                    shown[f"{name} only"] = torch.cat(parts, 2)
+        return {title: view[place, :, :num_frames].to("cpu", torch.float32, copy=True) for title, view in shown.items()}
 
     def measure_costs(self, model: LoadedModel) -> dict[str, Any]:
         """Measure a model's costs and those of a DiT on its latents, as the options say."""
-        shape, repeats, precision = self.plan.shape, self.options.repeats, self._precision
+        # Of whole videos in windows, the costs are those of one window.
+        shape, repeats, precision = model.piece_shape(self.plan.shape), self.options.repeats, self._precision
+        model.fit(shape, self.device)
         found: dict[str, Any] = {"cost": None, "downstream": None}
         if self.options.cost:
 
@@ -161,21 +185,27 @@ class Measurer:
             if "error" in measured:  # tokens and FLOPs need no run
                 measured = _catch(lambda: downstream.counts(shapes)) | measured
             found["downstream"] = measured
+        if self.plan.varies:
+            found = {key: each and each | {"clip_shape": list(shape)} for key, each in found.items()}
         return found
 
     @torch.inference_mode()
     def _add(self, part: Part, model: LoadedModel, clip: Tensor, indices: list[int]) -> None:
         """Measure clips and add their numbers to a part."""
-        encoding, prediction = self.reconstruct(model, clip, indices)
+        encodings, prediction = self.reconstruct(model, clip, indices)
         broken = [not bool(each.isfinite().all()) for each in prediction]
         prediction = prediction.nan_to_num()  # a file has no NaN: the clip fails, but its neighbours are measured
         prediction, target = self.measures.prepare(prediction.float(), clip)
         values = {name: value.tolist() for name, value in self.measures.values(prediction, target).items()}
         features = self.features.measure(prediction, target, indices) if self.features else None
-        latents = model.describe_latents(encoding.mode(), tuple(clip.shape[1:]))
-        if part["latents"] not in (None, latents):
-            raise RuntimeError(f"latents of other sizes from clip to clip: {part['latents']}, {latents}")
-        part["latents"] = latents
+        if self.plan.varies:
+            part["latents"] = model.sum_latents([each.mode() for each in encodings], tuple(clip.shape[1:]))
+        else:
+            (encoding,) = encodings
+            latents = model.describe_latents(encoding.mode(), tuple(clip.shape[1:]))
+            if part["latents"] not in (None, latents):
+                raise RuntimeError(f"latents of other sizes from clip to clip: {part['latents']}, {latents}")
+            part["latents"] = latents
         windows = model.count_windows(clip.shape[2])
         for place, index in enumerate(indices):
             numbers = {metric: value[place] for metric, value in values.items()}
@@ -188,7 +218,8 @@ class Measurer:
             part["clips"].append({"name": name, "start_frame": start, "num_frames": clip.shape[2], **numbers})
             if features is not None:
                 part["features"].append(features[place])
-            _count_codes(part["codes"], encoding, slice(place * windows, (place + 1) * windows))
+            for encoding in encodings:
+                _count_codes(part["codes"], encoding, slice(place * windows, (place + 1) * windows))
 
     def _add_failure(self, part: Part, index: int, reason: str) -> None:
         name, start = self.plan.keys[index]

@@ -18,9 +18,12 @@ class Plan:
     Attributes:
         chunks: Indices of the clips that are measured together.
         keys: Name and start frame of each clip.
-        shape: Shape (3, T, H, W) of a clip.
+        shape: Shape (3, T, H, W) of a clip; of clips that differ in it, that of the one with the median number of
+            pixels, by which costs are measured.
         protocol: Content of `protocol.json`.
         digest: Hash of the protocol.
+        smallest: Least T, H and W of a clip, by which metrics are available.
+        varies: Whether clips differ in length or size; each is then a chunk of its own.
     """
 
     chunks: list[list[int]]
@@ -28,6 +31,8 @@ class Plan:
     shape: tuple[int, int, int, int]
     protocol: dict[str, Any]
     digest: str
+    smallest: tuple[int, int, int]
+    varies: bool = False
 
     def __post_init__(self) -> None:
         self.index_of = {key: index for index, key in enumerate(self.keys)}
@@ -82,7 +87,7 @@ class Part(TypedDict):
         clips: Name, start, length and metrics of each.
         failed: Clips that the model could not reconstruct.
         features: Of each clip for rFVD, as text of base64; arrays once all parts are joined.
-        latents: By name, `LoadedModel.describe_latents`; None without clips.
+        latents: By name, `LoadedModel.describe_latents`, or `sum_latents` if clips differ in size; None without clips.
         codes: By latent.
         skipped: Name and reason of each video that could not be read.
     """

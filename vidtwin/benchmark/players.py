@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +27,7 @@ from vidtwin.video import Frames, convert, panels, write_video
 
 MAX_SIDE = 160  # pixels of a frame: a page with ten models stays below 20 MB
 MAX_HEIGHT = 16_383  # of a WebP picture
+MAX_FRAMES = MAX_HEIGHT // MAX_SIDE  # of a whole video, whose end is left out
 QUALITY = 85
 
 
@@ -45,12 +46,19 @@ def write_players(results: rows.Results, runner: Runner) -> None:
     chunks = [next(chunk for chunk in plan.chunks if index in chunk) for index in indices]
     batches = list(measurer.load(chunks))
     places = [batch["indices"].index(index) for batch, index in zip(batches, indices, strict=True)]
-    clips = [measurer.prepare_clip(batch)[[place]].cpu() for batch, place in zip(batches, places, strict=True)]
+    frames = None
+    if plan.varies:
+        frames = min(MAX_FRAMES, *(batch["clip"].shape[1] for batch in batches))
+    clips = [
+        measurer.prepare_clip(batch)[[place], :, :frames].cpu() for batch, place in zip(batches, places, strict=True)
+    ]
     writer = Writer(options.folder, chosen, clips, measurer.fps)
     for row in tqdm(measured, "players", disable=not options.progress, dynamic_ncols=True, leave=False):
         try:
             model = measurer.build(row.job)
-            views = [measurer.make_views(model, batch, place) for batch, place in zip(batches, places, strict=True)]
+            views = [
+                measurer.make_views(model, batch, place, frames) for batch, place in zip(batches, places, strict=True)
+            ]
         except Exception as error:  # the numbers are there, and are to be written
             log(f"no players of {row.name}: {format_error(error)}")
             continue
@@ -141,7 +149,7 @@ class Writer:
         self.folder = folder
         self.fps = fps
         self.num_frames = clips[0].shape[2]
-        side = min(MAX_SIDE, MAX_HEIGHT // self.num_frames, max(64, clips[0].shape[3]))
+        side = min(MAX_SIDE, MAX_HEIGHT // self.num_frames, max(64, *(max(clip.shape[3:]) for clip in clips)))
         self.size = side
         self.inputs = [convert.to_uint8(clip[0]) for clip in clips]
         self.clips: list[dict[str, Any]] = [{"id": str(i), **clip, "views": []} for i, clip in enumerate(chosen)]
@@ -178,12 +186,12 @@ class Writer:
 
 
 def _encode_strip(frames: Frames, size: int) -> bytes:
-    """Encode frames (T, H, W, 3) as a WebP picture of frames of size × size, from top to bottom."""
-    small = frames.shape[1] < size
-    images = [
-        Image.fromarray(frame).resize((size, size), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
-        for frame in frames
-    ]
+    """Encode frames (T, H, W, 3) as a WebP picture of frames of size × size, from top to bottom.
+
+    Pictures that are not square have black bars.
+    """
+    resampling = Image.Resampling.NEAREST if max(frames.shape[1:3]) < size else Image.Resampling.LANCZOS
+    images = [ImageOps.pad(Image.fromarray(frame), (size, size), resampling) for frame in frames]
     buffer = io.BytesIO()
     Image.fromarray(np.concatenate([np.asarray(image) for image in images])).save(buffer, "webp", quality=QUALITY)
     return buffer.getvalue()

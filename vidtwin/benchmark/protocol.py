@@ -22,13 +22,18 @@ _TORCHVISION = "bilinear, antialiased (torchvision)"
 
 @dataclass(frozen=True)
 class _Remark:
-    """A step of a peer that no setting here repeats, and the values of settings with which it matters."""
+    """A step of a peer that no setting here repeats, and the values of settings with which it matters.
+
+    It matters with all of `only`, but not with all of `unless`.
+    """
 
     text: str
     only: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    unless: dict[str, Any] = field(default_factory=dict)
 
     def holds(self, settings: dict[str, Any]) -> bool:
-        return all(settings.get(key) in values for key, values in self.only.items())
+        spared = bool(self.unless) and all(settings.get(key) == value for key, value in self.unless.items())
+        return not spared and all(settings.get(key) in values for key, values in self.only.items())
 
 
 # Differences in dB, ours minus the peer's, are those that benchmarks/peers.py prints: of means over 2x2 and 4x4 pixels.
@@ -40,6 +45,8 @@ _RESIZED = (
         "pixels that are not square stay so there, and are shown square here (+0.05 to +0.82 dB of PSNR)", _RESIZING
     ),
 )
+_WHOLE = {"num_frames": "all of a video"}
+_NATIVE = {"resolution": "native"}
 _UNPUBLISHED_RFVD = _Remark("how rFVD was computed is not published")
 _EFFECTS = {
     ("resize", _TORCHVISION, _AREA): "-1.15 to +0.22 dB of PSNR",
@@ -108,9 +115,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "peer": {"tail": "none", "short_videos": "none", "precision": "bf16-true"},
         "remarks": (
             _Remark(
-                "a file is of a whole video of up to 1080p there, and of a square clip here", {"compared": ("h264",)}
+                "a file is of a whole video of up to 1080p there, and of a clip here",
+                {"compared": ("h264",)},
+                _WHOLE | _NATIVE,
             ),
-            _Remark("rFVD is of whole videos of up to 300 frames there, and of clips here"),
+            _Remark("pixels that are not square stay so there, and are shown square here", {"resolution": ("native",)}),
+            _Remark(
+                "Cosmos takes 17 frames of a video at a time (here an entry with `windows: true` takes its model's own "
+                "number) and pads the last ones at both ends, which are padded at one end here",
+                {"num_frames": ("all of a video",)},
+            ),
+            _Remark("rFVD is of whole videos of up to 300 frames there, and of clips here", unless=_WHOLE),
+            _Remark(
+                "rFVD is of a video's first 300 frames there, and of all here", {"num_frames": ("all of a video",)}
+            ),
             _Remark("equal videos have 186.6 dB there, and 100 here", {"psnr_epsilon": (0.0,)}),
         ),
     },

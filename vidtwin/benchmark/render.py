@@ -269,5 +269,5 @@ def _caption(results: Results, main: Table) -> str:
     for row in results.rows:
         if windows := row.get("windows"):
             number, length = windows["windows"], windows["num_frames"]
-            sentences.append(f"{escape(row['name'])} codes {number} windows of {length} frames")
+            sentences.append(f"{escape(row['name'])} codes {f'{number} ' if number else ''}windows of {length} frames")
     return ". ".join(sentences) + "."

@@ -17,6 +17,7 @@ import numpy as np
 
 from vidtwin.benchmark import rows
 from vidtwin.benchmark.identity import compute_identity, find_known
+from vidtwin.benchmark.loaded_model import add_latents
 from vidtwin.benchmark.plan import Job, ModelError, Part, Plan, compute_digest, make_empty_part
 from vidtwin.benchmark.rfvd import decode_features
 from vidtwin.console import log
@@ -143,7 +144,10 @@ class RowFolder:
             joined["failed"] += part["failed"]
             joined["skipped"] += part["skipped"]
             joined["features"] += map(decode_features, part["features"])
-            joined["latents"] = part["latents"] or joined["latents"]
+            if self.plan.varies and part["latents"] and part["clips"]:  # those of all clips
+                joined["latents"] = add_latents(joined["latents"] or {}, part["latents"])
+            elif not self.plan.varies:
+                joined["latents"] = part["latents"] or joined["latents"]
             for latent, found in part["codes"].items():
                 known = joined["codes"].setdefault(latent, {"size": found["size"], "counts": Counter()})
                 known["counts"].update(found["counts"])  # a Counter adds

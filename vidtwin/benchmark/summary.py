@@ -14,6 +14,7 @@ from vidtwin.errors import few
 from vidtwin.metrics.registry import BY_KEY, SHOWN, Column, Metric
 
 UNAVAILABLE = "unavailable"
+WHOLE, NATIVE = "all of a video", "native"  # as a data module's protocol says it
 BEST, SECOND = "best", "second"
 _KINDS = {"trained": "", "untrained": "untrained weights: not ranked", "reference": "reference: not ranked"}
 
@@ -125,10 +126,12 @@ def note(results: Results, row: Row) -> str:
         return f"failed: {' '.join(str(row.get('error') or 'no reason was kept').split())}"
     windows, failed = row.get("windows"), row.get("failed_clips")
     parts = [_KINDS[row["kind"]]]
-    parts += [f"in {windows['windows']} windows of {windows['num_frames']} frames"] if windows else []
+    if windows:  # a whole video has as many as it takes
+        number = f"{windows['windows']} " if windows["windows"] else ""
+        parts.append(f"in {number}windows of {windows['num_frames']} frames")
     parts += [f"{_clips(len(failed))} failed"] if failed else []
-    used, number = results.comparison["counts"][row["name"]], results.comparison["num_clips"]
-    parts += [f"means over {used:,} of the {_clips(number)}"] if used < number else []
+    used, total = results.comparison["counts"][row["name"]], results.comparison["num_clips"]
+    parts += [f"means over {used:,} of the {_clips(total)}"] if used < total else []
     return "; ".join(filter(None, parts))
 
 
@@ -138,10 +141,13 @@ def data_set(results: Results) -> str:
 
 
 def clip_format(results: Results) -> str:
-    """Describe the clips: "16 frames of 224 x 224 at 8 fps"."""
+    """Describe the clips: "16 frames of 224 x 224 at 8 fps", width before height."""
     data = results.protocol["data"]
-    parts = [f"{data['num_frames']} frames" if data.get("num_frames") else "the data module's length"]
-    parts += [f"of {data['resolution']} x {data['resolution']}"] if data.get("resolution") else []
+    frames, size = data.get("num_frames"), data.get("resolution")
+    parts = ["the data module's length" if not frames else "whole videos" if frames == WHOLE else f"{frames} frames"]
+    height, width = size if isinstance(size, list) else (size, size)
+    if size:
+        parts.append("at their own size" if size == NATIVE else f"of {width} x {height}")
     fps = data.get("fps")
     parts += (
         [f"at {fps:g} fps" if isinstance(fps, int | float) else "at " + str(fps).replace(" ", " fps ", 1)]
@@ -312,9 +318,10 @@ def _metric(results: Results, metric: Metric, units: dict[str, list[rows.Unit]])
 def _rate(row: Row) -> Cell:
     cell = Cell(format_rate(row["compression_rate"]), row["compression_rate"])
     for name, latent in row["latents"].items():
-        shape = " x ".join(str(size) for size in latent["shape"])
+        # Clips that differ in size have latents of other shapes: their numbers are those of all.
+        shape = " x ".join(map(str, latent["shape"])) + " = " if latent["shape"] else ""
         bits = "" if latent["bits"] is None else f", {latent['bits']:,.0f} bits"
-        cell.detail.append(f"{name}: {format_rate(latent['rate'])} %, {shape} = {latent['numbers']:,} numbers{bits}")
+        cell.detail.append(f"{name}: {format_rate(latent['rate'])} %, {shape}{latent['numbers']:,} numbers{bits}")
     if claimed := row.get("claimed"):
         cell.small, cell.flag = f"claimed {format_rate(claimed['rate'])}", not claimed["agrees"]
     return cell

@@ -9,11 +9,14 @@ clips of a chunk, and with them all numbers, do not depend on the number of proc
 """
 
 import json
+import math
+from functools import cached_property
 from typing import Any, Literal
 
 from lightning.fabric import Fabric
 
 from vidtwin import hub, plugins
+from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import players as player_files
 from vidtwin.benchmark import plots as plot_files
 from vidtwin.benchmark import render, report, rows
@@ -28,6 +31,8 @@ from vidtwin.distributed import launch
 from vidtwin.errors import UserError
 from vidtwin.storage import checkpoints
 from vidtwin.storage.resumable import lock
+
+_GB = 12e-9  # of a pixel's three floats
 
 __all__ = ["FVD", "Entry", "ModelConfig", "Sweep"]
 
@@ -61,6 +66,14 @@ class Sweep(SweepOptions):
         lines += [f"{job.name} failed: {job.error}" for job in jobs if job.error]
         for line in lines:
             log(line, rank_zero=True)
+        if plan.varies:
+            frames, height, width = largest = max(self.shapes, key=math.prod)
+            log(
+                f"the largest clip has {frames} frames of {width} x {height} px, {_GB * math.prod(largest):.1f} GB as "
+                "floats, of which its measurement holds several copies; a number for data.num_frames or "
+                "data.resolution takes less",
+                rank_zero=True,
+            )
         self._check_other_rows({job.name for job in jobs}, plan.digest)
         runner = Runner(self, fabric, plan, jobs)
         runner.run()
@@ -96,7 +109,7 @@ class Sweep(SweepOptions):
             if job.error:
                 raise UserError(job.error)
             try:
-                job.build().check(self.source.num_frames, self.source.resolution)
+                job.build().check(*self.shape[1:])
             except UserError:
                 raise
             except Exception as error:
@@ -124,11 +137,34 @@ class Sweep(SweepOptions):
         resolved, refused = fabric.broadcast((resolved, refused))
         if refused:  # all processes end, and none waits for another
             raise UserError(refused)
-        size, side = self.source.eval_batch_size, self.source.resolution
+        size = self.source.eval_batch_size
         chunks = [list(range(len(keys)))[start : start + size] for start in range(0, len(keys), size)]
         # Videos that reading finds unusable later stand in the rows: the protocol is known before.
         digest = protocol_hash(resolved)
-        return Plan(chunks, keys, (3, self.source.num_frames, side, side), resolved, digest)
+        smallest = tuple(map(min, zip(*self.shapes, strict=True)))
+        return Plan(chunks, keys, self.shape, resolved, digest, smallest, self.varies)
+
+    @property
+    def varies(self) -> bool:
+        """Whether clips differ in length or size."""
+        return self.source.num_frames is None or self.source.resolution is None
+
+    @cached_property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Frames, height and width of the clips; one of them if all have the same."""
+        dataset = self.source.dataset("test")
+        found = [dataset.shape(index) for index in range(len(dataset))] if self.varies else []
+        if found := [shape for shape in found if all(shape)]:
+            return found
+        side = self.source.resolution or 1
+        height, width = (side, side) if isinstance(side, int) else side
+        return [(self.source.num_frames or 1, height, width)]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of the clip with the median number of pixels."""
+        ordered = sorted(self.shapes, key=lambda shape: (math.prod(shape), shape))
+        return (3, *ordered[(len(ordered) - 1) // 2])
 
     def _make_job(self, entry: Entry) -> Job:
         """Find a row's identity without building its model; a mistake in the entry becomes the row's error."""
@@ -163,14 +199,23 @@ class Sweep(SweepOptions):
                 differs = checkpoints.differences(json.loads(json.dumps(model.spec())), stored)
             window = model.temporal.usual_length if entry.windows else None
             kind: Literal["trained", "untrained"] = "trained" if checkpoint else "untrained"
-            return LoadedModel(entry.name, kind, model, checkpoint, mark, weights, entry.claimed_rate, window, differs)
+            claimed = entry.claimed_rate
+            return LoadedModel(
+                entry.name, kind, model, checkpoint, mark, weights, claimed, window, differs, pads=self.varies
+            )
 
         return Job(entry.name, base | {"model": spec, "fingerprint": mark}, build, claimed_rate=entry.claimed_rate)
 
     def _make_reference(self, name: str, shape: tuple[int, int, int, int]) -> Job:
+        def make(num_frames: int, height: int, width: int) -> VideoAutoencoder:
+            resolution = height if height == width else [height, width]
+            model: VideoAutoencoder = plugins.load(name, "vidtwin.references")(
+                num_frames=num_frames, resolution=resolution
+            )
+            return model
+
         def build() -> LoadedModel:
-            model = plugins.load(name, "vidtwin.references")(num_frames=shape[1], resolution=shape[2])
-            return LoadedModel(name, "reference", model)
+            return LoadedModel(name, "reference", make(*shape[1:]), rebuild=make if self.varies else None)
 
         return Job(name, {"name": name, "reference": plugins.resolve(name, "vidtwin.references")}, build)
 

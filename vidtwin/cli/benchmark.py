@@ -16,7 +16,15 @@ from vidtwin.benchmark.options import Entry, ModelConfig, SweepOptions
 from vidtwin.benchmark.sweep import Sweep
 from vidtwin.cli import model_config, paths
 from vidtwin.cli.options import CONFIG, DESCRIPTION, INTERNAL, NAMES, OF_ONE, USAGE
-from vidtwin.cli.parser import Parser, config_paths, option_value, read_config, resolve_short_names, user_errors
+from vidtwin.cli.parser import (
+    Parser,
+    config_paths,
+    name_data_first,
+    option_value,
+    read_config,
+    resolve_short_names,
+    user_errors,
+)
 from vidtwin.errors import UserError, suggestion
 from vidtwin.storage import checkpoints
 
@@ -39,7 +47,7 @@ _WEIGHTS = {"true": "average", "false": "last"}
 def run(argv: list[str]) -> int:
     """Run `vidtwin test ARGV` → exit code."""
     several = _is_sweep(argv)
-    argv = resolve_short_names(argv)
+    argv = name_data_first(resolve_short_names(argv))
     in_configs = bool((read_config(config_paths(argv)).get("model") or {}).get("autoencoder"))
     chosen = in_configs or any(word.startswith(f"--{model_config.KEY}") for word in argv)
     spec = None if several or in_configs else _read_model_of_checkpoint(argv)

@@ -30,15 +30,18 @@ def cache_command(argv: list[str]) -> int:
     from vidtwin.cli.parser import (
         check_name,
         config_paths,
+        name_data_first,
         read_config,
+        refuse_values,
         resolve_short_names,
         user_errors,
         wants_help,
     )
 
-    argv = resolve_short_names(argv)
+    argv = name_data_first(resolve_short_names(argv))
     for option in (word.partition("=")[0] for word in argv if word.startswith("--")):
         check_name(option, option[2:].partition(".")[0], ("config", "data", "help", "print_config", *_OWN))
+    refuse_values(config_paths(argv))
     others = set(read_config(config_paths(argv))) - {"data", "out", "config", *_OWN}  # of other commands
     config = (parser := _parser(sorted(others), light=wants_help(argv))).parse_args(argv)
     if config.get("data") is None:

@@ -36,12 +36,13 @@ _CONFIG = "Config as for fit; only its autoencoder is used."
 
 def check_command(argv: list[str]) -> int:
     """Hold an autoencoder to the promises of the interface: vidtwin check NAME"""
-    from vidtwin.cli.parser import config_paths, option_value, read_config, wants_help
+    from vidtwin.cli.parser import config_paths, option_value, read_config, refuse_values, wants_help
 
     if wants_help(argv):
         parser = _parser()
         parser.add_argument("--config", metavar="FILE", help=_CONFIG)
         parser.parse_args(["--help"])
+    refuse_values(config_paths(argv))
     read_config(config_paths(argv))  # refuses a missing file before torch is imported
     argv = [_expand_option(word) for word in argv]
     if argv and not argv[0].startswith("-"):
@@ -96,14 +97,22 @@ def _parser() -> "Parser":
     usage = "(NAME | --config FILE) [--autoencoder.ARGUMENT VALUE ...] [options]"
     parser = command_parser("check", usage, _DESCRIPTION)
     parser.add_argument("--num_frames", type=int, help="T of the clip. By default the model's own, or one near 16.")
-    parser.add_argument("--resolution", type=int, help="H = W of the clip. By default the model's own, else about 64.")
+    parser.add_argument(
+        "--resolution",
+        type=int | list[int],
+        help="H = W of the clip, or [H, W]. By default the model's own, else about 64.",
+    )
     parser.add_argument("--batch_size", type=int, default=2, help="B of the clip, at least 2.")
     parser.add_argument("--device", default="cpu", help="Such as cuda or cuda:1.")
     return parser
 
 
 def _report(
-    model: "VideoAutoencoder", num_frames: int | None, resolution: int | None, batch_size: int, device: str
+    model: "VideoAutoencoder",
+    num_frames: int | None,
+    resolution: int | list[int] | None,
+    batch_size: int,
+    device: str,
 ) -> int:
     """Print the promises, then a summary of the model → exit code."""
     import torch
@@ -114,27 +123,30 @@ def _report(
     if resolution is not None and model.resolution not in (None, resolution):
         raise UserError(f"Expected clips of the model's own resolution {model.resolution}, got {resolution}.")
     frames = num_frames or temporal.usual_length
-    side = model.resolution or resolution or 64 + -64 % step
-    for name, value in (("num_frames", num_frames), ("resolution", resolution)):
-        if value is not None and value < 1:
-            raise UserError(f"Expected {name} of at least 1, got {value}.")
+    if num_frames is not None and num_frames < 1:
+        raise UserError(f"Expected num_frames of at least 1, got {num_frames}.")
+    size = model.resolution or (64 + -64 % step if resolution is None else resolution)
+    sides = [size, size] if isinstance(size, int) else size
+    if len(sides) != 2 or min(sides) < 1:
+        raise UserError(f"Expected resolution of at least 1, or as [height, width], got {resolution}.")
+    height, width = sides
     try:
         model = model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         first = str(error).strip().partition("\n")[0]
         raise UserError(f"Expected a device that this machine has, got {device!r}: {first}") from error
     cls = f"{type(model).__module__}.{type(model).__qualname__}"
-    _say(f"{cls} on a clip of {frames} frames of {side} x {side} pixels")
-    if much := _cost(model, (3, frames, side, side)):
+    _say(f"{cls} on a clip of {frames} frames of {width} x {height} pixels")
+    if much := _cost(model, (3, frames, height, width)):
         _say(f"{much}: this takes minutes on a CPU, and several times the model's memory")
     promises = []
-    for promise in check_promises(model, frames, side, batch_size):
+    for promise in check_promises(model, frames, (height, width), batch_size):
         word = {True: "ok", False: "FAILED", None: "skipped"}[promise.passed]
         _say(f"{word:<8} {promise.name}{f': {_one_line(promise.detail)}' if promise.detail else ''}")
         promises.append(promise)
     _say("")
     try:
-        for label, text in _summarize(model, (3, frames, side, side)):
+        for label, text in _summarize(model, (3, frames, height, width)):
             _say(f"{label:<18} {text}")
     except Exception as error:  # a promise has reported it
         _say(f"no summary: {error!r}")

@@ -75,6 +75,10 @@ def shorten(message: str, parser: argparse.ArgumentParser, error: Exception | No
             near = suggestion(match[1], [*known, *classes])
             return OptionError(key, f"Expected one of {', '.join(known)} or a class path, got {match[1]!r}{near}")
         return OptionError(key, f"Expected a class path, got {match[1]!r}{suggestion(match[1], classes)}")
+    if match := re.fullmatch(r"Expected an? typing\.Literal\[(.+)\]\. Got value: (.*)", text):
+        text = _choose(re.findall(r"[^', ]+", match[1]), match[2])
+    if match := re.fullmatch(r"Expected one of (.+), got (\S*)", text):
+        return OptionError(key, text + suggestion(match[2], match[1].split(", ")))
     text = re.sub(r"^Expected an? (?:<class '(\w+)'>|typing\.(.+))\. Got value: ", r"Expected \1\2, got ", text)
     return OptionError(key, f"{text}.")
 
@@ -122,9 +126,13 @@ def _innermost(text: str) -> str:
     if named:
         return named[0]
     if choices:
-        return f"Expected one of {', '.join(choices)}, got {value}"
+        return _choose(choices, value)
     kinds = re.findall(r"<class '([\w.]+)'>", reasons)
     return f"Expected {' or '.join(kind.rpartition('.')[2] for kind in kinds)}, got {value}" if kinds else text
+
+
+def _choose(choices: list[str], value: str) -> str:
+    return f"Expected one of {', '.join(choices)}, got {value}"
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:

@@ -16,6 +16,15 @@ from vidtwin import plugins
 from vidtwin.cli import bases, messages
 from vidtwin.errors import UserError, causes, suggestion
 
+# Options whose values configs hold, by the modules of their classes.
+_VALUES = {
+    "vidtwin.datamodules": "data",
+    "vidtwin.models": "model.autoencoder",
+    "vidtwin.baselines": "model.autoencoder",
+    "vidtwin.losses": "model.loss",
+    "torch.optim": "model.optimizer",
+}
+_KEYS = tuple(dict.fromkeys(_VALUES.values()))
 _CLASS_NAME = re.compile(r"""(\bclass_path["']?\s*:\s*["']?)(\w+)(?=["']?\s*(?:[,}#]|$))""", re.MULTILINE)
 
 
@@ -185,6 +194,54 @@ def _merge(old: Any, new: Any) -> Any:
     if not both or ("class_path" in new and new["class_path"] != old.get("class_path")):
         return new
     return old | {key: _merge(old.get(key), value) for key, value in new.items()}
+
+
+def refuse_values(paths: Iterable[str | Path]) -> None:
+    """Raise `UserError` for a config that is the value of an option, such as configs/data/folder.yaml of --data."""
+    for path in paths:
+        if not isinstance(given := read_config([path]).get("class_path"), str):
+            continue
+        for group in messages.SHORT_NAMES.values():
+            given = plugins.resolve(given, group)
+        option = next((option for module, option in _VALUES.items() if given.startswith(f"{module}.")), None)
+        advice = f"give it as --{option} {path}" if option else f"give it to one of --{', --'.join(_KEYS)}"
+        raise UserError(
+            f"Expected a config with keys such as model and data, got the value of one in {path}, of the class "
+            f"{given.rpartition('.')[2]}; {advice}."
+        )
+
+
+def name_data_first(argv: Sequence[str]) -> list[str]:
+    """Move `--data NAME` before the settings of a data module whose class no config names.
+
+    The parser takes settings of a class that it knows by then, so `--config PROTOCOL --data NAME` would be refused.
+    """
+    words = list(argv)
+    places = [index for index, word in enumerate(words) if word.partition("=")[0] in ("--config", "-c")]
+    settings: list[tuple[int, Path]] = []
+    for index in places:
+        for path in config_paths(words[index : index + 2])[:1]:
+            if set(str(path)) & set("{\n"):  # a config in the place of its path
+                continue
+            data = read_config([path]).get("data") if path.is_file() else None
+            if isinstance(data, str) or (isinstance(data, dict) and "class_path" in data):
+                return words
+            if isinstance(data, dict):
+                settings.append((index, path))
+    if not settings:
+        return words
+    name = option_value(words, "data")
+    if name is None:
+        if any(word.startswith(("--data.class_path", "--data.help")) for word in words) or wants_help(words):
+            return words
+        raise UserError(f"Expected a data module for the settings in {settings[0][1]}, got none; add --data NAME.")
+    first = min(index for index, word in enumerate(words) if index == settings[0][0] or word.startswith("--data."))
+    names = [index for index, word in enumerate(words) if word.partition("=")[0] == "--data"]
+    taken = {index + more for index in names for more in ((0,) if "=" in words[index] else (0, 1))}
+    before, after = (
+        [words[index] for index in part if index not in taken] for part in (range(first), range(first, len(words)))
+    )
+    return [*before, f"--data={name}", *after]
 
 
 def resolve_short_names(argv: Sequence[str]) -> list[str]:

@@ -5,7 +5,15 @@ from functools import partial
 
 from vidtwin.apply.options import check_weights
 from vidtwin.cli import options
-from vidtwin.cli.parser import check_name, config_paths, option_value, read_config, resolve_short_names, wants_help
+from vidtwin.cli.parser import (
+    check_name,
+    config_paths,
+    option_value,
+    read_config,
+    refuse_values,
+    resolve_short_names,
+    wants_help,
+)
 from vidtwin.cli.sources import read_options
 
 _SPECIAL = ("best", "last", "hpc")  # values of Lightning's --ckpt_path that are not paths
@@ -38,6 +46,7 @@ def refuse(command: str, argv: list[str]) -> None:
         read_config([data])
     paths = [path for path in config_paths(argv) if not set(str(path)) & set("{\n")]
     read_config(paths)
+    refuse_values(paths)
     for option in ("ckpt_path", "init_from"):
         if (path := option_value(argv, option)) and path not in (*_SPECIAL, "null") and "://" not in path:
             check_weights(path)

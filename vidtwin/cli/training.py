@@ -26,7 +26,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vidtwin import plugins
 from vidtwin.cli import model_config, paths
-from vidtwin.cli.parser import Parser, option_value, resolve_short_names, user_errors
+from vidtwin.cli.parser import Parser, name_data_first, option_value, resolve_short_names, user_errors
+from vidtwin.console import log
 from vidtwin.errors import Preempted, UserError
 from vidtwin.storage import checkpoints
 from vidtwin.training import replay
@@ -51,7 +52,7 @@ def run(command: str, argv: list[str]) -> int:
     if command == "replay":
         argv, foreign = _expand_dump(argv)
     argv = [command, *argv]
-    argv = resolve_short_names(argv)
+    argv = name_data_first(resolve_short_names(argv))
     checkpoint = option_value(argv, "ckpt_path")
     if (
         checkpoint
@@ -64,7 +65,7 @@ def run(command: str, argv: list[str]) -> int:
         foreign = paths.texts(spec)
     _quieten(command)
     try:
-        with _ending_by_sigterm() if command == "fit" else nullcontext():
+        with _ending_by_sigterm() if command == "fit" else nullcontext(), _naming_tensorboard():
             VidTwinCLI(argv, foreign)
     except (MisconfigurationException, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
         if isinstance(error, UserError) or not _is_of_lightning(error):
@@ -106,6 +107,33 @@ def _ending_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _naming_tensorboard() -> Iterator[None]:
+    """Name TensorBoard's events in an error of the system that keeps them from being written.
+
+    Its thread of writing ends by such an error, which the next event raises again: Python would show a traceback of
+    the thread too.
+    """
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard."):
+            log(f"TensorBoard can't write its events: {args.exc_value.strerror or args.exc_value}")
+        else:
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    except OSError as error:
+        modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if error.errno and error.filename is None and any(module.startswith("tensorboard.") for module in modules):
+            error.filename = "TensorBoard's events"
+        raise
+    finally:
+        threading.excepthook = before
 
 
 class LightningParser(Parser, LightningArgumentParser):

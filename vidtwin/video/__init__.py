@@ -4,7 +4,7 @@ source.py opens and probes videos; picture.py converts decoded frames to upright
 at given times; writing.py encodes; sound.py copies sound. These do not import torch.
 """
 
-from .picture import COLOUR, COLOURS, RESIZE_FILTER, RESIZE_FILTERS, Frames, Resize
+from .picture import COLOUR, COLOURS, RESIZE_FILTER, RESIZE_FILTERS, Frames, Resize, Size
 from .reading import decode, iter_frames, read_clip, timed_frames
 from .source import (
     IMAGE_SUFFIXES,
@@ -29,6 +29,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "Frames",
     "Resize",
+    "Size",
     "Source",
     "VideoError",
     "VideoInfo",

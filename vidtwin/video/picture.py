@@ -1,12 +1,13 @@
 """Conversion of decoded frames to uint8 RGB as shown on screen: upright, with square pixels, in their tagged colours.
 
-One filter graph crops to a square, resizes and converts. Swscale's area filter averages when shrinking (so it is
+One filter graph crops, resizes and converts. Swscale's area filter averages when shrinking (so it is
 antialiased) and is bilinear when enlarging; the bicubic filter takes a quarter more time for the whole clip. Matrix and
 range are those of the frame; untagged frames count as BT.601, limited, as in FFmpeg and other loaders. Colours that
 FFmpeg can't convert are converted by the nearest tags that it can, which is logged once per video.
 
 With `resize="bilinear"` the whole picture is converted as decord does it, by swscale's defaults, which do not
 interpolate chroma; then resized in single precision by Pillow, whose filter is torchvision's; rounded; and cropped.
+Whole pictures are converted so too, and only resized if their pixels are not square.
 """
 
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ COLOUR = "8-bit RGB by each stream's matrix and range; untagged: BT.601, limited
 COLOURS: dict[Resize, str] = {"area": COLOUR, "bilinear": COLOUR.replace("swscale", "swscale's defaults")}
 
 Frames = NDArray[np.uint8]
+Size = int | tuple[int, int]  # side of a square, or height and width, in pixels
 Node = tuple[str, str | None]  # name and arguments of a filter
 Turn = tuple[bool, bool, bool]  # whether to transpose a picture, then flip its rows, then its columns
 
@@ -120,30 +122,31 @@ def _replace_tags(frame: VideoFrame) -> Iterator[tuple[Node, str]]:
 
 
 class Converter:
-    """Converter of one stream's frames to uint8 (H, W, 3): a square crop resized to `size`, or whole pictures.
+    """Converter of one stream's frames to uint8 (H, W, 3): a crop resized to `size`, or whole pictures.
 
     Args:
-        size: Side of the square in pixels; None: the whole picture, with its width scaled by the sample aspect ratio.
-            If pictures change their size or turn, all have that of the first one.
-        crop: Position of the largest square in the upright picture, as (x, y): 0 left or top, 0.5 centre, 1 right or
-            bottom.
+        size: Side of a square, or height and width, in pixels; None: the whole picture, with its width scaled by the
+            sample aspect ratio. If pictures change their size or turn, all have that of the first one.
+        crop: Position of the largest rectangle of that shape in the upright picture, as (x, y): 0 left or top, 0.5
+            centre, 1 right or bottom.
         aspect: Width of a stored pixel divided by its height (sample aspect ratio); None: 1.
         name: Name of the video, for messages.
-        resize: Filter for `size`: "area" resizes the cropped square; "bilinear" resizes the picture until its shorter
-            side is `size` and then crops, as torchvision's `Resize(size, antialias=True)` and `CenterCrop(size)`.
+        resize: Filter for `size`: "area" resizes the crop; "bilinear" resizes the picture until it covers `size` and
+            then crops, for squares as torchvision's `Resize(size, antialias=True)` and `CenterCrop(size)`.
     """
 
     def __init__(
         self,
-        size: int | None,
+        size: Size | None,
         crop: tuple[float, float],
         aspect: Fraction | None,
         name: str,
         resize: Resize = "area",
     ) -> None:
-        self._late_size = size if resize == "bilinear" else None  # of pictures that are resized after their conversion
-        self._square = size is not None and self._late_size is None
-        self._shape = (size, size) if size is not None and self._square else None  # width and height as shown
+        self._late = resize == "bilinear"  # pictures are resized after their conversion
+        self._cropped = size is not None
+        # Height and width as shown; None until the first picture gives them.
+        self._shape: tuple[int, int] | None = (size, size) if isinstance(size, int) else size
         self._crop = crop
         self._aspect = aspect if aspect and Fraction(1, 8) < aspect < 8 else Fraction(1)
         self._name = name
@@ -166,45 +169,54 @@ class Converter:
         assert self._chain is not None
         converted = self._chain(frame)
         height, width = converted.height, converted.width
-        if self._late_size is not None:
+        if self._late:
             picture = _lines(converted.planes[0])[:height, : 3 * width].reshape(height, width, 3)
-            return [self._resize(turn(picture[..., colour], self._turn), self._late_size) for colour in range(3)]
+            return [self._resize(turn(picture[..., colour], self._turn)) for colour in range(3)]
         planes = [converted.planes[index] for index in (2, 0, 1)]  # stored as G, B, R
         return [turn(_lines(plane)[:height, :width], self._turn) for plane in planes]
 
-    def _resize(self, plane: Frames, size: int) -> Frames:
-        """Resize an upright plane until its shorter side is `size`, then crop it to a square."""
+    def _resize(self, plane: Frames) -> Frames:
+        """Resize an upright plane until it covers the wanted size, then crop it."""
         height, width = plane.shape
         shown = (height * self._aspect, width) if self._turn[0] else (height, width * self._aspect)
-        new_height, new_width = (int(size * side / min(shown)) for side in shown)
+        if self._shape is None:
+            self._shape = max(1, round(shown[0])), max(1, round(shown[1]))
+        if plane.shape == self._shape and self._aspect == 1:
+            return plane
+        # The side that fits exactly; the other one is then at least as large as wanted, but for its rounding.
+        wanted, side = max(zip(self._shape, shown, strict=True), key=lambda pair: Fraction(pair[0]) / pair[1])
+        sizes = [max(least, int(wanted * own / side)) for least, own in zip(self._shape, shown, strict=True)]
         picture = Image.fromarray(plane.astype(np.float32))  # 8-bit ones would be rounded after each axis
-        resized = np.asarray(picture.resize((new_width, new_height), Image.Resampling.BILINEAR))
-        left, top = round((new_width - size) * self._crop[0]), round((new_height - size) * self._crop[1])
-        return np.rint(resized[top : top + size, left : left + size]).astype(np.uint8)
+        resized = np.asarray(picture.resize((sizes[1], sizes[0]), Image.Resampling.BILINEAR))
+        height, width = self._shape
+        left, top = round((sizes[1] - width) * self._crop[0]), round((sizes[0] - height) * self._crop[1])
+        return np.rint(resized[top : top + height, left : left + width]).astype(np.uint8)
 
     def _choose_filters(self, frame: VideoFrame) -> list[Node]:
         """Choose crop, size and format for frames like this one."""
-        nodes: list[Node] = []
-        if self._square:
-            left, top, width, height = self._find_square(frame)
-            nodes.append(("crop", f"{width}:{height}:{left}:{top}"))
-        if self._late_size is not None:
+        if self._late:
             return [("scale", f"{frame.width}:{frame.height}:flags=bicubic"), ("format", "rgb24")]
+        nodes: list[Node] = []
+        if self._cropped:
+            left, top, width, height = self._find_crop(frame)
+            nodes.append(("crop", f"{width}:{height}:{left}:{top}"))
         if self._shape is None:
-            shape = (max(1, round(frame.width * self._aspect)), frame.height)
+            shape = (frame.height, max(1, round(frame.width * self._aspect)))
             self._shape = shape[::-1] if self._turn[0] else shape
-        width, height = self._shape[::-1] if self._turn[0] else self._shape
+        height, width = self._shape[::-1] if self._turn[0] else self._shape
         return [*nodes, ("scale", f"{width}:{height}:flags={_FLAGS}"), ("format", "gbrp")]
 
-    def _find_square(self, frame: VideoFrame) -> tuple[int, int, int, int]:
-        """Return left, top, width and height, in stored pixels, of the largest square on the screen."""
+    def _find_crop(self, frame: VideoFrame) -> tuple[int, int, int, int]:
+        """Return left, top, width and height, in stored pixels, of the largest rectangle of the wanted shape."""
+        assert self._shape is not None
         x, y = self._crop
         transpose, flip_rows, flip_columns = self._turn
         x, y = (1 - x if flip_columns else x), (1 - y if flip_rows else y)
         if transpose:
             x, y = y, x
-        side = min(frame.width * self._aspect, Fraction(frame.height))
-        width, height = min(frame.width, round(side / self._aspect)), round(side)
+        tall, wide = self._shape[::-1] if transpose else self._shape
+        unit = min(frame.width * self._aspect / wide, Fraction(frame.height, tall))
+        width, height = min(frame.width, round(wide * unit / self._aspect)), min(frame.height, round(tall * unit))
         return round((frame.width - width) * x), round((frame.height - height) * y), width, height
 
 

@@ -25,7 +25,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from .picture import Converter, Frames, Resize
+from .picture import Converter, Frames, Resize, Size
 from .source import (
     COUNTED_FORMATS,
     CUT_IN_FORMATS,
@@ -59,7 +59,7 @@ def read_clip(
     start: float | Fraction = 0.0,
     num_frames: int = 16,
     fps: float | Fraction | None = None,
-    size: int | None = None,
+    size: Size | None = None,
     crop: tuple[float, float] = CENTRE,
     loop: bool = False,
     rate: Fraction | None = None,
@@ -73,9 +73,9 @@ def read_clip(
         start: Time of the first frame in seconds, counted from the first frame of the file.
         num_frames: T.
         fps: Frames per second of the clip; None: consecutive frames. Above the file's rate frames repeat.
-        size: Side of the square picture in pixels; None: the whole picture.
-        crop: Position of the largest square in the upright picture, as (x, y): 0 left or top, 0.5 centre, 1 right or
-            bottom.
+        size: Side of the square picture, or height and width, in pixels; None: the whole picture.
+        crop: Position of the largest rectangle of that shape in the upright picture, as (x, y): 0 left or top, 0.5
+            centre, 1 right or bottom.
         loop: Start the video again if it ends before the clip does.
         rate: Average rate of the file in frames per second, from `survey`; None: the header's rate.
         resize: Filter for `size`, see `vidtwin.video.picture.Converter`.
@@ -88,7 +88,8 @@ def read_clip(
         VideoError: The file can't be read, is damaged between its keyframe before the clip and the clip's end (kind
             "corrupt"), or ends before the last requested frame (kind "short"); `decodable` is then its frame count.
     """
-    if num_frames < 1 or (size is not None and size < 1) or (fps is not None and fps <= 0) or not 0 <= start < math.inf:
+    least = min(size) if isinstance(size, tuple) else 1 if size is None else size
+    if num_frames < 1 or least < 1 or (fps is not None and fps <= 0) or not 0 <= start < math.inf:
         raise VideoError(
             f"{name_of(source)}: expected num_frames and size of at least 1, fps above 0 and start of at least 0, got "
             f"{num_frames}, {size}, {fps} and {start}."
@@ -262,7 +263,7 @@ class _Wanted:
     start: Fraction
     num_frames: int
     fps: Fraction | None
-    size: int | None
+    size: Size | None
     crop: tuple[float, float]
     rate: Fraction | None
     resize: Resize
