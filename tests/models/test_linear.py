@@ -1,5 +1,6 @@
 """The linear initial values: atoms against SciPy's DCT, and the code that the model starts with."""
 
+import pytest
 import torch
 from scipy.fft import idctn
 
@@ -73,6 +74,19 @@ def test_a_smooth_clip_is_recognizable_before_the_first_step():
     for name, model in {"linear": linear(), "balanced": build()}.items():
         errors[name] = (model(clip).clip - clip).square().mean() / clip.square().mean()
     assert errors["linear"] < 0.4 < 1 < errors["balanced"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"patch_size": 16, "resolution": 64, "num_queries": 16, "structure_downsamples": 1}],
+    ids=["patch 8", "patch 16 and a halving"],
+)
+def test_a_clip_starts_with_its_contrast(arguments):
+    model = linear(**arguments)
+    clip = 1.5 * grey_ramps(size=model.resolution)  # root mean square of 0.53, as of real clips
+    contrast = (model(clip).clip * clip).sum() / clip.square().sum()
+    assert 0.8 < contrast < 1.2
 
 
 @torch.no_grad()

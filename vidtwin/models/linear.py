@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from vidtwin.models.branches import DynamicsBranch, StructureBranch
 from vidtwin.models.transformer import Decoder, Encoder
 
-# A grey patch becomes SCALE times its value: large compared to the sampling noise (0.05), and small enough for the
-# decoder's layer norms, which divide by the size of position embedding and signal together.
-SCALE = 6.0
+# A grey patch becomes SCALE times its value: large compared to the sampling noise (0.05) and to what the shortcut
+# averages of the encoder's position embedding (0.1), but not to the decoder's position embedding (0.7): the layer norms
+# divide by the size of embedding and signal together, so a larger signal loses its contrast.
+SCALE = 4.0
 # Chroma varies less than luma: its atoms come after those of luma of so many times the squared frequency.
 _CHROMA = 6.0
 # Luma and two axes of chroma, orthonormal.
 _COLOURS = ((1, 1, 1), (1, 0, -1), (1, -2, 1))
-# Root mean square of the decoder's position embeddings, which dominate what its layer norms divide by.
-_POSITION_SIZE = 0.5**0.5
+# Size of position embedding (√½) and signal of a usual patch, by which the decoder's layer norms divide: the last layer
+# restores it, so that real clips start with their contrast (docs/health.md).
+_FEATURE_SIZE = 0.85
 # Factors of the random initial values beside the linear code: they would cover it.
 _NOISE = 0.05
 _BRANCHES = 0.1
@@ -77,7 +79,7 @@ def initialize(
     inward = torch.einsum("gc,gkij->ckij", groups, atoms * scales[:, None, None, None])
     outward = torch.einsum("gc,gkij->ijkc", groups.square() * groups.sign(), atoms / scales[:, None, None, None])
     for layer, values in ((encoder.patch_embed, inward.flatten(1)), (decoder.linear, outward.flatten(0, 2))):
-        layer.weight.mul_(_NOISE).add_(values * (_POSITION_SIZE if layer is decoder.linear else 1))
+        layer.weight.mul_(_NOISE).add_(values * (_FEATURE_SIZE if layer is decoder.linear else 1))
     nn.init.zeros_(decoder.modulation)
     embed = dynamics.embed[2]
     assert isinstance(embed, nn.Linear)
