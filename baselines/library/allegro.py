@@ -16,7 +16,7 @@ class Allegro(LibraryAutoencoder):
 
     library_class: ClassVar[str] = "diffusers.models.autoencoders.autoencoder_kl_allegro.AutoencoderKLAllegro"
     last_weight: ClassVar[str] = "decoder.conv_out.weight"
-    causal: ClassVar[bool] = False
+    causal = False
 
     def _factors(self, config: Any) -> tuple[int, int]:
         return 2 ** sum(config.temporal_downsample_blocks), 2 ** (len(config.block_out_channels) - 1)

@@ -73,7 +73,7 @@ class LibraryAutoencoder(VideoAutoencoder):
     latent_names: ClassVar[tuple[str, ...]] = ("latent",)
     library_class: ClassVar[str]
     last_weight: ClassVar[str] = "decoder.conv_out.conv.weight"
-    causal: ClassVar[bool] = True
+    causal: bool = True
 
     def __init__(self, arguments: dict[str, Any] | None = None, activation_checkpointing: bool = False) -> None:
         super().__init__()

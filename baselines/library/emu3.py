@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from vidtwin.autoencoder import TemporalSpec
 from vidtwin.baselines.library.base import LibraryAutoencoder
 from vidtwin.posteriors import Encoding, Latents, Quantized
 
@@ -25,11 +24,10 @@ class Emu3(LibraryAutoencoder):
 
     library_class: ClassVar[str] = "transformers.models.emu3.modeling_emu3.Emu3VQVAE"
     last_weight: ClassVar[str] = "decoder.conv_out.weight"
-    causal: ClassVar[bool] = False
+    causal = False
 
     def __init__(self, arguments: dict[str, Any] | None = None, activation_checkpointing: bool = False) -> None:
         super().__init__(arguments, activation_checkpointing)
-        self.temporal = TemporalSpec(multiple=self.time, minimum=self.time, pad="last")
         for part in (self.model.encoder, self.model.quant_conv, self.model.quantize):
             part.requires_grad_(False)
 

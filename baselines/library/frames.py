@@ -16,7 +16,7 @@ class StableDiffusion(LibraryAutoencoder):
 
     library_class: ClassVar[str] = "diffusers.models.autoencoders.autoencoder_kl.AutoencoderKL"
     last_weight: ClassVar[str] = "decoder.conv_out.weight"
-    causal: ClassVar[bool] = False
+    causal = False
 
     def _factors(self, config: Any) -> tuple[int, int]:
         return 1, 2 ** (len(config.block_out_channels) - 1)

@@ -23,8 +23,8 @@ class VidTok(LibraryAutoencoder):
 
     def __init__(self, arguments: dict[str, Any] | None = None, activation_checkpointing: bool = False) -> None:
         super().__init__(arguments, activation_checkpointing)
-        self.is_causal = bool(self.model.config.is_causal)
-        if not self.is_causal:
+        self.causal = bool(self.model.config.is_causal)
+        if not self.causal:
             size = self.model.num_sample_frames_batch_size
             self.temporal = TemporalSpec(multiple=size, minimum=size, pad="last")
 
@@ -42,14 +42,8 @@ class VidTok(LibraryAutoencoder):
     def _clear_caches(self) -> None:
         self.model._empty_causal_cached(self.model)
 
-    def _encoded_steps(self, frames: int) -> int:
-        return 1 + (frames - 1) // self.time if self.is_causal else frames // self.time
-
-    def _decoded_frames(self, steps: int) -> int:
-        return 1 + (steps - 1) * self.time if self.is_causal else steps * self.time
-
     def _extend(self, clip: Tensor) -> Tensor:
-        if not self.is_causal:
+        if not self.causal:
             return clip
         return torch.cat([clip[:, :, :1].expand(-1, -1, self.time - 1, -1, -1), clip], dim=2)
 
