@@ -70,7 +70,11 @@ def tiny(name, value):
     return {}, {}
 
 
-@pytest.mark.parametrize("name", sorted(plugins.available(GROUP)))
+# tests/baselines/test_library.py checks the adapters of libraries, in the worker that imports these.
+NAMES = [name for name, entry in plugins.available(GROUP).items() if "baselines.library" not in entry.value]
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
 def test_every_registered_autoencoder_keeps_the_contract(name):
     arguments, clip = tiny(name, plugins.available(GROUP)[name].value)
     check_autoencoder(plugins.load(name, GROUP)(**arguments), **clip)

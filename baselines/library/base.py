@@ -1,0 +1,330 @@
+"""The adapter of an autoencoder of diffusers or transformers to the interface.
+
+    clip ── library's encoder ──> mean, log-variance ── (z − shift) / scale ──> latent
+    latent ── z · scale + shift ── library's decoder ──> clip
+
+A subclass names the library's class, and says how a clip's length and size become the latent's. The base class builds
+the library's class, standardizes the latent as the library's generators do, holds every result to the shape that was
+promised, and loads official weights. The library is imported when a model is built.
+"""
+
+import inspect
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+
+from vidtwin import weights
+from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
+from vidtwin.errors import UserError, suggestion
+from vidtwin.posteriors import Deterministic, DiagonalGaussian, Encoding, Latents, Posterior
+
+EXTRA = "vidtwin[library]"
+# Switches of diffusers' classes that split a clip into tiles, whose borders show, or into clips.
+_TILING = ("use_tiling", "use_slicing", "use_framewise_encoding", "use_framewise_decoding")
+
+
+class StandardizedGaussian(DiagonalGaussian):
+    """The library's Gaussian, standardized: (z − shift) / scale. Its KL is that of the library's own latent z.
+
+    Args:
+        mean: (B, C, T', h, w), of z.
+        logvar: Same shape as `mean`.
+        shift: Broadcast to `mean`.
+        scale: Broadcast to `mean`, positive.
+    """
+
+    def __init__(self, mean: Tensor, logvar: Tensor, shift: Tensor, scale: Tensor) -> None:
+        self.own = DiagonalGaussian(mean, logvar)
+        super().__init__((mean - shift) / scale, self.own.logvar - 2 * scale.log())
+
+    def kl(self) -> Tensor:
+        return self.own.kl()
+
+
+class LibraryAutoencoder(VideoAutoencoder):
+    """Base class of the adapters.
+
+    Args:
+        arguments: Arguments of the library's class by name. Those left out have the library's default, as a rule the
+            official model's.
+        activation_checkpointing: Recompute the library's blocks in the backward pass: less memory, more time.
+
+    Attributes:
+        model: The library's model.
+        time: Frames per step of the latent.
+        space: Pixels per place of the latent, in height and in width.
+        channels: Channels of the latent.
+        library_class: Import path of the library's class.
+        last_weight: Name of the last weight before the pixels in the library's model.
+        causal: Whether clips have 1 + k·time frames, of which the first is a step by itself, or k·time.
+
+    Raises:
+        UserError: The library is missing, or refuses the arguments.
+    """
+
+    latent_names: ClassVar[tuple[str, ...]] = ("latent",)
+    library_class: ClassVar[str]
+    last_weight: ClassVar[str] = "decoder.conv_out.conv.weight"
+    causal: bool = True
+
+    def __init__(self, arguments: dict[str, Any] | None = None, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.model = self._build(arguments or {})
+        for switch in _TILING:
+            if hasattr(self.model, switch):
+                setattr(self.model, switch, False)
+        if activation_checkpointing:
+            self._enable_checkpointing()
+        self.time, self.space = self._factors(self.model.config)
+        self.channels = self._count_channels(self.model.config)
+        self.spatial_multiple = self.space
+        self.temporal = (
+            TemporalSpec(multiple=self.time, offset=1, pad="last")
+            if self.causal
+            else TemporalSpec(multiple=self.time, minimum=self.time, pad="last")
+        )
+        shift, scale = self._read_scaling(self.model.config)
+        self.register_buffer("shift", shift, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+
+    # To be implemented by an adapter.
+
+    @abstractmethod
+    def _factors(self, config: Any) -> tuple[int, int]:
+        """Return (frames per step, pixels per place) of a model with these arguments."""
+
+    def _count_channels(self, config: Any) -> int:
+        return int(config.latent_channels)
+
+    def _run_encoder(self, clip: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Encode (B, 3, T, H, W) by the library → mean and log-variance (None: no noise), each (B, C, T', h, w)."""
+        posterior = self.model.encode(clip).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def _run_decoder(self, latent: Tensor) -> Tensor:
+        """Decode (B, C, T', h, w) by the library → (B, 3, T, H, W)."""
+        decoded: Tensor = self.model.decode(latent).sample
+        return decoded
+
+    def _clear_caches(self) -> None:
+        """Remove what the library's model keeps of a clip, after each call and after an exception."""
+
+    def _enable_checkpointing(self) -> None:
+        if not getattr(self.model, "_supports_gradient_checkpointing", False):
+            name = type(self.model).__name__
+            raise UserError(
+                f"Expected activation_checkpointing false for {name}, which does not support it, got true; remove it."
+            )
+        self.model.enable_gradient_checkpointing()
+
+    def _read_scaling(self, config: Any) -> tuple[Tensor, Tensor]:
+        """Return shift and scale of the latent, each broadcast to (B, C, T', h, w)."""
+        values = {"latents_mean": 0.0, "latents_std": 1.0}
+        tensors = []
+        for name, default in values.items():
+            given = getattr(config, name, None)
+            given = [default] if given is None else list(given)
+            if len(given) not in (1, self.channels):
+                raise UserError(
+                    f"Expected {name} of {self.channels} numbers, one per channel of the latent, got {len(given)}; "
+                    f"give {name} in arguments."
+                )
+            tensors.append(torch.tensor(given, dtype=torch.float32).view(1, -1, 1, 1, 1))
+        shift, scale = tensors
+        if (offset := getattr(config, "shift_factor", None)) is not None:
+            shift = shift + offset
+        return shift, scale / (getattr(config, "scaling_factor", None) or 1.0)
+
+    def _scaling(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Return shift and scale for a latent of `steps` steps."""
+        shift, scale = self.shift, self.scale
+        assert isinstance(shift, Tensor)
+        assert isinstance(scale, Tensor)
+        return shift, scale
+
+    # Shared by all adapters.
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.model.get_parameter(self.last_weight)
+
+    def _encode(self, clip: Tensor) -> Encoding:
+        with self._clean():
+            mean, logvar = self._run_encoder(clip)
+        shape = self._latent_shapes((3, *clip.shape[2:]))["latent"]
+        self._check_shape("encode", mean, (clip.shape[0], *shape))
+        return Encoding(latent=self._make_posterior(mean, logvar))
+
+    def _make_posterior(self, mean: Tensor, logvar: Tensor | None) -> Posterior:
+        shift, scale = self._scaling(mean.shape[2])
+        if logvar is None:
+            return Deterministic((mean - shift) / scale)
+        return StandardizedGaussian(mean, logvar, shift, scale)
+
+    def _decode(self, latents: Latents) -> Tensor:
+        latent = latents["latent"]
+        if latent.ndim != 5 or latent.shape[1] != self.channels:
+            raise UserError(f"Expected a latent of shape (B, {self.channels}, T', h, w), got {tuple(latent.shape)}.")
+        batch, _, steps, height, width = latent.shape
+        shift, scale = self._scaling(steps)
+        with self._clean():
+            decoded = self._run_decoder(latent * scale + shift)
+        shape = (batch, 3, self._decoded_frames(steps), height * self.space, width * self.space)
+        self._check_shape("decode", decoded, shape)
+        # In training the test would make the host wait for the device in each step.
+        if not (self.training or decoded.is_meta or torch.compiler.is_compiling()):
+            low, high = decoded.detach().aminmax()
+            if low == high:
+                raise UserError(
+                    f"Expected {type(self.model).__name__} to decode a picture, got {float(low):g} in every pixel; its "
+                    "weights or arguments do not fit it."
+                )
+        return decoded
+
+    def _latent_shapes(self, clip_shape: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
+        _, frames, height, width = clip_shape
+        return {"latent": (self.channels, self._encoded_steps(frames), height // self.space, width // self.space)}
+
+    def _encoded_steps(self, frames: int) -> int:
+        return 1 + (frames - 1) // self.time if self.causal else frames // self.time
+
+    def _decoded_frames(self, steps: int) -> int:
+        return 1 + (steps - 1) * self.time if self.causal else steps * self.time
+
+    def _check_shape(self, method: str, result: Tensor, expected: tuple[int, ...]) -> None:
+        if tuple(result.shape) != expected:
+            raise UserError(
+                f"Expected {type(self.model).__name__}.{method} to give {expected}, got {tuple(result.shape)}; its "
+                "arguments or the library's version do not fit this adapter."
+            )
+
+    @staticmethod
+    def _check_codes(codes: Latents, size: int) -> Tensor:
+        """Return the codes of the latent. Raises `UserError` unless they are integers (B, T', h, w) below `size`."""
+        given = codes.get("latent")
+        if set(codes) != {"latent"} or given is None or given.ndim != 4 or given.is_floating_point():
+            got = {name: (tuple(code.shape), code.dtype) for name, code in codes.items()}
+            raise UserError(f"Expected integer codes latent of shape (B, T', h, w), got {got}.")
+        if ((given < 0) | (given >= size)).any():
+            raise UserError(f"Expected latent codes in 0..{size - 1}, got {int(given.min())} to {int(given.max())}.")
+        return given
+
+    @contextmanager
+    def _clean(self) -> Iterator[None]:
+        """Clear the caches after the block: an exception must not spoil the next clip."""
+        try:
+            yield
+        finally:
+            self._clear_caches()
+
+    # Construction and weights.
+
+    @classmethod
+    def _import_class(cls) -> Any:
+        module, _, name = cls.library_class.rpartition(".")
+        package = module.partition(".")[0]
+        try:
+            return getattr(import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            try:
+                version = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                raise UserError(
+                    f"Expected the package {package}, got none installed; run pip install '{EXTRA}'."
+                ) from error
+            raise UserError(
+                f"Expected {package} with {name}, got version {version} ({error}); run pip install '{EXTRA}'."
+            ) from error
+
+    @classmethod
+    def _argument_names(cls, library: Any) -> list[str]:
+        return [name for name in inspect.signature(library.__init__).parameters if name != "self"]
+
+    @classmethod
+    def _construct(cls, library: Callable[..., nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+        return library(**arguments)
+
+    @classmethod
+    def _build(cls, arguments: Mapping[str, Any]) -> Any:
+        library = cls._import_class()
+        known = cls._argument_names(library)
+        for name in arguments:
+            if name not in known:
+                raise UserError(f"Expected arguments of {library.__name__}, got {name!r}{suggestion(name, known)}")
+        try:
+            return cls._construct(library, arguments)
+        except Exception as error:  # of any class: libraries check arguments by asserts and by failing
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"Expected arguments that {library.__name__} takes, got others: {reason}.") from error
+
+    @classmethod
+    def from_official(cls, path: str | Path, subfolder: str | None = None, revision: str | None = None) -> Self:
+        """Load official weights in the library's form: config.json and .safetensors files. No code is run.
+
+        Args:
+            path: A folder, or an id on the Hugging Face Hub (owner/name), which is downloaded.
+            subfolder: The model's folder inside of it, such as vae.
+            revision: Branch, tag or commit on the Hub.
+
+        Raises:
+            UserError: Files are missing, or are those of another class or size.
+        """
+        folder = Path(path) if Path(path).is_dir() else _download(str(path), subfolder, revision)
+        folder = folder / (subfolder or "")
+        config = _read_config(folder)
+        library = cls._import_class()
+        names = config.get("architectures") or [config.get("_class_name")]
+        if library.__name__ not in names:
+            raise UserError(f"Expected weights of {library.__name__} in {folder}, got those of {names[0]}.")
+        known = cls._argument_names(library)
+        model = cls(arguments={name: value for name, value in config.items() if name in known})
+        state: dict[str, Tensor] = {}
+        for file in _list_weights(folder):
+            state |= weights.read(file)
+        weights.check_fit(state, model.model.state_dict(), str(folder))
+        model.model.load_state_dict(state)
+        return model.eval()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"Expected official weights with config.json, got none in {folder}; give --subfolder if needed."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"Expected JSON in {path}, got: {error}.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"Expected an object in {path}, got {type(config).__name__}.")
+    return config
+
+
+def _list_weights(folder: Path) -> list[Path]:
+    """List the .safetensors files of a folder, without variants such as *.fp16.safetensors."""
+    files = sorted(path for path in folder.glob("*.safetensors") if "." not in path.stem)
+    if not files:
+        raise UserError(f"Expected .safetensors files in {folder}, got none; other formats may hold code.")
+    return files
+
+
+def _download(name: str, subfolder: str | None, revision: str | None) -> Path:
+    prefix = f"{subfolder}/" if subfolder else ""
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=[f"{prefix}config.json", f"{prefix}*.safetensors"]
+            )
+        )
+    except Exception as error:  # errors of network, server and file system share no base class
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".") or type(error).__name__
+        raise UserError(f"Expected a folder or an id of the Hugging Face Hub, got {name}: {reason}.") from error

@@ -1,0 +1,582 @@
+"""Adapters of diffusers and transformers: the interface's contract, official sizes, and each trap of the libraries."""
+
+import ast
+import json
+import sys
+from functools import cache, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vidtwin import VideoAutoencoder, plugins
+from vidtwin.baselines.library.base import LibraryAutoencoder, StandardizedGaussian
+from vidtwin.cli import main
+from vidtwin.errors import UserError
+from vidtwin.posteriors import Deterministic
+from vidtwin.testing import check_autoencoder
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "library"
+GROUP = "vidtwin.autoencoders"
+PREFIX = "vidtwin.baselines.library."
+
+# Arguments that make each adapter tiny, by its short name and variant, and frames and side of a clip.
+_SMALL: dict[str, Any] = {"layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 2}
+TINY: dict[str, tuple[dict[str, Any], int, int]] = {
+    "cogvideox": (
+        _SMALL
+        | {"block_out_channels": [4, 4, 8], "down_block_types": ["CogVideoXDownBlock3D"] * 3}
+        | {"up_block_types": ["CogVideoXUpBlock3D"] * 3},
+        8,
+        8,
+    ),
+    "wan": (
+        {"base_dim": 4, "z_dim": 2, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [True, True]}
+        | {"latents_mean": [0.5, -0.5], "latents_std": [2.0, 1.5]},
+        5,
+        8,
+    ),
+    "wan/2.2": (
+        {"base_dim": 4, "z_dim": 2, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [True, True]}
+        | {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
+        | {"latents_mean": None, "latents_std": None},
+        5,
+        16,
+    ),
+    "hunyuan_video": (
+        _SMALL
+        | {"block_out_channels": [4, 4, 8], "spatial_compression_ratio": 4, "scaling_factor": 0.5}
+        | {"down_block_types": ["HunyuanVideoDownBlock3D"] * 3, "up_block_types": ["HunyuanVideoUpBlock3D"] * 3},
+        5,
+        8,
+    ),
+    "hunyuan_video15": (
+        {"block_out_channels": [8, 16, 16], "layers_per_block": 1, "latent_channels": 4}
+        | {"spatial_compression_ratio": 4},
+        5,
+        8,
+    ),
+    "ltx_video": (
+        {"block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8], "layers_per_block": [1, 1, 1]}
+        | {"down_block_types": ["LTXVideoDownBlock3D"] * 2, "decoder_layers_per_block": [1, 1, 1]}
+        | {"spatio_temporal_scaling": [True, False], "decoder_spatio_temporal_scaling": [True, False]}
+        | {"decoder_inject_noise": [False] * 3, "downsample_type": ["conv"] * 2, "upsample_residual": [False] * 2}
+        | {"upsample_factor": [1, 1], "patch_size": 2, "latent_channels": 4},
+        3,
+        8,
+    ),
+    "ltx2_video": (
+        {"block_out_channels": [8, 16], "decoder_block_out_channels": [8, 16], "layers_per_block": [1, 1, 1]}
+        | {"down_block_types": ["LTX2VideoDownBlock3D"] * 2, "decoder_layers_per_block": [1, 1, 1]}
+        | {"spatio_temporal_scaling": [True, True], "decoder_spatio_temporal_scaling": [True, True]}
+        | {"decoder_inject_noise": [False] * 3, "downsample_type": ["spatial", "spatiotemporal"]}
+        | {"upsample_type": ["spatiotemporal", "spatial"], "upsample_residual": [True] * 2}
+        | {"upsample_factor": [1, 1], "patch_size": 2, "latent_channels": 4},
+        3,
+        16,
+    ),
+    "cosmos": (
+        {"encoder_block_out_channels": [8, 8, 8], "decode_block_out_channels": [8, 8, 8, 8], "latent_channels": 2}
+        | {"num_layers": 1, "patch_size": 2, "spatial_compression_ratio": 4, "temporal_compression_ratio": 4}
+        | {"attention_resolutions": [4], "resolution": 8}
+        | {"latents_mean": [0.5, 0.25, -0.5, 0.0], "latents_std": [2.0, 1.5, 1.0, 0.5]},
+        5,
+        8,
+    ),
+    "mochi": (
+        {"encoder_block_out_channels": [32, 32], "decoder_block_out_channels": [32, 32], "layers_per_block": [1, 1, 1]}
+        | {"temporal_expansions": [2], "spatial_expansions": [2], "add_attention_block": [False, True, True]}
+        | {"latent_channels": 2, "latents_mean": [0.5, -0.5], "latents_std": [2.0, 1.5]},
+        3,
+        4,
+    ),
+    "allegro": (
+        _SMALL
+        | {"block_out_channels": [4, 4, 8], "down_block_types": ["AllegroDownBlock3D"] * 3}
+        | {"up_block_types": ["AllegroUpBlock3D"] * 3, "temporal_downsample_blocks": [True, True, False]}
+        | {"temporal_upsample_blocks": [False, True, True]},
+        4,
+        8,
+    ),
+    "stable_diffusion": (
+        _SMALL
+        | {"block_out_channels": [4, 8], "down_block_types": ["DownEncoderBlock2D"] * 2}
+        | {"up_block_types": ["UpDecoderBlock2D"] * 2},
+        2,
+        4,
+    ),
+    "stable_video_diffusion": (
+        {"block_out_channels": [32, 32], "down_block_types": ["DownEncoderBlock2D"] * 2, "layers_per_block": 2}
+        | {"latent_channels": 2},
+        4,
+        8,
+    ),
+    "kvae": ({"ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "z_channels": 2}, 5, 8),
+    "easyanimate": (
+        _SMALL
+        | {"block_out_channels": [4, 4, 8], "down_block_types": ["SpatialTemporalDownBlock3D"] * 3}
+        | {"up_block_types": ["SpatialTemporalUpBlock3D"] * 3},
+        5,
+        8,
+    ),
+    "vidtok": ({"ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "z_channels": 2}, 5, 8),
+    "vidtok/fsq": (
+        {"ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "z_channels": 2, "double_z": False}
+        | {"regularizer": "fsq", "codebook_size": 64, "is_causal": False},
+        16,
+        8,
+    ),
+    "emu3": (
+        {"codebook_size": 16, "embed_dim": 2, "latent_channels": 2, "base_channels": 32, "channel_multiplier": [1, 1]}
+        | {"num_res_blocks": 1, "attn_resolutions": [1], "hidden_size": 32},
+        4,
+        4,
+    ),
+}
+SLOW = {"kvae", "stable_video_diffusion", "easyanimate", "vidtok", "wan/2.2", "mochi"}  # wide, or like another
+
+
+def class_of(name: str) -> type[LibraryAutoencoder]:
+    cls: type[LibraryAutoencoder] = plugins.load(name.partition("/")[0], GROUP)
+    return cls
+
+
+@cache
+def tiny(name: str) -> LibraryAutoencoder:
+    """Return the tiny model in evaluation mode, built once; tests leave it as it was."""
+    torch.manual_seed(0)
+    return class_of(name)(TINY[name][0]).eval()
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@torch.no_grad()
+def library_round_trip(model: LibraryAutoencoder, clip: torch.Tensor) -> torch.Tensor:
+    """Encode and decode by the library's own methods, as its documentation says."""
+    decoded: torch.Tensor = model.model.decode(model.model.encode(clip).latent_dist.mode()).sample
+    return decoded
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TINY]
+)
+def test_every_adapter_keeps_the_contract(name):
+    _, frames, side = TINY[name]
+    check_autoencoder(tiny(name), frames, side)
+
+
+def test_every_registered_adapter_has_tiny_arguments():
+    registered = {name for name, entry in plugins.available(GROUP).items() if entry.value.startswith(PREFIX)}
+    assert registered == {name.partition("/")[0] for name in TINY}, "after a change of pyproject.toml install again"
+
+
+# Parameters and the latent of 16 frames of 224 px, of each config: specification table D, and padding to legal lengths.
+OFFICIAL = {
+    "cogvideox": (215_583_907, (16, 4, 28, 28)),
+    "wan21": (126_892_531, (16, 5, 28, 28)),
+    "wan22": (704_688_668, (48, 5, 14, 14)),
+    "hunyuan_video": (246_478_803, (16, 5, 28, 28)),
+    "hunyuan_video15": (1_260_634_115, (32, 5, 14, 14)),
+    "ltx_video": (419_193_649, (128, 3, 7, 7)),
+    "ltx2_video": (1_222_479_601, (128, 3, 7, 7)),
+    "cosmos8": (105_653_696, (16, 3, 28, 28)),
+    "cosmos4": (104_669_888, (16, 5, 28, 28)),
+    "mochi": (459_748_611, (12, 4, 28, 28)),
+    "allegro": (174_955_751, (4, 4, 28, 28)),
+    "stable_diffusion": (83_653_863, (4, 16, 28, 28)),
+    "stable_video_diffusion": (97_742_847, (4, 16, 28, 28)),
+    "kvae": (617_982_115, (16, 5, 28, 28)),
+    "easyanimate": (244_375_507, (16, 5, 28, 28)),
+    "vidtok": (157_451_663, (4, 5, 28, 28)),
+    "vidtok_noncausal": (157_451_663, (4, 4, 28, 28)),
+    "vidtok_fsq": (157_451_661, (6, 5, 28, 28)),
+    "emu3": (270_740_287, (4, 4, 28, 28)),
+}
+FULL = (3, 16, 224, 224)
+
+
+def official(name: str) -> LibraryAutoencoder:
+    """Build the model of a config on the meta device."""
+    section = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"]["autoencoder"]
+    if name == "vidtok_fsq":  # the library reads values of FSQ's codebook, which has no parameters
+        section["init_args"]["arguments"]["regularizer"] = "kl"
+    with torch.device("meta"):
+        model: LibraryAutoencoder = plugins.build(section, VideoAutoencoder)
+    return model.eval().to("meta")  # buffers that the library makes on the CPU too
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_arguments_have_the_official_size_and_latent(name):
+    model = official(name)
+    parameters, shape = OFFICIAL[name]
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model.latent_shapes(FULL) == {"latent": shape}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(OFFICIAL) - {"vidtok_fsq"}))
+def test_official_models_give_these_shapes(name):
+    model, clip = official(name), torch.empty(1, *FULL, device="meta")
+    with torch.no_grad():
+        latents = model.encode(clip).mode()
+        assert model.decode(latents, 16).shape == clip.shape
+    assert tuple(latents["latent"].shape[1:]) == OFFICIAL[name][1]
+
+
+def test_every_config_of_the_folder_is_an_official_model():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*OFFICIAL, "finetune"}
+
+
+def test_rates_are_measured_with_padding():
+    rates = {name: official(name).compression_rate(FULL) for name in ("cogvideox", "wan21", "ltx2_video", "emu3")}
+    assert rates == {"cogvideox": 1 / 48, "wan21": 5 / 192, "ltx2_video": 1 / 128, "emu3": 1 / 192}
+    assert official("emu3").bits_per_pixel(FULL) == 15 / 256
+
+
+# Traps.
+
+
+@pytest.mark.parametrize(("name", "kept"), [("hunyuan_video", 5), ("wan", 5)])
+def test_frames_that_the_library_drops_are_padded_and_come_back(name, kept):
+    model, clip = tiny(name), noise(1, 3, 8, 8, 8)
+    assert library_round_trip(model, clip).shape[2] == kept
+    with torch.no_grad():
+        assert model(clip).clip.shape == clip.shape
+        padded = torch.cat([clip, clip[:, :, -1:]], dim=2)
+        assert torch.equal(model.encode(clip).mode()["latent"], model.encode(padded).mode()["latent"])
+
+
+def test_cogvideox_takes_whole_chunks_of_eight_and_one_more():
+    model = tiny("cogvideox")
+    lengths = {frames: model.temporal.legal_length(frames) for frames in (1, 2, 8, 9, 10, 16, 17, 18)}
+    assert lengths == {1: 1, 2: 8, 8: 8, 9: 9, 10: 16, 16: 16, 17: 17, 18: 24}
+    assert library_round_trip(model, noise(1, 3, 12, 8, 8)).shape[2] != 12
+    for frames in (1, 8, 9, 17):
+        clip = noise(1, 3, frames, 8, 8)
+        with torch.no_grad():
+            assert torch.allclose(model(clip).clip, library_round_trip(model, clip), atol=1e-5)
+
+
+def test_hunyuan_video_is_not_blended_from_clips():
+    """With tiling off, the library still decodes 17 frames and more by clips of 16, which it blends."""
+    model, clip = tiny("hunyuan_video"), noise(1, 3, 17, 8, 8)
+    with torch.no_grad():
+        latent = model.encode(clip).mode()["latent"]
+        whole = model.model.decoder(model.model.post_quant_conv(latent * model.scale + model.shift))
+        assert torch.equal(model.decode({"latent": latent}), whole)
+        model.model.use_framewise_decoding = True
+        try:
+            assert (model.model.decode(latent * model.scale).sample - whole).abs().max() > 1e-5  # rounding is 1e-7
+        finally:
+            model.model.use_framewise_decoding = False
+
+
+def test_hunyuan_video15_takes_batches():
+    model, clips = tiny("hunyuan_video15"), noise(2, 3, 5, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(model.encode(clips).mode()["latent"][1:], model.encode(clips[1:]).mode()["latent"])
+        model.model.use_slicing = False
+        try:
+            with pytest.raises(RuntimeError):
+                model.model.encode(clips)
+        finally:
+            model.model.use_slicing = True
+
+
+def test_allegro_decodes_a_clip_that_the_librarys_tiles_make_zero():
+    model, clip = tiny("allegro"), noise(1, 3, 4, 8, 8)
+    with pytest.raises(NotImplementedError):
+        model.model.encode(clip)
+    with torch.no_grad():
+        posterior = model.encode(clip)["latent"]
+        ours = model.decode({"latent": posterior.mode()})
+        model.model.enable_tiling()
+        try:
+            model.model.kernel, model.model.stride = (6, 12, 12), (4, 8, 8)  # as 24 x 320 x 320 for 16 x 224 x 224
+            assert not model.model.decode(posterior.mode()).sample.any()
+            model.model.kernel, model.model.stride = (4, 8, 8), (4, 8, 8)  # one tile of the clip's size
+            theirs = model.model.encode(clip).latent_dist.mean
+            decoded = model.model.decode(theirs).sample
+        finally:
+            model.model.disable_tiling()
+    assert torch.allclose(posterior.mode() * model.scale + model.shift, theirs, atol=1e-6)
+    assert decoded.shape[1] == 4  # (B, T, C, H, W) there
+    assert torch.allclose(ours, decoded.transpose(1, 2), atol=1e-5)
+
+
+def test_a_constant_picture_is_refused():
+    model = tiny("stable_diffusion")
+    layer = model.model.decoder.conv_out
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    try:
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+        with pytest.raises(UserError, match="AutoencoderKL to decode a picture, got 0 in every pixel"):
+            model(noise(1, 3, 2, 4, 4))
+    finally:
+        for parameter, value in zip(layer.parameters(), before, strict=True):
+            parameter.data.copy_(value)
+
+
+def test_another_length_than_the_promised_is_refused(monkeypatch):
+    model = tiny("hunyuan_video")
+    monkeypatch.setattr(model, "_run_decoder", lambda latent: torch.zeros(1, 3, 4, 8, 8))
+    with pytest.raises(UserError, match=r"to give \(1, 3, 5, 8, 8\), got \(1, 3, 4, 8, 8\)"):
+        model.decode({"latent": noise(1, 2, 2, 2, 2)})
+
+
+@pytest.mark.parametrize("name", ["easyanimate", "vidtok", "wan"])
+def test_an_exception_spoils_no_later_clip(name):
+    model, clip = tiny(name), noise(1, 3, 5, 8, 8)
+    with torch.no_grad():
+        expected = model(clip).clip
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("stop")
+
+    for half in (model.model.encoder, model.model.decoder):
+        layers = [module for module in half.modules() if isinstance(module, nn.Conv3d)]
+        hook = layers[len(layers) // 2].register_forward_hook(fail)
+        with torch.no_grad():
+            with pytest.raises(RuntimeError, match="stop"):
+                model(clip)
+            hook.remove()
+            assert torch.equal(model(clip).clip, expected)
+    kept = [
+        (type(module).__name__, key)
+        for module in model.model.modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and key != "global_codebook_usage"
+    ]
+    assert kept == []
+
+
+def test_ltx2s_own_ratios_are_not_believed():
+    model = official("ltx2_video")
+    assert (model.model.temporal_compression_ratio, model.model.spatial_compression_ratio) == (16, 64)
+    assert (model.time, model.space) == (8, 32)
+
+
+def test_wan_equals_its_library_and_trains_beyond_the_clamp():
+    model, clip = tiny("wan"), noise(2, 3, 9, 8, 8)
+    latent = 50 * noise(2, 2, 3, 2, 2)
+    with torch.no_grad():
+        mean = model.model.encode(clip).latent_dist.mean
+        assert torch.allclose(model.encode(clip).mode()["latent"] * model.scale + model.shift, mean, atol=1e-6)
+        decoded = model.model.decode(latent * model.scale + model.shift).sample
+        assert torch.equal(model.decode({"latent": latent}), decoded)
+        layer = model.model.decoder.conv_out
+        layer.weight.mul_(100)
+        try:
+            assert model.decode({"latent": latent}).abs().max() == 1
+            assert model.train().decode({"latent": latent}).abs().max() > 1
+        finally:
+            layer.weight.div_(100)
+            model.eval()
+
+
+def keep(kept: list[torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    kept.append(tensor)
+    return tensor
+
+
+def test_wan_recomputes_chunks_to_the_same_gradients():
+    torch.manual_seed(0)
+    clip, plain = noise(1, 3, 9, 8, 8), tiny("wan")
+    model = class_of("wan")(TINY["wan"][0], activation_checkpointing=True)
+    model.load_state_dict(plain.state_dict())
+    numbers: list[int] = []  # kept for the backward pass
+    for each in (plain, model):
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(partial(keep, kept), lambda x: x):
+            loss = each.decode(each.encode(clip).mode()).square().mean()
+        loss.backward()
+        numbers.append(sum(tensor.numel() for tensor in kept))
+    for (name, first), second in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert torch.allclose(first.grad, second.grad, rtol=1e-4, atol=1e-8), name
+    assert numbers[1] < numbers[0] / 2
+    plain.zero_grad(set_to_none=True)
+
+
+def test_checkpointing_of_the_library_is_used_or_refused():
+    model = class_of("ltx_video")(TINY["ltx_video"][0], activation_checkpointing=True)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.model.modules())
+    with pytest.raises(UserError, match="activation_checkpointing false for Emu3VQVAE"):
+        class_of("emu3")(TINY["emu3"][0], activation_checkpointing=True)
+
+
+def test_vidtok_repeats_the_first_frame_and_drops_its_copies():
+    model, clip = tiny("vidtok"), noise(1, 3, 5, 8, 8)
+    extended = torch.cat([clip[:, :, :1]] * 3 + [clip], dim=2)
+    with torch.no_grad():
+        assert torch.equal(model.encode(clip).mode()["latent"], model.model.encode(extended).latent_dist.mean)
+        assert library_length(model, clip) != 5
+        assert model(clip).clip.shape == clip.shape
+
+
+def library_length(model: LibraryAutoencoder, clip: torch.Tensor) -> int:
+    return int(model.model.decode(model.model.encode(clip).latent_dist.mean).shape[2])
+
+
+def test_fsqs_codes_decode_to_the_same_clip():
+    model, clip = tiny("vidtok/fsq"), noise(1, 3, 16, 16, 16)
+    with torch.no_grad():
+        posterior = model.encode(clip)["latent"]
+        own, _ = model.model.encode(clip)
+    assert torch.equal(model.dequantize({"latent": posterior.codes})["latent"], posterior.mode())
+    assert torch.allclose(posterior.mode(), own, atol=1e-6)
+    assert len(posterior.codes.unique()) > 4
+    with pytest.raises(UserError, match=r"codes in 0\.\.63"):
+        model.dequantize({"latent": posterior.codes + 64})
+
+
+def test_emu3_equals_its_library_and_trains_its_decoder_alone():
+    model, clip = tiny("emu3"), noise(2, 3, 8, 4, 4)
+    with torch.no_grad():
+        posterior = model.encode(clip)["latent"]
+        theirs = model.model.encode(clip.transpose(1, 2), torch.tensor([[4, 4]] * 2))
+        assert torch.equal(posterior.codes, torch.stack(theirs.image_tokens))
+        decoded = model.model.decode(posterior.codes).transpose(1, 2)
+        assert torch.allclose(model.decode(model.dequantize({"latent": posterior.codes})), decoded, atol=1e-6)
+        assert library_emu3_length(model, noise(1, 3, 9, 4, 4)) == 8
+        assert model(noise(1, 3, 9, 4, 4)).clip.shape[2] == 9
+    trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"decoder", "post_quant_conv"}
+    assert not model.train().model.training
+    model.eval()
+
+
+def library_emu3_length(model: LibraryAutoencoder, clip: torch.Tensor) -> int:
+    codes = model.model.encode(clip.transpose(1, 2), torch.tensor([[4, 4]])).image_tokens[0]
+    return int(model.model.decode(codes[None]).shape[1])
+
+
+def test_latents_are_standardized_and_their_kl_is_the_librarys():
+    model, clip = tiny("wan"), noise(2, 3, 5, 8, 8)
+    with torch.no_grad():
+        posterior, own = model.encode(clip)["latent"], model.model.encode(clip).latent_dist
+        assert isinstance(posterior, StandardizedGaussian)
+        mean, std = (torch.tensor(model.init_args["arguments"][f"latents_{key}"]) for key in ("mean", "std"))
+        assert torch.allclose(posterior.mode(), (own.mean - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1), atol=1e-6)
+        torch.manual_seed(3)
+        sample = posterior.sample() * model.scale + model.shift
+        torch.manual_seed(3)
+        assert torch.allclose(sample, own.sample(), atol=1e-5)
+        kl = 0.5 * (own.mean.square() + own.var - 1 - own.logvar).sum() / 2
+        assert torch.allclose(posterior.regularization()["kl"], kl, rtol=1e-5)
+        with pytest.raises(UserError, match="latents_mean of 3 numbers"):
+            class_of("wan")(TINY["wan"][0] | {"z_dim": 3})
+
+
+def test_ltx_takes_the_scale_of_its_weights():
+    model = class_of("ltx_video")(TINY["ltx_video"][0]).eval()
+    clip = noise(1, 3, 3, 8, 8)
+    with torch.no_grad():
+        before = model.encode(clip).mode()["latent"]
+        model.model.latents_std.fill_(2.0)
+        assert torch.allclose(model.encode(clip).mode()["latent"], before / 2)
+
+
+def test_cosmos_has_a_scale_per_step_and_repeats_the_last():
+    model = tiny("cosmos")
+    shift, scale = model._scaling(3)
+    assert shift[0, :, :, 0, 0].tolist() == [[0.5, 0.25, 0.25], [-0.5, 0.0, 0.0]]
+    assert scale[0, :, :, 0, 0].tolist() == [[2.0, 1.5, 1.5], [1.0, 0.5, 0.5]]
+
+
+def test_kvaes_invented_noise_is_left_out():
+    model, clip = tiny("kvae"), noise(1, 3, 5, 8, 8)
+    with torch.no_grad():
+        posterior = model.encode(clip)["latent"]
+        assert (model.model.encode(clip).latent_dist.std == 1).all()
+    assert isinstance(posterior, Deterministic)
+
+
+# Installation, arguments and weights.
+
+
+def test_the_libraries_are_imported_by_no_module_itself():
+    for path in (ROOT / "baselines" / "library").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.startswith(("diffusers", "transformers")) for name in names), (path.name, names)
+
+
+@pytest.mark.parametrize(("name", "package"), [("wan", "diffusers"), ("emu3", "transformers")])
+def test_a_missing_library_is_the_line_that_installs_it(name, package, monkeypatch):
+    def absent(_: str) -> str:
+        raise metadata.PackageNotFoundError
+
+    cls = class_of(name)
+    monkeypatch.setitem(sys.modules, cls.library_class.rpartition(".")[0], None)
+    monkeypatch.setattr(metadata, "version", absent)
+    with pytest.raises(UserError) as error:
+        cls()
+    assert str(error.value) == (
+        f"Expected the package {package}, got none installed; run pip install 'vidtwin[library]'."
+    )
+
+
+def test_arguments_that_the_library_refuses_are_one_line():
+    with pytest.raises(UserError, match=r"arguments of AutoencoderKLWan, got 'z_dmi'; did you mean 'z_dim'\?"):
+        class_of("wan")({"z_dmi": 4})
+    with pytest.raises(UserError, match="Expected arguments that AutoencoderKLMochi takes, got others: "):
+        class_of("mochi")({"encoder_block_out_channels": [8, 8, 8, 8]})
+
+
+def test_official_weights_convert_and_others_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, clip = tiny("wan"), noise(1, 3, 5, 8, 8)
+    model.model.save_pretrained("repo/vae")
+    assert main(["convert", "repo", "ours", "--model", "wan", "--subfolder", "vae"]) == 0
+    with torch.no_grad():
+        assert torch.equal(VideoAutoencoder.from_pretrained("ours")(clip).clip, model(clip).clip)
+    (file,) = Path("repo/vae").glob("*.safetensors")
+    whole = load_file(file)
+    save_file({name: value for name, value in whole.items() if name != "decoder.conv_out.bias"}, file)
+    with pytest.raises(UserError, match=r"missing decoder\.conv_out\.bias"):
+        class_of("wan").from_official("repo", "vae")
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(UserError, match=r"Expected \.safetensors files in repo/vae, got none"):
+        class_of("wan").from_official("repo", "vae")
+    with pytest.raises(UserError, match="weights of AutoencoderKLMochi in repo/vae, got those of AutoencoderKLWan"):
+        class_of("mochi").from_official("repo", "vae")
+    with pytest.raises(UserError, match=r"with config\.json, got none in repo; give --subfolder"):
+        class_of("wan").from_official("repo")
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_cogvideox_passes_fit_test_and_reconstruct_on_real_clips(shared, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for split, clip in (("train", "bikes.mp4"), ("test", "carphone_pristine.mp4")):
+        (tmp_path / "videos" / split).mkdir(parents=True)
+        (tmp_path / "videos" / split / clip).symlink_to(shared / "data" / "clips" / clip)
+    arguments = {
+        f"--model.autoencoder.arguments.{key}={json.dumps(value)}" for key, value in TINY["cogvideox"][0].items()
+    }
+    data = ["--data=folder", "--data.root=videos", "--data.splits={train: train, val: test, test: test}"]
+    data += ["--data.resolution=16", "--data.num_frames=12", "--data.batch_size=1", "--data.num_workers=0"]
+    trainer = ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.devices=1"]
+    trainer += ["--trainer.num_sanity_val_steps=0", "--trainer.enable_progress_bar=false"]
+    options = ["--config", str(CONFIGS / "cogvideox.yaml"), *sorted(arguments), *data]
+    loss = ["--model.loss.perceptual_weight=0", "--model.scheduler.init_args.warmup_steps=0"]
+    assert main(["fit", *options, *trainer, *loss, "--trainer.enable_model_summary=false"]) == 0
+    (last,) = tmp_path.rglob("last.ckpt")
+    quick = ["--trainer.accelerator=cpu", "--name=row", "--downstream=false", "--players=0"]
+    assert main(["test", "--ckpt_path", str(last), *data, *quick]) == 0
+    row = json.loads(Path("results/rows/row/results.json").read_text())
+    assert row["kind"] == "trained"
+    assert row["latents"]["latent"]["shape"] == [2, 4, 4, 4]  # 12 frames are padded to 16
+    assert row["compression_rate"] == pytest.approx(2 * 4 * 4 * 4 / (3 * 12 * 16 * 16))
+    assert min(row["cost"]["flops"].values()) > 0
+    video = str(shared / "data" / "clips" / "carphone_pristine.mp4")
+    assert main(["reconstruct", video, "--ckpt_path", str(last), "--accelerator=cpu"]) == 0
