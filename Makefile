@@ -44,7 +44,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python -m vidtwin.datamodules.synthetic $(DEMO_DATA)
 	rm -rf $(DEMO_RUN)
-	$(BIN)/vidtwin fit --config configs/demo.yaml --config configs/loss/efficientnet_lite0.yaml
+	$(BIN)/vidtwin fit --config configs/demo.yaml --config configs/loss/efficientnet_lite0.yaml \
+	  --model.loss.perceptual_frames 2
 	$(BIN)/vidtwin test --config configs/demo.yaml --ckpt_path $(DEMO_RUN)/checkpoints/last.ckpt \
 	  --results_dir $(DEMO_RUN)/results
 

@@ -21,6 +21,7 @@ call.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -37,6 +38,7 @@ from experiments import as_markdown
 from plateau import build, load, parse, psnr, train
 from torch import Tensor
 
+import vidtwin.models
 from vidtwin.apply.meters import FrameChange, Quality
 from vidtwin.files import write_text
 from vidtwin.models.transformer import SpatialTemporalBlock
@@ -106,6 +108,12 @@ def create(variant: Variant, args: argparse.Namespace, seed: int) -> VidTwin:
     model = build("balanced", args, seed, **variant.model, **groups)
     variant.change(model)
     return model
+
+
+def digest_model() -> str:
+    """Return a digest of the code of the model, so that runs of other code are not taken for finished ones."""
+    files = sorted(Path(vidtwin.models.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def bound_linear(variant: Variant, training: Tensor, held_out: Tensor, args: argparse.Namespace) -> float:
@@ -251,7 +259,8 @@ def main(argv: list[str]) -> None:
         variant = VARIANTS[name]
         args = argparse.Namespace(**{**vars(base), **variant.training})
         settings = {k: v for k, v in vars(args).items() if k not in ("clips", "seeds", "variants")}
-        settings |= {"clips": Path(args.clips).name, "split": own.split}
+        settings |= {"clips": Path(args.clips).name, "split": own.split, "model": digest_model()}
+        settings |= {"arguments": variant.model, "each_map": variant.each_map}
         key = json.dumps({"variant": name, "seed": seed, **settings}, sort_keys=True)
         if key not in finished:
             sys.stderr.write(f"{number} of {len(runs)}: {name}, seed {seed}\n")

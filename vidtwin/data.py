@@ -81,7 +81,7 @@ class ClipSettings:
             raise UserError(f"Expected data.num_frames of at least 1, or null for whole videos, got {self.num_frames}.")
         if self.resolution is not None:
             sides = self.resolution if isinstance(self.resolution, Sequence) else [self.resolution] * 2
-            if len(sides) != 2 or min(sides) < 1:
+            if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
                 raise UserError(
                     "Expected data.resolution to be a side of at least 1, [height, width], or null for the videos' own "
                     f"size, got {self.resolution}."

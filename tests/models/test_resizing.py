@@ -179,6 +179,9 @@ def test_a_released_file_is_taken_as_it_is(released):
     own = len(wanted.state_dict())
     assert checkpoints.load_part(model, released)[0] == f"{own} of {own} tensors, weights of the released VidTwin"
     assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in model.state_dict().items())
+    with_shortcuts = VidTwin(**{**wanted.init_args, "structure_shortcut": 1, "dynamics_shortcut": True})
+    expected = "other arguments: structure_shortcut 0 there, 1 here; dynamics_shortcut False there, True here"
+    assert expected in checkpoints.load_part(with_shortcuts, released)
 
 
 def test_a_released_file_is_fitted_to_other_sizes_and_every_tensor_is_listed(released):

@@ -267,6 +267,7 @@ def test_init_from_takes_the_fitting_weights_and_lists_the_others(config, tmp_pa
     assert main(["fit", "--config", str(config), "--init_from", str(source), *wider]) == 0
     error = capsys.readouterr().err
     assert "fresh structure.conv_in.weight: (8, 16, 3, 3) in the file, (16, 16, 3, 3) here" in error
+    assert f"{source}: other arguments: structure_width 8 there, 16 here\n" in error
     assert "fresh structure.to_features" not in error
     assert "not in the file" not in error
     old, new = (

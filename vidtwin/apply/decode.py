@@ -17,7 +17,8 @@ Decode a folder of latents, as `vidtwin encode` writes it: each video becomes OU
   vidtwin decode latents --out decoded --ckpt_path elsewhere/last.ckpt --devices 4
 
 A video has the frames, times and picture size of the encoded one, and no sound. The weights must be those of the
-encoding; without --ckpt_path they are read from the path in the manifest.
+encoding, or encode alike (a decoder that was trained further); without --ckpt_path they are read from the path in the
+manifest.
 
 Exit code: 0 all done, 1 a part is missing or damaged (a line on stderr gives the reason), 2 nothing was decoded.
 """

@@ -129,15 +129,19 @@ class LatentReader:
     def _encodes_alike(self) -> bool:
         """Return whether the weights that encoded give the same latents, as before a training of the decoder alone.
 
-        Both encode a clip of noise, bit for bit.
+        Both encode a clip of noise, bit for bit. Weights on the Hub are not compared: nothing is downloaded for this.
         """
         model, stored = self.session.model, self.manifest.model
         path = str(stored.get("checkpoint"))
-        exists = path.startswith("hf://") or Path(path).exists()
-        if not exists or stored.get("config") or model.class_path != stored["class_path"]:
+        if not Path(path).exists() or stored.get("config") or model.class_path != stored["class_path"]:
             return False
-        before = checkpoints.load_autoencoder(path, bool(stored.get("use_ema")))
+        try:
+            before = checkpoints.load_autoencoder(path, bool(stored.get("use_ema")))
+        except UserError:  # another file at that path: the message on the latents' weights is the one that helps
+            return False
         if weights.sha256(before.state_dict()) != stored["weights_sha256"]:
+            return False
+        if (before.resolution, before.temporal) != (model.resolution, model.temporal):
             return False
         side = model.resolution or 8 * model.spatial_multiple
         clip = torch.rand(1, 3, self.session.num_frames, side, side, generator=torch.Generator().manual_seed(0))

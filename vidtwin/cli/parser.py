@@ -221,8 +221,8 @@ def name_data_first(argv: Sequence[str]) -> list[str]:
     settings: list[tuple[int, Path]] = []
     for index in places:
         for path in config_paths(words[index : index + 2])[:1]:
-            if set(str(path)) & set("{\n"):  # a config in the place of its path
-                continue
+            if set(str(path)) & set("{\n"):  # a config in the place of its path: it may name the class
+                return words
             data = read_config([path]).get("data") if path.is_file() else None
             if isinstance(data, str) or (isinstance(data, dict) and "class_path" in data):
                 return words

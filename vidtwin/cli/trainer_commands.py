@@ -47,8 +47,8 @@ def refuse(command: str, argv: list[str]) -> None:
     paths = [path for path in config_paths(argv) if not set(str(path)) & set("{\n")]
     read_config(paths)
     refuse_values(paths)
-    for option in ("ckpt_path", "init_from"):
-        if (path := option_value(argv, option)) and path not in (*_SPECIAL, "null") and "://" not in path:
+    for option, special in (("ckpt_path", _SPECIAL), ("init_from", ())):
+        if (path := option_value(argv, option)) and path not in (*special, "null") and "://" not in path:
             check_weights(path)
     if command == "replay":
         dump = argv[0] if argv and not argv[0].startswith("-") else option_value(argv, "dump")

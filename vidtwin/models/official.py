@@ -18,6 +18,9 @@ from vidtwin.layers.patches import sincos_1d, sincos_2d
 # Unused parameters of the released model, and buffers that are computed here.
 _UNUSED = re.compile(r"loss\..*|encoder\.final_layer\..*|decoder\.x_embedder\..*|(en|de)coder\.pos_embed(_temporal)?")
 
+# Arguments of `VidTwin` without tensors that give the released arithmetic.
+ARITHMETIC = {"structure_shortcut": 0, "dynamics_shortcut": False}
+
 # Official name → ours; the first match counts.
 _NAMES = [
     (r"(encoder|decoder)\.blocks\.(\d+)\.scale_shift_table", r"\1.transformer.blocks.\2.modulation"),

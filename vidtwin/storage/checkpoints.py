@@ -28,6 +28,8 @@ from vidtwin.models.vidtwin import VidTwin
 
 PREFIX = "autoencoder."
 _FORMS = "a checkpoint, a folder of weights or hf://owner/name"
+# Arguments that matter for initial values and memory alone.
+_INITIAL_ONLY = ("initialization", "activation_checkpointing")
 _LEAST_SHARE = 0.25  # of a model's numbers, in weights to start from
 _STEP_FILE = re.compile(r"step-(\d{8,})\.ckpt")
 
@@ -223,7 +225,7 @@ def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
     Raises:
         UserError: Less than a quarter of the model's numbers would come from the file.
     """
-    given, origin = _read_part(path)
+    given, origin, arguments = _read_part(path, type(model))
     own = model.state_dict()
     resizes = isinstance(model, VidTwin)
     sources = resizing.align_levels(given, own) if resizes else {name: name for name in given}
@@ -256,6 +258,10 @@ def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
 
     parts = Counter(name.partition(".")[0] for name in kept)
     lines = [f"{len(kept) + len(resized)} of {len(own)} tensors, {origin}"]
+    here = {name: value for name, value in model.init_args.items() if name not in _INITIAL_ONLY}
+    differ = [f"{name} {arguments[name]} there, {here[name]} here" for name in here if _differs(name, arguments, here)]
+    if differ:
+        lines.append(f"other arguments: {'; '.join(differ)}")
     if parts:
         lines.append("kept " + ", ".join(f"{count} of {part}" for part, count in parts.items()))
     lines += [
@@ -268,19 +274,29 @@ def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
     return lines + [f"unused {names}" for names, _ in _fold(unused, given)]
 
 
-def _read_part(path: str | Path) -> tuple[dict[str, Tensor], str]:
-    """Read an autoencoder's weights in any form → by name, and their origin in words."""
+def _differs(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    return name in there and there[name] != here[name]
+
+
+def _read_part(path: str | Path, model: type) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """Read an autoencoder's weights in any form → by name, their origin in words, and the arguments of the class
+    `model` that are known of them.
+    """
     held = read(path) if hub.is_pretrained(path) else weights.read(path, wanted=_FORMS)
     state = held.get("state_dict", held) if isinstance(held, dict) else held
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"Expected weights by their names in {path}, got a {type(state).__name__}.")
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if official.is_official(tensors):
-        return official.convert(tensors, Path(path))[1], "weights of the released VidTwin"
+        sizes, converted = official.convert(tensors, Path(path))
+        return converted, "weights of the released VidTwin", sizes | official.ARITHMETIC
     if state is held or not any(name.startswith(PREFIX) for name in tensors):
-        return tensors, "weights"
+        return tensors, "weights", {}
     averaged = "ema" in held
-    return autoencoder_weights(held, averaged), "averaged weights" if averaged else "weights"
+    spec = held.get("model_spec") or {}
+    same = spec.get("class_path") == f"{model.__module__}.{model.__qualname__}"
+    known = complete(spec) if same else {}
+    return autoencoder_weights(held, averaged), "averaged weights" if averaged else "weights", known
 
 
 def _fold(chosen: Mapping[str, str], names: Iterable[str]) -> list[tuple[str, str]]:

@@ -216,7 +216,8 @@ class Converter:
             x, y = y, x
         tall, wide = self._shape[::-1] if transpose else self._shape
         unit = min(frame.width * self._aspect / wide, Fraction(frame.height, tall))
-        width, height = min(frame.width, round(wide * unit / self._aspect)), min(frame.height, round(tall * unit))
+        width = min(frame.width, max(1, round(wide * unit / self._aspect)))
+        height = min(frame.height, max(1, round(tall * unit)))
         return round((frame.width - width) * x), round((frame.height - height) * y), width, height
 
 
