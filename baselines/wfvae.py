@@ -366,8 +366,12 @@ def _at_least_float(x: Tensor) -> torch.dtype:
 
 def _read_sizes(state: dict[str, Tensor], source: str) -> dict[str, Any]:
     """Return the constructor's arguments that the tensors of a release show."""
-    names = ("encoder.down1.0.weight", "encoder.connect_l1.weight", "decoder.connect_l2.1.weight")
-    names += ("decoder.conv_in.conv.weight",)
+    names = [
+        "encoder.down1.0.weight",
+        "encoder.connect_l1.weight",
+        "decoder.connect_l2.1.weight",
+        "decoder.conv_in.conv.weight",
+    ]
     if missing := [name for name in names if name not in state]:
         raise UserError(f"Expected weights of WF-VAE, got none named {', '.join(missing)} in {source}.")
     trunk, encoder_flow, decoder_flow, latent = (state[name].shape for name in names)

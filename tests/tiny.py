@@ -114,6 +114,7 @@ BASELINES: dict[str, dict[str, Any]] = {
     | {"layers_per_block": 1}
     | {"latent_channels": 8, "codebook_size": 16, "dynamics_codebook_size": 16, "norm_groups": 8},
     "wfvae": {"channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 4, "num_blocks": 1},
+    "odvae": {"release": "v1.1", "channels": 4, "multipliers": [1, 1, 1, 1], "num_blocks": 1, "norm_groups": 1},
 }
 
 

@@ -119,12 +119,11 @@ class ResidualBlock(nn.Module):
         self.conv1 = self._make_conv(width_in, width_out)
         self.norm2 = make_norm(norm, width_out, groups)
         self.conv2 = self._make_conv(width_out, width_out)
-        self.nin_shortcut = None
-        if width_in != width_out:
-            shape = {"kernel": (1, 1, 1), "padding": 0}
-            self.nin_shortcut = (
-                nn.Conv2d(width_in, width_out, 1) if per_frame else RepeatingConv3d(width_in, width_out, **shape)
-            )
+        self.nin_shortcut: nn.Module | None = None
+        if width_in != width_out and per_frame:
+            self.nin_shortcut = nn.Conv2d(width_in, width_out, 1)
+        elif width_in != width_out:
+            self.nin_shortcut = RepeatingConv3d(width_in, width_out, kernel=(1, 1, 1), padding=0)
 
     def _make_conv(self, width_in: int, width_out: int) -> nn.Module:
         if self.per_frame:

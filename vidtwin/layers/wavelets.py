@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from vidtwin.layers.causal_vae import RepeatingConv3d, fold, repeat_first, unfold
 
 # Sign of the second pixel along (time,) height and width, by the names of the released weights.
-BANDS_2D = {"aa": (1, 1), "ad": (-1, 1), "da": (1, -1), "dd": (-1, -1)}
-BANDS_3D = {
+BANDS_2D: dict[str, tuple[int, ...]] = {"aa": (1, 1), "ad": (-1, 1), "da": (1, -1), "dd": (-1, -1)}
+BANDS_3D: dict[str, tuple[int, ...]] = {
     "h": (1, 1, 1),
     "g": (1, 1, -1),
     "hh": (1, -1, 1),
