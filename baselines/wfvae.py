@@ -11,9 +11,9 @@
 
     W   Haar wavelets in time, height and width      W'   in height and width (8 x 8 x 8: in time too)
 
-(arXiv 2411.17459, sections 3.1 and 3.2.) The coefficients of the levels are those of the clip's low bands, without
-learned layers in between, and go into the trunk at the resolution that fits. In the decoder the last channels of the
-trunk become the coefficients of each level, to whose low bands the level below is added.
+(arXiv 2411.17459, "WF-VAE: Enhancing Video VAE by Wavelet-Driven Energy Flow".) The coefficients of a level are those
+of the low bands of the level before, without learned layers in between, and enter the trunk at their resolution. In the
+decoder the last channels of the trunk become the coefficients of each level; the level below is added to the low bands.
 
 W and each layer that halves time give 1 + (T − 1) / 2 frames: clips have 1 + 4k frames (1 + 8k with `temporal_stride`
 8) and the first latent step is the first frame alone. The encoder is strictly causal with layer norms; the decoder sees
@@ -331,8 +331,8 @@ class WFVAE(VideoAutoencoder):
     def forward(self, clip: Tensor) -> Reconstruction:
         """Encode and decode as in the base class, with the term `wavelet` beside the posterior's.
 
-        It is the sum of |decoder's − encoder's coefficients| over both levels, averaged over the batch (section 3.3),
-        in units of the 3·H·W values of a frame, like the pixel error: the released weight is then 0.1.
+        It is the sum of |decoder's − encoder's coefficients| over both levels, averaged over the batch, in units of the
+        3·H·W values of a frame, like the pixel error: the released weight is then 0.1.
         """
         encoding = self.encode(clip)
         latents = encoding.sample() if self.training else encoding.mode()

@@ -18,7 +18,8 @@ SMALL = {"channels": 8, "multipliers": [1, 1, 1, 1], "num_blocks": 1, "norm_grou
 
 
 def largest_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.detach().double() - expected.double()).abs().max() / expected.double().abs().max())
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def small(release: str = "v1.2", **arguments) -> ODVAE:

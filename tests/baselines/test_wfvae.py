@@ -18,7 +18,8 @@ SMALL = {"channels": 4, "encoder_flow_channels": 3, "decoder_flow_channels": 5, 
 
 
 def largest_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.detach().double() - expected.double()).abs().max() / expected.double().abs().max())
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def small(**arguments) -> WFVAE:
