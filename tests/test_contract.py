@@ -56,6 +56,14 @@ TINY = {
         },
         {"num_frames": 4},
     ),
+    "wfvae": (
+        {"channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 4, "num_blocks": 1},
+        {"num_frames": 5, "resolution": 16},
+    ),
+    "odvae": (
+        {"channels": 4, "multipliers": [1, 1, 1, 1], "num_blocks": 1, "norm_groups": 1},
+        {"num_frames": 5, "resolution": 16},
+    ),
     "mean_colour": ({"num_frames": 4, "resolution": 16}, {"num_frames": 4}),
     "temporal_mean": ({"num_frames": 4, "resolution": 16}, {"num_frames": 4}),
 }

@@ -113,14 +113,17 @@ BASELINES: dict[str, dict[str, Any]] = {
     "ivideogpt": {"resolution": 32, "inner_resolution": None, "attention_resolution": 16, "channels": [32, 32]}
     | {"layers_per_block": 1}
     | {"latent_channels": 8, "codebook_size": 16, "dynamics_codebook_size": 16, "norm_groups": 8},
+    "wfvae": {"channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 4, "num_blocks": 1},
+    "odvae": {"release": "v1.1", "channels": 4, "multipliers": [1, 1, 1, 1], "num_blocks": 1, "norm_groups": 1},
 }
 
 
 def baseline_task(name: str, model: dict[str, Any] | None = None, **arguments: Any) -> AutoencoderTask:
-    """A baseline with the terms that its quantizers have."""
+    """A baseline with the terms that it has."""
     torch.manual_seed(0)
     autoencoder = plugins.load(name, "vidtwin.autoencoders")(**BASELINES[name] | (model or {}))
     weights = {"commitment": 0.25, "codebook": 1.0, "entropy": 0.0}  # the entropy is one of a rank's own clips
+    weights["wavelet"] = 0.1
     loss = AutoencoderLoss(perceptual_weight=0, regularization_weights=weights)
     defaults: dict[str, Any] = {
         "optimizer": lambda p: AdamW(p, lr=1e-3),

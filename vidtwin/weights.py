@@ -1,6 +1,7 @@
 """Safe (weights-only) loading of weights, and checks that they fit a model."""
 
 import hashlib
+import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,6 +93,38 @@ def check_fit(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) 
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise UserError(f"{source} is of another model or size: {'; '.join(problems[:6])}{more}.")
+
+
+def read_release(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+    """Read a released model in diffusers' form, or weights that its training wrote.
+
+    Args:
+        path: A folder with config.json and diffusion_pytorch_model.safetensors, or a file of weights. A file of a
+            training has its weights under `state_dict` (`gen_model` in it, if there are those of a discriminator too)
+            and averaged ones, if any, under `ema_state_dict`; these are taken, the others fill what they leave out.
+
+    Returns:
+        The weights by name, config.json beside them ({} without one), and the file of the weights.
+
+    Raises:
+        UserError: The files are missing, damaged, or hold no weights by name.
+    """
+    path = Path(path)
+    file = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
+    content = read(file)
+    config: dict[str, Any] = {}
+    if (file.parent / "config.json").is_file():
+        try:
+            config = dict(json.loads((file.parent / "config.json").read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"Expected a JSON object in {file.parent / 'config.json'}, got {error}.") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        trained = content["state_dict"]
+        averaged = content.get("ema_state_dict") or {}
+        content = {**trained.get("gen_model", trained), **averaged}
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"Expected tensors by name in {file}, got something else.")
+    return {name.removeprefix("module."): value for name, value in content.items()}, config, file
 
 
 def sha256(state: Mapping[str, Tensor]) -> str:

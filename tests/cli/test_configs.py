@@ -68,6 +68,8 @@ FAMILIES = {
     "magvit2": ["channels=8", "num_blocks=1"],
     "cmd": ["resolution=32", "hidden_size=48", "depth=1", "num_heads=4"],
     "ivideogpt": ["resolution=32", "channels=[32,32]", "layers_per_block=1", "latent_channels=8", "norm_groups=8"],
+    "wfvae": ["channels=4", "encoder_flow_channels=4", "decoder_flow_channels=4", "num_blocks=1"],
+    "odvae": ["channels=4", "multipliers=[1,1,1,1]", "num_blocks=1", "norm_groups=2"],
 }
 
 
@@ -110,6 +112,8 @@ def gan_options(config: dict, resolution: int) -> list[str]:
     options += ["--model.loss.discriminator.channels=4", "--model.loss.adaptive_reference=nll"]
     if discriminator["class_path"].endswith("BlurPoolDiscriminator3d"):
         options += [f"--model.loss.discriminator.resolution={resolution}", "--model.loss.discriminator.num_frames=8"]
+    if discriminator["class_path"].endswith("PatchDiscriminator3d"):
+        options.append("--model.loss.discriminator.num_layers=2")
     return options
 
 
@@ -318,6 +322,20 @@ def test_magvit2s_discriminator_is_trained_on_half_of_the_released_loss():
             {"eps": 1e-8, "adversarial_weight": 0.8, "adversarial": "hinge", "adaptive_reference": "perceptual"},
         ),
         ("ivideogpt", {"adversarial_start": 250_000, "inner_resolution": 256, "codebook_size": 8192}),
+        (
+            "wfvae",
+            {"latent_channels": 4, "channels": 128, "encoder_flow_channels": 128, "norm": "layer", "num_blocks": 2},
+        ),
+        (
+            "wfvae",
+            {"regularization_weights": {"wavelet": 0.1}, "kl_weight": 1e-6, "perceptual_weight": 1.0, "lr": 1e-5},
+        ),
+        ("wfvae", {"adversarial_weight": 0.5, "adversarial_start": 0, "weight_decay": 1e-4, "pixel": "l1"}),
+        (
+            "odvae",
+            {"release": "v1.2", "channels": 128, "multipliers": [1, 2, 4, 4], "num_blocks": 2, "norm_groups": 32},
+        ),
+        ("odvae", {"adversarial_start": 2000, "regularization_weights": None, "kl_weight": 1e-6, "lr": 1e-5}),
         ("ivideogpt_64", {"resolution": 64, "channels": [128, 256, 512], "attention_resolution": 16}),
     ],
 )

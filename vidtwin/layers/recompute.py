@@ -1,5 +1,7 @@
 """Activation checkpointing: rerun layers in the backward pass instead of keeping their activations."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,3 +25,9 @@ class Recomputing(nn.Module):
         else:
             output = layer(*inputs)
         return output
+
+    def run_all(self, layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+        """Run layers in sequence."""
+        for layer in layers:
+            x = self.run(layer, x)
+        return x
