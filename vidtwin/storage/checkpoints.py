@@ -258,8 +258,11 @@ def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
 
     parts = Counter(name.partition(".")[0] for name in kept)
     lines = [f"{len(kept) + len(resized)} of {len(own)} tensors, {origin}"]
-    here = {name: value for name, value in model.init_args.items() if name not in _INITIAL_ONLY}
-    differ = [f"{name} {arguments[name]} there, {here[name]} here" for name in here if _differs(name, arguments, here)]
+    differ = [
+        f"{name} {arguments[name]} there, {value} here"
+        for name, value in model.init_args.items()
+        if name in arguments and name not in _INITIAL_ONLY and arguments[name] != value
+    ]
     if differ:
         lines.append(f"other arguments: {'; '.join(differ)}")
     if parts:
@@ -272,10 +275,6 @@ def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
     lines += [f"fresh {names}: {reason}" for names, reason in _fold(fresh, own)]
     unused = {original: "" for name, original in sources.items() if name not in own}
     return lines + [f"unused {names}" for names, _ in _fold(unused, given)]
-
-
-def _differs(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    return name in there and there[name] != here[name]
 
 
 def _read_part(path: str | Path, model: type) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
