@@ -171,7 +171,7 @@ def test_an_empty_folder_is_filled(tmp_path):
         (["{pool}", "{out}", "--num_heads", "2"], "Expected no --num_heads with"),
         (["{pool}", "{out}", "--model", "vidtwin"], "Expected no --model with"),
         (["{pool}", "{out}", "--use_ema"], "Expected a checkpoint with averaged weights"),
-        (["{pool}", "{out}", "--model", "cmd"], "wan), got cmd: it has no released weights"),
+        (["{pool}", "{out}", "--model", "cmd"], "wfvae), got cmd: it has no released weights"),
         (["{pool}", "{out}", "--model", "vidtwni"], "did you mean 'vidtwin'?"),
         (["{tensors}", "{out}"], "without the tensor encoder.x_embedder.proj.weight"),
         (["{tensors}", "{out}", "--use_ema"], "Expected --use_ema with a checkpoint of `vidtwin fit` alone"),

@@ -114,5 +114,6 @@ def test_one_process_alone_reads_the_content_of_the_videos():
         dataset=lambda split: Clips(["a.avi", "b.avi", "c.avi"]), eval_batch_size=2, resolution=32, num_frames=4
     )
     fabric = SimpleNamespace(is_global_zero=False, broadcast=lambda mine: (DATA, ""))
-    plan = Sweep._make_plan(SimpleNamespace(source=source), fabric)
+    sweep = SimpleNamespace(source=source, shapes=[(4, 32, 32)], shape=(3, 4, 32, 32), varies=False)
+    plan = Sweep._make_plan(sweep, fabric)
     assert (plan.chunks, plan.protocol) == ([[0, 1], [2]], DATA)

@@ -24,6 +24,8 @@ OF_BASELINES = {
     "magvit2": ["encoder", "quantizer"],
     "cmd": ["patch_embed", "encoder", "to_logits", "to_motion_width", "to_motion_height"],
     "ivideogpt": ["encoder", "cond_encoder", "quant_conv", "quantize", "quant_linear", "dynamics_quantize"],
+    "wfvae": ["encoder"],
+    "odvae": ["encoder", "quant_conv"],
 }
 CLIPS = torch.stack([torch.from_numpy(SmoothClips(2).clip(0, i)["clip"]) for i in range(2)])
 CLIPS = CLIPS.permute(0, 4, 1, 2, 3) / 127.5 - 1

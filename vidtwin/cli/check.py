@@ -120,7 +120,7 @@ def _report(
     from vidtwin.testing import check_promises
 
     temporal, step = model.temporal, model.spatial_multiple
-    if isinstance(resolution, list) and len(set(resolution)) == 1:
+    if isinstance(resolution, list) and resolution == resolution[:1] * 2:
         resolution = resolution[0]
     if resolution is not None and model.resolution not in (None, resolution):
         raise UserError(f"Expected clips of the model's own resolution {model.resolution}, got {resolution}.")
