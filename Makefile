@@ -18,7 +18,7 @@ DATA ?= $(or $(VIDTWIN_SHARED),../shared)/data/ucf_like/UCF-101
 .PHONY: help install demo benchmark-demo test test-all proof compare soak tests lint types format constraints clean
 
 help:
-	@echo "make demo       train a small VidTwin on generated videos and test it (under 6 minutes on two cores)"
+	@echo "make demo       train a small VidTwin on generated videos and test it (5 minutes on two idle cores)"
 	@echo "make benchmark-demo  train the four tiny models and compare them: table, plots, report"
 	@echo "                (10 minutes on two cores; for real clips, in a folder of their own:"
 	@echo "                BENCHMARK_DATA=UCF-101 BENCHMARK_RUNS=runs/benchmark_ucf)"
