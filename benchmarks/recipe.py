@@ -213,7 +213,7 @@ def _mean(runs: list[dict[str, float]], key: str) -> str:
 
 def plot(results: Results, references: dict[str, float], path: Path) -> None:
     """Draw PSNR by step: the mean over the seeds, and the range of all seeds as a band."""
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots(figsize=(9, 4))
     for variant, runs in _group(results).items():
         steps = sorted(int(key) for key in runs[0] if key.isdigit())
         values = [[run[str(step)] for run in runs] for step in steps]
@@ -223,7 +223,7 @@ def plot(results: Results, references: dict[str, float], path: Path) -> None:
     for style, (name, value) in zip(("--", ":"), references.items(), strict=True):
         axes.axhline(value, color="grey", linestyle=style, linewidth=1, label=name)
     axes.set(xlabel="steps", ylabel="PSNR of held-out clips (dB)", xscale="log")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.3)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
