@@ -117,7 +117,7 @@ class ClipSettings:
 
     @property
     def varies(self) -> bool:
-        """Whether clips differ in length or size, so that no two of them make a batch."""
+        """True if clips differ in length or size, so that no two of them make a batch."""
         return self.num_frames is None or self.resolution is None
 
     def check(self, split: str) -> None:

@@ -32,7 +32,7 @@ CLIPS = CLIPS.permute(0, 4, 1, 2, 3) / 127.5 - 1
 
 
 def trained_alone(model: VideoAutoencoder, parts: list[str]) -> None:
-    """What encodes needs no graph in training, and all other parameters get a gradient from decoded latents."""
+    """Frozen parts need no graph in training, and all other parameters get a gradient from decoded latents."""
     freeze(model, parts)
     model.train()
     latents = model.encode(CLIPS).sample()

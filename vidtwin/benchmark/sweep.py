@@ -146,7 +146,7 @@ class Sweep(SweepOptions):
 
     @property
     def varies(self) -> bool:
-        """Whether clips differ in length or size."""
+        """True if clips differ in length or size."""
         return self.source.num_frames is None or self.source.resolution is None
 
     @cached_property
