@@ -114,26 +114,36 @@ def _naming_tensorboard() -> Iterator[None]:
     """Name TensorBoard's events in an error of the system that keeps them from being written.
 
     Its thread of writing ends by such an error, which the next event raises again: Python would show a traceback of
-    the thread too.
+    the thread too. An error that no later event raised is logged at the end.
     """
     before = threading.excepthook
+    failed: list[OSError] = []
 
     def hook(args: threading.ExceptHookArgs) -> None:
         if isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard."):
-            log(f"TensorBoard can't write its events: {args.exc_value.strerror or args.exc_value}")
+            failed.append(args.exc_value)
         else:
             before(args)
 
     threading.excepthook = hook
+    raised: OSError | None = None
     try:
         yield
     except OSError as error:
+        raised = error
         modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
         if error.errno and error.filename is None and any(module.startswith("tensorboard.") for module in modules):
             error.filename = "TensorBoard's events"
         raise
     finally:
+        for thread in threading.enumerate():
+            # The thread hands its error over before it ends and calls the hook.
+            if type(thread).__module__.startswith("tensorboard.") and getattr(thread, "exception", None) is not None:
+                thread.join()
         threading.excepthook = before
+        for error in failed:
+            if error is not raised:
+                log(f"TensorBoard can't write its events: {error.strerror or error}")
 
 
 class LightningParser(Parser, LightningArgumentParser):
