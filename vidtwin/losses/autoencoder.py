@@ -13,6 +13,7 @@ from vidtwin.errors import UserError
 from vidtwin.losses import adversarial as gan
 from vidtwin.losses.efficientnet import EfficientNetDistance
 from vidtwin.losses.frame_distance import FrameDistance
+from vidtwin.losses.gradients import compute_with_gradient
 from vidtwin.losses.perceptual import LPIPS
 from vidtwin.losses.st_lpips import STLPIPS
 
@@ -292,7 +293,7 @@ class AutoencoderLoss(nn.Module):
             assert self.discriminator is not None
             (shown,) = self._random_run(prediction)
             with _freeze(self.discriminator):
-                terms["adversarial"] = self.generator_term(_as_float(self.discriminator(shown)))
+                terms["adversarial"] = compute_with_gradient(self._judge, shown)
             weight = self._adversarial_weight(reference, terms["adversarial"], last_layer, frame_size)
             if weight is not None:
                 terms["adaptive_weight"] = scale * weight
@@ -346,6 +347,11 @@ class AutoencoderLoss(nn.Module):
             terms["r1"] = r1
             total = total + 0.5 * self.r1_weight * self.r1_every * r1
         return {"total": total} | {name: term.detach() for name, term in terms.items()}
+
+    def _judge(self, clip: Tensor) -> Tensor:
+        """Return the generator's term for a reconstruction."""
+        assert self.discriminator is not None
+        return self.generator_term(_as_float(self.discriminator(clip)))
 
     def _is_training(self) -> bool:
         return self.training and torch.is_grad_enabled()
