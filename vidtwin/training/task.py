@@ -10,16 +10,17 @@ All random draws of a step depend on (seed, batches so far, rank) alone, whateve
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
@@ -32,10 +33,10 @@ from vidtwin.metrics.frames import psnr
 from vidtwin.metrics.latents import codebook_use
 from vidtwin.schedules import WarmupCosine
 from vidtwin.storage import checkpoints
-from vidtwin.training.buffers import copy_buffers, restore_buffers, share_buffers
+from vidtwin.training.buffers import RunningBuffers
 from vidtwin.training.callbacks.ema import EMA
 from vidtwin.training.checks import check_training, freeze
-from vidtwin.training.finite import bad_gradients, bad_terms, find_reason
+from vidtwin.training.finite import agree, bad_gradients, bad_terms, find_reason
 from vidtwin.training.optimization import (
     check_length,
     check_resumed,
@@ -77,6 +78,8 @@ class AutoencoderTask(LightningModule):
         batches: Number of batches so far, including skipped ones.
         skipped: Number of batches that updated nothing, since a loss or gradient was not finite.
         rate_scale: Factor on every learning rate; a rollback may lower it.
+        stop_requested: Whether this rank is to stop (`Preemption`).
+        stopping: Whether any rank was to stop in the last step, agreed by all.
         config: The `model` section of the config from which the task was built, if there is one.
     """
 
@@ -114,10 +117,12 @@ class AutoencoderTask(LightningModule):
         self.metrics = metrics or ClipMetrics(getattr(self.loss.perceptual, "backbone", None))
         self.batches = self.skipped = 0
         self.rate_scale = 1.0
+        self.stop_requested = self.stopping = False
         self.config: dict[str, Any] | None = None
         self.seed: int | None = None
         self._resumed: tuple[list[Any], list[Any]] | None = None  # of the checkpoint: param_groups, schedules
         self._validation_terms: dict[str, MeanMetric] = {}
+        self._running: RunningBuffers | None = None
 
     # Configure.
 
@@ -135,6 +140,9 @@ class AutoencoderTask(LightningModule):
             freeze(self.autoencoder, self.freeze_parts)
             self.train(self.training)
             check_training(self.autoencoder, self.loss, self.trainer)
+            # DDP would exchange all gradients in the backward passes of both players.
+            left_out = [name for name in self.state_dict() if name.startswith("loss.discriminator.")]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, left_out)
             self.loss.setup()
         self.metrics.setup()
 
@@ -178,6 +186,10 @@ class AutoencoderTask(LightningModule):
             self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
 
     def on_train_start(self) -> None:
+        self._running = RunningBuffers(self)
+        if self.trainer.world_size > 1 and self.loss.discriminator is not None:
+            for tensor in self.loss.discriminator.state_dict(keep_vars=True).values():
+                dist.broadcast(tensor.detach(), src=0)  # ranks may have drawn different initial values
         for scheduler, prefix in zip(self._schedulers(), ("", "discriminator_"), strict=False):
             check_length(scheduler, self._max_steps, f"model.{prefix}scheduler")
             resume_rates(scheduler)
@@ -208,7 +220,8 @@ class AutoencoderTask(LightningModule):
                 "data.batch_size."
             )
         self.batches += 1
-        before = copy_buffers(self)  # the forward pass changes them
+        buffers = self._running or RunningBuffers(self)
+        before = buffers.copy()  # the forward pass changes them
         self.seed_draws(self.global_rank)
         means, reason = self._backward(clip, step)
         players = self._players(step)
@@ -216,7 +229,7 @@ class AutoencoderTask(LightningModule):
             self.skipped += 1
             for optimizer in players.values():
                 optimizer.zero_grad()
-            restore_buffers(self, before)
+            buffers.restore(before)
             self._log_step({"train/skipped": self.skipped / self.batches}, step, now=True)
             return {"rejected": reason}
 
@@ -228,12 +241,10 @@ class AutoencoderTask(LightningModule):
         for scheduler in self._schedulers():
             scheduler.step()
         if self.trainer.world_size > 1:  # under manual optimization DDP shares them before the first step only
-            share_buffers(self)
+            buffers.share()
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         logged["train/skipped"] = self.skipped / self.batches
         self._log_step(logged, step, now=every > 0 and (step + 1) % every == 0)
-        shown = {"loss": logged["train/loss"], "psnr": logged["train/psnr"]}
-        self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
         return None
 
     def seed_draws(self, rank: int) -> None:
@@ -274,30 +285,37 @@ class AutoencoderTask(LightningModule):
         return {"train": generator, "discriminator": discriminator.optimizer}
 
     def _backward(self, clip: Tensor, step: int) -> tuple[dict[str, Tensor], str | None]:
-        """Compute the players' gradients part by part → values to log, and the reason to skip the batch (or None)."""
+        """Compute the players' gradients part by part → values to log, and the reason to skip the batch (or None).
+
+        Backward passes, in which the ranks wait for each other, run on values that are not finite too; whether any is,
+        is asked once, at the end.
+        """
         means: dict[str, Tensor] = {}
+        computed: list[dict[str, Tensor]] = []
         parts = clip.tensor_split(self.accumulation)
         for index, part in enumerate(parts):
             share = len(part) / len(clip)
             with nullcontext() if index == len(parts) - 1 else self._without_sync():
                 for player, terms in self.losses(part, step, share):
-                    # Decided before the backward pass, in which the ranks wait for each other.
-                    reason = find_reason(self.trainer.strategy, terms["total"], partial(bad_terms, terms))
-                    if reason is not None:
-                        return means, reason
-                    self.manual_backward(share * terms["total"])
-                    for name, value in terms.items():
+                    if player == "train":
+                        self.manual_backward(share * terms["total"])
+                    else:  # without the exchange of the generator's gradients
+                        (share * terms["total"]).backward()
+                    computed.append({name: value.detach() for name, value in terms.items()})
+                    for name, value in computed[-1].items():
                         key = f"{player}/{'loss' if name == 'total' else name}"
-                        means[key] = means.get(key, 0.0) + share * value.detach()
+                        means[key] = means.get(key, 0.0) + share * value
         self._placement.average_gradients(self.loss)
         norms = {
             name: self._placement.gradient_norm(list_gradients(optimizer)).detach()
             for name, optimizer in self._players(step).items()
         }
         means |= {f"{name}/gradient_norm": norm for name, norm in norms.items()}
-        return means, find_reason(
-            self.trainer.strategy, torch.stack([*norms.values()]).sum(), lambda: ("", bad_gradients(self))
-        )
+        finite, self.stopping = agree([*(terms["total"] for terms in computed), *norms.values()], self.stop_requested)
+        if finite:
+            return means, None
+        found = [*map(bad_terms, computed), ("", bad_gradients(self))]
+        return means, find_reason(self.trainer.strategy, found)
 
     @contextmanager
     def _without_sync(self) -> Iterator[None]:
@@ -307,10 +325,16 @@ class AutoencoderTask(LightningModule):
 
     def _log_step(self, values: dict[str, Any], step: int, now: bool) -> None:
         """Log values at this step; Lightning would count batches, and repeat old values for skipped ones."""
-        self.log_dict(values, logger=False, batch_size=1)
+        # As tensors of the device: Lightning would copy a number to it, and wait.
+        tensors = {
+            name: value if isinstance(value, Tensor) else torch.full((), float(value), device=self.device)
+            for name, value in values.items()
+        }
+        self.log_dict(tensors, logger=False, batch_size=1)
         if now:
+            numbers = torch.stack([value.detach().double() for value in tensors.values()]).tolist()
             for logger in self.loggers:
-                logger.log_metrics({name: float(value) for name, value in values.items()}, step)
+                logger.log_metrics(dict(zip(tensors, numbers, strict=True)), step)
 
     def _optimizers(self) -> tuple[LightningOptimizer, LightningOptimizer | None]:
         optimizers = self.optimizers()
