@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import forked
@@ -135,7 +134,6 @@ def test_a_killed_sweep_is_resumed_by_the_next_process(tmp_path, monkeypatch):
 
 
 def test_a_rank_that_fails_ends_the_wait_for_the_other_one(tmp_path):
-    begun = time.monotonic()
     with pytest.raises(AssertionError, match="the second rank fails"):
         forked.run_ranks(two_rank_sweep.fail_alone, tmp_path, stderr=tmp_path / "stderr")
-    assert time.monotonic() - begun < 120
+    assert not (tmp_path / "waited").exists()
