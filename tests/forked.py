@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,24 @@ def run_script(path: Path, argv: Sequence[str], stderr: Path, timeout: float = 2
     assert code == 0, stderr.read_text()[-3000:]
 
 
+def _start_server() -> None:
+    """Start the process that the others are forked from; if it runs, do nothing.
+
+    Python 3.11 and 3.12 pass it sys.path but do not use it (gh-117378): it would import nothing, and say nothing.
+    """
+    tests = Path(__file__).parent
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{tests}{os.pathsep}{tests.parent}"
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        os.environ |= {"PYTHONPATH": before} if before is not None else {}
+
+
 def _run(calls: Sequence[tuple[Any, ...]], stderr: Path, timeout: float) -> list[int | None]:
     processes: list[Any] = [_CONTEXT.Process(target=_enter, args=(stderr, Path.cwd(), *call)) for call in calls]
+    _start_server()
     until = time.monotonic() + timeout
     for process in processes:
         process.start()
