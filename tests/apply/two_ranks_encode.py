@@ -21,6 +21,8 @@ if __name__ == "__main__":
     if os.environ["LOCAL_RANK"] == "1":
         time.sleep(1)  # the first process writes nothing before the second has looked at what exists
     codes.append(main(["decode", f"{out}/latents", "--out", f"{out}/two", *shared]))
+    if codes != [0, 0, 0]:  # the other process may wait for this one
+        sys.exit(f"exit codes {codes}")
     refused = main(["encode", videos, "--out", f"{out}/latents", "--ckpt_path", checkpoint, *shared])
     Path(out, f"rank{os.environ['LOCAL_RANK']}.txt").write_text(str([*codes, refused]))
     torch.distributed.barrier()

@@ -44,7 +44,14 @@ SMALL = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]
-QUICK = ["--trainer.accelerator=cpu", "--name=row", "--cost=false", "--downstream=false", "--players=0"]
+QUICK = [
+    "--trainer.accelerator=cpu",
+    "--name=row",
+    "--cost=false",
+    "--downstream=false",
+    "--players=0",
+    "--references=[]",
+]
 
 
 # What all baselines' configs are run with, and the sizes that those in full size get.
@@ -142,7 +149,7 @@ def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monk
     assert set(row["codebooks"]) == (set(row["latents"]) if discrete else set())
     frames = np.random.default_rng(0).integers(0, 255, (18, 44, 60, 3), dtype=np.uint8)
     write_video("in.mp4", frames, 8)
-    assert main(["reconstruct", "in.mp4", "--ckpt_path", str(last), "--side_by_side", "--accelerator=cpu"]) == 0
+    assert main(["reconstruct", "in.mp4", "--ckpt_path", str(last), "--accelerator=cpu"]) == 0
     assert probe("reconstructions/in.mp4").num_frames == 18
     if discrete and tiny:
         assert main(["predict", "--ckpt_path", str(last), *data, "--trainer.accelerator=cpu"]) == 0

@@ -23,6 +23,12 @@ def outcomes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def one_ranks_gradients(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return folder, two_ranks.gradients(folder)
+
+
+@pytest.fixture(scope="module")
 def one_ranks_baselines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     return folder, two_ranks.baselines(folder)
@@ -34,14 +40,14 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("parts", ["whole", "parts"])
-def test_two_ranks_take_the_steps_of_one_with_the_same_clips(outcomes, tmp_path, parts):
+def test_two_ranks_take_the_steps_of_one_with_the_same_clips(outcomes, one_ranks_gradients, parts):
     folder, ranks = outcomes
-    one = two_ranks.gradients(tmp_path)
+    alone, one = one_ranks_gradients
     for ours, first, second in zip(one["clips"], *(rank["gradients"]["clips"] for rank in ranks), strict=True):
         assert sorted(ours) == sorted(first + second)
     # SGD at rate 1: what the weights have moved by is the gradient, clipped, of generator and discriminator.
     torch.testing.assert_close(
-        weights_of(folder / "gradients" / parts), weights_of(tmp_path / parts), rtol=1e-3, atol=5e-5
+        weights_of(folder / "gradients" / parts), weights_of(alone / parts), rtol=1e-3, atol=5e-5
     )
     if parts == "parts":  # the last that was run
         assert ranks[0]["gradients"]["adaptive_weight"] == pytest.approx(ranks[1]["gradients"]["adaptive_weight"])

@@ -193,7 +193,7 @@ class Sweep(SweepOptions):
                 checkpoints.check(checkpoint)
                 held = checkpoints.read(checkpoint, lazily=True)
                 average = self.protocol.weights == "average" or (self.protocol.weights == "auto" and "ema" in held)
-                checkpoints.load_weights(model, checkpoint, average)
+                checkpoints.load_weights(model, checkpoint, average, held)
                 weights = AVERAGE if average else LAST
                 stored = held.get("model_spec") or model.spec()
                 differs = checkpoints.differences(json.loads(json.dumps(model.spec())), stored)

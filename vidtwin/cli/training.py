@@ -38,6 +38,12 @@ from vidtwin.training.callbacks.health import Health
 from vidtwin.training.task import AutoencoderTask
 from vidtwin.training.trainer import VideoTrainer
 
+_SKIPPED = {  # arguments of the trainer's methods that are not options
+    "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+    "validate": {"model", "dataloaders", "datamodule"},
+    "predict": {"model", "dataloaders", "datamodule"},
+    "replay": {"model"},
+}
 _STEPS = ("advance", "_evaluation_step", "_predict_step")  # methods of Lightning's loops for batches
 
 
@@ -179,13 +185,14 @@ class VidTwinCLI(LightningCLI):
 
     def __init__(self, args: list[str], foreign: Collection[str] = ()) -> None:
         self._foreign = foreign
+        self._command = args[0]
         super().__init__(
             AutoencoderTask,
             LightningDataModule,
             subclass_mode_data=True,
             trainer_class=VideoTrainer,
             parser_class=LightningParser,
-            parser_kwargs={"prog": "vidtwin"} | {name: {"usage": _usage(name)} for name in self.subcommands()},
+            parser_kwargs={"prog": "vidtwin", self._command: {"usage": _usage(self._command)}},
             save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
@@ -194,14 +201,9 @@ class VidTwinCLI(LightningCLI):
             args=args,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-            "validate": {"model", "dataloaders", "datamodule"},
-            "predict": {"model", "dataloaders", "datamodule"},
-            "replay": {"model"},
-        }
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the given command alone: building the options of all takes longer than parsing."""
+        return {self._command: _SKIPPED[self._command]}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(VideoTrainer, "trainer")
