@@ -52,7 +52,9 @@ MODELS = {
     "CMD, p=4, D=8": "baselines/cmd_patch4.yaml",
     "iVideoGPT (256 px inside)": "baselines/ivideogpt.yaml",
     "iVideoGPT, native": "baselines/ivideogpt_native.yaml",
+    "CV-VAE": "baselines/cvvae.yaml",
     "OD-VAE": "baselines/odvae.yaml",
+    "Open-Sora": "baselines/opensora.yaml",
     "WF-VAE-S": "baselines/wfvae.yaml",
     "CogVideoX": "library/cogvideox.yaml",
     "Wan 2.1": "library/wan21.yaml",
@@ -61,7 +63,8 @@ MODELS = {
 # Clips per step in each baseline's recipe, from its comments: data.batch_size times devices.
 RECIPE = {"VidTwin-base": 24, "MAGVIT-v2 (prepend)": 48, "MAGVIT-v2, 5 channels (even)": 48}
 RECIPE |= {"CMD, p=16, D=32": 256, "CMD, p=4, D=8": 256, "iVideoGPT (256 px inside)": 32, "iVideoGPT, native": 32}
-RECIPE |= {"OD-VAE": 8, "WF-VAE-S": 8}
+# CV-VAE states no batch; this is that of 8 devices.
+RECIPE |= {"CV-VAE": 8, "OD-VAE": 8, "Open-Sora": 24, "WF-VAE-S": 8}
 CLIP = (3, 16, 224, 224)
 LIMIT = 20e9  # bytes
 STEPS, BATCH = 100_000, 24

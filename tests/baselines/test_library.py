@@ -533,6 +533,25 @@ def test_arguments_that_the_library_refuses_are_one_line():
         class_of("mochi")({"encoder_block_out_channels": [8, 8, 8, 8]})
 
 
+def test_open_soras_image_half_is_the_librarys_own():
+    """Written with layers of the project, it loads and computes what the library's class does."""
+    library = class_of("stable_diffusion")._import_class()
+    sizes: dict[str, Any] = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    sizes |= {"block_out_channels": [4, 8, 8], "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 3}
+    theirs, frames = library(**sizes).double().eval(), noise(2, 3, 1, 8, 16)[:, :, 0].double()
+    model = plugins.load("opensora", GROUP)(
+        frame_channels=[4, 8, 8], frame_blocks=1, frame_latent_channels=3, channels=[4, 4, 4], norm_groups=2
+    )
+    ours = model.spatial_vae.double()
+    ours.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        given, wanted = ours.encode(frames), theirs.encode(frames).latent_dist
+        torch.testing.assert_close(given.mean, wanted.mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(given.logvar, wanted.logvar, rtol=1e-12, atol=1e-12)
+        decoded = theirs.decode(wanted.mean).sample
+        torch.testing.assert_close(ours.decode(wanted.mean), decoded, rtol=1e-12, atol=1e-12)
+
+
 def test_official_weights_convert_and_others_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model, clip = tiny("wan"), noise(1, 3, 5, 8, 8)
