@@ -17,8 +17,9 @@ class Allegro(LibraryAutoencoder):
     library_class: ClassVar[str] = "diffusers.models.autoencoders.autoencoder_kl_allegro.AutoencoderKLAllegro"
     last_weight: ClassVar[str] = "decoder.conv_out.weight"
     causal = False
+    pads_time: ClassVar[bool] = True
 
-    def _factors(self, config: Any) -> tuple[int, int]:
+    def _read_factors(self, config: Any) -> tuple[int, int]:
         return 2 ** sum(config.temporal_downsample_blocks), 2 ** (len(config.block_out_channels) - 1)
 
     def _run_encoder(self, clip: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -43,7 +43,7 @@ class Emu3(LibraryAutoencoder):
     def _construct(cls, library: Callable[..., nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
         return library(cls._config_class()(**arguments))
 
-    def _factors(self, config: Any) -> tuple[int, int]:
+    def _read_factors(self, config: Any) -> tuple[int, int]:
         return int(config.temporal_downsample_factor), 2 ** (len(config.channel_multiplier) - 1)
 
     def _count_channels(self, config: Any) -> int:

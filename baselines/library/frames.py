@@ -18,7 +18,7 @@ class StableDiffusion(LibraryAutoencoder):
     last_weight: ClassVar[str] = "decoder.conv_out.weight"
     causal = False
 
-    def _factors(self, config: Any) -> tuple[int, int]:
+    def _read_factors(self, config: Any) -> tuple[int, int]:
         return 1, 2 ** (len(config.block_out_channels) - 1)
 
     def _run_encoder(self, clip: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -40,6 +40,7 @@ class StableVideoDiffusion(StableDiffusion):
         "diffusers.models.autoencoders.autoencoder_kl_temporal_decoder.AutoencoderKLTemporalDecoder"
     )
     last_weight: ClassVar[str] = "decoder.time_conv_out.weight"
+    pads_time: ClassVar[bool] = True
 
     def _run_decoder(self, latent: Tensor) -> Tensor:
         frames = latent.transpose(1, 2).flatten(0, 1)

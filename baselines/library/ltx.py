@@ -17,11 +17,11 @@ class LTXVideo(LibraryAutoencoder):
 
     library_class: ClassVar[str] = "diffusers.models.autoencoders.autoencoder_kl_ltx.AutoencoderKLLTXVideo"
 
-    def _factors(self, config: Any) -> tuple[int, int]:
+    def _read_factors(self, config: Any) -> tuple[int, int]:
         halvings = 2 ** sum(config.spatio_temporal_scaling)
         return config.patch_size_t * halvings, config.patch_size * halvings
 
-    def _scaling(self, steps: int) -> tuple[Tensor, Tensor]:
+    def _get_scaling(self, steps: int) -> tuple[Tensor, Tensor]:
         shift, scale = (each.view(1, -1, 1, 1, 1) for each in (self.model.latents_mean, self.model.latents_std))
         return shift, scale / self.model.config.scaling_factor
 
@@ -41,7 +41,7 @@ class LTX2Video(LTXVideo):
 
     library_class: ClassVar[str] = "diffusers.models.autoencoders.autoencoder_kl_ltx2.AutoencoderKLLTX2Video"
 
-    def _factors(self, config: Any) -> tuple[int, int]:
+    def _read_factors(self, config: Any) -> tuple[int, int]:
         kinds = config.downsample_type
         time = config.patch_size_t * 2 ** sum(kind in ("temporal", "spatiotemporal") for kind in kinds)
         return time, config.patch_size * 2 ** sum(kind in ("spatial", "spatiotemporal") for kind in kinds)

@@ -29,7 +29,7 @@ class Wan(LibraryAutoencoder):
     def _enable_checkpointing(self) -> None:
         """Leave recomputation to `_run_chunks`: the library has none."""
 
-    def _factors(self, config: Any) -> tuple[int, int]:
+    def _read_factors(self, config: Any) -> tuple[int, int]:
         pixels: int = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
         return 2 ** sum(config.temperal_downsample), pixels
 
