@@ -12,7 +12,8 @@ from vidtwin.errors import UserError
 class Cosmos(LibraryAutoencoder):
     """Cosmos' CV8x8x8 (105,653,696 parameters) or CV4x8x8 (104,669,888), 16 channels, without noise.
 
-    `latents_mean` and `latents_std` have a number per channel and step; steps beyond the last have its numbers.
+    `latents_mean` and `latents_std` have a number per channel and step; steps beyond the last have its numbers. The
+    library's defaults are those of CV8x8x8, so that CV4x8x8 needs its own, or null.
     """
 
     library_class: ClassVar[str] = "diffusers.models.autoencoders.autoencoder_kl_cosmos.AutoencoderKLCosmos"

@@ -1,5 +1,7 @@
 """LTX-Video's (HaCohen et al., arXiv 2501.00103) and LTX-2's autoencoders by diffusers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +14,9 @@ class LTXVideo(LibraryAutoencoder):
     """LTX-Video's autoencoder: 419,193,649 parameters, 128 channels, 8 x 32 x 32 pixels a place.
 
     Shift and scale of the latent are buffers of the library's model, which official weights bring. A decoder with
-    `timestep_conditioning` (from 0.9.1 on) decodes at time 0, as the library's pipeline does by default.
+    `timestep_conditioning` (from 0.9.1 on) decodes at time 0, as the library's pipeline does by default. One with
+    `decoder_inject_noise` (0.9.1) adds noise to its features; evaluation draws it from seed 0, so that a latent has one
+    clip.
     """
 
     library_class: ClassVar[str] = "diffusers.models.autoencoders.autoencoder_kl_ltx.AutoencoderKLLTXVideo"
@@ -28,8 +32,24 @@ class LTXVideo(LibraryAutoencoder):
     def _run_decoder(self, latent: Tensor) -> Tensor:
         conditioned = self.model.config.timestep_conditioning
         moment = torch.zeros(latent.shape[0], device=latent.device, dtype=latent.dtype) if conditioned else None
-        decoded: Tensor = self.model.decode(latent, moment).sample
+        with self._fix_noise(latent.device):
+            decoded: Tensor = self.model.decode(latent, moment).sample
         return decoded
+
+    @contextmanager
+    def _fix_noise(self, device: torch.device) -> Iterator[None]:
+        """Draw what the block draws at random from seed 0 in evaluation, and restore the random state afterwards."""
+        injected = self.model.config.decoder_inject_noise
+        if self.training or not (injected if isinstance(injected, bool) else any(injected)):
+            yield
+            return
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.random.default_generator.manual_seed(0)
+            for each in devices:
+                with torch.cuda.device(each):
+                    torch.cuda.manual_seed(0)
+            yield
 
 
 class LTX2Video(LTXVideo):

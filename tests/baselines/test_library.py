@@ -502,6 +502,19 @@ def test_emu3_equals_its_library_and_trains_its_decoder_alone():
     model.eval()
 
 
+def test_emu3s_codes_in_bfloat16_are_the_nearest_entries():
+    """Products in bfloat16 pick others."""
+    torch.manual_seed(0)
+    model = class_of("emu3")(TINY["emu3"][0] | {"codebook_size": 4096}).eval()
+    model.model.quantize.embedding.weight.data.mul_(0.1)
+    features: list[torch.Tensor] = []
+    model.model.quant_conv.register_forward_hook(lambda *given: features.append(given[-1]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        codes = model.encode(noise(2, 3, 8, 16, 16))["latent"].codes
+    entries, vectors = model.model.quantize.embedding.weight.double(), features[0].movedim(1, -1).double()
+    assert torch.equal(codes, torch.cdist(vectors.flatten(0, 3), entries).argmin(1).view_as(codes))
+
+
 def library_emu3_length(model: LibraryAutoencoder, clip: torch.Tensor) -> int:
     codes = model.model.encode(clip.transpose(1, 2), torch.tensor([[4, 4]])).image_tokens[0]
     return int(model.model.decode(codes[None]).shape[1])
@@ -533,11 +546,34 @@ def test_ltx_takes_the_scale_of_its_weights():
         assert torch.allclose(model.encode(clip).mode()["latent"], before / 2)
 
 
+def test_ltx_draws_the_noise_of_its_decoder_from_a_seed_in_evaluation():
+    """LTX-Video 0.9.1 adds noise to the decoder's features."""
+    arguments = {"decoder_inject_noise": [True, False, False], "timestep_conditioning": True}
+    torch.manual_seed(0)
+    model = class_of("ltx_video")(TINY["ltx_video"][0] | arguments).eval()
+    for name, parameter in model.named_parameters():
+        if "per_channel_scale" in name:  # 0 in new weights
+            nn.init.ones_(parameter)
+    latent = noise(2, 4, 2, 2, 2)
+    with torch.no_grad():
+        state = torch.get_rng_state()
+        first, second = model.decode({"latent": latent}), model.decode({"latent": latent[:1]})
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.testing.assert_close(first[:1], second)
+        model.train()
+        assert (model.decode({"latent": latent}) - model.decode({"latent": latent})).abs().max() > 1e-3
+
+
 def test_cosmos_has_a_scale_per_step_and_repeats_the_last():
     model = tiny("cosmos")
     shift, scale = model._get_scaling(3)
     assert shift[0, :, :, 0, 0].tolist() == [[0.5, 0.25, 0.25], [-0.5, 0.0, 0.0]]
     assert scale[0, :, :, 0, 0].tolist() == [[2.0, 1.5, 1.5], [1.0, 0.5, 0.5]]
+    own = {
+        name: yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"]["autoencoder"]["init_args"]["arguments"]
+        for name in ("cosmos4", "cosmos8")
+    }
+    assert [arguments.get("latents_mean", "CV8x8x8's") for arguments in own.values()] == [None, "CV8x8x8's"]
 
 
 def test_kvaes_invented_noise_is_left_out():
