@@ -66,6 +66,7 @@ class LibraryAutoencoder(VideoAutoencoder):
         time: Frames per step of the latent.
         space: Pixels per place of the latent, in height and in width.
         channels: Channels of the latent.
+        minimum_side: Pixels that height and width have at least.
         library_class: Import path of the library's class.
         last_weight: Name of the last weight before the pixels in the library's model.
         causal: Whether clips have 1 + k·time frames, of which the first is a step by itself, or k·time.
@@ -93,7 +94,7 @@ class LibraryAutoencoder(VideoAutoencoder):
             self._enable_checkpointing()
         self.time, self.space = self._read_factors(self.model.config)
         self.channels = self._count_channels(self.model.config)
-        self.spatial_multiple = self.space
+        self.spatial_multiple = self.minimum_side = self.space
         self.temporal = (
             TemporalSpec(multiple=self.time, offset=1, pad="last")
             if self.causal
@@ -163,6 +164,14 @@ class LibraryAutoencoder(VideoAutoencoder):
         return shift, scale
 
     # Shared by all adapters.
+
+    def check_clip(self, clip: Tensor) -> None:
+        super().check_clip(clip)
+        if min(clip.shape[3:]) < self.minimum_side:
+            raise UserError(
+                f"Expected a clip of at least {self.minimum_side} pixels in height and width for "
+                f"{type(self).__name__}, got {tuple(clip.shape)}; set data.resolution accordingly."
+            )
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -247,8 +256,9 @@ class LibraryAutoencoder(VideoAutoencoder):
     # Construction and weights.
 
     @classmethod
-    def _import_class(cls) -> Any:
-        module, _, name = cls.library_class.rpartition(".")
+    def _import_class(cls, path: str | None = None) -> Any:
+        """Import the class at `path`, by default `library_class`."""
+        module, _, name = (path or cls.library_class).rpartition(".")
         package = module.partition(".")[0]
         try:
             return getattr(import_module(module), name)
@@ -274,8 +284,9 @@ class LibraryAutoencoder(VideoAutoencoder):
         return library(**arguments)
 
     @classmethod
-    def _build(cls, arguments: Mapping[str, Any]) -> Any:
-        library = cls._import_class()
+    def _build(cls, arguments: Mapping[str, Any], path: str | None = None) -> Any:
+        """Build the library's class at `path`, by default `library_class`."""
+        library = cls._import_class(path)
         known = cls._argument_names(library)
         for name in arguments:
             if name not in known:
@@ -298,21 +309,35 @@ class LibraryAutoencoder(VideoAutoencoder):
         Raises:
             UserError: Files are missing, or are those of another class or size.
         """
+        folder = cls._find_folder(path, subfolder, revision)
+        arguments, state = cls._read_official(folder)
+        model = cls(arguments=arguments)
+        model._load_official(model.model, state, folder)
+        return model.eval()
+
+    @staticmethod
+    def _find_folder(path: str | Path, subfolder: str | None, revision: str | None) -> Path:
         folder = Path(path) if Path(path).is_dir() else _download(str(path), subfolder, revision)
-        folder = folder / (subfolder or "")
+        return folder / (subfolder or "")
+
+    @classmethod
+    def _read_official(cls, folder: Path, path: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Read arguments and tensors of the library's class at `path`, by default `library_class`."""
         config = _read_config(folder)
-        library = cls._import_class()
+        library = cls._import_class(path)
         names = config.get("architectures") or [config.get("_class_name")]
         if library.__name__ not in names:
             raise UserError(f"Expected weights of {library.__name__} in {folder}, got those of {names[0]}.")
         known = cls._argument_names(library)
-        model = cls(arguments={name: value for name, value in config.items() if name in known})
         state: dict[str, Tensor] = {}
         for file in _list_weights(folder):
             state |= weights.read(file)
-        weights.check_fit(state, model.model.state_dict(), str(folder))
-        model.model.load_state_dict(state)
-        return model.eval()
+        return {name: value for name, value in config.items() if name in known}, state
+
+    @staticmethod
+    def _load_official(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+        weights.check_fit(state, model.state_dict(), str(folder))
+        model.load_state_dict(state)
 
 
 def checkpoint_with_caches(
