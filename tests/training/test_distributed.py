@@ -18,6 +18,7 @@ def outcomes(tmp_path_factory):
     """Outcomes that each of two ranks wrote; a hang would be a failure after four minutes."""
     folder = tmp_path_factory.mktemp("ranks")
     write_tree(folder / "videos")
+    two_ranks.write_teacher(folder)
     forked.run_script(Path(two_ranks.__file__), [str(folder)], folder / "stderr")
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -36,12 +37,13 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("parts", ["whole", "parts"])
 def test_two_ranks_take_the_steps_of_one_with_the_same_clips(outcomes, tmp_path, parts):
     folder, ranks = outcomes
-    one = two_ranks.gradients(tmp_path)
+    two_ranks.write_teacher(tmp_path)
+    one = two_ranks.gradients(tmp_path / "one")
     for ours, first, second in zip(one["clips"], *(rank["gradients"]["clips"] for rank in ranks), strict=True):
         assert sorted(ours) == sorted(first + second)
     # SGD at rate 1: what the weights have moved by is the gradient, clipped, of generator and discriminator.
     torch.testing.assert_close(
-        weights_of(folder / "gradients" / parts), weights_of(tmp_path / parts), rtol=1e-3, atol=5e-5
+        weights_of(folder / "gradients" / parts), weights_of(tmp_path / "one" / parts), rtol=1e-3, atol=5e-5
     )
     if parts == "parts":  # the last that was run
         assert ranks[0]["gradients"]["adaptive_weight"] == pytest.approx(ranks[1]["gradients"]["adaptive_weight"])
