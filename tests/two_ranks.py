@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ParallelStrategy
-from tiny import BASELINES, Clips, Poisoned, baseline_task, tiny_task, trainer
+from tiny import BASELINES, Clips, Poisoned, baseline_task, tiny_model, tiny_task, trainer
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR
 
@@ -24,6 +24,7 @@ from vidtwin.posteriors import Encoding
 from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.training.callbacks.guard import StepGuard
 from vidtwin.training.task import AutoencoderTask
+from vidtwin.training.teacher import Teacher
 
 
 class Diary(Callback):
@@ -74,8 +75,17 @@ def saved(folder: Path, every: int = 2) -> LatestCheckpoint:
     return LatestCheckpoint(every_n_steps=every, dirpath=str(folder / "checkpoints"))
 
 
+def write_teacher(folder: Path) -> None:
+    """Write the teacher's weights, which all ranks read."""
+    torch.manual_seed(1)
+    tiny_model().save_pretrained(folder / "teacher")
+
+
 def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
-    """Three steps on 12 clips, 4 a step over all ranks, from the mode of the posterior."""
+    """Three steps on 12 clips, 4 a step over all ranks, from the mode of the posterior; those in parts with a teacher.
+
+    Its weights lie beside `folder`.
+    """
     sample, Encoding.sample = Encoding.sample, Encoding.mode  # type: ignore[method-assign]
     blocked, without_sync = [], ParallelStrategy.block_backward_sync
 
@@ -88,7 +98,8 @@ def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
         diary = Diary()
         for name, parts in (("whole", 1), ("parts", 2)):
             world = devices.get("devices", 1)
-            task = plain_task(parts, ema_decay=0.5)
+            teacher = Teacher(str(folder.parent / "teacher")) if parts == 2 else None
+            task = plain_task(parts, ema_decay=0.5, teacher=teacher)
             run = trainer(folder / name, 3, callbacks=[diary, saved(folder / name)], **devices)
             run.fit(task, datamodule=Clips(count=12, batch_size=4 // world))
     finally:

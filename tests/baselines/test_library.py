@@ -22,6 +22,7 @@ from vidtwin.cli import main
 from vidtwin.errors import UserError
 from vidtwin.posteriors import Deterministic
 from vidtwin.testing import check_autoencoder
+from vidtwin.training.checks import freeze
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "library"
@@ -276,7 +277,7 @@ def test_official_models_give_these_shapes(name):
 
 
 def test_every_config_of_the_folder_is_an_official_model():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*OFFICIAL, "finetune"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*OFFICIAL, "finetune", "wan21_decoder", "wan_tiny"}
 
 
 def test_rates_are_measured_with_padding():
@@ -687,6 +688,25 @@ def test_emu3s_codes_in_bfloat16_are_the_nearest_entries():
         codes = model.encode(noise(2, 3, 8, 16, 16))["latent"].codes
     entries, vectors = model.model.quantize.embedding.weight.double(), features[0].movedim(1, -1).double()
     assert torch.equal(codes, torch.cdist(vectors.flatten(0, 3), entries).argmin(1).view_as(codes))
+# As docs/library.md names them: what encodes, beside the encoder itself.
+QUANT_CONV = {"wan", "wan/2.2", "hunyuan_video", "cosmos", "allegro", "easyanimate", "stable_diffusion"}
+QUANT_CONV |= {"stable_video_diffusion"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TINY]
+)
+def test_a_decoder_trains_over_a_frozen_encoder_without_a_graph_of_it(name):
+    arguments, frames, side = TINY[name]
+    model = class_of(name)(arguments)
+    freeze(model, ["model.encoder", *(["model.quant_conv"] if name in QUANT_CONV else [])])
+    model.train()
+    latents = model.encode(noise(1, 3, frames, side, side)).sample()
+    assert not latents["latent"].requires_grad
+    model.decode(latents).square().mean().backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained
 
 
 def library_emu3_length(model: LibraryAutoencoder, clip: torch.Tensor) -> int:

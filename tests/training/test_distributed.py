@@ -18,6 +18,7 @@ def outcomes(tmp_path_factory):
     """Outcomes that each of two ranks wrote; a hang would be a failure after four minutes."""
     folder = tmp_path_factory.mktemp("ranks")
     write_tree(folder / "videos")
+    two_ranks.write_teacher(folder)
     forked.run_script(Path(two_ranks.__file__), [str(folder)], folder / "stderr")
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -25,7 +26,8 @@ def outcomes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_ranks_gradients(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return folder, two_ranks.gradients(folder)
+    two_ranks.write_teacher(folder)
+    return folder / "one", two_ranks.gradients(folder / "one")
 
 
 @pytest.fixture(scope="module")

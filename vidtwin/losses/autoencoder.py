@@ -235,6 +235,10 @@ class AutoencoderLoss(nn.Module):
                 )
                 raise UserError(f"{error} {places} by --model.loss.perceptual_weight 0.") from error
 
+    def scale(self, clip: Tensor) -> int:
+        """Return the factor of a loss of clips (B, 3, T, H, W) against its mean: 1, or 3·H·W in "released"."""
+        return clip[0, :, 0].numel() if self.reduction == "released" else 1
+
     def gan_is_on(self, step: int) -> bool:
         """Return whether batch `step` (from 0) trains with the GAN."""
         return self.discriminator is not None and self.adversarial_weight > 0 and step >= self.adversarial_start
@@ -262,8 +266,7 @@ class AutoencoderLoss(nn.Module):
             `reduction`.
         """
         prediction, target = _as_float(reconstruction.clip), _as_float(clip)
-        frame_size = target[0, :, 0].numel()
-        scale = frame_size if self.reduction == "released" else 1
+        frame_size, scale = target[0, :, 0].numel(), self.scale(clip)
         terms: dict[str, Tensor] = {}
 
         error = prediction - target

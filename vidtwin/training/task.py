@@ -26,11 +26,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
+from vidtwin.data import ClipSource
 from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.metrics.collection import ClipMetrics
 from vidtwin.metrics.frames import psnr
 from vidtwin.metrics.latents import codebook_use
+from vidtwin.posteriors import Latents
 from vidtwin.schedules import WarmupCosine
 from vidtwin.storage import checkpoints
 from vidtwin.training.buffers import RunningBuffers
@@ -47,6 +49,8 @@ from vidtwin.training.optimization import (
     step_at,
 )
 from vidtwin.training.sharding import Placement, placement_of
+from vidtwin.training.teacher import Teacher
+from vidtwin.training.teacher import check_resumed as check_resumed_teacher
 
 Batch = dict[str, Any]
 COUNTS = ("batches", "skipped", "rate_scale", "seed")  # stored in checkpoints
@@ -72,6 +76,7 @@ class AutoencoderTask(LightningModule):
             None keeps no average.
         use_ema: Evaluate with that average: in validation, and in the commands that read a checkpoint.
         freeze: Modules of the autoencoder to exclude from training, by name (`encoder`, `structure.qformer`).
+        teacher: Trained autoencoder whose latents this one learns, with the weights of its terms of the loss.
         metrics: Metrics of validation; by default LPIPS uses the loss's backbone.
 
     Attributes:
@@ -96,6 +101,7 @@ class AutoencoderTask(LightningModule):
         ema_decay: float | None = None,
         use_ema: bool = False,
         freeze: list[str] | None = None,
+        teacher: Teacher | None = None,
         metrics: ClipMetrics | None = None,
     ) -> None:
         super().__init__()
@@ -114,6 +120,7 @@ class AutoencoderTask(LightningModule):
         self.accumulation = accumulation
         self.ema = EMA(ema_decay, use_ema)
         self.freeze_parts = freeze or []
+        self.teacher = teacher
         self.metrics = metrics or ClipMetrics(getattr(self.loss.perceptual, "backbone", None))
         self.batches = self.skipped = 0
         self.rate_scale = 1.0
@@ -134,6 +141,7 @@ class AutoencoderTask(LightningModule):
         """Download the weights that the loss needs, on one rank of each machine before the others."""
         if self.trainer.state.fn == "fit":
             self.loss.setup()
+        self._set_up_teacher(str(self.trainer.state.fn))
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -144,7 +152,16 @@ class AutoencoderTask(LightningModule):
             left_out = [name for name in self.state_dict() if name.startswith("loss.discriminator.")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, left_out)
             self.loss.setup()
+        self._set_up_teacher(stage)
         self.metrics.setup()
+
+    def _set_up_teacher(self, stage: str) -> None:
+        if self.teacher is None or not (stage == "fit" or (stage == "validate" and self.teacher.only_decoder)):
+            return
+        if type(self._placement) is not Placement:
+            raise UserError("Expected whole weights on each device for model.teacher, got sharded ones; train by ddp.")
+        data = getattr(self.trainer, "datamodule", None)  # missing if loaders were passed
+        self.teacher.setup(self.autoencoder, data.settings if isinstance(data, ClipSource) else None)
 
     def configure_model(self) -> None:
         self._placement.shard(self.autoencoder)
@@ -223,7 +240,7 @@ class AutoencoderTask(LightningModule):
         buffers = self._running or RunningBuffers(self)
         before = buffers.copy()  # the forward pass changes them
         self.seed_draws(self.global_rank)
-        means, reason = self._backward(clip, step)
+        means, reason = self._backward(batch, step)
         players = self._players(step)
         if reason is not None:
             self.skipped += 1
@@ -254,7 +271,19 @@ class AutoencoderTask(LightningModule):
         np.random.seed(int(words[1]))  # other people's models may draw from these two
         random.seed(int(words[1]))
 
-    def losses(self, clip: Tensor, step: int, share: float = 1.0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def split(self, batch: Batch) -> list[tuple[Tensor, Latents | None]]:
+        """Split a training batch into `accumulation` parts: clips, and their latents by the teacher if there is one."""
+        clips = _get_clip(batch).tensor_split(self.accumulation)
+        if self.teacher is None:
+            return [(clip, None) for clip in clips]
+        self.teacher.check(self.autoencoder, clips[0].shape[1:])
+        latents = self.teacher.latents(batch, self.accumulation)
+        self.teacher.measure(latents)
+        return [*zip(clips, latents, strict=True)]
+
+    def losses(
+        self, clip: Tensor, step: int, share: float = 1.0, latents: Latents | None = None
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Run one forward pass and yield each player's terms; the caller runs the backward pass of `total` in between.
 
         So the generator's graph is gone when the discriminator's terms are computed.
@@ -263,11 +292,14 @@ class AutoencoderTask(LightningModule):
             clip: (B, 3, T, H, W).
             step: Number of the step.
             share: Share of the clips in the step's batch.
+            latents: The teacher's latents of the clips, if there is one.
         """
-        reconstruction = self.autoencoder(clip)
+        reconstruction = self._reconstruct(clip, latents)
         last_layer = self.autoencoder.last_layer if self.loss.gan_is_on(step) else None
         with self._placement.probing(self.autoencoder):
             terms = self.loss.generator_loss(reconstruction, clip, last_layer, step)
+        if self.teacher is not None and latents is not None:
+            terms = self.teacher.add_terms(terms, self.autoencoder, reconstruction, latents, clip, self.loss)
         with torch.no_grad():
             terms["psnr"] = psnr(reconstruction.clip, clip).mean()
         if reconstruction.encoding is not None:
@@ -275,6 +307,11 @@ class AutoencoderTask(LightningModule):
         yield "train", terms
         if terms := self.loss.discriminator_loss(reconstruction.clip, clip, step, share):
             yield "discriminator", terms
+
+    def _reconstruct(self, clip: Tensor, latents: Latents | None) -> Reconstruction:
+        if self.teacher is None or latents is None or not self.teacher.only_decoder:
+            return self.autoencoder(clip)
+        return self.teacher.reconstruct(self.autoencoder, latents, clip)
 
     def _players(self, step: int) -> dict[str, LightningOptimizer | Optimizer]:
         """Return the optimizers to step, by their prefix in the logs."""
@@ -284,7 +321,7 @@ class AutoencoderTask(LightningModule):
         # Lightning's wrapper counts a step; the bare optimizer does not.
         return {"train": generator, "discriminator": discriminator.optimizer}
 
-    def _backward(self, clip: Tensor, step: int) -> tuple[dict[str, Tensor], str | None]:
+    def _backward(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], str | None]:
         """Compute the players' gradients part by part → values to log, and the reason to skip the batch (or None).
 
         Backward passes, in which the ranks wait for each other, run on values that are not finite too; whether any is,
@@ -292,11 +329,11 @@ class AutoencoderTask(LightningModule):
         """
         means: dict[str, Tensor] = {}
         computed: list[dict[str, Tensor]] = []
-        parts = clip.tensor_split(self.accumulation)
-        for index, part in enumerate(parts):
-            share = len(part) / len(clip)
+        parts = self.split(batch)
+        for index, (part, latents) in enumerate(parts):
+            share = len(part) / len(batch["clip"])
             with nullcontext() if index == len(parts) - 1 else self._without_sync():
-                for player, terms in self.losses(part, step, share):
+                for player, terms in self.losses(part, step, share, latents):
                     if player == "train":
                         self.manual_backward(share * terms["total"])
                     else:  # without the exchange of the generator's gradients
@@ -357,7 +394,8 @@ class AutoencoderTask(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
         clip = _get_clip(batch)
-        reconstruction = self.autoencoder(clip)
+        latents = self.teacher.latents(batch)[0] if self.teacher is not None and self.teacher.only_decoder else None
+        reconstruction = self._reconstruct(clip, latents)
         terms = self.loss.generator_loss(reconstruction, clip, None, step=-1) if self._loss_is_ready() else {}
         for name, value in terms.items():
             mean = self._validation_terms.setdefault(name, MeanMetric().to(self.device))
@@ -400,6 +438,8 @@ class AutoencoderTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["model_spec"] = self.autoencoder.spec()
         checkpoint["training"] = {name: getattr(self, name) for name in COUNTS}
+        if self.teacher is not None:
+            checkpoint["teacher"] = self.teacher.identity
         self.ema.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -407,6 +447,7 @@ class AutoencoderTask(LightningModule):
         if self.trainer.state.fn != "fit":
             checkpoints.keep_autoencoder(checkpoint, self.state_dict(), self.ema.evaluate)
             return
+        check_resumed_teacher(self.teacher, checkpoint)
         trained = sum(p.requires_grad for p in self.autoencoder.parameters()) + (self.loss.logvar is not None)
         checkpoints.check_resumable(checkpoint, self.state_dict(), trained)
         groups = [state["param_groups"] for state in checkpoint["optimizer_states"]]

@@ -190,6 +190,8 @@ class VideoTrainer(Trainer):
         """
         task = self._task(model)
         task.loss.setup()
+        if task.teacher is not None:
+            task.teacher.setup(task.autoencoder, None)
         task.to(self.strategy.root_device)
         with self.precision_plugin.forward_context():
             lines = run_again(task, read_dump(dump))
