@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from tiny import BASELINES, Clips, Poisoned, baseline_task, tiny_model, tiny_task, trainer
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR
 
@@ -88,10 +89,15 @@ def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
     """
     sample, Encoding.sample = Encoding.sample, Encoding.mode  # type: ignore[method-assign]
     blocked, without_sync = [], ParallelStrategy.block_backward_sync
+    sent: dict[str, int] = {}
 
     def counting(strategy: ParallelStrategy) -> Any:
         blocked.append(strategy.lightning_module.batches)
         return without_sync(strategy)
+
+    def sending(name: str, bucket: Any) -> Any:
+        sent[name] = sent.get(name, 0) + bucket.buffer().nbytes
+        return allreduce_hook(None, bucket)
 
     ParallelStrategy.block_backward_sync = counting  # type: ignore[method-assign]
     try:
@@ -100,6 +106,9 @@ def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
             world = devices.get("devices", 1)
             teacher = Teacher(str(folder.parent / "teacher")) if parts == 2 else None
             task = plain_task(parts, ema_decay=0.5, teacher=teacher)
+            if world > 1:
+                hook = {"ddp_comm_state": name, "ddp_comm_hook": sending}
+                devices["strategy"] = DDPStrategy(find_unused_parameters=True, **hook)
             run = trainer(folder / name, 3, callbacks=[diary, saved(folder / name)], **devices)
             run.fit(task, datamodule=Clips(count=12, batch_size=4 // world))
     finally:
@@ -109,6 +118,8 @@ def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
     return {
         "clips": diary.clips[:3],
         "without_sync": blocked,
+        "sent": sent,
+        "parameters": sum(p.nbytes for p in task.autoencoder.parameters() if p.requires_grad),
         "adaptive_weight": weight,
         "psnr": float(run.callback_metrics["val/psnr"]),
     }

@@ -688,6 +688,8 @@ def test_emu3s_codes_in_bfloat16_are_the_nearest_entries():
         codes = model.encode(noise(2, 3, 8, 16, 16))["latent"].codes
     entries, vectors = model.model.quantize.embedding.weight.double(), features[0].movedim(1, -1).double()
     assert torch.equal(codes, torch.cdist(vectors.flatten(0, 3), entries).argmin(1).view_as(codes))
+
+
 # As docs/library.md names them: what encodes, beside the encoder itself.
 QUANT_CONV = {"wan", "wan/2.2", "hunyuan_video", "cosmos", "allegro", "easyanimate", "stable_diffusion"}
 QUANT_CONV |= {"stable_video_diffusion"}

@@ -64,6 +64,11 @@ def test_two_ranks_train_a_baseline_as_one_does(outcomes, one_ranks_baselines, n
     assert ranks[0]["baselines"][name] == ranks[1]["baselines"][name] == pytest.approx(psnr[name], abs=1e-3)
 
 
+def test_ddp_sends_the_autoencoders_gradients_once_a_step_and_the_discriminators_not_at_all(outcomes):
+    for rank in outcomes[1]:
+        assert rank["gradients"]["sent"] == dict.fromkeys(("whole", "parts"), 3 * rank["gradients"]["parameters"])
+
+
 def test_gradients_travel_with_the_last_part_of_a_batch_only(outcomes):
     for rank in outcomes[1]:
         assert rank["gradients"]["without_sync"] == [1, 2, 3]  # the first of two parts in each batch

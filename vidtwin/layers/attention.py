@@ -33,7 +33,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend over N: (..., N, C) → (..., N, C)."""
         # Chunks, not an axis of 3: its gradient would be stacked and copied once more.
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).flatten(0, -3).chunk(3, -1))
+        projected = self.qkv(x).flatten(0, -3).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in projected)
         dropout = self.dropout if self.training else 0.0
         x_heads = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)
         return self.proj(x_heads.transpose(1, 2).reshape(x.shape))
