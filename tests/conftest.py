@@ -11,12 +11,12 @@ import pytest
 FORKING = "training/test_distributed.py", "benchmark/test_sweep_on_two_ranks.py"
 FORKING += "apply/test_encode.py", "training/test_sharding.py"
 # By their CPU time, heaviest first: short files at the end keep all workers busy.
-HEAVY = *FORKING, "cli/test_configs.py", "benchmark/test_sweep.py", "test_hub.py", "training/test_resume.py"
-HEAVY += "benchmark/test_benchmark_configs.py", "benchmark/test_report_in_chromium.py", "apply/test_export.py"
-HEAVY += "cli/test_cli.py", "test_readme.py", "datamodules/test_doctor.py", "datamodules/test_streaming.py"
-HEAVY += "datamodules/test_broken.py", "datamodules/test_cache.py", "benchmark/test_plots.py"
-HEAVY += "benchmark/test_report.py", "training/test_task.py", "test_own_baseline.py", "models/test_vidtwin.py"
-HEAVY += "baselines/test_ivideogpt.py", "apply/test_reconstruct.py", "apply/test_reenact.py"
+HEAVY = *FORKING, "cli/test_configs.py", "benchmark/test_sweep.py", "training/test_resume.py"
+HEAVY += "benchmark/test_benchmark_configs.py", "apply/test_export.py", "benchmark/test_report_in_chromium.py"
+HEAVY += "test_hub.py", "cli/test_cli.py", "baselines/test_library.py", "datamodules/test_prepare.py"
+HEAVY += "datamodules/test_resume.py", "benchmark/test_plots.py", "video/test_video.py", "benchmark/test_report.py"
+HEAVY += "datamodules/test_doctor.py", "baselines/test_ivideogpt.py", "test_readme.py", "losses/test_perceptual.py"
+HEAVY += "apply/test_reconstruct.py", "models/test_vidtwin.py", "apply/test_reenact.py", "datamodules/test_broken.py"
 _PLACES = {f"tests/{file}": place for place, file in enumerate(HEAVY)}
 assert all((Path(__file__).parent / file).is_file() for file in HEAVY), "a file that conftest.py names has moved"
 

@@ -144,7 +144,8 @@ def train(
     """From the mode of the posterior: what ranks would draw differs from what one process would."""
     sample, Encoding.sample = Encoding.sample, Encoding.mode  # type: ignore[method-assign]
     diary = Diary()
-    run = trainer(folder, steps, callbacks=[saved(folder, every), diary, *(callbacks or [])], **devices)
+    callbacks = [saved(folder, every), diary, *(callbacks or [])]
+    run = trainer(folder, steps, callbacks=callbacks, num_sanity_val_steps=0, **devices)
     try:
         run.fit(task, datamodule=data or Uneven(devices.get("devices", 1)), ckpt_path=ckpt_path)
     finally:
@@ -159,7 +160,7 @@ def whole(folder: Path, **devices: Any) -> dict[str, Any]:
     """Callbacks that run parts of the model: on all ranks, and on the first alone."""
     task = task_of(depth=2)
     board = TensorBoardLogger(str(folder), name="", version="")
-    outcome = train(folder, task, [ClipLogger(), Health()], every=1, logger=board, **devices)
+    outcome = train(folder, task, [ClipLogger(num_clips=1), Health()], every=1, logger=board, **devices)
     own = [*task.autoencoder.parameters(), *task.optimizers()[0].state.keys()]
     outcome["sharded"] = sum(isinstance(parameter, DTensor) for parameter in own) / len(own)
     outcome["share"] = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in own)
