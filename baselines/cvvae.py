@@ -368,7 +368,8 @@ class CVVAE(VideoAutoencoder):
         Args:
             path: Its folder, with config.json and diffusion_pytorch_model.safetensors, or one file of weights. Windows
                 are those of config.json beside the weights, without one those of the releases, 16 frames.
-            norm_groups, activation_checkpointing: As in the constructor; the weights do not show them.
+            norm_groups: As in the constructor; the weights do not show it.
+            activation_checkpointing: Likewise.
 
         Raises:
             UserError: The files are missing or of another model; names what does not fit.

@@ -294,7 +294,9 @@ class OpenSora(VideoAutoencoder):
 
         Args:
             path: Its folder, with model.safetensors, or a file of weights.
-            chunk_frames, norm_groups, activation_checkpointing: As in the constructor; the weights do not show them.
+            chunk_frames: As in the constructor; the weights do not show it.
+            norm_groups: Likewise.
+            activation_checkpointing: Likewise.
 
         Raises:
             UserError: The file is missing or of another model; names what does not fit.
