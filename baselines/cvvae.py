@@ -17,12 +17,12 @@ alone, the decoder on both sides. The two releases are two networks:
 Videos are coded in windows of 17 frames that share one frame, and decoded in windows of 5 steps that share one step.
 Up to 17 frames are one window; norms and the decoder's attention see no further.
 
-Both releases load by their own names (`CVVAE.from_official`); in the module tree they have those of sd2.1, where they
-are not of layers/vqgan.py. The weights are those of no licence that the repository states; ask their authors.
+Modules are named as in sd2.1, the layers of attention as in layers/vqgan.py; both releases load
+(`CVVAE.from_official`). The repository states no licence for code and weights; ask the authors.
 
-Departures: frames above 576 pixels are not coded in overlapping tiles. Layers do not change the precision: there
-convolutions of the encoder run in float32, and steps up and down in float16 if the model is in bfloat16, which
-overflows above 65,504. Latents are not scaled: the released pipelines do that outside of the model.
+Departures: frames above 576 pixels are not coded in overlapping tiles. Layers keep the precision of their input; the
+released ones run the encoder's convolutions in float32 and resample bfloat16 in float16, which overflows above 65,504.
+Latents are not scaled: the released pipelines do that outside of the model.
 """
 
 import re
@@ -368,7 +368,8 @@ class CVVAE(VideoAutoencoder):
         Args:
             path: Its folder, with config.json and diffusion_pytorch_model.safetensors, or one file of weights. Windows
                 are those of config.json beside the weights, without one those of the releases, 16 frames.
-            norm_groups, activation_checkpointing: As in the constructor; the weights do not show them.
+            norm_groups: As in the constructor; the weights do not show it.
+            activation_checkpointing: Likewise.
 
         Raises:
             UserError: The files are missing or of another model; names what does not fit.

@@ -6,18 +6,18 @@
     decoder   latent ─ z ─┬ 5 steps ─ temporal decoder ┬─ / 0.18215 ─ image decoder ─> clip
                           └ … ─────────────────────────┘
 
-    temporal encoder   conv 3³ ─ [n × block, halve time] × 4 ─ n × block ─ norm, Swish, conv 1³ ─ conv 1³ ─> z
-    temporal decoder   z ─ conv 1³ ─ conv 3³ ─ n × block ─ [n × block, double time] × 4 ─ norm, Swish, conv 3³
+    temporal encoder   conv 3³ ─ [n × block, (halve time)] × 4 ─ n × block ─ norm, Swish, conv 1³ ─ conv 1³ ─> z
+    temporal decoder   z ─ conv 1³ ─ conv 3³ ─ n × block ─ [n × block, (double time)] × 4 ─ norm, Swish, conv 3³
 
-(https://github.com/hpcaitech/Open-Sora, docs/report_03.md; the design and its weights are described there alone.) The
-image VAE is Stable Diffusion's, with weights of SDXL's, whose own factor of 0.13025 is not used. The temporal network
-is MAGVIT-v2's without its steps in space: of four stages the second and the third end by halving time. 4 x 8 x 8 pixels
-become one position. Any number of frames is legal: the image latents of a chunk are padded by zeros *in front* to a
-multiple of 4, and the frames that the decoder makes of this padding, again the first ones, are dropped. A chunk of 17
-frames has 5 steps, and so has every 17 frames of a long video: 0.6127%, not the printed 0.5208%.
+(https://github.com/hpcaitech/Open-Sora, docs/report_03.md.) The image VAE is Stable Diffusion's, with SDXL's weights,
+whose own factor of 0.13025 is not used. The temporal network is MAGVIT-v2's without its steps in space: of four stages
+the second and the third end by halving time. 4 x 8 x 8 pixels become one position. Any number of frames is legal: the
+image latents of a chunk are padded by zeros *in front* to a multiple of 4, and the frames that the decoder makes of
+this padding, again the first ones, are dropped. A chunk of 17 frames has 5 steps, and so has every 17 frames of a long
+video: 0.6127%, not the printed 0.5208%.
 
-The image half is written with layers/vqgan.py, which is diffusers' `AutoencoderKL` layer for layer (a test compares the
-two): importing that class instead would make this baseline need the extra `library` for code that the project has.
+The image half is built of layers/vqgan.py, which is diffusers' `AutoencoderKL` layer for layer (a test compares the
+two): with that class itself this baseline would need the extra `library`, for code that the project has.
 The temporal half has the blocks of layers/conv3d.py with norms over all frames of a chunk. Weights load by their
 released names (`OpenSora.from_official`).
 
@@ -229,7 +229,7 @@ class OpenSora(VideoAutoencoder):
 
     Args:
         latent_channels: Z, channels of the latent.
-        channels: Channels of the temporal network's stages; the last two halvings of time are between the last three.
+        channels: Channels of the temporal network's stages, at least three; time is halved between the last three.
         num_blocks: n, residual blocks per stage of the temporal network.
         frame_channels: Channels of the image VAE at each resolution, pixels first.
         frame_latent_channels: Channels of the image latent.
@@ -294,7 +294,9 @@ class OpenSora(VideoAutoencoder):
 
         Args:
             path: Its folder, with model.safetensors, or a file of weights.
-            chunk_frames, norm_groups, activation_checkpointing: As in the constructor; the weights do not show them.
+            chunk_frames: As in the constructor; the weights do not show it.
+            norm_groups: Likewise.
+            activation_checkpointing: Likewise.
 
         Raises:
             UserError: The file is missing or of another model; names what does not fit.

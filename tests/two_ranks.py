@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import ConstantLR
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import Preempted, UserError
 from vidtwin.losses.discriminator import PatchDiscriminator2d
-from vidtwin.posteriors import Encoding
+from vidtwin.posteriors import DiagonalGaussian, Encoding
 from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.training.callbacks.guard import StepGuard
 from vidtwin.training.task import AutoencoderTask
@@ -127,7 +127,8 @@ def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
 
 def baselines(folder: Path, **devices: Any) -> dict[str, Any]:
     """Two steps of each plug-in baseline on 8 clips, 4 a step over all ranks, from the mode of the posterior."""
-    sample, Encoding.sample = Encoding.sample, Encoding.mode  # type: ignore[method-assign]
+    # Of Open-Sora's image latents too.
+    sample, DiagonalGaussian.sample = DiagonalGaussian.sample, DiagonalGaussian.mode  # type: ignore[method-assign]
     psnr = {}
     try:
         for name in BASELINES:
@@ -138,7 +139,7 @@ def baselines(folder: Path, **devices: Any) -> dict[str, Any]:
             run.fit(baseline_task(name, still, **plain, ema_decay=0.5), datamodule=clips)
             psnr[name] = float(run.callback_metrics["val/psnr"])
     finally:
-        Encoding.sample = sample  # type: ignore[method-assign]
+        DiagonalGaussian.sample = sample  # type: ignore[method-assign]
     return psnr
 
 
