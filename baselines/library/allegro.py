@@ -17,20 +17,21 @@ class Allegro(LibraryAutoencoder):
     library_class: ClassVar[str] = "diffusers.models.autoencoders.autoencoder_kl_allegro.AutoencoderKLAllegro"
     last_weight: ClassVar[str] = "decoder.conv_out.weight"
     causal = False
+    pads_time: ClassVar[bool] = True
 
-    def _factors(self, config: Any) -> tuple[int, int]:
+    def _read_factors(self, config: Any) -> tuple[int, int]:
         return 2 ** sum(config.temporal_downsample_blocks), 2 ** (len(config.block_out_channels) - 1)
 
     def _run_encoder(self, clip: Tensor) -> tuple[Tensor, Tensor | None]:
-        mean, logvar = _per_frame(self.model.quant_conv, self.model.encoder(clip)).chunk(2, dim=1)
+        mean, logvar = _run_per_frame(self.model.quant_conv, self.model.encoder(clip)).chunk(2, dim=1)
         return mean, logvar
 
     def _run_decoder(self, latent: Tensor) -> Tensor:
-        decoded: Tensor = self.model.decoder(_per_frame(self.model.post_quant_conv, latent))
+        decoded: Tensor = self.model.decoder(_run_per_frame(self.model.post_quant_conv, latent))
         return decoded
 
 
-def _per_frame(layer: Any, x: Tensor) -> Tensor:
+def _run_per_frame(layer: Any, x: Tensor) -> Tensor:
     """Run a layer of pictures on each frame of (B, C, T, H, W)."""
     frames: Tensor = layer(x.transpose(1, 2).flatten(0, 1))
     return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)

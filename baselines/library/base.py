@@ -12,7 +12,8 @@ import inspect
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,6 +21,7 @@ from typing import Any, ClassVar, Self
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vidtwin import weights
 from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
@@ -27,6 +29,8 @@ from vidtwin.errors import UserError, suggestion
 from vidtwin.posteriors import Deterministic, Encoding, Latents, Posterior, StandardizedGaussian
 
 EXTRA = "vidtwin[library]"
+# The versions that the extra installs at least, which have every class that an adapter names.
+VERSIONS = {"diffusers": "0.42", "transformers": "5.23"}
 # Switches of diffusers' classes that split a clip into tiles, whose borders show, or into clips.
 _TILING = ("use_tiling", "use_slicing", "use_framewise_encoding", "use_framewise_decoding")
 
@@ -44,9 +48,12 @@ class LibraryAutoencoder(VideoAutoencoder):
         time: Frames per step of the latent.
         space: Pixels per place of the latent, in height and in width.
         channels: Channels of the latent.
+        minimum_side: Pixels that height and width have at least.
         library_class: Import path of the library's class.
         last_weight: Name of the last weight before the pixels in the library's model.
         causal: Whether clips have 1 + k·time frames, of which the first is a step by itself, or k·time.
+        cache_attribute: Name under which the library's layers keep frames of a clip from one call to the next.
+        pads_time: Whether the library's convolutions pad time themselves.
 
     Raises:
         UserError: The library is missing, or refuses the arguments.
@@ -56,6 +63,8 @@ class LibraryAutoencoder(VideoAutoencoder):
     library_class: ClassVar[str]
     last_weight: ClassVar[str] = "decoder.conv_out.conv.weight"
     causal: bool = True
+    cache_attribute: ClassVar[str | None] = None
+    pads_time: ClassVar[bool] = False
 
     def __init__(self, arguments: dict[str, Any] | None = None, activation_checkpointing: bool = False) -> None:
         super().__init__()
@@ -65,9 +74,9 @@ class LibraryAutoencoder(VideoAutoencoder):
                 setattr(self.model, switch, False)
         if activation_checkpointing:
             self._enable_checkpointing()
-        self.time, self.space = self._factors(self.model.config)
+        self.time, self.space = self._read_factors(self.model.config)
         self.channels = self._count_channels(self.model.config)
-        self.spatial_multiple = self.space
+        self.spatial_multiple = self.minimum_side = self.space
         self.temporal = (
             TemporalSpec(multiple=self.time, offset=1, pad="last")
             if self.causal
@@ -80,7 +89,7 @@ class LibraryAutoencoder(VideoAutoencoder):
     # To be implemented by an adapter.
 
     @abstractmethod
-    def _factors(self, config: Any) -> tuple[int, int]:
+    def _read_factors(self, config: Any) -> tuple[int, int]:
         """Return (frames per step, pixels per place) of a model with these arguments."""
 
     def _count_channels(self, config: Any) -> int:
@@ -98,6 +107,9 @@ class LibraryAutoencoder(VideoAutoencoder):
 
     def _clear_caches(self) -> None:
         """Remove what the library's model keeps of a clip, after each call and after an exception."""
+        if self.cache_attribute is not None:
+            for module in _find_caching(self.model, self.cache_attribute):
+                setattr(module, self.cache_attribute, None)
 
     def _enable_checkpointing(self) -> None:
         if not getattr(self.model, "_supports_gradient_checkpointing", False):
@@ -105,7 +117,8 @@ class LibraryAutoencoder(VideoAutoencoder):
             raise UserError(
                 f"Expected activation_checkpointing false for {name}, which does not support it, got true; remove it."
             )
-        self.model.enable_gradient_checkpointing()
+        function = partial(_checkpoint_module, self.cache_attribute) if self.cache_attribute is not None else None
+        self.model.enable_gradient_checkpointing(function)
 
     def _read_scaling(self, config: Any) -> tuple[Tensor, Tensor]:
         """Return shift and scale of the latent, each broadcast to (B, C, T', h, w)."""
@@ -125,7 +138,7 @@ class LibraryAutoencoder(VideoAutoencoder):
             shift = shift + offset
         return shift, scale / (getattr(config, "scaling_factor", None) or 1.0)
 
-    def _scaling(self, steps: int) -> tuple[Tensor, Tensor]:
+    def _get_scaling(self, steps: int) -> tuple[Tensor, Tensor]:
         """Return shift and scale for a latent of `steps` steps."""
         shift, scale = self.shift, self.scale
         assert isinstance(shift, Tensor)
@@ -134,19 +147,27 @@ class LibraryAutoencoder(VideoAutoencoder):
 
     # Shared by all adapters.
 
+    def check_clip(self, clip: Tensor) -> None:
+        super().check_clip(clip)
+        if min(clip.shape[3:]) < self.minimum_side:
+            raise UserError(
+                f"Expected a clip of at least {self.minimum_side} pixels in height and width for "
+                f"{type(self).__name__}, got {tuple(clip.shape)}; set data.resolution accordingly."
+            )
+
     @property
     def last_layer(self) -> nn.Parameter:
         return self.model.get_parameter(self.last_weight)
 
     def _encode(self, clip: Tensor) -> Encoding:
-        with self._clean():
+        with self._call_library(clip.shape[2], clip.device):
             mean, logvar = self._run_encoder(clip)
         shape = self._latent_shapes((3, *clip.shape[2:]))["latent"]
         self._check_shape("encode", mean, (clip.shape[0], *shape))
         return Encoding(latent=self._make_posterior(mean, logvar))
 
     def _make_posterior(self, mean: Tensor, logvar: Tensor | None) -> Posterior:
-        shift, scale = self._scaling(mean.shape[2])
+        shift, scale = self._get_scaling(mean.shape[2])
         if logvar is None:
             return Deterministic((mean - shift) / scale)
         return StandardizedGaussian(mean, logvar, shift, scale)
@@ -156,10 +177,11 @@ class LibraryAutoencoder(VideoAutoencoder):
         if latent.ndim != 5 or latent.shape[1] != self.channels:
             raise UserError(f"Expected a latent of shape (B, {self.channels}, T', h, w), got {tuple(latent.shape)}.")
         batch, _, steps, height, width = latent.shape
-        shift, scale = self._scaling(steps)
-        with self._clean():
+        shift, scale = self._get_scaling(steps)
+        frames = self._count_frames(steps)
+        with self._call_library(frames, latent.device):
             decoded = self._run_decoder(latent * scale + shift)
-        shape = (batch, 3, self._decoded_frames(steps), height * self.space, width * self.space)
+        shape = (batch, 3, frames, height * self.space, width * self.space)
         self._check_shape("decode", decoded, shape)
         # In training the test would make the host wait for the device in each step.
         if not (self.training or decoded.is_meta or torch.compiler.is_compiling()):
@@ -173,12 +195,12 @@ class LibraryAutoencoder(VideoAutoencoder):
 
     def _latent_shapes(self, clip_shape: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
         _, frames, height, width = clip_shape
-        return {"latent": (self.channels, self._encoded_steps(frames), height // self.space, width // self.space)}
+        return {"latent": (self.channels, self._count_steps(frames), height // self.space, width // self.space)}
 
-    def _encoded_steps(self, frames: int) -> int:
+    def _count_steps(self, frames: int) -> int:
         return 1 + (frames - 1) // self.time if self.causal else frames // self.time
 
-    def _decoded_frames(self, steps: int) -> int:
+    def _count_frames(self, steps: int) -> int:
         return 1 + (steps - 1) * self.time if self.causal else steps * self.time
 
     def _check_shape(self, method: str, result: Tensor, expected: tuple[int, ...]) -> None:
@@ -200,18 +222,25 @@ class LibraryAutoencoder(VideoAutoencoder):
         return given
 
     @contextmanager
-    def _clean(self) -> Iterator[None]:
-        """Clear the caches after the block: an exception must not spoil the next clip."""
+    def _call_library(self, frames: int, device: torch.device) -> Iterator[None]:
+        """Clear the caches after the block, and leave autocast if the library's layers would see two frames on a CPU.
+
+        An exception must not spoil the next clip. On a CPU that computes in bfloat16, oneDNN returns unwritten memory
+        as a convolution's weight gradient if it pads fewer frames than its kernel spans, but not one frame.
+        """
+        short = self.pads_time and device.type == "cpu" and 1 < frames < 3 * self.time
         try:
-            yield
+            with torch.autocast(device.type, enabled=False) if short else nullcontext():
+                yield
         finally:
             self._clear_caches()
 
     # Construction and weights.
 
     @classmethod
-    def _import_class(cls) -> Any:
-        module, _, name = cls.library_class.rpartition(".")
+    def _import_class(cls, path: str | None = None) -> Any:
+        """Import the class at `path`, by default `library_class`."""
+        module, _, name = (path or cls.library_class).rpartition(".")
         package = module.partition(".")[0]
         try:
             return getattr(import_module(module), name)
@@ -222,8 +251,10 @@ class LibraryAutoencoder(VideoAutoencoder):
                 raise UserError(
                     f"Expected the package {package}, got none installed; run pip install '{EXTRA}'."
                 ) from error
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"Expected {package} with {name}, got version {version} ({error}); run pip install '{EXTRA}'."
+                f"Expected {package} with {name}, as {VERSIONS[package]} has it, got {version} ({reason}); run pip "
+                f"install '{EXTRA}'."
             ) from error
 
     @classmethod
@@ -235,8 +266,9 @@ class LibraryAutoencoder(VideoAutoencoder):
         return library(**arguments)
 
     @classmethod
-    def _build(cls, arguments: Mapping[str, Any]) -> Any:
-        library = cls._import_class()
+    def _build(cls, arguments: Mapping[str, Any], path: str | None = None) -> Any:
+        """Build the library's class at `path`, by default `library_class`."""
+        library = cls._import_class(path)
         known = cls._argument_names(library)
         for name in arguments:
             if name not in known:
@@ -259,21 +291,80 @@ class LibraryAutoencoder(VideoAutoencoder):
         Raises:
             UserError: Files are missing, or are those of another class or size.
         """
+        folder = cls._find_folder(path, subfolder, revision)
+        arguments, state = cls._read_official(folder)
+        model = cls(arguments=arguments)
+        model._load_official(model.model, state, folder)
+        return model.eval()
+
+    @staticmethod
+    def _find_folder(path: str | Path, subfolder: str | None, revision: str | None) -> Path:
         folder = Path(path) if Path(path).is_dir() else _download(str(path), subfolder, revision)
-        folder = folder / (subfolder or "")
+        return folder / (subfolder or "")
+
+    @classmethod
+    def _read_official(cls, folder: Path, path: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Read arguments and tensors of the library's class at `path`, by default `library_class`."""
         config = _read_config(folder)
-        library = cls._import_class()
+        library = cls._import_class(path)
         names = config.get("architectures") or [config.get("_class_name")]
         if library.__name__ not in names:
             raise UserError(f"Expected weights of {library.__name__} in {folder}, got those of {names[0]}.")
         known = cls._argument_names(library)
-        model = cls(arguments={name: value for name, value in config.items() if name in known})
         state: dict[str, Tensor] = {}
         for file in _list_weights(folder):
             state |= weights.read(file)
-        weights.check_fit(state, model.model.state_dict(), str(folder))
-        model.model.load_state_dict(state)
-        return model.eval()
+        return {name: value for name, value in config.items() if name in known}, state
+
+    @staticmethod
+    def _load_official(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+        weights.check_fit(state, model.state_dict(), str(folder))
+        model.load_state_dict(state)
+
+
+def checkpoint_with_caches(
+    run: Callable[..., Any], arguments: tuple[Any, ...], read: Callable[[], Any], write: Callable[[Any], None]
+) -> Any:
+    """Checkpoint `run(*arguments)`, which reads and changes caches.
+
+    The rerun in the backward pass starts with the caches that the first run found, and leaves those of that moment.
+
+    Args:
+        run: Block of the library.
+        arguments: Passed to `run`.
+        read: Return a copy of the caches.
+        write: Set the caches to a copy.
+    """
+    before, reruns = read(), False
+
+    def run_again(*arguments: Any) -> Any:
+        nonlocal reruns
+        if not reruns:
+            reruns = True
+            return run(*arguments)
+        present = read()
+        write(before)
+        try:
+            return run(*arguments)
+        finally:
+            write(present)
+
+    return checkpoint(run_again, *arguments, use_reentrant=False)
+
+
+def _find_caching(model: nn.Module, attribute: str) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, attribute)]
+
+
+def _checkpoint_module(attribute: str, block: nn.Module, *arguments: Any) -> Any:
+    """Checkpoint a block whose layers keep frames under `attribute`."""
+    modules = _find_caching(block, attribute)
+
+    def write(values: list[Any]) -> None:
+        for module, value in zip(modules, values, strict=True):
+            setattr(module, attribute, value)
+
+    return checkpoint_with_caches(block, arguments, lambda: [getattr(module, attribute) for module in modules], write)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

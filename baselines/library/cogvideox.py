@@ -29,11 +29,11 @@ class CogVideoX(LibraryAutoencoder):
         super().__init__(arguments, activation_checkpointing)
         self.temporal = _WholeChunks(multiple=8, minimum=1, pad="last")
 
-    def _factors(self, config: Any) -> tuple[int, int]:
+    def _read_factors(self, config: Any) -> tuple[int, int]:
         return int(config.temporal_compression_ratio), 2 ** (len(config.block_out_channels) - 1)
 
-    def _encoded_steps(self, frames: int) -> int:
+    def _count_steps(self, frames: int) -> int:
         return frames // self.time + frames % 2
 
-    def _decoded_frames(self, steps: int) -> int:
+    def _count_frames(self, steps: int) -> int:
         return steps * self.time - (self.time - 1) * (steps % 2)

@@ -12,13 +12,14 @@ from vidtwin.errors import UserError
 class Cosmos(LibraryAutoencoder):
     """Cosmos' CV8x8x8 (105,653,696 parameters) or CV4x8x8 (104,669,888), 16 channels, without noise.
 
-    `latents_mean` and `latents_std` have a number per channel and step; steps beyond the last have its numbers.
+    `latents_mean` and `latents_std` have a number per channel and step; steps beyond the last have its numbers. The
+    library's defaults are those of CV8x8x8, so that CV4x8x8 needs its own, or null.
     """
 
     library_class: ClassVar[str] = "diffusers.models.autoencoders.autoencoder_kl_cosmos.AutoencoderKLCosmos"
     last_weight: ClassVar[str] = "decoder.conv_out.conv_t.weight"
 
-    def _factors(self, config: Any) -> tuple[int, int]:
+    def _read_factors(self, config: Any) -> tuple[int, int]:
         return int(config.temporal_compression_ratio), int(config.spatial_compression_ratio)
 
     def _run_encoder(self, clip: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -37,8 +38,8 @@ class Cosmos(LibraryAutoencoder):
             tensors.append(torch.tensor(given, dtype=torch.float32).view(1, self.channels, -1, 1, 1))
         return tensors[0], tensors[1] / config.scaling_factor
 
-    def _scaling(self, steps: int) -> tuple[Tensor, Tensor]:
-        shift, scale = super()._scaling(steps)
+    def _get_scaling(self, steps: int) -> tuple[Tensor, Tensor]:
+        shift, scale = super()._get_scaling(steps)
         # Without an index tensor, so that the meta device and torch.export see plain shapes.
         extra = steps - shift.shape[2]
         if extra > 0:

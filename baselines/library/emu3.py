@@ -1,10 +1,13 @@
 """EMU-3's vision tokenizer (Wang et al., arXiv 2409.18869) by transformers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 
 from vidtwin.baselines.library.base import LibraryAutoencoder
 from vidtwin.posteriors import Encoding, Latents, Quantized
@@ -43,7 +46,7 @@ class Emu3(LibraryAutoencoder):
     def _construct(cls, library: Callable[..., nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
         return library(cls._config_class()(**arguments))
 
-    def _factors(self, config: Any) -> tuple[int, int]:
+    def _read_factors(self, config: Any) -> tuple[int, int]:
         return int(config.temporal_downsample_factor), 2 ** (len(config.channel_multiplier) - 1)
 
     def _count_channels(self, config: Any) -> int:
@@ -58,10 +61,21 @@ class Emu3(LibraryAutoencoder):
         # The library's encode() wants sizes of the pictures as a tensor, and crops the codes by them on other axes.
         features = self.model.encoder(clip.transpose(1, 2))
         features = self.model.quant_conv(features.transpose(1, 2))
-        codes = self.model.quantize(features.transpose(1, 2))
+        codes = self._find_codes(features.transpose(1, 2))
         value = self._look_up(codes)
         self._check_shape("encode", value, (len(clip), *self._latent_shapes((3, *clip.shape[2:]))["latent"]))
         return Encoding(latent=Quantized(value, codes, self.model.config.codebook_size))
+
+    def _find_codes(self, features: Tensor) -> Tensor:
+        """Return the code of the nearest entry for each vector of (B, T', C, h, w), (B, T', h, w).
+
+        In the precision of the codebook: products in bfloat16 would give another entry. Clip by clip, since the library
+        holds the distance to each of its entries.
+        """
+        features = features.to(self.model.quantize.embedding.weight.dtype)
+        device = features.device.type
+        with torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext():
+            return torch.cat([self.model.quantize(clip) for clip in features.split(1)])
 
     def _run_decoder(self, latent: Tensor) -> Tensor:
         # The library's decode() takes codes alone; generators of latents give vectors.

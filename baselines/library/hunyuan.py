@@ -15,7 +15,7 @@ class HunyuanVideo(LibraryAutoencoder):
         "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video.AutoencoderKLHunyuanVideo"
     )
 
-    def _factors(self, config: Any) -> tuple[int, int]:
+    def _read_factors(self, config: Any) -> tuple[int, int]:
         return int(config.temporal_compression_ratio), int(config.spatial_compression_ratio)
 
 

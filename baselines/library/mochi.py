@@ -12,5 +12,5 @@ class Mochi(LibraryAutoencoder):
     library_class: ClassVar[str] = "diffusers.models.autoencoders.autoencoder_kl_mochi.AutoencoderKLMochi"
     last_weight: ClassVar[str] = "decoder.proj_out.weight"
 
-    def _factors(self, config: Any) -> tuple[int, int]:
+    def _read_factors(self, config: Any) -> tuple[int, int]:
         return math.prod(config.temporal_expansions), math.prod(config.spatial_expansions)

@@ -20,6 +20,7 @@ class VidTok(LibraryAutoencoder):
     """
 
     library_class: ClassVar[str] = "diffusers.models.autoencoders.autoencoder_vidtok.AutoencoderVidTok"
+    cache_attribute: ClassVar[str | None] = "causal_cache"
 
     def __init__(self, arguments: dict[str, Any] | None = None, activation_checkpointing: bool = False) -> None:
         super().__init__(arguments, activation_checkpointing)
@@ -28,7 +29,7 @@ class VidTok(LibraryAutoencoder):
             size = self.model.num_sample_frames_batch_size
             self.temporal = TemporalSpec(multiple=size, minimum=size, pad="last")
 
-    def _factors(self, config: Any) -> tuple[int, int]:
+    def _read_factors(self, config: Any) -> tuple[int, int]:
         return 2 ** len(self.model.encoder.tempo_ds), 2 ** len(self.model.encoder.spatial_ds)
 
     def _count_channels(self, config: Any) -> int:
@@ -38,9 +39,6 @@ class VidTok(LibraryAutoencoder):
     def last_layer(self) -> nn.Parameter:
         (*_, weight) = (weight for weight in self.model.decoder.conv_out.parameters() if weight.ndim > 1)
         return weight
-
-    def _clear_caches(self) -> None:
-        self.model._empty_causal_cached(self.model)
 
     def _extend(self, clip: Tensor) -> Tensor:
         if not self.causal:
@@ -57,7 +55,7 @@ class VidTok(LibraryAutoencoder):
     def _encode(self, clip: Tensor) -> Encoding:
         if self.model.regularizer == "kl":
             return super()._encode(clip)
-        with self._clean():
+        with self._call_library(clip.shape[2], clip.device):
             value, _ = self.model.encode(self._extend(clip))
         self._check_shape("encode", value, (len(clip), *self._latent_shapes((3, *clip.shape[2:]))["latent"]))
         # The library truncates the sum over digits, which rounding puts below the integer, to the code before.

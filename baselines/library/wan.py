@@ -29,7 +29,7 @@ class Wan(LibraryAutoencoder):
     def _enable_checkpointing(self) -> None:
         """Leave recomputation to `_run_chunks`: the library has none."""
 
-    def _factors(self, config: Any) -> tuple[int, int]:
+    def _read_factors(self, config: Any) -> tuple[int, int]:
         pixels: int = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
         return 2 ** sum(config.temperal_downsample), pixels
 
@@ -38,7 +38,7 @@ class Wan(LibraryAutoencoder):
 
     def _run_encoder(self, clip: Tensor) -> tuple[Tensor, Tensor | None]:
         if size := self.model.config.patch_size:
-            clip = _patching("patchify")(clip, size)
+            clip = _import_function("patchify")(clip, size)
         chunks = [clip[:, :, :1], *(clip[:, :, 1:].split(self.time, dim=2) if clip.shape[2] > 1 else ())]
         encoded = self._run_chunks(self.model.encoder, chunks)
         mean, logvar = self.model.quant_conv(encoded).chunk(2, dim=1)
@@ -47,7 +47,7 @@ class Wan(LibraryAutoencoder):
     def _run_decoder(self, latent: Tensor) -> Tensor:
         decoded = self._run_chunks(self.model.decoder, self.model.post_quant_conv(latent).split(1, dim=2), True)
         if size := self.model.config.patch_size:
-            decoded = _patching("unpatchify")(decoded, size)
+            decoded = _import_function("unpatchify")(decoded, size)
         return decoded if self.training else decoded.clamp(-1.0, 1.0)
 
     def _run_chunks(self, network: nn.Module, chunks: Any, marks_first: bool = False) -> Tensor:
@@ -76,7 +76,8 @@ class Wan(LibraryAutoencoder):
         return torch.cat(outputs, dim=2)
 
 
-def _patching(name: str) -> Callable[[Tensor, int], Tensor]:
+def _import_function(name: str) -> Callable[[Tensor, int], Tensor]:
+    """Import one of the library's functions between pixels and patches."""
     function: Callable[[Tensor, int], Tensor] = getattr(
         import_module("diffusers.models.autoencoders.autoencoder_kl_wan"), name
     )

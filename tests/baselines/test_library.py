@@ -3,6 +3,7 @@
 import ast
 import json
 import sys
+import tomllib
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vidtwin import VideoAutoencoder, plugins
-from vidtwin.baselines.library.base import LibraryAutoencoder, StandardizedGaussian
+from vidtwin.baselines.library.base import VERSIONS, LibraryAutoencoder, StandardizedGaussian
+from vidtwin.baselines.library.neighbourhood import NeighbourhoodProcessor, attend_to_neighbours
 from vidtwin.cli import main
 from vidtwin.errors import UserError
 from vidtwin.posteriors import Deterministic
@@ -81,6 +83,31 @@ TINY: dict[str, tuple[dict[str, Any], int, int]] = {
         3,
         16,
     ),
+    "ltx2_video/diffusion": (
+        {"block_out_channels": [8, 16], "decoder_block_out_channels": [8, 16], "layers_per_block": [1, 1, 1]}
+        | {"down_block_types": ["LTX2VideoDownBlock3D"] * 2, "decoder_layers_per_block": [1, 1, 1]}
+        | {"spatio_temporal_scaling": [True, True], "decoder_spatio_temporal_scaling": [True, True]}
+        | {"decoder_inject_noise": [False] * 3, "downsample_type": ["spatial", "spatiotemporal"]}
+        | {"upsample_type": ["spatiotemporal", "spatial"], "upsample_residual": [True] * 2}
+        | {"upsample_factor": [1, 1], "patch_size": 2, "latent_channels": 4},
+        3,
+        16,
+    ),
+    "minimax_h3": (
+        {"block_out_channels": [8, 8], "layers_per_block": 1, "latent_channels": 2, "norm_num_groups": 2}
+        | {"spatial_downsample_factors": [2, 2], "temporal_downsample_factors": [2, 1], "clip_length": 3}
+        | {"token_drop": 1, "decoder_num_layers": 1, "decoder_num_attention_heads": 1, "decoder_attention_head_dim": 8}
+        | {"latents_mean": [0.5, -0.5], "latents_std": [2.0, 1.5]},
+        4,
+        8,
+    ),
+    "flux2": (
+        _SMALL
+        | {"block_out_channels": [4, 8], "down_block_types": ["DownEncoderBlock2D"] * 2}
+        | {"up_block_types": ["UpDecoderBlock2D"] * 2},
+        2,
+        8,
+    ),
     "cosmos": (
         {"encoder_block_out_channels": [8, 8, 8], "decode_block_out_channels": [8, 8, 8, 8], "latent_channels": 2}
         | {"num_layers": 1, "patch_size": 2, "spatial_compression_ratio": 4, "temporal_compression_ratio": 4}
@@ -139,7 +166,18 @@ TINY: dict[str, tuple[dict[str, Any], int, int]] = {
         4,
     ),
 }
-SLOW = {"kvae", "stable_video_diffusion", "easyanimate", "vidtok", "wan/2.2", "mochi"}  # wide, or like another
+# Arguments of the adapter itself.
+OWN: dict[str, dict[str, Any]] = {
+    "ltx2_video/diffusion": {
+        "decoder": "diffusion",
+        "decoder_arguments": {"latent_channels": 4, "patch_size": 2, "decoder_head_dim": 8, "decoder_t_emb_dim": 8}
+        | {"decoder_stage_channels": [16, 8, 8], "decoder_stage_depths": [1, 1, 1]}
+        | {"decoder_stage_kernels": [[3, 1, 1], [3, 3, 3]], "decoder_stage5_kernel": [3, 5, 5]}
+        | {"decoder_upsample_strides": [[1, 2, 2], [2, 2, 2]], "decoder_upsample_channel_reductions": [2, 1]}
+        | {"spatial_compression_ratio": 8, "temporal_compression_ratio": 2},
+    }
+}
+SLOW = {"kvae", "flux2", "stable_video_diffusion", "easyanimate", "vidtok", "wan/2.2", "mochi"}  # wide, or like another
 
 
 def class_of(name: str) -> type[LibraryAutoencoder]:
@@ -151,7 +189,7 @@ def class_of(name: str) -> type[LibraryAutoencoder]:
 def tiny(name: str) -> LibraryAutoencoder:
     """Return the tiny model in evaluation mode, built once; tests leave it as it was."""
     torch.manual_seed(0)
-    return class_of(name)(TINY[name][0]).eval()
+    return class_of(name)(TINY[name][0], **OWN.get(name, {})).eval()
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -187,6 +225,9 @@ OFFICIAL = {
     "hunyuan_video15": (1_260_634_115, (32, 5, 14, 14)),
     "ltx_video": (419_193_649, (128, 3, 7, 7)),
     "ltx2_video": (1_222_479_601, (128, 3, 7, 7)),
+    "ltx2_video_diffusion": (1_111_232_497, (128, 3, 7, 7)),
+    "minimax_h3": (2_603_868_984, (24, 7, 14, 14)),
+    "flux2": (84_046_115, (128, 16, 14, 14)),
     "cosmos8": (105_653_696, (16, 3, 28, 28)),
     "cosmos4": (104_669_888, (16, 5, 28, 28)),
     "mochi": (459_748_611, (12, 4, 28, 28)),
@@ -206,6 +247,9 @@ FULL = (3, 16, 224, 224)
 def official(name: str) -> LibraryAutoencoder:
     """Build the model of a config on the meta device."""
     section = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"]["autoencoder"]
+    if name == "ltx2_video_diffusion":  # its base is ltx2_video.yaml
+        base = yaml.safe_load((CONFIGS / "ltx2_video.yaml").read_text())["model"]["autoencoder"]
+        section["init_args"] = base["init_args"] | section["init_args"]
     if name == "vidtok_fsq":  # the library reads values of FSQ's codebook, which has no parameters
         section["init_args"]["arguments"]["regularizer"] = "kl"
     with torch.device("meta"):
@@ -312,6 +356,23 @@ def test_allegro_decodes_a_clip_that_the_librarys_tiles_make_zero():
     assert torch.allclose(ours, decoded.transpose(1, 2), atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "frames"), [("stable_video_diffusion", 2), ("allegro", 8)])
+def test_two_frames_in_bfloat16_on_a_cpu_give_the_gradient_of_float32(name, frames):
+    """There oneDNN leaves the weight gradient of a convolution unwritten that pads two frames and spans three."""
+    model, clip = tiny(name), noise(1, 3, frames, 8, 8)
+    gradients = []
+    try:
+        for enabled in (False, True):
+            model.zero_grad(set_to_none=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = model(clip).clip.float().square().mean()
+            loss.backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    finally:
+        model.zero_grad(set_to_none=True)
+    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+
+
 def test_a_constant_picture_is_refused():
     model = tiny("stable_diffusion")
     layer = model.model.decoder.conv_out
@@ -350,13 +411,7 @@ def test_an_exception_spoils_no_later_clip(name):
                 model(clip)
             hook.remove()
             assert torch.equal(model(clip).clip, expected)
-    kept = [
-        (type(module).__name__, key)
-        for module in model.model.modules()
-        for key, value in vars(module).items()
-        if isinstance(value, torch.Tensor) and key != "global_codebook_usage"
-    ]
-    assert kept == []
+    assert kept_frames(model) == []
 
 
 def test_ltx2s_own_ratios_are_not_believed():
@@ -404,6 +459,173 @@ def test_wan_recomputes_chunks_to_the_same_gradients():
         assert torch.allclose(first.grad, second.grad, rtol=1e-4, atol=1e-8), name
     assert numbers[1] < numbers[0] / 2
     plain.zero_grad(set_to_none=True)
+
+
+KEEPING = ("easyanimate", "kvae", "vidtok")  # frames, from one call of a layer to the next
+SUPPORTING = [name for name in TINY if name not in ("wan", "wan/2.2", "emu3")]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in KEEPING else pytest.param(name, marks=pytest.mark.slow) for name in SUPPORTING]
+)
+def test_recomputation_changes_no_gradient_and_keeps_no_frames(name):
+    """Layers that keep frames find those of the first run in the second."""
+    arguments, frames, side = TINY[name]
+    plain = tiny(name)
+    model = class_of(name)(arguments, activation_checkpointing=True, **OWN.get(name, {}))
+    model.load_state_dict(plain.state_dict())
+    clip = noise(1, 3, plain.temporal.legal_length(frames + 1), side, side)
+    gradients = []
+    try:
+        for each in (plain.train(), model.train()):
+            torch.manual_seed(0)  # Allegro has dropout
+            each.decode(each.encode(clip).sample()).square().mean().backward()
+            gradients.append([p.grad for p in each.parameters()])
+    finally:
+        plain.zero_grad(set_to_none=True)
+        plain.eval()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
+    assert kept_frames(model) == []
+
+
+def kept_frames(model: LibraryAutoencoder) -> list[tuple[str, str]]:
+    """List the tensors that layers hold beside their parameters and buffers."""
+    return [
+        (type(module).__name__, key)
+        for module in model.model.modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and key != "global_codebook_usage"
+    ]
+
+
+@pytest.mark.parametrize("kernel", [(3, 5, 7), (1, 1, 3), (6, 9, 10)])
+def test_neighbours_by_tiles_are_those_of_the_librarys_mask(kernel):
+    """The grid has several tiles along each axis, of which the last is not full."""
+    sizes, generator = (6, 9, 10), torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, *sizes, 2, 4, generator=generator).requires_grad_() for _ in range(3))
+    places = torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij"), -1).view(-1, 3)
+    span, first = torch.tensor(kernel), places - torch.tensor(kernel) // 2
+    first = first.clamp(min=0).minimum(torch.tensor(sizes) - span)[:, None]
+    seen = ((places >= first) & (places < first + span)).all(-1)
+    assert (seen.sum(1) == span.prod()).all()
+    flat = (x.flatten(1, 3).transpose(1, 2) for x in (query, key, value))
+    wanted = nn.functional.scaled_dot_product_attention(*flat, seen, scale=1.0).transpose(1, 2).view_as(query)
+    got = attend_to_neighbours(query, key, value, kernel)
+    torch.testing.assert_close(got, wanted)
+    weights = torch.randn(got.shape, generator=generator)
+    pairs = (torch.autograd.grad((x * weights).sum(), (query, key, value)) for x in (got, wanted))
+    torch.testing.assert_close(*pairs)
+
+
+def test_ltx2s_decoders_share_a_latent_and_a_latent_has_one_clip():
+    model, clip = tiny("ltx2_video/diffusion"), noise(2, 3, 5, 16, 24)
+    other = class_of("ltx2_video")(TINY["ltx2_video"][0]).eval()
+    other.model.encoder.load_state_dict(model.model.encoder.state_dict())
+    with torch.no_grad():
+        latent = model.encode(clip).mode()["latent"]
+        assert torch.equal(other.encode(clip).mode()["latent"], latent)
+        decoded = model.decode({"latent": latent})
+        assert torch.equal(model.decode({"latent": latent}), decoded)
+        torch.testing.assert_close(model.decode({"latent": latent[1:]}), decoded[1:])
+        model.seed = 1
+        try:
+            assert (model.decode({"latent": latent}) - decoded).abs().max() > 1e-3
+        finally:
+            model.seed = 0
+    model.train()
+    try:
+        assert (model.decode({"latent": latent}) - model.decode({"latent": latent})).abs().max() > 1e-3
+    finally:
+        model.eval()
+
+
+@pytest.mark.slow
+def test_ltx2s_diffusion_decoder_is_the_librarys():
+    """Which compiles its attention."""
+    model, latent = tiny("ltx2_video/diffusion"), noise(2, 4, 3, 2, 3)
+    with torch.no_grad():
+        decoded = model.decode({"latent": latent})
+        for attention in (m for m in model.diffusion.modules() if hasattr(m, "build_block_mask")):
+            attention.set_processor(attention._default_processor_cls())
+        try:
+            same = [torch.Generator().manual_seed(0) for _ in range(2)]
+            theirs = model.diffusion.decode(latent, generator=same).sample
+            torch.testing.assert_close(decoded, theirs, rtol=1e-4, atol=1e-5)
+        finally:
+            model.diffusion.set_attn_processor(NeighbourhoodProcessor())
+
+
+def test_ltx2s_diffusion_decoder_takes_what_holds_its_windows():
+    assert str(official("ltx2_video_diffusion").temporal) == "8k+1 frames (at least 17)"
+    model, own = tiny("ltx2_video/diffusion"), OWN["ltx2_video/diffusion"]
+    assert (model.temporal.minimum, model.minimum_side) == (3, 16)
+    with pytest.raises(
+        UserError, match=r"at least 16 pixels in height and width for LTX2Video, got \(1, 3, 3, 8, 16\)"
+    ):
+        model.encode(noise(1, 3, 3, 8, 16))
+    with pytest.raises(UserError, match="latent of at least 2 x 2 x 2 places for the diffusion decoder, got 1 x 2 x 2"):
+        model.decode({"latent": noise(1, 4, 1, 2, 2)})
+    wrong = {"decoder_arguments": own["decoder_arguments"] | {"patch_size": 4}}
+    for arguments, message in (
+        (
+            wrong | {"decoder": "diffusion"},
+            "Expected a decoder of 4 channels and 2 x 8 x 8 pixels, got 4 and 2 x 16 x 16;",
+        ),
+        (wrong, "Expected decoder_arguments with decoder diffusion alone"),
+        (own | {"sampling_steps": 0}, "Expected sampling_steps of at least 1, got 0"),
+        ({"decoder": "gan"}, """Expected decoder "convolution" or "diffusion", got 'gan'"""),
+    ):
+        with pytest.raises(UserError, match=message):
+            class_of("ltx2_video")(TINY["ltx2_video"][0], **arguments)
+
+
+def test_minimax_gets_imagenets_pixels_and_gives_its_own_lengths():
+    model, clip = tiny("minimax_h3"), noise(2, 3, 4, 8, 8)
+    lengths = {frames: official("minimax_h3").temporal.legal_length(frames) for frames in (1, 16, 22, 23, 39)}
+    assert lengths == {1: 22, 16: 22, 22: 22, 23: 39, 39: 39}
+    mean, deviation = (
+        torch.tensor(values).view(3, 1, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
+    with torch.no_grad():
+        theirs = model.model.encode((clip * 0.5 + 0.5 - mean) / deviation).latent_dist.mean
+        torch.testing.assert_close(model.encode(clip).mode()["latent"] * model.scale + model.shift, theirs)
+        pixels = model.model.decode(theirs).sample * deviation + mean
+        torch.testing.assert_close(model(clip).clip, pixels * 2 - 1, rtol=1e-4, atol=1e-5)
+        longer = noise(1, 3, 5, 8, 8)
+        assert model(longer).clip.shape == longer.shape
+        assert library_round_trip(model, longer).shape[2] == 4
+    with pytest.raises(UserError, match="at least 8 pixels in height and width for MiniMaxH3"):
+        model.encode(noise(1, 3, 4, 4, 8))  # places are mirrored at the border
+
+
+def test_minimax_goes_by_the_librarys_tiles():
+    """Its decoder counts places relative to a tile, so that a whole frame is another picture."""
+    model, clip = tiny("minimax_h3"), noise(1, 3, 4, 8, 16)
+    with torch.no_grad():
+        whole = model(clip).clip
+        sizes = {"tile_sample_min_height": 8, "tile_sample_min_width": 8, "tile_sample_min_overlap_height": 4}
+        before = {name: getattr(model.model, name) for name in (*sizes, "tile_sample_min_overlap_width")}
+        model.model.enable_tiling(**sizes, tile_sample_min_overlap_width=4)
+        try:
+            assert (model(clip).clip - whole).abs().max() > 1e-3
+        finally:
+            model.model.enable_tiling(**before)
+
+
+def test_flux2s_latent_is_the_generators():
+    model, clip = class_of("flux2")(TINY["flux2"][0]).eval(), noise(2, 3, 2, 8, 8)
+    norm = model.model.bn
+    norm.running_mean.copy_(torch.linspace(-1, 1, 8))
+    norm.running_var.copy_(torch.linspace(0.5, 2, 8))
+    with torch.no_grad():
+        posterior = model.encode(clip)["latent"]
+        own = model.model.encode(clip.transpose(1, 2).flatten(0, 1)).latent_dist
+        packed = nn.functional.pixel_unshuffle(own.mean, 2)
+        wanted = (packed - norm.running_mean.view(-1, 1, 1)) / (norm.running_var + 1e-4).sqrt().view(-1, 1, 1)
+        torch.testing.assert_close(posterior.mode().transpose(1, 2).flatten(0, 1), wanted)
+        decoded = model.model.decode(own.mean).sample.unflatten(0, (2, 2)).transpose(1, 2)
+        torch.testing.assert_close(model.decode({"latent": posterior.mode()}), decoded, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(posterior.regularization()["kl"], own.kl().sum() / 2)
 
 
 def test_checkpointing_of_the_library_is_used_or_refused():
@@ -454,6 +676,19 @@ def test_emu3_equals_its_library_and_trains_its_decoder_alone():
     model.eval()
 
 
+def test_emu3s_codes_in_bfloat16_are_the_nearest_entries():
+    """Products in bfloat16 pick others."""
+    torch.manual_seed(0)
+    model = class_of("emu3")(TINY["emu3"][0] | {"codebook_size": 4096}).eval()
+    model.model.quantize.embedding.weight.data.mul_(0.1)
+    features: list[torch.Tensor] = []
+    model.model.quant_conv.register_forward_hook(lambda *given: features.append(given[-1]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        codes = model.encode(noise(2, 3, 8, 16, 16))["latent"].codes
+    entries, vectors = model.model.quantize.embedding.weight.double(), features[0].movedim(1, -1).double()
+    assert torch.equal(codes, torch.cdist(vectors.flatten(0, 3), entries).argmin(1).view_as(codes))
+
+
 def library_emu3_length(model: LibraryAutoencoder, clip: torch.Tensor) -> int:
     codes = model.model.encode(clip.transpose(1, 2), torch.tensor([[4, 4]])).image_tokens[0]
     return int(model.model.decode(codes[None]).shape[1])
@@ -485,11 +720,34 @@ def test_ltx_takes_the_scale_of_its_weights():
         assert torch.allclose(model.encode(clip).mode()["latent"], before / 2)
 
 
+def test_ltx_draws_the_noise_of_its_decoder_from_a_seed_in_evaluation():
+    """LTX-Video 0.9.1 adds noise to the decoder's features."""
+    arguments = {"decoder_inject_noise": [True, False, False], "timestep_conditioning": True}
+    torch.manual_seed(0)
+    model = class_of("ltx_video")(TINY["ltx_video"][0] | arguments).eval()
+    for name, parameter in model.named_parameters():
+        if "per_channel_scale" in name:  # 0 in new weights
+            nn.init.ones_(parameter)
+    latent = noise(2, 4, 2, 2, 2)
+    with torch.no_grad():
+        state = torch.get_rng_state()
+        first, second = model.decode({"latent": latent}), model.decode({"latent": latent[:1]})
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.testing.assert_close(first[:1], second)
+        model.train()
+        assert (model.decode({"latent": latent}) - model.decode({"latent": latent})).abs().max() > 1e-3
+
+
 def test_cosmos_has_a_scale_per_step_and_repeats_the_last():
     model = tiny("cosmos")
-    shift, scale = model._scaling(3)
+    shift, scale = model._get_scaling(3)
     assert shift[0, :, :, 0, 0].tolist() == [[0.5, 0.25, 0.25], [-0.5, 0.0, 0.0]]
     assert scale[0, :, :, 0, 0].tolist() == [[2.0, 1.5, 1.5], [1.0, 0.5, 0.5]]
+    own = {
+        name: yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"]["autoencoder"]["init_args"]["arguments"]
+        for name in ("cosmos4", "cosmos8")
+    }
+    assert [arguments.get("latents_mean", "CV8x8x8's") for arguments in own.values()] == [None, "CV8x8x8's"]
 
 
 def test_kvaes_invented_noise_is_left_out():
@@ -524,6 +782,22 @@ def test_a_missing_library_is_the_line_that_installs_it(name, package, monkeypat
     assert str(error.value) == (
         f"Expected the package {package}, got none installed; run pip install 'vidtwin[library]'."
     )
+
+
+@pytest.mark.parametrize(("name", "package"), [("minimax_h3", "diffusers"), ("emu3", "transformers")])
+def test_a_class_that_a_library_lacks_is_one_line_with_the_version_that_has_it(name, package, monkeypatch):
+    cls = class_of(name)
+    module, _, library = cls.library_class.rpartition(".")
+    monkeypatch.delattr(f"{module}.{library}")
+    installed = metadata.version(package)
+    with pytest.raises(UserError) as error:
+        cls()
+    beginning = f"Expected {package} with {library}, as {VERSIONS[package]} has it, got {installed} ("
+    assert str(error.value).startswith(beginning)
+    assert str(error.value).endswith("; run pip install 'vidtwin[library]'.")
+    assert "\n" not in str(error.value)
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["library"]
+    assert any(line.startswith(f"{package}>={VERSIONS[package]},") for line in requirements)
 
 
 def test_arguments_that_the_library_refuses_are_one_line():
@@ -571,6 +845,25 @@ def test_official_weights_convert_and_others_are_refused(tmp_path, monkeypatch, 
         class_of("mochi").from_official("repo", "vae")
     with pytest.raises(UserError, match=r"with config\.json, got none in repo; give --subfolder"):
         class_of("wan").from_official("repo")
+
+
+def test_ltx2s_official_decoders_convert(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, clip = tiny("ltx2_video/diffusion"), noise(1, 3, 3, 16, 16)
+    whole = class_of("ltx2_video")(TINY["ltx2_video"][0])
+    whole.model.encoder.load_state_dict(model.model.encoder.state_dict())
+    whole.model.save_pretrained("repo/vae")
+    model.diffusion.save_pretrained("repo/diffusion_decoder")
+    options = ["convert", "repo", "ours", "--model", "ltx2_video", "--subfolder", "vae", "--decoder", "diffusion"]
+    assert main([*options, "--seed", "3"]) == 0
+    loaded = VideoAutoencoder.from_pretrained("ours")
+    assert isinstance(loaded, class_of("ltx2_video"))
+    assert loaded.seed == 3
+    loaded.seed = 0
+    with torch.no_grad():
+        assert torch.equal(loaded(clip).clip, model(clip).clip)
+    with pytest.raises(UserError, match="of LTX2VideoDiffusionDecoderModel in repo/vae, got those of Auto"):
+        class_of("ltx2_video").from_official("repo", "vae", decoder="diffusion", decoder_subfolder="vae")
 
 
 @pytest.mark.usefixtures("without_pictures")
