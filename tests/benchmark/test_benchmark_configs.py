@@ -193,7 +193,7 @@ def test_the_checkpoints_are_where_the_commands_in_the_header_leave_them(name, c
     """Of each `vidtwin fit`: the logger's folder, and in it the configs of the entry that takes the checkpoint."""
     text = (FOLDER / f"{name}.yaml").read_text().replace("\\\n#", "")
     commands = [shlex.split(line) for line in re.findall(r"^#   vidtwin (fit .*)$", text, re.MULTILINE)]
-    converted = dict(re.findall(r"^#   vidtwin convert PATH/TO/\S+ runs/(\S+) --model (\w+)", text, re.MULTILINE))
+    converted = dict(re.findall(r"^#   vidtwin convert PATH/TO/\S+ runs/(\S+)\s+--model (\w+)", text, re.MULTILINE))
     left = {}
     for command in commands:
         configs = [ROOT / path for flag, path in pairwise(command) if flag == "--config"]
