@@ -51,7 +51,7 @@ from vidtwin.posteriors import DiagonalGaussian, Encoding, Latents
 
 Release = Literal["v1.0", "v1.1", "v1.2"]
 
-# What a released config.json says of each release.
+# The layers in each release's config.json.
 _IN_SPACE = {
     "encoder_conv_in": "CausalConv3d",
     "encoder_resnet_blocks": ["ResnetBlock3D"] * 4,
@@ -103,7 +103,7 @@ class ScrambledAttention(FrameAttention):
 
 
 class TimeDownsample(nn.Module):
-    """Half the frames: the mean of each second frame and the two before it."""
+    """Halve the frames: the mean of each second frame and the two before it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Downsample (B, C, T, H, W) → (B, C, 1 + (T − 1) // 2, H, W)."""
@@ -111,7 +111,7 @@ class TimeDownsample(nn.Module):
 
 
 class TimeDownsampleResidual(nn.Module):
-    """Half the frames: a learned mixture of `TimeDownsample` and a strided 3x3x3 convolution.
+    """Halve the frames: a learned mixture of `TimeDownsample` and a strided 3x3x3 convolution.
 
     Args:
         width: C.
@@ -239,7 +239,7 @@ class Encoder(Recomputing):
     """Encoder from a clip to a feature map.
 
     Args:
-        config: What a release's config says of the layers.
+        config: A release's layers, as in `CONFIGS`.
         widths: Channels of each level, from pixels to latent.
         latent_channels: Half the channels of the output.
         blocks: Residual blocks per level.

@@ -153,7 +153,7 @@ class Decoder(Recomputing):
     Args:
         channels, latent_channels, num_blocks, norm, deep, activation_checkpointing: As in `Encoder`.
         flow_channels: Width of what leaves the trunk and becomes coefficients, per level.
-        interpolation: Of frames, where time doubles.
+        interpolation: Interpolation of frames in the layers that double them.
     """
 
     def __init__(

@@ -148,6 +148,7 @@ class LibraryAutoencoder(VideoAutoencoder):
     # Shared by all adapters.
 
     def check_clip(self, clip: Tensor) -> None:
+        """Raise `UserError` unless the model takes `clip`, of at least `minimum_side` pixels in height and width."""
         super().check_clip(clip)
         if min(clip.shape[3:]) < self.minimum_side:
             raise UserError(

@@ -117,7 +117,7 @@ def test_eight_channels_have_their_size():
     ("frames", "steps", "rate"), [(16, 5, 0.6510), (17, 5, 0.6127), (8, 3, 0.7812), (1, 1, 2.0833)]
 )
 def test_rates_are_those_of_the_tensors_and_clips_keep_their_length(frames, steps, rate):
-    """The released model makes 5 frames of 8 without a word. The printed 0.5208% is the limit of long clips."""
+    """The released model makes 5 frames of 8 without an error. The printed 0.5208% is the limit of long clips."""
     model, clip = small(), noise(1, 3, frames, 16, 8)
     output = model(clip)
     latent = output.latents["latent"]

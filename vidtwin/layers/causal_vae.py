@@ -172,7 +172,7 @@ class FrameAttention(nn.Module):
 
 
 class FrameDownsample(vqgan.Downsample):
-    """Half the height and width by a strided 3x3 convolution of each frame, padded on the right and at the bottom."""
+    """Halve the height and width by a strided 3x3 convolution of each frame, padded on the right and at the bottom."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Downsample (B, C, T, H, W) → (B, C, T, H/2, W/2)."""
@@ -188,7 +188,7 @@ class FrameUpsample(vqgan.Upsample):
 
 
 class Downsample3d(nn.Module):
-    """Half the height, width and, with `time`, frames by a strided convolution, padded on the right and at the bottom.
+    """Halve the height, width and, with `time`, frames by a strided convolution, padded on the right and at the bottom.
 
     Args:
         width: C.
