@@ -14,13 +14,13 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vidtwin import weights
 from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
 from vidtwin.data import ClipSettings
 from vidtwin.errors import UserError
-from vidtwin.losses.adversarial import mean_over_ranks
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.posteriors import Encoding, Latents
 from vidtwin.storage import checkpoints
@@ -134,7 +134,9 @@ class Teacher(nn.Module):
             values = torch.cat([part[name] for part in latents]).double()
             values = values.movedim(1, 0).flatten(1) if values.ndim > 1 else values[None]
             count = torch.full_like(values[:, 0], values.shape[1])
-            sums = mean_over_ranks(torch.stack([count, values.sum(1), values.square().sum(1)]))
+            sums = torch.stack([count, values.sum(1), values.square().sum(1)])
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(sums)
             if sums.isfinite().all():  # a step that is not finite is skipped
                 self.get_buffer(f"moments_{name}").add_(sums)
 
