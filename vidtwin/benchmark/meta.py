@@ -3,7 +3,8 @@
     model on the meta device ── encode, decode ──> latents' shapes, FLOPs ──> rate, bits, tokens and FLOPs of a DiT
 
 Tensors on the meta device have shapes and no values: models of any size are counted within seconds, without data,
-weights or memory. The shapes are those that the encoder gives, not those that a class states.
+weights or memory. The shapes are those that the encoder gives; a model that asks for values has those that its class
+states, and no FLOPs.
 """
 
 import json
@@ -152,7 +153,7 @@ def _note(clip_shape: Sequence[int], models: Sequence[Counted], versions: dict[s
             yield f"{name} failed: {model['error']}"
             continue
         if model["flops_error"]:
-            yield f"FLOPs of {name} are not counted: {model['flops_error']}"
+            yield f"{name}: latents as its class states them, FLOPs not counted: {model['flops_error']}"
         if windows := model["windows"]:
             yield f"{name} takes {windows['windows']} windows of {windows['num_frames']} frames."
         if (claimed := model["claimed"]) and not claimed["agrees"]:

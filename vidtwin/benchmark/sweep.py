@@ -70,8 +70,8 @@ class Sweep(SweepOptions):
             log(f"counting {entry.name}", rank_zero=True)
             try:
                 models.append(meta.count(entry, self._read_model(entry, self._find_checkpoint(entry)), self.shape))
-            except UserError as error:
-                models.append({"name": entry.name, "error": str(error)})
+            except Exception as error:  # of the model's own
+                models.append({"name": entry.name, "error": format_error(error)})
         write(f"\n{meta.write(self.folder, self.shape, models)}")
         write(str(self.folder / "meta.md"))
         return int(any(model["error"] for model in models))
