@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
+from lightning.pytorch.strategies import ParallelStrategy
 from tiny import BASELINES, Clips, Poisoned, baseline_task, tiny_model, tiny_task, trainer
+from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR
 
@@ -50,6 +52,21 @@ class Diary(Callback):
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
         self.rejected.append(outputs["rejected"] if outputs else None)
         self.losses.append(float(trainer.callback_metrics.get("train/loss", 0.0)))
+
+
+class Sending(Callback):
+    """Count the bytes that DDP exchanges in backward passes, in `sent[name]`."""
+
+    def __init__(self, name: str, sent: dict[str, int]) -> None:
+        self.name, self.sent = name, sent
+
+    def on_train_start(self, trainer, task):
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            trainer.strategy.model.register_comm_hook(None, self._exchange)
+
+    def _exchange(self, state: None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        self.sent[self.name] = self.sent.get(self.name, 0) + bucket.buffer().nbytes
+        return allreduce_hook(None, bucket)
 
 
 def plain_task(accumulation: int = 1, **arguments: Any) -> AutoencoderTask:
@@ -95,10 +112,6 @@ def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
         blocked.append(strategy.lightning_module.batches)
         return without_sync(strategy)
 
-    def sending(name: str, bucket: Any) -> Any:
-        sent[name] = sent.get(name, 0) + bucket.buffer().nbytes
-        return allreduce_hook(None, bucket)
-
     ParallelStrategy.block_backward_sync = counting  # type: ignore[method-assign]
     try:
         diary = Diary()
@@ -106,10 +119,7 @@ def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
             world = devices.get("devices", 1)
             teacher = Teacher(str(folder.parent / "teacher")) if parts == 2 else None
             task = plain_task(parts, ema_decay=0.5, teacher=teacher)
-            if world > 1:
-                hook = {"ddp_comm_state": name, "ddp_comm_hook": sending}
-                devices["strategy"] = DDPStrategy(find_unused_parameters=True, **hook)
-            run = trainer(folder / name, 3, callbacks=[diary, saved(folder / name)], **devices)
+            run = trainer(folder / name, 3, callbacks=[diary, Sending(name, sent), saved(folder / name)], **devices)
             run.fit(task, datamodule=Clips(count=12, batch_size=4 // world))
     finally:
         Encoding.sample = sample  # type: ignore[method-assign]
