@@ -69,10 +69,10 @@ test-all: lint
 	$(MAKE) --no-print-directory -j 2 types tests CHOSEN=
 
 # A worker more than two cores, of one thread each: some tests wait for processes and leave a core idle. A file of tests
-# stays in one worker, which builds its fixtures once.
+# stays in one worker, which builds its fixtures once. Processes that tests start read compiled sources.
 CHOSEN ?= -m "not slow"
 tests: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(CHOSEN) -n $(WORKERS) --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest $(CHOSEN) -n $(WORKERS) --dist loadfile
 
 # Resumes if interrupted; `rm -r runs/proof runs/proof_gan` starts over.
 proof: install

@@ -1,10 +1,14 @@
-"""Measure every full-size model in one forward pass on a CPU (16 frames of 224 px), and estimate training costs.
+"""Measure full-size models in one forward pass on a CPU (16 frames of 224 px), and estimate training costs.
 
     python benchmarks/full_size.py
+    python benchmarks/full_size.py --clip ../shared/data/clips/bikes.mp4 LTX-Video WF-VAE-S
+    python benchmarks/full_size.py --costs
 
 Each model of the configs is built with random weights in its own process, where it encodes and decodes one clip in
-fp32. Exits with 1 if one needs more than 20 GB. Then estimates the costs of trainings on H100s at 35% of their
-989 TFLOP/s in bf16: 100,000 steps of 24 clips for all models, and each config's own recipe.
+fp32: noise, or the first frames of a video. Exits with 1 if one needs more than 20 GB. `--costs` runs nothing: it
+estimates the costs of the baselines' trainings on H100s at 35% of their 989 TFLOP/s in bf16: 100,000 steps of 24 clips
+for all models, and each config's own recipe. Sizes, rates and FLOPs alone need no run either: `vidtwin test --config
+configs/benchmark/seed_systems.yaml --meta`.
 
     clip = 3 · autoencoder + 3 · LPIPS + 8 · discriminator        (forward passes, in FLOPs)
 
@@ -35,7 +39,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidtwin import cli
-from vidtwin.benchmark.cost import flops
+from vidtwin.benchmark.cost import device_name, flops
+from vidtwin.clips import load_clip
 from vidtwin.storage import checkpoints
 
 CONFIGS = Path("configs")
@@ -47,10 +52,19 @@ MODELS = {
     "CMD, p=4, D=8": "baselines/cmd_patch4.yaml",
     "iVideoGPT (256 px inside)": "baselines/ivideogpt.yaml",
     "iVideoGPT, native": "baselines/ivideogpt_native.yaml",
+    "CV-VAE": "baselines/cvvae.yaml",
+    "OD-VAE": "baselines/odvae.yaml",
+    "Open-Sora": "baselines/opensora.yaml",
+    "WF-VAE-S": "baselines/wfvae.yaml",
+    "CogVideoX": "library/cogvideox.yaml",
+    "Wan 2.1": "library/wan21.yaml",
+    "LTX-Video": "library/ltx_video.yaml",
 }
-# Clips per step in each config's recipe, from its comments: data.batch_size times devices.
+# Clips per step in each baseline's recipe, from its comments: data.batch_size times devices.
 RECIPE = {"VidTwin-base": 24, "MAGVIT-v2 (prepend)": 48, "MAGVIT-v2, 5 channels (even)": 48}
 RECIPE |= {"CMD, p=16, D=32": 256, "CMD, p=4, D=8": 256, "iVideoGPT (256 px inside)": 32, "iVideoGPT, native": 32}
+# CV-VAE states no batch; this is that of 8 devices.
+RECIPE |= {"CV-VAE": 8, "OD-VAE": 8, "Open-Sora": 24, "WF-VAE-S": 8}
 CLIP = (3, 16, 224, 224)
 LIMIT = 20e9  # bytes
 STEPS, BATCH = 100_000, 24
@@ -71,11 +85,11 @@ def spec(name: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measure_forward(name: str) -> dict[str, Any]:
-    """Run the model once in this process and return its costs."""
+def measure_forward(name: str, video: Path | None) -> dict[str, Any]:
+    """Run the model once in this process, on the first frames of a video or on noise, and return its costs."""
     torch.manual_seed(0)
     model = checkpoints.build(spec(name)).eval()
-    clip = torch.rand(1, *CLIP) * 2 - 1
+    clip = torch.rand(1, *CLIP) * 2 - 1 if video is None else load_clip(video, num_frames=CLIP[1], size=CLIP[2])
     began = time.perf_counter()
     latents = model.encode(clip).mode()
     encoded = time.perf_counter()
@@ -123,16 +137,28 @@ def count_training(name: str, autoencoder: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", metavar="NAME", help="measure one model in this process and print the result")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)} (default: all)")
+    parser.add_argument("--clip", type=Path, metavar="VIDEO", help="a video whose first frames are taken, not noise")
+    parser.add_argument("--costs", action="store_true", help="estimate training costs, and run nothing")
+    parser.add_argument("--one", action="store_true", help="measure the model in this process and print the result")
     arguments = parser.parse_args()
+    if unknown := [name for name in arguments.models if name not in MODELS]:
+        parser.error(f"expected models of {', '.join(MODELS)}, got {', '.join(unknown)}")
     if arguments.one:
-        print(json.dumps(measure_forward(arguments.one)))
+        (name,) = arguments.models
+        print(json.dumps(measure_forward(name, arguments.clip)))
+        return 0
+    names = arguments.models or list(MODELS)
+    if arguments.costs:
+        print_costs([name for name in names if name in RECIPE])
         return 0
 
     measured: dict[str, dict[str, Any]] = {}
     rows = []
-    for name in MODELS:
-        command = [sys.executable, __file__, "--one", name]
+    for name in names:
+        command = [sys.executable, __file__, name, "--one"]
+        if arguments.clip:
+            command += ["--clip", str(arguments.clip)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         measured[name] = found = json.loads(done.stdout.splitlines()[-1])
         print(f"{name}: {found['peak'] / 1e9:.1f} GB", flush=True)
@@ -149,10 +175,19 @@ def main() -> int:
         )
     header = ["model", "parameters", "rate (%)", "bits/pixel", "TFLOPs (encode + decode)", "seconds", "peak (GB)"]
     print(as_markdown(header, rows))
+    print(f"\n{device_name('cpu')}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    if not arguments.models:
+        print_costs(list(RECIPE))
+    return int(any(found["peak"] > LIMIT for found in measured.values()))
 
+
+def print_costs(names: list[str]) -> None:
+    """Print the estimated costs of trainings."""
     rows = []
-    for name, found in measured.items():
-        costs = count_training(name, sum(found["flops"].values()))
+    for name in names:
+        with torch.device("meta"):
+            model = checkpoints.build(spec(name))
+        costs = count_training(name, sum(flops(model, CLIP).values()))
         start = part(MODELS[name], "loss").get("init_args", {}).get("adversarial_start", 10_000)
         steps = part(MODELS[name], "trainer")["max_steps"]
         hours = [
@@ -165,7 +200,6 @@ def main() -> int:
     print("\nEstimated TFLOPs per clip of a step, and H100 hours:")
     header = ["training", "autoencoder", "LPIPS", "discriminator", f"hours for {STEPS:,} x {BATCH}", "recipe", "hours"]
     print(as_markdown(header, rows))
-    return int(any(found["peak"] > LIMIT for found in measured.values()))
 
 
 if __name__ == "__main__":

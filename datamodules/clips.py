@@ -113,8 +113,8 @@ class VideoClips(ClipDataset):
     """Clips of video files.
 
     Training takes a random start, a random crop, one of the rates and, with `horizontal_flip`, the mirror image of
-    every second clip. Evaluation takes the clip in the middle of the video, all consecutive clips, or the whole video,
-    cropped at the centre, at the first rate.
+    every second clip; with `augment: windows` a random start alone, among the multiples of T. Evaluation takes the clip
+    in the middle of the video, all consecutive clips, or the whole video, cropped at the centre, at the first rate.
 
     Clip k of "all" has the frames that are shown from k·T / fps on: joined, the clips are the video at that rate from
     its first frame on. `start_frame` is the frame of the file that is shown first, so no two clips share one.
@@ -135,7 +135,8 @@ class VideoClips(ClipDataset):
         self.num_frames, self.size, self.seed = settings.num_frames, settings.size, settings.seed
         self.rates = settings.rates
         self.training = settings.draws(split)
-        self.horizontal_flip = settings.horizontal_flip and self.training
+        self.windows = self.training and settings.augment == "windows"
+        self.horizontal_flip = settings.horizontal_flip and self.training and not self.windows
         self.loop = settings.short_videos == "loop"
         self.replace = split == "train"
         self.consecutive = settings.takes_all(split)
@@ -310,6 +311,8 @@ class VideoClips(ClipDataset):
 
     def _draw(self, index: int, random: np.random.Generator) -> dict[str, Any]:
         position, x, y, mirror, rate = random.random(5) if self.training else (0.5, 0.5, 0.5, 1.0, 0.0)
+        if self.windows:
+            x, y = CENTRE
         place, number = self._place(index)
         info = self._info(place)
         rates = self._usable_rates(info)
@@ -334,8 +337,9 @@ class VideoClips(ClipDataset):
     def _read_at(self, info: VideoInfo, fps: float | None, position: float, crop: Crop) -> tuple[int, Frames]:
         """Read the clip at a position from 0 to 1 → first frame, pictures."""
         if self.training:
-            last = self._last_start(info, fps)
-            start = min(int(position * (last + 1)), last)
+            step = self._length(info, fps) if self.windows else 1
+            last = self._last_start(info, fps) // step
+            start = step * min(int(position * (last + 1)), last)
         else:
             start = self._fixed_start(info, fps)
         return start, self._read(info, start / info.fps, self._length(info, fps), fps, crop, self.loop)

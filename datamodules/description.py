@@ -21,7 +21,7 @@ def describe_clips(settings: ClipSettings, split: str) -> dict[str, Any]:
         "fps": settings.fps if drawn else settings.rates[0],
         "short_videos": settings.short_rule(split),
         "resize": RESIZE_FILTERS[settings.resize],
-        "augment": drawn,
+        "augment": settings.augment if drawn else False,
     }
     if drawn:
         described |= {"seed": settings.seed, "horizontal_flip": settings.horizontal_flip}

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 # Tests that fork processes (forked.py): all in one worker, which imports what they need once more.
-FORKING = "benchmark/test_sweep.py", "benchmark/test_sweep_on_two_ranks.py"
-FORKING += "apply/test_encode.py", "training/test_sharding.py", "training/test_distributed.py"
+FORKING = "training/test_distributed.py", "benchmark/test_sweep_on_two_ranks.py"
+FORKING += "apply/test_encode.py", "training/test_sharding.py"
 # By their CPU time, heaviest first: short files at the end keep all workers busy.
-HEAVY = *FORKING, "cli/test_configs.py", "test_hub.py", "training/test_resume.py"
-HEAVY += "benchmark/test_benchmark_configs.py", "benchmark/test_report_in_chromium.py", "apply/test_export.py"
-HEAVY += "cli/test_cli.py", "test_readme.py", "datamodules/test_doctor.py", "datamodules/test_streaming.py"
-HEAVY += "datamodules/test_broken.py", "datamodules/test_cache.py", "benchmark/test_plots.py"
-HEAVY += "benchmark/test_report.py", "training/test_task.py", "test_own_baseline.py", "models/test_vidtwin.py"
-HEAVY += "baselines/test_ivideogpt.py", "apply/test_reconstruct.py", "apply/test_reenact.py"
+HEAVY = *FORKING, "cli/test_configs.py", "benchmark/test_sweep.py", "training/test_resume.py"
+HEAVY += "benchmark/test_benchmark_configs.py", "apply/test_export.py", "benchmark/test_report_in_chromium.py"
+HEAVY += "test_hub.py", "cli/test_cli.py", "baselines/test_library.py", "datamodules/test_prepare.py"
+HEAVY += "datamodules/test_resume.py", "benchmark/test_plots.py", "video/test_video.py", "benchmark/test_report.py"
+HEAVY += "datamodules/test_doctor.py", "baselines/test_ivideogpt.py", "test_readme.py", "losses/test_perceptual.py"
+HEAVY += "apply/test_reconstruct.py", "models/test_vidtwin.py", "apply/test_reenact.py", "datamodules/test_broken.py"
 _PLACES = {f"tests/{file}": place for place, file in enumerate(HEAVY)}
 assert all((Path(__file__).parent / file).is_file() for file in HEAVY), "a file that conftest.py names has moved"
 
@@ -53,9 +53,18 @@ def shared() -> Path:
 
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `vidtwin test` write neither plots nor the page, which take longer than tiny models."""
+    """Let `vidtwin test` write neither plots nor the page nor clips, which take longer than tiny models."""
     monkeypatch.setattr("vidtwin.benchmark.plots.write", lambda folder: [])
     monkeypatch.setattr("vidtwin.benchmark.report.write", lambda folder: Path(folder) / "report.html")
+    monkeypatch.setattr("vidtwin.benchmark.players.write_clips", lambda runner: [])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _unflushed() -> Iterator[None]:
+    """Leave it to the system when files reach the disk: tests kill processes, never the machine, and would wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

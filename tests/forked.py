@@ -13,6 +13,8 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +50,35 @@ def run_script(path: Path, argv: Sequence[str], stderr: Path, timeout: float = 2
     assert code == 0, stderr.read_text()[-3000:]
 
 
+def _start_server() -> None:
+    """Start the process that the others are forked from; if it runs, do nothing.
+
+    Python 3.11 and 3.12 pass it sys.path but do not use it (gh-117378): it would import nothing, and say nothing.
+    """
+    tests = Path(__file__).parent
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{tests}{os.pathsep}{tests.parent}"
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        os.environ |= {"PYTHONPATH": before} if before is not None else {}
+
+
 def _run(calls: Sequence[tuple[Any, ...]], stderr: Path, timeout: float) -> list[int | None]:
-    processes = [_CONTEXT.Process(target=_enter, args=(stderr, Path.cwd(), *call)) for call in calls]
+    processes: list[Any] = [_CONTEXT.Process(target=_enter, args=(stderr, Path.cwd(), *call)) for call in calls]
+    _start_server()
     until = time.monotonic() + timeout
     for process in processes:
         process.start()
     try:
-        for process in processes:
-            process.join(max(0, until - time.monotonic()))
+        waiting = {process.sentinel: process for process in processes}
+        while waiting and (left := until - time.monotonic()) > 0:
+            for sentinel in wait([*waiting], left):
+                process = waiting.pop(sentinel)
+                process.join()
+                if process.exitcode != 0:  # the others may wait for it
+                    until = min(until, time.monotonic() + 5)
         return [process.exitcode for process in processes]  # None: it hangs
     finally:
         for process in processes:
@@ -71,6 +94,7 @@ def _enter(stderr: Path, folder: Path, environment: dict[str, str], work: Callab
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.chdir(folder)
     os.environ.update(environment)
+    os.fsync = lambda handle: None  # as in the tests' own process
     rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # that of a process is read on import
     torch.set_num_threads(1)
     work(*arguments)

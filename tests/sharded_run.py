@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from tiny import BASELINES, Clips, Poisoned, tiny_model, tiny_task, trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -143,7 +144,8 @@ def train(
     """From the mode of the posterior: what ranks would draw differs from what one process would."""
     sample, Encoding.sample = Encoding.sample, Encoding.mode  # type: ignore[method-assign]
     diary = Diary()
-    run = trainer(folder, steps, callbacks=[saved(folder, every), diary, *(callbacks or [])], **devices)
+    callbacks = [saved(folder, every), diary, *(callbacks or [])]
+    run = trainer(folder, steps, callbacks=callbacks, num_sanity_val_steps=0, **devices)
     try:
         run.fit(task, datamodule=data or Uneven(devices.get("devices", 1)), ckpt_path=ckpt_path)
     finally:
@@ -157,7 +159,8 @@ def train(
 def whole(folder: Path, **devices: Any) -> dict[str, Any]:
     """Callbacks that run parts of the model: on all ranks, and on the first alone."""
     task = task_of(depth=2)
-    outcome = train(folder, task, [ClipLogger(), Health()], every=1, **devices)
+    board = TensorBoardLogger(str(folder), name="", version="")
+    outcome = train(folder, task, [ClipLogger(num_clips=1), Health()], every=1, logger=board, **devices)
     own = [*task.autoencoder.parameters(), *task.optimizers()[0].state.keys()]
     outcome["sharded"] = sum(isinstance(parameter, DTensor) for parameter in own) / len(own)
     outcome["share"] = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in own)

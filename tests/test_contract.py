@@ -64,6 +64,15 @@ TINY = {
         {"channels": 4, "multipliers": [1, 1, 1, 1], "num_blocks": 1, "norm_groups": 1},
         {"num_frames": 5, "resolution": 16},
     ),
+    "opensora": (
+        {"channels": [4, 4, 8], "num_blocks": 1, "frame_channels": [4, 8], "frame_blocks": 1, "norm_groups": 1}
+        | {"chunk_frames": 5},
+        {"num_frames": 7, "resolution": 8},
+    ),
+    "cvvae": (
+        {"channels": 4, "multipliers": [1, 1, 1, 1], "num_blocks": 1, "norm_groups": 1, "chunk_frames": 4},
+        {"num_frames": 5, "resolution": 8},
+    ),
     "mean_colour": ({"num_frames": 4, "resolution": 16}, {"num_frames": 4}),
     "temporal_mean": ({"num_frames": 4, "resolution": 16}, {"num_frames": 4}),
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from vidtwin.posteriors import Deterministic, DiagonalGaussian, Encoding, Quantized
+from vidtwin.posteriors import Deterministic, DiagonalGaussian, Encoding, Quantized, StandardizedGaussian
 
 
 def gaussian(batch=3, scale=1.0, dtype=torch.float32):
@@ -30,6 +30,17 @@ def test_kl_is_summed_per_clip_and_averaged_over_the_batch(batch):
 def test_kl_keeps_double_precision():
     posterior = gaussian(dtype=torch.float64)
     torch.testing.assert_close(posterior.regularization()["kl"], reference_kl(posterior), rtol=1e-13, atol=0)
+
+
+def test_a_standardized_latent_has_the_kl_and_the_samples_of_its_own():
+    own, shift, scale = gaussian(dtype=torch.float64), torch.tensor(0.5), torch.tensor([2.0, 0.5, 1.0, 3.0])
+    posterior = StandardizedGaussian(own.mean, own.logvar, shift, scale.view(1, -1, 1, 1))
+    torch.testing.assert_close(posterior.regularization()["kl"], reference_kl(own), rtol=1e-13, atol=0)
+    samples = []
+    for each in (own, posterior):
+        torch.manual_seed(0)
+        samples.append(each.sample())
+    torch.testing.assert_close(samples[1], (samples[0] - 0.5) / scale.view(1, -1, 1, 1).double())
 
 
 def test_kl_of_half_precision_moments_is_summed_in_single_precision():

@@ -115,6 +115,9 @@ BASELINES: dict[str, dict[str, Any]] = {
     | {"latent_channels": 8, "codebook_size": 16, "dynamics_codebook_size": 16, "norm_groups": 8},
     "wfvae": {"channels": 4, "encoder_flow_channels": 4, "decoder_flow_channels": 4, "num_blocks": 1},
     "odvae": {"release": "v1.1", "channels": 4, "multipliers": [1, 1, 1, 1], "num_blocks": 1, "norm_groups": 1},
+    "opensora": {"channels": [4, 4, 8], "num_blocks": 1, "frame_channels": [4] * 4, "frame_blocks": 1}
+    | {"norm_groups": 1},
+    "cvvae": {"channels": 4, "multipliers": [1, 1, 1, 1], "num_blocks": 1, "norm_groups": 1},
 }
 
 

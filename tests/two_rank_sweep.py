@@ -1,6 +1,8 @@
 """Sweeps on two processes; run by test_sweep_on_two_ranks.py."""
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +43,11 @@ def main(folder: Path) -> None:
         found["refused"] = str(error)
     rank = torch.distributed.get_rank()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
+
+
+def fail_alone(folder: Path) -> None:
+    """Fail on the second rank, for which the first one waits."""
+    if os.environ["LOCAL_RANK"] == "1":
+        raise RuntimeError("the second rank fails")
+    time.sleep(60)
+    (folder / "waited").touch()

@@ -12,18 +12,20 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ParallelStrategy
-from tiny import BASELINES, Clips, Poisoned, baseline_task, tiny_task, trainer
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
+from tiny import BASELINES, Clips, Poisoned, baseline_task, tiny_model, tiny_task, trainer
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR
 
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import Preempted, UserError
 from vidtwin.losses.discriminator import PatchDiscriminator2d
-from vidtwin.posteriors import Encoding
+from vidtwin.posteriors import DiagonalGaussian, Encoding
 from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.training.callbacks.guard import StepGuard
 from vidtwin.training.task import AutoencoderTask
+from vidtwin.training.teacher import Teacher
 
 
 class Diary(Callback):
@@ -74,21 +76,39 @@ def saved(folder: Path, every: int = 2) -> LatestCheckpoint:
     return LatestCheckpoint(every_n_steps=every, dirpath=str(folder / "checkpoints"))
 
 
+def write_teacher(folder: Path) -> None:
+    """Write the teacher's weights, which all ranks read."""
+    torch.manual_seed(1)
+    tiny_model().save_pretrained(folder / "teacher")
+
+
 def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
-    """Three steps on 12 clips, 4 a step over all ranks, from the mode of the posterior."""
+    """Three steps on 12 clips, 4 a step over all ranks, from the mode of the posterior; those in parts with a teacher.
+
+    Its weights lie beside `folder`.
+    """
     sample, Encoding.sample = Encoding.sample, Encoding.mode  # type: ignore[method-assign]
     blocked, without_sync = [], ParallelStrategy.block_backward_sync
+    sent: dict[str, int] = {}
 
     def counting(strategy: ParallelStrategy) -> Any:
         blocked.append(strategy.lightning_module.batches)
         return without_sync(strategy)
+
+    def sending(name: str, bucket: Any) -> Any:
+        sent[name] = sent.get(name, 0) + bucket.buffer().nbytes
+        return allreduce_hook(None, bucket)
 
     ParallelStrategy.block_backward_sync = counting  # type: ignore[method-assign]
     try:
         diary = Diary()
         for name, parts in (("whole", 1), ("parts", 2)):
             world = devices.get("devices", 1)
-            task = plain_task(parts, ema_decay=0.5)
+            teacher = Teacher(str(folder.parent / "teacher")) if parts == 2 else None
+            task = plain_task(parts, ema_decay=0.5, teacher=teacher)
+            if world > 1:
+                hook = {"ddp_comm_state": name, "ddp_comm_hook": sending}
+                devices["strategy"] = DDPStrategy(find_unused_parameters=True, **hook)
             run = trainer(folder / name, 3, callbacks=[diary, saved(folder / name)], **devices)
             run.fit(task, datamodule=Clips(count=12, batch_size=4 // world))
     finally:
@@ -98,6 +118,8 @@ def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
     return {
         "clips": diary.clips[:3],
         "without_sync": blocked,
+        "sent": sent,
+        "parameters": sum(p.nbytes for p in task.autoencoder.parameters() if p.requires_grad),
         "adaptive_weight": weight,
         "psnr": float(run.callback_metrics["val/psnr"]),
     }
@@ -105,7 +127,8 @@ def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
 
 def baselines(folder: Path, **devices: Any) -> dict[str, Any]:
     """Two steps of each plug-in baseline on 8 clips, 4 a step over all ranks, from the mode of the posterior."""
-    sample, Encoding.sample = Encoding.sample, Encoding.mode  # type: ignore[method-assign]
+    # Of Open-Sora's image latents too.
+    sample, DiagonalGaussian.sample = DiagonalGaussian.sample, DiagonalGaussian.mode  # type: ignore[method-assign]
     psnr = {}
     try:
         for name in BASELINES:
@@ -116,7 +139,7 @@ def baselines(folder: Path, **devices: Any) -> dict[str, Any]:
             run.fit(baseline_task(name, still, **plain, ema_decay=0.5), datamodule=clips)
             psnr[name] = float(run.callback_metrics["val/psnr"])
     finally:
-        Encoding.sample = sample  # type: ignore[method-assign]
+        DiagonalGaussian.sample = sample  # type: ignore[method-assign]
     return psnr
 
 

@@ -50,8 +50,9 @@ class ClipSettings:
             frames in training and is refused in evaluation.
         seed: Seed of all random choices: order, start, crop, mirroring.
         horizontal_flip: Mirror half of the training clips, if `augment`.
-        augment: Draw start, crop and mirroring of the training clips at random, differently in each epoch; false takes
-            the clip in the middle of each video, to overfit on purpose.
+        augment: Draw start, crop and mirroring of the training clips at random, differently in each epoch; "windows"
+            draws the start alone, among the multiples of `num_frames`: with `fps: null` the windows of `vidtwin
+            encode`; false takes the clip in the middle of each video, to overfit on purpose.
         short_videos: Treatment of a video that ends before the clip does: "skip", or "loop", which starts it again.
         eval_clips: Clips that evaluation takes of a video: the one in the "middle", the "first" one, or "all", one
             after the other from the first frame on; two clips of a video differ in `start_frame`.
@@ -69,7 +70,7 @@ class ClipSettings:
     fps: float | list[float] | None = 8.0
     seed: int = 0
     horizontal_flip: bool = True
-    augment: bool = True
+    augment: bool | Literal["windows"] = True
     short_videos: Literal["skip", "loop"] = "skip"
     eval_clips: Literal["middle", "first", "all"] = "middle"
     tail: Literal["drop", "pad"] = "drop"
@@ -92,6 +93,7 @@ class ClipSettings:
         if not rates or any(rate is not None and rate <= 0 for rate in rates) or (None in rates and len(rates) > 1):
             raise UserError(f"Expected data.fps above 0, a list of such rates, or null for every frame, got {fps}.")
         choices = {
+            "augment": ("true", "false", "windows"),
             "short_videos": ("skip", "loop"),
             "eval_clips": ("middle", "first", "all"),
             "tail": ("drop", "pad"),
@@ -99,7 +101,8 @@ class ClipSettings:
             "resize": ("area", "bilinear"),
         }
         for key, allowed in choices.items():
-            if (value := getattr(self, key)) not in allowed:
+            value = getattr(self, key)
+            if (str(value).lower() if isinstance(value, bool) else value) not in allowed:
                 listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
                 raise UserError(f"Expected data.{key} to be {listed}, got {value!r}.")
         if self.tail == "pad" and self.eval_clips != "all":
@@ -135,7 +138,7 @@ class ClipSettings:
 
     def draws(self, split: str) -> bool:
         """Return whether each epoch of a split draws other clips."""
-        return split == "train" and self.augment
+        return split == "train" and bool(self.augment)
 
     def takes_all(self, split: str) -> bool:
         """Return whether a split has all clips of each video."""

@@ -38,6 +38,7 @@ def launch(accelerator: str, devices: int | list[int] | str, num_nodes: int, pre
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from error
     fabric.launch()
+    fabric.barrier()  # what one process found in the outputs' folder before is true until all have looked
     return fabric
 
 

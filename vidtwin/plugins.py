@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, distributions
 from importlib.util import find_spec
@@ -41,10 +42,22 @@ def current_folder() -> str:
 def entry_points(group: str) -> list[EntryPoint]:
     """Return the entry points of installed packages; what lies in the current folder is not installed."""
     here = current_folder()
-    found: dict[str, list[EntryPoint]] = {}
-    for package in distributions(path=[folder for folder in sys.path if os.path.realpath(folder) != here]):
-        if entries := [entry for entry in package.entry_points if entry.group == group]:
-            found.setdefault(package.metadata["Name"], entries)
+    return [
+        entry
+        for entry in _read_entry_points(tuple(folder for folder in sys.path if os.path.realpath(folder) != here))
+        if entry.group == group
+    ]
+
+
+@cache
+def _read_entry_points(folders: tuple[str, ...]) -> list[EntryPoint]:
+    """Read the entry points of all groups once: there may be hundreds of packages."""
+    found: dict[tuple[str, str], list[EntryPoint]] = {}
+    for package in distributions(path=list(folders)):
+        entries = [entry for entry in package.entry_points if entry.group.startswith("vidtwin.")]
+        for group in {entry.group for entry in entries}:
+            same = [entry for entry in entries if entry.group == group]
+            found.setdefault((package.metadata["Name"], group), same)
     return [entry for entries in found.values() for entry in entries]
 
 

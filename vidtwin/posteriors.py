@@ -60,6 +60,24 @@ class DiagonalGaussian(Posterior):
         return {"kl": self.kl().sum() / self.mean.shape[0]}
 
 
+class StandardizedGaussian(DiagonalGaussian):
+    """The Gaussian of a latent z, standardized: (z − shift) / scale. Its KL is that of z itself.
+
+    Args:
+        mean: (B, C, T', h, w), of z.
+        logvar: Same shape as `mean`.
+        shift: Broadcast to `mean`.
+        scale: Broadcast to `mean`, positive.
+    """
+
+    def __init__(self, mean: Tensor, logvar: Tensor, shift: Tensor, scale: Tensor) -> None:
+        self.own = DiagonalGaussian(mean, logvar)
+        super().__init__((mean - shift) / scale, self.own.logvar - 2 * scale.log())
+
+    def kl(self) -> Tensor:
+        return self.own.kl()
+
+
 class Deterministic(Posterior):
     """A latent without noise, such as CMD's.
 

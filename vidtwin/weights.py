@@ -15,6 +15,8 @@ from torch import Tensor
 
 from vidtwin.errors import UserError
 
+_RELEASED_FILES = "diffusion_pytorch_model.safetensors", "model.safetensors"
+
 
 @dataclass(frozen=True)
 class PackagedFile:
@@ -99,9 +101,10 @@ def read_release(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], P
     """Read a released model in diffusers' form, or weights that its training wrote.
 
     Args:
-        path: A folder with config.json and diffusion_pytorch_model.safetensors, or a file of weights. A file of a
-            training has its weights under `state_dict` (`gen_model` in it, if there are those of a discriminator too)
-            and averaged ones, if any, under `ema_state_dict`; these are taken, the others fill what they leave out.
+        path: A folder with config.json and diffusion_pytorch_model.safetensors (or transformers' model.safetensors), or
+            a file of weights. A file of a training has its weights under `state_dict` (`gen_model` in it, if there are
+            those of a discriminator too) and averaged ones, if any, under `ema_state_dict`; these are taken, the
+            others fill what they leave out.
 
     Returns:
         The weights by name, config.json beside them ({} without one), and the file of the weights.
@@ -110,7 +113,10 @@ def read_release(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], P
         UserError: The files are missing, damaged, or hold no weights by name.
     """
     path = Path(path)
-    file = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        found = [path / name for name in _RELEASED_FILES if (path / name).is_file()]
+        file = found[0] if found else path / _RELEASED_FILES[0]
     content = read(file)
     config: dict[str, Any] = {}
     if (file.parent / "config.json").is_file():

@@ -26,31 +26,13 @@ from torch.utils.checkpoint import checkpoint
 from vidtwin import weights
 from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
 from vidtwin.errors import UserError, suggestion
-from vidtwin.posteriors import Deterministic, DiagonalGaussian, Encoding, Latents, Posterior
+from vidtwin.posteriors import Deterministic, Encoding, Latents, Posterior, StandardizedGaussian
 
 EXTRA = "vidtwin[library]"
 # The versions that the extra installs at least, which have every class that an adapter names.
 VERSIONS = {"diffusers": "0.42", "transformers": "5.23"}
 # Switches of diffusers' classes that split a clip into tiles, whose borders show, or into clips.
 _TILING = ("use_tiling", "use_slicing", "use_framewise_encoding", "use_framewise_decoding")
-
-
-class StandardizedGaussian(DiagonalGaussian):
-    """The library's Gaussian, standardized: (z − shift) / scale. Its KL is that of the library's own latent z.
-
-    Args:
-        mean: (B, C, T', h, w), of z.
-        logvar: Same shape as `mean`.
-        shift: Broadcast to `mean`.
-        scale: Broadcast to `mean`, positive.
-    """
-
-    def __init__(self, mean: Tensor, logvar: Tensor, shift: Tensor, scale: Tensor) -> None:
-        self.own = DiagonalGaussian(mean, logvar)
-        super().__init__((mean - shift) / scale, self.own.logvar - 2 * scale.log())
-
-    def kl(self) -> Tensor:
-        return self.own.kl()
 
 
 class LibraryAutoencoder(VideoAutoencoder):

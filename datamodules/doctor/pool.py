@@ -9,8 +9,10 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -63,7 +65,8 @@ def run(
             if interrupts:
                 raise KeyboardInterrupt
             while len(active) < workers and len(waiting) > sum(not worker.ready for worker in active):
-                active.append(_Worker(function))
+                with _blocking_interrupts():
+                    active.append(_Worker(function))
             now = time.monotonic()
             due = min((worker.deadline for worker in active), default=now)
             answers = set(wait([worker.pipe for worker in active], timeout=min(max(0.0, due - now), 1.0)))
@@ -98,6 +101,20 @@ def run(
             signal.signal(signal.SIGINT, before)
         for worker in active:
             worker.end()
+
+
+@contextmanager
+def _blocking_interrupts() -> Iterator[None]:
+    """Let Ctrl-C wait, also in processes that start meanwhile: they would end before they ignore it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # its own start, which comes before that of a worker, unblocks SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker:

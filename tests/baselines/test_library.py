@@ -28,6 +28,7 @@ from vidtwin.errors import UserError
 from vidtwin.posteriors import Deterministic
 from vidtwin.storage import checkpoints
 from vidtwin.testing import check_autoencoder
+from vidtwin.training.checks import freeze
 from vidtwin.video import VideoWriter, iter_frames, write_video
 from vidtwin.video.convert import to_uint8
 
@@ -284,7 +285,7 @@ def test_official_models_give_these_shapes(name):
 
 
 def test_every_config_of_the_folder_is_an_official_model():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*OFFICIAL, "finetune"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*OFFICIAL, "finetune", "wan21_decoder", "wan_tiny"}
 
 
 def test_rates_are_measured_with_padding():
@@ -710,6 +711,27 @@ def test_emu3s_codes_in_bfloat16_are_the_nearest_entries():
     assert torch.equal(codes, torch.cdist(vectors.flatten(0, 3), entries).argmin(1).view_as(codes))
 
 
+# As docs/library.md names them: what encodes, beside the encoder itself.
+QUANT_CONV = {"wan", "wan/2.2", "hunyuan_video", "cosmos", "allegro", "easyanimate", "stable_diffusion"}
+QUANT_CONV |= {"stable_video_diffusion", "minimax_h3", "flux2"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TINY]
+)
+def test_a_decoder_trains_over_a_frozen_encoder_without_a_graph_of_it(name):
+    arguments, frames, side = TINY[name]
+    model = class_of(name)(arguments, **OWN.get(name, {}))
+    freeze(model, ["model.encoder", *(["model.quant_conv"] if name in QUANT_CONV else [])])
+    model.train()
+    latents = model.encode(noise(1, 3, frames, side, side)).sample()
+    assert not latents["latent"].requires_grad
+    model.decode(latents).square().mean().backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained
+
+
 def library_emu3_length(model: LibraryAutoencoder, clip: torch.Tensor) -> int:
     codes = model.model.encode(clip.transpose(1, 2), torch.tensor([[4, 4]])).image_tokens[0]
     return int(model.model.decode(codes[None]).shape[1])
@@ -826,6 +848,25 @@ def test_arguments_that_the_library_refuses_are_one_line():
         class_of("wan")({"z_dmi": 4})
     with pytest.raises(UserError, match="Expected arguments that AutoencoderKLMochi takes, got others: "):
         class_of("mochi")({"encoder_block_out_channels": [8, 8, 8, 8]})
+
+
+def test_open_soras_image_half_is_the_librarys_own():
+    """Written with layers of the project, it loads and computes what the library's class does."""
+    library = class_of("stable_diffusion")._import_class()
+    sizes: dict[str, Any] = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    sizes |= {"block_out_channels": [4, 8, 8], "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 3}
+    theirs, frames = library(**sizes).double().eval(), noise(2, 3, 1, 8, 16)[:, :, 0].double()
+    model = plugins.load("opensora", GROUP)(
+        frame_channels=[4, 8, 8], frame_blocks=1, frame_latent_channels=3, channels=[4, 4, 4], norm_groups=2
+    )
+    ours = model.spatial_vae.double()
+    ours.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        given, wanted = ours.encode(frames), theirs.encode(frames).latent_dist
+        torch.testing.assert_close(given.mean, wanted.mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(given.logvar, wanted.logvar, rtol=1e-12, atol=1e-12)
+        decoded = theirs.decode(wanted.mean).sample
+        torch.testing.assert_close(ours.decode(wanted.mean), decoded, rtol=1e-12, atol=1e-12)
 
 
 def test_official_weights_convert_and_others_are_refused(tmp_path, monkeypatch, capsys):

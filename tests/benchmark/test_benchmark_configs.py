@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from vidtwin import plugins
 from vidtwin.benchmark.loaded_model import CLAIM_TOLERANCE, LoadedModel
 from vidtwin.benchmark.protocol import PRESETS, ProtocolSettings
 from vidtwin.benchmark.sweep import FVD, Entry, Sweep
@@ -28,7 +29,10 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "benchmark"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmark.md"
 SWEEPS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-FULL_SWEEPS = [name for name in SWEEPS if name != "demo"]  # demo's models are tiny as they are
+TINY_SWEEPS = ["demo", "seed_systems_tiny"]  # their models are tiny as they are
+FULL_SWEEPS = [name for name in SWEEPS if name not in TINY_SWEEPS]
+# seed_systems runs as seed_systems_tiny; tests/baselines/test_library.py has the models of library at small sizes.
+RUN_SWEEPS = [name for name in SWEEPS if name not in ("seed_systems", "library")]
 PAPER_SWEEPS = [name for name in FULL_SWEEPS if name != "native"]  # on other videos
 
 # Arguments that make each model small; its structure and its latents' sizes stay those of the config.
@@ -42,6 +46,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 # Claimed and counted rates that differ by more than a rounding, all else agrees.
 DIFFER = {("paper", "iVideoGPT")}
+DIFFER |= {("seed_systems", name) for name in ("iVideoGPT", "CV-VAE", "OD-VAE", "CogVideoX")}
 OPTIONS = ["--data.eval_batch_size=2", "--data.num_workers=0", "--accelerator=cpu"]
 OPTIONS += ["--cost=false", "--downstream=false", "--players=0", "--progress=false"]
 
@@ -61,7 +66,7 @@ def paths(entry: dict[str, Any]) -> list[Path]:
 
 def at_full_size(entry: dict[str, Any]) -> Any:
     with torch.device("meta"):
-        return model_config.build(*model_config.parse(paths(entry)))
+        return model_config.build(*model_config.parse(paths(entry), arguments=entry.get("arguments")))
 
 
 def made_small(entry: dict[str, Any], folder: Path, tiny: bool) -> dict[str, Any]:
@@ -75,7 +80,7 @@ def made_small(entry: dict[str, Any], folder: Path, tiny: bool) -> dict[str, Any
         kind = model_config.spec(model_config.parse(configs)[1])["class_path"].rpartition(".")[2]
         configs.append(str(folder / f"{mark}.yaml"))
         Path(configs[-1]).write_text(yaml.safe_dump({"model": {"autoencoder": {"init_args": SMALL[kind]}}}))
-    small = {"claimed_rate": None, "windows": False, "checkpoint": None, **entry, "config": configs}
+    small = {"claimed_rate": None, "windows": False, "checkpoint": None, "arguments": None, **entry, "config": configs}
     if small["checkpoint"]:
         model = model_config.build(*model_config.parse(configs))
         state = {f"autoencoder.{key}": value for key, value in model.state_dict().items()}
@@ -104,7 +109,7 @@ def write_videos(folder: Path, fps: int) -> None:
         write_video(folder / f"v{place}.mp4", frames, fps)
 
 
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize("name", RUN_SWEEPS)
 def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monkeypatch, capsys, request):
     if name != "demo":
         request.getfixturevalue("without_pictures")
@@ -118,7 +123,7 @@ def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monke
     if name == "native":
         argv.append("--data.eval_batch_size=1")
     else:
-        argv.append(f"--data.resolution={64 if name == 'demo' else 32}")
+        argv.append(f"--data.resolution={64 if name in TINY_SWEEPS else 32}")
     assert main(["test", *argv, "--checkpoints_dir=."]) == 0
     out = Path(content["results_dir"])
     rows = {path.parent.name: json.loads(path.read_text()) for path in out.glob("rows/*/results.json")}
@@ -126,7 +131,7 @@ def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monke
     assert references == {"mean_colour", "temporal_mean"}
     assert set(rows) - references == {entry["name"] for entry in content["autoencoders"]}
     num_frames = data["init_args"].get("num_frames", 16) or 40  # of whole videos
-    whole = name == "native"
+    whole, first = name == "native", name == "seed_systems_tiny"
     # Of two videos of 40 frames: UCF-101's have 25 a second and clips 8, the others have 50.
     shown = 40 * 8 / 25 if name == "demo" else 40 * (data["init_args"]["fps"] or 50) / 50
     for entry in entries:
@@ -140,11 +145,11 @@ def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monke
         if whole:
             in_windows = {"num_frames": 17 if entry["name"] == "MAGVIT-v2" else 16, "windows": None}
         assert row["windows"] == (in_windows if entry["windows"] and num_frames > 16 else None)
-        assert row["num_clips"] == 2 * math.ceil(shown / num_frames)
+        assert row["num_clips"] == 2 * (1 if first else math.ceil(shown / num_frames))
     protocol = json.loads((out / "protocol.json").read_text())
     assert protocol["dataset"] == content.get("dataset")
     clips = (protocol["data"]["num_frames"], protocol["data"]["tail"])
-    assert clips == (("all of a video", "none") if whole else (num_frames, "pad"))
+    assert clips == (("all of a video", "none") if whole else (num_frames, "none" if first else "pad"))
     written = {path.name for path in out.iterdir()}
     assert {"table.csv", "table.md", "table.tex", "comparison.json"} <= written
     if name == "demo":
@@ -188,6 +193,7 @@ def test_the_checkpoints_are_where_the_commands_in_the_header_leave_them(name, c
     """Of each `vidtwin fit`: the logger's folder, and in it the configs of the entry that takes the checkpoint."""
     text = (FOLDER / f"{name}.yaml").read_text().replace("\\\n#", "")
     commands = [shlex.split(line) for line in re.findall(r"^#   vidtwin (fit .*)$", text, re.MULTILINE)]
+    converted = dict(re.findall(r"^#   vidtwin convert PATH/TO/\S+ runs/(\S+)\s+--model (\w+)", text, re.MULTILINE))
     left = {}
     for command in commands:
         configs = [ROOT / path for flag, path in pairwise(command) if flag == "--config"]
@@ -198,6 +204,10 @@ def test_the_checkpoints_are_where_the_commands_in_the_header_leave_them(name, c
             folder = command[command.index("--trainer.logger.name") + 1]
         left[f"{folder}/version_0/checkpoints/last.ckpt"] = given
     for entry in sweep(name)["autoencoders"]:
+        if entry["checkpoint"] in converted:
+            spec = model_config.spec(model_config.parse(paths(entry))[1])
+            assert plugins.resolve(converted[entry["checkpoint"]], "vidtwin.autoencoders") == spec["class_path"]
+            continue
         wanted = [path for path in paths(entry) if path.stem != "setting1"]  # which vidtwin_base has
         assert left[entry["checkpoint"]] == wanted
     assert sweep(name)["checkpoints_dir"] == "runs"
@@ -211,6 +221,7 @@ def test_the_checkpoints_are_where_the_commands_in_the_header_leave_them(name, c
         ("scales", [None] * 3),
         ("frames32", [None] * 2),
         ("fps40", [0.0020]),
+        ("seed_systems", [None, 0.0020, None, 0.0065, 0.0685, 0.0150, *[0.0053] * 5, None]),
     ],
 )
 def test_claimed_rates_are_those_of_the_paper_and_agree_if_they_should(name, rates):
@@ -220,6 +231,18 @@ def test_claimed_rates_are_those_of_the_paper_and_agree_if_they_should(name, rat
         if claimed := entry.get("claimed_rate"):
             rate = at_full_size(entry).compression_rate((3, 16, 224, 224))
             assert (abs(rate - claimed) > CLAIM_TOLERANCE * claimed) == ((name, entry["name"]) in DIFFER), rate
+
+
+def test_the_tiny_sweep_has_the_rows_of_the_papers_systems_of_the_same_configs():
+    full, tiny = (sweep(name)["autoencoders"] for name in ("seed_systems", "seed_systems_tiny"))
+    assert [(entry["name"], entry["config"]) for entry in tiny] == [(entry["name"], entry["config"]) for entry in full]
+    for entry, small in zip(full, tiny, strict=True):
+        claimed = small.get("claimed_rate")
+        assert claimed in (None, entry.get("claimed_rate"))
+        if claimed:
+            assert at_full_size(small).compression_rate((3, 16, 64, 64)) == at_full_size(entry).compression_rate(
+                (3, 16, 224, 224)
+            )
 
 
 def test_full_size_rates_are_those_that_the_headers_state():

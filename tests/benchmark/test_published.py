@@ -188,7 +188,8 @@ def test_a_row_of_no_published_method_has_nothing_beside_it():
 
 def test_every_published_line_has_a_source_a_number_and_keys_of_the_protocol():
     entries = published.read()
-    assert len(entries) == 73
+    assert len(entries) == 98
+    assert len({(entry.method, entry.source, entry.dataset, entry.psnr, entry.rfvd) for entry in entries}) == 98
     for entry in entries:
         assert entry.method
         assert entry.source
@@ -204,6 +205,21 @@ def test_vidtoks_authors_measured_wf_vae_by_their_own_protocol():
     assert (entry.psnr, entry.ssim, entry.lpips, entry.rfvd) == (33.76, 0.870, 0.091, 90.8)
     (own,) = [each for each in published.read() if each.method == "VidTok-KL-16" and each.dataset == "MCL-JCV"]
     assert entry.protocol == own.protocol
+
+
+def test_newer_models_have_several_figures_each_with_what_its_source_states():
+    found = {(entry.method, entry.source): entry for entry in published.read() if entry.dataset == "UCF-101"}
+    turbo, flash = "Turbo-VAED images/table1.png", "Flash-VAED README"
+    assert (found["LTX-Video", turbo].psnr, found["LTX-Video", flash].psnr) == (32.40, 33.28)
+    hunyuan = found["HunyuanVideo", turbo]
+    assert (hunyuan.psnr, hunyuan.ssim, hunyuan.lpips, hunyuan.rfvd) == (36.48, 0.9663, 0.0126, 1.52)
+    assert hunyuan.protocol == {"data.resolution": "256"}
+    assert found["Wan 2.1", flash].protocol == {}
+    (unstated,) = {entry.source for entry in published.read() if entry.dataset == "not stated"}
+    assert unstated == "Wan 2.2 assets/vae.png"
+    (beside,) = published.beside(measured({"dataset": "UCF-101"}), ["LARP-L-Long"])
+    assert (beside["matches"], beside["rfvd"]) == (False, 20)
+    assert "split train for test" in beside["differs"]
 
 
 def test_a_preset_states_what_its_papers_rows_state():

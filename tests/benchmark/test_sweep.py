@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import forked
 import numpy as np
 import pytest
 import scipy.linalg
@@ -225,27 +223,6 @@ def test_an_interrupted_sweep_resumes_with_the_missing_chunks_alone(tmp_path, mo
     assert sweep(tmp_path / "ended", entries).run() == 0
     assert len(sweeping.calls) == 2 * 3 + 1
     assert not list((tmp_path / "ended").glob("rows/*/parts"))
-
-
-def test_a_killed_sweep_is_resumed_by_the_next_process(tmp_path):
-    """SIGKILL between two chunks; `benchmarks/kill_sweep.py` does it at random moments."""
-    code = (
-        "import os, signal, sys\n"
-        "from sweeping import *\n"
-        "class Kill(BaseException):\n"
-        "    def __init__(self): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Interruption.after, Interruption.error = 4, Kill\n"
-        "folder = Path(sys.argv[1])\n"
-        "entries = [Entry(name, checkpoint=str(folder / f'{name}.ckpt')) for name in 'ab']\n"
-        "sweep(folder / 'r', entries).run()\n"
-    )
-    entries = [Entry(name, checkpoint=checkpoint(tmp_path / f"{name}.ckpt", s)) for name, s in (("a", 0.9), ("b", 0.7))]
-    stderr = tmp_path / "stderr"
-    assert forked.run_code(code, [str(tmp_path)], stderr) == -signal.SIGKILL, stderr.read_text()
-    assert sweep(tmp_path / "r", entries).run() == 0
-    assert sweeping.calls == [[2, 3], [4, 5]]  # of b; a's row and b's first chunk were there
-    assert sweep(tmp_path / "whole", entries).run() == 0
-    assert contents(tmp_path / "r") == contents(tmp_path / "whole")
 
 
 def test_a_kill_before_the_parts_were_taken_away_leaves_a_complete_row(tmp_path, monkeypatch):

@@ -1,15 +1,18 @@
-"""Two processes share a sweep, and their numbers are those of one to the last bit."""
+"""Two processes share a sweep, or one continues it when another was killed: the numbers are those of one."""
 
 import json
+import signal
 from pathlib import Path
 
 import forked
 import pytest
+import sweeping
 import torch
 import two_rank_sweep
-from sweeping import Coded, Interruption, NumberedData, contents
+from sweeping import Coded, Interruption, NumberedData, checkpoint, contents, sweep
 
 from vidtwin.benchmark import plots, report
+from vidtwin.benchmark.sweep import Entry
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +107,33 @@ def test_parts_are_kept_only_of_chunks_on_which_a_model_did_not_fail_and_of_rows
     assert kept["good"] == kept["broken"] == []
     assert set(kept["picky"]) == {2, 3, 4, 5}
     assert set(kept["codes"]) == {0, 1, 2, 4, 5}
+
+
+def test_a_killed_sweep_is_resumed_by_the_next_process(tmp_path, monkeypatch):
+    """SIGKILL between two chunks; `benchmarks/kill_sweep.py` does it at random moments."""
+    code = (
+        "import os, signal, sys\n"
+        "from sweeping import *\n"
+        "class Kill(BaseException):\n"
+        "    def __init__(self): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Interruption.after, Interruption.error = 4, Kill\n"
+        "folder = Path(sys.argv[1])\n"
+        "entries = [Entry(name, checkpoint=str(folder / f'{name}.ckpt')) for name in 'ab']\n"
+        "sweep(folder / 'r', entries).run()\n"
+    )
+    monkeypatch.setattr(plots, "write", lambda folder: [])
+    monkeypatch.setattr(report, "write", lambda folder: Path(folder) / "report.html")
+    entries = [Entry(name, checkpoint=checkpoint(tmp_path / f"{name}.ckpt", s)) for name, s in (("a", 0.9), ("b", 0.7))]
+    stderr = tmp_path / "stderr"
+    assert forked.run_code(code, [str(tmp_path)], stderr) == -signal.SIGKILL, stderr.read_text()
+    sweeping.calls.clear()
+    assert sweep(tmp_path / "r", entries).run() == 0
+    assert sweeping.calls == [[2, 3], [4, 5]]  # of b; a's row and b's first chunk were there
+    assert sweep(tmp_path / "whole", entries).run() == 0
+    assert contents(tmp_path / "r") == contents(tmp_path / "whole")
+
+
+def test_a_rank_that_fails_ends_the_wait_for_the_other_one(tmp_path):
+    with pytest.raises(AssertionError, match="the second rank fails"):
+        forked.run_ranks(two_rank_sweep.fail_alone, tmp_path, stderr=tmp_path / "stderr")
+    assert not (tmp_path / "waited").exists()

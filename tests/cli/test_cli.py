@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 import threading
+import time
 import zlib
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -131,9 +132,11 @@ def test_fit_leaves_checkpoints_and_its_config(run):
 
 
 def test_a_disk_that_is_full_for_tensorboard_ends_the_training_in_one_line(here, tmp_path, monkeypatch, capfd):
+    from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    write, written = RecordWriter.write, []
+    write, written, run_thread = RecordWriter.write, [], _AsyncWriterThread.run
+    threads: list[threading.Thread] = []
 
     def fill(writer: RecordWriter, data: bytes) -> None:
         written.append(data)
@@ -141,19 +144,47 @@ def test_a_disk_that_is_full_for_tensorboard_ends_the_training_in_one_line(here,
             raise OSError(errno.ENOSPC, "No space left on device")
         write(writer, data)
 
+    def end_late(thread: _AsyncWriterThread) -> None:
+        threads.append(thread)
+        try:
+            run_thread(thread)
+        finally:
+            time.sleep(0.3)  # the next event raises the error before the thread ends by it
+
     monkeypatch.setattr(RecordWriter, "write", fill)
-    hook = threading.excepthook
+    monkeypatch.setattr(_AsyncWriterThread, "run", end_late)
+    unnamed: list[threading.ExceptHookArgs] = []
+    hook = unnamed.append
+    monkeypatch.setattr(threading, "excepthook", hook)
     argv = ["--data.root=data/UCF-101", f"--trainer.logger.init_args.save_dir={tmp_path}"]
     assert main(["fit", "--config", "tiny.yaml", *argv]) == 2
+    for thread in threads:
+        thread.join()
     lines = [
         line for line in capfd.readouterr().err.splitlines() if line.startswith(("vidtwin: ", "Traceback", "  File"))
     ]
     assert lines == [
-        "vidtwin: TensorBoard can't write its events: No space left on device",
         "vidtwin: error: Expected room to write TensorBoard's events, got 'No space left on device'; free space, or "
         "name another disk.",
     ]
+    assert not unnamed
     assert threading.excepthook is hook
+
+
+def test_an_error_of_tensorboard_that_no_event_raised_is_logged(capfd):
+    from vidtwin.cli.training import _naming_tensorboard
+
+    class Writer(threading.Thread):
+        __module__ = "tensorboard.summary.writer"
+
+        def run(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with _naming_tensorboard():
+        writer = Writer()
+        writer.start()
+        writer.join()
+    assert capfd.readouterr().err == "vidtwin: TensorBoard can't write its events: No space left on device\n"
 
 
 def test_tensorboard_shows_losses_rates_norms_quality_and_clips_from_step_0_on(run):

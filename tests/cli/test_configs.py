@@ -44,7 +44,14 @@ SMALL = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]
-QUICK = ["--trainer.accelerator=cpu", "--name=row", "--cost=false", "--downstream=false", "--players=0"]
+QUICK = [
+    "--trainer.accelerator=cpu",
+    "--name=row",
+    "--cost=false",
+    "--downstream=false",
+    "--players=0",
+    "--references=[]",
+]
 
 
 # What all baselines' configs are run with, and the sizes that those in full size get.
@@ -70,6 +77,8 @@ FAMILIES = {
     "ivideogpt": ["resolution=32", "channels=[32,32]", "layers_per_block=1", "latent_channels=8", "norm_groups=8"],
     "wfvae": ["channels=4", "encoder_flow_channels=4", "decoder_flow_channels=4", "num_blocks=1"],
     "odvae": ["channels=4", "multipliers=[1,1,1,1]", "num_blocks=1", "norm_groups=2"],
+    "opensora": ["channels=[4,4,8]", "num_blocks=1", "frame_channels=[4,4,8]", "frame_blocks=1", "norm_groups=2"],
+    "cvvae": ["channels=4", "multipliers=[1,1,1,1]", "num_blocks=1", "norm_groups=2"],
 }
 
 
@@ -142,7 +151,7 @@ def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monk
     assert set(row["codebooks"]) == (set(row["latents"]) if discrete else set())
     frames = np.random.default_rng(0).integers(0, 255, (18, 44, 60, 3), dtype=np.uint8)
     write_video("in.mp4", frames, 8)
-    assert main(["reconstruct", "in.mp4", "--ckpt_path", str(last), "--side_by_side", "--accelerator=cpu"]) == 0
+    assert main(["reconstruct", "in.mp4", "--ckpt_path", str(last), "--accelerator=cpu"]) == 0
     assert probe("reconstructions/in.mp4").num_frames == 18
     if discrete and tiny:
         assert main(["predict", "--ckpt_path", str(last), *data, "--trainer.accelerator=cpu"]) == 0
@@ -336,6 +345,12 @@ def test_magvit2s_discriminator_is_trained_on_half_of_the_released_loss():
             {"release": "v1.2", "channels": 128, "multipliers": [1, 2, 4, 4], "num_blocks": 2, "norm_groups": 32},
         ),
         ("odvae", {"adversarial_start": 2000, "regularization_weights": None, "kl_weight": 1e-6, "lr": 1e-5}),
+        ("opensora", {"num_blocks": 4, "frame_blocks": 2, "norm_groups": 32, "chunk_frames": 17, "latent_channels": 4}),
+        ("opensora", {"channels": [128, 256, 256, 512], "frame_channels": [128, 256, 512, 512], "eps": 1e-8}),
+        ("opensora", {"perceptual_weight": 0.1, "kl_weight": 1e-6, "reduction": "released", "lr": 1e-5}),
+        ("cvvae", {"release": "sd2.1", "latent_channels": None, "multipliers": [1, 2, 4, 4], "chunk_frames": 16}),
+        ("cvvae", {"reduction": "released", "learn_logvar": True, "kl_weight": 1.0, "perceptual_weight": 0.5}),
+        ("cvvae", {"adversarial_weight": 0.5, "lr": 4e-5, "betas": [0.9, 0.98], "eps": 1e-4, "weight_decay": 0.01}),
         ("ivideogpt_64", {"resolution": 64, "channels": [128, 256, 512], "attention_resolution": 16}),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from vidtwin.apply.windows import windows
 from vidtwin.data import ClipSettings
 from vidtwin.datamodules.clips import Video, VideoClips
 from vidtwin.datamodules.data_module import ClipDataModule
@@ -18,7 +19,7 @@ from vidtwin.datamodules.sampler import ClipSampler
 from vidtwin.datamodules.synthetic import Synthetic
 from vidtwin.datamodules.ucf101 import UCF101
 from vidtwin.errors import UserError
-from vidtwin.video import write_video
+from vidtwin.video import survey, write_video
 from vidtwin.video.convert import to_clip
 
 Make = Callable[..., ClipDataModule]
@@ -237,8 +238,21 @@ def test_without_augment_training_takes_the_clip_that_evaluation_would_take(make
     assert [b["name"] for b in first] != [b["name"] for b in second]  # still shuffled
 
 
+def test_windows_are_those_of_encode_from_a_random_multiple_of_their_length(make: Make) -> None:
+    data = make(augment="windows", fps=None)
+    train = data.dataset("train")
+    info = survey(data.videos("train")[0].path)
+    every = {window.start_frame: window.frames for window in windows(info.path, 4, 16) if window.num_frames == 4}
+    drawn = [train[epoch, 0] for epoch in range(150)]
+    assert len({item["start_frame"] for item in drawn}) == len(every) > 1
+    assert all((item["clip"].numpy() == every[item["start_frame"]]).all() for item in drawn)
+    assert data.describe("train") != make(fps=None).describe("train")  # a cache of other clips is refused
+
+
 def test_impossible_arguments_are_named() -> None:
-    for kwargs, message in (({"num_frames": 0}, "data.num_frames"), ({"fps": -1.0}, "data.fps")):
+    cases: list[tuple[dict[str, Any], str]] = [({"num_frames": 0}, "data.num_frames"), ({"fps": -1.0}, "data.fps")]
+    cases.append(({"augment": "window"}, "data.augment to be true, false or windows, got 'window'"))
+    for kwargs, message in cases:
         with pytest.raises(UserError, match=message):
             UCF101("anywhere", **kwargs)
 

@@ -236,10 +236,13 @@ def test_ctrl_c_in_a_terminal_ends_all_processes(tmp_path: Path) -> None:
     write_video(tmp_path / "videos" / "whole.mp4", scene(0, 20), 10)
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys, killer_for_doctor\n"
+        "import signal, sys, killer_for_doctor\n"
         "from vidtwin.cli import main\n"
         "from vidtwin.datamodules.doctor import measure\n"
+        "if __name__ == '__mp_main__':\n"  # a worker that still starts
+        "    signal.raise_signal(signal.SIGINT)\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where tests run in the background
         "    measure.measure = killer_for_doctor.measure\n"
         "    sys.exit(main(['doctor', *sys.argv[1:]]))\n"
     )
@@ -247,7 +250,7 @@ def test_ctrl_c_in_a_terminal_ends_all_processes(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     journal = tmp_path / "out" / "measurements.jsonl"
     end = time.monotonic() + 60
-    while time.monotonic() < end and not (journal.exists() and journal.read_text()):
+    while process.poll() is None and time.monotonic() < end and not (journal.exists() and journal.read_text()):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, text = process.communicate(timeout=30)

@@ -92,7 +92,7 @@ def test_equals_the_lpips_package_with_the_same_weights(weights: dict[str, Tenso
         torch.testing.assert_close(distance(x, y), expected, rtol=1e-5, atol=0)
 
 
-def test_a_measurement_takes_few_frames_at_once_and_a_training_step_all(backbone: Path) -> None:
+def test_a_measurement_and_a_training_step_take_few_frames_at_once(backbone: Path) -> None:
     distance = LPIPS(backbone)
     distance.load()
     assert distance.network is not None
@@ -102,8 +102,15 @@ def test_a_measurement_takes_few_frames_at_once_and_a_training_step_all(backbone
     x, y = torch.rand(1, 3, 3, 256, 300), torch.rand(1, 3, 3, 256, 300)
     with torch.inference_mode():
         parts = distance(x, y)
-    torch.testing.assert_close(distance(x[:, :, :2], y[:, :, :2]), parts[:2], rtol=1e-5, atol=0)
-    assert seen == [1, 1, 1, 2]
+    leaf = x[:, :, :2].clone().requires_grad_()
+    trained = distance(leaf, y[:, :, :2])
+    torch.testing.assert_close(trained, parts[:2], rtol=1e-5, atol=0)
+    assert seen == [1, 1, 1, 1, 1]
+    frames = [z[:, :, :2].transpose(1, 2).flatten(0, 1) for z in (x, y)]
+    plain = frames[0].requires_grad_()
+    (expected,) = torch.autograd.grad(distance.network(plain, frames[1]).sum(), plain)
+    (gradient,) = torch.autograd.grad(trained.sum(), leaf)
+    torch.testing.assert_close(gradient.transpose(1, 2).flatten(0, 1), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:torchvision")

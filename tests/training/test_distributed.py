@@ -18,8 +18,16 @@ def outcomes(tmp_path_factory):
     """Outcomes that each of two ranks wrote; a hang would be a failure after four minutes."""
     folder = tmp_path_factory.mktemp("ranks")
     write_tree(folder / "videos")
+    two_ranks.write_teacher(folder)
     forked.run_script(Path(two_ranks.__file__), [str(folder)], folder / "stderr")
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def one_ranks_gradients(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    two_ranks.write_teacher(folder)
+    return folder / "one", two_ranks.gradients(folder / "one")
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +42,14 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("parts", ["whole", "parts"])
-def test_two_ranks_take_the_steps_of_one_with_the_same_clips(outcomes, tmp_path, parts):
+def test_two_ranks_take_the_steps_of_one_with_the_same_clips(outcomes, one_ranks_gradients, parts):
     folder, ranks = outcomes
-    one = two_ranks.gradients(tmp_path)
+    alone, one = one_ranks_gradients
     for ours, first, second in zip(one["clips"], *(rank["gradients"]["clips"] for rank in ranks), strict=True):
         assert sorted(ours) == sorted(first + second)
     # SGD at rate 1: what the weights have moved by is the gradient, clipped, of generator and discriminator.
     torch.testing.assert_close(
-        weights_of(folder / "gradients" / parts), weights_of(tmp_path / parts), rtol=1e-3, atol=5e-5
+        weights_of(folder / "gradients" / parts), weights_of(alone / parts), rtol=1e-3, atol=5e-5
     )
     if parts == "parts":  # the last that was run
         assert ranks[0]["gradients"]["adaptive_weight"] == pytest.approx(ranks[1]["gradients"]["adaptive_weight"])
@@ -54,6 +62,11 @@ def test_two_ranks_train_a_baseline_as_one_does(outcomes, one_ranks_baselines, n
     alone, psnr = one_ranks_baselines
     torch.testing.assert_close(weights_of(folder / "baselines" / name), weights_of(alone / name), rtol=1e-3, atol=1e-4)
     assert ranks[0]["baselines"][name] == ranks[1]["baselines"][name] == pytest.approx(psnr[name], abs=1e-3)
+
+
+def test_ddp_sends_the_autoencoders_gradients_once_a_step_and_the_discriminators_not_at_all(outcomes):
+    for rank in outcomes[1]:
+        assert rank["gradients"]["sent"] == dict.fromkeys(("whole", "parts"), 3 * rank["gradients"]["parameters"])
 
 
 def test_gradients_travel_with_the_last_part_of_a_batch_only(outcomes):

@@ -303,16 +303,16 @@ def test_freezing_a_missing_module_lists_the_existing_ones(tmp_path):
 def test_a_baseline_resumes_bit_for_bit(name, tmp_path):
     """iVideoGPT's dropout included."""
     logged, weights = {}, {}
-    for folder, stops in (("whole", [5]), ("parts", [2, 5])):
+    for folder, stops in (("whole", [4]), ("parts", [2, 4])):  # an epoch ends between them
         logged[folder] = []
         for stop in stops:
             diary, saved = Diary(), LatestCheckpoint(every_n_steps=1, dirpath=str(tmp_path / folder))
-            callbacks = [diary, saved, *([End(stop)] if stop < 5 else [])]
-            run = trainer(tmp_path / folder, 5, callbacks=callbacks)
-            with nullcontext() if stop == 5 else pytest.raises(Killed):
+            callbacks = [diary, saved, *([End(stop)] if stop < 4 else [])]
+            run = trainer(tmp_path / folder, 4, callbacks=callbacks, num_sanity_val_steps=0)
+            with nullcontext() if stop == 4 else pytest.raises(Killed):
                 run.fit(baseline_task(name, ema_decay=0.9), datamodule=Clips(), resume="auto")
             logged[folder] += diary.entries
         weights[folder] = checkpoints.read(tmp_path / folder / "last.ckpt")["state_dict"]
     # The training that ends within a step's hooks has not noted that step.
-    assert logged["whole"][2:] == logged["parts"][-3:]
+    assert logged["whole"][2:] == logged["parts"][-2:]
     assert all(torch.equal(value, weights["parts"][key]) for key, value in weights["whole"].items())

@@ -26,6 +26,8 @@ OF_BASELINES = {
     "ivideogpt": ["encoder", "cond_encoder", "quant_conv", "quantize", "quant_linear", "dynamics_quantize"],
     "wfvae": ["encoder"],
     "odvae": ["encoder", "quant_conv"],
+    "opensora": ["spatial_vae.encoder", "spatial_vae.quant_conv", "temporal_vae.encoder", "temporal_vae.quant_conv"],
+    "cvvae": ["encoder"],
 }
 CLIPS = torch.stack([torch.from_numpy(SmoothClips(2).clip(0, i)["clip"]) for i in range(2)])
 CLIPS = CLIPS.permute(0, 4, 1, 2, 3) / 127.5 - 1

@@ -112,7 +112,8 @@ class LatentReader:
     def _check_model(self) -> None:
         model, stored = self.session.model, self.manifest.model
         ours, theirs = self.session.weights_sha256, stored["weights_sha256"]
-        if (model.class_path, ours) != (stored["class_path"], theirs) and not self._encodes_alike():
+        same = (model.class_path, ours) == (stored["class_path"], theirs)
+        if not same and not self._is_taught(theirs) and not self._encodes_alike():
             averaged = " with --use_ema true" if stored.get("use_ema") else ""
             raise UserError(
                 f"Expected the latents of {type(model).__name__} {ours[:8]}, {self.folder} holds those of "
@@ -124,6 +125,15 @@ class LatentReader:
                 f"Expected latents of {self.session.num_frames} frames a window, {self.folder} holds those of "
                 f"{self.manifest.settings['num_frames']}; give the --config that encoded."
             )
+
+    def _is_taught(self, teacher: str) -> bool:
+        """Return whether the decoder was trained for the latents of a teacher, given by its `weights_sha256`."""
+        path = self.session.checkpoint
+        held = checkpoints.read(path, lazily=True).get("teacher") or {}
+        if held.get("weights_sha256") != teacher:
+            return False
+        self.session.say(f"{path} decodes latents of its teacher")
+        return True
 
     @torch.inference_mode()
     def _encodes_alike(self) -> bool:

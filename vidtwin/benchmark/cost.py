@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark.memory import counter_name, peak_memory, within_memory
 from vidtwin.errors import UserError
+from vidtwin.posteriors import Latents
 
 Wrap = Callable[[VideoAutoencoder], Any]
+
+
+class Trace(NamedTuple):
+    """A pass over one clip on the meta device.
+
+    Attributes:
+        flops: Of "encode" and "decode".
+        latents: By name, each (1, ...), without values.
+        clip: (1, 3, T, H, W), without values.
+    """
+
+    flops: dict[str, int]
+    latents: Latents
+    clip: Tensor
 
 
 def measure(
@@ -92,12 +107,20 @@ def measure(
     }
 
 
-@torch.no_grad()
 def flops(model: VideoAutoencoder, clip_shape: Sequence[int], wrap: Wrap = lambda model: model) -> dict[str, int]:
-    """Count floating-point operations of `encode` and `decode` for one clip (3, T, H, W); a multiply–add is two.
+    """Count floating-point operations of `encode` and `decode` for one clip (3, T, H, W); see `trace`."""
+    return trace(model, clip_shape, wrap).flops
 
-    PyTorch's counter counts matrix products, convolutions and attention, not additions, norms and activations. It runs
-    on the meta device, where nothing is computed and where it sees products that a CPU hides in fused kernels.
+
+@torch.no_grad()
+def trace(model: VideoAutoencoder, clip_shape: Sequence[int], wrap: Wrap = lambda model: model) -> Trace:
+    """Encode and decode one clip (3, T, H, W) on the meta device, and count the operations; a multiply–add is two.
+
+    PyTorch's counter counts matrix products, convolutions and attention, not additions, norms and activations. On the
+    meta device nothing is computed, and the counter sees products that a CPU hides in fused kernels.
+
+    Raises:
+        UserError: The model asks for a tensor's values.
     """
     name, model, counts = type(model).__name__, _copy_to_meta(model).eval(), {}
     clip, coder = _make_clips(model, 1, clip_shape), wrap(model)
@@ -106,14 +129,14 @@ def flops(model: VideoAutoencoder, clip_shape: Sequence[int], wrap: Wrap = lambd
             latents = coder.encode(clip).mode()
         counts["encode"] = counter.get_total_flops()
         with FlopCounterMode(display=False) as counter:
-            coder.decode(latents, clip_shape[1])
+            decoded = coder.decode(latents, clip_shape[1])
         counts["decode"] = counter.get_total_flops()
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"Expected {name} to run on the meta device, where FLOPs are counted, got: {' '.join(str(error).split())}; "
             "keep its forward pass free of what asks for a tensor's values."
         ) from error
-    return counts
+    return Trace(counts, latents, decoded)
 
 
 def seconds(run: Callable[[], object], device: torch.device, warmup: int, repeats: int) -> list[float]:

@@ -1,7 +1,7 @@
 """Options of a sweep, which its parts read too: `vidtwin test` and configs with `autoencoders:` have their names."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ class ModelConfig:
     build: Callable[[], VideoAutoencoder]
 
 
-ConfigReader = Callable[[Sequence[str]], ModelConfig]
+ConfigReader = Callable[[Sequence[str], Mapping[str, Any]], ModelConfig]
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Entry:
         checkpoint: Trained weights; without them the row is marked as untrained.
         claimed_rate: Compression rate that the model's authors state; 0.002 is 0.2%.
         windows: Give clips in windows to a model that takes shorter ones; its row says so.
+        arguments: Arguments of the autoencoder over those of its config.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Entry:
     checkpoint: str | None = None
     claimed_rate: float | None = None
     windows: bool = False
+    arguments: dict[str, Any] | None = None
 
 
 @dataclass
@@ -65,7 +67,7 @@ class SweepOptions:
     """Choose the autoencoders of a sweep, their clips and what is measured.
 
     Args:
-        autoencoders: Models: {name, config, checkpoint, claimed_rate, windows}.
+        autoencoders: Models: {name, config, checkpoint, claimed_rate, windows, arguments}.
         data: Data module with the test clips.
         protocol: How reconstructions are compared; `preset` is vidtwin, vidtok, tokenbench or wfvae.
         checkpoints_dir: Folder of relative paths of checkpoints.
@@ -88,7 +90,9 @@ class SweepOptions:
         players: Number of worst and of median clips to keep for the report's players.
         seed: Seed of the samples of posteriors.
         progress: Show a progress bar.
-        read_config: Reader of an entry's configs; raises `UserError` if they have no autoencoder.
+        meta: Count parameters, latents, rates and FLOPs alone, in meta.md and meta.json: no data, no weights, no run.
+        read_config: Reader of an entry's configs, with arguments over theirs; raises `UserError` if they have no
+            autoencoder.
         pictures: Number of first clips to write as rows/<name>/clip<i>.mp4 and .png for each entry.
         strict: Refuse entries that can't be built before anything is written, instead of writing failed rows.
     """
@@ -114,6 +118,7 @@ class SweepOptions:
     players: int = 2
     seed: int = 0
     progress: bool = True
+    meta: bool = False
     read_config: ConfigReader | None = None
     pictures: int = 0
     strict: bool = False

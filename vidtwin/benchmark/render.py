@@ -33,16 +33,17 @@ def markdown(results: Results) -> str:
     """Render the tables with aligned columns, which read well in a terminal too, and the notes on them."""
     main, published = summary.quality_table(results), summary.published_table(results)
     protocol = f"Protocol {results.protocol['name']} ({results.protocol_hash})."
-    lines = [*_align(main), "", *_list([protocol, *main.notes])]
+    lines = [*align(main), "", *list_notes([protocol, *main.notes])]
     if published:
-        lines += ["", f"{published.caption}:", "", *_align(published), ""]
+        lines += ["", f"{published.caption}:", "", *align(published), ""]
         places = [[column.key for column in published.columns].index(key) for key in ("source", "protocol")]
         cells = [[line.cells[place] for place in places] for line in published.lines]
-        lines += _list(dict.fromkeys(f"{source.text}: {match.small}." for source, match in cells if match.small))
+        lines += list_notes(dict.fromkeys(f"{source.text}: {match.small}." for source, match in cells if match.small))
     return "\n".join(lines) + "\n"
 
 
-def _align(table: Table) -> Iterator[str]:
+def align(table: Table) -> Iterator[str]:
+    """Yield the lines of a table with aligned columns."""
     heads = [Column("", table.first), *table.columns]
     lines = [[head.title if isinstance(head, Metric) else _lower(head.title) for head in heads]]
     lines += [[line.name, *(_markdown_cell(cell) for cell in line.cells)] for line in table.lines]
@@ -68,7 +69,8 @@ def _markdown_cell(cell: Cell) -> str:
     return text + ("" if cell.count is None else f" ({cell.count:,})")
 
 
-def _list(notes: Iterable[str]) -> list[str]:
+def list_notes(notes: Iterable[str]) -> list[str]:
+    """List notes as Markdown, a line each."""
     return [f"- {_safe(note)}" for note in notes]
 
 

@@ -10,16 +10,16 @@ clips of a chunk, and with them all numbers, do not depend on the number of proc
 
 import json
 import math
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from lightning.fabric import Fabric
 
 from vidtwin import hub, plugins
 from vidtwin.autoencoder import VideoAutoencoder
+from vidtwin.benchmark import meta, render, report, rows
 from vidtwin.benchmark import players as player_files
 from vidtwin.benchmark import plots as plot_files
-from vidtwin.benchmark import render, report, rows
 from vidtwin.benchmark.loaded_model import AVERAGE, LAST, LoadedModel, fingerprint
 from vidtwin.benchmark.options import FVD, Entry, ModelConfig, SweepOptions
 from vidtwin.benchmark.plan import Job, Plan, format_error
@@ -45,6 +45,8 @@ class Sweep(SweepOptions):
 
     def run(self) -> int:
         """Measure the missing chunks and write all outputs → 0, or 1 if a model could not be measured."""
+        if self.meta:
+            return self._count()
         fabric = launch(self.accelerator, self.devices, self.num_nodes, self.precision)
         self.source.dataset("test")  # before the folder is made: refused data leave none
         if self.strict:
@@ -55,6 +57,24 @@ class Sweep(SweepOptions):
         except KeyboardInterrupt:
             log(f"finished chunks are in {self.folder}; run the same command again to continue", rank_zero=True)
             raise
+
+    def _count(self) -> int:
+        """Count the models on the meta device at the size of the clips, and write meta.json and meta.md."""
+        if self.varies:
+            raise UserError(
+                "Expected clips of one size for --meta, got a data.num_frames or data.resolution of null; give "
+                "--data.num_frames 16 --data.resolution 224."
+            )
+        models = []
+        for entry in self.autoencoders:
+            log(f"counting {entry.name}", rank_zero=True)
+            try:
+                models.append(meta.count(entry, self._read_model(entry, self._find_checkpoint(entry)), self.shape))
+            except UserError as error:
+                models.append({"name": entry.name, "error": str(error)})
+        write(f"\n{meta.write(self.folder, self.shape, models)}")
+        write(str(self.folder / "meta.md"))
+        return int(any(model["error"] for model in models))
 
     def _run(self, fabric: Fabric) -> int:
         plan = self._make_plan(fabric)
@@ -152,10 +172,11 @@ class Sweep(SweepOptions):
     @cached_property
     def shapes(self) -> list[tuple[int, int, int]]:
         """Frames, height and width of the clips; one of them if all have the same."""
-        dataset = self.source.dataset("test")
-        found = [dataset.shape(index) for index in range(len(dataset))] if self.varies else []
-        if found := [shape for shape in found if all(shape)]:
-            return found
+        if self.varies:
+            dataset = self.source.dataset("test")
+            found = [dataset.shape(index) for index in range(len(dataset))]
+            if found := [shape for shape in found if all(shape)]:
+                return found
         side = self.source.resolution or 1
         height, width = (side, side) if isinstance(side, int) else side
         return [(self.source.num_frames or 1, height, width)]
@@ -166,34 +187,41 @@ class Sweep(SweepOptions):
         ordered = sorted(self.shapes, key=lambda shape: (math.prod(shape), shape))
         return (3, *ordered[(len(ordered) - 1) // 2])
 
+    def _find_checkpoint(self, entry: Entry) -> str | None:
+        return hub.join_path(self.checkpoints, entry.checkpoint) if entry.checkpoint else None
+
+    def _read_model(self, entry: Entry, checkpoint: str | None) -> ModelConfig:
+        """Read the model of an entry's configs, or else of its checkpoint, without building it."""
+        paths = [entry.config] if isinstance(entry.config, str) else entry.config or []
+        if paths:
+            if self.read_config is None:
+                raise UserError(f"Expected read_config for the configs of {entry.name}, got none.")
+            return self.read_config(paths, entry.arguments or {})
+        if entry.arguments:
+            raise UserError(f"Expected a config for the arguments of {entry.name}, got none; give config too.")
+        if checkpoint is None:
+            raise UserError(f"Expected a config or a checkpoint for {entry.name}, got neither.")
+        spec = checkpoints.model_spec(checkpoints.read(checkpoint, lazily=True), checkpoint)
+        return ModelConfig(spec, partial(checkpoints.build, spec))
+
     def _make_job(self, entry: Entry) -> Job:
         """Find a row's identity without building its model; a mistake in the entry becomes the row's error."""
         base = {"windows": entry.windows}
-        checkpoint = hub.join_path(self.checkpoints, entry.checkpoint) if entry.checkpoint else None
+        checkpoint = self._find_checkpoint(entry)
         try:
-            config = None
-            paths = [entry.config] if isinstance(entry.config, str) else entry.config or []
-            if paths:
-                if self.read_config is None:
-                    raise UserError(f"Expected read_config for the configs of {entry.name}, got none.")
-                config = self.read_config(paths)
-                spec = config.spec
-            elif checkpoint:
-                spec = checkpoints.model_spec(checkpoints.read(checkpoint, lazily=True), checkpoint)
-            else:
-                raise UserError(f"Expected a config or a checkpoint for {entry.name}, got neither.")
+            config = self._read_model(entry, checkpoint)
             mark = fingerprint(checkpoint) if checkpoint else None
         except UserError as error:
             return Job(entry.name, base, _refuse, str(error))
 
         def build() -> LoadedModel:
-            model = config.build() if config else checkpoints.build(spec)
+            model = config.build()
             weights, differs = LAST, []
             if checkpoint:
                 checkpoints.check(checkpoint)
                 held = checkpoints.read(checkpoint, lazily=True)
                 average = self.protocol.weights == "average" or (self.protocol.weights == "auto" and "ema" in held)
-                checkpoints.load_weights(model, checkpoint, average)
+                checkpoints.load_weights(model, checkpoint, average, held)
                 weights = AVERAGE if average else LAST
                 stored = held.get("model_spec") or model.spec()
                 differs = checkpoints.differences(json.loads(json.dumps(model.spec())), stored)
@@ -204,7 +232,9 @@ class Sweep(SweepOptions):
                 entry.name, kind, model, checkpoint, mark, weights, claimed, window, differs, pads=self.varies
             )
 
-        return Job(entry.name, base | {"model": spec, "fingerprint": mark}, build, claimed_rate=entry.claimed_rate)
+        return Job(
+            entry.name, base | {"model": config.spec, "fingerprint": mark}, build, claimed_rate=entry.claimed_rate
+        )
 
     def _make_reference(self, name: str, shape: tuple[int, int, int, int]) -> Job:
         def make(num_frames: int, height: int, width: int) -> VideoAutoencoder:

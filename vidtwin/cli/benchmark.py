@@ -3,7 +3,7 @@
 import argparse
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ _WEIGHTS = {"true": "average", "false": "last"}
 def run(argv: list[str]) -> int:
     """Run `vidtwin test ARGV` → exit code."""
     several = _is_sweep(argv)
-    argv = name_data_first(resolve_short_names(argv))
+    argv = _complete_flag(name_data_first(resolve_short_names(argv)))
     in_configs = bool((read_config(config_paths(argv)).get("model") or {}).get("autoencoder"))
     chosen = in_configs or any(word.startswith(f"--{model_config.KEY}") for word in argv)
     spec = None if several or in_configs else _read_model_of_checkpoint(argv)
@@ -84,7 +84,7 @@ def _make_single_sweep(parser: Parser, config: Namespace, chosen: bool) -> Sweep
     own = Namespace({key: config[key] for key in _list_options()})
     with user_errors(own):
         arguments = parser.instantiate(own).as_dict()
-        return Sweep([entry], **arguments, read_config=lambda _: given, pictures=_PICTURES, strict=True)
+        return Sweep([entry], **arguments, read_config=lambda *_: given, pictures=_PICTURES, strict=True)
 
 
 def _make_sweep_parser() -> Parser:
@@ -125,10 +125,12 @@ def _list_options() -> list[str]:
     return [name for name in inspect.signature(SweepOptions).parameters if name not in {"autoencoders", *INTERNAL}]
 
 
-def read_model(configs: Sequence[str], folders: Sequence[Path]) -> ModelConfig:
-    """Read the model of configs that lie in one of `folders` or below the current one."""
+def read_model(
+    configs: Sequence[str], arguments: Mapping[str, Any] | None = None, folders: Sequence[Path] = ()
+) -> ModelConfig:
+    """Read the model of configs that lie in one of `folders` or below the current one, with arguments over theirs."""
     found = [next((f / path for f in folders if (f / path).is_file()), Path(path)) for path in configs]
-    parser, parsed = model_config.parse(found)
+    parser, parsed = model_config.parse(found, arguments=arguments)
     return ModelConfig(model_config.spec(parsed), lambda: model_config.build(parser, parsed))
 
 
@@ -183,6 +185,15 @@ def _read_options(argv: list[str]) -> list[str]:
                 "measured; a shorter list of test videos, as --data folder --data.csv FILE has it, measures fewer"
             )
     return options
+
+
+def _complete_flag(argv: list[str]) -> list[str]:
+    """Let a bare `--meta` mean `--meta=true`."""
+    following = [*argv[1:], ""]
+    return [
+        f"{word}=true" if word == "--meta" and after.lower() not in ("true", "false") else word
+        for word, after in zip(argv, following, strict=True)
+    ]
 
 
 def _is_sweep(argv: list[str]) -> bool:

@@ -4,7 +4,8 @@ Imported only when a command needs it, since it imports torch.
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,20 @@ def add_arguments(parser: Parser, configs: Iterable[str | Path], own: Iterable[s
         parser.add_argument(f"--{key}", type=Any, help=argparse.SUPPRESS)
 
 
-def parse(configs: Sequence[str | Path], foreign: bool = False) -> tuple[Parser, Namespace]:
-    """Parse configs, each over those before it. Raises `UserError` if none names an autoencoder.
+def parse(
+    configs: Sequence[str | Path], foreign: bool = False, arguments: Mapping[str, Any] | None = None
+) -> tuple[Parser, Namespace]:
+    """Parse configs, each over those before it, and arguments of the autoencoder over theirs.
 
-    Paths in `foreign` ones, which others wrote, are not expanded.
+    Paths in `foreign` ones, which others wrote, are not expanded. Raises `UserError` if none names an autoencoder.
     """
     configs = bases.expand_paths(configs, foreign)
     parser = Parser(prog="vidtwin")
     add_arguments(parser, configs)
-    parsed = parser.parse_args([f"--config={path}" for path in configs])
+    words = [f"--config={path}" for path in configs]
+    if arguments:
+        words.append(f"--config={json.dumps({'model': {'autoencoder': {'init_args': dict(arguments)}}})}")
+    parsed = parser.parse_args(words)
     given = (parsed.get("model") or {}).get("autoencoder")
     if not (given and given.get("class_path")):
         raise UserError(f"Expected model.autoencoder in {', '.join(map(str, configs))}, got none.")

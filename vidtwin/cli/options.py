@@ -22,6 +22,7 @@ Measure one autoencoder, or several, on the same clips under one protocol, and w
   vidtwin test --ckpt_path last.ckpt --data ucf101 --data.root data/UCF-101
   vidtwin test --config configs/demo.yaml --ckpt_path last.ckpt
   vidtwin test --config configs/benchmark/paper.yaml --data.root data/MCL-JCV --devices 8 --accelerator cuda
+  vidtwin test --config configs/benchmark/seed_systems.yaml --meta
 
 A config with a list of autoencoders measures all of them. Otherwise the model is that of --model.autoencoder or of a
 config of `fit`, of which trainer.accelerator and trainer.precision hold too, and by default that of the checkpoint. The

@@ -38,6 +38,12 @@ from vidtwin.training.callbacks.health import Health
 from vidtwin.training.task import AutoencoderTask
 from vidtwin.training.trainer import VideoTrainer
 
+_SKIPPED = {  # arguments of the trainer's methods that are not options
+    "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+    "validate": {"model", "dataloaders", "datamodule"},
+    "predict": {"model", "dataloaders", "datamodule"},
+    "replay": {"model"},
+}
 _STEPS = ("advance", "_evaluation_step", "_predict_step")  # methods of Lightning's loops for batches
 
 
@@ -114,26 +120,36 @@ def _naming_tensorboard() -> Iterator[None]:
     """Name TensorBoard's events in an error of the system that keeps them from being written.
 
     Its thread of writing ends by such an error, which the next event raises again: Python would show a traceback of
-    the thread too.
+    the thread too. An error that no later event raised is logged at the end.
     """
     before = threading.excepthook
+    failed: list[OSError] = []
 
     def hook(args: threading.ExceptHookArgs) -> None:
         if isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard."):
-            log(f"TensorBoard can't write its events: {args.exc_value.strerror or args.exc_value}")
+            failed.append(args.exc_value)
         else:
             before(args)
 
     threading.excepthook = hook
+    raised: OSError | None = None
     try:
         yield
     except OSError as error:
+        raised = error
         modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
         if error.errno and error.filename is None and any(module.startswith("tensorboard.") for module in modules):
             error.filename = "TensorBoard's events"
         raise
     finally:
+        for thread in threading.enumerate():
+            # The thread hands its error over before it ends and calls the hook.
+            if type(thread).__module__.startswith("tensorboard.") and getattr(thread, "exception", None) is not None:
+                thread.join()
         threading.excepthook = before
+        for error in failed:
+            if error is not raised:
+                log(f"TensorBoard can't write its events: {error.strerror or error}")
 
 
 class LightningParser(Parser, LightningArgumentParser):
@@ -169,13 +185,14 @@ class VidTwinCLI(LightningCLI):
 
     def __init__(self, args: list[str], foreign: Collection[str] = ()) -> None:
         self._foreign = foreign
+        self._command = args[0]
         super().__init__(
             AutoencoderTask,
             LightningDataModule,
             subclass_mode_data=True,
             trainer_class=VideoTrainer,
             parser_class=LightningParser,
-            parser_kwargs={"prog": "vidtwin"} | {name: {"usage": _usage(name)} for name in self.subcommands()},
+            parser_kwargs={"prog": "vidtwin", self._command: {"usage": _usage(self._command)}},
             save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
@@ -184,14 +201,9 @@ class VidTwinCLI(LightningCLI):
             args=args,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-            "validate": {"model", "dataloaders", "datamodule"},
-            "predict": {"model", "dataloaders", "datamodule"},
-            "replay": {"model"},
-        }
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the given command alone: building the options of all takes longer than parsing."""
+        return {self._command: _SKIPPED[self._command]}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(VideoTrainer, "trainer")

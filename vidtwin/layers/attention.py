@@ -32,7 +32,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over N: (..., N, C) → (..., N, C)."""
-        q, k, v = self.qkv(x).flatten(0, -3).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        # Chunks, not an axis of 3: its gradient would be stacked and copied once more.
+        projected = self.qkv(x).flatten(0, -3).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in projected)
         dropout = self.dropout if self.training else 0.0
         x_heads = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)
         return self.proj(x_heads.transpose(1, 2).reshape(x.shape))
@@ -63,6 +65,6 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Attend to the context: (N, Q, C), (N, M, D) → (N, Q, C)."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = self.kv(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.kv(context).chunk(2, -1))
         dropout = self.dropout if self.training else 0.0
         return self.proj(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(-2))

@@ -5,7 +5,7 @@
 
 Strictly causal, bit for bit: output frame t depends only on input frames up to t (after a strided convolution, up to
 the last frame of its group). Convolutions therefore pad time in front only, and norms compute their statistics per
-frame: torch's GroupNorm of (B, C, T, H, W) would let the first frame see the last.
+frame: torch's GroupNorm of (B, C, T, H, W) would let the first frame see the last. Open-Sora's blocks have the latter.
 
 The padding in front is zeros, like at the borders of a frame, and as in the public implementation of MAGVIT-v2
 (cofe-ai/O2-MAGVIT2); some later models repeat the first frame instead.
@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidtwin.errors import UserError
+from vidtwin.layers.vqgan import group_norm
 
 
 def norm_groups(width: int) -> int:
@@ -115,13 +116,17 @@ class ResidualBlock(nn.Module):
     Args:
         width_in: Channels of the input.
         width_out: Channels of the output; if they differ, x goes through a convolution of 1x1x1.
+        groups: Groups of norms over all frames, with epsilon 1e-5; None is norms per frame.
+
+    Raises:
+        UserError: `groups` does not divide a width.
     """
 
-    def __init__(self, width_in: int, width_out: int) -> None:
+    def __init__(self, width_in: int, width_out: int, groups: int | None = None) -> None:
         super().__init__()
-        self.norm1 = FrameGroupNorm(width_in)
+        self.norm1 = _make_norm(width_in, groups)
         self.conv1 = CausalConv3d(width_in, width_out, bias=False)
-        self.norm2 = FrameGroupNorm(width_out)
+        self.norm2 = _make_norm(width_out, groups)
         self.conv2 = CausalConv3d(width_out, width_out, bias=False)
         changes = width_in != width_out
         self.shortcut = CausalConv3d(width_in, width_out, kernel_size=1, bias=False) if changes else nn.Identity()
@@ -131,6 +136,10 @@ class ResidualBlock(nn.Module):
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
         return y + self.shortcut(x)  # in this order: torch's 1x1x1 convolutions do not keep x's memory format
+
+
+def _make_norm(width: int, groups: int | None) -> nn.Module:
+    return FrameGroupNorm(width) if groups is None else group_norm(groups, width, eps=1e-5)
 
 
 class DepthToSpace(nn.Module):

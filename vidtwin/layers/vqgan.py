@@ -65,9 +65,9 @@ class Upsample(nn.Module):
 class PixelAttention(nn.Module):
     """Single-head self-attention over the pixels of a map, without position embeddings; residual."""
 
-    def __init__(self, width: int, norm_groups: int) -> None:
+    def __init__(self, width: int, norm_groups: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.group_norm = group_norm(norm_groups, width)
+        self.group_norm = group_norm(norm_groups, width, eps)
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
@@ -75,9 +75,13 @@ class PixelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over the pixels of (M, C, h, w); the shape stays."""
+        return x + self.attend(x)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Compute what attention adds to (M, C, h, w)."""
         pixels = rearrange(self.group_norm(x), "m c h w -> m 1 (h w) c")
         y = F.scaled_dot_product_attention(self.to_q(pixels), self.to_k(pixels), self.to_v(pixels))
-        return x + rearrange(self.to_out(y), "m 1 (h w) c -> m c h w", h=x.shape[2])
+        return rearrange(self.to_out(y), "m 1 (h w) c -> m c h w", h=x.shape[2])
 
 
 class Middle(nn.Module):
@@ -232,11 +236,11 @@ class Decoder(DecoderLayers):
         return self.head(x), levels
 
 
-def group_norm(groups: int, width: int) -> nn.GroupNorm:
-    """Build VQGAN's group norm, with epsilon 1e-6; raise `UserError` if `groups` does not divide `width`."""
+def group_norm(groups: int, width: int, eps: float = 1e-6) -> nn.GroupNorm:
+    """Build a group norm, with VQGAN's epsilon by default; raise `UserError` if `groups` does not divide `width`."""
     if width % groups:
         raise UserError(f"Expected widths that are multiples of norm_groups, got {width} and {groups}.")
-    return nn.GroupNorm(groups, width, eps=1e-6)
+    return nn.GroupNorm(groups, width, eps=eps)
 
 
 def _stack_blocks(width_in: int, width_out: int, blocks: int, norm_groups: int) -> nn.ModuleList:

@@ -13,6 +13,7 @@ from vidtwin.errors import UserError
 from vidtwin.losses import adversarial as gan
 from vidtwin.losses.efficientnet import EfficientNetDistance
 from vidtwin.losses.frame_distance import FrameDistance
+from vidtwin.losses.gradients import compute_with_gradient
 from vidtwin.losses.perceptual import LPIPS
 from vidtwin.losses.st_lpips import STLPIPS
 
@@ -234,6 +235,10 @@ class AutoencoderLoss(nn.Module):
                 )
                 raise UserError(f"{error} {places} by --model.loss.perceptual_weight 0.") from error
 
+    def scale(self, clip: Tensor) -> int:
+        """Return the factor of a loss of clips (B, 3, T, H, W) against its mean: 1, or 3·H·W in "released"."""
+        return clip[0, :, 0].numel() if self.reduction == "released" else 1
+
     def gan_is_on(self, step: int) -> bool:
         """Return whether batch `step` (from 0) trains with the GAN."""
         return self.discriminator is not None and self.adversarial_weight > 0 and step >= self.adversarial_start
@@ -261,8 +266,7 @@ class AutoencoderLoss(nn.Module):
             `reduction`.
         """
         prediction, target = _as_float(reconstruction.clip), _as_float(clip)
-        frame_size = target[0, :, 0].numel()
-        scale = frame_size if self.reduction == "released" else 1
+        frame_size, scale = target[0, :, 0].numel(), self.scale(clip)
         terms: dict[str, Tensor] = {}
 
         error = prediction - target
@@ -292,7 +296,7 @@ class AutoencoderLoss(nn.Module):
             assert self.discriminator is not None
             (shown,) = self._random_run(prediction)
             with _freeze(self.discriminator):
-                terms["adversarial"] = self.generator_term(_as_float(self.discriminator(shown)))
+                terms["adversarial"] = compute_with_gradient(self._judge, shown)
             weight = self._adversarial_weight(reference, terms["adversarial"], last_layer, frame_size)
             if weight is not None:
                 terms["adaptive_weight"] = scale * weight
@@ -346,6 +350,11 @@ class AutoencoderLoss(nn.Module):
             terms["r1"] = r1
             total = total + 0.5 * self.r1_weight * self.r1_every * r1
         return {"total": total} | {name: term.detach() for name, term in terms.items()}
+
+    def _judge(self, clip: Tensor) -> Tensor:
+        """Return the generator's term for a reconstruction."""
+        assert self.discriminator is not None
+        return self.generator_term(_as_float(self.discriminator(clip)))
 
     def _is_training(self) -> bool:
         return self.training and torch.is_grad_enabled()

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidtwin.errors import UserError
+from vidtwin.losses.gradients import compute_with_gradient
 
 
 class FrameDistance(ABC):
@@ -58,7 +60,10 @@ class FrameDistance(ABC):
         return f"Expected frames of at least {side} pixels for {self.title}, got {(height, width)}."
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Compare clips (B, 3, T, H, W) or frames (N, 3, H, W) in [-1, 1]: one distance per frame, (B·T,) or (N,)."""
+        """Compare clips (B, 3, T, H, W) or frames (N, 3, H, W) in [-1, 1]: one distance per frame, (B·T,) or (N,).
+
+        The gradient for the prediction is computed here, a few frames at a time.
+        """
         reason = self.unavailable(*prediction.shape[-2:])
         if reason:
             raise UserError(reason)
@@ -70,9 +75,14 @@ class FrameDistance(ABC):
         if prediction.ndim == 5:
             prediction = rearrange(prediction, "b c t h w -> (b t) c h w")
             target = rearrange(target, "b c t h w -> (b t) c h w")
-        if torch.is_grad_enabled():
+        if target.requires_grad and torch.is_grad_enabled():
             return self._distances(prediction, target)
-        return torch.cat([self._distances(*frames) for frames in _split_frames(prediction, target)])
+        return torch.cat(
+            [
+                compute_with_gradient(partial(self._distances, target=true), frames)
+                for frames, true in _split_frames(prediction, target)
+            ]
+        )
 
     def _distances(self, prediction: Tensor, target: Tensor) -> Tensor:
         assert self.network is not None
@@ -90,7 +100,7 @@ def normalize_channels(features: Tensor) -> Tensor:
 
 
 def _split_frames(*clips: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split (N, 3, H, W) into batches of few frames, for passes without a backward pass.
+    """Split (N, 3, H, W) into batches of few frames.
 
     For 16 frames of 224 px this halves the time on a CPU, whose caches then hold VGG's maps; on a GPU it saves memory.
     """

@@ -47,7 +47,8 @@ class SpatialTemporalBlock(nn.Module):
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation
         x = x + gate * self.spatial_attention(modulated_norm(x, shift, scale))
         over_time = x if temporal_embedding is None else x + temporal_embedding
-        x = x + gate * self.temporal_attention(over_time.transpose(1, 2)).transpose(1, 2)
+        # Contiguous, so that its linear layer adds the bias in the product.
+        x = x + gate * self.temporal_attention(over_time.transpose(1, 2).contiguous()).transpose(1, 2)
         return x + gate_mlp * self.mlp(modulated_norm(x, shift_mlp, scale_mlp))
 
 

@@ -206,9 +206,18 @@ def load_autoencoder(path: str | Path, ema: bool = False, trust_modules: Sequenc
     return model.eval()
 
 
-def load_weights(model: VideoAutoencoder, path: str | Path, ema: bool = False) -> None:
-    """Load the autoencoder's weights from a checkpoint; raise `UserError` if its tensors differ in name or shape."""
-    _load(model, read(path), path, ema)
+def load_weights(
+    model: VideoAutoencoder, path: str | Path, ema: bool = False, checkpoint: dict[str, Any] | None = None
+) -> None:
+    """Load the autoencoder's weights from a checkpoint; raise `UserError` if its tensors differ in name or shape.
+
+    Args:
+        model: It takes them.
+        path: Of the checkpoint.
+        ema: Whether they are the averaged ones.
+        checkpoint: Its content, if it has been read already.
+    """
+    _load(model, checkpoint or read(path), path, ema)
 
 
 def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:

@@ -47,10 +47,10 @@ def replay(task: AutoencoderTask, dump: dict[str, Any]) -> list[str]:
     task.seed_draws(dump["rank"])
     reason = None
     try:
-        for index, part in enumerate(clip.tensor_split(task.accumulation)):
+        for index, (part, latents) in enumerate(task.split({**dump["batch"], "clip": clip})):
             share = len(part) / len(clip)
             of = f" (part {index + 1})" if task.accumulation > 1 else ""
-            for player, terms in task.losses(part, dump["step"], share):
+            for player, terms in task.losses(part, dump["step"], share, latents):
                 lines += [f"{player}/{name} = {float(value.detach()):.6g}{of}" for name, value in terms.items()]
                 if not terms["total"].isfinite():
                     own, shared = bad_terms(terms)

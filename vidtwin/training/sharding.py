@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
 from vidtwin.losses.adversarial import mean_over_ranks
+from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.storage import checkpoints
 
 # Before torch 2.15 FSDP finds the tensors of a model's output only in classes that pytree knows.
@@ -58,8 +59,10 @@ class Placement:
         """Return the context for `torch.autograd.grad` at the last layer, which precedes the backward pass."""
         return nullcontext()
 
-    def average_gradients(self, module: nn.Module) -> None:
-        """Average gradients over the ranks after a backward pass, if nothing else has done so."""
+    def average_gradients(self, loss: AutoencoderLoss) -> None:
+        """Average those gradients of the loss's parameters over the ranks that no backward pass exchanges."""
+        if loss.discriminator is not None:  # DDP has it left out (`AutoencoderTask.setup`)
+            _average_gradients(loss.discriminator)
 
     def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Return the norm of all gradients together."""
@@ -77,6 +80,14 @@ class Placement:
             keep: Whether this rank needs the tensors; else sharded ones are returned empty, to save memory.
         """
         return tree
+
+
+def _average_gradients(module: nn.Module) -> None:
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    if gradients and dist.is_available() and dist.is_initialized():
+        flat = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def placement_of(trainer: Trainer | None) -> Placement:
@@ -150,12 +161,8 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
                 root.set_is_last_backward(True)
                 root.set_reshard_after_backward(True)
 
-    def average_gradients(self, module: nn.Module) -> None:
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        if gradients:
-            flat = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
-            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(mean.view_as(gradient))
+    def average_gradients(self, loss: AutoencoderLoss) -> None:
+        _average_gradients(loss)
 
     def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         if not any(isinstance(gradient, DTensor) for gradient in gradients):

@@ -10,32 +10,35 @@ All random draws of a step depend on (seed, batches so far, rank) alone, whateve
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
+from vidtwin.data import ClipSource
 from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.metrics.collection import ClipMetrics
 from vidtwin.metrics.frames import psnr
 from vidtwin.metrics.latents import codebook_use
+from vidtwin.posteriors import Latents
 from vidtwin.schedules import WarmupCosine
 from vidtwin.storage import checkpoints
-from vidtwin.training.buffers import copy_buffers, restore_buffers, share_buffers
+from vidtwin.training.buffers import RunningBuffers
 from vidtwin.training.callbacks.ema import EMA
 from vidtwin.training.checks import check_training, freeze
-from vidtwin.training.finite import bad_gradients, bad_terms, find_reason
+from vidtwin.training.finite import agree, bad_gradients, bad_terms, find_reason
 from vidtwin.training.optimization import (
     check_length,
     check_resumed,
@@ -46,6 +49,8 @@ from vidtwin.training.optimization import (
     step_at,
 )
 from vidtwin.training.sharding import Placement, placement_of
+from vidtwin.training.teacher import Teacher
+from vidtwin.training.teacher import check_resumed as check_resumed_teacher
 
 Batch = dict[str, Any]
 COUNTS = ("batches", "skipped", "rate_scale", "seed")  # stored in checkpoints
@@ -71,12 +76,15 @@ class AutoencoderTask(LightningModule):
             None keeps no average.
         use_ema: Evaluate with that average: in validation, and in the commands that read a checkpoint.
         freeze: Modules of the autoencoder to exclude from training, by name (`encoder`, `structure.qformer`).
+        teacher: Trained autoencoder whose latents this one learns, with the weights of its terms of the loss.
         metrics: Metrics of validation; by default LPIPS uses the loss's backbone.
 
     Attributes:
         batches: Number of batches so far, including skipped ones.
         skipped: Number of batches that updated nothing, since a loss or gradient was not finite.
         rate_scale: Factor on every learning rate; a rollback may lower it.
+        stop_requested: Whether this rank is to stop (`Preemption`).
+        stopping: Whether any rank was to stop in the last step, agreed by all.
         config: The `model` section of the config from which the task was built, if there is one.
     """
 
@@ -84,15 +92,16 @@ class AutoencoderTask(LightningModule):
         self,
         autoencoder: VideoAutoencoder,
         loss: AutoencoderLoss | None = None,
-        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1.6e-4, weight_decay=1e-4, eps=1e-15),
+        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1.6e-4, weight_decay=1e-4, eps=1e-15, fused=True),
         scheduler: LRSchedulerCallable = lambda o: WarmupCosine(o),
-        discriminator_optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1.6e-4, weight_decay=1e-4),
+        discriminator_optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1.6e-4, weight_decay=1e-4, fused=True),
         discriminator_scheduler: LRSchedulerCallable = lambda o: WarmupCosine(o),
         gradient_clip_norm: float | None = None,
         accumulation: int = 1,
         ema_decay: float | None = None,
         use_ema: bool = False,
         freeze: list[str] | None = None,
+        teacher: Teacher | None = None,
         metrics: ClipMetrics | None = None,
     ) -> None:
         super().__init__()
@@ -111,13 +120,16 @@ class AutoencoderTask(LightningModule):
         self.accumulation = accumulation
         self.ema = EMA(ema_decay, use_ema)
         self.freeze_parts = freeze or []
+        self.teacher = teacher
         self.metrics = metrics or ClipMetrics(getattr(self.loss.perceptual, "backbone", None))
         self.batches = self.skipped = 0
         self.rate_scale = 1.0
+        self.stop_requested = self.stopping = False
         self.config: dict[str, Any] | None = None
         self.seed: int | None = None
         self._resumed: tuple[list[Any], list[Any]] | None = None  # of the checkpoint: param_groups, schedules
         self._validation_terms: dict[str, MeanMetric] = {}
+        self._running: RunningBuffers | None = None
 
     # Configure.
 
@@ -129,14 +141,27 @@ class AutoencoderTask(LightningModule):
         """Download the weights that the loss needs, on one rank of each machine before the others."""
         if self.trainer.state.fn == "fit":
             self.loss.setup()
+        self._set_up_teacher(str(self.trainer.state.fn))
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
             freeze(self.autoencoder, self.freeze_parts)
             self.train(self.training)
             check_training(self.autoencoder, self.loss, self.trainer)
+            # DDP would exchange all gradients in the backward passes of both players.
+            left_out = [name for name in self.state_dict() if name.startswith("loss.discriminator.")]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, left_out)
             self.loss.setup()
+        self._set_up_teacher(stage)
         self.metrics.setup()
+
+    def _set_up_teacher(self, stage: str) -> None:
+        if self.teacher is None or not (stage == "fit" or (stage == "validate" and self.teacher.only_decoder)):
+            return
+        if type(self._placement) is not Placement:
+            raise UserError("Expected whole weights on each device for model.teacher, got sharded ones; train by ddp.")
+        data = getattr(self.trainer, "datamodule", None)  # missing if loaders were passed
+        self.teacher.setup(self.autoencoder, data.settings if isinstance(data, ClipSource) else None)
 
     def configure_model(self) -> None:
         self._placement.shard(self.autoencoder)
@@ -178,6 +203,10 @@ class AutoencoderTask(LightningModule):
             self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
 
     def on_train_start(self) -> None:
+        self._running = RunningBuffers(self)
+        if self.trainer.world_size > 1 and self.loss.discriminator is not None:
+            for tensor in self.loss.discriminator.state_dict(keep_vars=True).values():
+                dist.broadcast(tensor.detach(), src=0)  # ranks may have drawn different initial values
         for scheduler, prefix in zip(self._schedulers(), ("", "discriminator_"), strict=False):
             check_length(scheduler, self._max_steps, f"model.{prefix}scheduler")
             resume_rates(scheduler)
@@ -208,15 +237,16 @@ class AutoencoderTask(LightningModule):
                 "data.batch_size."
             )
         self.batches += 1
-        before = copy_buffers(self)  # the forward pass changes them
+        buffers = self._running or RunningBuffers(self)
+        before = buffers.copy()  # the forward pass changes them
         self.seed_draws(self.global_rank)
-        means, reason = self._backward(clip, step)
+        means, reason = self._backward(batch, step)
         players = self._players(step)
         if reason is not None:
             self.skipped += 1
             for optimizer in players.values():
                 optimizer.zero_grad()
-            restore_buffers(self, before)
+            buffers.restore(before)
             self._log_step({"train/skipped": self.skipped / self.batches}, step, now=True)
             return {"rejected": reason}
 
@@ -228,12 +258,10 @@ class AutoencoderTask(LightningModule):
         for scheduler in self._schedulers():
             scheduler.step()
         if self.trainer.world_size > 1:  # under manual optimization DDP shares them before the first step only
-            share_buffers(self)
+            buffers.share()
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         logged["train/skipped"] = self.skipped / self.batches
         self._log_step(logged, step, now=every > 0 and (step + 1) % every == 0)
-        shown = {"loss": logged["train/loss"], "psnr": logged["train/psnr"]}
-        self.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
         return None
 
     def seed_draws(self, rank: int) -> None:
@@ -243,7 +271,19 @@ class AutoencoderTask(LightningModule):
         np.random.seed(int(words[1]))  # other people's models may draw from these two
         random.seed(int(words[1]))
 
-    def losses(self, clip: Tensor, step: int, share: float = 1.0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def split(self, batch: Batch) -> list[tuple[Tensor, Latents | None]]:
+        """Split a training batch into `accumulation` parts: clips, and their latents by the teacher if there is one."""
+        clips = _get_clip(batch).tensor_split(self.accumulation)
+        if self.teacher is None:
+            return [(clip, None) for clip in clips]
+        self.teacher.check(self.autoencoder, clips[0].shape[1:])
+        latents = self.teacher.latents(batch, self.accumulation)
+        self.teacher.measure(latents)
+        return [*zip(clips, latents, strict=True)]
+
+    def losses(
+        self, clip: Tensor, step: int, share: float = 1.0, latents: Latents | None = None
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Run one forward pass and yield each player's terms; the caller runs the backward pass of `total` in between.
 
         So the generator's graph is gone when the discriminator's terms are computed.
@@ -252,11 +292,14 @@ class AutoencoderTask(LightningModule):
             clip: (B, 3, T, H, W).
             step: Number of the step.
             share: Share of the clips in the step's batch.
+            latents: The teacher's latents of the clips, if there is one.
         """
-        reconstruction = self.autoencoder(clip)
+        reconstruction = self._reconstruct(clip, latents)
         last_layer = self.autoencoder.last_layer if self.loss.gan_is_on(step) else None
         with self._placement.probing(self.autoencoder):
             terms = self.loss.generator_loss(reconstruction, clip, last_layer, step)
+        if self.teacher is not None and latents is not None:
+            terms = self.teacher.add_terms(terms, self.autoencoder, reconstruction, latents, clip, self.loss)
         with torch.no_grad():
             terms["psnr"] = psnr(reconstruction.clip, clip).mean()
         if reconstruction.encoding is not None:
@@ -264,6 +307,11 @@ class AutoencoderTask(LightningModule):
         yield "train", terms
         if terms := self.loss.discriminator_loss(reconstruction.clip, clip, step, share):
             yield "discriminator", terms
+
+    def _reconstruct(self, clip: Tensor, latents: Latents | None) -> Reconstruction:
+        if self.teacher is None or latents is None or not self.teacher.only_decoder:
+            return self.autoencoder(clip)
+        return self.teacher.reconstruct(self.autoencoder, latents, clip)
 
     def _players(self, step: int) -> dict[str, LightningOptimizer | Optimizer]:
         """Return the optimizers to step, by their prefix in the logs."""
@@ -273,31 +321,38 @@ class AutoencoderTask(LightningModule):
         # Lightning's wrapper counts a step; the bare optimizer does not.
         return {"train": generator, "discriminator": discriminator.optimizer}
 
-    def _backward(self, clip: Tensor, step: int) -> tuple[dict[str, Tensor], str | None]:
-        """Compute the players' gradients part by part → values to log, and the reason to skip the batch (or None)."""
+    def _backward(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], str | None]:
+        """Compute the players' gradients part by part → values to log, and the reason to skip the batch (or None).
+
+        Backward passes, in which the ranks wait for each other, run on values that are not finite too; whether any is,
+        is asked once, at the end.
+        """
         means: dict[str, Tensor] = {}
-        parts = clip.tensor_split(self.accumulation)
-        for index, part in enumerate(parts):
-            share = len(part) / len(clip)
+        computed: list[dict[str, Tensor]] = []
+        parts = self.split(batch)
+        for index, (part, latents) in enumerate(parts):
+            share = len(part) / len(batch["clip"])
             with nullcontext() if index == len(parts) - 1 else self._without_sync():
-                for player, terms in self.losses(part, step, share):
-                    # Decided before the backward pass, in which the ranks wait for each other.
-                    reason = find_reason(self.trainer.strategy, terms["total"], partial(bad_terms, terms))
-                    if reason is not None:
-                        return means, reason
-                    self.manual_backward(share * terms["total"])
-                    for name, value in terms.items():
+                for player, terms in self.losses(part, step, share, latents):
+                    if player == "train":
+                        self.manual_backward(share * terms["total"])
+                    else:  # without the exchange of the generator's gradients
+                        (share * terms["total"]).backward()
+                    computed.append({name: value.detach() for name, value in terms.items()})
+                    for name, value in computed[-1].items():
                         key = f"{player}/{'loss' if name == 'total' else name}"
-                        means[key] = means.get(key, 0.0) + share * value.detach()
+                        means[key] = means.get(key, 0.0) + share * value
         self._placement.average_gradients(self.loss)
         norms = {
             name: self._placement.gradient_norm(list_gradients(optimizer)).detach()
             for name, optimizer in self._players(step).items()
         }
         means |= {f"{name}/gradient_norm": norm for name, norm in norms.items()}
-        return means, find_reason(
-            self.trainer.strategy, torch.stack([*norms.values()]).sum(), lambda: ("", bad_gradients(self))
-        )
+        finite, self.stopping = agree([*(terms["total"] for terms in computed), *norms.values()], self.stop_requested)
+        if finite:
+            return means, None
+        found = [*map(bad_terms, computed), ("", bad_gradients(self))]
+        return means, find_reason(self.trainer.strategy, found)
 
     @contextmanager
     def _without_sync(self) -> Iterator[None]:
@@ -307,10 +362,16 @@ class AutoencoderTask(LightningModule):
 
     def _log_step(self, values: dict[str, Any], step: int, now: bool) -> None:
         """Log values at this step; Lightning would count batches, and repeat old values for skipped ones."""
-        self.log_dict(values, logger=False, batch_size=1)
+        # As tensors of the device: Lightning would copy a number to it, and wait.
+        tensors = {
+            name: value if isinstance(value, Tensor) else torch.full((), float(value), device=self.device)
+            for name, value in values.items()
+        }
+        self.log_dict(tensors, logger=False, batch_size=1)
         if now:
+            numbers = torch.stack([value.detach().double() for value in tensors.values()]).tolist()
             for logger in self.loggers:
-                logger.log_metrics({name: float(value) for name, value in values.items()}, step)
+                logger.log_metrics(dict(zip(tensors, numbers, strict=True)), step)
 
     def _optimizers(self) -> tuple[LightningOptimizer, LightningOptimizer | None]:
         optimizers = self.optimizers()
@@ -333,7 +394,8 @@ class AutoencoderTask(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Reconstruction:  # type: ignore[override]
         clip = _get_clip(batch)
-        reconstruction = self.autoencoder(clip)
+        latents = self.teacher.latents(batch)[0] if self.teacher is not None and self.teacher.only_decoder else None
+        reconstruction = self._reconstruct(clip, latents)
         terms = self.loss.generator_loss(reconstruction, clip, None, step=-1) if self._loss_is_ready() else {}
         for name, value in terms.items():
             mean = self._validation_terms.setdefault(name, MeanMetric().to(self.device))
@@ -376,6 +438,8 @@ class AutoencoderTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["model_spec"] = self.autoencoder.spec()
         checkpoint["training"] = {name: getattr(self, name) for name in COUNTS}
+        if self.teacher is not None:
+            checkpoint["teacher"] = self.teacher.identity
         self.ema.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -383,6 +447,7 @@ class AutoencoderTask(LightningModule):
         if self.trainer.state.fn != "fit":
             checkpoints.keep_autoencoder(checkpoint, self.state_dict(), self.ema.evaluate)
             return
+        check_resumed_teacher(self.teacher, checkpoint)
         trained = sum(p.requires_grad for p in self.autoencoder.parameters()) + (self.loss.logvar is not None)
         checkpoints.check_resumable(checkpoint, self.state_dict(), trained)
         groups = [state["param_groups"] for state in checkpoint["optimizer_states"]]

@@ -35,7 +35,7 @@ class VideoTrainer(Trainer):
     """Train, validate and predict with autoencoders: Lightning's Trainer with defaults for a GAN.
 
     Checkpoints are written atomically and read without running code. On several devices DDP looks for parameters
-    without a gradient, since each player's backward pass leaves out the other's. Steps that are not finite are logged,
+    without a gradient, which some models have. Steps that are not finite are logged,
     dumped and undone (`StepGuard`); SIGTERM saves first (`Preemption`).
     """
 
@@ -64,8 +64,10 @@ class VideoTrainer(Trainer):
         callbacks += [cls() for cls in wanted if not any(isinstance(callback, cls) for callback in callbacks)]
         kwargs["callbacks"] = callbacks
         super().__init__(*args, **kwargs)
-        if strategy == "auto" and isinstance(self.strategy, DDPStrategy):
-            self.strategy._ddp_kwargs["find_unused_parameters"] = True
+        if isinstance(self.strategy, DDPStrategy):
+            if strategy == "auto":
+                self.strategy._ddp_kwargs["find_unused_parameters"] = True
+            self.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)  # saves a copy of the gradients
 
     @property
     def checkpoint_callback(self) -> Checkpoint | None:
@@ -188,6 +190,8 @@ class VideoTrainer(Trainer):
         """
         task = self._task(model)
         task.loss.setup()
+        if task.teacher is not None:
+            task.teacher.setup(task.autoencoder, None)
         task.to(self.strategy.root_device)
         with self.precision_plugin.forward_context():
             lines = run_again(task, read_dump(dump))

@@ -14,6 +14,8 @@ from vidtwin.video import panels
 class ClipLogger(Callback):
     """Log the first validation clips as filmstrips and animations: input, reconstruction, each latent alone.
 
+    Without a `TensorBoardLogger` nothing is decoded or drawn.
+
     Args:
         num_clips: Number of clips; 0 logs none.
         fps: Frames per second of the animation.
@@ -31,13 +33,13 @@ class ClipLogger(Callback):
         self, trainer: Trainer, pl_module: AutoencoderTask, outputs: Reconstruction, batch: dict[str, Any], *_: Any
     ) -> None:
         wanted = self.num_clips - self._logged
-        if wanted <= 0 or trainer.state.fn != "fit" or not trainer.is_global_zero:
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if wanted <= 0 or trainer.state.fn != "fit" or not trainer.is_global_zero or not boards:
             return
         first = slice(0, wanted)
         kept = Reconstruction(outputs.clip[first], {name: z[first] for name, z in outputs.latents.items()})
         with trainer.precision_plugin.forward_context():  # callbacks run outside of it
             clips = views(pl_module.autoencoder, batch["clip"][first], kept)
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         for number, shown in enumerate(clips, self._logged):
             tag, step = f"val_clips/{number}", trainer.global_step
             still, animation = panels.filmstrip(shown), panels.gif(panels.side_by_side(shown), self.fps)

@@ -3,7 +3,7 @@
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, Trainer
 
@@ -22,31 +22,32 @@ class Preemption(Callback):
     another exchange, and saves nothing.
     """
 
-    def __init__(self) -> None:
-        self.received = False
-
     def on_sanity_check_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        self._install()
+        self._install(trainer, pl_module)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        if trainer.strategy.reduce_boolean_decision(self.received, all=False):
+        if trainer.strategy.reduce_boolean_decision(pl_module.stop_requested, all=False):
             raise Preempted
 
     def on_train_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
-        self._install()
+        self._install(trainer, pl_module)
 
-    def _install(self) -> None:
+    def _install(self, trainer: Trainer, task: AutoencoderTask) -> None:
         # Installed after Lightning's handlers; Lightning restores the original ones at the end.
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._on_signal)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+            def request(number: int, frame: FrameType | None) -> None:
+                task.stop_requested = True
+
+            signal.signal(signal.SIGTERM, request)
+        # Lightning's exchange of its own flag, which stays False, would make the device wait in each batch.
+        cast(Any, trainer.fit_loop.epoch_loop)._broadcast_sigterm_tensor = lambda: None
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: AutoencoderTask, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer.strategy.reduce_boolean_decision(self.received, all=False):
+        # Several ranks have agreed in the step, beside whether its values are finite.
+        if not (pl_module.stop_requested if trainer.world_size == 1 else pl_module.stopping):
             return
         if trainer.global_step == 0:
             raise Preempted  # all batches so far were skipped: nothing to save

@@ -8,12 +8,19 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+_INTERVAL = 0.5  # seconds
+
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar with clips per second (all ranks) and the time left until max_steps."""
+    """Lightning's bar with loss, PSNR, clips per second (all ranks) and the time left until max_steps.
+
+    It is drawn every half second, since the values that it shows are read from the device, which then has to be waited
+    for.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self._drawn = 0.0
         self._started: tuple[float, int] | None = None
         self._clips = 0
 
@@ -29,11 +36,17 @@ class ProgressBar(TQDMProgressBar):
             self._clips = 0
         else:
             self._clips += len(batch["clip"]) * trainer.world_size
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        is_last = batch_idx + 1 == trainer.num_training_batches or trainer.global_step == trainer.max_steps
+        if is_last or time.monotonic() - self._drawn >= _INTERVAL:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._drawn = time.monotonic()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
         metrics.pop("v_num", None)
+        for name in ("loss", "psnr"):
+            if (value := trainer.callback_metrics.get(f"train/{name}")) is not None:
+                metrics[name] = float(value)
         if self._started is not None and self._clips:
             elapsed = time.monotonic() - self._started[0]
             steps = trainer.global_step - self._started[1]
