@@ -253,8 +253,9 @@ OFFICIAL = {
 FULL = (3, 16, 224, 224)
 
 
+@cache
 def official(name: str) -> LibraryAutoencoder:
-    """Build the model of a config on the meta device."""
+    """Build the model of a config on the meta device, once; tests leave it as it was."""
     section = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"]["autoencoder"]
     if name == "ltx2_video_diffusion":  # its base is ltx2_video.yaml
         base = yaml.safe_load((CONFIGS / "ltx2_video.yaml").read_text())["model"]["autoencoder"]
