@@ -4,25 +4,33 @@ import ast
 import json
 import sys
 import tomllib
+from collections.abc import Sequence
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import forked
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from sweeping import checkpoint
 from torch import nn
 
 from vidtwin import VideoAutoencoder, plugins
 from vidtwin.baselines.library.base import VERSIONS, LibraryAutoencoder, StandardizedGaussian
 from vidtwin.baselines.library.neighbourhood import NeighbourhoodProcessor, attend_to_neighbours
 from vidtwin.cli import main
+from vidtwin.clips import as_clip
 from vidtwin.errors import UserError
 from vidtwin.posteriors import Deterministic
+from vidtwin.storage import checkpoints
 from vidtwin.testing import check_autoencoder
 from vidtwin.training.checks import freeze
+from vidtwin.video import VideoWriter, iter_frames, write_video
+from vidtwin.video.convert import to_uint8
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "library"
@@ -245,8 +253,9 @@ OFFICIAL = {
 FULL = (3, 16, 224, 224)
 
 
+@cache
 def official(name: str) -> LibraryAutoencoder:
-    """Build the model of a config on the meta device."""
+    """Build the model of a config on the meta device, once; tests leave it as it was."""
     section = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"]["autoencoder"]
     if name == "ltx2_video_diffusion":  # its base is ltx2_video.yaml
         base = yaml.safe_load((CONFIGS / "ltx2_video.yaml").read_text())["model"]["autoencoder"]
@@ -419,6 +428,8 @@ def test_ltx2s_own_ratios_are_not_believed():
     model = official("ltx2_video")
     assert (model.model.temporal_compression_ratio, model.model.spatial_compression_ratio) == (16, 64)
     assert (model.time, model.space) == (8, 32)
+    with pytest.raises(UserError, match="at least 16 pixels in height and width for LTX2Video"):
+        tiny("ltx2_video").encode(noise(1, 3, 3, 8, 16))  # places are mirrored at the border
 
 
 def test_wan_equals_its_library_and_trains_beyond_the_clamp():
@@ -564,8 +575,11 @@ def test_ltx2s_diffusion_decoder_takes_what_holds_its_windows():
         UserError, match=r"at least 16 pixels in height and width for LTX2Video, got \(1, 3, 3, 8, 16\)"
     ):
         model.encode(noise(1, 3, 3, 8, 16))
+    short = noise(1, 4, 1, 2, 2)
+    with pytest.raises(ValueError, match="at least its kernel size"):
+        model.diffusion.decode(short)
     with pytest.raises(UserError, match="latent of at least 2 x 2 x 2 places for the diffusion decoder, got 1 x 2 x 2"):
-        model.decode({"latent": noise(1, 4, 1, 2, 2)})
+        model.decode({"latent": short})
     wrong = {"decoder_arguments": own["decoder_arguments"] | {"patch_size": 4}}
     for arguments, message in (
         (
@@ -595,6 +609,8 @@ def test_minimax_gets_imagenets_pixels_and_gives_its_own_lengths():
         longer = noise(1, 3, 5, 8, 8)
         assert model(longer).clip.shape == longer.shape
         assert library_round_trip(model, longer).shape[2] == 4
+        with pytest.raises((RuntimeError, ValueError)):
+            library_round_trip(model, noise(1, 3, 3, 8, 8))
     with pytest.raises(UserError, match="at least 8 pixels in height and width for MiniMaxH3"):
         model.encode(noise(1, 3, 4, 4, 8))  # places are mirrored at the border
 
@@ -627,6 +643,12 @@ def test_flux2s_latent_is_the_generators():
         decoded = model.model.decode(own.mean).sample.unflatten(0, (2, 2)).transpose(1, 2)
         torch.testing.assert_close(model.decode({"latent": posterior.mode()}), decoded, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(posterior.regularization()["kl"], own.kl().sum() / 2)
+
+
+@pytest.mark.slow
+def test_a_copy_of_a_recomputing_model_runs_its_own_blocks():
+    name = "ltx2_video/diffusion"
+    check_autoencoder(class_of(name)(TINY[name][0], activation_checkpointing=True, **OWN[name]), *TINY[name][1:])
 
 
 def test_checkpointing_of_the_library_is_used_or_refused():
@@ -692,7 +714,7 @@ def test_emu3s_codes_in_bfloat16_are_the_nearest_entries():
 
 # As docs/library.md names them: what encodes, beside the encoder itself.
 QUANT_CONV = {"wan", "wan/2.2", "hunyuan_video", "cosmos", "allegro", "easyanimate", "stable_diffusion"}
-QUANT_CONV |= {"stable_video_diffusion"}
+QUANT_CONV |= {"stable_video_diffusion", "minimax_h3", "flux2"}
 
 
 @pytest.mark.parametrize(
@@ -700,7 +722,7 @@ QUANT_CONV |= {"stable_video_diffusion"}
 )
 def test_a_decoder_trains_over_a_frozen_encoder_without_a_graph_of_it(name):
     arguments, frames, side = TINY[name]
-    model = class_of(name)(arguments)
+    model = class_of(name)(arguments, **OWN.get(name, {}))
     freeze(model, ["model.encoder", *(["model.quant_conv"] if name in QUANT_CONV else [])])
     model.train()
     latents = model.encode(noise(1, 3, frames, side, side)).sample()
@@ -914,3 +936,128 @@ def test_cogvideox_passes_fit_test_and_reconstruct_on_real_clips(shared, tmp_pat
     assert min(row["cost"]["flops"].values()) > 0
     video = str(shared / "data" / "clips" / "carphone_pristine.mp4")
     assert main(["reconstruct", video, "--ckpt_path", str(last), "--accelerator=cpu"]) == 0
+
+
+# Commands on real clips: latents on disk, a kill and a resumption, two ranks.
+
+COMMANDED = ("cogvideox", "emu3")  # with a Gaussian, with codes
+
+
+@pytest.mark.parametrize("name", COMMANDED)
+def test_latents_on_disk_give_the_models_clip(name, shared, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    video = tmp_path / "small.mp4"
+    write_video(video, [frame[:32, :32] for frame in iter_frames(shared / "data" / "clips" / "mobile_cif_30f.mp4")], 30)
+    model, length = tiny(name), tiny(name).temporal.usual_length
+    ckpt = checkpoint(tmp_path / "model.ckpt", model=model)
+    written: list[np.ndarray] = []
+
+    class Recorder(VideoWriter):
+        def write(self, picture: np.ndarray, time: Any = None) -> None:
+            written.append(picture)
+            super().write(picture, time)
+
+    monkeypatch.setattr("vidtwin.apply.latent_reader.VideoWriter", Recorder)
+    quiet = ["--accelerator", "cpu", "--progress", "false"]
+    assert main(["encode", str(video), "--out", "latents", "--ckpt_path", ckpt, *quiet]) == 0
+    assert main(["decode", "latents", "--out", "decoded", *quiet]) == 0
+    frames = np.stack(list(iter_frames(video)))
+    padded = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % length, 0)])
+    with torch.no_grad():
+        made = model(as_clip(list(padded.reshape(-1, length, *frames.shape[1:])), model.space)).clip
+    wanted = np.concatenate([to_uint8(each) for each in made])[: len(frames), : frames.shape[1], : frames.shape[2]]
+    apart = np.abs(np.stack(written).astype(int) - wanted)
+    assert apart.max() <= (0 if name == "emu3" else 1)
+    assert apart.mean() < 0.01
+
+
+@pytest.fixture
+def videos(shared, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    train = ("bikes.mp4", "mma_demo.mp4", "foreman_cif_openh264.mp4", "mobile_cif_30f.mp4")
+    for split, names in (("train", train), ("test", ("carphone_pristine.mp4", "v_BaseballPitch_g01_c01.avi"))):
+        (tmp_path / "videos" / split).mkdir(parents=True)
+        for name in names:
+            (tmp_path / "videos" / split / name).symlink_to(shared / "data" / "clips" / name)
+    saves = "vidtwin.training.callbacks.checkpoint.LatestCheckpoint"
+    callback = {"class_path": saves, "init_args": {"every_n_steps": 1, "keep": 9}}
+    (tmp_path / "saves.yaml").write_text(json.dumps({"trainer": {"callbacks": [callback]}}))
+    return tmp_path
+
+
+def fit_options(name: str, run: str, *words: str) -> list[str]:
+    """Return the words of a fit of four steps, a checkpoint each."""
+    arguments = [f"--model.autoencoder.arguments.{key}={json.dumps(value)}" for key, value in TINY[name][0].items()]
+    data = ["--data=folder", "--data.root=videos", "--data.splits={train: train, val: test, test: test}"]
+    data += ["--data.resolution=16", "--data.num_frames=8", "--data.batch_size=1", "--data.num_workers=0"]
+    trainer = ["--trainer.max_steps=4", "--trainer.accelerator=cpu", "--trainer.num_sanity_val_steps=0"]
+    trainer += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    model = ["--model.loss.perceptual_weight=0", "--model.scheduler.init_args.warmup_steps=0"]
+    configs = ["--config", str(CONFIGS / f"{name}.yaml"), "--config", "saves.yaml"]
+    return [
+        "fit",
+        *configs,
+        *sorted(arguments),
+        *data,
+        *trainer,
+        *model,
+        f"--trainer.logger.init_args.name={run}",
+        *words,
+    ]
+
+
+def read_run(run: str, step: int = 4) -> dict[str, torch.Tensor]:
+    """Read the weights of a run after a step, and the averaged ones."""
+    (path,) = Path("runs").glob(f"{run}/**/step-{step:08d}.ckpt")
+    saved = checkpoints.read(path)
+    return saved["state_dict"] | {f"ema.{name}": value for name, value in saved["ema"]["values"].items()}
+
+
+def fit(options: Sequence[str]) -> None:
+    assert main(options) == 0
+
+
+KILLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+
+def kill():
+    while not list(Path("runs").glob("killed/**/step-00000002.ckpt")):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=kill, daemon=True).start()
+from vidtwin.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDED)
+def test_a_killed_training_resumes_bit_for_bit(name, videos):
+    one = "--trainer.devices=1"
+    fit(fit_options(name, "straight", one))
+    assert forked.run_code(KILLED, fit_options(name, "killed", one), videos / "stderr", timeout=240) == -9
+    fit(fit_options(name, "killed", one, "--resume=auto"))
+    straight, resumed = read_run("straight"), read_run("killed")
+    assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
+
+
+@pytest.mark.slow
+def test_two_ranks_train_emu3_as_one_does_with_their_clips(videos):
+    """No posterior is sampled, so that ranks draw nothing; by SGD the weights move by the gradient."""
+    sgd = "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 0.1}}"
+    forked.run_ranks(fit, fit_options("emu3", "two", sgd, "--trainer.devices=2"), stderr=videos / "stderr")
+    fit(fit_options("emu3", "one", sgd, "--trainer.devices=1", "--data.batch_size=2"))
+    moves = []
+    for run in ("two", "one"):
+        first, last = read_run(run, 3), read_run(run)
+        moves.append(torch.cat([(last[key] - first[key]).double().flatten() for key in sorted(last)]))
+    assert moves[1].norm() > 0
+    assert (moves[0] - moves[1]).norm() < 1e-3 * moves[1].norm()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_cogvideox(videos):
+    forked.run_ranks(fit, fit_options("cogvideox", "two", "--trainer.devices=2"), stderr=videos / "stderr")
+    assert all(value.isfinite().all() for value in read_run("two").values())
