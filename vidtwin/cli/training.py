@@ -147,9 +147,9 @@ def _naming_tensorboard() -> Iterator[None]:
             if type(thread).__module__.startswith("tensorboard.") and getattr(thread, "exception", None) is not None:
                 thread.join()
         threading.excepthook = before
-        for error in failed:
-            if error is not raised:
-                log(f"TensorBoard can't write its events: {error.strerror or error}")
+        for unraised in failed:
+            if unraised is not raised:
+                log(f"TensorBoard can't write its events: {unraised.strerror or unraised}")
 
 
 class LightningParser(Parser, LightningArgumentParser):

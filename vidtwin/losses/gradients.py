@@ -28,7 +28,7 @@ def compute_with_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Te
     leaf = x.detach().requires_grad_()
     value = function(leaf)
     (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    result: Tensor = _WithGradient.apply(x, value.detach(), gradient)  # type: ignore[no-untyped-call]
+    result: Tensor = _WithGradient.apply(x, value.detach(), gradient)
     return result
 
 
@@ -39,8 +39,8 @@ class _WithGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         rows = incoming.reshape(incoming.shape + (1,) * (gradient.ndim - incoming.ndim))
         return (rows * gradient).to(gradient.dtype), None, None
