@@ -19,6 +19,7 @@ from vidtwin.models.vidtwin import VidTwin
 from vidtwin.posteriors import DiagonalGaussian, Encoding
 from vidtwin.storage import checkpoints
 from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
+from vidtwin.training.sharding import Placement
 from vidtwin.training.teacher import Teacher
 from vidtwin.training.trainer import VideoTrainer
 
@@ -206,12 +207,25 @@ def test_a_small_encoder_is_trained_by_its_latents_alone(weights, tmp_path):
     assert "decoder" not in moved
 
 
-def test_a_clip_without_finite_pixels_is_skipped_and_not_measured(weights, tmp_path):
+def test_a_clip_without_finite_pixels_is_skipped_not_measured_and_can_be_run_again(weights, tmp_path):
     task = distil(weights)
     run(tmp_path, task, 4, Poisoned())
     assert task.skipped
     assert task.teacher.moments_structure.isfinite().all()
     assert all(p.isfinite().all() for p in task.parameters())
+    dump = next(tmp_path.rglob("nonfinite/*.pt"))
+    lines = trainer(tmp_path).replay(distil(weights), str(dump))
+    assert any(line.startswith("train/latent_match = nan") for line in lines)
+    assert lines[-1].startswith("reproduced: ")
+
+
+def test_sharded_weights_are_refused(weights, tmp_path, monkeypatch):
+    class Sharded(Placement):
+        pass
+
+    monkeypatch.setattr("vidtwin.training.task.placement_of", lambda trainer: Sharded())
+    with pytest.raises(UserError, match=r"for model\.teacher, got sharded ones; train by ddp"):
+        run(tmp_path, distil(weights), 1)
 
 
 # Latents on disk.

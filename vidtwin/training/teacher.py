@@ -42,7 +42,7 @@ class Teacher(nn.Module):
         latents: Folder that `vidtwin encode` has written with the teacher, instead of `path`: the teacher does not run.
             The clips have to be its windows, in training by `data.fps: null` and `data.augment: windows`.
         use_ema: Take the averaged weights of `path`.
-        latent_weight: Weight of `latent_match` against the mean pixel error (`latent_match`); 0 leaves it out.
+        latent_weight: Weight of `latent_match` against the mean pixel error; 0 leaves it out.
         decode_weight: Weight of `teacher_decode`: the loss of pixels and the perceptual one between the clip and the
             student's decoding of the teacher's latents; 0 leaves it out.
         only_decoder: Train a decoder alone: the teacher's latents stand for those of the student's encoder, which does
@@ -302,7 +302,8 @@ class _Folder:
         if beyond or row >= stored or frames[row] != length - padded:
             raise UserError(
                 f"Expected latents of {length - padded} frames of {name} from frame {start} on in {self.folder}, got "
-                f"none; its windows start at multiples of {length}: set --data.augment windows and --data.fps null."
+                f"none; its windows start at multiples of {length}: set --data.fps null, --data.augment windows and, "
+                "to validate a decoder alone, --data.eval_clips first."
             )
         return {latent: self._open(number).rows(place, latent, row, row + 1)[0] for latent in self.manifest.latents}
 
