@@ -41,7 +41,7 @@ from vidtwin.autoencoder import TemporalSpec, VideoAutoencoder
 from vidtwin.errors import UserError
 from vidtwin.layers import vqgan
 from vidtwin.layers.causal_vae import FrameConv2d, check_latent, fold, unfold
-from vidtwin.layers.conv3d import channels_last
+from vidtwin.layers.conv3d import Conv3d, channels_last
 from vidtwin.layers.recompute import Recomputing
 from vidtwin.posteriors import DiagonalGaussian, Encoding, Latents
 
@@ -53,7 +53,7 @@ EPSILON: dict[Release, float] = {"sd2.1": 1e-5, "sd3": 1e-6}
 FIXED = {"causal_encoder": True, "causal_decoder": False, "half_3d": True, "use_3d_conv": True, "attn_resolutions": []}
 
 
-class PaddedConv3d(nn.Conv3d):
+class PaddedConv3d(Conv3d):
     """3x3x3 convolution.
 
     Args:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from vidtwin.errors import UserError
 from vidtwin.layers.conv3d import (
     CausalConv3d,
+    Conv3d,
     DepthToSpace,
     FrameGroupNorm,
     ResidualBlock,
@@ -175,3 +176,17 @@ def test_norm_and_upsampling_keep_channels_last():
     x = channels_last(noise(2, 32, 5, 3, 4))
     for y in (FrameGroupNorm(32).double()(x), depth_to_space(x, (2, 2, 2))):
         assert y.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 4, 4), (5, 3, 3)])
+def test_few_frames_in_bfloat16_give_the_gradient_of_float32(kernel: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    layer = Conv3d(16, 16, kernel, padding=(kernel[0] // 2, 1, 1))
+    gradients = []
+    for enabled in (False, True):
+        torch.full((5000, 77), torch.nan)  # memory that a kernel may leave as it is
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = layer(torch.linspace(-1, 1, 2 * 16 * 2 * 64).sin().reshape(2, 16, 2, 8, 8))
+        (gradient,) = torch.autograd.grad(y.float().square().sum(), layer.weight)
+        gradients.append(gradient)
+    assert (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()

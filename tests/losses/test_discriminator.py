@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -169,3 +170,19 @@ def test_magvits_discriminator_distinguishes_clips_from_the_start() -> None:
     assert all(
         layer.bias.abs().max() == 0 for layer in discriminator.modules() if getattr(layer, "bias", None) is not None
     )
+
+
+@pytest.mark.parametrize("make", [lambda: PatchDiscriminator3d(16, 2), lambda: BlurPoolDiscriminator3d(8, 32, 16)])
+def test_a_3d_discriminator_in_bfloat16_has_the_gradient_of_float32(make: Callable[[], nn.Module]) -> None:
+    """Its last layers see two frames."""
+    torch.manual_seed(0)
+    discriminator, clip = make(), torch.rand(2, 3, 8, 32, 32) * 2 - 1
+    weights = [p for p in discriminator.parameters() if p.ndim == 5]
+    gradients = []
+    for enabled in (False, True):
+        torch.full((5000, 77), torch.nan)  # memory that a kernel may leave as it is
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = discriminator(clip)
+        gradients.append(torch.autograd.grad(logits.float().square().sum(), weights))
+    for plain, ours in zip(*gradients, strict=True):
+        assert (ours - plain).norm() < 0.1 * plain.norm()

@@ -52,6 +52,23 @@ def depth_to_space(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
     return rearrange(x, "b (c q p r) t h w -> b (t q) (h p) (w r) c", q=q, p=p, r=r).movedim(-1, 1)
 
 
+class Conv3d(nn.Conv3d):
+    """torch's layer, with a right gradient of its weights for a few frames in bfloat16 on a CPU.
+
+    There oneDNN returns unwritten memory if the convolution itself pads fewer frames than its kernel spans, but not one
+    frame (torch 2.15): NaN, or wrong numbers.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, C, T, H, W)."""
+        assert not isinstance(self.padding, str)
+        time, *space = self.padding
+        if x.device.type != "cpu" or not (time and 1 < x.shape[2] < self.kernel_size[0]):
+            return super().forward(x)
+        padded = F.pad(x, (0, 0, 0, 0, time, time))
+        return F.conv3d(padded, self.weight, self.bias, self.stride, (0, *space), self.dilation, self.groups)
+
+
 class CausalConv3d(nn.Conv3d):
     """3-D convolution that pads time in front only; height and width are padded on both sides.
 

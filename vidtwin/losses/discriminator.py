@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from vidtwin.errors import UserError
-from vidtwin.layers.conv3d import norm_groups
+from vidtwin.layers.conv3d import Conv3d, norm_groups
 
 Norm = Literal["group", "batch", "none"]
 
@@ -40,7 +40,7 @@ def _patch_gan(channels: int, num_layers: int, norm: Norm, dims: int) -> nn.Sequ
         if dims == 2:
             layers.append(nn.Conv2d(width_in, width_out, 4, stride, padding=1, bias=bias))
         else:
-            layers.append(nn.Conv3d(width_in, width_out, (3, 4, 4), stride, padding=1, bias=bias))
+            layers.append(Conv3d(width_in, width_out, (3, 4, 4), stride, padding=1, bias=bias))
         if inner:
             layers.append(_norm(norm, width_out, dims))
         if i <= num_layers:
@@ -108,8 +108,8 @@ class _BlurPoolBlock(nn.Module):
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv3d(width_in, width_out, 3, padding=1)
-        self.conv2 = nn.Conv3d(width_out, width_out, 3, padding=1)
+        self.conv1 = Conv3d(width_in, width_out, 3, padding=1)
+        self.conv2 = Conv3d(width_out, width_out, 3, padding=1)
         self.shortcut = nn.Conv3d(width_in, width_out, 1, bias=False)
         self.pool = BlurPool3d()
 
@@ -138,9 +138,9 @@ class BlurPoolDiscriminator3d(nn.Module):
         super().__init__()
         self.size = (num_frames, resolution, resolution)
         widths = [channels, *(channels * factor for factor in (2, 4, 4, 4, 4))]
-        self.conv_in = nn.Conv3d(3, channels, 3, padding=1)
+        self.conv_in = Conv3d(3, channels, 3, padding=1)
         self.blocks = nn.Sequential(*(_BlurPoolBlock(before, after) for before, after in pairwise(widths)))
-        self.conv_out = nn.Conv3d(widths[-1], widths[-1], 3, padding=1)
+        self.conv_out = Conv3d(widths[-1], widths[-1], 3, padding=1)
         left = math.prod(-(-side // 2 ** len(self.blocks)) for side in self.size)
         self.linear1 = nn.Linear(widths[-1] * left, widths[-1])
         self.linear2 = nn.Linear(widths[-1], 1)
