@@ -137,8 +137,8 @@ class Teacher(nn.Module):
             sums = torch.stack([count, values.sum(1), values.square().sum(1)])
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(sums)
-            if sums.isfinite().all():  # a step that is not finite is skipped
-                self.get_buffer(f"moments_{name}").add_(sums)
+            # A step that is not finite is skipped; asked on the device, which the host does not wait for.
+            self.get_buffer(f"moments_{name}").add_(torch.where(sums.isfinite().all(), sums, 0.0))
 
     def latent_match(self, encoding: Encoding, latents: Latents) -> Tensor:
         """Return the mean over the latents of ((student's mode − teacher's) / σ)², with σ of the teacher's channel."""
