@@ -149,7 +149,7 @@ class FrameTimeAttention(vqgan.PixelAttention):
 
 
 class Downsample(nn.Module):
-    """Half the height, the width and, with `time`, the frames by a strided convolution.
+    """Halve the height, the width and, with `time`, the frames by a strided convolution.
 
     Args:
         release: "sd2.1" pads frames by zeros on the right and at the bottom, "sd3" by their edges on all sides.

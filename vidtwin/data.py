@@ -93,7 +93,7 @@ class ClipSettings:
         if not rates or any(rate is not None and rate <= 0 for rate in rates) or (None in rates and len(rates) > 1):
             raise UserError(f"Expected data.fps above 0, a list of such rates, or null for every frame, got {fps}.")
         choices = {
-            "augment": ("true", "false", "windows"),
+            "augment": (True, False, "windows"),
             "short_videos": ("skip", "loop"),
             "eval_clips": ("middle", "first", "all"),
             "tail": ("drop", "pad"),
@@ -102,8 +102,9 @@ class ClipSettings:
         }
         for key, allowed in choices.items():
             value = getattr(self, key)
-            if (str(value).lower() if isinstance(value, bool) else value) not in allowed:
-                listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+            if value not in allowed:
+                names = [str(each).lower() for each in allowed]
+                listed = f"{', '.join(names[:-1])} or {names[-1]}"
                 raise UserError(f"Expected data.{key} to be {listed}, got {value!r}.")
         if self.tail == "pad" and self.eval_clips != "all":
             raise UserError(

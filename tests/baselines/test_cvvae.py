@@ -195,7 +195,7 @@ def test_the_second_release_is_its_rules(tmp_path):
     [("sd2.1", 16, 5, 0.6510), ("sd2.1", 17, 5, 0.6127), ("sd2.1", 8, 3, 0.7812), ("sd3", 16, 5, 2.6042)],
 )
 def test_rates_are_those_of_the_tensors_and_clips_keep_their_length(release, frames, steps, rate):
-    """The released model makes 5 frames of 8 without a word. The printed 0.5208% is the limit of long clips."""
+    """The released model makes 5 frames of 8 without an error. The printed 0.5208% is the limit of long clips."""
     model, clip = small(release), noise(1, 3, frames, 16, 8)
     output = model(clip)
     latent = output.latents["latent"]

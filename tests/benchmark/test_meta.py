@@ -109,7 +109,7 @@ def test_numbers_are_those_of_the_arithmetic_and_need_no_data_or_weights(count):
     assert grid["downstream"]["tokens"] == FRAMES * 8 * 8 // 8
     assert table.count(" 6.2500 |") == 2
     assert "still 3 x 8 x 8, moving 3 x 8 x 8 x 8" in table
-    assert "parts claims a rate of 1 %; its latents have 7.0312 %." in table
+    assert "A rate of 1 % is claimed for parts; its latents have 7.0312 %." in table
     assert "codes takes 2 windows of 4 frames." in table
 
 

@@ -180,7 +180,7 @@ def test_notes_name_protocol_missing_clips_weights_claims_and_rfvd(folder):
     assert "Means over the 2 clips that all trained models have" in text
     assert "a lacks 1 clip that others have: c.avi." in text
     assert "LPIPS (vgg) is unavailable: no weights of VGG-16." in text
-    assert "a claims a rate of 0.1 %; its latents have 0.1302 %." in text
+    assert "A rate of 0.1 % is claimed for a; its latents have 0.1302 %." in text
     assert "rFVD: not ranked below 401." in text
     assert folder.markdown()[1]["b"]["note"] == "in 2 windows of 2 frames; 1 clip failed"
 

@@ -149,7 +149,7 @@ def test_a_cell_is_the_mean_over_the_common_clips_and_not_the_rows_own(folder, p
     [
         "VidTwin lacks 1 clip that others have",
         f"LPIPS (vgg) is unavailable: {WHY_NO_LPIPS}.",
-        "VidTwin claims a rate of 0.15 %; its latents have 0.2046 %.",
+        "A rate of 0.15 % is claimed for VidTwin; its latents have 0.2046 %.",
         "rFVD: not ranked below 401 clips.",
         "N = 6; not ranked",
         "untrained weights: not ranked",

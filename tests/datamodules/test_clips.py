@@ -252,6 +252,7 @@ def test_windows_are_those_of_encode_from_a_random_multiple_of_their_length(make
 def test_impossible_arguments_are_named() -> None:
     cases: list[tuple[dict[str, Any], str]] = [({"num_frames": 0}, "data.num_frames"), ({"fps": -1.0}, "data.fps")]
     cases.append(({"augment": "window"}, "data.augment to be true, false or windows, got 'window'"))
+    cases.append(({"augment": "false"}, "data.augment to be true, false or windows, got 'false'"))
     for kwargs, message in cases:
         with pytest.raises(UserError, match=message):
             UCF101("anywhere", **kwargs)

@@ -112,6 +112,13 @@ def test_a_value_can_be_differentiated_again_and_again_for_each_row() -> None:
     torch.testing.assert_close(gradient, 5 * 2 * x / 12)
 
 
+def test_a_second_derivative_is_refused_not_wrong() -> None:
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    loss = compute_with_gradient(lambda x: x.pow(3).sum(), x) + x.square().sum()
+    with pytest.raises(RuntimeError, match="Expected one derivative"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
 def test_without_gradients_the_function_is_called_as_it_is() -> None:
     x = torch.ones(3, requires_grad=True)
     with torch.no_grad():

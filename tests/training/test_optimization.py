@@ -68,6 +68,7 @@ def test_a_step_at_a_scaled_rate_leaves_the_schedules_rate():
         (LBFGS, "one gradient, got LBFGS, which computes the loss several times a step; set model.optimizer"),
         (SparseAdam, "dense gradients, got SparseAdam"),
         (lambda p: AdamW(p, lr=-1.0), "takes in model.optimizer, got: Invalid learning rate: -1.0"),
+        (lambda p: AdamW(p, fused=True, foreach=True), "takes in model.optimizer, got: .*fused.*foreach"),
         (lambda p: AdamW(p, rate=1.0), "takes in model.optimizer, got: .*unexpected keyword argument 'rate'"),
     ],
 )

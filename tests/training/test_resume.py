@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
-from tiny import BASELINES, Clips, baseline_task, tiny_task, trainer, write_config
+from tiny import BASELINES, Clips, Terminate, baseline_task, tiny_task, trainer, write_config
 
 from vidtwin.cli import main
 from vidtwin.errors import REQUEUE_EXIT_CODE, Preempted, UserError
@@ -152,6 +152,24 @@ def test_sigterm_saves_and_ends_and_the_handler_is_put_back(undisturbed, tmp_pat
     run(tmp_path, 0, [second], tmp_path / "checkpoints" / "last.ckpt", val_check_interval=2)
     assert_equal(first.entries + second.entries, undisturbed[0])
     assert_equal(state_of(tmp_path), undisturbed[1])
+
+
+def test_a_task_that_was_ended_by_sigterm_trains_on_in_the_same_process(tmp_path):
+    task = tiny_task()
+    with pytest.raises(Preempted):
+        trainer(tmp_path, 3, callbacks=[Terminate(at=1)]).fit(task, Clips())
+    run = trainer(tmp_path, 3)
+    run.fit(task, Clips())
+    assert run.global_step == 3
+
+
+def test_a_signal_that_lightnings_handler_took_is_not_lost(tmp_path):
+    class Early(Callback):
+        def on_train_start(self, trainer, task):  # before `Preemption`
+            trainer._signal_connector.received_sigterm = True
+
+    with pytest.raises(Preempted):
+        trainer(tmp_path, 3, callbacks=[Early()]).fit(tiny_task(), Clips())
 
 
 # From the command line.

@@ -134,7 +134,7 @@ def test_an_interrupted_distillation_ends_with_the_same_bits_and_without_its_tea
     }
     assert set(theirs["ema"]["values"]) == {name for name, _ in whole.autoencoder.named_parameters()}
     hashed = json.loads((weights / "config.json").read_text())["weights_sha256"]
-    assert theirs["teacher"] == {"path": str(weights), "weights_sha256": hashed}
+    assert theirs["teacher"] == {"path": str(weights), "weights_sha256": hashed, "only_decoder": False}
 
 
 def test_a_run_resumes_with_its_own_teacher_alone(weights, tmp_path):
@@ -176,9 +176,10 @@ def test_options_that_do_not_fit_are_refused(options, message):
 
 
 def test_a_small_decoder_is_trained_on_the_teachers_latents_without_the_students_encoder(
-    weights, tmp_path, monkeypatch
+    weights, tmp_path, monkeypatch, capsys
 ):
     task = distil(weights, only_decoder=True)
+    plain = VidTwin.forward
     monkeypatch.setattr(VidTwin, "forward", None)
     before = {name: p.detach().clone() for name, p in task.autoencoder.named_parameters()}
     fit = run(tmp_path, task, 3, limit_val_batches=1.0)
@@ -192,6 +193,29 @@ def test_a_small_decoder_is_trained_on_the_teachers_latents_without_the_students
     with torch.no_grad():
         decoded = task.autoencoder.eval().decode(checkpoints.load_autoencoder(weights).encode(clips).mode())
     assert float(fit.callback_metrics["val/pixel"]) == pytest.approx(float((decoded - clips).abs().mean()), rel=1e-4)
+
+    monkeypatch.setattr(VidTwin, "forward", plain)
+    last = tmp_path / "last.ckpt"
+    config = write_config(tmp_path)
+    capsys.readouterr()
+    argv = ["test", "--config", str(config), "--ckpt_path", str(last), "--results_dir", str(tmp_path / "results")]
+    assert main([*argv, *(f"--model.autoencoder.init_args.{name}={value}" for name, value in HALF.items())]) == 2
+    assert "Expected weights of an encoder and a decoder, got a decoder alone" in capsys.readouterr().err
+    checkpoints.load_autoencoder(last)
+    assert "its encoder was not trained" in capsys.readouterr().err
+
+
+def test_weights_of_a_teacher_are_read_by_one_rank_before_the_others(weights, tmp_path, monkeypatch):
+    task, ready = distil(weights), []
+    setup = type(task).setup
+
+    def watch(task, stage):
+        ready.append(dict(task.teacher.identity))
+        setup(task, stage)
+
+    monkeypatch.setattr(type(task), "setup", watch)
+    run(tmp_path, task, 1)
+    assert ready[0]["weights_sha256"]  # known after prepare_data, which one rank of a machine runs first
 
 
 def test_a_small_encoder_is_trained_by_its_latents_alone(weights, tmp_path):

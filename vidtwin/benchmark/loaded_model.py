@@ -38,7 +38,7 @@ class LoadedModel:
         checkpoint: Path as given by the user.
         fingerprint: Of the checkpoint, see `fingerprint`.
         weights: Which of the checkpoint's weights it has.
-        claimed_rate: Compression rate stated by its authors.
+        claimed_rate: Compression rate that a paper states for it.
         window: Frames per window, for a model that takes shorter clips.
         differs: Differences to the model that the checkpoint was trained as, a line each.
         pads: Whether clips differ in length and size. Pictures are then padded with black at all sides to multiples

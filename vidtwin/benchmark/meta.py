@@ -160,7 +160,7 @@ def _note(clip_shape: Sequence[int], models: Sequence[Counted], versions: dict[s
             rates = _format_claim(claimed), _format_rate(model["compression_rate"])
             padded = model["padded_frames"]
             padding = f", {padded} frame{'s' if padded > 1 else ''} of padding included" if padded else ""
-            yield f"{name} claims a rate of {rates[0]} %; its latents have {rates[1]} %{padding}."
+            yield f"A rate of {rates[0]} % is claimed for {name}; its latents have {rates[1]} %{padding}."
     yield f"Versions: {', '.join(f'{package} {version}' for package, version in versions.items())}."
 
 

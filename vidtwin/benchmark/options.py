@@ -36,7 +36,7 @@ class Entry:
         config: A config of `fit`, or several, each over those before it, of which the autoencoder counts; by default
             the model of the checkpoint. Paths are relative to the sweep's config, then to the current folder.
         checkpoint: Trained weights; without them the row is marked as untrained.
-        claimed_rate: Compression rate that the model's authors state; 0.002 is 0.2%.
+        claimed_rate: Compression rate that a paper states for it; 0.002 is 0.2%.
         windows: Give clips in windows to a model that takes shorter ones; its row says so.
         arguments: Arguments of the autoencoder over those of its config.
     """

@@ -454,7 +454,7 @@ def claims(results: Results) -> Iterator[str]:
     for row in rows.order(results):
         if (claimed := row.get("claimed")) and not claimed["agrees"]:
             rates = format_rate(claimed["rate"]), format_rate(row["compression_rate"])
-            yield f"{row['name']} claims a rate of {rates[0]} %; its latents have {rates[1]} %."
+            yield f"A rate of {rates[0]} % is claimed for {row['name']}; its latents have {rates[1]} %."
 
 
 def rfvd_remarks(results: Results) -> list[str]:

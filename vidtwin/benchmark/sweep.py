@@ -220,6 +220,11 @@ class Sweep(SweepOptions):
             if checkpoint:
                 checkpoints.check(checkpoint)
                 held = checkpoints.read(checkpoint, lazily=True)
+                if (held.get("teacher") or {}).get("only_decoder"):
+                    raise UserError(
+                        f"Expected weights of an encoder and a decoder, got a decoder alone in {checkpoint} "
+                        "(model.teacher.only_decoder); `vidtwin decode` takes it for its teacher's latents."
+                    )
                 average = self.protocol.weights == "average" or (self.protocol.weights == "auto" and "ema" in held)
                 checkpoints.load_weights(model, checkpoint, average, held)
                 weights = AVERAGE if average else LAST

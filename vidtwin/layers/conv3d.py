@@ -53,7 +53,7 @@ def depth_to_space(x: Tensor, factors: tuple[int, int, int]) -> Tensor:
 
 
 class Conv3d(nn.Conv3d):
-    """torch's layer, with a right gradient of its weights for a few frames in bfloat16 on a CPU.
+    """torch's layer, with the correct gradient of its weights for a few frames in bfloat16 on a CPU.
 
     There oneDNN returns unwritten memory if the convolution itself pads fewer frames than its kernel spans, but not one
     frame (torch 2.15): NaN, or wrong numbers.

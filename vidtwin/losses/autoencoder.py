@@ -370,7 +370,10 @@ class AutoencoderLoss(nn.Module):
         if self.perceptual_frames is None or self.perceptual_frames >= length or not self._is_training():
             return clips
         frames = torch.rand(batch_size, length).argsort(1)[:, : self.perceptual_frames]
-        frames = frames.to(clips[0].device)
+        device = clips[0].device
+        if device.type == "cuda":  # else the host would wait for the device
+            frames = frames.pin_memory()
+        frames = frames.to(device, non_blocking=True)
         rows = torch.arange(batch_size, device=frames.device)[:, None]
         return tuple(clip[rows, :, frames].transpose(1, 2) for clip in clips)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def compute_with_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -21,7 +20,10 @@ def compute_with_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Te
         x: Of any shape; (N, ...) for a vector.
 
     Returns:
-        The value of `function`. It can be differentiated once.
+        The value of `function`. It can be differentiated once, which may be done again and again.
+
+    Raises:
+        RuntimeError: In a backward pass through the result with `create_graph`.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return function(x)
@@ -39,8 +41,9 @@ class _WithGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():  # create_graph: the stored gradient would count as a constant
+            raise RuntimeError("Expected one derivative of a value computed with its gradient, got a graph of it.")
         (gradient,) = ctx.saved_tensors
         rows = incoming.reshape(incoming.shape + (1,) * (gradient.ndim - incoming.ndim))
         return (rows * gradient).to(gradient.dtype), None, None

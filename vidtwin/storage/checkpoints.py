@@ -19,7 +19,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
-from vidtwin import hub, plugins, weights
+from vidtwin import console, hub, plugins, weights
 from vidtwin.autoencoder import VideoAutoencoder, build, complete
 from vidtwin.errors import UserError, few
 from vidtwin.files import no_room, replacing
@@ -328,6 +328,8 @@ def _load(model: VideoAutoencoder, checkpoint: dict[str, Any], path: str | Path,
     state = autoencoder_weights(checkpoint, ema)
     weights.check_fit(state, model.state_dict(), str(path))
     model.load_state_dict(state)
+    if (checkpoint.get("teacher") or {}).get("only_decoder"):
+        console.log(f"{path}: a decoder of its teacher's latents; its encoder was not trained", rank_zero=True)
 
 
 def autoencoder_weights(checkpoint: dict[str, Any], ema: bool = False) -> dict[str, Tensor]:

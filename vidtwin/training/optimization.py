@@ -26,7 +26,7 @@ def make_optimizer(parameters: Any, make: OptimizerCallable, option: str) -> Opt
     """
     try:
         optimizer = make(parameters)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"Expected arguments that an optimizer takes in {option}, got: {error}.") from error
     closure = signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is Parameter.empty:

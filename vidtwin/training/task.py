@@ -141,7 +141,8 @@ class AutoencoderTask(LightningModule):
         """Download the weights that the loss needs, on one rank of each machine before the others."""
         if self.trainer.state.fn == "fit":
             self.loss.setup()
-        self._set_up_teacher(str(self.trainer.state.fn))
+        if self.trainer.state.fn is not None:
+            self._set_up_teacher(self.trainer.state.fn.value)
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -199,12 +200,13 @@ class AutoencoderTask(LightningModule):
         return [{"params": parameters}, {"params": [self.loss.logvar]}]
 
     def on_fit_start(self) -> None:
+        self.stop_requested = self.stopping = False  # by an earlier run of this process
         if self.seed is None:
             self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
 
     def on_train_start(self) -> None:
         self._running = RunningBuffers(self)
-        if self.trainer.world_size > 1 and self.loss.discriminator is not None:
+        if self.trainer.world_size > 1 and type(self._placement) is Placement and self.loss.discriminator is not None:
             for tensor in self.loss.discriminator.state_dict(keep_vars=True).values():
                 dist.broadcast(tensor.detach(), src=0)  # ranks may have drawn different initial values
         for scheduler, prefix in zip(self._schedulers(), ("", "discriminator_"), strict=False):
@@ -362,16 +364,15 @@ class AutoencoderTask(LightningModule):
 
     def _log_step(self, values: dict[str, Any], step: int, now: bool) -> None:
         """Log values at this step; Lightning would count batches, and repeat old values for skipped ones."""
+        measured = {name: value.detach().float() for name, value in values.items() if isinstance(value, Tensor)}
+        known = {name: float(value) for name, value in values.items() if name not in measured}
         # As tensors of the device: Lightning would copy a number to it, and wait.
-        tensors = {
-            name: value if isinstance(value, Tensor) else torch.full((), float(value), device=self.device)
-            for name, value in values.items()
-        }
-        self.log_dict(tensors, logger=False, batch_size=1)
+        filled = {name: torch.full((), value, device=self.device) for name, value in known.items()}
+        self.log_dict(measured | filled, logger=False, batch_size=1)
         if now:
-            numbers = torch.stack([value.detach().double() for value in tensors.values()]).tolist()
+            numbers = torch.stack([*measured.values()]).tolist() if measured else []
             for logger in self.loggers:
-                logger.log_metrics(dict(zip(tensors, numbers, strict=True)), step)
+                logger.log_metrics(dict(zip(measured, numbers, strict=True)) | known, step)
 
     def _optimizers(self) -> tuple[LightningOptimizer, LightningOptimizer | None]:
         optimizers = self.optimizers()
@@ -439,7 +440,7 @@ class AutoencoderTask(LightningModule):
         checkpoint["model_spec"] = self.autoencoder.spec()
         checkpoint["training"] = {name: getattr(self, name) for name in COUNTS}
         if self.teacher is not None:
-            checkpoint["teacher"] = self.teacher.identity
+            checkpoint["teacher"] = {**self.teacher.identity, "only_decoder": self.teacher.only_decoder}
         self.ema.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

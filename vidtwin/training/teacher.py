@@ -279,6 +279,11 @@ class _Folder:
             raise UserError(f"Expected clips that are windows of {self.folder}, got {got}; set {want}.")
 
     def latents(self, batch: Mapping[str, Any], parts: int) -> list[Latents]:
+        if missing := {"name", "start_frame"} - set(batch):
+            raise UserError(
+                f"Expected batches with {' and '.join(sorted(missing))}, by which latents on disk are found, got "
+                f"{', '.join(batch)}; set --data to one of videos."
+            )
         clip = batch["clip"]
         padded = batch["padded"].tolist() if "padded" in batch else [0] * len(clip)
         rows = [self._read(*each) for each in zip(batch["name"], batch["start_frame"].tolist(), padded, strict=True)]

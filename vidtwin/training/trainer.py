@@ -35,8 +35,8 @@ class VideoTrainer(Trainer):
     """Train, validate and predict with autoencoders: Lightning's Trainer with defaults for a GAN.
 
     Checkpoints are written atomically and read without running code. On several devices DDP looks for parameters
-    without a gradient, which some models have. Steps that are not finite are logged,
-    dumped and undone (`StepGuard`); SIGTERM saves first (`Preemption`).
+    without a gradient, which some models have. Steps that are not finite are logged, dumped and undone (`StepGuard`);
+    SIGTERM saves first (`Preemption`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -40,7 +40,11 @@ class Preemption(Callback):
                 task.stop_requested = True
 
             signal.signal(signal.SIGTERM, request)
-        # Lightning's exchange of its own flag, which stays False, would make the device wait in each batch.
+        # A signal between Lightning's handler and this one: its flag becomes ours.
+        signals = cast(Any, trainer)._signal_connector
+        task.stop_requested |= signals.received_sigterm
+        signals.received_sigterm = False
+        # Lightning's exchange of its own flag would make the host wait for the device in each batch.
         cast(Any, trainer.fit_loop.epoch_loop)._broadcast_sigterm_tensor = lambda: None
 
     def on_train_batch_end(  # type: ignore[override]
