@@ -25,7 +25,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["sweeping", "tiny"])
 
 
-def run_ranks(work: Callable[..., Any], *arguments: Any, stderr: Path, timeout: float = 240) -> None:
+def run_ranks(work: Callable[..., Any], *arguments: Any, stderr: Path, timeout: float = 480) -> None:
     """Call `work` on two ranks, with stderr of both in a file; a rank that fails or hangs is a failure."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -41,7 +41,7 @@ def run_code(code: str, argv: Sequence[str], stderr: Path, timeout: float = 120)
     return result
 
 
-def run_script(path: Path, argv: Sequence[str], stderr: Path, timeout: float = 240) -> None:
+def run_script(path: Path, argv: Sequence[str], stderr: Path, timeout: float = 480) -> None:
     """Run a script whose second rank Lightning starts, with stderr of both in a file; a failure or a hang is one.
 
     The script has to end with a barrier: the second rank may write until then.

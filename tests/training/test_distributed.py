@@ -15,7 +15,7 @@ from vidtwin.storage import checkpoints
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """Outcomes that each of two ranks wrote; a hang would be a failure after four minutes."""
+    """Outcomes that each of two ranks wrote; a hang would be a failure after eight minutes."""
     folder = tmp_path_factory.mktemp("ranks")
     write_tree(folder / "videos")
     two_ranks.write_teacher(folder)

@@ -34,7 +34,7 @@ def one(folder):
 
 @pytest.fixture(scope="module")
 def ranks(folder, one):
-    """Outcomes that each of two ranks wrote; a hang would be a failure after four minutes."""
+    """Outcomes that each of two ranks wrote; a hang would be a failure after eight minutes."""
     forked.run_ranks(sharded_run.main, folder, stderr=folder / "stderr")
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
