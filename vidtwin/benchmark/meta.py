@@ -161,6 +161,10 @@ def _note(clip_shape: Sequence[int], models: Sequence[Counted], versions: dict[s
             padded = model["padded_frames"]
             padding = f", {padded} frame{'s' if padded > 1 else ''} of padding included" if padded else ""
             yield f"A rate of {rates[0]} % is claimed for {name}; its latents have {rates[1]} %{padding}."
+    padded = [(model["name"], model["padded_frames"]) for model in models if not model["error"]]
+    if any(frames for _, frames in padded):
+        listed = ", ".join(f"{name} by {frames}" for name, frames in padded if frames)
+        yield f"Frames are padded to a legal number, which counts in the rate: {listed}."
     yield f"Versions: {', '.join(f'{package} {version}' for package, version in versions.items())}."
 
 

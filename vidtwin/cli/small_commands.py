@@ -15,8 +15,9 @@ def list_plugins(argv: list[str]) -> int:
     for group in plugins.GROUPS:
         entries = sorted(plugins.available(group).items())
         sys.stdout.write(f"{group}\n" if entries else f"{group}: none\n")
+        width = max((len(name) for name, _ in entries), default=0)
         for name, entry in entries:
-            sys.stdout.write(f"  {name:<16} {entry.value.replace(':', '.')}\n")
+            sys.stdout.write(f"  {name:<{width}}  {entry.value.replace(':', '.')}\n")
     return 0
 
 
