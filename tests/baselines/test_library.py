@@ -553,7 +553,7 @@ def test_ltx2s_decoders_share_a_latent_and_a_latent_has_one_clip():
 
 @pytest.mark.slow
 def test_ltx2s_diffusion_decoder_is_the_librarys():
-    """Which compiles its attention."""
+    """Replace the attention that the library compiles."""
     model, latent = tiny("ltx2_video/diffusion"), noise(2, 4, 3, 2, 3)
     with torch.no_grad():
         decoded = model.decode({"latent": latent})

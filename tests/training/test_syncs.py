@@ -1,4 +1,4 @@
-"""How often the host waits for the device in a step (on a CPU: how often a value is read, or made from a number)."""
+"""Count how often the host waits for the device in a step (on a CPU: values read, or made from a number)."""
 
 import traceback
 from functools import partial
