@@ -38,6 +38,7 @@ from vidtwin.storage import checkpoints
 from vidtwin.training.buffers import RunningBuffers
 from vidtwin.training.callbacks.ema import EMA
 from vidtwin.training.checks import check_training, freeze
+from vidtwin.training.compilation import Compilation
 from vidtwin.training.finite import agree, bad_gradients, bad_terms, find_reason
 from vidtwin.training.optimization import (
     check_length,
@@ -77,6 +78,7 @@ class AutoencoderTask(LightningModule):
         use_ema: Evaluate with that average: in validation, and in the commands that read a checkpoint.
         freeze: Modules of the autoencoder to exclude from training, by name (`encoder`, `structure.qformer`).
         teacher: Trained autoencoder whose latents this one learns, with the weights of its terms of the loss.
+        compilation: What torch.compile compiles in training; None compiles nothing.
         metrics: Metrics of validation; by default LPIPS uses the loss's backbone.
 
     Attributes:
@@ -102,6 +104,7 @@ class AutoencoderTask(LightningModule):
         use_ema: bool = False,
         freeze: list[str] | None = None,
         teacher: Teacher | None = None,
+        compilation: Compilation | None = None,
         metrics: ClipMetrics | None = None,
     ) -> None:
         super().__init__()
@@ -121,6 +124,7 @@ class AutoencoderTask(LightningModule):
         self.ema = EMA(ema_decay, use_ema)
         self.freeze_parts = freeze or []
         self.teacher = teacher
+        self.compilation = compilation
         self.metrics = metrics or ClipMetrics(getattr(self.loss.perceptual, "backbone", None))
         self.batches = self.skipped = 0
         self.rate_scale = 1.0
@@ -149,6 +153,8 @@ class AutoencoderTask(LightningModule):
             freeze(self.autoencoder, self.freeze_parts)
             self.train(self.training)
             check_training(self.autoencoder, self.loss, self.trainer)
+            if self.compilation is not None:
+                self.compilation.check(self.loss)
             # DDP would exchange all gradients in the backward passes of both players.
             left_out = [name for name in self.state_dict() if name.startswith("loss.discriminator.")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, left_out)
@@ -203,6 +209,12 @@ class AutoencoderTask(LightningModule):
         self.stop_requested = self.stopping = False  # by an earlier run of this process
         if self.seed is None:
             self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
+        if self.compilation is not None:  # after FSDP2 has sharded
+            self.compilation.compile(self.autoencoder, self.loss)
+
+    def teardown(self, stage: str) -> None:
+        if self.compilation is not None:
+            self.compilation.restore()
 
     def on_train_start(self) -> None:
         self._running = RunningBuffers(self)
