@@ -46,6 +46,10 @@ TABLE: dict[str, Command] = {
         "Run a step again that training skipped, and say where it breaks: vidtwin replay DUMP",
         "vidtwin.cli.trainer_commands:replay",
     ),
+    "plan": Command(
+        "Predict memory, speed and duration of a training: vidtwin plan --config configs/vidtwin_base.yaml",
+        "vidtwin.cli.trainer_commands:plan",
+    ),
     "plugins": Command(
         "List the autoencoders, data modules and commands that installed packages register.",
         "vidtwin.cli.small_commands:list_plugins",

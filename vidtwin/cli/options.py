@@ -15,6 +15,7 @@ NAMES = {
     "validate": (*_SHARED, "ckpt_path", "verbose", "weights_only"),
     "predict": (*_SHARED, "ckpt_path", "out"),
     "replay": (*_SHARED, "dump"),
+    "plan": (*_SHARED, "devices", "clips", "tflops", "utilization"),
 }
 DESCRIPTION = """\
 Measure one autoencoder, or several, on the same clips under one protocol, and write rows, table, plots and a report.

@@ -43,6 +43,7 @@ _SKIPPED = {  # arguments of the trainer's methods that are not options
     "validate": {"model", "dataloaders", "datamodule"},
     "predict": {"model", "dataloaders", "datamodule"},
     "replay": {"model"},
+    "plan": {"model", "datamodule"},
 }
 _STEPS = ("advance", "_evaluation_step", "_predict_step")  # methods of Lightning's loops for batches
 
@@ -72,7 +73,7 @@ def run(command: str, argv: list[str]) -> int:
     _quieten(command)
     try:
         with _ending_by_sigterm() if command == "fit" else nullcontext(), _naming_tensorboard():
-            VidTwinCLI(argv, foreign)
+            VidTwinCLI(argv, foreign, _trainer_class(command))
     except (MisconfigurationException, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
         if isinstance(error, UserError) or not _is_of_lightning(error):
             raise
@@ -82,6 +83,14 @@ def run(command: str, argv: list[str]) -> int:
             raise KeyboardInterrupt from end
         raise
     return 0
+
+
+def _trainer_class(command: str) -> type[VideoTrainer]:
+    if command != "plan":
+        return VideoTrainer
+    from vidtwin.cli.plan import PlanningTrainer
+
+    return PlanningTrainer
 
 
 def _is_of_lightning(error: Exception) -> bool:
@@ -183,14 +192,16 @@ class _SaveConfig(SaveConfigCallback):
 class VidTwinCLI(LightningCLI):
     """Commands of the trainer; `args` starts with the subcommand, and `foreign` are texts in it that others wrote."""
 
-    def __init__(self, args: list[str], foreign: Collection[str] = ()) -> None:
+    def __init__(
+        self, args: list[str], foreign: Collection[str] = (), trainer_class: type[VideoTrainer] = VideoTrainer
+    ) -> None:
         self._foreign = foreign
         self._command = args[0]
         super().__init__(
             AutoencoderTask,
             LightningDataModule,
             subclass_mode_data=True,
-            trainer_class=VideoTrainer,
+            trainer_class=trainer_class,
             parser_class=LightningParser,
             parser_kwargs={"prog": "vidtwin", self._command: {"usage": _usage(self._command)}},
             save_config_callback=_SaveConfig,
@@ -206,7 +217,7 @@ class VidTwinCLI(LightningCLI):
         return {self._command: _SKIPPED[self._command]}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(VideoTrainer, "trainer")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.add_lightning_class_args(AutoencoderTask, "model")
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
 
@@ -237,7 +248,7 @@ class VidTwinCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self._own_config()
-        if self.subcommand not in ("fit", "replay") and not config.get("ckpt_path"):
+        if self.subcommand not in ("fit", "replay", "plan") and not config.get("ckpt_path"):
             raise UserError(f"Expected trained weights to {self.subcommand} with; give --ckpt_path FILE.")
         if self.subcommand == "replay":
             config.data = None
