@@ -33,6 +33,7 @@ TINY_SWEEPS = ["demo", "seed_systems_tiny"]  # their models are tiny as they are
 FULL_SWEEPS = [name for name in SWEEPS if name not in TINY_SWEEPS]
 # seed_systems runs as seed_systems_tiny; tests/baselines/test_library.py has the models of library at small sizes.
 RUN_SWEEPS = [name for name in SWEEPS if name not in ("seed_systems", "library")]
+QUICK_SWEEPS = [*TINY_SWEEPS, "native", "fps40"]
 PAPER_SWEEPS = [name for name in FULL_SWEEPS if name != "native"]  # on other videos
 
 # Arguments that make each model small; its structure and its latents' sizes stay those of the config.
@@ -109,7 +110,9 @@ def write_videos(folder: Path, fps: int) -> None:
         write_video(folder / f"v{place}.mp4", frames, fps)
 
 
-@pytest.mark.parametrize("name", RUN_SWEEPS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK_SWEEPS else pytest.param(name, marks=pytest.mark.slow) for name in RUN_SWEEPS]
+)
 def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monkeypatch, capsys, request):
     if name != "demo":
         request.getfixturevalue("without_pictures")
