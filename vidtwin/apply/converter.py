@@ -68,6 +68,8 @@ def record_training(
     counts = checkpoint.get("training")
     record = {"checkpoint": path.name, "weights": "average" if average else "last"} | found
     record |= counts if isinstance(counts, dict) else {}
+    if isinstance(teacher := checkpoint.get("teacher"), dict):
+        record["teacher"] = {key: value for key, value in teacher.items() if key != "path"}
     beside = path.resolve().parent.parent / "config.yaml"
     source = config or (beside if beside.is_file() else None)
     if source is None:

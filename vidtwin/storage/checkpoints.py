@@ -191,6 +191,7 @@ def _read_pretrained(path: str | Path, check: bool) -> dict[str, Any]:
         "state_dict": {f"{PREFIX}{name}": value for name, value in state.items()},
         "model_spec": {key: config[key] for key in ("class_path", "init_args")},
         "pytorch-lightning_version": lightning.__version__,  # required by Lightning
+        "teacher": (config.get("training") or {}).get("teacher"),  # who trains a decoder alone trains no encoder
     }
 
 
