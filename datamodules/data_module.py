@@ -229,6 +229,19 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
             "videos_sha256": hashlib.sha256(contents.encode()).hexdigest() if contents else None,
         }
 
+    def class_names(self) -> list[str]:
+        """Return the folder of each label's videos, or its number if they are in several; none without labels."""
+        try:
+            videos = self.videos("train")
+        except UserError:  # a cache can be used without them
+            videos = []
+        folders: dict[int, set[str]] = {}
+        for video in videos:
+            folders.setdefault(video.label, set()).add(video.name.rpartition("/")[0])
+        count = max(folders, default=-1) + 1
+        known = [folders.get(label, set()) for label in range(count)]
+        return [names.pop() if len(names) == 1 and "" not in names else str(label) for label, names in enumerate(known)]
+
     def digests(self) -> dict[str, str]:
         if self._digests is None:
             self._digests = self.dataset("test").digests(self._reports)

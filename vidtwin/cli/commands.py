@@ -83,6 +83,10 @@ TABLE: dict[str, Command] = {
         "Write encoder and decoder as torch.export or ONNX programs: vidtwin export --ckpt_path PATH --out DIR",
         "vidtwin.apply.export",
     ),
+    "generate": Command(
+        "Generate videos by a diffusion model: vidtwin generate --ckpt_path last.ckpt --class_name Archery --out DIR",
+        "vidtwin.apply.generate",
+    ),
     "prepare": Command(
         "Unpack and check a data set: vidtwin prepare ucf101 UCF101.rar UCF101TrainTestSplits-RecognitionTask.zip",
         "vidtwin.datamodules.ucf101.prepare",

@@ -73,7 +73,7 @@ class LatentDiffusion(nn.Module):
         """Turn states (B, numbers) into the latents that the autoencoder decodes."""
         return split(state * self.std + self.mean, self.latent_shapes)
 
-    def loss(self, state: Tensor, labels: Tensor, condition_dropout: float = 0.0) -> Tensor:
+    def forward(self, state: Tensor, labels: Tensor, condition_dropout: float = 0.0) -> Tensor:
         """Compute the loss of each clip (B,) at a random time.
 
         Args:

@@ -12,6 +12,8 @@ token gets the same projection of it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import Attention, Mlp
@@ -106,7 +108,8 @@ class DiTBlock(nn.Module):
         self.attention = Attention(width, heads, qkv_bias=True, qk_norm=True, norm_layer=nn.RMSNorm)
         self.cross_norm = nn.LayerNorm(width, eps=1e-6)
         self.cross_attention = CrossAttention(width, context_width, heads)
-        self.mlp = Mlp(width, hidden, act_layer=lambda: nn.GELU(approximate="tanh"))
+        gelu: Any = partial(nn.GELU, approximate="tanh")
+        self.mlp = Mlp(width, hidden, act_layer=gelu)
         self.modulation = _zeros(nn.Linear(width, 6 * width))
         _zeros(self.cross_attention.proj)
 

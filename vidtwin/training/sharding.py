@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.export import register_dataclass
 from torch.optim import Optimizer
 
-from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
+from vidtwin.autoencoder import Reconstruction
 from vidtwin.losses.adversarial import mean_over_ranks
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.storage import checkpoints
@@ -43,8 +43,8 @@ class Placement:
     Callers use `placement_of(trainer)` and need not know whether weights are sharded.
     """
 
-    def shard(self, autoencoder: VideoAutoencoder) -> None:
-        """Split the weights of the task's autoencoder over the ranks, starting from those of the first rank."""
+    def shard(self, network: nn.Module) -> None:
+        """Split the weights of the task's network over the ranks, starting from those of the first rank."""
 
     def gather(self, model: nn.Module) -> None:
         """Hold all weights on each rank until `reshard`. All ranks must call it together.
@@ -127,15 +127,15 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
     def lightning_restore_optimizer(self) -> bool:
         return True
 
-    def shard(self, autoencoder: VideoAutoencoder) -> None:
-        if isinstance(autoencoder, FSDPModule):
-            self.reshard(autoencoder)  # sharded by an earlier run of this process
+    def shard(self, network: nn.Module) -> None:
+        if isinstance(network, FSDPModule):
+            self.reshard(network)  # sharded by an earlier run of this process
             return
         assert self.lightning_module is not None
         # As in DDP, since ranks may have drawn different initial values.
         for tensor in [*self.lightning_module.parameters(), *self.lightning_module.buffers()]:
             self._take_from_first_rank(tensor)
-        shard(autoencoder, self.device_mesh["data_parallel"])
+        shard(network, self.device_mesh["data_parallel"])
 
     def gather(self, model: nn.Module) -> None:
         for unit in _iter_sharded(model):
@@ -236,19 +236,20 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="The autoencoder is sharded over all devices.")
 
 
-def list_units(model: VideoAutoencoder) -> list[nn.Module]:
+def list_units(model: nn.Module) -> list[nn.Module]:
     """List the units that are gathered at a time: the outermost elements of module lists, then the model itself.
 
     Elements without a forward pass of their own are searched for inner ones. An element with the last layer is not a
     unit, since the adaptive GAN weight needs that layer's weight between the forward and the backward pass.
     """
     found: dict[nn.Module, None] = {}
+    last_layer = getattr(model, "last_layer", None)  # of an autoencoder
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
             runs = type(child).forward is not nn.Module.forward
             parameters = set(child.parameters())
-            if isinstance(module, nn.ModuleList) and runs and parameters and model.last_layer not in parameters:
+            if isinstance(module, nn.ModuleList) and runs and parameters and last_layer not in parameters:
                 found[child] = None
             else:
                 visit(child)
@@ -257,7 +258,7 @@ def list_units(model: VideoAutoencoder) -> list[nn.Module]:
     return [*found, model]
 
 
-def shard(model: VideoAutoencoder, mesh: DeviceMesh) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Split the weights of a model, if it has any, over the ranks of a mesh with one axis."""
     if not any(True for _ in model.parameters()):
         return

@@ -16,6 +16,7 @@ from vidtwin.errors import UserError
 from vidtwin.files import inside, replacing
 from vidtwin.posteriors import Quantized
 from vidtwin.storage import checkpoints
+from vidtwin.training.base import TrainingTask
 from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
 from vidtwin.training.callbacks.guard import StepGuard
 from vidtwin.training.callbacks.preemption import Preemption
@@ -100,13 +101,17 @@ class VideoTrainer(Trainer):
             init_from: Weights to start a new training from, as far as they fit (`checkpoints.load_part`); the log
                 lists what is kept, interpolated and fresh. The discriminator is new. Ignored if a run is resumed.
         """
-        task = self._task(model)
+        task = model
+        if not isinstance(task, TrainingTask):
+            raise UserError(f"Expected a TrainingTask, got {type(task).__name__}.")
         check_trainer(self)
         if ckpt_path and resume:
             raise UserError(f"Expected --ckpt_path or --resume, got both ({ckpt_path} and {resume}).")
         if resume:
             ckpt_path = self._find_newest(resume)
-        if init_from and not ckpt_path:
+        if init_from and not isinstance(task, AutoencoderTask):
+            raise UserError(f"Expected --init_from for an autoencoder, got {type(task).__name__}; leave it out.")
+        if init_from and isinstance(task, AutoencoderTask) and not ckpt_path:
             for line in checkpoints.load_part(task.autoencoder, init_from):
                 console.log(f"{init_from}: {line}", rank_zero=True)
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,6 +141,15 @@ class EMA(Callback):
             for name, value in average.items():
                 key = f"{prefix}{name}"
                 own[key], average[name] = value, own[key]
+
+    @contextmanager
+    def averaged(self, trainer: Trainer, task: TrainingTask) -> Iterator[None]:
+        """Let the network have the averaged weights for a while, if it is evaluated with them."""
+        self._swap(trainer, task, averaged=True)
+        try:
+            yield
+        finally:
+            self._swap(trainer, task, averaged=False)
 
     def _use_average(self, trainer: Trainer, pl_module: TrainingTask) -> None:
         self._swap(trainer, pl_module, averaged=True)

@@ -148,13 +148,15 @@ def rewind(trainer: Trainer, task: TrainingTask, path: Path) -> None:
 
 
 def format_clips(batch: Batch) -> str:
-    """List the clips of a batch for a message, those with non-finite pixels first."""
-    finite = batch["clip"].isfinite().flatten(1).all(dim=1).tolist()
+    """List the clips of a batch for a message, those with non-finite values first."""
+    values = [batch["clip"]] if "clip" in batch else list(batch.get("latents", {}).values())
+    finite = torch.stack([value.isfinite().flatten(1).all(dim=1) for value in values]).all(dim=0).tolist()
+    fault = f" (its {'pixels' if 'clip' in batch else 'latents'} are not finite)"
     starts = batch.get("start_frame", [None] * len(finite))
     names = batch.get("name", [f"number {index} of the batch" for index in range(len(finite))])
     named = sorted(zip(finite, names, starts, strict=True), key=lambda entry: entry[0])
     texts = [
-        f"{name}{'' if start is None else f' from frame {int(start)}'}{'' if sound else ' (its pixels are not finite)'}"
+        f"{name}{'' if start is None else f' from frame {int(start)}'}{'' if sound else fault}"
         for sound, name, start in named
     ]
     return ", ".join(texts)
