@@ -49,7 +49,7 @@ def tiny_diffusion(steps: int = 2, **arguments: Any) -> DiffusionTask:
         "transformer": TransformerSizes(**SIZES),
         "sampling_steps": steps,
         "optimizer": lambda p: Adam(p, lr=1e-3),
-        "scheduler": lambda o: WarmupCosine(o, 2),
+        "scheduler": lambda o: WarmupCosine(o, 0),
     }
     return DiffusionTask(**(defaults | arguments))
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vidtwin import __version__, weights
+from vidtwin import __version__, plugins, weights
 from vidtwin.apply.inputs import check_targets
 from vidtwin.apply.options import GenerateOptions, SessionOptions
 from vidtwin.apply.outputs import write_png
 from vidtwin.apply.session import Session
 from vidtwin.diffusion.model import LatentDiffusion, draw_noise
+from vidtwin.diffusion.process import Process
 from vidtwin.distributed import forward_context
 from vidtwin.errors import UserError, few
 from vidtwin.files import inside, write_text
@@ -129,6 +130,8 @@ class Generator:
             )
         names = [*(sample.file for sample in self.samples), GRID, MANIFEST]
         check_targets([inside(self.out, name) for name in names], overwrite=options.overwrite)
+        if options.steps is not None:
+            plugins.build(held["process"], Process).check_steps(options.steps)
         self.sampler = load_sampler(options)
         self.session = self.sampler.session
 

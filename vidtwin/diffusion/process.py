@@ -53,6 +53,11 @@ class Process(ABC):
     def sample(self, network: Network, noise: Tensor, steps: int) -> Tensor:
         """Remove noise (B, numbers) in a number of steps → states."""
 
+    def check_steps(self, steps: int) -> None:
+        """Raise `UserError` for a number of steps in which the process can't sample."""
+        if not 1 <= steps <= NUM_STEPS:
+            raise UserError(f"Expected 1 to {NUM_STEPS:,} steps of sampling, got {steps}.")
+
     def spec(self) -> dict[str, Any]:
         """Return `class_path` and `init_args`."""
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": self.init_args}
@@ -95,8 +100,17 @@ class DDPM(Process):
     def loss(self, output: Tensor, state: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         return (output - state).square().mean(1)
 
+    def check_steps(self, steps: int) -> None:
+        super().check_steps(steps)
+        if NUM_STEPS % steps:
+            # In others diffusers goes to a step beside the next one, and does not end at the latents.
+            raise UserError(
+                f"Expected a number of DDIM steps that divides {NUM_STEPS:,}, such as 20, 25, 40, 50 or 100, got "
+                f"{steps}."
+            )
+
     def sample(self, network: Network, noise: Tensor, steps: int) -> Tensor:
-        _check_steps(steps)
+        self.check_steps(steps)
         self._scheduler.set_timesteps(steps)
         state = noise
         for time in self._scheduler.timesteps.tolist():
@@ -147,7 +161,7 @@ class RectifiedFlow(Process):
         return (output - state).square().mean(1) / sigma.square()
 
     def sample(self, network: Network, noise: Tensor, steps: int) -> Tensor:
-        _check_steps(steps)
+        self.check_steps(steps)
         scheduler = self._diffusers.FlowMatchEulerDiscreteScheduler(NUM_STEPS, shift=self.shift_of(noise.shape[1]))
         scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
         state = noise
@@ -156,11 +170,6 @@ class RectifiedFlow(Process):
             velocity = output if self.prediction == "v" else (state - output) / (time.to(state.device) / NUM_STEPS)
             state = scheduler.step(velocity, time, state).prev_sample
         return state
-
-
-def _check_steps(steps: int) -> None:
-    if not 1 <= steps <= NUM_STEPS:
-        raise UserError(f"Expected 1 to {NUM_STEPS:,} steps of sampling, got {steps}.")
 
 
 def _import_diffusers() -> Any:

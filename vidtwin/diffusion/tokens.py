@@ -123,12 +123,11 @@ def grid_positions(latent_shapes: LatentShapes, width: int) -> Tensor:
     found = []
     for shape in latent_shapes.values():
         grid = _grid(shape)
-        share = width // (2 * len(grid)) * 2 if grid else 0
-        axes = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
-        columns = [sincos_1d(share, axis.flatten()) for axis in axes]
         place = torch.zeros(math.prod(grid), width, dtype=torch.float64)
-        if columns:
-            place[:, : share * len(columns)] = torch.cat(columns, dim=1)
+        if grid:
+            share = width // (2 * len(grid)) * 2
+            axes = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
+            place[:, : share * len(grid)] = torch.cat([sincos_1d(share, axis.flatten()) for axis in axes], dim=1)
         found.append(place)
     return torch.cat(found).float()
 

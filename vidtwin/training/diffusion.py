@@ -86,15 +86,15 @@ class DiffusionTask(TrainingTask):
         super().__init__(gradient_clip_norm, accumulation, ema_decay, use_ema)
         if not 0 <= condition_dropout <= 1:
             raise UserError(f"Expected model.condition_dropout from 0 to 1, got {condition_dropout}.")
-        for name, value in (("sampling_steps", sampling_steps), ("num_samples", num_samples)):
-            if value < 1:
-                raise UserError(f"Expected model.{name} of at least 1, got {value}.")
+        if num_samples < 1:
+            raise UserError(f"Expected model.num_samples of at least 1, got {num_samples}.")
         if sample_every_n_steps < 0:
             raise UserError(f"Expected model.sample_every_n_steps of at least 0, got {sample_every_n_steps}.")
         if posterior not in ("mean", "sample"):
             raise UserError(f"Expected model.posterior to be mean or sample, got {posterior!r}.")
         self.sizes = transformer or TransformerSizes()
         self.process = process or DDPM()
+        self.process.check_steps(sampling_steps)
         self.autoencoder_path, self.use_autoencoder_ema = autoencoder, use_autoencoder_ema
         self.posterior: Literal["mean", "sample"] = posterior
         self.condition_dropout, self.guidance, self.sampling_steps = condition_dropout, guidance, sampling_steps
@@ -113,9 +113,12 @@ class DiffusionTask(TrainingTask):
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)  # missing if loaders were passed
         if isinstance(data, LatentSource):
-            self._use_shards(data.describe_latents())
+            described = data.describe_latents()
+            self._use_shards(described)
+            self._check_count(described.num_clips)
         elif isinstance(data, ClipSource):
             self._use_clips(data)
+            self._check_count(len(data.dataset("train")))
         else:
             raise UserError("Expected latents or clips to learn from, got other data; set --data latents or ucf101.")
         if not hasattr(self, "denoiser"):
@@ -130,6 +133,11 @@ class DiffusionTask(TrainingTask):
         if not self._frozen:
             raise UserError("Expected the autoencoder of the latents, got none; give --model.autoencoder PATH.")
         return self._frozen[0]
+
+    def _check_count(self, clips: int) -> None:
+        wanted = getattr(cast(Any, self.trainer).datamodule, "batch_size", 1) * self.trainer.world_size
+        if self.trainer.state.fn == "fit" and clips < wanted:
+            raise UserError(f"Expected at least {wanted} clips for a batch, got {clips}; lower data.batch_size.")
 
     def _use_shards(self, described: LatentDescription) -> None:
         self._described = described
