@@ -20,23 +20,23 @@ SIZES = {"depth": 1, "width": 16, "heads": 2, "class_width": 8}
 QUIET = ("--accelerator", "cpu", "--progress", "false")
 
 
-def write_videos(folder: Path, each: int = 3) -> Path:
-    """Write `each` videos of 8 frames, two windows, in each of two class folders."""
+def write_videos(folder: Path, each: int = 3, length: int = 8) -> Path:
+    """Write `each` videos of `length` frames in each of two class folders."""
     random = np.random.default_rng(0)
     for label, name in enumerate(CLASSES):
         for number in range(each):
             base = 60 + 100 * label + random.integers(0, 20)
-            frames = np.full((8, 32, 32, 3), base, np.uint8)
-            frames[:, 8 * label : 8 * label + 16] += np.arange(8, dtype=np.uint8)[:, None, None, None] * 3
+            frames = np.full((length, 32, 32, 3), base, np.uint8)
+            frames[:, 8 * label : 8 * label + 16] += np.arange(length, dtype=np.uint8)[:, None, None, None] * 3
             write_video(folder / name / f"v{number}.mp4", frames, 8)
     return folder
 
 
-def write_latents(folder: Path, seed: int = 0, model: Any = None, **arguments: str) -> Path:
+def write_latents(folder: Path, seed: int = 0, model: Any = None, length: int = 8, **arguments: str) -> Path:
     """Write `folder/model`, an untrained VidTwin, and `folder/latents` of the videos by it."""
     torch.manual_seed(seed)
     (model or tiny_model()).save_pretrained(folder / "model")
-    write_videos(folder / "videos")
+    write_videos(folder / "videos", length=length)
     words = [word for name, value in arguments.items() for word in (f"--{name}", value)]
     given = ["encode", str(folder / "videos"), "--ckpt_path", str(folder / "model"), "--labels", "folders"]
     assert main([*given, "--out", str(folder / "latents"), *QUIET, *words]) == 0

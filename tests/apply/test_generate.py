@@ -9,9 +9,12 @@ import pytest
 import yaml
 from generation import CLASSES, QUIET, SIZES, write_latents
 from PIL import Image
+from sweeping import Pool, feature_network
 
 import vidtwin
 from vidtwin.cli import main
+from vidtwin.clips import as_clip
+from vidtwin.metrics.fvd import FeatureNetwork, frechet_distance, statistics
 from vidtwin.storage import checkpoints
 from vidtwin.video import iter_frames
 
@@ -92,6 +95,65 @@ def test_the_same_seed_gives_the_same_bytes_whatever_else_is_generated(trained):
         ours = (trained / "one" / name).read_bytes()
         assert ours == (trained / "first" / name).read_bytes()
         assert ours != (trained / "other" / name).read_bytes()
+
+
+SCORED = ["--data", "folder", "--data.num_frames", "16", "--data.resolution", "32", "--data.num_workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory) -> Path:
+    """Generated videos of 16 frames by a model whose latents are means over pixels, and real ones."""
+    folder = tmp_path_factory.mktemp("longer")
+    write_latents(folder, model=Pool(frames=16), length=16)
+    assert fit(folder) == 0
+    assert generate(folder, "made", "--num", "4") == 0
+    return folder
+
+
+def score(folder: Path, *words: str) -> int:
+    given = ["score", str(folder / "made"), *SCORED, "--data.root", str(folder / "videos"), "--data.augment", "false"]
+    return main([*given, "--accelerator", "cpu", "--progress", "false", *words])
+
+
+def test_score_measures_the_distance_of_the_features_and_says_by_which_protocol(longer, capsys):
+    network = feature_network(longer / "i3d.pt")
+    fvd = ["--fvd.path", str(network.path), "--fvd.sha256", str(network.sha256), "--data.val_fraction", "0"]
+    assert score(longer, *fvd, "--data.test_fraction", "0") == 0
+    shown = capsys.readouterr().out
+    found = json.loads((longer / "made" / "score.json").read_text())
+    assert f"gFVD {found['gfvd']['value']:.1f} (not ranked below 401 clips" in shown
+    assert f"8 samples of 2 classes against 6 clips of the train split, protocol {found['protocol_hash']}" in shown
+    assert found["protocol"]["samples"] == {"Falling": 4, "Rising": 4}
+    features = {}
+    for name, pattern in (("real", "videos/*/*.mp4"), ("made", "made/*/*.mp4")):
+        clips = as_clip([np.stack(list(iter_frames(path))) for path in sorted(longer.glob(pattern))])
+        features[name] = FeatureNetwork(network.path, network.sha256)(clips)
+    expected = frechet_distance(*statistics(features["real"]), *statistics(features["made"]))
+    assert found["gfvd"]["value"] == pytest.approx(float(expected), rel=0.05)  # real ones are resized by another filter
+
+
+def test_another_split_or_number_of_samples_is_another_protocol(longer, capsys):
+    hashes = set()
+    for words in ([], ["--split", "val"], ["--data.seed", "1"]):
+        assert score(longer, "--data.val_fraction", "0.4", *words) == 0
+        hashes.add(json.loads((longer / "made" / "score.json").read_text())["protocol_hash"])
+        assert "gFVD unavailable: no network; give --fvd.path and --fvd.sha256" in capsys.readouterr().out
+    assert len(hashes) == 3
+    manifest = longer / "made" / "samples.json"
+    before = manifest.read_text()
+    manifest.write_text(json.dumps(json.loads(before) | {"samples": json.loads(before)["samples"][1:]}))
+    assert score(longer, "--data.val_fraction", "0.4") == 0
+    manifest.write_text(before)
+    assert json.loads((longer / "made" / "score.json").read_text())["protocol_hash"] not in hashes
+
+
+def test_clips_of_another_size_and_other_folders_are_refused(longer, capsys):
+    assert score(longer, "--data.resolution", "16") == 2
+    assert "set --data.num_frames 16 --data.resolution 32" in capsys.readouterr().err
+    assert main(["score", str(longer / "videos"), *SCORED, "--data.root", str(longer / "videos")]) == 2
+    assert "make it by `vidtwin generate`" in capsys.readouterr().err
+    assert main(["score", str(longer / "made")]) == 2
+    assert "give --data ucf101" in capsys.readouterr().err
 
 
 def test_existing_videos_are_replaced_when_asked(trained, capsys):

@@ -130,6 +130,7 @@ def test_guidance_of_1_is_none_and_other_weights_follow_the_formula(model, proce
 
 def test_a_model_without_classes_runs_once_a_step():
     model = LatentDiffusion(SHAPES, 0, RectifiedFlow(), TINY)
+    assert model(torch.randn(2, NUMBERS), torch.tensor([0, 7])).isfinite().all()  # labels do not count
     found = model.sample(torch.tensor([-1]), torch.randn(1, NUMBERS), guidance=5.0, steps=2)
     assert {name: tuple(part.shape[1:]) for name, part in found.items()} == SHAPES
 

@@ -103,6 +103,10 @@ TABLE: dict[str, Command] = {
         "Make table, plots and page of a results folder again: vidtwin report RESULTS",
         "vidtwin.benchmark.report_command",
     ),
+    "score": Command(
+        "Measure the generation FVD of generated videos: vidtwin score GENERATED --data ucf101 --data.root PATH",
+        "vidtwin.cli.score:score_command",
+    ),
 }
 
 

@@ -90,8 +90,9 @@ class LatentDiffusion(nn.Module):
         return self.process.loss(output, state, noise, times)
 
     def condition(self, labels: Tensor) -> Tensor:
-        """Replace labels that are -1 by that of no condition."""
-        return torch.where(labels < 0, self.num_classes, labels)
+        """Replace labels that are -1, and all labels for a model without classes, by that of no condition."""
+        unknown = labels < 0 if self.num_classes else torch.ones_like(labels, dtype=torch.bool)
+        return torch.where(unknown, self.num_classes, labels)
 
     @torch.no_grad()
     def sample(
