@@ -8,20 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import forked
+import numpy as np
 import pytest
 import torch
-from generation import CLASSES, latent_data, tiny_diffusion, write_latents, write_videos
+from generation import CLASSES, QUIET, latent_data, tiny_diffusion, write_latents, write_videos
 from lightning.pytorch.callbacks import Callback
-from sweeping import Coded
+from sweeping import Coded, checkpoint
 from tiny import tiny_model, trainer
+from torch.optim import Adam
 
+from vidtwin.cli import main
 from vidtwin.datamodules.folder import VideoFolder
-from vidtwin.diffusion.process import RectifiedFlow
+from vidtwin.diffusion.model import draw_noise
+from vidtwin.diffusion.process import DDPM, RectifiedFlow
+from vidtwin.diffusion.transformer import TransformerSizes
 from vidtwin.errors import UserError
+from vidtwin.metrics.frames import psnr
+from vidtwin.schedules import WarmupCosine
 from vidtwin.storage import checkpoints
 from vidtwin.storage.latent_files import Manifest
 from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.training.callbacks.guard import StepGuard
+from vidtwin.video import write_video
 
 STEPS = 8  # 6 batches an epoch
 
@@ -234,3 +242,41 @@ def test_too_few_clips_and_unusable_options_are_refused_in_one_line(latents, tmp
         trainer(tmp_path, 1).fit(tiny_diffusion(), datamodule=latent_data(latents), init_from="x.ckpt")
     with pytest.raises(UserError, match="divides 1,000"):
         tiny_diffusion(sampling_steps=7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [DDPM(), RectifiedFlow("v"), RectifiedFlow("x")], ids=["ddpm", "v", "x"])
+def test_eight_clips_are_learned_by_heart(process, tmp_path):
+    """A class for each: its samples are the clip, above 30 dB."""
+    random = np.random.default_rng(0)
+    for number in range(8):
+        coarse = random.integers(30, 226, (2, 4, 4, 3)).astype(np.float32)
+        frames = torch.nn.functional.interpolate(
+            torch.from_numpy(coarse).permute(3, 0, 1, 2)[None], (8, 32, 32), mode="trilinear"
+        )
+        write_video(tmp_path / "videos" / f"class{number}" / "v.mp4", to_frames(frames), 8)
+    checkpoint(tmp_path / "pool.ckpt", scale=1.0, frames=8)
+    given = ["encode", str(tmp_path / "videos"), "--ckpt_path", str(tmp_path / "pool.ckpt"), "--labels", "folders"]
+    assert main([*given, "--out", str(tmp_path / "latents"), *QUIET]) == 0
+    task = tiny_diffusion(
+        process=process,
+        transformer=TransformerSizes(depth=2, width=96, heads=4, class_width=32),
+        optimizer=lambda p: Adam(p, lr=2e-3),
+        scheduler=lambda o: WarmupCosine(o, 20),
+        autoencoder=str(tmp_path / "pool.ckpt"),
+        gradient_clip_norm=1.0,
+    )
+    data = latent_data(tmp_path / "latents", batch_size=8)
+    trainer(tmp_path, 600).fit(task, datamodule=data)
+    clips = data.dataset("train")
+    real = {clips[index]["label"]: clips[index]["latents"]["grid"] for index in range(8)}
+    labels = torch.arange(8)
+    latents = task.denoiser.sample(labels, draw_noise(task.denoiser.numbers, [(0, k) for k in range(8)]), 1.0, 50)
+    made = task.frozen.decode(latents, 8, (32, 32))
+    target = task.frozen.decode({"grid": torch.stack([real[label] for label in range(8)])}, 8, (32, 32))
+    found = psnr(made, target)
+    assert float(found.mean(1).min()) > 30
+
+
+def to_frames(clip: torch.Tensor) -> np.ndarray:
+    return clip[0].permute(1, 2, 3, 0).round().to(torch.uint8).numpy()

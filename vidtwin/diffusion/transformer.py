@@ -80,7 +80,6 @@ class DiT(Recomputing):
         self.kinds = nn.Parameter(torch.randn(len(self.tokens.counts), width) * 0.02)
         self.time = nn.Sequential(nn.Linear(_TIME, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.classes = nn.Embedding(num_classes + 1, sizes.class_width)
-        nn.init.normal_(self.classes.weight, std=0.02)
         hidden = int(sizes.mlp_ratio * width)
         self.blocks = nn.ModuleList(DiTBlock(width, sizes.heads, sizes.class_width, hidden) for _ in range(sizes.depth))
         self.modulation = _zeros(nn.Linear(width, 2 * width))
