@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from generation import CLASSES, QUIET, SIZES, write_latents
 from PIL import Image
@@ -186,6 +187,15 @@ def test_another_autoencoder_is_refused(trained, tmp_path, capsys):
     assert generate(trained, "nothing", "--autoencoder", str(tmp_path / "model")) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(r"vidtwin: error: Expected the autoencoder VidTwin \w{8}, whose latents .*; give .*\n", error)
+
+
+def test_a_class_that_is_not_trusted_is_not_imported_from_a_checkpoint(trained, tmp_path, capsys):
+    (tmp_path / "evil_process.py").write_text("raise SystemExit('it ran')")
+    content = checkpoints.read(checkpoint_of(trained))
+    content["diffusion"]["process"]["class_path"] = "evil_process.DDPM"
+    torch.save(content, tmp_path / "evil.ckpt")
+    assert main(["generate", "--ckpt_path", str(tmp_path / "evil.ckpt"), "--out", str(tmp_path / "out"), *QUIET]) == 2
+    assert "Expected a class of vidtwin or of an installed plug-in in" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_the_other_kind_is_refused_by_name(trained, capsys):

@@ -14,7 +14,7 @@ _DESCRIPTION = """\
 Measure the generation FVD of videos that `vidtwin generate` made, against real clips of the same classes.
 
   vidtwin score generated --data ucf101 --data.root data/UCF-101 --fvd.path i3d_torchscript.pt --fvd.sha256 HEX
-  vidtwin score generated --config configs/data/ucf101.yaml --split test
+  vidtwin score generated --data ucf101 --data.root data/UCF-101 --data.fps null --data.resolution 64 --split test
 
 Without a network it is "unavailable". Number of samples, classes, split and clips are in the protocol, whose hash
 stands beside the value: only values of one hash are comparable. GENERATED/score.json has all.

@@ -10,7 +10,7 @@ A checkpoint of `DiffusionTask` has no `model_spec`, but `diffusion`: the model'
 from pathlib import Path
 from typing import Any
 
-from vidtwin import weights
+from vidtwin import plugins, weights
 from vidtwin.diffusion.model import LatentDiffusion, build
 from vidtwin.errors import UserError
 from vidtwin.storage import checkpoints
@@ -40,7 +40,7 @@ def load(path: str | Path, use_ema: bool | None = None) -> tuple[LatentDiffusion
 
 
 def describe(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """Return a checkpoint's `diffusion`; raise `UserError` for a checkpoint of an autoencoder."""
+    """Return a checkpoint's `diffusion`; raise `UserError` for that of an autoencoder, or with a class not trusted."""
     held = checkpoint.get(KEY)
     if not isinstance(held, dict):
         what = "one of an autoencoder" if "model_spec" in checkpoint else "another file"
@@ -48,4 +48,5 @@ def describe(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
             f"Expected a checkpoint of a diffusion model, got {what} at {path}; train one by vidtwin fit --config "
             "configs/diffusion/vidtwin_ucf101.yaml."
         )
+    plugins.check_trusted(held.get("process"), path)
     return held

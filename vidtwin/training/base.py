@@ -77,6 +77,7 @@ class TrainingTask(LightningModule):
     Attributes:
         trained: Name of the attribute with the trained network, whose tensors are `trained.*` in checkpoints.
         rate_name: The network in the logged learning rates, `lr/NAME`.
+        is_replayed: Whether `vidtwin replay` reruns steps of this task.
         batches: Number of batches so far, including skipped ones.
         skipped: Number of batches that updated nothing, since a loss or gradient was not finite.
         rate_scale: Factor on every learning rate; a rollback may lower it.
@@ -87,6 +88,7 @@ class TrainingTask(LightningModule):
 
     trained: ClassVar[str]
     rate_name: ClassVar[str]
+    is_replayed: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ from vidtwin.storage.diffusion import describe as read_description
 from vidtwin.training.base import Batch, Player, Terms, TrainingTask
 from vidtwin.training.callbacks.samples import SampleLogger
 from vidtwin.training.latents import FrozenAutoencoder, Origin, channel_statistics, find
+from vidtwin.training.sharding import Placement
 from vidtwin.video import Frames
 from vidtwin.video.convert import to_uint8
 
@@ -111,6 +112,10 @@ class DiffusionTask(TrainingTask):
         return super().configure_callbacks() + ([] if self.samples in known else [self.samples])
 
     def setup(self, stage: str) -> None:
+        if type(self._placement) is not Placement:
+            raise UserError(
+                "Expected a diffusion model whole on each device, got sharded weights; train by ddp."
+            )
         data = getattr(self.trainer, "datamodule", None)  # missing if loaders were passed
         if isinstance(data, LatentSource):
             described = data.describe_latents()

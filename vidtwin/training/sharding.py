@@ -243,13 +243,12 @@ def list_units(model: nn.Module) -> list[nn.Module]:
     unit, since the adaptive GAN weight needs that layer's weight between the forward and the backward pass.
     """
     found: dict[nn.Module, None] = {}
-    last_layer = getattr(model, "last_layer", None)  # of an autoencoder
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
             runs = type(child).forward is not nn.Module.forward
             parameters = set(child.parameters())
-            if isinstance(module, nn.ModuleList) and runs and parameters and last_layer not in parameters:
+            if isinstance(module, nn.ModuleList) and runs and parameters and model.last_layer not in parameters:
                 found[child] = None
             else:
                 visit(child)

@@ -58,6 +58,7 @@ class AutoencoderTask(TrainingTask):
 
     trained = "autoencoder"
     rate_name = "generator"
+    is_replayed = True
 
     def __init__(
         self,

@@ -22,7 +22,8 @@ _STATE = ("gone_back", "failed_at", "went_to")  # counters in checkpoints
 class StepGuard(Callback):
     """React to steps that the task skipped since a loss or a gradient was not finite on some rank.
 
-    Each is logged on stderr with its clips. The first ones are dumped: `vidtwin replay DUMP` reruns such a step. After
+    Each is logged on stderr with its clips. The first ones of an autoencoder are dumped: `vidtwin replay DUMP` reruns
+    such a step. After
     `patience` of them in a row the training rolls back to its last checkpoint and continues with the next clips. If it
     fails again before it has passed the step where it failed, it rolls back one checkpoint further. After `rollbacks`
     times it stops with the reason.
@@ -65,7 +66,7 @@ class StepGuard(Callback):
             return
         self.in_a_row += 1
         reason = outputs["rejected"]
-        dumps = bool(reason) and len(self.dumped) < self.dumps
+        dumps = bool(reason) and pl_module.is_replayed and len(self.dumped) < self.dumps
         weights: dict[str, Tensor] | None = None
         if trainer.strategy.reduce_boolean_decision(dumps, all=False):
             # By all ranks, also those that do not dump.
