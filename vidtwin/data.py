@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 from torch import Tensor
@@ -290,7 +290,7 @@ class LatentDescription:
     num_frames: int
     size: tuple[int, int]
     fps: float
-    num_clips: int = field(compare=False)
+    num_clips: int
 
 
 class LatentSource(ABC):

@@ -189,6 +189,15 @@ def test_another_autoencoder_is_refused(trained, tmp_path, capsys):
     assert re.fullmatch(r"vidtwin: error: Expected the autoencoder VidTwin \w{8}, whose latents .*; give .*\n", error)
 
 
+def test_validate_measures_the_loss_of_a_checkpoint(trained, capsys):
+    given = ["--config", str(CONFIGS / "tiny.yaml"), "--data.root", str(trained / "latents"), "--data.batch_size=2"]
+    given += [f"--model.transformer.{name}={value}" for name, value in SIZES.items()]
+    given += ["--data.val_share", "0.5", "--ckpt_path", str(checkpoint_of(trained))]
+    assert main(["validate", *given, "--trainer.enable_progress_bar", "false"]) == 0
+    assert main(["predict", *given, "--trainer.enable_progress_bar", "false"]) == 2
+    assert "Expected an AutoencoderTask, got DiffusionTask" in capsys.readouterr().err
+
+
 def test_a_class_that_is_not_trusted_is_not_imported_from_a_checkpoint(trained, tmp_path, capsys):
     (tmp_path / "evil_process.py").write_text("raise SystemExit('it ran')")
     content = checkpoints.read(checkpoint_of(trained))

@@ -95,11 +95,12 @@ def load_sampler(options: GenerateOptions) -> Sampler:
             f"Expected the autoencoder that {path} names at {named}, got none; give --autoencoder PATH of "
             f"{stored['class_path'].rpartition('.')[2]} {stored['weights_sha256'][:8]}."
         )
+    content = checkpoints.read(named, lazily=True)
     session = Session(
         SessionOptions(
             named,
             None,
-            bool(stored.get("use_ema")) and not options.autoencoder,
+            bool(stored.get("use_ema")) and "ema" in content,  # a folder of weights may hold the averaged ones
             options.accelerator,
             options.devices,
             options.num_nodes,
@@ -107,7 +108,7 @@ def load_sampler(options: GenerateOptions) -> Sampler:
         )
     )
     ours, theirs = session.weights_sha256, stored["weights_sha256"]
-    taught = (checkpoints.read(named, lazily=True).get("teacher") or {}).get("weights_sha256")
+    taught = (content.get("teacher") or {}).get("weights_sha256")  # a decoder of the latents of its teacher
     if theirs not in (ours, taught):
         raise UserError(
             f"Expected the autoencoder {stored['class_path'].rpartition('.')[2]} {theirs[:8]}, whose latents {path} "

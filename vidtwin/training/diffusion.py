@@ -113,9 +113,7 @@ class DiffusionTask(TrainingTask):
 
     def setup(self, stage: str) -> None:
         if type(self._placement) is not Placement:
-            raise UserError(
-                "Expected a diffusion model whole on each device, got sharded weights; train by ddp."
-            )
+            raise UserError("Expected a diffusion model whole on each device, got sharded weights; train by ddp.")
         data = getattr(self.trainer, "datamodule", None)  # missing if loaders were passed
         if isinstance(data, LatentSource):
             described = data.describe_latents()
