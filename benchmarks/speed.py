@@ -132,9 +132,7 @@ def read_autoencoder(args: argparse.Namespace) -> Callable[[], VideoAutoencoder]
     return benchmark.read_model([args.config], arguments).build
 
 
-def make_task(
-    autoencoder: VideoAutoencoder, perceptual: bool = False, gan: bool = False, compiled: bool = False
-) -> AutoencoderTask:
+def make_task(autoencoder: VideoAutoencoder, perceptual: bool = False, gan: bool = False) -> AutoencoderTask:
     """Build a training that has all its terms from the first step on."""
     loss = AutoencoderLoss(
         perceptual_network="st_lpips",
@@ -146,10 +144,7 @@ def make_task(
     )
     optimizer = partial(AdamW, lr=1.6e-4, weight_decay=1e-4, eps=1e-15, fused=True)
     schedule = partial(WarmupCosine, warmup_steps=1)
-    compilation = Compilation() if compiled else None
-    return AutoencoderTask(
-        autoencoder, loss, optimizer, schedule, optimizer, schedule, gradient_clip_norm=1.0, compilation=compilation
-    )
+    return AutoencoderTask(autoencoder, loss, optimizer, schedule, optimizer, schedule, gradient_clip_norm=1.0)
 
 
 def measure_products(device: torch.device, bf16: bool) -> float:
@@ -198,7 +193,7 @@ def timed(
 def measure_step(args: argparse.Namespace, build: Callable[[], VideoAutoencoder], part: str, precision: str) -> Row:
     """Measure the training's steps with a batch in memory."""
     device = torch.device(args.device)
-    task = make_task(build(), **STEPS[part], compiled=args.compile)
+    task = make_task(build(), **STEPS[part])
     shape = clip_shape(task.autoencoder)
     cost = count_step(task, shape, args.batch, precision == "bf16")
     peak = 0
@@ -227,6 +222,7 @@ def fit(
         accelerator="gpu" if args.device.startswith("cuda") else "cpu",
         devices=1,
         precision=PRECISIONS[precision],
+        compilation=Compilation() if args.compile else None,
         max_steps=warmup + repeats,
         limit_val_batches=0,
         callbacks=[timer],

@@ -250,7 +250,7 @@ def test_sharded_weights_are_refused(weights, tmp_path, monkeypatch):
     class Sharded(Placement):
         pass
 
-    monkeypatch.setattr("vidtwin.training.task.placement_of", lambda trainer: Sharded())
+    monkeypatch.setattr("vidtwin.training.base.placement_of", lambda trainer: Sharded())
     with pytest.raises(UserError, match=r"for model\.teacher, got sharded ones; train by ddp"):
         run(tmp_path, distil(weights), 1)
 

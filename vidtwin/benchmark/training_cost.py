@@ -68,7 +68,7 @@ def count_step(task: AutoencoderTask, clip_shape: Sequence[int], batch_size: int
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = _make_fake(task, mode)
     with mode:
-        players = _make_optimizers(fake)
+        players = [player.optimizer(player.parameters) for player in fake.players()]
         clip = torch.empty(batch_size, *clip_shape)
         held = [*fake.parameters(), *fake.buffers(), clip]
         if isinstance(fake.loss.perceptual, FrameDistance) and fake.loss.perceptual.network is not None:
@@ -139,13 +139,6 @@ def _make_fake(task: AutoencoderTask, mode: FakeTensorMode) -> AutoencoderTask:
         fake_distance.network = copy.deepcopy(networks[1], known)
     fake: AutoencoderTask = copy.deepcopy(task, known)
     return fake.train()
-
-
-def _make_optimizers(task: AutoencoderTask) -> list[torch.optim.Optimizer]:
-    players = [task.optimizer(task._generator_parameters())]
-    if task.loss.discriminator is not None:
-        players.append(task.discriminator_optimizer(list(task.loss.discriminator.parameters())))
-    return players
 
 
 def _run_backward(

@@ -87,6 +87,10 @@ TABLE: dict[str, Command] = {
         "Write encoder and decoder as torch.export or ONNX programs: vidtwin export --ckpt_path PATH --out DIR",
         "vidtwin.apply.export",
     ),
+    "generate": Command(
+        "Generate videos by a diffusion model: vidtwin generate --ckpt_path last.ckpt --class_name Archery --out DIR",
+        "vidtwin.apply.generate",
+    ),
     "prepare": Command(
         "Unpack and check a data set: vidtwin prepare ucf101 UCF101.rar UCF101TrainTestSplits-RecognitionTask.zip",
         "vidtwin.datamodules.ucf101.prepare",
@@ -102,6 +106,10 @@ TABLE: dict[str, Command] = {
     "report": Command(
         "Make table, plots and page of a results folder again: vidtwin report RESULTS",
         "vidtwin.benchmark.report_command",
+    ),
+    "score": Command(
+        "Measure the generation FVD of generated videos: vidtwin score GENERATED --data ucf101 --data.root PATH",
+        "vidtwin.cli.score:score_command",
     ),
 }
 

@@ -10,6 +10,7 @@ from vidtwin.benchmark.cost import device_name
 from vidtwin.benchmark.training_cost import StepCost, count_step, measure_rate
 from vidtwin.data import ClipSource
 from vidtwin.errors import UserError
+from vidtwin.training.task import AutoencoderTask
 from vidtwin.training.trainer import VideoTrainer
 
 _ASSUMED = {"cuda": 0.4, "cpu": 0.8}  # docs/performance.md
@@ -52,7 +53,8 @@ class PlanningTrainer(VideoTrainer):
         Returns:
             The lines of the report.
         """
-        task = self._task(model)
+        if not isinstance(model, AutoencoderTask):
+            raise UserError(f"Expected the training of an autoencoder to plan, got {type(model).__name__}.")
         for name, value in {"devices": devices, "clips": clips, "tflops": tflops, "utilization": utilization}.items():
             if value is not None and not value > 0:
                 raise UserError(f"Expected --{name} above 0, got {value}.")
@@ -62,7 +64,7 @@ class PlanningTrainer(VideoTrainer):
         if frames is None or size is None:
             raise UserError("Expected clips of one length and size, got any; set data.num_frames and data.resolution.")
         precision = str(self.wanted.get("precision") or "32-true")
-        cost = count_step(task, (3, frames, *size), batch, bf16=precision.startswith("bf16"))
+        cost = count_step(model, (3, frames, *size), batch, bf16=precision.startswith("bf16"))
 
         lines = [", ".join(f"{part} of {number:,} parameters" for part, number in cost.parameters.items())]
         lines.append(

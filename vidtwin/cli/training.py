@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 from pathlib import Path
@@ -26,11 +26,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vidtwin import plugins
 from vidtwin.cli import model_config, paths
-from vidtwin.cli.parser import Parser, name_data_first, option_value, resolve_short_names, user_errors
+from vidtwin.cli.parser import (
+    Parser,
+    config_paths,
+    name_data_first,
+    option_value,
+    read_config,
+    resolve_short_names,
+    user_errors,
+)
 from vidtwin.console import log
 from vidtwin.errors import Preempted, UserError
 from vidtwin.storage import checkpoints
 from vidtwin.training import replay
+from vidtwin.training.base import TrainingTask
 from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
 from vidtwin.training.callbacks.clips import ClipLogger
 from vidtwin.training.callbacks.guard import StepGuard
@@ -186,7 +195,7 @@ class _SaveConfig(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_unset=False)
         self.config = paths.escape(self.config)  # expanded again when the file is read
         super().setup(trainer, pl_module, "fit")
-        cast(AutoencoderTask, pl_module).config = yaml.safe_load(text)["model"]
+        cast(TrainingTask, pl_module).config = yaml.safe_load(text)["model"]
 
 
 class VidTwinCLI(LightningCLI):
@@ -197,9 +206,11 @@ class VidTwinCLI(LightningCLI):
     ) -> None:
         self._foreign = foreign
         self._command = args[0]
+        self._names_task = _names_task(args)
         super().__init__(
-            AutoencoderTask,
+            TrainingTask if self._names_task else AutoencoderTask,
             LightningDataModule,
+            subclass_mode_model=self._names_task,
             subclass_mode_data=True,
             trainer_class=trainer_class,
             parser_class=LightningParser,
@@ -218,7 +229,10 @@ class VidTwinCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(self.trainer_class, "trainer")
-        parser.add_lightning_class_args(AutoencoderTask, "model")
+        if self._names_task:
+            parser.add_lightning_class_args(TrainingTask, "model", subclass_mode=True)
+        else:
+            parser.add_lightning_class_args(AutoencoderTask, "model")
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -242,7 +256,7 @@ class VidTwinCLI(LightningCLI):
             return
         checkpoint = checkpoints.read(path, lazily=True)
         stored = checkpoint.get("model_spec")
-        if stored and config.model.autoencoder:
+        if stored and not self._names_task and config.model.autoencoder:
             for line in checkpoints.differences(model_config.spec(config), stored):
                 sys.stderr.write(f"vidtwin: {path} differs from the config, which wins: {line}\n")
 
@@ -273,6 +287,15 @@ class VidTwinCLI(LightningCLI):
 
     def _own_config(self) -> Namespace:
         return self.config[str(self.config.subcommand)]
+
+
+def _names_task(args: Sequence[str]) -> bool:
+    """Return whether the class of the task is given, as configs/diffusion do; else it is that of autoencoders."""
+    given = option_value(args, "model", "model.class_path") or ""
+    if given.startswith("{"):  # of a dump
+        return "class_path" in json.loads(given)
+    model = read_config(path for path in config_paths(args) if path.is_file()).get("model")
+    return bool(given) or (isinstance(model, dict) and "class_path" in model)
 
 
 def _continue_latest_run(trainer: Namespace) -> None:

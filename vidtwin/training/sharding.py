@@ -30,7 +30,7 @@ from torch.export import register_dataclass
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
+from vidtwin.autoencoder import Reconstruction
 from vidtwin.errors import UserError
 from vidtwin.losses.adversarial import mean_over_ranks
 from vidtwin.losses.autoencoder import AutoencoderLoss
@@ -46,8 +46,8 @@ class Placement:
     Callers use `placement_of(trainer)` and need not know whether weights are sharded.
     """
 
-    def shard(self, autoencoder: VideoAutoencoder) -> None:
-        """Split the weights of the task's autoencoder over the ranks, starting from those of the first rank."""
+    def shard(self, network: nn.Module) -> None:
+        """Split the weights of the task's network over the ranks, starting from those of the first rank."""
 
     def gather(self, model: nn.Module) -> None:
         """Hold all weights on each rank until `reshard`. All ranks must call it together.
@@ -141,9 +141,9 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
     def lightning_restore_optimizer(self) -> bool:
         return True
 
-    def shard(self, autoencoder: VideoAutoencoder) -> None:
-        if isinstance(autoencoder, FSDPModule):
-            self.reshard(autoencoder)  # sharded by an earlier run of this process
+    def shard(self, network: nn.Module) -> None:
+        if isinstance(network, FSDPModule):
+            self.reshard(network)  # sharded by an earlier run of this process
             return
         assert self.lightning_module is not None
         # As in DDP, since ranks may have drawn different initial values.
@@ -155,7 +155,7 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
                 f"{self.precision_plugin.precision}; set it, or --trainer.strategy fsdp2."
             )
         gathered = torch.bfloat16 if self.gather_dtype == "bfloat16" else None
-        shard(autoencoder, self.device_mesh["data_parallel"], gathered)
+        shard(network, self.device_mesh["data_parallel"], gathered)
 
     def gather(self, model: nn.Module) -> None:
         for unit in _iter_sharded(model):
@@ -259,7 +259,7 @@ StrategyRegistry.register(
 )
 
 
-def list_units(model: VideoAutoencoder) -> list[nn.Module]:
+def list_units(model: nn.Module) -> list[nn.Module]:
     """List the units that are gathered at a time: the outermost elements of module lists, then the model itself.
 
     Elements without a forward pass of their own are searched for inner ones. An element with the last layer is not a
@@ -280,7 +280,7 @@ def list_units(model: VideoAutoencoder) -> list[nn.Module]:
     return [*found, model]
 
 
-def shard(model: VideoAutoencoder, mesh: DeviceMesh, gathered: torch.dtype | None = None) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, gathered: torch.dtype | None = None) -> None:
     """Split the weights of a model, if it has any, over the ranks of a mesh with one axis.
 
     Args:

@@ -18,6 +18,7 @@ from vidtwin.files import inside, replacing
 from vidtwin.posteriors import Quantized
 from vidtwin.precision import tensor_float_32
 from vidtwin.storage import checkpoints
+from vidtwin.training.base import TrainingTask
 from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
 from vidtwin.training.callbacks.guard import StepGuard
 from vidtwin.training.callbacks.preemption import Preemption
@@ -25,6 +26,7 @@ from vidtwin.training.callbacks.progress import ProgressBar
 from vidtwin.training.callbacks.skipped import SkippedVideos
 from vidtwin.training.callbacks.summary import Summary
 from vidtwin.training.checks import check_trainer
+from vidtwin.training.compilation import Compilation
 from vidtwin.training.replay import read as read_dump
 from vidtwin.training.replay import replay as run_again
 from vidtwin.training.sharding import FSDP2Strategy
@@ -42,13 +44,16 @@ class VideoTrainer(Trainer):
 
     Args:
         *args: As of Lightning's Trainer.
+        compilation: What torch.compile compiles in `fit`; None compiles nothing.
         tensor_float_32: Round the factors of float32 products and convolutions on a GPU to 10 bits of mantissa in
             `fit`, several times faster than with all 24; no effect on those in bfloat16, nor on metrics.
         **kwargs: As of Lightning's Trainer.
     """
 
-    def __init__(self, *args: Any, tensor_float_32: bool = False, **kwargs: Any) -> None:
-        self.tensor_float_32 = tensor_float_32
+    def __init__(
+        self, *args: Any, compilation: Compilation | None = None, tensor_float_32: bool = False, **kwargs: Any
+    ) -> None:
+        self.compilation, self.tensor_float_32 = compilation, tensor_float_32
         plugins = kwargs.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         kwargs["plugins"] = [*plugins, checkpoints.AtomicCheckpointIO()]
@@ -109,13 +114,17 @@ class VideoTrainer(Trainer):
             init_from: Weights to start a new training from, as far as they fit (`checkpoints.load_part`); the log
                 lists what is kept, interpolated and fresh. The discriminator is new. Ignored if a run is resumed.
         """
-        task = self._task(model)
+        task = model
+        if not isinstance(task, TrainingTask):
+            raise UserError(f"Expected a TrainingTask, got {type(task).__name__}.")
         check_trainer(self)
         if ckpt_path and resume:
             raise UserError(f"Expected --ckpt_path or --resume, got both ({ckpt_path} and {resume}).")
         if resume:
             ckpt_path = self._find_newest(resume)
-        if init_from and not ckpt_path:
+        if init_from and not isinstance(task, AutoencoderTask):
+            raise UserError(f"Expected --init_from for an autoencoder, got {type(task).__name__}; leave it out.")
+        if init_from and isinstance(task, AutoencoderTask) and not ckpt_path:
             for line in checkpoints.load_part(task.autoencoder, init_from):
                 console.log(f"{init_from}: {line}", rank_zero=True)
         try:
