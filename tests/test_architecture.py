@@ -22,7 +22,7 @@ LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_ut
 LAYERS = (
     ("errors",),
     ("console", "files", "precision", "weights"),
-    ("distributed", "layers", "plugins", "posteriors", "schedules", "video"),
+    ("distributed", "entropy", "layers", "plugins", "posteriors", "schedules", "video"),
     ("hub", "listing", "tables"),
     ("autoencoder", "data"),
     ("clips", "losses", "models", "baselines", "testing"),

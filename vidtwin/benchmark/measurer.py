@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import cost, downstream
-from vidtwin.benchmark.loaded_model import LoadedModel
+from vidtwin.benchmark.loaded_model import LoadedModel, add_latents
 from vidtwin.benchmark.options import SweepOptions
 from vidtwin.benchmark.plan import CodeCounts, Job, ModelError, Part, Plan, format_error, make_empty_part
 from vidtwin.benchmark.rfvd import ClipFeatures
@@ -22,7 +22,7 @@ from vidtwin.errors import UserError
 from vidtwin.metrics.fvd import MIN_FRAMES, FeatureNetwork
 from vidtwin.metrics.measures import Measures
 from vidtwin.metrics.registry import BY_KEY
-from vidtwin.posteriors import Encoding, Quantized
+from vidtwin.posteriors import Encoding, Quantized, Stream
 
 MAX_TOKENS, MAX_TOKENS_ON_CPU = 20_000, 4_000  # of which a DiT's training step is timed
 
@@ -170,6 +170,8 @@ class Measurer:
         shape, repeats, precision = model.piece_shape(self.plan.shape), self.options.repeats, self._precision
         model.fit(shape, self.device)
         found: dict[str, Any] = {"cost": None, "downstream": None}
+        if model.model.coding:
+            return found
         if self.options.cost:
 
             def wrap(copy: VideoAutoencoder) -> LoadedModel:
@@ -198,7 +200,13 @@ class Measurer:
         prediction, target = self.measures.prepare(prediction.float(), clip)
         values = {name: value.tolist() for name, value in self.measures.values(prediction, target).items()}
         features = self.features.measure(prediction, target, indices) if self.features else None
-        if self.plan.varies:
+        if model.model.coding:
+            for encoding, piece in zip(encodings, model.cut(clip), strict=True):
+                found = model.sum_streams(encoding, tuple(piece.shape[1:]))
+                part["latents"] = add_latents(part["latents"] or {}, found)
+            bits = torch.stack([_count_bits(encoding, len(indices)) for encoding in encodings]).sum(0)
+            values["bpp"] = (bits / math.prod(clip.shape[2:])).tolist()
+        elif self.plan.varies:
             part["latents"] = model.sum_latents([each.mode() for each in encodings], tuple(clip.shape[1:]))
         else:
             (encoding,) = encodings
@@ -248,6 +256,12 @@ def _catch(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return run()
     except Exception as error:
         return {"error": format_error(error)}
+
+
+def _count_bits(encoding: Encoding, clips: int) -> Tensor:
+    """Count the bits of the streams of each of some clips, (clips,)."""
+    streams = [posterior for posterior in encoding.values() if isinstance(posterior, Stream)]
+    return torch.stack([8 * stream.sizes.cpu().reshape(clips, -1).sum(1) for stream in streams]).sum(0)
 
 
 def _count_codes(counts: dict[str, CodeCounts], encoding: Encoding, clips: slice) -> None:

@@ -159,7 +159,10 @@ def drawings(results: Results) -> list[Drawing]:
     references = [row for row in results.rows if row["kind"] == "reference"]
     models = replace(results, rows=[row for row in results.rows if row["kind"] != "reference"])
     draws: dict[str, tuple[_Draw, bool]] = {
-        axis.label: (partial(_against, pairs=[(metric, axis) for metric in metrics]), any(map(axis.value, references)))
+        axis.label: (
+            partial(_against, pairs=[(metric, axis) for metric in metrics]),
+            any(axis.value(row) for row in references if not row.get("coding")),
+        )
         for axis in AXES
     }
     draws["PSNR of the clips"] = _per_clip, bool(references)
@@ -305,7 +308,7 @@ def _points(results: Results, metric: Metric, axis: Axis) -> list[Point]:
     style = styles(results)
     found = []
     for row in rows.order(results):
-        if row["kind"] == "failed":
+        if row["kind"] == "failed" or row.get("coding"):  # codecs have a plot of their own
             continue
         x, y = axis.value(row), summary.mean(results, row["name"], metric.key)
         if x and y is not None and math.isfinite(y):

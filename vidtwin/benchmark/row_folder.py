@@ -144,9 +144,10 @@ class RowFolder:
             joined["failed"] += part["failed"]
             joined["skipped"] += part["skipped"]
             joined["features"] += map(decode_features, part["features"])
-            if self.plan.varies and part["latents"] and part["clips"]:  # those of all clips
+            summed = self.plan.varies or any("values" in latent for latent in (part["latents"] or {}).values())
+            if summed and part["latents"] and part["clips"]:  # those of all clips
                 joined["latents"] = add_latents(joined["latents"] or {}, part["latents"])
-            elif not self.plan.varies:
+            elif not summed:
                 joined["latents"] = part["latents"] or joined["latents"]
             for latent, found in part["codes"].items():
                 known = joined["codes"].setdefault(latent, {"size": found["size"], "counts": Counter()})
