@@ -40,7 +40,7 @@ _BELOW_DATA = (
 BELOW_DATA = tuple(f"vidtwin.{name}" for name in _BELOW_DATA.split())
 # Of vidtwin.benchmark: modules that read a results folder, or write from it.
 WITH_TORCH = ("cost", "downstream", "loaded_model", "measurer", "memory", "meta", "options", "plan", "players")
-WITH_TORCH += ("rfvd", "row_folder", "runner", "sweep")
+WITH_TORCH += ("latent_coder", "rate_distortion", "rfvd", "row_folder", "runner", "sweep")
 PLUGIN = re.compile(r"vidtwin\.(baselines|datamodules)\.\w[\w.]*")
 
 

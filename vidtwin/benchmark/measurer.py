@@ -16,6 +16,7 @@ from vidtwin.benchmark import cost, downstream
 from vidtwin.benchmark.loaded_model import LoadedModel, add_latents
 from vidtwin.benchmark.options import SweepOptions
 from vidtwin.benchmark.plan import CodeCounts, Job, ModelError, Part, Plan, format_error, make_empty_part
+from vidtwin.benchmark.rate_distortion import Curves
 from vidtwin.benchmark.rfvd import ClipFeatures
 from vidtwin.distributed import forward_context
 from vidtwin.errors import UserError
@@ -72,12 +73,14 @@ class Measurer:
         else:
             i3d = FeatureNetwork(options.i3d.path, options.i3d.sha256, protocol["fvd"]["convention"])
             self.features = ClipFeatures(i3d, options.folder, plan, self._load_target)
+        self.curves = Curves(options, self.measures, self._precision, self.device) if options.rate_distortion else None
         self.settings = {
             "metrics": [*self.measures.names, *(["rfvd"] if self.features else [])],
             "protocol": plan.digest,
             "batch": len(plan.chunks[0]),
             "device": self.device.type,
-            **({"seed": options.seed} if protocol["posterior"] == "sample" else {}),
+            **({"seed": options.seed} if protocol["posterior"] == "sample" or self.curves else {}),
+            **({"rate_distortion": self.curves.settings} if self.curves else {}),
         }
         self.costs_settings = [options.repeats, options.cost, options.downstream, cost.device_name(self.device)]
 
@@ -199,6 +202,7 @@ class Measurer:
         prediction = prediction.nan_to_num()  # a file has no NaN: the clip fails, but its neighbours are measured
         prediction, target = self.measures.prepare(prediction.float(), clip)
         values = {name: value.tolist() for name, value in self.measures.values(prediction, target).items()}
+        levels = self.curves.measure(model, encodings, clip, target, indices) if self.curves else None
         features = self.features.measure(prediction, target, indices) if self.features else None
         if model.model.coding:
             for encoding, piece in zip(encodings, model.cut(clip), strict=True):
@@ -226,6 +230,8 @@ class Measurer:
             part["clips"].append({"name": name, "start_frame": start, "num_frames": clip.shape[2], **numbers})
             if features is not None:
                 part["features"].append(features[place])
+            if levels:
+                part["levels"].append([{"name": name, "start_frame": start, **level} for level in levels[place]])
             for encoding in encodings:
                 _count_codes(part["codes"], encoding, slice(place * windows, (place + 1) * windows))
 
