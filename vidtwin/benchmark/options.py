@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,8 +76,8 @@ class RateDistortion:
         clips: Number of validation clips of the fit.
     """
 
-    bits: list[int] = field(default_factory=lambda: [2, 3, 4, 6, 8])
-    noise: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.5, 1.0])
+    bits: Sequence[int] = (2, 3, 4, 6, 8)
+    noise: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 1.0)
     tables: Literal["val", "clip"] = "val"
     clips: int = 64
 

@@ -7,7 +7,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -136,11 +136,15 @@ def write(folder: str | Path) -> list[Path]:
 
     A plot without numbers is not written; an older one and temporary files that a kill left are removed.
     """
-    results = rows.read(folder)
+    return write_plots(rows.read(folder), _PLOTS)
+
+
+def write_plots(results: Results, plots: Mapping[str, "Draw"]) -> list[Path]:
+    """Write plots by name, as `write` does."""
     written = []
-    paths = {name: [inside(results.folder, f"plots/{name}.{kind}") for kind in ("png", "svg")] for name in _PLOTS}
+    paths = {name: [inside(results.folder, f"plots/{name}.{kind}") for kind in ("png", "svg")] for name in plots}
     with _style():
-        for name, draw in _PLOTS.items():
+        for name, draw in plots.items():
             drawn = draw(results)
             if drawn is None:
                 for path in paths[name]:
@@ -158,7 +162,7 @@ def drawings(results: Results) -> list[Drawing]:
     metrics = summary.measured_metrics(results)
     references = [row for row in results.rows if row["kind"] == "reference"]
     models = replace(results, rows=[row for row in results.rows if row["kind"] != "reference"])
-    draws: dict[str, tuple[_Draw, bool]] = {
+    draws: dict[str, tuple[Draw, bool]] = {
         axis.label: (
             partial(_against, pairs=[(metric, axis) for metric in metrics]),
             any(axis.value(row) for row in references if not row.get("coding")),
@@ -173,6 +177,13 @@ def drawings(results: Results) -> list[Drawing]:
             svgs = [_for_page(_svg(*each, label), f"plot{len(found)}{i}") for i, each in enumerate(drawn)]
             found += [Drawing(label, svgs)] if svgs else []
     return found
+
+
+def draw_for_page(results: Results, plots: Mapping[str, "Draw"], ids: str) -> list[Drawing]:
+    """Draw plots by label for the page; the ids of their elements begin with `ids`."""
+    with _style():
+        drawn = {label: each for label, draw in plots.items() if (each := draw(results))}
+        return [Drawing(x, [_for_page(_svg(*each, x), f"{ids}{i}")]) for i, (x, each) in enumerate(drawn.items())]
 
 
 @contextmanager
@@ -291,8 +302,8 @@ def _per_clip(results: Results) -> tuple["Figure", str] | None:
     return figure, "The distribution of PSNR over the clips for each model"
 
 
-_Draw = Callable[[Results], "tuple[Figure, str] | None"]
-_PLOTS: dict[str, _Draw] = {
+Draw = Callable[[Results], "tuple[Figure, str] | None"]
+_PLOTS: dict[str, Draw] = {
     "rate_quality": partial(_quality, axis=RATE),
     "bits_quality": partial(_quality, axis=BITS),
     "pareto": _pareto,

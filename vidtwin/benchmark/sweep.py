@@ -17,7 +17,7 @@ from lightning.fabric import Fabric
 
 from vidtwin import autoencoder, hub, plugins
 from vidtwin.autoencoder import VideoAutoencoder
-from vidtwin.benchmark import meta, render, report, rows
+from vidtwin.benchmark import curve_plots, meta, render, report, rows
 from vidtwin.benchmark import players as player_files
 from vidtwin.benchmark import plots as plot_files
 from vidtwin.benchmark.loaded_model import AVERAGE, LAST, LoadedModel, fingerprint
@@ -120,7 +120,8 @@ class Sweep(SweepOptions):
             player_files.write_players(results, runner)
         paths = player_files.write_clips(runner) if self.pictures else []
         write(f"\n{render.write(self.folder)}")
-        for path in [*paths, self.folder / "table.md", *plot_files.write(self.folder), report.write(self.folder)]:
+        drawn = [*plot_files.write(self.folder), *curve_plots.write(self.folder)]
+        for path in [*paths, self.folder / "table.md", *drawn, report.write(self.folder)]:
             if path.suffix != ".svg":
                 write(str(path))
 
