@@ -134,7 +134,7 @@ class _VideoCodec(Codec):
         self.spatial_multiple = 2 if pixel_format.startswith("yuv420") else 1
         run = f"{self.encoder}, preset {preset}"
         planes = f"GOP {gop}, {pixel_format}"
-        curve = f"{self.label} {preset}"
+        curve = f"{self.label} {'preset ' if preset.isdigit() else ''}{preset}"
         curve += "".join(f", {x}" for x in (f"GOP {gop}" if gop != 250 else "", pixel_format.removesuffix("p")) if x)
         curve = curve.removesuffix(", yuv420")
         self.coding = Coding(curve, f"{run}, CRF {crf}, {planes}, {fps:g} fps")
@@ -344,8 +344,8 @@ class DCT3D(Codec):
         self.limit = math.ceil(128 * math.sqrt(math.prod(self.block)) / step) + 1
         name = " x ".join(map(str, self.block))
         self.coding = Coding(
-            f"3-D DCT, {kept} of {size:,}",
-            f"3-D DCT of {name} Y'CbCr, {kept} of {size:,} kept, step {step:g}, Laplace range coder",
+            "3-D DCT" if kept == size else f"3-D DCT, {kept:,} of {size:,} kept",
+            f"3-D DCT of {name} Y'CbCr, {kept:,} of {size:,} kept, step {step:g}, Laplace range coder",
             numbers=True,
         )
 

@@ -161,8 +161,12 @@ def test_a_missing_delta_has_its_reason_in_the_notes(folder, monkeypatch):
     monkeypatch.setattr(curves, "LEAST", 6)
     table = curves.bd_table(rows.read(folder))
     assert table is not None
-    assert table.lines[0].cells[0].text == ""
-    assert any(note.startswith("No BD-rate, 5 of 6 points at a shared PSNR: ") for note in table.notes)
+    cell = table.lines[0].cells[0]
+    assert cell.text == ""
+    assert cell.small.startswith("no BD-rate: 5 of 6 points at a shared PSNR; no BD-PSNR: 5 of 6 points")
+    assert "fewer than 6 points" in table.notes[1]
+    render.write(folder)
+    assert lines_of(folder / "bd.csv")[0]["no_bd_rate"] == "5 of 6 points at a shared PSNR"
 
 
 def test_plots_and_page_show_them(folder):

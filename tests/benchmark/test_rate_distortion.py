@@ -92,7 +92,7 @@ def test_a_level_is_the_clip_decoded_from_its_bytes(measured):
                 )
 
 
-@pytest.mark.parametrize("name", ["Pool", "Two", "mean_colour"])
+@pytest.mark.parametrize("name", ["Pool", "Two"])
 def test_more_bits_cost_more_and_come_closer_to_the_latents_as_they_are(measured, name):
     mean = {
         key: [np.mean([clip[key] for clip in read(measured, name, "bits", bits)]) for bits in (2, 4, 8)]

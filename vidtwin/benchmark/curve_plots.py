@@ -51,7 +51,8 @@ def draw_rates(results: Results) -> "tuple[Figure, str] | None":
 
 def draw_noise(results: Results) -> "tuple[Figure, str] | None":
     """Draw quality over the strength of noise on the latents; None without it."""
-    found = curves.read_noise(results)
+    every = curves.read_noise(results)
+    found = [curve for curve in every if curve.kind != "reference"] or every
     panels = [metric for metric in _panels(found) if metric.key != "lpips"]
     if not panels:
         return None

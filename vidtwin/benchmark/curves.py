@@ -14,6 +14,7 @@ from typing import Any
 from vidtwin.benchmark import levels, rows
 from vidtwin.benchmark.rows import Results
 from vidtwin.benchmark.summary import Cell, Line, Table
+from vidtwin.errors import few
 from vidtwin.files import inside, write_text
 from vidtwin.metrics.registry import BY_KEY, Column
 from vidtwin.tables import format_table
@@ -208,23 +209,29 @@ def bd_table(results: Results) -> Table | None:
         return None
     anchors = list(dict.fromkeys(anchor.name for anchor, _, _ in found))
     deltas = {(curve.name, anchor.name): delta for anchor, curve, delta in found}
-    lines, reasons = [], dict[str, list[str]]()
+    lines = []
+    reasons: set[str] = set()
     for name, kind in dict.fromkeys((curve.name, curve.kind) for _, curve, _ in found):
         cells = []
         for anchor in anchors:
             delta = deltas.get((name, anchor), Delta())
             parts = [f"{100 * delta.rate:+.1f} %"] if delta.rate is not None else []
             parts += [f"{delta.psnr:+.2f} dB"] if delta.psnr is not None else []
-            cells.append(Cell(", ".join(parts), delta.rate))
-            for key, reason in delta.reasons.items():
-                label = "BD-rate" if key == "rate" else "BD-PSNR"
-                reasons.setdefault(f"No {label}, {reason}", []).append(f"{name} / {anchor}")
+            labels = {"rate": "BD-rate", "psnr": "BD-PSNR"}
+            missing = [f"no {labels[key]}: {reason}" for key, reason in delta.reasons.items()]
+            cells.append(Cell(", ".join(parts), delta.rate, small="; ".join(missing)))
+            reasons |= set(delta.reasons.values())
         lines.append(Line(name, "reference" if kind == CODEC else kind, cells))
     notes = [
         "BD-rate, the mean difference of the bits at equal PSNR to the curve of the column (negative: fewer bits), and "
         "BD-PSNR, that of PSNR at equal bits; PCHIP on the logarithm of the bits, over means of the common clips.",
-        *(f"{reason}: {'; '.join(pairs)}." for reason, pairs in reasons.items()),
     ]
+    if missing := sorted(reason for reason in reasons if "points" in reason):
+        notes.append(
+            f"A delta is missing if a curve has fewer than {LEAST} points at values that both have ({few(missing)}); "
+            "bd.csv has the reason of each pair."
+        )
+    notes += [f"{reason}." for reason in reasons if "points" not in reason]
     columns = [Column(f"bd{index}", anchor, higher=False) for index, anchor in enumerate(anchors)]
     return Table("bd", "BD-rate and BD-PSNR", columns, lines, notes, "Curve")
 

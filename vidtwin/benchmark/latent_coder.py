@@ -29,7 +29,9 @@ Array = NDArray[Any]
 class Channels:
     """Ranges and probabilities of the channels of one continuous latent.
 
-    A channel's range has 2^bits levels, its ends among them; values outside are rounded to the ends.
+    A channel's range has 2^bits levels, its ends among them. A range that was fitted on other clips has half as many
+    beyond each end, since a clip may leave it: they cost bits only if they occur. Values beyond them are rounded to the
+    last one.
 
     Attributes:
         low: Least value of each channel, (C,).
@@ -73,17 +75,18 @@ class Channels:
         return b"".join(self.HEAD.pack(*each) for each in zip(low, high, mean, std, strict=True))
 
     def quantize(self, values: Values, bits: int) -> Symbols:
-        """Round values (C, N) to the nearest levels, 0 to 2^bits - 1."""
-        step = self._step(bits)[:, None]
+        """Round values (C, N) to the nearest levels, numbered from 0."""
+        step, beyond = self._step(bits)[:, None], self._beyond(bits)
         symbols = np.round((values - self.low[:, None]) / np.where(step > 0, step, 1))
-        return np.clip(np.where(step > 0, symbols, 0), 0, 2**bits - 1).astype(np.int32)
+        symbols = np.where(step > 0, symbols, 0)
+        return (np.clip(symbols, -beyond, 2**bits - 1 + beyond) + beyond).astype(np.int32)
 
     def dequantize(self, symbols: Symbols, bits: int) -> Values:
         """Return the values of levels (C, N)."""
-        return self.low[:, None] + symbols * self._step(bits)[:, None]
+        return self.low[:, None] + (symbols - self._beyond(bits)) * self._step(bits)[:, None]
 
     def tables(self, bits: int) -> Values:
-        """Return the probabilities of each channel's levels, (C, 2^bits)."""
+        """Return the probabilities of each channel's levels, (C, levels)."""
         if bits not in self._tables:
             self._tables[bits] = self._compute_tables(bits)
         return self._tables[bits]
@@ -91,10 +94,14 @@ class Channels:
     def _step(self, bits: int) -> Values:
         return (self.high - self.low) / (2**bits - 1)
 
+    def _beyond(self, bits: int) -> int:
+        return 0 if self.values is None else 2 ** (bits - 1)
+
     def _compute_tables(self, bits: int) -> Values:
         """Compute the normal distributions over the levels, mixed with the histograms of the fit."""
-        step, count = self._step(bits)[:, None], 2**bits
-        edges = self.low[:, None] + (np.arange(count + 1) - 0.5) * step
+        step, beyond = self._step(bits)[:, None], self._beyond(bits)
+        count = 2**bits + 2 * beyond
+        edges = self.low[:, None] + (np.arange(count + 1) - beyond - 0.5) * step
         edges[:, 0], edges[:, -1] = -np.inf, np.inf
         scaled = (edges - self.mean[:, None]) / np.maximum(self.std, 1e-12)[:, None]
         normal = np.diff(torch.special.ndtr(torch.from_numpy(scaled)).numpy(), axis=1)
