@@ -134,9 +134,12 @@ class _VideoCodec(Codec):
         self.spatial_multiple = 2 if pixel_format.startswith("yuv420") else 1
         run = f"{self.encoder}, preset {preset}"
         planes = f"GOP {gop}, {pixel_format}"
-        curve = f"{self.label} {'preset ' if preset.isdigit() else ''}{preset}"
-        curve += "".join(f", {x}" for x in (f"GOP {gop}" if gop != 250 else "", pixel_format.removesuffix("p")) if x)
-        curve = curve.removesuffix(", yuv420")
+        others = {f"GOP {gop}": gop != 250, pixel_format: pixel_format != "yuv420p", f"{fps:g} fps": fps != 8}
+        parts = [
+            f"{self.label} {'preset ' if preset.isdigit() else ''}{preset}",
+            *(text for text, chosen in others.items() if chosen),
+        ]
+        curve = ", ".join(parts)
         self.coding = Coding(curve, f"{run}, CRF {crf}, {planes}, {fps:g} fps")
 
     def options(self, height: int, width: int) -> dict[str, str]:
@@ -344,7 +347,8 @@ class DCT3D(Codec):
         self.limit = math.ceil(128 * math.sqrt(math.prod(self.block)) / step) + 1
         name = " x ".join(map(str, self.block))
         self.coding = Coding(
-            "3-D DCT" if kept == size else f"3-D DCT, {kept:,} of {size:,} kept",
+            ("3-D DCT" if self.block == (8, 8, 8) else f"3-D DCT of {name}")
+            + ("" if kept == size else f", {kept:,} of {size:,} kept"),
             f"3-D DCT of {name} Y'CbCr, {kept:,} of {size:,} kept, step {step:g}, Laplace range coder",
             numbers=True,
         )

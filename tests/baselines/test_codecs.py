@@ -169,5 +169,9 @@ def test_rows_that_differ_in_quality_alone_are_one_curve():
         len({curve(X264(preset="slow")), curve(X264(gop=8)), curve(X264(pixel_format="yuv444p")), curve(X264())}) == 4
     )
     assert curve(DCT3D(16, 2.0)) == curve(DCT3D(16, 8.0)) != curve(DCT3D(8, 8.0))
+    assert curve(X264(fps=25.0)) == "x264 medium, 25 fps"
+    assert curve(SVTAV1(30)) == "SVT-AV1 preset 6"
+    assert curve(DCT3D(1536)) == "3-D DCT"
+    assert curve(DCT3D(16, block=(4, 8, 16))) != curve(DCT3D(16, block=(8, 8, 8)))
     assert curve(JPEG(10)) == curve(JPEG(90)) != curve(JPEG(10, "4:4:4"))
     assert curve(Resize(2)) == curve(Resize(8))

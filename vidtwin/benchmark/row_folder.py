@@ -96,7 +96,7 @@ class RowFolder:
             if not self.job.error:
                 log(
                     f"{self.name} is measured again: the row there has another checkpoint, model, set of metrics, "
-                    "batch size, seed, kind of device or windows"
+                    "rate_distortion, batch size, seed, kind of device or windows"
                 )
         elif row["failed_clips"]:
             log(f"{self.name} failed on {len(row['failed_clips'])} clips, which are tried again")
