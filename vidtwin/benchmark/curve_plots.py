@@ -39,10 +39,10 @@ def draw_rates(results: Results) -> "tuple[Figure, str] | None":
         for curve, style in _styles(results, found):
             x = [point.bpp for point in curve.points if metric.key in point.means]
             y = [point.means[metric.key] for point in curve.points if metric.key in point.means]
-            axes.plot(x, y, label=plots._short(curve.name), **style)
+            axes.plot(x, y, label=plots.abbreviate(curve.name), **style)
         axes.set_xlabel("bits per pixel (real bytes), ← better")
         _finish_panel(axes, metric)
-        plots._log_axis(axes, [point.bpp for point in points])
+        plots.set_log_axis(axes, [point.bpp for point in points])
     key = "solid: models, latents quantized and coded; dashed: codecs"
     _finish(figure, results, key)
     names = ", ".join(metric.label for metric in panels)
@@ -62,7 +62,7 @@ def draw_noise(results: Results) -> "tuple[Figure, str] | None":
             axes.plot(
                 [point.level for point in curve.points],
                 [point.means[metric.key] for point in curve.points],
-                label=plots._short(curve.name),
+                label=plots.abbreviate(curve.name),
                 **style,
             )
         axes.set_xlabel("noise in standard deviations of the channels")
@@ -108,7 +108,7 @@ def _describe(points: list[Point]) -> str:
 
 
 def _figure(panels: int, curves: int) -> "Figure":
-    figure = plots._figure(panels, columns=2)
+    figure = plots.make_figure(panels, columns=2)
     width, height = figure.get_size_inches()
     figure.set_size_inches(width + 0.6, height + 0.5 + 0.18 * (curves // 4))
     return figure
@@ -122,4 +122,4 @@ def _finish_panel(axes: "Axes", metric: Metric) -> None:
 def _finish(figure: "Figure", results: Results, key: str) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
-    plots._finish(figure, results, [], key)
+    plots.finish(figure, results, [], key)
