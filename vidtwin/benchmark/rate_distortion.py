@@ -21,9 +21,10 @@ from vidtwin.benchmark.latent_coder import Array, ClipCoder, Coded, Codes, Fitte
 from vidtwin.benchmark.levels import MEASURED, Level
 from vidtwin.benchmark.loaded_model import LoadedModel
 from vidtwin.benchmark.options import SweepOptions
-from vidtwin.benchmark.plan import compute_digest
+from vidtwin.benchmark.plan import compute_digest, format_error
+from vidtwin.console import log
 from vidtwin.entropy import Symbols
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, few
 from vidtwin.metrics.measures import Measures
 from vidtwin.posteriors import Encoding, Latents, Posterior, Quantized
 
@@ -181,6 +182,8 @@ class Curves:
                     if isinstance(posterior, Quantized):
                         found = codes.setdefault(name, (posterior.codebook_size, []))
                         found[1].append(posterior.codes.cpu().numpy().astype(np.int32))
+            if self.fit_clips and not kept:
+                raise UserError("Expected validation clips that it encodes to fit its coder, got none.")
             deviations = {name: np.concatenate(values, 1).std(1) for name, values in kept.items()}
             tables = fit({name: values for name, values in kept.items() if name not in codes}, codes)
             self._fitted = model, tables, deviations
@@ -202,9 +205,14 @@ class Curves:
                 continue
             moved = {**batch, "clip": batch["clip"].to(self.device)}
             clip = self.options.source.on_after_batch_transfer(moved, 0)["clip"]
-            for piece in model.cut(clip):
+            try:
                 with self.precision():
-                    yield model.encode(piece)
+                    encodings = [model.encode(piece) for piece in model.cut(clip)]
+            except Exception as error:  # a model may fail on some clips of the test too
+                names = few([self.options.source.dataset("val").identity(index)[0] for index in batch["indices"]])
+                log(f"{model.name}: its coder is fitted without {names}: {format_error(error)}")
+                continue
+            yield from encodings
 
 
 def _level(clip: Tensor, curve: str, level: float, numbers: dict[str, Any]) -> Level:
