@@ -208,6 +208,8 @@ class X265(_VideoCodec):
 
     def options(self, height: int, width: int) -> dict[str, str]:
         # A picture of a single block of the largest size has other bytes in each run, even in one thread.
+        if min(height, width) <= 16:
+            raise UserError(f"Expected frames of more than 16 pixels a side for x265, got {width} x {height}.")
         block = next((size for size in (64, 32) if size < min(height, width)), 16)
         quiet = f"info=0:log-level=none:pools=none:frame-threads=1:ctu={block}"
         return super().options(height, width) | {"x265-params": quiet}
@@ -350,7 +352,7 @@ class DCT3D(Codec):
             ("3-D DCT" if self.block == (8, 8, 8) else f"3-D DCT of {name}")
             + ("" if kept == size else f", {kept:,} of {size:,} kept"),
             f"3-D DCT of {name} Y'CbCr, {kept:,} of {size:,} kept, step {step:g}, Laplace range coder",
-            numbers=True,
+            numbers=kept < size,
         )
 
     def transform(self, values: Tensor) -> Tensor:
@@ -400,7 +402,8 @@ class DCT3D(Codec):
         return pixels.round().clamp(0, 255).to(torch.uint8).numpy()
 
     def count(self, frames: Frames, coded: bytes) -> int:
-        return frames.size * self.kept // (3 * math.prod(self.block))
+        size = 3 * math.prod(self.block)
+        return frames.size * self.kept // size if self.kept < size else len(coded)
 
     def _model(self, code: int) -> entropy.Model:
         return entropy.laplace(self.limit, 2.0 ** ((int(code) - 100) / 8))

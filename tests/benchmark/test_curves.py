@@ -163,8 +163,8 @@ def test_a_missing_delta_has_its_reason_in_the_notes(folder, monkeypatch):
     assert table is not None
     cell = table.lines[0].cells[0]
     assert cell.text == ""
-    assert cell.small.startswith("no BD-rate: 5 of 6 points at a shared PSNR; no BD-PSNR: 5 of 6 points")
-    assert "fewer than 6 points" in table.notes[1]
+    assert cell.small == "5 of 6 at PSNR; 5 of 6 at rate"
+    assert table.notes[1].startswith("Each needs 6 points of both curves")
     render.write(folder)
     assert lines_of(folder / "bd.csv")[0]["no_bd_rate"] == "5 of 6 points at a shared PSNR"
 

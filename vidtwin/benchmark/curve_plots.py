@@ -78,17 +78,17 @@ def _panels(found: list[Curve]) -> list[Metric]:
 
 
 def _styles(results: Results, found: list[Curve]) -> list[tuple[Curve, dict[str, Any]]]:
-    """Choose arguments of `Axes.plot`: rows look as in the other plots, codecs are dashed and hollow."""
+    """Choose arguments of `Axes.plot`: rows look as in the other plots, codecs are dashed and small."""
     own = plots.styles(results)
     markers = list(plots.MARKERS)[:-1]
     used = sum(curve.kind != CODEC for curve in found)
+    colours = plots.COLOURS[used:] or plots.COLOURS  # those that no model has
     chosen, codecs = [], 0
     for curve in found:
         style: dict[str, Any] = {"markersize": 5, "linewidth": 1.4, "zorder": 3}
         if curve.kind == CODEC:
-            colour = plots.COLOURS[(used + codecs) % len(plots.COLOURS)]
-            style |= {"color": colour, "marker": markers[(used + 2 * codecs) % len(markers)]}
-            style |= {"markerfacecolor": "white", "linestyle": _DASHES[codecs % len(_DASHES)], "linewidth": 1.1}
+            style |= {"color": colours[codecs % len(colours)], "marker": markers[(used + 2 * codecs) % len(markers)]}
+            style |= {"linestyle": _DASHES[codecs % len(_DASHES)], "linewidth": 1.1, "markersize": 4}
             codecs += 1
         else:
             style |= own[curve.name]

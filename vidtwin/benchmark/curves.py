@@ -14,7 +14,6 @@ from typing import Any
 from vidtwin.benchmark import levels, rows
 from vidtwin.benchmark.rows import Results
 from vidtwin.benchmark.summary import Cell, Line, Table
-from vidtwin.errors import few
 from vidtwin.files import inside, write_text
 from vidtwin.metrics.registry import BY_KEY, Column
 from vidtwin.tables import format_table
@@ -77,7 +76,7 @@ class Delta:
 
 
 def read(results: Results) -> list[Curve]:
-    """Read the curves of rates: models by falling PSNR, references, codecs."""
+    """Read the curves of rates: models by falling PSNR, references, codecs by that of their best point."""
     found = []
     for row in rows.order(results):
         points = [point for point in _read_levels(results, row) if point.means.get("bpp")]
@@ -89,8 +88,8 @@ def read(results: Results) -> list[Curve]:
         if (coding := row.get("coding")) and compared.get("bpp"):
             means = {key: each["mean"] for key, each in compared.items() if isinstance(each, dict) and "mean" in each}
             codecs.setdefault(coding["curve"], []).append(Point(row["name"], coding["settings"], 0, means))
-    found += [Curve(name, CODEC, sorted(codecs[name], key=lambda point: point.bpp)) for name in sorted(codecs)]
-    return found
+    best = sorted(codecs, key=lambda name: (-max(point.means["psnr"] for point in codecs[name]), name))
+    return found + [Curve(name, CODEC, sorted(codecs[name], key=lambda point: point.bpp)) for name in best]
 
 
 def read_noise(results: Results) -> list[Curve]:
@@ -217,21 +216,20 @@ def bd_table(results: Results) -> Table | None:
             delta = deltas.get((name, anchor), Delta())
             parts = [f"{100 * delta.rate:+.1f} %"] if delta.rate is not None else []
             parts += [f"{delta.psnr:+.2f} dB"] if delta.psnr is not None else []
-            labels = {"rate": "BD-rate", "psnr": "BD-PSNR"}
-            missing = [f"no {labels[key]}: {reason}" for key, reason in delta.reasons.items()]
-            cells.append(Cell(", ".join(parts), delta.rate, small="; ".join(missing)))
+            short = [reason.replace(" points at a shared ", " at ") for reason in delta.reasons.values()]
+            cells.append(Cell(", ".join(parts), delta.rate, small="; ".join(dict.fromkeys(short))))
             reasons |= set(delta.reasons.values())
         lines.append(Line(name, "reference" if kind == CODEC else kind, cells))
     notes = [
         "BD-rate, the mean difference of the bits at equal PSNR to the curve of the column (negative: fewer bits), and "
         "BD-PSNR, that of PSNR at equal bits; PCHIP on the logarithm of the bits, over means of the common clips.",
     ]
-    if missing := sorted(reason for reason in reasons if "points" in reason):
+    if any("points" in reason for reason in reasons):
         notes.append(
-            f"A delta is missing if a curve has fewer than {LEAST} points at values that both have ({few(missing)}); "
-            "bd.csv has the reason of each pair."
+            f"Each needs {LEAST} points of both curves at values that they share: BD-rate at PSNR, BD-PSNR at a rate. "
+            "With fewer it is missing; the page and bd.csv have their number."
         )
-    notes += [f"{reason}." for reason in reasons if "points" not in reason]
+    notes += [f"Nothing was computed: {reason}." for reason in reasons if "points" not in reason]
     columns = [Column(f"bd{index}", anchor, higher=False) for index, anchor in enumerate(anchors)]
     return Table("bd", "BD-rate and BD-PSNR", columns, lines, notes, "Curve")
 
