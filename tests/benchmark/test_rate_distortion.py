@@ -208,14 +208,22 @@ def test_windows_and_samples_have_curves_of_the_mode(tmp_path):
     assert own[0]["psnr"] < read(tmp_path / "r", "Pool", "noise", 0)[0]["psnr"]  # a sample has noise of its own
 
 
-class WithoutValidation(NumberedData):
+class WithoutClips(NumberedData):
     def make_dataset(self, split: str) -> Any:
         return sweeping.NumberedClips(6 if split == "test" else 0, FRAMES, SIDE, [])
 
 
-def test_data_without_validation_clips_are_refused_with_what_to_give(tmp_path):
-    with pytest.raises(UserError, match=r"Expected validation clips .* give --rate_distortion.tables clip"):
-        sweep(tmp_path / "r", entries(tmp_path)[:1], WithoutValidation(), rate_distortion=CHOSEN).run()
+class WithoutSplit(NumberedData):
+    def make_dataset(self, split: str) -> Any:
+        if split == "val":
+            raise UserError("Expected videos in split val, got none; change data.val_fraction.")
+        return super().make_dataset(split)
+
+
+@pytest.mark.parametrize("data", [WithoutClips, WithoutSplit])
+def test_data_without_validation_clips_are_refused_with_what_to_give(tmp_path, data):
+    with pytest.raises(UserError, match=r"^Expected v[^.]*\.?[^.]* give --rate_distortion.tables clip to send"):
+        sweep(tmp_path / "r", entries(tmp_path)[:1], data(), rate_distortion=CHOSEN).run()
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,14 @@ class Curves:
         self.fit_clips: list[int] = []
         self.settings = asdict(self.chosen)
         if self.chosen.tables == "val":
-            dataset = options.source.dataset("val")
+            advice = "give --rate_distortion.tables clip to send the coder's tables with each clip"
+            try:
+                dataset = options.source.dataset("val")
+            except UserError as error:  # of data without a validation split
+                raise UserError(f"{str(error).rstrip('.')}; or {advice}.") from error
             count = min(self.chosen.clips, len(dataset))
             if not count:
-                raise UserError(
-                    "Expected validation clips to fit the coder's tables, got none; give --rate_distortion.tables clip "
-                    "to send them with each clip."
-                )
+                raise UserError(f"Expected validation clips to fit the coder's tables, got none; {advice}.")
             self.fit_clips = sorted({int(place) for place in np.linspace(0, len(dataset) - 1, count).round()})
             self.settings["fitted_on"] = compute_digest([dataset.identity(index) for index in self.fit_clips])
         self._fitted: tuple[LoadedModel, Fitted, dict[str, Values]] | None = None
