@@ -22,7 +22,7 @@ LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_ut
 LAYERS = (
     ("errors",),
     ("console", "files", "precision", "weights"),
-    ("distributed", "layers", "plugins", "posteriors", "schedules", "video"),
+    ("distributed", "entropy", "layers", "plugins", "posteriors", "schedules", "video"),
     ("hub", "listing", "tables"),
     ("autoencoder", "data"),
     ("clips", "diffusion", "losses", "models", "baselines", "testing"),
@@ -40,7 +40,7 @@ _BELOW_DATA = (
 BELOW_DATA = tuple(f"vidtwin.{name}" for name in _BELOW_DATA.split())
 # Of vidtwin.benchmark: modules that read a results folder, or write from it.
 WITH_TORCH = ("cost", "downstream", "loaded_model", "measurer", "memory", "meta", "options", "plan", "players")
-WITH_TORCH += ("rfvd", "row_folder", "runner", "sweep", "generation", "training_cost")
+WITH_TORCH += ("generation", "latent_coder", "rate_distortion", "rfvd", "row_folder", "runner", "sweep", "training_cost")
 PLUGIN = re.compile(r"vidtwin\.(baselines|datamodules)\.\w[\w.]*")
 
 

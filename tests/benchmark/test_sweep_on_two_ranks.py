@@ -30,6 +30,7 @@ def folder(tmp_path_factory) -> Path:
             two_rank_sweep.run(folder, "resumed")
         patch.setattr(Interruption, "after", None)
         assert two_rank_sweep.run(folder, "one") == 1
+        assert two_rank_sweep.run_curves(folder, "curves_one") == 0
         torch.set_num_threads(threads)
     forked.run_ranks(two_rank_sweep.main, folder, stderr=folder / "stderr")
     return folder
@@ -39,6 +40,19 @@ def test_two_processes_give_the_files_of_one(folder):
     one, two = contents(folder / "one"), contents(folder / "two")
     assert len(one) > 10
     assert two == one
+
+
+def test_two_processes_give_the_curves_of_one_and_a_clip_that_a_model_can_not_encode_is_left_out_of_the_fit(folder):
+    one, two = contents(folder / "curves_one"), contents(folder / "curves_two")
+    assert two == one
+    for name in ("good", "picky"):
+        levels = [(folder / f"curves_{each}/rows/{name}/levels.csv").read_text() for each in ("one", "two")]
+        assert levels[0] == levels[1]
+        assert "noise,0.5" in levels[0]
+    assert (
+        "picky: its coder is fitted without v0.avi, v0.avi: RuntimeError: this clip breaks"
+        in (folder / "stderr").read_text()
+    )
 
 
 def test_two_processes_resume_a_sweep_of_one(folder):

@@ -39,6 +39,7 @@ class Entry:
         claimed_rate: Compression rate that a paper states for it; 0.002 is 0.2%.
         windows: Give clips in windows to a model that takes shorter ones; its row says so.
         arguments: Arguments of the autoencoder over those of its config.
+        model: Class path or short name of an autoencoder in place of a config, with its `arguments`, such as a codec.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Entry:
     claimed_rate: float | None = None
     windows: bool = False
     arguments: dict[str, Any] | None = None
+    model: str | None = None
 
 
 @dataclass
@@ -63,11 +65,39 @@ class FVD:
 
 
 @dataclass
+class RateDistortion:
+    """Rate-distortion curves of models, whose latents are quantized and coded, and their robustness to noise.
+
+    Args:
+        bits: Bits a number of the uniform quantizers, a point of a curve each; codes of codebooks stay as they are.
+        noise: Standard deviations of Gaussian noise on the latents, in those of their channels.
+        tables: Where ranges and probabilities come from: "val", fitted on validation clips and known to the decoder, or
+            "clip", of each clip and sent with it.
+        clips: Number of validation clips of the fit.
+    """
+
+    bits: Sequence[int] = (2, 3, 4, 6, 8)
+    noise: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 1.0)
+    tables: Literal["val", "clip"] = "val"
+    clips: int = 64
+
+    def __post_init__(self) -> None:
+        if not all(1 <= bits <= 12 for bits in self.bits):
+            raise UserError(f"Expected rate_distortion.bits from 1 to 12, got {self.bits}.")
+        if not all(0 < level < math.inf for level in self.noise):
+            raise UserError(f"Expected rate_distortion.noise above 0, got {self.noise}.")
+        if self.tables not in ("val", "clip"):
+            raise UserError(f"Expected rate_distortion.tables of val or clip, got {self.tables!r}.")
+        if self.clips < 1:
+            raise UserError(f"Expected rate_distortion.clips of at least 1, got {self.clips}.")
+
+
+@dataclass
 class SweepOptions:
     """Choose the autoencoders of a sweep, their clips and what is measured.
 
     Args:
-        autoencoders: Models: {name, config, checkpoint, claimed_rate, windows, arguments}.
+        autoencoders: Models: {name, config, checkpoint, claimed_rate, windows, arguments, model}.
         data: Data module with the test clips.
         protocol: How reconstructions are compared; `preset` is vidtwin, vidtok, tokenbench or wfvae.
         checkpoints_dir: Folder of relative paths of checkpoints.
@@ -84,6 +114,8 @@ class SweepOptions:
         fvd: Network of rFVD.
         vmaf: Measure VMAF too; needs the extra `vmaf`.
         st_lpips: Measure shift-tolerant LPIPS too, by VGG-16 (vgg), AlexNet (alex) or both; needs the extra `offline`.
+        rate_distortion: Curves of quality over the bits of coded latents, and over noise on them; needs the extra
+            `rates`.
         cost: Measure FLOPs, clips per second and peak memory.
         downstream: Measure the cost of the paper's DiT on each model's latents.
         repeats: Timed passes of both.
@@ -112,6 +144,7 @@ class SweepOptions:
     fvd: FVD | None = None
     vmaf: bool = False
     st_lpips: Literal["vgg", "alex", "both"] | None = None
+    rate_distortion: RateDistortion | None = None
     cost: bool = True
     downstream: bool = True
     repeats: int = 5

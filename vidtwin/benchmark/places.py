@@ -27,7 +27,7 @@ def rank(
     units: dict[str, list[Unit]] = {}
     for name in means if metric.per_clip else ():
         units[name] = [(video, weight, values[metric.key]) for video, weight, values in units_by_row[name]]
-    references = [row["name"] for row in results.rows if row["kind"] == "reference"]
+    references = [row["name"] for row in results.rows if row["kind"] == "reference" and not row.get("coding")]
     places = assign(means, units, bool(metric.higher))
     return {n: place for n, place in places.items() if not any(_is_worse(results, metric, n, r) for r in references)}
 

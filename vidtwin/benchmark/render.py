@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidtwin.benchmark import rows, summary
+from vidtwin.benchmark import curves, rows, summary
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.benchmark.summary import BEST, SECOND, UNAVAILABLE, Cell, Table
 from vidtwin.files import write_text
@@ -17,12 +17,13 @@ from vidtwin.tables import format_table
 
 
 def write(folder: str | Path) -> str:
-    """Write `table.csv`, `table.md` and `table.tex` of a results folder; return the table as Markdown."""
+    """Write `table.csv`, `table.md`, `table.tex` and the curves' files of a results folder; return it as Markdown."""
     results = rows.read(folder)
     text = markdown(results)
     write_text(results.folder / "table.csv", as_csv(results))
     write_text(results.folder / "table.md", text)
     write_text(results.folder / "table.tex", latex(results))
+    curves.write(results)
     return text
 
 
@@ -39,6 +40,8 @@ def markdown(results: Results) -> str:
         places = [[column.key for column in published.columns].index(key) for key in ("source", "protocol")]
         cells = [[line.cells[place] for place in places] for line in published.lines]
         lines += list_notes(dict.fromkeys(f"{source.text}: {match.small}." for source, match in cells if match.small))
+    for table in curves.tables(results):
+        lines += ["", f"{table.caption}:", "", *align(table), "", *list_notes(table.notes)]
     return "\n".join(lines) + "\n"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from vidtwin.benchmark import plots, rows, summary
+from vidtwin.benchmark import curve_plots, curves, plots, rows, summary
 from vidtwin.benchmark.protocol import flat
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.errors import UserError, few
@@ -47,6 +47,7 @@ def render(results: Results) -> str:
         for build in (summary.cost_table, summary.downstream_table, summary.codebook_table)
         if (table := build(results))
     ]
+    tables = [*curves.tables(results), *tables]
     return environment.from_string(template).render(
         results=results,
         title=summary.data_set(results),
@@ -61,7 +62,7 @@ def render(results: Results) -> str:
         markers=plots.MARKERS,
         data=_json(data),
         strips=strips,
-        drawings=plots.drawings(results),
+        drawings=[*plots.drawings(results), *curve_plots.drawings(results)],
         style=style,
         script=script,
         style_hash=_digest(style),

@@ -28,12 +28,12 @@ def add_options(parser: "ArgumentParser") -> None:
 
 def run(options: "Namespace") -> int:
     """Run the command → exit code."""
-    from vidtwin.benchmark import plots, render, report, rows
+    from vidtwin.benchmark import curve_plots, plots, render, report, rows
 
     folder = Path(options.results)
     rows.write_comparison(folder, rows.read(folder).comparison)
     sys.stdout.write(f"{render.write(folder)}\n")
     written = [folder / "comparison.json", *(folder / f"table.{kind}" for kind in ("csv", "md", "tex"))]
-    for path in [*written, *plots.write(folder), report.write(folder)]:
+    for path in [*written, *plots.write(folder), *curve_plots.write(folder), report.write(folder)]:
         sys.stdout.write(f"{path}\n")
     return 0

@@ -187,6 +187,7 @@ class Runner:
             "skipped": self.plan.protocol["skipped"] | dict(part["skipped"]),
             "cost": costs.get("cost"),
             "downstream": costs.get("downstream"),
+            "rate_distortion": self.measurer.curves.settings if self.measurer.curves and part["levels"] else None,
             "identity": row.identity,
             "protocol": self.plan.protocol,
             "protocol_hash": self.plan.digest,

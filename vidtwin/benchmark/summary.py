@@ -126,6 +126,8 @@ def note(results: Results, row: Row) -> str:
         return f"failed: {' '.join(str(row.get('error') or 'no reason was kept').split())}"
     windows, failed = row.get("windows"), row.get("failed_clips")
     parts = [_KINDS[row["kind"]]]
+    if coding := row.get("coding"):
+        parts += [coding["settings"], *([] if coding["numbers"] else ["rate: its bytes over the clip's"])]
     if windows:  # a whole video has as many as it takes
         number = f"{windows['windows']} " if windows["windows"] else ""
         parts.append(f"in {number}windows of {windows['num_frames']} frames")

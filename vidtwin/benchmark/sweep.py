@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from lightning.fabric import Fabric
 
-from vidtwin import hub, plugins
+from vidtwin import autoencoder, hub, plugins
 from vidtwin.autoencoder import VideoAutoencoder
-from vidtwin.benchmark import meta, render, report, rows
+from vidtwin.benchmark import curve_plots, meta, render, report, rows
 from vidtwin.benchmark import players as player_files
 from vidtwin.benchmark import plots as plot_files
 from vidtwin.benchmark.loaded_model import AVERAGE, LAST, LoadedModel, fingerprint
@@ -120,7 +120,8 @@ class Sweep(SweepOptions):
             player_files.write_players(results, runner)
         paths = player_files.write_clips(runner) if self.pictures else []
         write(f"\n{render.write(self.folder)}")
-        for path in [*paths, self.folder / "table.md", *plot_files.write(self.folder), report.write(self.folder)]:
+        drawn = [*plot_files.write(self.folder), *curve_plots.write(self.folder)]
+        for path in [*paths, self.folder / "table.md", *drawn, report.write(self.folder)]:
             if path.suffix != ".svg":
                 write(str(path))
 
@@ -193,10 +194,16 @@ class Sweep(SweepOptions):
     def _read_model(self, entry: Entry, checkpoint: str | None) -> ModelConfig:
         """Read the model of an entry's configs, or else of its checkpoint, without building it."""
         paths = [entry.config] if isinstance(entry.config, str) else entry.config or []
+        if paths and entry.model:
+            raise UserError(f"Expected a config or a model for {entry.name}, got both; remove one.")
         if paths:
             if self.read_config is None:
                 raise UserError(f"Expected read_config for the configs of {entry.name}, got none.")
             return self.read_config(paths, entry.arguments or {})
+        if entry.model:
+            path = plugins.resolve(entry.model, "vidtwin.autoencoders")
+            spec: dict[str, Any] = {"class_path": path, "init_args": entry.arguments or {}}
+            return ModelConfig(spec, partial(autoencoder.build, spec))
         if entry.arguments:
             raise UserError(f"Expected a config for the arguments of {entry.name}, got none; give config too.")
         if checkpoint is None:
@@ -231,7 +238,9 @@ class Sweep(SweepOptions):
                 stored = held.get("model_spec") or model.spec()
                 differs = checkpoints.differences(json.loads(json.dumps(model.spec())), stored)
             window = model.temporal.usual_length if entry.windows else None
-            kind: Literal["trained", "untrained"] = "trained" if checkpoint else "untrained"
+            kind: Literal["trained", "untrained", "reference"] = "trained" if checkpoint else "untrained"
+            if model.coding:  # there is nothing to train
+                kind = "reference"
             claimed = entry.claimed_rate
             return LoadedModel(
                 entry.name, kind, model, checkpoint, mark, weights, claimed, window, differs, pads=self.varies

@@ -38,7 +38,11 @@ OF_ONE = {  # options of the form that measures one model
     "model.autoencoder": "The model, by name or class path (default: that of the checkpoint).",
 }
 CONFIG = "Config of a sweep, or of `fit`, of which the autoencoder and the data count; several are joined."
-_GROUPS = {"protocol": ("vidtwin.benchmark.protocol", "ProtocolSettings"), "fvd": ("vidtwin.benchmark.options", "FVD")}
+_GROUPS = {
+    "protocol": ("vidtwin.benchmark.protocol", "ProtocolSettings"),
+    "fvd": ("vidtwin.benchmark.options", "FVD"),
+    "rate_distortion": ("vidtwin.benchmark.options", "RateDistortion"),
+}
 
 
 def names_of_test() -> set[str]:
