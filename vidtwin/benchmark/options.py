@@ -39,6 +39,7 @@ class Entry:
         claimed_rate: Compression rate that a paper states for it; 0.002 is 0.2%.
         windows: Give clips in windows to a model that takes shorter ones; its row says so.
         arguments: Arguments of the autoencoder over those of its config.
+        seed_of: Name of the model of which this is one of several trainings with other seeds; their spread is reported.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Entry:
     claimed_rate: float | None = None
     windows: bool = False
     arguments: dict[str, Any] | None = None
+    seed_of: str | None = None
 
 
 @dataclass
@@ -67,7 +69,7 @@ class SweepOptions:
     """Choose the autoencoders of a sweep, their clips and what is measured.
 
     Args:
-        autoencoders: Models: {name, config, checkpoint, claimed_rate, windows, arguments}.
+        autoencoders: Models: {name, config, checkpoint, claimed_rate, windows, arguments, seed_of}.
         data: Data module with the test clips.
         protocol: How reconstructions are compared; `preset` is vidtwin, vidtok, tokenbench or wfvae.
         checkpoints_dir: Folder of relative paths of checkpoints.

@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from vidtwin.benchmark import plots, rows, summary
+from vidtwin.benchmark import plots, rows, statistics_tables, summary
 from vidtwin.benchmark.protocol import flat
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.errors import UserError, few
@@ -42,7 +42,7 @@ def render(results: Results) -> str:
     )
     strips: list[str] = []
     data = _data(results, strips)
-    tables = [
+    tables = statistics_tables.build(results) + [
         table
         for build in (summary.cost_table, summary.downstream_table, summary.codebook_table)
         if (table := build(results))

@@ -28,10 +28,11 @@ def add_options(parser: "ArgumentParser") -> None:
 
 def run(options: "Namespace") -> int:
     """Run the command → exit code."""
-    from vidtwin.benchmark import plots, render, report, rows
+    from vidtwin.benchmark import plots, render, report, rows, statistics
 
     folder = Path(options.results)
-    rows.write_comparison(folder, rows.read(folder).comparison)
+    results = rows.read(folder)
+    rows.write_comparison(folder, results.comparison | {"statistics": statistics.describe(results)})
     sys.stdout.write(f"{render.write(folder)}\n")
     written = [folder / "comparison.json", *(folder / f"table.{kind}" for kind in ("csv", "md", "tex"))]
     for path in [*written, *plots.write(folder), report.write(folder)]:

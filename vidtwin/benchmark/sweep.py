@@ -17,7 +17,7 @@ from lightning.fabric import Fabric
 
 from vidtwin import hub, plugins
 from vidtwin.autoencoder import VideoAutoencoder
-from vidtwin.benchmark import meta, render, report, rows
+from vidtwin.benchmark import meta, render, report, rows, statistics
 from vidtwin.benchmark import players as player_files
 from vidtwin.benchmark import plots as plot_files
 from vidtwin.benchmark.loaded_model import AVERAGE, LAST, LoadedModel, fingerprint
@@ -115,7 +115,7 @@ class Sweep(SweepOptions):
         features = runner.measurer.features
         found = results.comparison | {"rows": features.compare(results) if features else {}}
         results.comparison = rows.compare(results, found)
-        rows.write_comparison(self.folder, results.comparison)
+        rows.write_comparison(self.folder, results.comparison | {"statistics": statistics.describe(results)})
         if self.players and results.comparison["num_clips"]:
             player_files.write_players(results, runner)
         paths = player_files.write_clips(runner) if self.pictures else []
@@ -212,7 +212,7 @@ class Sweep(SweepOptions):
             config = self._read_model(entry, checkpoint)
             mark = fingerprint(checkpoint) if checkpoint else None
         except UserError as error:
-            return Job(entry.name, base, _refuse, str(error))
+            return Job(entry.name, base, _refuse, str(error), seed_of=entry.seed_of)
 
         def build() -> LoadedModel:
             model = config.build()
@@ -238,7 +238,11 @@ class Sweep(SweepOptions):
             )
 
         return Job(
-            entry.name, base | {"model": config.spec, "fingerprint": mark}, build, claimed_rate=entry.claimed_rate
+            entry.name,
+            base | {"model": config.spec, "fingerprint": mark},
+            build,
+            claimed_rate=entry.claimed_rate,
+            seed_of=entry.seed_of,
         )
 
     def _make_reference(self, name: str, shape: tuple[int, int, int, int]) -> Job:
