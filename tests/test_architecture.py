@@ -39,8 +39,8 @@ _BELOW_DATA = (
 )
 BELOW_DATA = tuple(f"vidtwin.{name}" for name in _BELOW_DATA.split())
 # Of vidtwin.benchmark: modules that read a results folder, or write from it.
-WITH_TORCH = ("cost", "downstream", "loaded_model", "measurer", "memory", "meta", "options", "plan", "players")
-WITH_TORCH += ("rfvd", "row_folder", "runner", "sweep")
+WITH_TORCH = ("analysis", "cost", "downstream", "loaded_model", "measurer", "memory", "meta", "options", "plan")
+WITH_TORCH += ("players", "rfvd", "row_folder", "runner", "sweep")
 PLUGIN = re.compile(r"vidtwin\.(baselines|datamodules)\.\w[\w.]*")
 
 

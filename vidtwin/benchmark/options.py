@@ -90,6 +90,8 @@ class SweepOptions:
         downstream: Measure the cost of the paper's DiT on each model's latents.
         repeats: Timed passes of both.
         players: Number of worst and of median clips to keep for the report's players.
+        analysis: Analyze failures and latents too, in a second pass over the clips: PSNR against motion, texture and
+            cuts and by frame, what each latent carries (docs/evidence.md).
         seed: Seed of the samples of posteriors.
         progress: Show a progress bar.
         meta: Count parameters, latents, rates and FLOPs alone, in meta.md and meta.json: no data, no weights, no run.
@@ -118,6 +120,7 @@ class SweepOptions:
     downstream: bool = True
     repeats: int = 5
     players: int = 2
+    analysis: bool = False
     seed: int = 0
     progress: bool = True
     meta: bool = False

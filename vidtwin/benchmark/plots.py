@@ -7,7 +7,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -131,16 +131,21 @@ class Drawing:
     svgs: list[str]
 
 
-def write(folder: str | Path) -> list[Path]:
+def write(folder: str | Path, draws: "Mapping[str, Draw] | None" = None) -> list[Path]:
     """Write `plots/{rate_quality,bits_quality,pareto,per_clip}.{png,svg}` of a results folder; return their paths.
 
     A plot without numbers is not written; an older one and temporary files that a kill left are removed.
+
+    Args:
+        folder: Results folder.
+        draws: Other plots to write instead, by name.
     """
     results = rows.read(folder)
     written = []
-    paths = {name: [inside(results.folder, f"plots/{name}.{kind}") for kind in ("png", "svg")] for name in _PLOTS}
+    draws = _PLOTS if draws is None else draws
+    paths = {name: [inside(results.folder, f"plots/{name}.{kind}") for kind in ("png", "svg")] for name in draws}
     with _style():
-        for name, draw in _PLOTS.items():
+        for name, draw in draws.items():
             drawn = draw(results)
             if drawn is None:
                 for path in paths[name]:
@@ -158,7 +163,7 @@ def drawings(results: Results) -> list[Drawing]:
     metrics = summary.measured_metrics(results)
     references = [row for row in results.rows if row["kind"] == "reference"]
     models = replace(results, rows=[row for row in results.rows if row["kind"] != "reference"])
-    draws: dict[str, tuple[_Draw, bool]] = {
+    draws: dict[str, tuple[Draw, bool]] = {
         axis.label: (partial(_against, pairs=[(metric, axis) for metric in metrics]), any(map(axis.value, references)))
         for axis in AXES
     }
@@ -170,6 +175,16 @@ def drawings(results: Results) -> list[Drawing]:
             svgs = [_for_page(_svg(*each, label), f"plot{len(found)}{i}") for i, each in enumerate(drawn)]
             found += [Drawing(label, svgs)] if svgs else []
     return found
+
+
+def draw_for_page(results: Results, draws: "Mapping[str, Draw]", name: str) -> list[Drawing]:
+    """Draw other plots for the page, those of all rows alone, by their labels; `name` sets their ids apart."""
+    with _style():
+        drawn = {label: found for label, draw in draws.items() if (found := draw(results))}
+        return [
+            Drawing(label, [_for_page(_svg(*found, label), f"{name}{number}")])
+            for number, (label, found) in enumerate(drawn.items())
+        ]
 
 
 @contextmanager
@@ -288,8 +303,8 @@ def _per_clip(results: Results) -> tuple["Figure", str] | None:
     return figure, "The distribution of PSNR over the clips for each model"
 
 
-_Draw = Callable[[Results], "tuple[Figure, str] | None"]
-_PLOTS: dict[str, _Draw] = {
+Draw = Callable[[Results], "tuple[Figure, str] | None"]
+_PLOTS: dict[str, Draw] = {
     "rate_quality": partial(_quality, axis=RATE),
     "bits_quality": partial(_quality, axis=BITS),
     "pareto": _pareto,

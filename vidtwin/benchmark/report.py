@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from vidtwin.benchmark import plots, rows, statistics_tables, summary
+from vidtwin.benchmark import analysis_plots, analysis_tables, plots, rows, statistics_tables, summary
 from vidtwin.benchmark.protocol import flat
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.errors import UserError, few
@@ -42,11 +42,15 @@ def render(results: Results) -> str:
     )
     strips: list[str] = []
     data = _data(results, strips)
-    tables = statistics_tables.build(results) + [
-        table
-        for build in (summary.cost_table, summary.downstream_table, summary.codebook_table)
-        if (table := build(results))
-    ]
+    tables = (
+        statistics_tables.build(results)
+        + analysis_tables.build(results)
+        + [
+            table
+            for build in (summary.cost_table, summary.downstream_table, summary.codebook_table)
+            if (table := build(results))
+        ]
+    )
     return environment.from_string(template).render(
         results=results,
         title=summary.data_set(results),
@@ -61,7 +65,7 @@ def render(results: Results) -> str:
         markers=plots.MARKERS,
         data=_json(data),
         strips=strips,
-        drawings=plots.drawings(results),
+        drawings=plots.drawings(results) + analysis_plots.drawings(results),
         style=style,
         script=script,
         style_hash=_digest(style),

@@ -17,7 +17,7 @@ from lightning.fabric import Fabric
 
 from vidtwin import hub, plugins
 from vidtwin.autoencoder import VideoAutoencoder
-from vidtwin.benchmark import meta, render, report, rows, statistics
+from vidtwin.benchmark import analysis, analysis_plots, meta, render, report, rows, statistics
 from vidtwin.benchmark import players as player_files
 from vidtwin.benchmark import plots as plot_files
 from vidtwin.benchmark.loaded_model import AVERAGE, LAST, LoadedModel, fingerprint
@@ -47,6 +47,11 @@ class Sweep(SweepOptions):
         """Measure the missing chunks and write all outputs → 0, or 1 if a model could not be measured."""
         if self.meta:
             return self._count()
+        if self.analysis and self.varies:
+            raise UserError(
+                "Expected clips of one size for analysis, got a data.num_frames or data.resolution of null; give "
+                "numbers, or --analysis false."
+            )
         fabric = launch(self.accelerator, self.devices, self.num_nodes, self.precision)
         self.source.dataset("test")  # before the folder is made: refused data leave none
         if self.strict:
@@ -97,6 +102,8 @@ class Sweep(SweepOptions):
         self._check_other_rows({job.name for job in jobs}, plan.digest)
         runner = Runner(self, fabric, plan, jobs)
         runner.run()
+        if self.analysis:
+            analysis.analyze(runner)
         if fabric.is_global_zero:
             self.write_outputs(runner)
         fabric.barrier()
@@ -120,7 +127,8 @@ class Sweep(SweepOptions):
             player_files.write_players(results, runner)
         paths = player_files.write_clips(runner) if self.pictures else []
         write(f"\n{render.write(self.folder)}")
-        for path in [*paths, self.folder / "table.md", *plot_files.write(self.folder), report.write(self.folder)]:
+        drawn = [*plot_files.write(self.folder), *analysis_plots.write(self.folder)]
+        for path in [*paths, self.folder / "table.md", *drawn, report.write(self.folder)]:
             if path.suffix != ".svg":
                 write(str(path))
 

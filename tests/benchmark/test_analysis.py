@@ -1,0 +1,240 @@
+"""The analysis of a sweep: what it finds of models whose latents are known, its files, its resumption."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sweeping
+import torch
+from sweeping import FRAMES, SIDE, Interruption, NumberedData, Pool, Two, checkpoint, sweep
+from torch import Tensor
+
+from vidtwin.benchmark import analysis, analysis_plots, analysis_tables, leakage, plots, report, rows
+from vidtwin.benchmark.analysis_files import MEASURES, read_content
+from vidtwin.benchmark.clip_content import measure_content
+from vidtwin.benchmark.sweep import Entry
+from vidtwin.errors import UserError
+from vidtwin.metrics import frames
+from vidtwin.posteriors import Deterministic, Encoding, Latents
+
+
+class FirstAndChanges(Two):
+    """The first frame's blocks, and the differences of neighbouring frames."""
+
+    latent_names = ("first", "changes")
+
+    def _encode(self, clip: Tensor) -> Encoding:
+        grid = Pool._encode(self, clip).mode()["grid"]
+        return Encoding(first=self._posterior(grid[:, :, 0]), changes=Deterministic(grid.diff(dim=2)))
+
+    def _decode(self, latents: Latents) -> Tensor:
+        some = next(iter(latents.values()))
+        first = latents.get("first", some.new_zeros(len(some), 3, *some.shape[-2:]))[:, :, None]
+        changes = latents.get("changes", some.new_zeros(len(some), 3, FRAMES - 1, *some.shape[-2:]))
+        return Pool._decode(self, {"grid": torch.cat([first, first + changes.cumsum(2)], 2)})
+
+    def _latent_shapes(self, clip_shape: tuple[int, int, int, int]) -> dict[str, tuple[int, ...]]:
+        channels, length, height, width = Pool._latent_shapes(self, clip_shape)["grid"]
+        return {"first": (channels, height, width), "changes": (channels, length - 1, height, width)}
+
+
+ENTRIES = {"Two": Two, "FirstAndChanges": FirstAndChanges}
+CLIPS = 12
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep with an analysis of two models with two latents and one with one, in windows."""
+    path = tmp_path_factory.mktemp("analysis")
+    _run(path / "results", path)
+    return path
+
+
+def _run(folder: Path, checkpoints: Path, analyzed: bool = True, **arguments: Any) -> int:
+    entries = [Entry(name, checkpoint=_checkpoint(checkpoints, name, model())) for name, model in ENTRIES.items()]
+    entries.append(Entry("Pool", checkpoint=_checkpoint(checkpoints, "Pool", Pool(frames=FRAMES // 2)), windows=True))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (plots, analysis_plots):
+            patch.setattr(module, "write", lambda folder, draws=None: [])
+        patch.setattr(report, "write", lambda folder: Path(folder) / "report.html")
+        return sweep(folder, entries, NumberedData(count=CLIPS), analysis=analyzed, **arguments).run()
+
+
+def _checkpoint(folder: Path, name: str, model: Any) -> str:
+    path = folder / f"{name}.ckpt"
+    return str(path) if path.exists() else checkpoint(path, model=model)
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / "rows" / name / "analysis.json").read_text())
+
+
+def loaded_clips() -> Tensor:
+    data = NumberedData(count=CLIPS).dataset("test")
+    clips = [torch.from_numpy(data.clip(0, index)["clip"]) for index in range(CLIPS)]
+    return torch.stack(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def test_shuffled_frames_change_what_depends_on_their_order_alone(swept):
+    latents = read(swept / "results", "Two")["latents"]
+    assert latents["still"]["shuffled"] < 1e-5  # a mean over time
+    assert latents["moving"]["shuffled"] > 0.5
+
+
+def test_an_object_is_in_the_first_frame_and_its_motion_in_the_changes(swept):
+    latents = read(swept / "results", "FirstAndChanges")["latents"]
+    assert latents["first"]["object"] > 0.5
+    assert latents["first"]["motion"] == 0  # it starts at the same place
+    assert latents["changes"]["object"] < latents["first"]["object"] / 2  # it hides what moves behind it
+    assert latents["changes"]["motion"] > 1
+
+
+def test_changes_are_relative_to_the_spread_over_the_clips(swept):
+    clips = loaded_clips()
+    model = Two()
+    sweeping.calls.clear()
+    units = model.encode(clips).mode()["moving"].flatten(1).double()
+    order = analysis.shuffle_frames(clips)
+    assert sorted(order[0, 0, :, 5, 5].tolist()) == sorted(clips[0, 0, :, 5, 5].tolist())
+    change = (model.encode(order).mode()["moving"].flatten(1).double() - units).square().mean()
+    expected = (change / units.var(0, correction=0).mean()).sqrt()
+    assert read(swept / "results", "Two")["latents"]["moving"]["shuffled"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_units_are_active_by_the_variance_of_their_mean(swept):
+    latents = read(swept / "results", "Two")["latents"]
+    units = Two().encode(loaded_clips()).mode()["still"].flatten(1).double()
+    assert latents["still"]["active"] == pytest.approx(float((units.var(0, correction=0) > 0.01).double().mean()))
+    assert latents["still"]["numbers"] == units.shape[1]
+    assert latents["still"]["kl"] > 0
+    assert read(swept / "results", "FirstAndChanges")["latents"]["changes"]["kl"] is None  # without noise
+
+
+def test_each_latent_is_decoded_alone_and_each_frame_is_measured(swept):
+    clips = loaded_clips()
+    model = Two()
+    latents = model.encode(clips).mode()
+    alone = frames.psnr(model.decode({"still": latents["still"]}), clips).mean()
+    found = read(swept / "results", "Two")
+    assert found["latents"]["still"]["psnr"] == pytest.approx(float(alone), abs=1e-3)
+    whole = frames.psnr(model.decode(latents), clips)
+    assert np.array([clip["frame_psnr"] for clip in found["clips"]]) == pytest.approx(whole.detach().numpy(), abs=1e-3)
+    measured = rows.read(swept / "results").clips["Two"]
+    assert [np.mean(clip["frame_psnr"]) for clip in found["clips"]] == pytest.approx(
+        [clip["psnr"] for clip in measured], abs=1e-3
+    )
+
+
+def test_windows_have_seams_and_one_latent_leaks_into_none(swept):
+    found = read(swept / "results", "Pool")
+    assert found["seams"] == [FRAMES // 2]
+    assert found["leakage"] == []
+    assert "psnr" not in found["clips"][0]["latents"]["grid"]
+    assert read(swept / "results", "Two")["seams"] == []
+
+
+def test_leakage_is_probed_both_ways_over_the_videos(swept):
+    found = read(swept / "results", "Two")["leakage"]
+    assert [(pair["from"], pair["to"]) for pair in found] == [("still", "moving"), ("moving", "still")]
+    assert all(pair["sources"] == CLIPS // 2 and pair["clips"] == CLIPS for pair in found)
+    latents = {name: value.flatten(1).double().numpy() for name, value in Two().encode(loaded_clips()).mode().items()}
+    sources = [f"v{index // 2}.avi" for index in range(CLIPS)]
+    expected = leakage.probe(latents["still"], latents["moving"], sources)["r2"]
+    assert found[0]["r2"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_content_is_of_each_clip_once(swept):
+    folder = swept / "results"
+    content = read_content(folder, rows.read(folder).protocol_hash)
+    data = NumberedData(count=CLIPS).dataset("test")
+    assert [rows.key_of(clip) for clip in content] == [data.identity(index) for index in range(CLIPS)]
+    assert {key: content[3][key] for key in MEASURES} == pytest.approx(measure_content(data.clip(0, 3)["clip"]))
+    assert not (folder / "content").exists()
+    assert not (folder / "rows" / "Two" / "analysis").exists()
+    assert not (folder / "rows" / "mean_colour" / "analysis.json").exists()
+
+
+def test_the_page_has_its_tables_and_plots(swept):
+    results = rows.read(swept / "results")
+    tables = {table.id: table for table in analysis_tables.build(results)}
+    assert set(tables) == {"content", "frames", "latents", "leakage"}
+    assert [line.name for line in tables["latents"].lines].count("Two") == 2
+    assert "Pool" not in {line.name for line in tables["latents"].lines}
+    assert {(line.name, line.cells[0].text) for line in tables["content"].lines} >= {
+        ("Two", "all latents"), ("Two", "still"), ("Two", "moving"), ("Pool", "all latents")
+    }  # fmt: skip
+    seams = {line.name: line.cells[-1].text for line in tables["frames"].lines}
+    assert seams["Two"] == ""
+    assert seams["Pool"] != ""
+    page = report.render(results)
+    assert "What each latent carries" in page
+    assert "PSNR by frame" in page
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert any(name.startswith("analysis1-") for name in ids)
+    written = analysis_plots.write(swept / "results")
+    assert {path.name for path in written} == {"content.png", "content.svg", "frames.png", "frames.svg"}
+
+
+def test_a_complete_analysis_is_kept_and_one_of_another_row_is_not(swept, tmp_path):
+    folder = swept / "results"
+    sweeping.calls.clear()
+    assert _run(folder, swept) == 0
+    assert sweeping.calls == []
+    path = folder / "rows" / "Two" / "analysis.json"
+    text = path.read_text()
+    path.write_text(text.replace('"row_identity": "', '"row_identity": "0'))
+    (table,) = [table for table in analysis_tables.build(rows.read(folder)) if table.id == "latents"]
+    assert {line.name for line in table.lines} == {"FirstAndChanges"}
+    assert _run(folder, swept) == 0
+    assert path.read_text() == text
+
+
+def test_an_interrupted_analysis_continues_and_ends_with_the_same_bytes(swept, tmp_path, monkeypatch):
+    assert _run(tmp_path / "r", swept, analyzed=False) == 0
+    assert not (tmp_path / "r" / "content.csv").exists()
+    monkeypatch.setattr(Interruption, "after", 9)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "r", swept)
+    parts = list((tmp_path / "r" / "rows" / "Two" / "analysis").glob("*.json"))
+    assert 0 < len(parts) < CLIPS // 2
+    monkeypatch.setattr(Interruption, "after", None)
+    sweeping.calls.clear()
+    assert _run(tmp_path / "r", swept) == 0
+    assert len(sweeping.calls) == 4 * (3 * CLIPS // 2 - len(parts))
+    for name in ("rows/Two/analysis.json", "rows/Pool/analysis.json", "content.csv"):
+        assert (tmp_path / "r" / name).read_bytes() == (swept / "results" / name).read_bytes()
+
+
+def test_a_clip_on_which_the_model_fails_is_left_out(tmp_path):
+    model = Two(raise_on=[3])
+    entry = Entry("Two", checkpoint=checkpoint(tmp_path / "two.ckpt", model=model))
+    sweep(tmp_path / "r", [entry], analysis=True, references=[]).run()
+    found = read(tmp_path / "r", "Two")
+    assert [(clip["name"], clip["start_frame"]) for clip in found["clips"]] == [
+        ("v0.avi", 0), ("v0.avi", FRAMES), ("v1.avi", 0), ("v2.avi", 0), ("v2.avi", FRAMES)
+    ]  # fmt: skip
+
+
+def test_clips_of_several_sizes_are_refused(tmp_path):
+    data = NumberedData()
+    data.settings = type(data.settings)(**{**vars(data.settings), "resolution": None})
+    with pytest.raises(UserError, match="Expected clips of one size for analysis"):
+        sweep(tmp_path, [], data, analysis=True).run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_square_moves_from_the_left_to_the_right():
+    clip = torch.full((2, 3, 5, 16, 24), -0.2)
+    clip[1] = 0.5
+    still, moving = analysis.draw_square(clip, False), analysis.draw_square(clip, True)
+    assert (still[:, :, 0] == moving[:, :, 0]).all()
+    assert (still == still[:, :, :1]).all()
+    columns = [(moving[0, 0, time, 8] == 1).nonzero().flatten().tolist() for time in range(5)]
+    assert columns == [list(range(left, left + 4)) for left in (0, 5, 10, 15, 20)]
+    assert (moving[1] == -1).sum() == 3 * 5 * 16  # black on a light clip
+    assert (moving != clip).sum() == 2 * 3 * 5 * 16
+    assert SIDE // 4 == 8
