@@ -58,7 +58,7 @@ def _run(folder: Path, checkpoints: Path, analyzed: bool = True, **arguments: An
     entries.append(Entry("Pool", checkpoint=_checkpoint(checkpoints, "Pool", Pool(frames=FRAMES // 2)), windows=True))
     with pytest.MonkeyPatch.context() as patch:
         for module in (plots, analysis_plots):
-            patch.setattr(module, "write", lambda folder, draws=None: [])
+            patch.setattr(module, "write", lambda folder: [])
         patch.setattr(report, "write", lambda folder: Path(folder) / "report.html")
         return sweep(folder, entries, NumberedData(count=CLIPS), analysis=analyzed, **arguments).run()
 

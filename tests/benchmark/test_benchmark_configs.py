@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "benchmark"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmark.md"
 SWEEPS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-TINY_SWEEPS = ["demo", "seed_systems_tiny"]  # their models are tiny as they are
+TINY_SWEEPS = ["demo", "evidence", "seed_systems_tiny"]  # their models are tiny as they are
 FULL_SWEEPS = [name for name in SWEEPS if name not in TINY_SWEEPS]
 # seed_systems runs as seed_systems_tiny; tests/baselines/test_library.py has the models of library at small sizes.
 RUN_SWEEPS = [name for name in SWEEPS if name not in ("seed_systems", "library")]
@@ -133,7 +133,7 @@ def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monke
     num_frames = data["init_args"].get("num_frames", 16) or 40  # of whole videos
     whole, first = name == "native", name == "seed_systems_tiny"
     # Of two videos of 40 frames: UCF-101's have 25 a second and clips 8, the others have 50.
-    shown = 40 * 8 / 25 if name == "demo" else 40 * (data["init_args"]["fps"] or 50) / 50
+    shown = 40 * 8 / 25 if name in ("demo", "evidence") else 40 * (data["init_args"]["fps"] or 50) / 50
     for entry in entries:
         row = rows[entry["name"]]
         assert row["kind"] == ("trained" if entry["checkpoint"] else "untrained")

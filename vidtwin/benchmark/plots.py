@@ -131,18 +131,18 @@ class Drawing:
     svgs: list[str]
 
 
-def write(folder: str | Path, draws: "Mapping[str, Draw] | None" = None) -> list[Path]:
-    """Write `plots/{rate_quality,bits_quality,pareto,per_clip}.{png,svg}` of a results folder; return their paths.
+def write(folder: str | Path) -> list[Path]:
+    """Write `plots/{rate_quality,bits_quality,pareto,per_clip}.{png,svg}` of a results folder; return their paths."""
+    return write_plots(folder, _PLOTS)
+
+
+def write_plots(folder: str | Path, draws: "Mapping[str, Draw]") -> list[Path]:
+    """Write `plots/<name>.{png,svg}` of a results folder for each of `draws`; return their paths.
 
     A plot without numbers is not written; an older one and temporary files that a kill left are removed.
-
-    Args:
-        folder: Results folder.
-        draws: Other plots to write instead, by name.
     """
     results = rows.read(folder)
     written = []
-    draws = _PLOTS if draws is None else draws
     paths = {name: [inside(results.folder, f"plots/{name}.{kind}") for kind in ("png", "svg")] for name in draws}
     with _style():
         for name, draw in draws.items():
