@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from vidtwin.benchmark import analysis_plots, analysis_tables, plots, rows, statistics_tables, summary
+from vidtwin.benchmark import analysis_files, analysis_plots, analysis_tables, plots, rows, statistics_tables, summary
 from vidtwin.benchmark.protocol import flat
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.errors import UserError, few
@@ -148,8 +148,19 @@ def _data(results: Results, strips: list[str]) -> dict[str, Any]:
                 if metric.key in per_clip
             },
         },
+        "content": _content(results, places),
         "players": _players(results, places, strips),
     }
+
+
+def _content(results: Results, places: dict[rows.Key, int]) -> list[dict[str, Any]]:
+    """List what is in each clip, in the order of `places`; nothing without an analysis."""
+    clips = analysis_files.read_content(results.folder, results.protocol_hash)
+    known = {rows.key_of(clip): clip for clip in clips}
+    return [
+        {"label": title, "values": [_number(known[key][measure]) if key in known else None for key in places]}
+        for measure, title in (analysis_files.MEASURES if clips else {}).items()
+    ]
 
 
 def _column(clips: list[rows.Clip], metric: str, places: dict[rows.Key, int]) -> list[float | str | None]:
