@@ -12,7 +12,7 @@ import torch
 from sweeping import FRAMES, SIDE, Interruption, NumberedData, Pool, Two, checkpoint, sweep
 from torch import Tensor
 
-from vidtwin.benchmark import analysis, analysis_plots, analysis_tables, leakage, plots, report, rows
+from vidtwin.benchmark import analysis, analysis_plots, analysis_tables, latent_looks, leakage, plots, report, rows
 from vidtwin.benchmark.analysis_files import MEASURES, read_content
 from vidtwin.benchmark.clip_content import measure_content
 from vidtwin.benchmark.sweep import Entry
@@ -119,7 +119,7 @@ def test_each_latent_is_decoded_alone_and_each_frame_is_measured(swept):
     latents = model.encode(clips).mode()
     alone = frames.psnr(model.decode({"still": latents["still"]}), clips).mean()
     found = read(swept / "results", "Two")
-    assert found["latents"]["still"]["psnr"] == pytest.approx(float(alone), abs=1e-3)
+    assert found["latents"]["still"]["psnr"] == pytest.approx(float(alone.detach()), abs=1e-3)
     whole = frames.psnr(model.decode(latents), clips)
     assert np.array([clip["frame_psnr"] for clip in found["clips"]]) == pytest.approx(whole.detach().numpy(), abs=1e-3)
     measured = rows.read(swept / "results").clips["Two"]
@@ -146,6 +146,18 @@ def test_leakage_is_probed_both_ways_over_the_videos(swept):
     assert found[0]["r2"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_cheap_looks_are_those_of_the_whole_latents(swept):
+    found = read(swept / "results", "Two")
+    latents = {name: value.double().numpy() for name, value in Two().encode(loaded_clips()).mode().items()}
+    for name, value in latents.items():
+        each = found["latents"][name]
+        assert each["low"] == pytest.approx(latent_looks.share_low_frequencies(value).mean(), rel=1e-4)
+        whole = latent_looks.describe_channels([latent_looks.sum_channels(value)])
+        assert each["channels"]["eigenvalues"] == pytest.approx(whole["eigenvalues"], rel=1e-4)
+        assert each["probe"]["accuracy"] is None  # all clips have one class
+    assert found["latents"]["still"]["white"] == latent_looks.share_of_noise((3, 8, 8))
+
+
 def test_content_is_of_each_clip_once(swept):
     folder = swept / "results"
     content = read_content(folder, rows.read(folder).protocol_hash)
@@ -160,7 +172,7 @@ def test_content_is_of_each_clip_once(swept):
 def test_the_page_has_its_tables_and_plots(swept):
     results = rows.read(swept / "results")
     tables = {table.id: table for table in analysis_tables.build(results)}
-    assert set(tables) == {"content", "frames", "latents", "leakage"}
+    assert set(tables) == {"content", "frames", "latents", "leakage", "looks"}
     assert [line.name for line in tables["latents"].lines].count("Two") == 2
     assert "Pool" not in {line.name for line in tables["latents"].lines}
     assert {(line.name, line.cells[0].text) for line in tables["content"].lines} >= {

@@ -93,6 +93,14 @@ def test_clips_of_one_source_do_not_answer_for_each_other():
     assert by_clips > 0.8
 
 
+def test_five_sources_choose_a_penalty_that_holds_between_them():
+    # Of noise the best prediction is none: the largest penalty, not the smallest.
+    random = np.random.default_rng(6)
+    sources = [f"{place // 20}" for place in range(100)]
+    r2 = leakage.probe(random.normal(size=(100, 60)), random.normal(size=(100, 3)), sources)["r2"]
+    assert -0.3 < r2 < 0.1
+
+
 def test_few_sources_and_latents_that_do_not_vary_have_no_score():
     values, sources = latents()
     assert leakage.probe(values[:8], values[:8], sources[:8])["r2"] is None

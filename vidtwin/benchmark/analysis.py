@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vidtwin.benchmark import leakage, rows, statistics
+from vidtwin.benchmark import latent_looks, leakage, rows, statistics
 from vidtwin.benchmark.analysis_files import ANALYSIS, CONTENT, MEASURES, VERSION, read_analysis, read_content
 from vidtwin.benchmark.clip_content import measure_content
 from vidtwin.benchmark.loaded_model import LoadedModel
@@ -84,6 +84,8 @@ class Analyst:
         self.runner, self.measurer, self.plan = runner, runner.measurer, runner.plan
         self.folder = runner.options.folder
         self.protocol = self.plan.protocol
+        self.channels: dict[str, dict[str, Any]] = {}  # of the present chunk
+        self.labels: dict[int, int] = {}
         self.content = self._units(inside(self.folder, "content"), compute_digest([VERSION, self.plan.digest]))
 
     def _units(self, folder: Path, identity: str) -> Resumable[dict[str, Any]]:
@@ -156,8 +158,11 @@ class Analyst:
             model = self.measurer.build(row.job)
             batches = self.measurer.load([self.plan.chunks[chunk] for chunk in missing])
             for chunk, batch in zip(missing, batches, strict=True):
+                self.channels = {}
                 clips = self._analyze(model, batch, failed)
-                part = {"identity": self._identity(row), "chunk": self.plan.list_clips(chunk), "clips": clips}
+                part: dict[str, Any] = {"identity": self._identity(row), "chunk": self.plan.list_clips(chunk)}
+                part["clips"] = clips
+                part["channels"] = {name: _encode_sums(sums) for name, sums in self.channels.items()}
                 write_text(parts.path(chunk), json.dumps(part) + "\n")
                 bar.update(1)
         except Exception as error:  # the numbers of the row are there
@@ -170,6 +175,7 @@ class Analyst:
         if not indices:
             return []
         clip = self.measurer.prepare_clip(batch)
+        self.labels = dict(zip(indices, batch["label"].tolist(), strict=True))
         if failed.isdisjoint(self.plan.keys[index] for index in indices):
             return self._describe(model, clip, indices)
         # The sweep measured the clips of such a chunk one by one, each with a sample of its own.
@@ -183,6 +189,7 @@ class Analyst:
         for index, values in zip(indices, self._frame_psnr(prediction, clip), strict=True):
             name, start = self.plan.keys[index]
             found.append({"name": name, "start_frame": start, "frame_psnr": values, "latents": {}})
+            found[-1]["label"] = self.labels[index]
         kept = self._keep(model, encoding, clip)
         changes = self._find_changes(model, clip, kept)
         alone = self._measure_alone(model, encoding, clip)
@@ -190,17 +197,32 @@ class Analyst:
             kl = (
                 _by_clip(posterior.kl(), len(clip)).sum(1).tolist() if isinstance(posterior, DiagonalGaussian) else None
             )
-            numbers = posterior.mode().numel() // len(clip)
+            value = posterior.mode()
+            numbers = value.numel() // len(clip)
+            low = self._look(name, value, len(clip))
             for place, each in enumerate(found):
                 each["latents"][name] = {
                     "numbers": numbers,
                     "units": _encode(kept[name][place]),
                     "kl": None if kl is None else kl[place],
                     "codebook": isinstance(posterior, Quantized),
+                    "low": low[place],
+                    "white": latent_looks.share_of_noise(value.shape[1:]),
                     **{key: values[name][place] for key, values in changes.items()},
                     **{key: values[place] for key, values in alone.get(name, {}).items()},
                 }
         return found
+
+    def _look(self, name: str, value: Tensor, clips: int) -> list[float | None]:
+        """Return the share of low frequencies of each clip, and add its channels to the sums of the chunk."""
+        if value.ndim < 2:
+            return [None] * clips
+        numbers = value.double().cpu().numpy()
+        sums, known = latent_looks.sum_channels(numbers), self.channels.get(name)
+        if sums:
+            self.channels[name] = {key: sums[key] + known[key] for key in sums} if known else sums
+        low = latent_looks.share_low_frequencies(numbers).reshape(clips, -1).mean(1)
+        return [value if math.isfinite(value) else None for value in low.tolist()]
 
     def _frame_psnr(self, prediction: Tensor, clip: Tensor) -> list[list[float]]:
         """Measure PSNR of each frame as the protocol compares pictures → (B, T)."""
@@ -260,6 +282,7 @@ class Analyst:
         if any(part is None for part in found):
             return "a part is missing; run the same command again"
         clips = [clip for part in found if part for clip in part["clips"]]
+        channels = [part["channels"] for part in found if part]
         if not clips:
             return "no clip could be analyzed"
         content = _complete(row)
@@ -270,7 +293,7 @@ class Analyst:
             "version": VERSION,
             "row_identity": row.identity,
             "seams": list(range(frames_of_window, length, frames_of_window)) if frames_of_window else [],
-            **describe_latents(clips),
+            **describe_latents(clips, channels),
             "clips": [_shorten(clip) for clip in clips],
         }
         write_text(inside(row.folder, ANALYSIS), json.dumps(described) + "\n")
@@ -278,7 +301,7 @@ class Analyst:
         return None
 
 
-def describe_latents(clips: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def describe_latents(clips: Sequence[dict[str, Any]], channels: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Describe each latent over all clips.
 
     A unit is a number of the latent's mode. Its spread is the variance over the clips; changes are root mean squares
@@ -287,6 +310,7 @@ def describe_latents(clips: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Args:
         clips: Of the parts of a row.
+        channels: Sums of each part by latent, see `latent_looks.sum_channels`.
 
     Returns:
         "latents": by name "numbers" (of a clip), "shuffled" (the frames of the clip, or of each window, in another
@@ -294,11 +318,16 @@ def describe_latents(clips: Sequence[dict[str, Any]]) -> dict[str, Any]:
         still one), "active" (share of the units whose variance is above 0.01, as of Burda et al. 2016, section 5.2;
         None for codes), "kl" (nats a clip; None without noise), "psnr" and "ssim" (decoded alone; None
         if it can't be).
+        "low" and "white" (share of energy in low frequencies, and that of white noise), "channels" (eigenvalues of the
+        channels' covariance; None for too many) and "probe" (of the class), all by `latent_looks`.
+        "probe": of the class from all latents together; None without classes.
         "leakage": by pairs of names, which latent predicts which, see `leakage.probe`.
     """
     names = list(clips[0]["latents"])
     units = {name: np.stack([_decode(clip["latents"][name]["units"]) for clip in clips]) for name in names}
     sources = [statistics.source_of(clip["name"]) for clip in clips]
+    labels = [clip["label"] for clip in clips]
+    labels = labels if min(labels) >= 0 else []  # -1: the data have no classes
     latents: dict[str, Any] = {}
     for name in names:
         each = [clip["latents"][name] for clip in clips]
@@ -309,12 +338,21 @@ def describe_latents(clips: Sequence[dict[str, Any]]) -> dict[str, Any]:
             change = math.fsum(found[key] for found in each) / len(each)
             latents[name][key] = math.sqrt(change / spread) if spread else None
         latents[name]["active"] = None if each[0]["codebook"] else float((variance > ACTIVE_VARIANCE).mean())
-        for key in ("kl", "psnr", "ssim"):
+        latents[name]["white"] = each[0]["white"]
+        sums = [_decode_sums(part[name]) for part in channels if name in part]
+        latents[name]["channels"] = latent_looks.describe_channels(sums) if sums else None
+        latents[name]["probe"] = latent_looks.probe_classes(units[name], labels, sources) if labels else None
+        for key in ("kl", "psnr", "ssim", "low"):
             values = [found[key] for found in each if found.get(key) is not None]
             latents[name][key] = math.fsum(values) / len(values) if values else None
     pairs = [(one, other) for one in names for other in names if one != other]
     found = [{"from": one, "to": other, **leakage.probe(units[one], units[other], sources)} for one, other in pairs]
-    return {"latents": latents, "leakage": found}
+    every = np.concatenate(list(units.values()), 1)
+    return {
+        "latents": latents,
+        "probe": latent_looks.probe_classes(every, labels, sources) if labels else None,
+        "leakage": found,
+    }
 
 
 def shuffle_frames(clip: Tensor, windows: int = 1) -> Tensor:
@@ -359,6 +397,14 @@ def _encode(values: Tensor) -> str:
 
 def _decode(text: str) -> "np.ndarray[Any, np.dtype[np.float64]]":
     return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float64)
+
+
+def _encode_sums(sums: dict[str, Any]) -> dict[str, Any]:
+    return {key: value if key == "count" else value.tolist() for key, value in sums.items()}
+
+
+def _decode_sums(sums: dict[str, Any]) -> dict[str, Any]:
+    return {key: value if key == "count" else np.array(value) for key, value in sums.items()}
 
 
 def _shorten(clip: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ def build(results: Results) -> list[Table]:
     """Build the tables that have lines; none without an analysis."""
     analyses = read_all(results)
     content = read_content(results.folder, results.protocol_hash)
-    made = content_table(results, content, analyses), seam_table(results, analyses), latent_table(results, analyses)
-    return [table for table in (*made, leakage_table(results, analyses)) if table]
+    made = [content_table(results, content, analyses)]
+    made += [make(results, analyses) for make in (seam_table, latent_table, leakage_table, looks_table)]
+    return [table for table in made if table]
 
 
 def content_table(results: Results, content: list[rows.Clip], analyses: dict[str, Any]) -> Table | None:
@@ -146,3 +147,44 @@ def leakage_table(results: Results, analyses: dict[str, Any]) -> Table | None:
         "nothing of it can be read linearly after so many clips. More clips give higher values.",
     ]
     return Table("leakage", "How well one latent predicts another", columns, lines, notes) if lines else None
+
+
+def looks_table(results: Results, analyses: dict[str, Any]) -> Table | None:
+    """Build the table of cheap looks at the latents of all analyzed models; None without any."""
+    kinds = {row["name"]: row["kind"] for row in results.rows}
+    lines = []
+    for name, analysis in analyses.items():
+        latents = analysis["latents"]
+        if len(latents) > 1 and analysis["probe"]:
+            lines.append(Line(name, kinds[name], [Cell("all", "all"), _accuracy(analysis["probe"]), *(Cell(),) * 3]))
+        for latent, each in latents.items():
+            cells = [Cell(latent, latent), _accuracy(each["probe"]), Cell(), Cell(), Cell()]
+            if each["low"] is not None:
+                noise = "" if each["white"] is None else f"noise {each['white']:.1%}"
+                cells[2] = Cell(f"{each['low']:.1%}", each["low"], small=noise)
+            if (channels := each["channels"]) and channels["eigenvalues"]:
+                first = channels["eigenvalues"][0]
+                number = len(channels["eigenvalues"])
+                cells[3] = Cell(f"{channels['effective']:.2f}", channels["effective"], small=f"of {number}")
+                cells[4] = Cell(f"{first:.1%}", first)
+            lines.append(Line(name, kinds[name], cells))
+    columns = [
+        Column("latent", "Latent", words=True),
+        Column("probe", "Class by a linear probe", "accuracy", higher=True),
+        Column("low", "Low frequencies", "of the energy"),
+        Column("effective", "Channels", "effective"),
+        Column("first", "First eigenvalue", "of their sum"),
+    ]
+    notes = [
+        "The probe is a ridge regression to one-hot classes on the test clips, judged on source videos that it has not "
+        "seen; chance is the share of the most frequent class. Papers train theirs on the train split: not comparable.",
+        "Low frequencies: the lowest quarter on every axis of the latent's DCT, without its constant. Effective "
+        "channels: exp of the entropy of the eigenvalues of the channels' covariance over clips and places.",
+    ]
+    return Table("looks", "Latents before a diffusion model", columns, lines, notes) if lines else None
+
+
+def _accuracy(probe: dict[str, Any] | None) -> Cell:
+    if not probe or probe["accuracy"] is None:
+        return Cell()
+    return Cell(f"{probe['accuracy']:.1%}", probe["accuracy"], small=f"chance {probe['chance']:.1%}")

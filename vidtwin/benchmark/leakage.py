@@ -1,6 +1,6 @@
 """How well one latent predicts another: ridge regression, judged on source videos that it has not seen."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,19 +32,41 @@ def probe(inputs: Floats, targets: Floats, sources: Sequence[str]) -> dict[str, 
         together; 0 or less says that nothing was learned. None for fewer than `FOLDS` sources, or if nothing varies.
         "sources", "clips".
     """
-    chosen = np.unique(np.linspace(0, len(sources) - 1, min(len(sources), MAX_CLIPS)).round().astype(int))
-    inputs, targets = inputs[chosen].astype(np.float64), targets[chosen].astype(np.float64)
-    folds, number = deal([sources[place] for place in chosen])
+    chosen = choose_clips(len(sources))
+    targets, kept = targets[chosen].astype(np.float64), [sources[place] for place in chosen]
     error, total = 0.0, 0.0
-    for fold in range(FOLDS if number >= FOLDS else 0):
-        held = folds % FOLDS == fold
-        seen = np.flatnonzero(~held)
-        # Folds within: the next remainder of the source's number, so that clips of a source stay together.
-        inner = (folds[seen] // FOLDS) % FOLDS
-        penalty = _choose_penalty(inputs[seen], targets[seen], inner)
-        missed, spread = _judge(inputs[seen], targets[seen], inputs[held], targets[held], [penalty])
-        error, total = error + missed[0], total + spread
-    return {"r2": 1 - error / total if total else None, "sources": number, "clips": len(chosen)}
+    for held, predicted, mean, deviation in predict_folds(inputs[chosen], targets, kept):
+        varies = deviation > 0
+        error += float(np.square((targets[held] - predicted)[:, varies] / deviation[varies]).sum())
+        total += float(np.square((targets[held] - mean)[:, varies] / deviation[varies]).sum())
+    return {"r2": 1 - error / total if total else None, "sources": len(set(kept)), "clips": len(kept)}
+
+
+def choose_clips(number: int) -> NDArray[np.int64]:
+    """Choose the clips that a regression takes: all, or evenly spaced ones."""
+    return np.unique(np.linspace(0, number - 1, min(number, MAX_CLIPS)).round().astype(np.int64))
+
+
+def predict_folds(
+    inputs: Floats, targets: Floats, sources: Sequence[str]
+) -> Iterator[tuple[NDArray[np.bool_], Floats, Floats, Floats]]:
+    """Predict the clips of each fold of sources by a regression on the others, as `probe` says.
+
+    Yields:
+        Which clips (N,) are held out, their predictions (M, Q), and mean and standard deviation (Q,) of the seen
+        targets, 0 for those that do not vary. Nothing for fewer than `FOLDS` sources.
+    """
+    numbers, count = deal(sources)
+    inputs = inputs.astype(np.float64)
+    for fold in range(FOLDS if count >= FOLDS else 0):
+        held = numbers % FOLDS == fold
+        seen, held_inputs = _standardize(inputs[~held], inputs[held])
+        mean, deviation = targets[~held].mean(0), _deviations(targets[~held])
+        wanted = np.divide(targets[~held] - mean, deviation, out=np.zeros(targets[~held].shape), where=deviation > 0)
+        # Sources within are dealt again, so that clips of one stay together.
+        inner = np.unique(numbers[~held], return_inverse=True)[1] % FOLDS
+        penalty = _choose_penalty(seen, wanted, inner)
+        yield held, predict(seen, wanted, held_inputs, [penalty])[0] * deviation + mean, mean, deviation
 
 
 def deal(sources: Sequence[str]) -> tuple[NDArray[np.int64], int]:
@@ -56,32 +78,28 @@ def deal(sources: Sequence[str]) -> tuple[NDArray[np.int64], int]:
 
 
 def _choose_penalty(inputs: Floats, targets: Floats, folds: NDArray[np.int64]) -> float:
+    """Choose the penalty that predicts the clips of each fold best from the others."""
     missed = np.zeros(len(PENALTIES))
     for fold in np.unique(folds):
         held = folds == fold
-        if held.all():
-            continue
-        missed += _judge(inputs[~held], targets[~held], inputs[held], targets[held], PENALTIES)[0]
+        seen, held_inputs = _standardize(inputs[~held], inputs[held])
+        mean = targets[~held].mean(0)
+        for place, predicted in enumerate(predict(seen, targets[~held] - mean, held_inputs, PENALTIES)):
+            missed[place] += np.square(targets[held] - mean - predicted).sum()
     return PENALTIES[int(missed.argmin())]
 
 
-def _judge(
-    inputs: Floats, targets: Floats, held_inputs: Floats, held_targets: Floats, penalties: Sequence[float]
-) -> tuple[Floats, float]:
-    """Return the squared error of the held-out clips by each penalty, and that of the seen clips' mean."""
-    inputs, held_inputs = _standardize(inputs, held_inputs)
-    targets, held_targets = _standardize(targets, held_targets)
-    errors = [
-        float(np.square(held_targets - predicted).sum())
-        for predicted in predict(inputs, targets, held_inputs, penalties)
-    ]
-    return np.array(errors), float(np.square(held_targets).sum())
-
-
 def _standardize(seen: Floats, held: Floats) -> tuple[Floats, Floats]:
-    mean, deviation = seen.mean(0), seen.std(0)
-    varies = deviation > 1e-12 * (1 + np.abs(mean))
-    return ((each - mean)[:, varies] / deviation[varies] for each in (seen, held))  # type: ignore[return-value]
+    """Bring units to mean 0 and variance 1 over the seen clips; those that do not vary there are left out."""
+    mean, deviation = seen.mean(0), _deviations(seen)
+    varies = deviation > 0
+    return (seen - mean)[:, varies] / deviation[varies], (held - mean)[:, varies] / deviation[varies]
+
+
+def _deviations(values: Floats) -> Floats:
+    """Return the standard deviation of each unit, 0 if it is rounding."""
+    deviation = values.std(0)
+    return np.where(deviation > 1e-12 * (1 + np.abs(values.mean(0))), deviation, 0.0)
 
 
 def predict(inputs: Floats, targets: Floats, held: Floats, penalties: Sequence[float]) -> list[Floats]:
