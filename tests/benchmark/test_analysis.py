@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import sweeping
 import torch
-from sweeping import FRAMES, SIDE, Interruption, NumberedData, Pool, Two, checkpoint, sweep
+from sweeping import FRAMES, SIDE, Interruption, NumberedData, Pool, Two, checkpoint, feature_network, sweep
 from torch import Tensor
 
 from vidtwin.benchmark import analysis, analysis_plots, analysis_tables, latent_looks, leakage, plots, report, rows
@@ -18,6 +20,7 @@ from vidtwin.benchmark.clip_content import measure_content
 from vidtwin.benchmark.sweep import Entry
 from vidtwin.errors import UserError
 from vidtwin.metrics import frames
+from vidtwin.metrics.fvd import FeatureNetwork, frechet_video_distance
 from vidtwin.posteriors import Deterministic, Encoding, Latents
 
 
@@ -53,14 +56,20 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _run(folder: Path, checkpoints: Path, analyzed: bool = True, **arguments: Any) -> int:
-    entries = [Entry(name, checkpoint=_checkpoint(checkpoints, name, model())) for name, model in ENTRIES.items()]
-    entries.append(Entry("Pool", checkpoint=_checkpoint(checkpoints, "Pool", Pool(frames=FRAMES // 2)), windows=True))
+@contextmanager
+def without_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (plots, analysis_plots):
             patch.setattr(module, "write", lambda folder: [])
         patch.setattr(report, "write", lambda folder: Path(folder) / "report.html")
-        return sweep(folder, entries, NumberedData(count=CLIPS), analysis=analyzed, **arguments).run()
+        yield
+
+
+def _run(folder: Path, checkpoints: Path, analyzed: bool = True) -> int:
+    entries = [Entry(name, checkpoint=_checkpoint(checkpoints, name, model())) for name, model in ENTRIES.items()]
+    entries.append(Entry("Pool", checkpoint=_checkpoint(checkpoints, "Pool", Pool(frames=FRAMES // 2)), windows=True))
+    with without_pictures():
+        return sweep(folder, entries, NumberedData(count=CLIPS), analysis=analyzed).run()
 
 
 def _checkpoint(folder: Path, name: str, model: Any) -> str:
@@ -72,9 +81,9 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / "rows" / name / "analysis.json").read_text())
 
 
-def loaded_clips() -> Tensor:
-    data = NumberedData(count=CLIPS).dataset("test")
-    clips = [torch.from_numpy(data.clip(0, index)["clip"]) for index in range(CLIPS)]
+def loaded_clips(data: NumberedData | None = None) -> Tensor:
+    dataset = (data or NumberedData(count=CLIPS)).dataset("test")
+    clips = [torch.from_numpy(dataset.clip(0, index)["clip"]) for index in range(len(dataset))]
     return torch.stack(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
@@ -158,6 +167,27 @@ def test_cheap_looks_are_those_of_the_whole_latents(swept):
     assert found["latents"]["still"]["white"] == latent_looks.share_of_noise((3, 8, 8))
 
 
+def test_tfvd_is_that_of_decoded_midpoints_of_neighbouring_clips(tmp_path):
+    entry = Entry("Pool", checkpoint=checkpoint(tmp_path / "pool.ckpt", scale=0.5))
+    network = feature_network(tmp_path / "i3d.pt")
+    data = NumberedData(count=8, num_frames=10)
+    with without_pictures():
+        sweep(tmp_path / "r", [entry], data, analysis=True, references=[], fvd=network).run()
+    found = read(tmp_path / "r", "Pool")["tfvd"]
+    clips = loaded_clips(data)
+    model = Pool()
+    model.scale.data.fill_(0.5)
+    with torch.no_grad():
+        grid = model.encode(clips).mode()["grid"]
+        middle = model.decode({"grid": (grid[0::2] + grid[1::2]) / 2})
+    i3d = FeatureNetwork(network.path, network.sha256)
+    expected = frechet_video_distance(i3d(clips[0::2]), i3d(middle))
+    assert found["value"] == pytest.approx(expected["value"], rel=1e-3)
+    assert found["num_clips"] == 4  # two clips of each video
+    (looks,) = [table for table in analysis_tables.build(rows.read(tmp_path / "r")) if table.id == "looks"]
+    assert looks.lines[0].cells[2].text == f"{found['value']:.1f}"
+
+
 def test_content_is_of_each_clip_once(swept):
     folder = swept / "results"
     content = read_content(folder, rows.read(folder).protocol_hash)
@@ -224,7 +254,8 @@ def test_an_interrupted_analysis_continues_and_ends_with_the_same_bytes(swept, t
 def test_a_clip_on_which_the_model_fails_is_left_out(tmp_path):
     model = Two(raise_on=[3])
     entry = Entry("Two", checkpoint=checkpoint(tmp_path / "two.ckpt", model=model))
-    sweep(tmp_path / "r", [entry], analysis=True, references=[]).run()
+    with without_pictures():
+        sweep(tmp_path / "r", [entry], analysis=True, references=[]).run()
     found = read(tmp_path / "r", "Two")
     assert [(clip["name"], clip["start_frame"]) for clip in found["clips"]] == [
         ("v0.avi", 0), ("v0.avi", FRAMES), ("v1.avi", 0), ("v2.avi", 0), ("v2.avi", FRAMES)

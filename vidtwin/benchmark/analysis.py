@@ -30,6 +30,7 @@ from vidtwin.benchmark.row_folder import RowFolder
 from vidtwin.benchmark.runner import Runner
 from vidtwin.console import log
 from vidtwin.distributed import forward_context
+from vidtwin.errors import UserError
 from vidtwin.files import inside, remove_leftovers, write_text
 from vidtwin.metrics import frames
 from vidtwin.metrics.latents import ACTIVE_VARIANCE
@@ -85,6 +86,7 @@ class Analyst:
         self.folder = runner.options.folder
         self.protocol = self.plan.protocol
         self.channels: dict[str, dict[str, Any]] = {}  # of the present chunk
+        self.midpoints: list[list[Any]] = []  # of the present chunk: name, start, features
         self.labels: dict[int, int] = {}
         self.content = self._units(inside(self.folder, "content"), compute_digest([VERSION, self.plan.digest]))
 
@@ -158,10 +160,11 @@ class Analyst:
             model = self.measurer.build(row.job)
             batches = self.measurer.load([self.plan.chunks[chunk] for chunk in missing])
             for chunk, batch in zip(missing, batches, strict=True):
-                self.channels = {}
+                self.channels, self.midpoints = {}, []
                 clips = self._analyze(model, batch, failed)
                 part: dict[str, Any] = {"identity": self._identity(row), "chunk": self.plan.list_clips(chunk)}
                 part["clips"] = clips
+                part["midpoints"] = self.midpoints
                 part["channels"] = {name: _encode_sums(sums) for name, sums in self.channels.items()}
                 write_text(parts.path(chunk), json.dumps(part) + "\n")
                 bar.update(1)
@@ -190,6 +193,7 @@ class Analyst:
             name, start = self.plan.keys[index]
             found.append({"name": name, "start_frame": start, "frame_psnr": values, "latents": {}})
             found[-1]["label"] = self.labels[index]
+        self._decode_midpoints(model, encoding, clip, indices)
         kept = self._keep(model, encoding, clip)
         changes = self._find_changes(model, clip, kept)
         alone = self._measure_alone(model, encoding, clip)
@@ -212,6 +216,41 @@ class Analyst:
                     **{key: values[place] for key, values in alone.get(name, {}).items()},
                 }
         return found
+
+    def _decode_midpoints(self, model: LoadedModel, encoding: Encoding, clip: Tensor, indices: list[int]) -> None:
+        """Decode the midpoints between the latents of neighbouring clips of a video, and keep their features for tFVD.
+
+        Neighbours follow one another in a chunk. Without the network of rFVD nothing is decoded.
+        """
+        names = [self.plan.keys[index][0] for index in indices]
+        places = [place for place in range(len(indices) - 1) if names[place] == names[place + 1]]
+        if self.measurer.features is None or not places:
+            return
+        middle = {}
+        for name, value in encoding.mode().items():
+            of_clips = value.reshape(len(clip), -1, *value.shape[1:])  # (B, windows, ...)
+            both = (of_clips[places] + of_clips[[place + 1 for place in places]]) / 2
+            middle[name] = both.flatten(0, 1)
+        with forward_context(self.runner.fabric, self.runner.options.precision):
+            decoded = model.decode(middle, clip.shape[2], (clip.shape[3], clip.shape[4]))
+        prepared, _ = self.measurer.measures.prepare(decoded.float(), clip[places])
+        found = self.measurer.features.network(prepared).float().cpu()
+        self.midpoints += [
+            [*self.plan.keys[indices[place]], _encode(each)] for place, each in zip(places, found, strict=True)
+        ]
+
+    def _compute_tfvd(self, midpoints: list[list[Any]]) -> dict[str, Any] | None:
+        """Compute FVD of the decoded midpoints against the first clip of each pair; None if it can't be."""
+        features = self.measurer.features
+        if features is None or not midpoints:
+            return None
+        try:
+            keys = [(name, start) for name, start, _ in midpoints]
+            values = [_decode(text).astype(np.float32) for *_, text in midpoints]
+            return dict(features.compute_distance(keys, values))
+        except UserError as error:
+            log(f"no tFVD: {error}")
+            return None
 
     def _look(self, name: str, value: Tensor, clips: int) -> list[float | None]:
         """Return the share of low frequencies of each clip, and add its channels to the sums of the chunk."""
@@ -294,6 +333,7 @@ class Analyst:
             "row_identity": row.identity,
             "seams": list(range(frames_of_window, length, frames_of_window)) if frames_of_window else [],
             **describe_latents(clips, channels),
+            "tfvd": self._compute_tfvd([each for part in found if part for each in part["midpoints"]]),
             "clips": [_shorten(clip) for clip in clips],
         }
         write_text(inside(row.folder, ANALYSIS), json.dumps(described) + "\n")

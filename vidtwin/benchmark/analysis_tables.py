@@ -155,22 +155,25 @@ def looks_table(results: Results, analyses: dict[str, Any]) -> Table | None:
     lines = []
     for name, analysis in analyses.items():
         latents = analysis["latents"]
-        if len(latents) > 1 and analysis["probe"]:
-            lines.append(Line(name, kinds[name], [Cell("all", "all"), _accuracy(analysis["probe"]), *(Cell(),) * 3]))
+        tfvd = Cell() if analysis["tfvd"] is None else _distance(analysis["tfvd"])
+        if len(latents) > 1:
+            lines.append(Line(name, kinds[name], [Cell("all", "all"), _accuracy(analysis["probe"]), tfvd, *_empty(3)]))
         for latent, each in latents.items():
-            cells = [Cell(latent, latent), _accuracy(each["probe"]), Cell(), Cell(), Cell()]
+            cells = [Cell(latent, latent), _accuracy(each["probe"]), *_empty(4)]
+            cells[2] = tfvd if len(latents) == 1 else Cell()
             if each["low"] is not None:
                 noise = "" if each["white"] is None else f"noise {each['white']:.1%}"
-                cells[2] = Cell(f"{each['low']:.1%}", each["low"], small=noise)
+                cells[3] = Cell(f"{each['low']:.1%}", each["low"], small=noise)
             if (channels := each["channels"]) and channels["eigenvalues"]:
                 first = channels["eigenvalues"][0]
                 number = len(channels["eigenvalues"])
-                cells[3] = Cell(f"{channels['effective']:.2f}", channels["effective"], small=f"of {number}")
-                cells[4] = Cell(f"{first:.1%}", first)
+                cells[4] = Cell(f"{channels['effective']:.2f}", channels["effective"], small=f"of {number}")
+                cells[5] = Cell(f"{first:.1%}", first)
             lines.append(Line(name, kinds[name], cells))
     columns = [
         Column("latent", "Latent", words=True),
         Column("probe", "Class by a linear probe", "accuracy", higher=True),
+        Column("tfvd", "tFVD", "N", higher=False),
         Column("low", "Low frequencies", "of the energy"),
         Column("effective", "Channels", "effective"),
         Column("first", "First eigenvalue", "of their sum"),
@@ -178,10 +181,21 @@ def looks_table(results: Results, analyses: dict[str, Any]) -> Table | None:
     notes = [
         "The probe is a ridge regression to one-hot classes on the test clips, judged on source videos that it has not "
         "seen; chance is the share of the most frequent class. Papers train theirs on the train split: not comparable.",
+        "tFVD: FVD of clips that are decoded from the midpoints between the latents of neighbouring clips of a video, "
+        "against the first of the two, by the network of rFVD. Empty without it, and without neighbours in a chunk.",
         "Low frequencies: the lowest quarter on every axis of the latent's DCT, without its constant. Effective "
         "channels: exp of the entropy of the eigenvalues of the channels' covariance over clips and places.",
     ]
     return Table("looks", "Latents before a diffusion model", columns, lines, notes) if lines else None
+
+
+def _empty(number: int) -> list[Cell]:
+    return [Cell() for _ in range(number)]
+
+
+def _distance(found: dict[str, Any]) -> Cell:
+    metric = BY_KEY["rfvd"]
+    return Cell(metric.text(found["value"]), found["value"], count=found["num_clips"])
 
 
 def _accuracy(probe: dict[str, Any] | None) -> Cell:
