@@ -63,8 +63,8 @@ def pair_table(results: Results, found: dict[str, Any]) -> Table | None:
         Column("better", "Better on", found["source"].replace(" of UCF-101", "")),
         Column("difference", "Difference", "mean"),
         Column("interval", "Interval", f"{found['confidence']:.0%}"),
-        Column("p", "p", "Wilcoxon", higher=False),
-        Column("p_holm", "p", "Holm", higher=False),
+        Column("p", "p", "Wilcoxon"),
+        Column("p_holm", "p", "Holm"),
         Column("verdict", "Verdict", words=True),
     ]
     lines = []
