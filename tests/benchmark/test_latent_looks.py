@@ -1,7 +1,5 @@
 """Spectra of made-up latents and the probe of a class that is, or is not, in them."""
 
-import math
-
 import numpy as np
 import pytest
 
@@ -61,7 +59,7 @@ def test_the_probe_names_a_class_that_is_in_the_latents_and_no_other():
         noise + 3 * np.eye(4).repeat(20, 0) @ random.normal(size=(4, 30)), labels, sources
     )
     assert found["accuracy"] > 0.95
-    assert (found["chance"], found["classes"]) == (0.25, 4)
+    assert (found["chance"], found["classes"], found["clips"]) == (0.25, 4, 80)
     assert latent_looks.probe_classes(noise, labels, sources)["accuracy"] < 0.5
 
 
@@ -75,9 +73,15 @@ def test_the_probe_does_not_know_a_class_by_its_source():
     assert latent_looks.probe_classes(named, labels, [f"{place}" for place in range(80)])["accuracy"] > 0.9
 
 
-def test_one_class_and_few_sources_have_no_accuracy():
-    units = np.random.default_rng(5).normal(size=(12, 3))
-    sources = [f"{place}" for place in range(12)]
-    assert latent_looks.probe_classes(units, [2] * 12, sources)["accuracy"] is None
-    assert latent_looks.probe_classes(units, [0, 1] * 6, ["a", "b"] * 6)["accuracy"] is None
-    assert math.isclose(latent_looks.probe_classes(units, [0] * 9 + [1] * 3, sources)["chance"], 0.75)
+def test_classes_of_one_source_are_left_out():
+    random = np.random.default_rng(6)
+    labels = [place // 20 for place in range(80)] + [4] * 20
+    sources = [f"{place // 4}" for place in range(80)] + ["alone"] * 20
+    units = random.normal(size=(100, 30)) + 3 * random.normal(size=(5, 30)).repeat(20, 0)
+    assert latent_looks.probe_classes(units, labels, sources) == latent_looks.probe_classes(
+        units[:80], labels[:80], sources[:80]
+    )
+    nothing = {"accuracy": None, "chance": None, "classes": 0, "clips": 0}
+    assert latent_looks.probe_classes(units, labels, [f"{label}" for label in labels]) == nothing
+    assert latent_looks.probe_classes(units[:20], [2] * 20, sources[:20]) == nothing
+    assert latent_looks.probe_classes(units[:8], [0, 1] * 4, ["a", "b"] * 4) == nothing

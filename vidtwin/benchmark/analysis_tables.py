@@ -180,7 +180,8 @@ def looks_table(results: Results, analyses: dict[str, Any]) -> Table | None:
     ]
     notes = [
         "The probe is a ridge regression to one-hot classes on the test clips, judged on source videos that it has not "
-        "seen; chance is the share of the most frequent class. Papers train theirs on the train split: not comparable.",
+        "seen; chance is the share of the most frequent class. Classes of one source are left out; with fewer than two "
+        "others it is empty. Papers train theirs on the train split: not comparable.",
         "tFVD: FVD of clips that are decoded from the midpoints between the latents of neighbouring clips of a video, "
         "against the first of the two, by the network of rFVD. Empty without it, and without neighbours in a chunk.",
         "Low frequencies: the lowest quarter on every axis of the latent's DCT, without its constant. Effective "
@@ -201,4 +202,6 @@ def _distance(found: dict[str, Any]) -> Cell:
 def _accuracy(probe: dict[str, Any] | None) -> Cell:
     if not probe or probe["accuracy"] is None:
         return Cell()
-    return Cell(f"{probe['accuracy']:.1%}", probe["accuracy"], small=f"chance {probe['chance']:.1%}")
+    return Cell(
+        f"{probe['accuracy']:.1%}", probe["accuracy"], small=f"chance {probe['chance']:.1%}, N = {probe['clips']:,}"
+    )

@@ -86,8 +86,9 @@ def describe_channels(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def probe_classes(units: Floats, labels: Sequence[int], sources: Sequence[str]) -> dict[str, Any]:
     """Name the classes of clips by a linear classifier on their latents, judged on sources that it has not seen.
 
-    Ridge regression to one-hot labels (`leakage.predict`), the largest output wins; folds and the choice of the penalty
-    are those of `leakage.probe`.
+    Ridge regression to one-hot labels, the largest output wins; folds and the choice of the penalty are those of
+    `leakage.probe`. Classes of a single source can't be known from others: they are left out, and so are clips whose
+    class has all of its sources in one fold.
 
     Args:
         units: (N, P), a clip each.
@@ -95,16 +96,30 @@ def probe_classes(units: Floats, labels: Sequence[int], sources: Sequence[str]) 
         sources: Source video of each.
 
     Returns:
-        "accuracy" of the held-out clips, "chance" (share of the most frequent class), "classes"; the accuracy is None
-        for fewer than two classes or fewer than `leakage.FOLDS` sources.
+        "accuracy" of the held-out clips, None for fewer than two classes or fewer than `leakage.FOLDS` sources;
+        "chance", the share of the most frequent class among them; "classes" and "clips", their numbers.
     """
-    chosen = leakage.choose_clips(len(labels))
+    sources_of: dict[int, set[str]] = {}
+    for label, source in zip(labels, sources, strict=True):
+        sources_of.setdefault(label, set()).add(source)
+    several = np.array([place for place, label in enumerate(labels) if len(sources_of[label]) > 1], np.int64)
+    nothing = {"accuracy": None, "chance": None, "classes": 0, "clips": 0}
+    if not len(several):
+        return nothing
+    chosen = several[leakage.choose_clips(len(several))]
     kinds, known = np.unique(np.asarray(labels)[chosen], return_inverse=True)
     wanted, kept = np.eye(len(kinds))[known], [sources[place] for place in chosen]
-    right = [
-        (predicted.argmax(1) == known[held]).sum()
-        for held, predicted, _, _ in leakage.predict_folds(units[chosen], wanted, kept)
-    ]
-    accuracy = float(sum(right) / len(known)) if right and len(kinds) > 1 else None
-    chance = float(np.bincount(known).max() / len(known))
-    return {"accuracy": accuracy, "chance": chance, "classes": len(kinds)}
+    truth: list[int] = []
+    found: list[int] = []
+    for held, predicted, mean, _ in leakage.predict_folds(units[chosen], wanted, kept):
+        seen = mean[known[held]] > 0
+        truth += known[held][seen].tolist()
+        found += predicted[seen].argmax(1).tolist()
+    if len(set(truth)) < 2:
+        return nothing
+    return {
+        "accuracy": sum(one == other for one, other in zip(truth, found, strict=True)) / len(truth),
+        "chance": max(map(truth.count, set(truth))) / len(truth),
+        "classes": len(set(truth)),
+        "clips": len(truth),
+    }
