@@ -221,18 +221,23 @@ def test_the_page_has_its_tables_and_plots(swept):
     assert {path.name for path in written} == {"content.png", "content.svg", "frames.png", "frames.svg"}
 
 
-def test_a_complete_analysis_is_kept_and_one_of_another_row_is_not(swept, tmp_path):
+def test_a_complete_analysis_is_kept_and_a_damaged_one_or_that_of_another_row_is_made_again(swept, caplog):
     folder = swept / "results"
     sweeping.calls.clear()
     assert _run(folder, swept) == 0
     assert sweeping.calls == []
-    path = folder / "rows" / "Two" / "analysis.json"
-    text = path.read_text()
-    path.write_text(text.replace('"row_identity": "', '"row_identity": "0'))
-    (table,) = [table for table in analysis_tables.build(rows.read(folder)) if table.id == "latents"]
-    assert {line.name for line in table.lines} == {"FirstAndChanges"}
-    assert _run(folder, swept) == 0
-    assert path.read_text() == text
+    path, content = folder / "rows" / "Two" / "analysis.json", folder / "content.csv"
+    text, lines = path.read_text(), content.read_text()
+    for changed in (text.replace('"row_identity": "', '"row_identity": "0'), text[:80]):
+        path.write_text(changed)
+        content.write_text(lines.replace("motion", "notion"))
+        tables = {table.id: table for table in analysis_tables.build(rows.read(folder))}
+        assert {line.name for line in tables["latents"].lines} == {"FirstAndChanges"}
+        assert "content" not in tables
+        assert _run(folder, swept) == 0
+        assert (path.read_text(), content.read_text()) == (text, lines)
+    assert "Two has no analysis: Expected JSON in" in caplog.text
+    assert "Expected a line for each clip in" in caplog.text
 
 
 def test_an_interrupted_analysis_continues_and_ends_with_the_same_bytes(swept, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ SIZE = (4.8, 3.4)  # inches of a panel
 
 def write(folder: str | Path) -> list[Path]:
     """Write `plots/{content,frames}.{png,svg}` of a results folder with an analysis; return their paths."""
-    return plots.write_plots(folder, {"content": draw_content, "frames": draw_frames})
+    return plots.write_plots(rows.read(folder), {"content": draw_content, "frames": draw_frames})
 
 
 def drawings(results: Results) -> list[Drawing]:

@@ -132,20 +132,19 @@ class Drawing:
 
 
 def write(folder: str | Path) -> list[Path]:
-    """Write `plots/{rate_quality,bits_quality,pareto,per_clip}.{png,svg}` of a results folder; return their paths."""
-    return write_plots(folder, _PLOTS)
-
-
-def write_plots(folder: str | Path, draws: "Mapping[str, Draw]") -> list[Path]:
-    """Write `plots/<name>.{png,svg}` of a results folder for each of `draws`; return their paths.
+    """Write `plots/{rate_quality,bits_quality,pareto,per_clip}.{png,svg}` of a results folder; return their paths.
 
     A plot without numbers is not written; an older one and temporary files that a kill left are removed.
     """
-    results = rows.read(folder)
+    return write_plots(rows.read(folder), _PLOTS)
+
+
+def write_plots(results: Results, plots: Mapping[str, "Draw"]) -> list[Path]:
+    """Write plots by name, as `write` does."""
     written = []
-    paths = {name: [inside(results.folder, f"plots/{name}.{kind}") for kind in ("png", "svg")] for name in draws}
+    paths = {name: [inside(results.folder, f"plots/{name}.{kind}") for kind in ("png", "svg")] for name in plots}
     with _style():
-        for name, draw in draws.items():
+        for name, draw in plots.items():
             drawn = draw(results)
             if drawn is None:
                 for path in paths[name]:
@@ -177,14 +176,11 @@ def drawings(results: Results) -> list[Drawing]:
     return found
 
 
-def draw_for_page(results: Results, draws: "Mapping[str, Draw]", name: str) -> list[Drawing]:
-    """Draw other plots for the page, those of all rows alone, by their labels; `name` sets their ids apart."""
+def draw_for_page(results: Results, plots: Mapping[str, "Draw"], ids: str) -> list[Drawing]:
+    """Draw plots by label for the page; the ids of their elements begin with `ids`."""
     with _style():
-        drawn = {label: found for label, draw in draws.items() if (found := draw(results))}
-        return [
-            Drawing(label, [_for_page(_svg(*found, label), f"{name}{number}")])
-            for number, (label, found) in enumerate(drawn.items())
-        ]
+        drawn = {label: each for label, draw in plots.items() if (each := draw(results))}
+        return [Drawing(x, [_for_page(_svg(*each, x), f"{ids}{i}")]) for i, (x, each) in enumerate(drawn.items())]
 
 
 @contextmanager
