@@ -100,11 +100,11 @@ def latent_table(results: Results, analyses: dict[str, Any]) -> Table | None:
     columns = [
         Column("latent", "Latent", words=True),
         Column("share", "Numbers", "of all"),
-        Column("psnr", "PSNR", "dB, alone", higher=True),
-        Column("ssim", "SSIM", "alone", higher=True),
-        Column("shuffled", "Shuffled frames", "change"),
-        Column("object", "Object appears", "change"),
-        Column("motion", "Object moves", "change"),
+        Column("psnr", "PSNR", "dB, alone"),
+        Column("ssim", "SSIM", "alone"),
+        Column("shuffled", "Shuffled", "change"),
+        Column("object", "Object", "change"),
+        Column("motion", "Motion", "change"),
         Column("active", "Active", "units"),
         Column("kl", "KL", "nats a clip"),
     ]
@@ -112,8 +112,8 @@ def latent_table(results: Results, analyses: dict[str, Any]) -> Table | None:
         "Alone: decoded without the other latents. Changes are root mean squares over numbers and clips, in the "
         "latent's standard deviation over the clips: 1 is as far as a clip is from the mean clip, 1.41 as far as from "
         "another clip.",
-        "Shuffled: the frames in another order. An object appears: a still square on the clip, against the clip; it "
-        "moves: the same square, moving across the picture, against the still one.",
+        "Shuffled: the frames in another order. Object: a still square on the clip, against the clip. Motion: the same "
+        "square, moving across the picture, against the still one.",
         "Active: numbers whose mean varies over the clips with a variance above 0.01 (Burda et al. 2016, 5.2). Codes "
         "have none, and latents without noise no KL.",
     ]
@@ -156,8 +156,9 @@ def looks_table(results: Results, analyses: dict[str, Any]) -> Table | None:
     for name, analysis in analyses.items():
         latents = analysis["latents"]
         tfvd = Cell() if analysis["tfvd"] is None else _distance(analysis["tfvd"])
-        if len(latents) > 1:
-            lines.append(Line(name, kinds[name], [Cell("all", "all"), _accuracy(analysis["probe"]), tfvd, *_empty(3)]))
+        accuracy = _accuracy(analysis["probe"])
+        if len(latents) > 1 and (accuracy.text or tfvd.text):
+            lines.append(Line(name, kinds[name], [Cell("all", "all"), accuracy, tfvd, *_empty(3)]))
         for latent, each in latents.items():
             cells = [Cell(latent, latent), _accuracy(each["probe"]), *_empty(4)]
             cells[2] = tfvd if len(latents) == 1 else Cell()
@@ -181,13 +182,16 @@ def looks_table(results: Results, analyses: dict[str, Any]) -> Table | None:
     notes = [
         "The probe is a ridge regression to one-hot classes on the test clips, judged on source videos that it has not "
         "seen; chance is the share of the most frequent class. Classes of one source are left out; with fewer than two "
-        "others it is empty. Papers train theirs on the train split: not comparable.",
+        "others there is none. Papers train theirs on the train split: not comparable.",
         "tFVD: FVD of clips that are decoded from the midpoints between the latents of neighbouring clips of a video, "
-        "against the first of the two, by the network of rFVD. Empty without it, and without neighbours in a chunk.",
+        "against the first of the two, by the network of rFVD; none without it, and without neighbours in a chunk.",
         "Low frequencies: the lowest quarter on every axis of the latent's DCT, without its constant. Effective "
         "channels: exp of the entropy of the eigenvalues of the channels' covariance over clips and places.",
     ]
-    return Table("looks", "Latents before a diffusion model", columns, lines, notes) if lines else None
+    filled = [place for place in range(len(columns)) if any(line.cells[place].text for line in lines)]
+    lines = [Line(line.name, line.kind, [line.cells[place] for place in filled]) for line in lines]
+    shown = [columns[place] for place in filled]
+    return Table("looks", "Latents before a diffusion model", shown, lines, notes) if lines else None
 
 
 def _empty(number: int) -> list[Cell]:

@@ -128,20 +128,23 @@ let chosen = null;
 const currentMetric = () => data.metrics.find((each) => each.key === clipsMetric.value);
 const columns = () => data.clips.values[clipsMetric.value] || [];
 
+// What is in the clips, if they are ordered by it.
+const contentInOrder = () =>
+  clipsOrder.value.startsWith("content") ? data.content[Number(clipsOrder.value.slice(7))] : null;
+
 function sortClips() {
   const metric = currentMetric();
-  const content = clipsOrder.value.startsWith("content") ? Number(clipsOrder.value.slice(7)) : null;
-  const used =
-    content !== null
-      ? [data.content[content].values]
-      : clipsOrder.value === "mean"
-        ? columns().filter((_, model) => !hiddenModels.has(model))
-        : [columns()[Number(clipsOrder.value)]];
+  const content = contentInOrder();
+  const used = content
+    ? [content.values]
+    : clipsOrder.value === "mean"
+      ? columns().filter((_, model) => !hiddenModels.has(model))
+      : [columns()[Number(clipsOrder.value)]];
   const score = data.clips.names.map((_, clip) => {
     const values = used.map((column) => column[clip]).filter(shown);
     return values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : NaN;
   });
-  const sign = content !== null || metric.higher ? 1 : -1;
+  const sign = content || metric.higher ? 1 : -1;
   order = score.map((_, clip) => clip);
   order.sort((a, b) => Number.isNaN(score[a]) - Number.isNaN(score[b]) || sign * (score[a] - score[b]) || a - b);
 }
@@ -178,9 +181,10 @@ function drawClips() {
     pen.fillText(tick.text, FRAME.left - 6, y + 4);
   }
   pen.textAlign = "left";
-  pen.fillText("← worst clips", FRAME.left, height - 10);
+  const content = contentInOrder();
+  pen.fillText(content ? "← least" : "← worst clips", FRAME.left, height - 10);
   pen.textAlign = "right";
-  pen.fillText("best clips →", width - FRAME.right, height - 10);
+  pen.fillText(content ? "most →" : "best clips →", width - FRAME.right, height - 10);
   pen.textAlign = "center";
   pen.save();
   pen.translate(14, FRAME.top + inner.height / 2);
@@ -340,7 +344,7 @@ function showClip(clip) {
   byId("clip-facts").textContent =
     `From frame ${start}; number ${order.indexOf(clip) + 1} of ${order.length} in this order` +
     (data.clips.partial.includes(clip) ? "; without numbers of every ranked model, so not in the means." : ".") +
-    data.content.map((each) => ` ${each.label}: ${each.values[clip] ?? "unknown"}.`).join("");
+    data.content.map((each) => ` ${each.label}: ${shown(each.values[clip]) ? Number(each.values[clip].toPrecision(3)) : "unknown"}.`).join("");
   byId("clip-numbers").replaceChildren(numbersOf(clip));
   byId("players").hidden = !kept;
   byId("no-players").hidden = Boolean(kept);
