@@ -16,47 +16,59 @@ from vidtwin.benchmark.rows import Results
 
 Floats = NDArray[np.float64]
 
+DRAWS = 500  # of a correlation, each of which ranks all clips
+
 
 def correlate_ranks(first: Floats, second: Floats, sources: Sequence[str]) -> dict[str, Any]:
-    """Compute Spearman's rank correlation of two numbers of each clip.
+    """Compute Spearman's rank correlation of two numbers of each clip; see `correlate_all`."""
+    return correlate_all([first], [second], sources)[0][0]
+
+
+def correlate_all(
+    firsts: Sequence[Floats], seconds: Sequence[Floats], sources: Sequence[str]
+) -> list[list[dict[str, Any]]]:
+    """Compute Spearman's rank correlations of numbers of each clip, each of the first with each of the second.
 
     Args:
-        first: (N,).
-        second: (N,).
+        firsts: (N,) each.
+        seconds: (N,) each.
         sources: Source video of each clip.
 
     Returns:
-        "rho", and "low" and "high", the ends of its interval; None if there are fewer than three clips, if one of the
-        numbers is the same for all, and the ends if there is one source.
+        For each of the first and each of the second "rho", and "low" and "high", the ends of its interval. All are None
+        for fewer than three clips or a number that is the same for all, the ends for one source.
     """
     names = sorted(set(sources))
     place_of = {name: place for place, name in enumerate(names)}
     places = np.array([place_of[source] for source in sources])
-    if len(places) < 3 or len(np.unique(first)) < 2 or len(np.unique(second)) < 2:
-        return {"rho": None, "low": None, "high": None}
 
     def compute(counts: Floats) -> Floats:
-        return _correlate_weighted(first, second, counts[:, places])
+        weights = counts[:, places]
+        one, other = ([_center_ranks(values, weights) for values in each] for each in (firsts, seconds))
+        return np.stack([np.stack([(x * y).sum(1) for y in other], 1) for x in one], 1)
 
-    found = {"rho": float(compute(np.ones((1, len(names))))[0]), "low": None, "high": None}
-    if len(names) > 1:
-        drawn = statistics.draw(len(names), compute)
-        drawn = drawn[np.isfinite(drawn)]  # all drawn clips had one number
-        if len(drawn):
-            found["low"], found["high"] = statistics.interval(drawn)
+    rho = compute(np.ones((1, len(names))))[0]
+    drawn = statistics.draw(len(names), compute, DRAWS, len(places)) if len(names) > 1 else None
+    found: list[list[dict[str, Any]]] = []
+    for i, first in enumerate(firsts):
+        found.append([{"rho": None, "low": None, "high": None} for _ in seconds])
+        for j, second in enumerate(seconds):
+            if len(places) < 3 or len(np.unique(first)) < 2 or len(np.unique(second)) < 2:
+                continue
+            found[i][j]["rho"] = float(rho[i, j])
+            # A draw whose clips have one number has no correlation.
+            if drawn is not None and (finite := drawn[np.isfinite(drawn[:, i, j]), i, j]).size:
+                found[i][j]["low"], found[i][j]["high"] = statistics.interval(finite)
     return found
 
 
-def _correlate_weighted(first: Floats, second: Floats, weights: Floats) -> Floats:
-    """Correlate the ranks of samples that hold each clip so many times, weights (D, N) → (D,)."""
-    one, other = rank_weighted(first, weights), rank_weighted(second, weights)
-    total = weights.sum(1, keepdims=True)
-    one = one - (one * weights).sum(1, keepdims=True) / total
-    other = other - (other * weights).sum(1, keepdims=True) / total
+def _center_ranks(values: Floats, weights: Floats) -> Floats:
+    """Rank values (N,) in samples that hold each of them so many times (D, N); products of two sum to a correlation."""
+    ranks = rank_weighted(values, weights)
+    ranks -= (ranks * weights).sum(1, keepdims=True) / weights.sum(1, keepdims=True)
+    ranks *= np.sqrt(weights)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(
-            (one * other * weights).sum(1) / np.sqrt((one * one * weights).sum(1) * (other * other * weights).sum(1))
-        )
+        return np.asarray(ranks / np.sqrt(np.square(ranks).sum(1, keepdims=True)))
 
 
 def rank_weighted(values: Floats, weights: Floats) -> Floats:
@@ -69,10 +81,13 @@ def rank_weighted(values: Floats, weights: Floats) -> Floats:
     Returns:
         (D, N); those of values that a sample lacks have no meaning.
     """
-    _, group = np.unique(values, return_inverse=True)
-    counts = np.zeros((len(weights), int(group.max()) + 1))
-    np.add.at(counts.T, group, weights.T)
-    return np.asarray((np.cumsum(counts, 1) - (counts - 1) / 2)[:, group])
+    order = np.argsort(values, kind="stable")
+    starts = np.flatnonzero(np.diff(values[order], prepend=-np.inf))
+    counts = np.add.reduceat(weights[:, order], starts, axis=1)
+    ranks = np.cumsum(counts, 1) - (counts - 1) / 2
+    group = np.empty(len(values), np.int64)
+    group[order] = np.cumsum(np.isin(np.arange(len(values)), starts)) - 1
+    return np.asarray(ranks[:, group])
 
 
 def correlate_content(results: Results, content: Sequence[rows.Clip], alone: dict[str, Any]) -> list[dict[str, Any]]:
@@ -100,14 +115,18 @@ def correlate_content(results: Results, content: Sequence[rows.Clip], alone: dic
         for latent, chosen in lists:
             both = [clip for clip in chosen if rows.key_of(clip) in known]
             sources = [statistics.source_of(clip["name"]) for clip in both]
-            for metric in ("psnr", "ssim", "lpips"):
-                if not both or not all(math.isfinite(clip.get(metric, math.nan)) for clip in both):
-                    continue
-                values = np.array([clip[metric] for clip in both])
-                for measure in MEASURES:
-                    of_clips = np.array([known[rows.key_of(clip)][measure] for clip in both])
+            if not both:
+                continue
+            metrics = [
+                key for key in ("psnr", "ssim", "lpips") if all(math.isfinite(x.get(key, math.nan)) for x in both)
+            ]
+            content_of = [np.array([known[rows.key_of(clip)][measure] for clip in both]) for measure in MEASURES]
+            quality = [np.array([clip[metric] for clip in both]) for metric in metrics]
+            correlations = correlate_all(quality, content_of, sources) if quality else []
+            for metric, row_of in zip(metrics, correlations, strict=True):
+                for measure, each in zip(MEASURES, row_of, strict=True):
                     named = {"row": row["name"], "latent": latent, "metric": metric, "measure": measure}
-                    found.append(named | correlate_ranks(of_clips, values, sources))
+                    found.append(named | each)
     return found
 
 

@@ -34,7 +34,7 @@ def markdown(results: Results) -> str:
     main, published = summary.quality_table(results), summary.published_table(results)
     protocol = f"Protocol {results.protocol['name']} ({results.protocol_hash})."
     lines = [*align(main), "", *list_notes([protocol, *main.notes])]
-    if intervals := statistics_tables.interval_table(results, statistics.describe(results)):
+    if intervals := statistics_tables.interval_table(results, statistics.of(results)):
         lines += ["", f"{intervals.caption}:", "", *align(intervals), "", *list_notes(intervals.notes)]
     if published:
         lines += ["", f"{published.caption}:", "", *align(published), ""]
@@ -121,7 +121,7 @@ def as_csv(results: Results) -> str:
     latents = dict.fromkeys(name for row in ordered for name in row.get("latents") or {})
     measured = {metric.key for metric in summary.metrics(results)}
     metrics = [metric for metric in SHOWN if metric.key in measured or not metric.on_request]
-    intervals = statistics.describe(results)["rows"]
+    intervals = statistics.of(results)["rows"]
     lines = [_record(results, row, metrics, latents, intervals.get(row["name"], {})) for row in ordered]
     return format_table(list(lines[0]), [[_csv_cell(value) for value in line.values()] for line in lines])
 

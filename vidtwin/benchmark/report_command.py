@@ -32,7 +32,7 @@ def run(options: "Namespace") -> int:
 
     folder = Path(options.results)
     results = rows.read(folder)
-    rows.write_comparison(folder, results.comparison | {"statistics": statistics.describe(results)})
+    rows.write_comparison(folder, results.comparison | {"statistics": statistics.of(results)})
     sys.stdout.write(f"{render.write(folder)}\n")
     written = [folder / "comparison.json", *(folder / f"table.{kind}" for kind in ("csv", "md", "tex"))]
     for path in [*written, *plots.write(folder), *analysis_plots.write(folder), report.write(folder)]:

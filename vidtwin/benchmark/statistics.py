@@ -53,21 +53,24 @@ def list_sources(units: Sequence[Unit]) -> list[str]:
     return sorted({source_of(video) for video, _, _ in units})
 
 
-def draw(number: int, compute: Callable[[Floats], Floats]) -> Floats:
-    """Draw `number` sources with replacement `DRAWS` times, and compute values of each batch of draws.
+def draw(number: int, compute: Callable[[Floats], Floats], draws: int | None = None, width: int = 1) -> Floats:
+    """Draw `number` sources with replacement many times, and compute values of each batch of draws.
 
     Args:
         number: Number of sources, S.
         compute: From counts (D, S), how often each source was drawn, to (D, ...).
+        draws: Number of draws; None: `DRAWS`.
+        width: Numbers that `compute` holds for each draw, if more than S: batches are smaller then.
 
     Returns:
-        (DRAWS, ...).
+        (draws, ...).
     """
     random = np.random.default_rng(SEED)
-    step = max(1, _NUMBERS_AT_ONCE // number)
+    draws = DRAWS if draws is None else draws
+    step = max(1, _NUMBERS_AT_ONCE // max(number, width))
     drawn = []
-    for start in range(0, DRAWS, step):
-        batch = min(step, DRAWS - start)
+    for start in range(0, draws, step):
+        batch = min(step, draws - start)
         picked = random.integers(number, size=(batch, number)) + number * np.arange(batch)[:, None]
         counts = np.bincount(picked.ravel(), minlength=batch * number).reshape(batch, number)
         drawn.append(compute(counts.astype(np.float64)))
@@ -117,6 +120,13 @@ def adjust_by_holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def of(results: Results) -> dict[str, Any]:
+    """Return the statistics of a results folder, computed once and kept in its comparison as "statistics"."""
+    if "statistics" not in results.comparison:
+        results.comparison["statistics"] = describe(results)
+    return dict(results.comparison["statistics"])
+
+
 def describe(results: Results) -> dict[str, Any]:
     """Compute all statistics of a results folder, for `comparison.json`.
 
@@ -133,7 +143,7 @@ def describe(results: Results) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "num_sources": len({source_of(name) for name in names}),
         "source": "groups of UCF-101" if names and all(source_of(name) != name for name in names) else "videos",
-        "rows": {name: {key: _describe_mean(found) for key, found in each.items()} for name, each in units.items()},
+        "rows": bound_means(units),
         "pairs": compare_pairs(results, units),
         "seeds": describe_seeds(results),
         "worst_clips": {name: list_worst(rows.chosen_clips(results, name)) for name in results.clips},
@@ -147,13 +157,28 @@ def units_of(results: Results, name: str) -> dict[str, list[Unit]]:
     return {key: [(video, weight, values[key]) for video, weight, values in found] for key in keys}
 
 
-def _describe_mean(units: Sequence[Unit]) -> dict[str, Any]:
-    """Return the interval of a mean; None for fewer than two sources or values that are not finite."""
-    sources = list_sources(units)
-    low, high = None, None
-    if len(sources) > 1 and all(math.isfinite(value) for _, _, value in units):
-        low, high = interval(draw_means(sum_by_source(units, sources)[None])[:, 0])
-    return {"low": low, "high": high, "sources": len(sources)}
+def bound_means(units: Mapping[str, Mapping[str, Sequence[Unit]]]) -> dict[str, dict[str, Any]]:
+    """Compute the interval of each mean.
+
+    Args:
+        units: By row and metric, see `units_of`.
+
+    Returns:
+        By row and metric "low", "high" and "sources"; no ends for fewer than two sources or values that are not finite.
+    """
+    found: dict[str, dict[str, Any]] = {name: {} for name in units}
+    alike: dict[tuple[str, ...], list[tuple[str, str]]] = {}  # rows and metrics by their sources: drawn together
+    for name, metrics in units.items():
+        for key, values in metrics.items():
+            sources = list_sources(values)
+            found[name][key] = {"low": None, "high": None, "sources": len(sources)}
+            if len(sources) > 1 and all(math.isfinite(value) for _, _, value in values):
+                alike.setdefault(tuple(sources), []).append((name, key))
+    for shared, members in alike.items():
+        sums = np.stack([sum_by_source(units[name][key], shared) for name, key in members])
+        for (name, key), drawn in zip(members, draw_means(sums).T, strict=True):
+            found[name][key]["low"], found[name][key]["high"] = interval(drawn)
+    return found
 
 
 def compare_pairs(results: Results, units: Mapping[str, Mapping[str, Sequence[Unit]]]) -> list[dict[str, Any]]:

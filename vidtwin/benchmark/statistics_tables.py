@@ -11,7 +11,7 @@ from vidtwin.metrics.registry import Column, Metric
 
 def build(results: Results) -> list[Table]:
     """Build the tables that have lines: intervals, pairs, spread over seeds, worst clips."""
-    found = statistics.describe(results)
+    found = statistics.of(results)
     makers = (interval_table, pair_table, seed_table, worst_table)
     return [table for make in makers if (table := make(results, found))]
 

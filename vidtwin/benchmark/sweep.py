@@ -122,7 +122,7 @@ class Sweep(SweepOptions):
         features = runner.measurer.features
         found = results.comparison | {"rows": features.compare(results) if features else {}}
         results.comparison = rows.compare(results, found)
-        rows.write_comparison(self.folder, results.comparison | {"statistics": statistics.describe(results)})
+        rows.write_comparison(self.folder, results.comparison | {"statistics": statistics.of(results)})
         if self.players and results.comparison["num_clips"]:
             player_files.write_players(results, runner)
         paths = player_files.write_clips(runner) if self.pictures else []
