@@ -256,15 +256,48 @@ def test_an_interrupted_analysis_continues_and_ends_with_the_same_bytes(swept, t
         assert (tmp_path / "r" / name).read_bytes() == (swept / "results" / name).read_bytes()
 
 
-def test_a_clip_on_which_the_model_fails_is_left_out(tmp_path):
+def test_a_clip_on_which_the_model_fails_is_left_out_until_it_is_measured(tmp_path, monkeypatch):
     model = Two(raise_on=[3])
     entry = Entry("Two", checkpoint=checkpoint(tmp_path / "two.ckpt", model=model))
+
+    def clips() -> list[tuple[str, int]]:
+        with without_pictures():
+            sweep(tmp_path / "r", [entry], analysis=True, references=[]).run()
+        return [(clip["name"], clip["start_frame"]) for clip in read(tmp_path / "r", "Two")["clips"]]
+
+    every = [(f"v{index // 2}.avi", index % 2 * FRAMES) for index in range(6)]
+    assert clips() == [key for key in every if key != ("v1.avi", FRAMES)]
+    monkeypatch.setattr(sweeping, "numbers_of", lambda clip: [])  # it fails on no number any more
+    assert clips() == every
+
+
+class Whole(Two):
+    """It says that it decodes latents alone, and does not."""
+
+    def _decode(self, latents: Latents) -> Tensor:
+        if len(latents) < 2:
+            raise RuntimeError("a latent\nis missing")
+        return super()._decode(latents)
+
+
+def test_a_model_that_can_not_be_analyzed_is_logged_and_fails_the_sweep_but_keeps_its_row(tmp_path, caplog):
+    entries = [Entry(name, checkpoint=checkpoint(tmp_path / f"{name}.ckpt", model=model))
+               for name, model in {"Whole": Whole(), "Two": Two()}.items()]  # fmt: skip
     with without_pictures():
-        sweep(tmp_path / "r", [entry], analysis=True, references=[]).run()
-    found = read(tmp_path / "r", "Two")
-    assert [(clip["name"], clip["start_frame"]) for clip in found["clips"]] == [
-        ("v0.avi", 0), ("v0.avi", FRAMES), ("v1.avi", 0), ("v2.avi", 0), ("v2.avi", FRAMES)
-    ]  # fmt: skip
+        assert sweep(tmp_path / "r", entries, analysis=True, references=[]).run() == 1
+    assert "no analysis of Whole: RuntimeError: a latent is missing" in caplog.text
+    assert not (tmp_path / "r" / "rows" / "Whole" / "analysis.json").exists()
+    assert (tmp_path / "r" / "rows" / "Two" / "analysis.json").exists()
+    assert rows.read(tmp_path / "r").clips["Whole"]
+
+
+def test_parts_that_a_kill_has_left_beside_a_complete_analysis_are_removed(swept):
+    left = [swept / "results" / "content", swept / "results" / "rows" / "Two" / "analysis"]
+    for folder in left:
+        folder.mkdir()
+        (folder / "000000.json").write_text("{}")
+    assert _run(swept / "results", swept) == 0
+    assert not any(folder.exists() for folder in left)
 
 
 def test_clips_of_several_sizes_are_refused(tmp_path):

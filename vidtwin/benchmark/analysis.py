@@ -69,6 +69,7 @@ def analyze(runner: Runner) -> None:
                 error = error or analyst.join(row)
             if error:
                 log(f"no analysis of {row.name}: {error}")
+                runner.failed.append(row.name)
             fabric.barrier()
     if options.progress and fabric.is_global_zero and plan.chunks and not waiting:
         log("all rows have been analyzed")
@@ -107,7 +108,10 @@ class Analyst:
 
     def has_content(self) -> bool:
         """Return whether `content.csv` has the measured clips."""
-        return {rows.key_of(clip) for clip in read_content(self.folder, self.plan.digest)} >= self._measured()
+        there = {rows.key_of(clip) for clip in read_content(self.folder, self.plan.digest)} >= self._measured()
+        if there:
+            _remove(self.content.folder)  # the sweep was killed before it did that
+        return there
 
     def _measured(self) -> set[rows.Key]:
         """Return the clips that any row has: others could not be read."""
@@ -135,7 +139,7 @@ class Analyst:
         columns = ["name", "start_frame", *MEASURES]
         lines = ([*(clip[key] for key in columns), self.plan.digest] for clip in clips)
         write_table(self.folder / CONTENT, [*columns, "protocol_hash"], lines)
-        shutil.rmtree(self.content.folder)
+        _remove(self.content.folder)
 
     # --- rows ---
 
@@ -145,7 +149,10 @@ class Analyst:
         if content is None or content["kind"] not in ("trained", "untrained"):
             return False
         remove_leftovers(row.folder)
-        return read_analysis(row.folder, content) is None
+        wanted = read_analysis(row.folder, content) is None
+        if not wanted:
+            _remove(self._parts(row).folder)
+        return wanted
 
     def measure(self, row: RowFolder, bar: "tqdm[Any]") -> str | None:
         """Analyze the missing chunks of a row in this process → the reason if that failed."""
@@ -256,7 +263,7 @@ class Analyst:
         """Return the share of low frequencies of each clip, and add its channels to the sums of the chunk."""
         if value.ndim < 2:
             return [None] * clips
-        numbers = value.double().cpu().numpy()
+        numbers = value.cpu().double().numpy()  # not every accelerator has doubles
         sums, known = latent_looks.sum_channels(numbers), self.channels.get(name)
         if sums:
             self.channels[name] = {key: sums[key] + known[key] for key in sums} if known else sums
@@ -337,7 +344,7 @@ class Analyst:
             "clips": [_shorten(clip) for clip in clips],
         }
         write_text(inside(row.folder, ANALYSIS), json.dumps(described) + "\n")
-        shutil.rmtree(parts.folder)
+        _remove(parts.folder)
         return None
 
 
@@ -424,6 +431,11 @@ def _complete(row: RowFolder) -> rows.Row | None:
     """Return the content of a row of the present settings."""
     content = row.read()
     return content if content and content["kind"] != "failed" and content.get("identity") == row.identity else None
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _by_clip(value: Tensor, clips: int) -> Tensor:

@@ -31,7 +31,8 @@ def read_analysis(folder: Path, row: rows.Row) -> dict[str, Any] | None:
         log(f"{row['name']} has no analysis: {error}")
         return None
     current = found.get("version") == VERSION and found.get("row_identity") == row.get("identity")
-    return found if current else None
+    # Clips that failed may have been measured since.
+    return found if current and len(found["clips"]) == row["num_clips"] else None
 
 
 def read_all(results: rows.Results) -> dict[str, dict[str, Any]]:
