@@ -39,8 +39,28 @@ _BELOW_DATA = (
 )
 BELOW_DATA = tuple(f"vidtwin.{name}" for name in _BELOW_DATA.split())
 # Of vidtwin.benchmark: modules that read a results folder, or write from it.
-WITH_TORCH = ("cost", "downstream", "loaded_model", "measurer", "memory", "meta", "options", "plan", "players")
-WITH_TORCH += ("generation", "latent_coder", "rate_distortion", "rfvd", "row_folder", "runner", "sweep", "training_cost")
+WITH_TORCH = (
+    "analysis",
+    "cost",
+    "downstream",
+    "generation",
+    "latent_coder",
+    "loaded_model",
+    "measurer",
+    "memory",
+    "meta",
+)
+WITH_TORCH += (
+    "options",
+    "plan",
+    "players",
+    "rate_distortion",
+    "rfvd",
+    "row_folder",
+    "runner",
+    "sweep",
+    "training_cost",
+)
 PLUGIN = re.compile(r"vidtwin\.(baselines|datamodules)\.\w[\w.]*")
 
 

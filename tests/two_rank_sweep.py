@@ -31,7 +31,9 @@ def run(folder: Path, name: str, **arguments: Any) -> int:
     entries = [Entry(each, checkpoint=str(folder / f"{each}.ckpt")) for each in names]
     fvd = FVD(str(folder / "i3d.pt"), file_sha256(folder / "i3d.pt"))
     data = NumberedData(11, num_frames=10, unreadable=[4])
-    return sweep(folder / name, entries, data, fvd=fvd, players=1, **{"references": [], **arguments}).run()
+    return sweep(
+        folder / name, entries, data, fvd=fvd, players=1, analysis=True, **{"references": [], **arguments}
+    ).run()
 
 
 def run_curves(folder: Path, name: str, **arguments: Any) -> int:

@@ -11,7 +11,7 @@ import torch
 import two_rank_sweep
 from sweeping import Coded, Interruption, NumberedData, checkpoint, contents, sweep
 
-from vidtwin.benchmark import plots, report
+from vidtwin.benchmark import analysis_plots, plots, report
 from vidtwin.benchmark.sweep import Entry
 
 
@@ -21,7 +21,8 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sweeps")
     two_rank_sweep.prepare(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "write", lambda folder: [])
+        for module in (plots, analysis_plots):
+            patch.setattr(module, "write", lambda folder: [])
         patch.setattr(report, "write", lambda folder: Path(folder) / "report.html")
         patch.setattr(Interruption, "after", 9)
         threads = torch.get_num_threads()
@@ -40,6 +41,7 @@ def test_two_processes_give_the_files_of_one(folder):
     one, two = contents(folder / "one"), contents(folder / "two")
     assert len(one) > 10
     assert two == one
+    assert {"rows/good/analysis.json", "rows/picky/analysis.json", "content.csv"} <= set(one)
 
 
 def test_two_processes_give_the_curves_of_one_and_a_clip_that_a_model_can_not_encode_is_left_out_of_the_fit(folder):

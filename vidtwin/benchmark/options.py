@@ -40,6 +40,7 @@ class Entry:
         windows: Give clips in windows to a model that takes shorter ones; its row says so.
         arguments: Arguments of the autoencoder over those of its config.
         model: Class path or short name of an autoencoder in place of a config, with its `arguments`, such as a codec.
+        seed_of: Name of the model of which this is one of several trainings with other seeds; their spread is reported.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Entry:
     windows: bool = False
     arguments: dict[str, Any] | None = None
     model: str | None = None
+    seed_of: str | None = None
 
 
 @dataclass
@@ -97,7 +99,7 @@ class SweepOptions:
     """Choose the autoencoders of a sweep, their clips and what is measured.
 
     Args:
-        autoencoders: Models: {name, config, checkpoint, claimed_rate, windows, arguments, model}.
+        autoencoders: Models: {name, config, checkpoint, claimed_rate, windows, arguments, model, seed_of}.
         data: Data module with the test clips.
         protocol: How reconstructions are compared; `preset` is vidtwin, vidtok, tokenbench or wfvae.
         checkpoints_dir: Folder of relative paths of checkpoints.
@@ -120,6 +122,8 @@ class SweepOptions:
         downstream: Measure the cost of the paper's DiT on each model's latents.
         repeats: Timed passes of both.
         players: Number of worst and of median clips to keep for the report's players.
+        analysis: Analyze failures and latents too, in a second pass over the clips: PSNR against motion, texture and
+            cuts and by frame, what each latent carries (docs/evidence.md).
         seed: Seed of the samples of posteriors.
         progress: Show a progress bar.
         meta: Count parameters, latents, rates and FLOPs alone, in meta.md and meta.json: no data, no weights, no run.
@@ -149,6 +153,7 @@ class SweepOptions:
     downstream: bool = True
     repeats: int = 5
     players: int = 2
+    analysis: bool = False
     seed: int = 0
     progress: bool = True
     meta: bool = False

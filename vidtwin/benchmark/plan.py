@@ -53,6 +53,7 @@ class Job:
         build: Build the model; raises any error of the model's own.
         error: Reason why it can't be built, if it is known before.
         claimed_rate: Compression rate stated by its authors.
+        seed_of: Name of the model of which it is one of several trainings.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Job:
     build: Callable[[], LoadedModel]
     error: str | None = None
     claimed_rate: float | None = None
+    seed_of: str | None = None
 
 
 class ModelError(Exception):

@@ -17,7 +17,7 @@ from lightning.fabric import Fabric
 
 from vidtwin import autoencoder, hub, plugins
 from vidtwin.autoencoder import VideoAutoencoder
-from vidtwin.benchmark import curve_plots, meta, render, report, rows
+from vidtwin.benchmark import analysis, analysis_plots, curve_plots, meta, render, report, rows, statistics
 from vidtwin.benchmark import players as player_files
 from vidtwin.benchmark import plots as plot_files
 from vidtwin.benchmark.loaded_model import AVERAGE, LAST, LoadedModel, fingerprint
@@ -47,6 +47,11 @@ class Sweep(SweepOptions):
         """Measure the missing chunks and write all outputs → 0, or 1 if a model could not be measured."""
         if self.meta:
             return self._count()
+        if self.analysis and self.varies:
+            raise UserError(
+                "Expected clips of one size for analysis, got a data.num_frames or data.resolution of null; give "
+                "numbers, or --analysis false."
+            )
         fabric = launch(self.accelerator, self.devices, self.num_nodes, self.precision)
         self.source.dataset("test")  # before the folder is made: refused data leave none
         if self.strict:
@@ -97,6 +102,8 @@ class Sweep(SweepOptions):
         self._check_other_rows({job.name for job in jobs}, plan.digest)
         runner = Runner(self, fabric, plan, jobs)
         runner.run()
+        if self.analysis:
+            analysis.analyze(runner)
         if fabric.is_global_zero:
             self.write_outputs(runner)
         fabric.barrier()
@@ -115,12 +122,16 @@ class Sweep(SweepOptions):
         features = runner.measurer.features
         found = results.comparison | {"rows": features.compare(results) if features else {}}
         results.comparison = rows.compare(results, found)
-        rows.write_comparison(self.folder, results.comparison)
+        rows.write_comparison(self.folder, results.comparison | {"statistics": statistics.of(results)})
         if self.players and results.comparison["num_clips"]:
             player_files.write_players(results, runner)
         paths = player_files.write_clips(runner) if self.pictures else []
         write(f"\n{render.write(self.folder)}")
-        drawn = [*plot_files.write(self.folder), *curve_plots.write(self.folder)]
+        drawn = [
+            *plot_files.write(self.folder),
+            *curve_plots.write(self.folder),
+            *analysis_plots.write(self.folder),
+        ]
         for path in [*paths, self.folder / "table.md", *drawn, report.write(self.folder)]:
             if path.suffix != ".svg":
                 write(str(path))
@@ -219,7 +230,7 @@ class Sweep(SweepOptions):
             config = self._read_model(entry, checkpoint)
             mark = fingerprint(checkpoint) if checkpoint else None
         except UserError as error:
-            return Job(entry.name, base, _refuse, str(error))
+            return Job(entry.name, base, _refuse, str(error), seed_of=entry.seed_of)
 
         def build() -> LoadedModel:
             model = config.build()
@@ -247,7 +258,11 @@ class Sweep(SweepOptions):
             )
 
         return Job(
-            entry.name, base | {"model": config.spec, "fingerprint": mark}, build, claimed_rate=entry.claimed_rate
+            entry.name,
+            base | {"model": config.spec, "fingerprint": mark},
+            build,
+            claimed_rate=entry.claimed_rate,
+            seed_of=entry.seed_of,
         )
 
     def _make_reference(self, name: str, shape: tuple[int, int, int, int]) -> Job:
