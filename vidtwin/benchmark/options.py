@@ -84,6 +84,7 @@ class SweepOptions:
         fvd: Network of rFVD.
         vmaf: Measure VMAF too; needs the extra `vmaf`.
         st_lpips: Measure shift-tolerant LPIPS too, by VGG-16 (vgg), AlexNet (alex) or both; needs the extra `offline`.
+        cvvdp: Measure ColorVideoVDP too, on this display (standard_4k, standard_fhd, ...); needs the extra `cvvdp`.
         cost: Measure FLOPs, clips per second and peak memory.
         downstream: Measure the cost of the paper's DiT on each model's latents.
         repeats: Timed passes of both.
@@ -112,6 +113,7 @@ class SweepOptions:
     fvd: FVD | None = None
     vmaf: bool = False
     st_lpips: Literal["vgg", "alex", "both"] | None = None
+    cvvdp: str | None = None
     cost: bool = True
     downstream: bool = True
     repeats: int = 5

@@ -29,6 +29,7 @@ from vidtwin.benchmark.runner import Runner
 from vidtwin.console import log, write
 from vidtwin.distributed import launch
 from vidtwin.errors import UserError
+from vidtwin.metrics.cvvdp import describe_display
 from vidtwin.storage import checkpoints
 from vidtwin.storage.resumable import lock
 
@@ -150,6 +151,7 @@ class Sweep(SweepOptions):
                     self.i3d.sha256.lower() if self.i3d.sha256 else None,
                     self.dataset,
                     self.source.skipped["test"],
+                    describe_display(self.cvvdp, self.source.eval_fps or 25.0) if self.cvvdp else None,
                 )
                 write_protocol(resolved, self.folder, self.source.digests())
             except UserError as error:
