@@ -99,6 +99,14 @@ TABLE: dict[str, Command] = {
         "Make table, plots and page of a results folder again: vidtwin report RESULTS",
         "vidtwin.benchmark.report_command",
     ),
+    "study make": Command(
+        "Make a blinded rating study: vidtwin study make --results RESULTS --out STUDY",
+        "vidtwin.benchmark.study.make_command",
+    ),
+    "study score": Command(
+        "Turn a study's answers into mean opinion scores: vidtwin study score ANSWERS... --key FILE --out DIR",
+        "vidtwin.benchmark.study.score_command",
+    ),
 }
 
 
@@ -110,7 +118,9 @@ def summaries() -> dict[str, str]:
 
 
 def run(name: str, argv: list[str]) -> int:
-    """Run a command → exit code. Raises `UserError` for invalid input."""
+    """Run a command, whose name may go on in the first argument → exit code. Raises `UserError` for invalid input."""
+    if name not in TABLE and argv and f"{name} {argv[0]}" in TABLE:
+        name, argv = f"{name} {argv[0]}", argv[1:]
     if name in TABLE:
         module, _, function = TABLE[name].target.partition(":")
         loaded = import_module(module)
