@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,18 @@ def test_each_rater_has_an_order_of_its_own_that_begins_with_a_reconstruction(st
     assert order_items(many, 1, 7) == order_items(many, 1, 7) != order_items(many, 1, 8)
     videos = [many[place].video for place in order_items(many, 1, 7)]
     assert sum(a == b for a, b in pairwise(videos)) <= 2  # two clips, ten items
+
+
+def test_clips_that_were_drawn_at_random_are_taken_if_there_are_any(results, tmp_path):
+    folder = tmp_path / "results"
+    shutil.copytree(results, folder)
+    kept = folder / "players" / "players.json"
+    content = json.loads(kept.read_text())
+    content["clips"][1]["why"] = "median, random"
+    kept.write_text(json.dumps(content))
+    page.write(folder, tmp_path / "study")
+    key = json.loads((tmp_path / "study" / "key.json").read_text())
+    assert {item["video"] for item in key["items"].values()} == {content["clips"][1]["name"]}
 
 
 def test_alone_there_is_no_source_in_the_page_but_as_a_check(results, tmp_path):
@@ -342,7 +355,7 @@ def test_a_mistake_is_one_line(results, tmp_path, monkeypatch, capsys, words, me
 
 def test_a_folder_without_players_or_with_a_study_is_refused(tmp_path, study, results):
     bare = write_results(tmp_path / "bare", players=False)
-    with pytest.raises(UserError, match="got none; measure it with `vidtwin test --players 8`"):
+    with pytest.raises(UserError, match="got none; `vidtwin test --random_players 8`"):
         page.write(bare, tmp_path / "other")
     with pytest.raises(UserError, match=r"Expected a folder without a study, got .*study with key\.json"):
         page.write(results, study)

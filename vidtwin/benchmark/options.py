@@ -89,6 +89,8 @@ class SweepOptions:
         downstream: Measure the cost of the paper's DiT on each model's latents.
         repeats: Timed passes of both.
         players: Number of worst and of median clips to keep for the report's players.
+        random_players: Number of further clips to keep, drawn by the seed, as a rating study needs them.
+        player_side: Side in pixels of the kept pictures, which larger ones are shrunk to.
         seed: Seed of the samples of posteriors.
         progress: Show a progress bar.
         meta: Count parameters, latents, rates and FLOPs alone, in meta.md and meta.json: no data, no weights, no run.
@@ -118,6 +120,8 @@ class SweepOptions:
     downstream: bool = True
     repeats: int = 5
     players: int = 2
+    random_players: int = 0
+    player_side: int = 160
     seed: int = 0
     progress: bool = True
     meta: bool = False
@@ -132,7 +136,12 @@ class SweepOptions:
         self._check_names()
         if (self.i3d.path is None) != (self.i3d.sha256 is None):
             raise UserError("Expected fvd.path and fvd.sha256 together: only a file that is known is run.")
-        for name, value, least in (("repeats", self.repeats, 1), ("players", self.players, 0)):
+        for name, value, least in (
+            ("repeats", self.repeats, 1),
+            ("players", self.players, 0),
+            ("random_players", self.random_players, 0),
+            ("player_side", self.player_side, 64),
+        ):
             if value < least:
                 raise UserError(f"Expected {name} of at least {least}, got {value}.")
         if not 0 <= self.seed < 2**32:

@@ -117,7 +117,7 @@ class Sweep(SweepOptions):
         found = results.comparison | {"rows": features.compare(results) if features else {}}
         results.comparison = rows.compare(results, found)
         rows.write_comparison(self.folder, results.comparison)
-        if self.players and results.comparison["num_clips"]:
+        if (self.players or self.random_players) and results.comparison["num_clips"]:
             player_files.write_players(results, runner)
         paths = player_files.write_clips(runner) if self.pictures else []
         write(f"\n{render.write(self.folder)}")

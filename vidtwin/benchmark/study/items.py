@@ -44,7 +44,7 @@ def choose_models(results: Results, names: list[str] | None) -> list[str]:
     """
     if not (results.players or {}).get("clips"):
         raise UserError(
-            f"Expected clips with players in {results.folder}, got none; measure it with `vidtwin test --players 8`."
+            f"Expected clips with players in {results.folder}, got none; `vidtwin test --random_players 8` keeps some."
         )
     kinds = {row["name"]: row["kind"] for row in results.rows}
     there = {view["model"] for clip in results.players["clips"] for view in clip["views"] if view["model"]}
@@ -68,6 +68,8 @@ def choose_models(results: Results, names: list[str] | None) -> list[str]:
 def choose_items(results: Results, models: list[str], clips: int | None, checks: int, seed: int) -> list[Item]:
     """Choose clips and make their items: one for each model, and `checks` of each kind of attention check.
 
+    Of clips that were drawn at random, if the folder keeps any; the worst and the median ones stand for no others.
+
     Args:
         results: A results folder with players.
         models: Their names.
@@ -79,10 +81,11 @@ def choose_items(results: Results, models: list[str], clips: int | None, checks:
         UserError: There are fewer clips, or one lacks a model.
     """
     kept = results.players["clips"]
+    kept = [clip for clip in kept if "random" in clip["why"]] or kept  # which stand for all clips
     if clips is not None and not 1 <= clips <= len(kept):
         raise UserError(
             f"Expected clips from 1 to {len(kept)}, which {results.folder} keeps, got {clips}; "
-            "`vidtwin test --players N` keeps more."
+            "`vidtwin test --random_players N` keeps more."
         )
     draw = random.Random(f"clips {seed}")
     chosen = kept if clips is None else sorted(draw.sample(kept, clips), key=kept.index)

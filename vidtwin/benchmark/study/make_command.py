@@ -13,7 +13,7 @@ USAGE = "--results FOLDER --out FOLDER [options]"
 DESCRIPTION = """\
 Make a blinded rating study of the clips that a results folder keeps for its players.
 
-  vidtwin test --config configs/benchmark/demo.yaml --players 8
+  vidtwin test --config configs/benchmark/demo.yaml --random_players 8 --player_side 224
   vidtwin study make --results runs/benchmark/results --out study
 
 OUT/page.html is for the raters: one file that opens from disk and asks the network for nothing. It names no model; each
