@@ -21,7 +21,7 @@ LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_ut
 # From the ground up. A room (a package, or a module at the top of vidtwin/) imports from layers below its own.
 LAYERS = (
     ("errors",),
-    ("console", "files", "precision", "weights"),
+    ("cards", "console", "files", "precision", "weights"),
     ("distributed", "layers", "plugins", "posteriors", "schedules", "video"),
     ("hub", "listing", "tables"),
     ("autoencoder", "data"),

@@ -58,6 +58,10 @@ TABLE: dict[str, Command] = {
         "Write decoded clips, or video files, as shards: vidtwin cache OUT --config FILE",
         "vidtwin.cli.cache:cache_command",
     ),
+    "card": Command(
+        "Write the model card of a checkpoint: vidtwin card --ckpt_path last.ckpt --results RESULTS --out README.md",
+        "vidtwin.benchmark.card_command",
+    ),
     "check": Command(
         "Hold an autoencoder to the promises of the interface: vidtwin check NAME",
         "vidtwin.cli.check:check_command",
