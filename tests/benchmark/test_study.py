@@ -116,6 +116,7 @@ def test_alone_there_is_no_source_in_the_page_but_as_a_check(results, tmp_path):
     assert {item["source"] for item in data["items"]} == {None}
     assert sorted(item["kind"] for item in key["items"].values()) == ["destroyed", "identical", "model", "model"]
     assert len(strips_of(tmp_path)) == 4
+    assert "the source" not in " ".join(each["question"] for each in data["criteria"])
 
 
 def save(folder: Path, rater: int, scores: dict[str, tuple[int, int, int]], changed: Any = ()) -> Path:

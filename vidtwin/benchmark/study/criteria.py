@@ -17,18 +17,35 @@ class Criterion(NamedTuple):
     Attributes:
         key: Its name in files.
         label: Its name for readers.
-        question: What a rater judges.
+        question: What a rater judges beside the source.
+        alone: The same without the source.
     """
 
     key: str
     label: str
     question: str
+    alone: str
 
 
 CRITERIA = (
-    Criterion("semantic", "Semantic", "Are people, objects and scene those of the source?"),
-    Criterion("temporal", "Temporal", "Is motion that of the source, smooth and without flicker?"),
-    Criterion("detail", "Detail", "Are textures, edges and small things kept?"),
+    Criterion(
+        "semantic",
+        "Semantic",
+        "Are people, objects and scene those of the source?",
+        "Are people, objects and scene whole and recognizable?",
+    ),
+    Criterion(
+        "temporal",
+        "Temporal",
+        "Is motion that of the source, smooth and without flicker?",
+        "Is motion natural, smooth and without flicker?",
+    ),
+    Criterion(
+        "detail",
+        "Detail",
+        "Are textures, edges and small things kept?",
+        "Are textures, edges and small things clear?",
+    ),
 )
 
 

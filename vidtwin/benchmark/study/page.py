@@ -76,7 +76,10 @@ def write(
         "frames": results.players["num_frames"],
         "alone": alone,
         "scale": list(SCALE),
-        "criteria": [criterion._asdict() for criterion in CRITERIA],
+        "criteria": [
+            {"key": each.key, "label": each.label, "question": each.alone if alone else each.question}
+            for each in CRITERIA
+        ],
         "items": [
             {"id": item.id, "source": None if alone else places[item.source, False], "shown": places[_shown(item)]}
             for item in items

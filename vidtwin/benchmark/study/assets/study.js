@@ -10,10 +10,12 @@ const script = $("script").textContent;
 const KEPT = `vidtwin-study ${data.study}`;
 const TEXTS = {
   intro: data.alone
-    ? "You see short clips, one after the other. Give each three scores from 1 (bad) to 5 (perfect)."
-    : "You see short clips beside their sources. Compare each to its source and give three scores from 1 (bad) to 5 " +
+    ? "You see short clips, one after the other. Give each three scores, from 1 (bad) to 5 (perfect)."
+    : "You see short clips beside their sources. Compare each with its source and give three scores, from 1 (bad) to 5 " +
       "(as the source).",
-  care: "Some items check attention. Rate on one screen, in one place, without zooming the page.",
+  care:
+    "Next opens once a clip has been played to its end and has three scores. Some clips check attention. Rate on one " +
+    "screen, in one place, without zooming the page.",
   keys:
     "Keys: 1–5 score the marked question and go on to the next, ↑ and ↓ change the question, Enter goes to the next " +
     "clip, Backspace to the one before, Space pauses, S saves.",
@@ -157,13 +159,14 @@ function show() {
     picture.src = `data:image/webp;base64,${strips[strip]}`;
   }
   const questions = data.criteria.map(({ key, label, question }, number) => {
-    const field = make("fieldset", {}, make("legend", {}, make("strong", {}, label), ` ${question}`));
+    const field = make("fieldset", {}, make("legend", {}, make("strong", {}, label), ` ${question}`), "bad ");
     for (const score of data.scale) {
       const radio = make("input", { type: "radio", name: key, value: score });
       radio.checked = (progress.scores[item().id] ?? {})[key] === score;
       radio.addEventListener("change", () => give(number, score));
       field.append(make("label", {}, radio, ` ${score}`));
     }
+    field.append(data.alone ? "perfect" : "as the source");
     field.addEventListener("focusin", () => mark(number));
     return field;
   });
