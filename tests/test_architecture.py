@@ -289,7 +289,9 @@ print(sorted({{"torch", "lightning", "torchvision", "av", "jsonargparse"}} & set
     "code",
     [
         "import vidtwin.cli\nwith contextlib.redirect_stdout(io.StringIO()):\n    vidtwin.cli.main(['--help'])",
-        "from vidtwin.benchmark import plots, protocol, published, render, report, report_command, rows, summary",
+        "from vidtwin.benchmark import card, plots, protocol, published, render, report, report_command, rows\n"
+        "from vidtwin.benchmark.study import answers, make_command, opinions, page, score_command, scores\n"
+        "from vidtwin.benchmark import summary",
     ],
     ids=["vidtwin --help", "tables"],
 )
