@@ -227,6 +227,7 @@ def test_a_changed_page_or_key_is_refused_by_name(study):
 
 
 KEY = {
+    "alone": False,
     "models": ["a", "b"],
     "items": {
         f"{model}{clip}": {"kind": "model", "model": model, "video": f"v{clip}"} for model in "ab" for clip in (1, 2)
@@ -266,6 +267,9 @@ def test_means_are_those_by_hand_and_raters_who_fail_a_check_are_left_out_by_nam
         "rater 4": "answered no attention check",
     }
     assert result.partial == {"rater 2": (5, 6)}
+    nearly = [given(1, a1=5, same=4, bad=2)]
+    assert score(KEY, nearly).raters == []
+    assert score(KEY | {"alone": True}, nearly).raters == ["rater 1"]
     assert score(KEY, answers, identical_at_least=4, destroyed_at_most=3).raters == ["rater 1", "rater 2", "rater 3"]
 
 
@@ -312,7 +316,11 @@ def test_alpha_is_krippendorffs_of_his_own_example():
 
 def test_the_commands_make_a_study_and_score_its_answers(results, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["study", "make", "--results", str(results), "--out", "study", "--raters", "3", "--checks", "1"]) == 0
+    both = ["--models", "VidTwin", HOSTILE_MODEL]
+    assert (
+        main(["study", "make", "--results", str(results), "--out", "study", "--raters", "3", "--checks", "1", *both])
+        == 0
+    )
     assert capsys.readouterr().out.splitlines() == [
         "study/page.html",
         "study/key.json",
@@ -352,6 +360,14 @@ def test_a_mistake_is_one_line(results, tmp_path, monkeypatch, capsys, words, me
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not Path("x").exists()
+
+
+def test_a_damaged_picture_is_one_line(results, tmp_path):
+    shutil.copytree(results, tmp_path / "results")
+    for path in (tmp_path / "results" / "players").rglob("view0.webp"):
+        path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UserError, match="pictures of 6 frames in players/, got a damaged one"):
+        page.write(tmp_path / "results", tmp_path / "study")
 
 
 def test_a_folder_without_players_or_with_a_study_is_refused(tmp_path, study, results):

@@ -16,7 +16,16 @@ from vidtwin.files import parse_json
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _KEY_FORMAT, _ANSWERS_FORMAT = "vidtwin study key", "vidtwin study answers"
-_NEEDED = {"study": str, "seal": str, "page": str, "page_sha256": str, "raters": int, "models": list, "items": dict}
+_NEEDED = {
+    "study": str,
+    "seal": str,
+    "page": str,
+    "page_sha256": str,
+    "raters": int,
+    "alone": bool,
+    "models": list,
+    "items": dict,
+}
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Study:
 def score(
     key: dict[str, Any],
     answers: Sequence[Answers],
-    identical_at_least: int = 5,
+    identical_at_least: int | None = None,
     destroyed_at_most: int = 2,
     seed: int = 0,
 ) -> Study:
@@ -67,11 +67,14 @@ def score(
     Args:
         key: Content of `key.json`.
         answers: Of each rater.
-        identical_at_least: Least score of each criterion for the source itself.
+        identical_at_least: Least score of each criterion for the source itself; None is 5, or 4 if clips were shown
+            without the source to compare.
         destroyed_at_most: Greatest one for a destroyed clip.
         seed: Of the bootstrap.
     """
     items = key["items"]
+    if identical_at_least is None:
+        identical_at_least = max(SCALE) - bool(key["alone"])
     left_out = {}
     for each in answers:
         if reason := _find_fault(items, each, identical_at_least, destroyed_at_most):

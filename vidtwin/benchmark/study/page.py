@@ -125,9 +125,15 @@ def _collect_strips(
 
 def _destroy(strip: str, num_frames: int, seed: int) -> str:
     """Destroy a strip: frames in another order, each a coarse mosaic under strong noise."""
-    with Image.open(io.BytesIO(base64.b64decode(strip))) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    frames = pixels.reshape(num_frames, -1, pixels.shape[1], 3)
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(strip))) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        frames = pixels.reshape(num_frames, -1, pixels.shape[1], 3)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"Expected pictures of {num_frames} frames in players/, got a damaged one ({error}); remove that folder "
+            "and run the sweep again."
+        ) from error
     size = frames.shape[2], frames.shape[1]
     order = list(range(num_frames))
     random.Random(f"frames {seed}").shuffle(order)

@@ -24,7 +24,10 @@ def add_options(parser: "ArgumentParser") -> None:
     parser.add_argument("--key", type=str, required=True, help="key.json of `vidtwin study make`.")
     parser.add_argument("--out", type=str, required=True, help="Folder of the scores.")
     parser.add_argument(
-        "--identical_at_least", type=int, default=5, help="Least score for the source itself that passes its check."
+        "--identical_at_least",
+        type=int | None,
+        default=None,
+        help="Least score for the source itself that passes its check (default: 5, of clips alone 4).",
     )
     parser.add_argument(
         "--destroyed_at_most", type=int, default=2, help="Greatest score for a destroyed clip that passes its check."
