@@ -259,7 +259,7 @@ def test_means_are_those_by_hand_and_raters_who_fail_a_check_are_left_out_by_nam
     assert found["a", "semantic"].mean == pytest.approx((5 + 4 + 4 + 4) / 4)
     assert found["a", "detail"].mean == pytest.approx((1 + 2 + 2 + 2) / 4)
     assert found["b", "temporal"].mean == pytest.approx((2 + 1 + 3) / 3)
-    assert (found["b", "semantic"].scores, found["b", "semantic"].raters, found["b", "semantic"].videos) == (3, 2, 2)
+    assert (found["b", "semantic"].scores, found["b", "semantic"].raters, found["b", "semantic"].sources) == (3, 2, 2)
     assert result.raters == ["rater 1", "rater 2"]
     assert result.left_out == {
         "rater 3": "failed 2 of 2 attention checks: 4 for the source itself (at least 5); 3 for a destroyed clip "
@@ -283,6 +283,10 @@ def test_intervals_draw_raters_and_videos():
     # Five raters of whom one is strict, on videos that are alike: no draw has more than he gives.
     low, high = bootstrap(np.array([[1.0] * 3] + [[4.0] * 3] * 4), np.ones((5, 3)), 0)
     assert (low, high) == (pytest.approx(4 - 3 * 3 / 5), 4)  # he is drawn thrice in 5.8%, four times in 0.7%
+    items = {
+        id: item | {"video": f"Archery/v_Archery_g01_c0{item['video'][1]}.avi"} for id, item in KEY["items"].items()
+    }
+    assert score(KEY | {"items": items}, answers).opinions[0].interval is None  # two clips of one recording
     lone = score(KEY, answers[:1]).opinions[0]
     assert (lone.mean, lone.interval) == (4, None)
 
@@ -333,7 +337,7 @@ def test_the_commands_make_a_study_and_score_its_answers(results, tmp_path, monk
     assert "\\<img" in text
     assert (Path("scores") / "scores.md").read_text() in text
     lines = (Path("scores") / "scores.csv").read_text().splitlines()
-    assert lines[0] == "model,criterion,mean,low,high,scores,raters,videos"
+    assert lines[0] == "model,criterion,mean,low,high,scores,raters,sources"
     assert "VidTwin,detail,3.0,3.0,3.0,4,2,2" in lines
     assert Image.open("scores/scores.png").width > 500
     assert "&lt;img" in (Path("scores") / "scores.svg").read_text()

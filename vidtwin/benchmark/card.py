@@ -12,6 +12,7 @@ import numpy as np
 from vidtwin.benchmark import plots, rows, summary
 from vidtwin.benchmark.protocol import flat
 from vidtwin.benchmark.rows import Results, Row
+from vidtwin.benchmark.sources import source_of
 from vidtwin.cards import code, escape, settings_table, table
 from vidtwin.errors import UserError, few, suggestion
 from vidtwin.files import replacing
@@ -77,22 +78,22 @@ def metadata(results: Results, row: Row) -> dict[str, Any]:
 
 
 def bootstrap(units: Sequence[rows.Unit], key: str, seed: int = 0) -> tuple[float, float] | None:
-    """Compute the 95% interval of a weighted mean if videos are drawn with replacement; None for a single video.
+    """Compute the 95% interval of a weighted mean if sources are drawn with replacement; None for a single source.
 
     Args:
         units: Video, weight and numbers of each clip or video.
         key: Of the metric.
         seed: Of the draws.
     """
-    videos = sorted({video for video, _, _ in units})
-    if len(videos) < 2:
+    sources = sorted({source_of(video) for video, _, _ in units})
+    if len(sources) < 2:
         return None
-    places = {video: place for place, video in enumerate(videos)}
-    sums, weights = np.zeros((2, len(videos)))
+    places = {source: place for place, source in enumerate(sources)}
+    sums, weights = np.zeros((2, len(sources)))
     for video, weight, values in units:
-        sums[places[video]] += weight * values[key]
-        weights[places[video]] += weight
-    size = len(videos)
+        sums[places[source_of(video)]] += weight * values[key]
+        weights[places[source_of(video)]] += weight
+    size = len(sources)
     counts = np.random.default_rng(seed).multinomial(size, [1 / size] * size, DRAWS).astype(np.float64)
     drawn = (counts @ sums) / (counts @ weights)
     low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -112,14 +113,17 @@ def _quality(results: Results, row: Row) -> Iterator[str]:
     clips = results.clips[row["name"]]
     units = rows.units_of(clips, results.protocol)
     references = [each for each in rows.order(results) if each["kind"] == "reference"]
-    videos = len({clip["name"] for clip in clips})
+    videos = {clip["name"] for clip in clips}
+    sources = len({source_of(video) for video in videos})
     yield "## Measured quality"
     yield ""
+    counts = f"{row['num_clips']:,} clips of {len(videos):,} videos ({sources:,} sources)"
+    protocol = f"{escape(results.protocol['name'])} ({results.protocol_hash})"
     yield (
-        f"Reconstructions of {row['num_clips']:,} clips of {videos:,} videos of {escape(summary.data_set(results))} "
-        f"({escape(summary.clip_format(results))}), protocol {escape(results.protocol['name'])} "
-        f"({results.protocol_hash}), weights: {escape(row.get('weights') or 'of the checkpoint')}. In brackets the "
-        f"{CONFIDENCE:.0%} interval of the mean if videos are drawn with replacement ({DRAWS:,} draws)."
+        f"Reconstructions of {counts} of {escape(summary.data_set(results))} ({escape(summary.clip_format(results))}), "
+        f"protocol {protocol}, weights: {escape(row.get('weights') or 'of the checkpoint')}. In brackets the "
+        f"{CONFIDENCE:.0%} interval of the mean if sources (groups of UCF-101, else videos) are drawn with replacement "
+        f"({DRAWS:,} draws)."
     )
     yield ""
     head = ["metric", "better", "this model", *(escape(each["name"]) for each in references)]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vidtwin.benchmark.sources import source_of
 from vidtwin.benchmark.study.answers import Answers
 from vidtwin.benchmark.study.criteria import CRITERIA, DESTROYED, IDENTICAL, MODEL, SCALE
 
@@ -21,10 +22,10 @@ class Opinion:
         model: Its name.
         criterion: Key of the criterion.
         mean: Mean over all scores; None without any.
-        interval: Bootstrap interval of it; None for one rater, one video or no score.
+        interval: Bootstrap interval of it; None for one rater, one source or no score.
         scores: Number of scores.
         raters: Number of raters who gave them.
-        videos: Number of videos they are of.
+        sources: Number of sources that their videos are of (UCF-101: groups).
     """
 
     model: str
@@ -33,7 +34,7 @@ class Opinion:
     interval: tuple[float, float] | None
     scores: int
     raters: int
-    videos: int
+    sources: int
 
 
 @dataclass(frozen=True)
@@ -142,39 +143,41 @@ def _find_fault(items: dict[str, Any], each: Answers, least: int, most: int) -> 
 
 
 def _summarize(items: dict[str, Any], counted: Sequence[Answers], model: str, criterion: str, seed: int) -> Opinion:
-    of_model = {id: item["video"] for id, item in items.items() if item["model"] == model and item["kind"] == MODEL}
+    of_model = {
+        id: source_of(item["video"]) for id, item in items.items() if item["model"] == model and item["kind"] == MODEL
+    }
     given = [
         (rater, of_model[id], scores[criterion])
         for rater, each in enumerate(counted)
         for id, scores in each.scores.items()
         if id in of_model
     ]
-    raters, videos = sorted({rater for rater, _, _ in given}), sorted({video for _, video, _ in given})
+    raters, sources = sorted({rater for rater, _, _ in given}), sorted({source for _, source, _ in given})
     mean = float(np.mean([value for _, _, value in given])) if given else None
-    # Sums and numbers of scores by rater and video: a draw weights both.
-    sums, numbers = np.zeros((2, len(raters), len(videos)))
-    for rater, video, value in given:
-        place = raters.index(rater), videos.index(video)
+    # Sums and numbers of scores by rater and source: a draw weights both.
+    sums, numbers = np.zeros((2, len(raters), len(sources)))
+    for rater, source, value in given:
+        place = raters.index(rater), sources.index(source)
         sums[place] += value
         numbers[place] += 1
-    interval = bootstrap(sums, numbers, seed) if min(len(raters), len(videos)) > 1 else None
-    return Opinion(model, criterion, mean, interval, len(given), len(raters), len(videos))
+    interval = bootstrap(sums, numbers, seed) if min(len(raters), len(sources)) > 1 else None
+    return Opinion(model, criterion, mean, interval, len(given), len(raters), len(sources))
 
 
 def bootstrap(sums: NDArray[Any], numbers: NDArray[Any], seed: int) -> tuple[float, float] | None:
-    """Compute the interval of a mean if raters and videos are drawn with replacement, each for itself.
+    """Compute the interval of a mean if raters and sources are drawn with replacement, each for itself.
 
     Args:
-        sums: Sums of scores by rater and video.
+        sums: Sums of scores by rater and source.
         numbers: Their numbers.
         seed: Of the draws.
     """
     random = np.random.default_rng(seed)
-    raters, videos = (random.multinomial(size, [1 / size] * size, DRAWS).astype(np.float64) for size in sums.shape)
-    totals = ((raters @ numbers) * videos).sum(1)
-    rated = totals > 0  # else none of the drawn raters has rated a drawn video
+    raters, sources = (random.multinomial(size, [1 / size] * size, DRAWS).astype(np.float64) for size in sums.shape)
+    totals = ((raters @ numbers) * sources).sum(1)
+    rated = totals > 0  # else none of the drawn raters has rated a drawn source
     if not rated.any():
         return None
-    drawn = ((raters @ sums) * videos).sum(1)[rated] / totals[rated]
+    drawn = ((raters @ sums) * sources).sum(1)[rated] / totals[rated]
     low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)

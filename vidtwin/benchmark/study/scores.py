@@ -17,9 +17,17 @@ def write(study: Study, key: dict[str, Any], out: str | Path) -> tuple[str, list
     """Write the files of a result → the table as Markdown, and the paths."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    columns = ["model", "criterion", "mean", "low", "high", "scores", "raters", "videos"]
+    columns = ["model", "criterion", "mean", "low", "high", "scores", "raters", "sources"]
     lines = [
-        [each.model, each.criterion, each.mean, *(each.interval or (None, None)), each.scores, each.raters, each.videos]
+        [
+            each.model,
+            each.criterion,
+            each.mean,
+            *(each.interval or (None, None)),
+            each.scores,
+            each.raters,
+            each.sources,
+        ]
         for each in study.opinions
     ]
     write_table(folder / "scores.csv", columns, lines)
@@ -31,13 +39,13 @@ def write(study: Study, key: dict[str, Any], out: str | Path) -> tuple[str, list
 def markdown(study: Study, key: dict[str, Any]) -> str:
     """Format means with intervals as a table, and notes on raters, agreement and method."""
     columns = [Column(each.key, each.label, "1-5", higher=True) for each in CRITERIA]
-    columns += [Column(name, name.capitalize()) for name in ("scores", "videos")]
+    columns += [Column(name, name.capitalize()) for name in ("scores", "sources")]
     lines = []
     for model in key["models"]:
         found = {each.criterion: each for each in study.opinions if each.model == model}
         any_of = found[CRITERIA[0].key]
         cells = [Cell(_format(found[criterion.key])) for criterion in CRITERIA]
-        lines.append(Line(model, "trained", [*cells, Cell(f"{any_of.scores}"), Cell(f"{any_of.videos}")]))
+        lines.append(Line(model, "trained", [*cells, Cell(f"{any_of.scores}"), Cell(f"{any_of.sources}")]))
     table = Table("opinions", "Mean opinion scores", columns, lines)
     return "\n".join([*render.align(table), "", *render.list_notes(_list_notes(study, key))]) + "\n"
 
@@ -56,8 +64,8 @@ def _list_notes(study: Study, key: dict[str, Any]) -> list[str]:
     )
     notes = [
         f"Mean opinion scores of {len(study.raters)} raters, clips {'alone' if key['alone'] else 'beside the source'}. "
-        f"In brackets the {CONFIDENCE:.0%} interval of the mean if raters and videos are drawn with replacement, each "
-        f"for itself ({DRAWS:,} draws); one rater or one video has none.",
+        f"In brackets the {CONFIDENCE:.0%} interval of the mean if raters and sources are drawn with replacement, each "
+        f"for itself ({DRAWS:,} draws); a source is a group of UCF-101 or a video, and one rater or source has none.",
         f"Agreement (Krippendorff's alpha, ordinal): {agreement}.",
         f"Results of protocol {key['protocol_hash']}, study {key['study']}.",
     ]
