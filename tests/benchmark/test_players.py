@@ -49,6 +49,10 @@ def test_further_clips_are_drawn_by_the_seed_whatever_their_psnr_and_none_is_kep
     assert len(drawn) == 3
     assert len({clip["name"] for clip in listed}) == len(listed)
     assert drawn == {clip["name"] for clip in players.choose(found, 0, 3, seed=5)}
+    groups = results({"a": [1.0] * 6}, {"a": "trained"})
+    for place, clip in enumerate(groups.clips["a"]):
+        clip["name"] = f"v_Archery_g{place // 2:02d}_c0{place % 2}.avi"
+    assert len({clip["name"][:13] for clip in players.choose(groups, 0, 3)}) == 3  # each of another recording
     more = [players.choose(found, 0, 3, seed=seed) for seed in range(40)]
     assert {clip["name"] for chosen in more for clip in chosen} == {f"{i}.avi" for i in range(8)}
 

@@ -12,7 +12,7 @@ import numpy as np
 from vidtwin.benchmark import plots, rows, summary
 from vidtwin.benchmark.protocol import flat
 from vidtwin.benchmark.rows import Results, Row
-from vidtwin.benchmark.sources import source_of
+from vidtwin.benchmark.sources import FEW, source_of
 from vidtwin.cards import code, escape, settings_table, table
 from vidtwin.errors import UserError, few, suggestion
 from vidtwin.files import replacing
@@ -123,7 +123,7 @@ def _quality(results: Results, row: Row) -> Iterator[str]:
         f"Reconstructions of {counts} of {escape(summary.data_set(results))} ({escape(summary.clip_format(results))}), "
         f"protocol {protocol}, weights: {escape(row.get('weights') or 'of the checkpoint')}. In brackets the "
         f"{CONFIDENCE:.0%} interval of the mean if sources (groups of UCF-101, else videos) are drawn with replacement "
-        f"({DRAWS:,} draws)."
+        f"({DRAWS:,} draws){f'; of fewer than {FEW} it is too narrow' if sources < FEW else ''}."
     )
     yield ""
     head = ["metric", "better", "this model", *(escape(each["name"]) for each in references)]

@@ -9,6 +9,7 @@ import io
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vidtwin.benchmark.loaded_model import LoadedModel
 from vidtwin.benchmark.measurer import Measurer
 from vidtwin.benchmark.plan import format_error
 from vidtwin.benchmark.runner import Runner
+from vidtwin.benchmark.sources import source_of
 from vidtwin.console import log
 from vidtwin.files import inside, replacing, write_text
 from vidtwin.video import Frames, convert, panels, write_video
@@ -108,7 +110,7 @@ def choose(results: rows.Results, number: int, others: int = 0, seed: int = 0) -
     """Choose the `number` worst and the `number` median of the common clips by the mean PSNR over trained models.
 
     They are of different videos if there are enough. Without trained models the mean is over all. `others` are drawn by
-    the seed, independently of their PSNR: they stand for all clips.
+    the seed, of different sources, whatever their PSNR: they stand for all clips.
     """
     measured = [row for row in results.rows if row["kind"] != "failed"]
     counted = [row for row in measured if row["kind"] == "trained"] or measured
@@ -125,7 +127,7 @@ def choose(results: rows.Results, number: int, others: int = 0, seed: int = 0) -
     places = {key: place for place, key in enumerate(ranked)}
     median = _take_other_videos(sorted(ranked, key=lambda key: (abs(places[key] - middle), places[key])), number, worst)
     drawn = random.Random(f"players {seed}").sample(sorted(sums), len(sums))
-    further = _take_other_videos(drawn, others, [])
+    further = _take_other_videos(drawn, others, [], source_of)
     reasons: dict[rows.Key, list[str]] = {}
     for why, keys in (("worst", worst), ("median", median), ("random", further)):
         for key in keys:
@@ -133,13 +135,15 @@ def choose(results: rows.Results, number: int, others: int = 0, seed: int = 0) -
     return [{"name": name, "start_frame": start, "why": ", ".join(why)} for (name, start), why in reasons.items()]
 
 
-def _take_other_videos(ranked: list[rows.Key], number: int, taken: list[rows.Key]) -> list[rows.Key]:
-    """Take the first clips, no two of one video; if there are too few videos, other clips of theirs too."""
+def _take_other_videos(
+    ranked: list[rows.Key], number: int, taken: list[rows.Key], name: Callable[[str], str] = str
+) -> list[rows.Key]:
+    """Take the first clips, no two of one video, or of one `name` of it; if there are too few, other clips too."""
     chosen: list[rows.Key] = []
     for again in (False, True):
         for key in ranked:
-            seen = {name for name, _ in [*taken, *chosen]}
-            if len(chosen) < number and key not in [*taken, *chosen] and (again or key[0] not in seen):
+            seen = {name(video) for video, _ in [*taken, *chosen]}
+            if len(chosen) < number and key not in [*taken, *chosen] and (again or name(key[0]) not in seen):
                 chosen.append(key)
     return chosen
 

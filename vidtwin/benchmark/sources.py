@@ -2,6 +2,9 @@
 
 import re
 
+FEW = 20
+"""With fewer sources intervals are too narrow: a bootstrap knows no values but those that were drawn."""
+
 _GROUP = re.compile(r"(v_\w+_g\d+)_c\d+(\.\w+)?$")
 
 
