@@ -21,7 +21,7 @@ LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_ut
 # From the ground up. A room (a package, or a module at the top of vidtwin/) imports from layers below its own.
 LAYERS = (
     ("errors",),
-    ("console", "files", "precision", "weights"),
+    ("cards", "console", "files", "precision", "weights"),
     ("distributed", "entropy", "layers", "plugins", "posteriors", "schedules", "video"),
     ("hub", "listing", "tables"),
     ("autoencoder", "data"),
@@ -309,7 +309,9 @@ print(sorted({{"torch", "lightning", "torchvision", "av", "jsonargparse"}} & set
     "code",
     [
         "import vidtwin.cli\nwith contextlib.redirect_stdout(io.StringIO()):\n    vidtwin.cli.main(['--help'])",
-        "from vidtwin.benchmark import plots, protocol, published, render, report, report_command, rows, summary",
+        "from vidtwin.benchmark import card, plots, protocol, published, render, report, report_command, rows\n"
+        "from vidtwin.benchmark.study import answers, make_command, opinions, page, score_command, scores\n"
+        "from vidtwin.benchmark import summary",
     ],
     ids=["vidtwin --help", "tables"],
 )

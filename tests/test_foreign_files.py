@@ -115,7 +115,7 @@ def put_row_aside(name: str) -> None:
 
 
 def read_player(name: str) -> None:
-    report._strip(link(Path("results")), name)
+    report.read_strip(link(Path("results")), name)
 
 
 def read_rar_archive(name: str) -> None:

@@ -297,6 +297,43 @@ def test_push_to_hub_uploads_the_folder(monkeypatch):
     assert "--ckpt_path hf://me/mine" in card
 
 
+def test_a_generated_card_has_the_training_and_one_of_vidtwin_card_is_sent_instead(tmp_path, monkeypatch):
+    model = tiny_model()
+    model.training_record = {"checkpoint": "a|b.ckpt", "data": {"class_path": "<b>", "fps": 8.0}}
+    text = (saved(tmp_path / "first", model) / "README.md").read_text()
+    assert "| `checkpoint` | `a\\|b.ckpt` |\n| `data.class_path` | `<b>` |\n| `data.fps` | `8.0` |" in text
+    model.training_record = {}
+    assert "Training" not in str(model.generate_model_card())
+    assert 'from_pretrained("a\\"\\nb")' in str(model.generate_model_card(address='a"\nb'))
+
+    own = tmp_path / "own" / "README.md"
+    own.parent.mkdir()
+    own.write_text("# Mine\n![Curves](training_curves.png) ![elsewhere](https://example.com/x.png) ![up](../x.png)\n")
+    with pytest.raises(UserError, match=r"the picture training_curves\.png of .*README\.md beside it"):
+        model.save_pretrained(tmp_path / "second", card=own)
+    own.with_name("training_curves.png").write_bytes(b"picture")
+    uploaded = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, private, exist_ok):
+            return type("Url", (), {"repo_id": repo_id})
+
+        def upload_folder(self, folder_path, **others):
+            uploaded.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
+            return "address of the commit"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    model.push_to_hub("me/mine", card=own)
+    assert uploaded["README.md"] == own.read_bytes()
+    assert uploaded["training_curves.png"] == b"picture"
+    assert set(uploaded) == {"config.json", "model.safetensors", "README.md", "training_curves.png"}
+    with pytest.raises(UserError, match=r"a card at .*absent\.md, got no such file; `vidtwin card` writes one"):
+        model.push_to_hub("me/mine", card=tmp_path / "absent.md")
+
+
 def test_saving_takes_no_other_config(tmp_path):
     with pytest.raises(UserError, match="set its training_record"):
         tiny_model().save_pretrained(tmp_path, config={"a": 1})

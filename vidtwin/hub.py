@@ -15,15 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidtwin import plugins, weights
+from vidtwin import cards, plugins, weights
 from vidtwin.errors import UserError
-from vidtwin.files import parse_json, replacing, write_text
+from vidtwin.files import inside, parse_json, replacing, write_text
 
 if TYPE_CHECKING:
     from vidtwin.autoencoder import VideoAutoencoder
@@ -33,12 +33,13 @@ FORMAT_VERSION = 1
 HUB_PREFIX = "hf://"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_ADDRESS = re.compile(r"hf:/{1,2}([^@]+)(?:@(.+))?")  # pathlib.Path collapses the two slashes to one
+_PICTURE = re.compile(r"!\[[^\]]*\]\(([\w-]+\.(?:png|svg|jpg|webp))\)")  # beside the card
 _CARD = """\
 ---
 {{ card_data }}
 ---
 
-# {{ class_name }}
+# {{ title }}
 {% if description %}
 {{ description }}
 {% endif %}
@@ -50,13 +51,17 @@ numbers{% endif %}.
 ```python
 from vidtwin import VideoAutoencoder
 
-model = VideoAutoencoder.from_pretrained("{{ address }}")  # in evaluation mode
+model = VideoAutoencoder.from_pretrained({{ address }})  # in evaluation mode
 latents = model.encode(clip).mode()
 clip = model.decode(latents)
 ```
 
-`vidtwin reconstruct VIDEO --ckpt_path {{ ckpt_path }}` does the same for files. `config.json` holds the arguments, the
+{{ command }} does the same for files. `config.json` holds the arguments, the
 `preprocessing` of videos, a record of the `training`, and the SHA-256 of the weights.
+{% for section in sections %}
+
+{{ section }}
+{% endfor %}
 """
 
 
@@ -87,6 +92,7 @@ class Pretrained(
         repo_id: str | None = None,
         push_to_hub: bool = False,
         model_card_kwargs: dict[str, Any] | None = None,
+        card: str | Path | None = None,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
         """Write config.json, model.safetensors and, if missing, README.md.
@@ -96,41 +102,58 @@ class Pretrained(
             config: Must be None, since config.json describes the model itself; set `training_record` to add to it.
             repo_id: Target of `push_to_hub`; by default the folder's name.
             push_to_hub: Upload the folder too.
-            model_card_kwargs: Values of the card's template; `description` is free text.
+            model_card_kwargs: Values of the generated card, see `generate_model_card`.
+            card: A README.md of `vidtwin card` to take instead, with the pictures that it shows; it replaces an
+                existing one.
             push_to_hub_kwargs: Further arguments of `push_to_hub`.
 
         Returns:
             The URL of the commit with `push_to_hub`, else None.
 
         Raises:
-            UserError: `config` is given, or the folder can't be written.
+            UserError: `config` is given, or the folder can't be written, or the card can't be read.
         """
         if config is not None:
             raise UserError("Expected no config: config.json is the model's own; set its training_record instead.")
         folder = Path(save_directory)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"Expected a folder to save in, got the file {folder}.")
-        card = {"address": folder.name, "ckpt_path": folder.name} | (model_card_kwargs or {})
+        values = {"address": folder.name, "ckpt_path": folder.name} | (model_card_kwargs or {})
+        card = values.pop("card", card)
+        files = _read_card(card) if card is not None else {}
         try:
-            super().save_pretrained(folder, model_card_kwargs=card)
+            super().save_pretrained(folder, model_card_kwargs=values)
+            for name, content in files.items():
+                with replacing(folder / name) as temporary:
+                    temporary.write_bytes(content)
         except (OSError, SafetensorError) as error:  # no room, no permission
             raise UserError(f"Expected to write {folder}, got: {error}.") from error
         if not push_to_hub:
             return None
-        return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
+        repo_id = repo_id or folder.name
+        return self.push_to_hub(repo_id, model_card_kwargs=model_card_kwargs, card=card, **push_to_hub_kwargs)
 
     def push_to_hub(
-        self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **push_to_hub_kwargs: Any
+        self,
+        repo_id: str,
+        *,
+        model_card_kwargs: dict[str, Any] | None = None,
+        card: str | Path | None = None,
+        **push_to_hub_kwargs: Any,
     ) -> str:
         """Upload the model to owner/name on the Hub → the URL of the commit.
 
         Args:
             repo_id: owner/name; created if missing.
             model_card_kwargs: As for `save_pretrained`.
+            card: As for `save_pretrained`.
             push_to_hub_kwargs: `private`, `branch`, `commit_message`, `create_pr`, `token` and others of the mixin.
         """
-        card = (model_card_kwargs or {}) | {"address": repo_id, "ckpt_path": f"{HUB_PREFIX}{repo_id}"}
-        return str(super().push_to_hub(repo_id, model_card_kwargs=card, **push_to_hub_kwargs))
+        values = (model_card_kwargs or {}) | {"address": repo_id, "ckpt_path": f"{HUB_PREFIX}{repo_id}"}
+        # The mixin saves into a folder of its own by `save_pretrained`, to which it hands these values alone.
+        if card is not None:
+            values["card"] = card
+        return str(super().push_to_hub(repo_id, model_card_kwargs=values, **push_to_hub_kwargs))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         model = cast("VideoAutoencoder", self)
@@ -184,22 +207,46 @@ class Pretrained(
             model = _load(cast("type[VideoAutoencoder]", cls), folder, name, model_kwargs)
         return cast(Self, model.to(map_location))
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """Return the README, which describes the model and how to load it."""
+    def generate_model_card(
+        self,
+        *args: Any,
+        address: str = "owner/name",
+        ckpt_path: str = f"{HUB_PREFIX}owner/name",
+        description: str = "",
+        sections: Sequence[str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> ModelCard:
+        """Return the README, which describes the model, how to load it, and its training.
+
+        Args:
+            args: Of the mixin.
+            address: Argument of `from_pretrained` in the example.
+            ckpt_path: Weights in the example of a command.
+            description: Free text, in Markdown.
+            sections: Further sections in Markdown, by default that of the `training_record`.
+            metadata: Values of the card's header, such as `license`, over those of the library.
+            kwargs: Further values of the template.
+        """
         model = cast("VideoAutoencoder", self)
         length, side = model.temporal.usual_length, model.resolution
-        values = {
-            "class_name": model.class_path.rpartition(".")[2],
-            "class_path": model.class_path,
+        record = "\n".join(cards.training_section(model.training_record))
+        values: dict[str, Any] = {
+            "title": cards.escape(model.class_path.rpartition(".")[2]),
+            "class_path": cards.code(model.class_path),
             "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
             "frames": model.temporal,
             "resolution": side,
-            "latents": " and ".join(f"`{name}`" for name in model.latent_names),
+            "latents": " and ".join(cards.code(name) for name in model.latent_names),
             "rate": f"{model.compression_rate((3, length, side, side)):.4%}" if side else None,
-            "address": "owner/name",
-            "ckpt_path": f"{HUB_PREFIX}owner/name",
+            "address": cards.quote(address),
+            "command": cards.code(f"vidtwin reconstruct VIDEO --ckpt_path {ckpt_path}"),
+            "description": description,
+            "sections": [record] * bool(record) if sections is None else list(sections),
         }
-        return super().generate_model_card(*args, **values | kwargs)
+        info = self._hub_mixin_info
+        header = ModelCardData(**info.model_card_data.to_dict() | dict(metadata or {}))
+        return ModelCard.from_template(header, template_str=info.model_card_template, **values | kwargs)
 
 
 def describe(model: "VideoAutoencoder", sha256: str) -> dict[str, Any]:
@@ -231,6 +278,24 @@ def describe(model: "VideoAutoencoder", sha256: str) -> dict[str, Any]:
         "training": model.training_record,
         "weights_sha256": sha256,
     }
+
+
+def _read_card(path: str | Path) -> dict[str, bytes]:
+    """Read a README.md and the pictures beside it that it shows → content by name."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"Expected a card at {path}, got no such file; `vidtwin card` writes one.")
+    files = {CARD: path.read_bytes()}
+    try:
+        text = files[CARD].decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"Expected a card in UTF-8 at {path}, got another file ({error}).") from error
+    for name in _PICTURE.findall(text):
+        picture = inside(path.parent, name)
+        if not picture.is_file():
+            raise UserError(f"Expected the picture {name} of {path} beside it, got no such file.")
+        files[name] = picture.read_bytes()
+    return files
 
 
 def is_pretrained(path: str | Path) -> bool:

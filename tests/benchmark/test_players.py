@@ -42,6 +42,21 @@ def test_no_clip_is_chosen_twice_and_few_clips_are_all():
     assert chosen(found, 0) == []
 
 
+def test_further_clips_are_drawn_by_the_seed_whatever_their_psnr_and_none_is_kept_twice():
+    found = results({"a": [float(i) for i in range(8)]}, {"a": "trained"})
+    listed = players.choose(found, 1, 3, seed=5)
+    drawn = {clip["name"] for clip in listed if "random" in clip["why"]}
+    assert len(drawn) == 3
+    assert len({clip["name"] for clip in listed}) == len(listed)
+    assert drawn == {clip["name"] for clip in players.choose(found, 0, 3, seed=5)}
+    groups = results({"a": [1.0] * 6}, {"a": "trained"})
+    for place, clip in enumerate(groups.clips["a"]):
+        clip["name"] = f"v_Archery_g{place // 2:02d}_c0{place % 2}.avi"
+    assert len({clip["name"][:13] for clip in players.choose(groups, 0, 3)}) == 3  # each of another recording
+    more = [players.choose(found, 0, 3, seed=seed) for seed in range(40)]
+    assert {clip["name"] for chosen in more for clip in chosen} == {f"{i}.avi" for i in range(8)}
+
+
 def test_without_trained_models_all_count_and_only_common_clips_are_chosen():
     found = results({"a": [3, 2, 1.0], "b": [9, 1.0]}, {"a": "untrained", "b": "reference", "c": "failed"})
     assert chosen(found, 1) == [("1.avi", "worst"), ("0.avi", "median")]
@@ -70,6 +85,14 @@ def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[
     ]
     assert sweep(tmp_path / "r", entries, players=1, references=[]).run() == 0
     return tmp_path / "r", entries
+
+
+def test_pictures_have_the_side_that_is_asked_for(tmp_path):
+    clip = torch.zeros(1, 3, 2, 96, 96)
+    for side, expected in ((160, 96), (64, 64)):
+        writer = players.Writer(tmp_path, [{"name": "a", "start_frame": 0, "why": "random"}], [clip], 8.0, side)
+        writer.finish("")
+        assert Image.open(tmp_path / "players" / "0" / "0.webp").size == (expected, 2 * expected)
 
 
 def test_the_pictures_are_the_clips_their_reconstructions_their_errors_and_what_latents_give_alone(played):

@@ -126,7 +126,7 @@ def test_a_click_on_a_point_shows_its_clip_and_its_numbers(opened, file):
     (line,) = [line for line in numbers if line.startswith("VidTwin")]
     assert line.split()[1] == f"{float(psnr):.2f}"
     assert page.locator("#players").is_hidden()
-    assert "keeps the pictures of the worst and median clips only" in page.locator("#no-players").inner_text()
+    assert "keeps the pictures of a few clips only" in page.locator("#no-players").inner_text()
 
 
 def test_keys_go_from_clip_to_clip_and_a_clip_with_markup_in_its_name_is_text(opened):

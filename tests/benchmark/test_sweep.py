@@ -790,7 +790,22 @@ def test_vmaf_is_on_request_too(config, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "vmaf_torch", None)
     assert main(["test", "--config", str(config), "--vmaf", "true"]) == 2
     assert "pip install 'vidtwin[vmaf]'" in capfd.readouterr().err.splitlines()[-1]
-    assert {metric.key for metric in METRICS if metric.on_request} == {"st_lpips", "st_lpips_alex", "vmaf"}
+    assert {metric.key for metric in METRICS if metric.on_request} == {"st_lpips", "st_lpips_alex", "vmaf", "cvvdp"}
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_color_video_vdp_is_a_column_whose_display_the_protocol_states(tmp_path):
+    pytest.importorskip("pycvvdp")
+    entries, data, results = [Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt"))], NumberedData(2), tmp_path / "r"
+    assert sweep(results, entries, data, references=[], cvvdp="standard_4k").run() == 0
+    protocol = json.loads((results / "protocol.json").read_text())
+    assert (protocol["cvvdp"]["display"], protocol["cvvdp"]["pixels_per_degree"]) == ("standard_4k", 75.402)
+    assert row(results, "a")["metrics"]["cvvdp"]["mean"] < 10
+    assert "ColorVideoVDP (JOD)" in (results / "table.md").read_text()
+    with pytest.raises(UserError, match=r"cvvdp\.display standard_fhd for standard_4k"):
+        sweep(results, entries, data, references=[], cvvdp="standard_fhd").run()
+    with pytest.raises(UserError, match="did you mean 'standard_fhd'"):
+        sweep(tmp_path / "other", entries, data, references=[], cvvdp="standard_fh").run()
 
 
 def test_an_option_that_changes_no_clips_number_measures_no_clip_again(done):

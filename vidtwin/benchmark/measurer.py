@@ -56,7 +56,8 @@ class Measurer:
         compared, psnr, epsilon, ssim = (protocol[key] for key in ("compared", "psnr", "psnr_epsilon", "ssim"))
         network = protocol["lpips"]["net"]
         self.measures = Measures(
-            compared, psnr, epsilon, ssim, network, self.fps, options.backbones, options.vmaf, options.st_lpips
+            *(compared, psnr, epsilon, ssim, network, self.fps),
+            *(options.backbones, options.vmaf, options.st_lpips, options.cvvdp),
         )
         self.measures.setup(*plan.smallest)
         for name, reason in self.measures.unavailable.items():  # a metric that an option names is required

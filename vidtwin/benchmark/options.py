@@ -118,12 +118,15 @@ class SweepOptions:
         st_lpips: Measure shift-tolerant LPIPS too, by VGG-16 (vgg), AlexNet (alex) or both; needs the extra `offline`.
         rate_distortion: Curves of quality over the bits of coded latents, and over noise on them; needs the extra
             `rates`.
+        cvvdp: Measure ColorVideoVDP too, on this display (standard_4k, standard_fhd, ...); needs the extra `cvvdp`.
         cost: Measure FLOPs, clips per second and peak memory.
         downstream: Measure the cost of the paper's DiT on each model's latents.
         repeats: Timed passes of both.
         players: Number of worst and of median clips to keep for the report's players.
         analysis: Analyze failures and latents too, in a second pass over the clips: PSNR against motion, texture and
             cuts and by frame, what each latent carries (docs/evidence.md).
+        random_players: Number of further clips to keep, drawn by the seed, as a rating study needs them.
+        player_side: Side in pixels of the kept pictures, which larger ones are shrunk to.
         seed: Seed of the samples of posteriors.
         progress: Show a progress bar.
         meta: Count parameters, latents, rates and FLOPs alone, in meta.md and meta.json: no data, no weights, no run.
@@ -149,11 +152,14 @@ class SweepOptions:
     vmaf: bool = False
     st_lpips: Literal["vgg", "alex", "both"] | None = None
     rate_distortion: RateDistortion | None = None
+    cvvdp: str | None = None
     cost: bool = True
     downstream: bool = True
     repeats: int = 5
     players: int = 2
     analysis: bool = False
+    random_players: int = 0
+    player_side: int = 160
     seed: int = 0
     progress: bool = True
     meta: bool = False
@@ -168,7 +174,12 @@ class SweepOptions:
         self._check_names()
         if (self.i3d.path is None) != (self.i3d.sha256 is None):
             raise UserError("Expected fvd.path and fvd.sha256 together: only a file that is known is run.")
-        for name, value, least in (("repeats", self.repeats, 1), ("players", self.players, 0)):
+        for name, value, least in (
+            ("repeats", self.repeats, 1),
+            ("players", self.players, 0),
+            ("random_players", self.random_players, 0),
+            ("player_side", self.player_side, 64),
+        ):
             if value < least:
                 raise UserError(f"Expected {name} of at least {least}, got {value}.")
         if not 0 <= self.seed < 2**32:

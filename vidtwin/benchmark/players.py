@@ -7,7 +7,9 @@ a page then run by one clock, unlike videos.
 import hashlib
 import io
 import json
+import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,27 @@ from vidtwin.benchmark.loaded_model import LoadedModel
 from vidtwin.benchmark.measurer import Measurer
 from vidtwin.benchmark.plan import format_error
 from vidtwin.benchmark.runner import Runner
+from vidtwin.benchmark.sources import source_of
 from vidtwin.console import log
 from vidtwin.files import inside, replacing, write_text
 from vidtwin.video import Frames, convert, panels, write_video
 
-MAX_SIDE = 160  # pixels of a frame: a page with ten models stays below 20 MB
+SIDE = 160  # pixels of a frame by default: a page with ten models stays below 20 MB
 MAX_HEIGHT = 16_383  # of a WebP picture
-MAX_FRAMES = MAX_HEIGHT // MAX_SIDE  # of a whole video, whose end is left out
 QUALITY = 85
 
 
 def write_players(results: rows.Results, runner: Runner) -> None:
     """Write views of the worst and the median clips by every model, unless they are there."""
     options, measurer, plan = runner.options, runner.measurer, runner.plan
-    chosen = choose(results, options.players)
+    chosen = choose(results, options.players, options.random_players, options.seed)
     named = choose_rows(results)
     measured = [row for row in runner.rows if row.name in named]
     identities = {row["name"]: row.get("identity") for row in results.rows}
     mark = hashlib.sha256(json.dumps([[clip["name"], clip["start_frame"]] for clip in chosen]).encode())
     mark.update(json.dumps([identities[row.name] for row in measured]).encode())
+    if options.player_side != SIDE:
+        mark.update(str(options.player_side).encode())
     if results.players.get("digest") == mark.hexdigest():
         return
     indices = [plan.index_of[(clip["name"], clip["start_frame"])] for clip in chosen]
@@ -49,11 +53,12 @@ def write_players(results: rows.Results, runner: Runner) -> None:
     places = [batch["indices"].index(index) for batch, index in zip(batches, indices, strict=True)]
     frames = None
     if plan.varies:
-        frames = min(MAX_FRAMES, *(batch["clip"].shape[1] for batch in batches))
+        # The end of a whole video is left out.
+        frames = min(MAX_HEIGHT // options.player_side, *(batch["clip"].shape[1] for batch in batches))
     clips = [
         measurer.prepare_clip(batch)[[place], :, :frames].cpu() for batch, place in zip(batches, places, strict=True)
     ]
-    writer = Writer(options.folder, chosen, clips, measurer.fps)
+    writer = Writer(options.folder, chosen, clips, measurer.fps, options.player_side)
     for row in tqdm(measured, "players", disable=not options.progress, dynamic_ncols=True, leave=False):
         try:
             model = measurer.build(row.job)
@@ -114,10 +119,11 @@ def _write_clips(measurer: Measurer, model: LoadedModel, targets: list[tuple[Pat
                 temporary.write_bytes(panels.png(panels.filmstrip(frames)))
 
 
-def choose(results: rows.Results, number: int) -> list[dict[str, Any]]:
+def choose(results: rows.Results, number: int, others: int = 0, seed: int = 0) -> list[dict[str, Any]]:
     """Choose the `number` worst and the `number` median of the common clips by the mean PSNR over trained models.
 
-    They are of different videos if there are enough. Without trained models the mean is over all.
+    They are of different videos if there are enough. Without trained models the mean is over all. `others` are drawn by
+    the seed, of different sources, whatever their PSNR: they stand for all clips.
     """
     measured = [row for row in results.rows if row["kind"] != "failed"]
     counted = [row for row in measured if row["kind"] == "trained"] or measured
@@ -133,17 +139,24 @@ def choose(results: rows.Results, number: int) -> list[dict[str, Any]]:
     middle = (len(ranked) - 1) / 2
     places = {key: place for place, key in enumerate(ranked)}
     median = _take_other_videos(sorted(ranked, key=lambda key: (abs(places[key] - middle), places[key])), number, worst)
-    chosen = [(key, "worst") for key in worst] + [(key, "median") for key in median]
-    return [{"name": name, "start_frame": start, "why": why} for (name, start), why in chosen]
+    drawn = random.Random(f"players {seed}").sample(sorted(sums), len(sums))
+    further = _take_other_videos(drawn, others, [], source_of)
+    reasons: dict[rows.Key, list[str]] = {}
+    for why, keys in (("worst", worst), ("median", median), ("random", further)):
+        for key in keys:
+            reasons.setdefault(key, []).append(why)
+    return [{"name": name, "start_frame": start, "why": ", ".join(why)} for (name, start), why in reasons.items()]
 
 
-def _take_other_videos(ranked: list[rows.Key], number: int, taken: list[rows.Key]) -> list[rows.Key]:
-    """Take the first clips, no two of one video; if there are too few videos, other clips of theirs too."""
+def _take_other_videos(
+    ranked: list[rows.Key], number: int, taken: list[rows.Key], name: Callable[[str], str] = str
+) -> list[rows.Key]:
+    """Take the first clips, no two of one video, or of one `name` of it; if there are too few, other clips too."""
     chosen: list[rows.Key] = []
     for again in (False, True):
         for key in ranked:
-            seen = {name for name, _ in [*taken, *chosen]}
-            if len(chosen) < number and key not in [*taken, *chosen] and (again or key[0] not in seen):
+            seen = {name(video) for video, _ in [*taken, *chosen]}
+            if len(chosen) < number and key not in [*taken, *chosen] and (again or name(key[0]) not in seen):
                 chosen.append(key)
     return chosen
 
@@ -156,13 +169,16 @@ class Writer:
         chosen: Clips, see `choose`.
         clips: The clips' input, each (1, 3, T, H, W) in [-1, 1].
         fps: Frames per second.
+        side: Pixels of a side at most.
     """
 
-    def __init__(self, folder: Path, chosen: list[dict[str, Any]], clips: list[Tensor], fps: float) -> None:
+    def __init__(
+        self, folder: Path, chosen: list[dict[str, Any]], clips: list[Tensor], fps: float, side: int = SIDE
+    ) -> None:
         self.folder = folder
         self.fps = fps
         self.num_frames = clips[0].shape[2]
-        side = min(MAX_SIDE, MAX_HEIGHT // self.num_frames, max(64, *(max(clip.shape[3:]) for clip in clips)))
+        side = min(side, MAX_HEIGHT // self.num_frames, max(64, *(max(clip.shape[3:]) for clip in clips)))
         self.size = side
         self.inputs = [convert.to_uint8(clip[0]) for clip in clips]
         self.clips: list[dict[str, Any]] = [{"id": str(i), **clip, "views": []} for i, clip in enumerate(chosen)]

@@ -46,7 +46,7 @@ _ON_PAGE = {"#ffffff": "page", "#000000": "ink", GRID: "line", SOFT: "soft"} | {
 DPI = 150
 BITS_OF_A_NUMBER = 16  # a code of one bit and a continuous number weigh the same in a rate that counts numbers
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
     "font.size": 9,
     "axes.spines.top": False,
@@ -193,7 +193,7 @@ def _style() -> Iterator[None]:
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        matplotlib.rcParams.update(STYLE)
         yield
 
 

@@ -211,6 +211,7 @@ class ProtocolSettings:
         fvd_sha256: str | None = None,
         dataset: str | None = None,
         skipped: dict[str, str] | None = None,
+        cvvdp: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Build the whole protocol, the content of `protocol.json`.
 
@@ -220,6 +221,7 @@ class ProtocolSettings:
             fvd_sha256: Digest of the I3D network; None without one.
             dataset: Name of the data set in papers (MCL-JCV), used to look up published numbers.
             skipped: Videos without a usable clip, with the reason.
+            cvvdp: The display of ColorVideoVDP (`vidtwin.metrics.cvvdp.describe_display`); None if it isn't measured.
         """
         if self.preset not in PRESETS:
             raise UserError(f"Expected protocol.preset to be one of {', '.join(PRESETS)}, got {self.preset!r}.")
@@ -256,6 +258,7 @@ class ProtocolSettings:
             "lpips": {"net": chosen["lpips"], "version": "0.1"},
             "average": chosen["average"],
             "fvd": {"convention": chosen["fvd"], "sha256": fvd_sha256},
+            **({"cvvdp": cvvdp} if cvvdp else {}),
             "posterior": chosen["posterior"],
             "weights": self.weights,
             "precision": precision,

@@ -74,13 +74,13 @@ def render(results: Results) -> str:
         missing=list(_missing_clips(results)),
         marks={model["name"]: model for model in data["models"]},
         markers=plots.MARKERS,
-        data=_json(data),
+        data=as_json(data),
         strips=strips,
         drawings=[*plots.drawings(results), *curve_plots.drawings(results), *analysis_plots.drawings(results)],
         style=style,
         script=script,
-        style_hash=_digest(style),
-        script_hash=_digest(script),
+        style_hash=digest(style),
+        script_hash=digest(script),
     )
 
 
@@ -202,7 +202,7 @@ def _players(results: Results, places: dict[rows.Key, int], strips: list[str]) -
         views = []
         for view in clip["views"]:
             views.append({key: view[key] for key in ("title", "model", "kind")} | {"strip": len(strips)})
-            strips.append(_strip(results.folder, view["file"]))
+            strips.append(read_strip(results.folder, view["file"]))
         place = places.get((clip["name"], clip["start_frame"]))
         clips.append(
             {"clip": place, "name": clip["name"], "start": clip["start_frame"], "why": clip["why"], "views": views}
@@ -210,7 +210,7 @@ def _players(results: Results, places: dict[rows.Key, int], strips: list[str]) -
     return {"fps": kept["fps"], "frames": kept["num_frames"], "clips": clips}
 
 
-def _strip(folder: Path, file: str) -> str:
+def read_strip(folder: Path, file: str) -> str:
     path = inside(folder, file)
     content = path.read_bytes() if path.is_file() else b""
     if content[:4] != b"RIFF" or content[8:12] != b"WEBP":
@@ -221,12 +221,12 @@ def _strip(folder: Path, file: str) -> str:
     return base64.b64encode(content).decode()
 
 
-def _json(data: dict[str, Any]) -> str:
+def as_json(data: dict[str, Any]) -> str:
     """Write JSON that ends no script element and opens none, whatever the names hold."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
     """Name a style or a script as a content security policy does."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -29,6 +29,7 @@ from vidtwin.benchmark.runner import Runner
 from vidtwin.console import log, write
 from vidtwin.distributed import launch
 from vidtwin.errors import UserError
+from vidtwin.metrics.cvvdp import describe_display
 from vidtwin.storage import checkpoints
 from vidtwin.storage.resumable import lock
 
@@ -123,7 +124,7 @@ class Sweep(SweepOptions):
         found = results.comparison | {"rows": features.compare(results) if features else {}}
         results.comparison = rows.compare(results, found)
         rows.write_comparison(self.folder, results.comparison | {"statistics": statistics.of(results)})
-        if self.players and results.comparison["num_clips"]:
+        if (self.players or self.random_players) and results.comparison["num_clips"]:
             player_files.write_players(results, runner)
         paths = player_files.write_clips(runner) if self.pictures else []
         write(f"\n{render.write(self.folder)}")
@@ -162,6 +163,7 @@ class Sweep(SweepOptions):
                     self.i3d.sha256.lower() if self.i3d.sha256 else None,
                     self.dataset,
                     self.source.skipped["test"],
+                    describe_display(self.cvvdp, self.source.eval_fps or 25.0) if self.cvvdp else None,
                 )
                 write_protocol(resolved, self.folder, self.source.digests())
             except UserError as error:

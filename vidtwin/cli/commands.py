@@ -62,6 +62,10 @@ TABLE: dict[str, Command] = {
         "Write decoded clips, or video files, as shards: vidtwin cache OUT --config FILE",
         "vidtwin.cli.cache:cache_command",
     ),
+    "card": Command(
+        "Write the model card of a checkpoint: vidtwin card --ckpt_path last.ckpt --results RESULTS --out README.md",
+        "vidtwin.benchmark.card_command",
+    ),
     "check": Command(
         "Hold an autoencoder to the promises of the interface: vidtwin check NAME",
         "vidtwin.cli.check:check_command",
@@ -111,6 +115,14 @@ TABLE: dict[str, Command] = {
         "Measure the generation FVD of generated videos: vidtwin score GENERATED --data ucf101 --data.root PATH",
         "vidtwin.cli.score:score_command",
     ),
+    "study make": Command(
+        "Make a blinded rating study: vidtwin study make --results RESULTS --out STUDY",
+        "vidtwin.benchmark.study.make_command",
+    ),
+    "study score": Command(
+        "Turn a study's answers into mean opinion scores: vidtwin study score ANSWERS... --key FILE --out DIR",
+        "vidtwin.benchmark.study.score_command",
+    ),
 }
 
 
@@ -122,7 +134,9 @@ def summaries() -> dict[str, str]:
 
 
 def run(name: str, argv: list[str]) -> int:
-    """Run a command → exit code. Raises `UserError` for invalid input."""
+    """Run a command, whose name may go on in the first argument → exit code. Raises `UserError` for invalid input."""
+    if name not in TABLE and argv and f"{name} {argv[0]}" in TABLE:
+        name, argv = f"{name} {argv[0]}", argv[1:]
     if name in TABLE:
         module, _, function = TABLE[name].target.partition(":")
         loaded = import_module(module)

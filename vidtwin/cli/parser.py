@@ -88,6 +88,10 @@ class Parser(ArgumentParser):
             elif getattr(action, "_typehint", None) is bool:
                 given = words.pop(0) if words and words[0] in ("true", "false") else "true"
                 options.append(f"{word}={given}")
+            elif action.nargs == "+":
+                options.append(word)
+                while words and not words[0].startswith("-"):
+                    options.append(words.pop(0))
             else:
                 options += [word, *([words.pop(0)] if words else [])]
         return [*options, *(["--", *bare] if bare else [])]

@@ -13,6 +13,7 @@ from vidtwin.losses.frame_distance import FrameDistance
 from vidtwin.losses.perceptual import LPIPS
 from vidtwin.losses.st_lpips import STLPIPS
 from vidtwin.metrics.compared import Compared, as_compared
+from vidtwin.metrics.cvvdp import cvvdp, cvvdp_unavailable
 from vidtwin.metrics.frames import (
     SSIMVariant,
     decibels,
@@ -55,11 +56,12 @@ class Measures:
         ssim: Variant, see `vidtwin.metrics.frames.ssim`.
         lpips: The protocol's network, in "lpips"; the others are "lpips_alex" and "lpips_vgg". alex_spatial is the
             mean of the map at the frame's size.
-        fps: Frames per second of files that are compared.
+        fps: Frames per second of files that are compared, and at which ColorVideoVDP sees the clips.
         backbones: File with torchvision's weights, by "vgg" and "alex"; None or absent is torch hub's cache. Nothing is
             downloaded for a measurement.
         vmaf: Measure VMAF too; needs the extra `vmaf`.
         st_lpips: Measure ST-LPIPS too, as "st_lpips" (vgg), "st_lpips_alex" (alex) or both; needs the extra `offline`.
+        cvvdp: Measure ColorVideoVDP too, on the display of this name; needs the extra `cvvdp`.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Measures:
         backbones: Mapping[str, str | PathLike[str] | None] | None = None,
         vmaf: bool = False,
         st_lpips: STLPIPSNet | None = None,
+        cvvdp: str | None = None,
     ) -> None:
         backbones = backbones or {}
         for name, value, kinds in (
@@ -97,6 +100,7 @@ class Measures:
         self.ssim = ssim
         self.fps = fps
         self.vmaf = vmaf
+        self.cvvdp = cvvdp
         self.unavailable: dict[str, str] = {}
         self._metrics: dict[str, _Metric] | None = None
         net, spatial = ("alex", True) if lpips == "alex_spatial" else (lpips, False)
@@ -125,6 +129,8 @@ class Measures:
         metrics = self._all()
         if self.vmaf:
             reasons["vmaf"] = vmaf_unavailable(height, width)
+        if self.cvvdp is not None:
+            reasons["cvvdp"] = cvvdp_unavailable(self.cvvdp, height, width)
         self.unavailable = {name: reason for name, reason in reasons.items() if reason}
         self._metrics = {name: metrics[name] for name in PER_CLIP if name in metrics and name not in self.unavailable}
 
@@ -175,6 +181,8 @@ class Measures:
         }
         if self.vmaf:
             metrics["vmaf"] = vmaf
+        if (display := self.cvvdp) is not None:
+            metrics["cvvdp"] = lambda prediction, target: cvvdp(prediction, target, self.fps, display)
         return metrics | dict(self._perceptual)
 
 

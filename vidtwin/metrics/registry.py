@@ -83,6 +83,15 @@ METRICS = (
     Metric(
         "vmaf", "VMAF", higher=True, digits=2, on_request=True, needs="`vmaf: true`, the extra `vmaf`, 32 px a side"
     ),
+    Metric(
+        "cvvdp",
+        "ColorVideoVDP",
+        "JOD",
+        higher=True,
+        digits=3,
+        on_request=True,
+        needs="`cvvdp: standard_4k` or another display, the extra `cvvdp`, 8 px a side",
+    ),
     Metric("rfvd", "rFVD", higher=False, digits=1, needs="an I3D network, 10 frames", per_clip=False),
 )
 BY_KEY = {metric.key: metric for metric in METRICS}

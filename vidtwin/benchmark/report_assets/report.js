@@ -349,7 +349,7 @@ function showClip(clip) {
   byId("players").hidden = !kept;
   byId("no-players").hidden = Boolean(kept);
   byId("no-players").textContent = data.players
-    ? "No players: a sweep keeps the pictures of the worst and median clips only, which the buttons above show."
+    ? "No players: a sweep keeps the pictures of a few clips only, which the buttons above show."
     : "This results folder holds no players.";
   for (const button of byId("kept").querySelectorAll("button"))
     button.setAttribute("aria-pressed", String(data.players.clips[Number(button.dataset.kept)] === kept));
