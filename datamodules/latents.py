@@ -2,7 +2,7 @@
 
 import warnings
 from bisect import bisect_right
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -16,13 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from vidtwin.data import LatentDescription, LatentSource
 from vidtwin.errors import UserError
-from vidtwin.storage.latent_files import LOGVAR, Manifest, Shard, VideoEntry, open_shard
+from vidtwin.storage.latent_files import LOGVAR, Manifest, OpenShards, VideoEntry
 
 from .loader import WorkerLoader
 from .resumable import ResumableDataModule
 from .sampler import hash_to_unit
-
-_OPEN = 32  # shards that a worker holds mapped
 
 
 class LatentClips(Dataset[dict[str, Any]]):
@@ -46,12 +44,8 @@ class LatentClips(Dataset[dict[str, Any]]):
         seed: int = 0,
     ) -> None:
         self.folder = Path(folder)
-        self.manifest = Manifest.read(folder)
+        self.manifest = Manifest.read_complete(folder)
         self.posterior, self.seed = posterior, seed
-        if not self.manifest.complete:
-            raise UserError(
-                f"Expected complete latents in {folder}, got unfinished ones; run `vidtwin encode` again to resume."
-            )
         wanted = [chosen(video) for video in self.manifest.videos]
         rows = [
             (number, place, piece.video, piece.first_window, piece.stored or 0)
@@ -61,9 +55,9 @@ class LatentClips(Dataset[dict[str, Any]]):
         ]
         self.pieces: NDArray[np.int64] = np.array(rows, np.int64).reshape(-1, 5)
         self.ends: NDArray[np.int64] = np.cumsum(self.pieces[:, 4])
-        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._shards = OpenShards(folder, self.manifest)
         for number in np.unique(self.pieces[:, 0]).tolist():
-            self._open(number)  # refuses a truncated one before an epoch begins
+            self._shards[number]  # refuses a truncated one before an epoch begins
 
     @property
     def videos(self) -> list[VideoEntry]:
@@ -80,7 +74,7 @@ class LatentClips(Dataset[dict[str, Any]]):
         at = bisect_right(self.ends, index)
         shard_number, place, video_number, first_window, stored = self.pieces[at].tolist()
         row = index - (int(self.ends[at]) - stored)
-        shard = self._open(shard_number)
+        shard = self._shards[shard_number]
         video = self.manifest.videos[video_number]
         random = torch.Generator()
         if self.posterior == "sample":
@@ -98,17 +92,6 @@ class LatentClips(Dataset[dict[str, Any]]):
         values = {key: value for key, value in (("latents", latents), ("codes", codes)) if value}
         start, num_frames = (first_window + row) * self.manifest.settings["num_frames"], shard.pieces[place].num_frames
         return {**values, "label": video.label, "name": video.name, "start_frame": start, "num_frames": num_frames[row]}
-
-    def _open(self, number: int) -> Shard:
-        shard = self._shards.pop(number, None) or open_shard(self.folder, self.manifest, number)
-        self._shards[number] = shard  # the last one in the order of use
-        if len(self._shards) > _OPEN:
-            self._shards.popitem(last=False)
-        return shard
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the shards, which a worker maps itself."""
-        return self.__dict__ | {"_shards": OrderedDict()}
 
 
 class LatentDataModule(ResumableDataModule, LatentSource):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
@@ -153,6 +154,16 @@ class Manifest:
     complete: bool = False
     statistics: dict[str, dict[str, list[float]] | None] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read_complete(cls, folder: str | Path) -> Self:
+        """Read the manifest of a folder, as `read`; raise `UserError` for unfinished latents too."""
+        manifest = cls.read(folder)
+        if not manifest.complete:
+            raise UserError(
+                f"Expected complete latents in {folder}, got unfinished ones; run `vidtwin encode` again to resume."
+            )
+        return manifest
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -423,6 +434,32 @@ class Shard:
 def open_shard(folder: str | Path, manifest: Manifest, number: int) -> Shard:
     """Open a shard whose header agrees with its manifest; errors as of `Shard`."""
     return Shard(shard_path(folder, number), manifest.digest).compare(manifest, number)
+
+
+class OpenShards:
+    """Map the shards of a folder on first use, and keep the last ones that were used; pickled, it holds none.
+
+    Args:
+        folder: Folder of the latents.
+        manifest: Its manifest.
+        number: Number of shards to keep.
+    """
+
+    def __init__(self, folder: str | Path, manifest: Manifest, number: int = 32) -> None:
+        self.folder, self.manifest, self.number = folder, manifest, number
+        self._shards: OrderedDict[int, Shard] = OrderedDict()
+
+    def __getitem__(self, number: int) -> Shard:
+        """Return shard `number`; errors as of `Shard`."""
+        shard = self._shards.pop(number, None) or open_shard(self.folder, self.manifest, number)
+        self._shards[number] = shard  # the last one in the order of use
+        if len(self._shards) > self.number:
+            self._shards.popitem(last=False)
+        return shard
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the shards, which a worker maps itself."""
+        return self.__dict__ | {"_shards": OrderedDict()}
 
 
 def channel_statistics(shards: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, list[float]] | None]:

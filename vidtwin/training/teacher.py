@@ -10,7 +10,6 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -24,9 +23,8 @@ from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.posteriors import Encoding, Latents
 from vidtwin.storage import checkpoints
-from vidtwin.storage.latent_files import Manifest, open_shard
+from vidtwin.storage.latent_files import Manifest, OpenShards
 
-_OPEN = 32  # shards that are held mapped
 _CONSTANT = 1e-10  # of a channel's mean square: a variance below is a rounding error
 
 
@@ -223,11 +221,7 @@ class _Folder:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.manifest = manifest = Manifest.read(folder)
-        if not manifest.complete:
-            raise UserError(
-                f"Expected complete latents in {folder}, got unfinished ones; run `vidtwin encode` again to resume."
-            )
+        self.manifest = manifest = Manifest.read_complete(folder)
         for name, latent in manifest.latents.items():
             if latent.kind == "codes":
                 raise UserError(
@@ -249,7 +243,7 @@ class _Folder:
                 piece = manifest.shards[number][place]
                 entry = (piece.first_window, piece.stored or 0, number, place)
                 self._pieces.setdefault(video.name, []).append(entry)
-        self._open = lru_cache(_OPEN)(partial(open_shard, folder, manifest))
+        self._shards = OpenShards(folder, manifest)
 
     def shapes(self, clip_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         return {name: tuple(latent.shape or ()) for name, latent in self.manifest.latents.items()}
@@ -303,14 +297,14 @@ class _Folder:
         window, beyond = divmod(start, length)
         first, stored, number, place = pieces[max(0, bisect_right(pieces, window, key=lambda piece: piece[0]) - 1)]
         row = window - first
-        frames = self._open(number).pieces[place].num_frames if row < stored else []
+        frames = self._shards[number].pieces[place].num_frames if row < stored else []
         if beyond or row >= stored or frames[row] != length - padded:
             raise UserError(
                 f"Expected latents of {length - padded} frames of {name} from frame {start} on in {self.folder}, got "
                 f"none; its windows start at multiples of {length}: set --data.fps null, --data.augment windows and, "
                 "to validate a decoder alone, --data.eval_clips first."
             )
-        return {latent: self._open(number).rows(place, latent, row, row + 1)[0] for latent in self.manifest.latents}
+        return {latent: self._shards[number].rows(place, latent, row, row + 1)[0] for latent in self.manifest.latents}
 
 
 def check_resumed(teacher: Teacher | None, checkpoint: Mapping[str, Any]) -> None:
