@@ -20,6 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR
+from waits import Count
 
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import Preempted, UserError
@@ -115,12 +116,13 @@ def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
 
     ParallelStrategy.block_backward_sync = counting  # type: ignore[method-assign]
     try:
-        diary = Diary()
+        diary, count = Diary(), Count(at=1)
         for name, parts in (("whole", 1), ("parts", 2)):
             world = devices.get("devices", 1)
             teacher = Teacher(str(folder.parent / "teacher")) if parts == 2 else None
             task = plain_task(parts, ema_decay=0.5, teacher=teacher)
-            run = trainer(folder / name, 3, callbacks=[diary, Sending(name, sent), saved(folder / name)], **devices)
+            callbacks = [diary, Sending(name, sent), saved(folder / name), *([count] if parts == 1 else [])]
+            run = trainer(folder / name, 3, callbacks=callbacks, **devices)
             run.fit(task, datamodule=Clips(count=12, batch_size=4 // world))
     finally:
         Encoding.sample = sample  # type: ignore[method-assign]
@@ -130,6 +132,7 @@ def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
         "clips": diary.clips[:3],
         "without_sync": blocked,
         "sent": sent,
+        "waits": count.lines,
         "parameters": sum(p.nbytes for p in task.autoencoder.parameters() if p.requires_grad),
         "adaptive_weight": weight,
         "psnr": float(run.callback_metrics["val/psnr"]),

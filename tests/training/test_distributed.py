@@ -69,6 +69,14 @@ def test_ddp_sends_the_autoencoders_gradients_once_a_step_and_the_discriminators
         assert rank["gradients"]["sent"] == dict.fromkeys(("whole", "parts"), 3 * rank["gradients"]["parameters"])
 
 
+def test_a_step_of_two_ranks_waits_for_the_device_three_times_at_most(outcomes):
+    # Without those of the test, and the numbers of the host by which DDP divides gradients.
+    others = ("two_ranks.py", "lightning/pytorch/core/module.py")
+    for rank in outcomes[1]:
+        lines = [line for line in rank["gradients"]["waits"] if not any(file in line for file in others)]
+        assert 1 <= len(lines) <= 3, "\n".join(lines)
+
+
 def test_gradients_travel_with_the_last_part_of_a_batch_only(outcomes):
     for rank in outcomes[1]:
         assert rank["gradients"]["without_sync"] == [1, 2, 3]  # the first of two parts in each batch
