@@ -28,8 +28,8 @@ def latent_shapes(name: str) -> dict[str, tuple[int, ...]]:
 def count(name: str, shapes: dict[str, tuple[int, ...]]) -> list[str]:
     with torch.device("meta"):
         model = downstream.LatentDiT(shapes)
-    tokens = " + ".join(f"{number:,}" for number in model.tokens_by_latent.values())
-    total = sum(model.tokens_by_latent.values())
+    tokens = " + ".join(f"{number:,}" for number in model.tokens.counts.values())
+    total = sum(model.tokens.counts.values())
     flops = downstream.flops(model)
     return [
         name,

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
 from vidtwin.data import ClipSettings
@@ -52,6 +53,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--schedule", choices=("cosine", "wsd"), default="cosine", help="wsd cools in the last 40%%")
     parser.add_argument("--ema", type=float, default=0.0, help="decay of the averaged weights that are measured")
     parser.add_argument("--pixel", choices=("l1", "l2"), default="l1")
+    parser.add_argument("--kl", type=float, default=1e-3, help="weight of the KL, as the released loss counts it")
+    parser.add_argument("--mask", type=float, default=0.0, help="share of clips with half of a latent at 0")
+    parser.add_argument("--decoder-from", type=int, help="step from which the decoder alone is trained")
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
@@ -169,6 +173,30 @@ def create_optimizers(model: VidTwin, args: argparse.Namespace) -> list[torch.op
     return [adamw, torch.optim.Muon(matrices, lr=args.lr, weight_decay=1e-4, adjust_lr_fn="match_rms_adamw")]
 
 
+def reconstruct(model: VidTwin, clip: Tensor, mask: float) -> tuple[Tensor, Tensor]:
+    """Reconstruct clips from sampled latents → clips, KL.
+
+    Args:
+        model: The model.
+        clip: (B, 3, T, H, W).
+        mask: Share of each latent's clips in which half of its numbers are set to 0.
+    """
+    encoding = model.encode(clip)
+    latents = encoding.sample()
+    if mask:
+        for name, latent in latents.items():
+            ones = [1] * (latent.ndim - 1)
+            masked = (torch.rand(len(latent), *ones) < mask) & (torch.rand_like(latent) < 0.5)
+            latents[name] = latent.masked_fill(masked, 0.0)
+    return model.decode(latents), encoding.regularization()["kl"]
+
+
+def freeze_encoder(model: VidTwin) -> None:
+    """Freeze what makes the latents, as configs/stages/decoder.yaml does."""
+    for name in yaml.safe_load(Path("configs/stages/decoder.yaml").read_text())["model"]["freeze"]:
+        model.get_submodule(name).requires_grad_(False)
+
+
 def train(model: VidTwin, clips: Tensor, test: Tensor, args: argparse.Namespace, seed: int) -> dict[int, float]:
     """Train a model → PSNR (dB) of the held-out clips by step. The model ends with its averaged weights, if any."""
     generator = torch.Generator().manual_seed(seed)
@@ -186,10 +214,12 @@ def train(model: VidTwin, clips: Tensor, test: Tensor, args: argparse.Namespace,
     curve = {}
     for step in range(1, args.steps + 1):
         clip = to_clip(clips[torch.randint(len(clips), (args.batch,), generator=generator)])
-        output = model.train()(clip)
-        error = output.clip - clip
+        if step == args.decoder_from:
+            freeze_encoder(model)
+        output, kl = reconstruct(model.train(), clip, args.mask)
+        error = output - clip
         pixel = error.abs().mean() if args.pixel == "l1" else error.square().mean()
-        loss = pixel + 1e-3 / numbers * output.regularization["kl"]
+        loss = pixel + args.kl / numbers * kl
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

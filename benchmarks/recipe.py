@@ -98,6 +98,10 @@ VARIANTS = {
     "fast, WSD": Variant(FAST, {"schedule": "wsd"}),
     "fast, EMA 0.99": Variant(FAST, {"ema": 0.99}),
     "fast, WSD, EMA 0.99": Variant(FAST, {"schedule": "wsd", "ema": 0.99}),
+    "fast, Muon, lr / 3": Variant(FAST, {"optimizer": "muon", "lr": 1e-3}),
+    "fast, KL * 100": Variant(FAST, {"kl": 0.1}),
+    "fast, 30% with half of the latents": Variant(FAST, {"mask": 0.3}),
+    "fast, decoder alone from step 150": Variant(FAST, {"decoder_from": 150}),
 }
 Results = dict[str, dict[str, float]]
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -228,6 +229,16 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
             "clips_sha256": hashlib.sha256(listing.encode()).hexdigest(),
             "videos_sha256": hashlib.sha256(contents.encode()).hexdigest() if contents else None,
         }
+
+    def class_names(self) -> list[str]:
+        """Return the folder of each label's videos, or its number if they are in several; none without labels."""
+        folders: dict[int, set[str]] = {}
+        for split in SPLITS:
+            with suppress(UserError):  # a split that is empty, or a cache without its videos
+                for video in self.videos(split):
+                    folders.setdefault(video.label, set()).add(video.name.rpartition("/")[0])
+        known = [folders.get(label, set()) for label in range(max(folders, default=-1) + 1)]
+        return [names.pop() if len(names) == 1 and "" not in names else str(label) for label, names in enumerate(known)]
 
     def digests(self) -> dict[str, str]:
         if self._digests is None:

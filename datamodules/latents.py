@@ -2,8 +2,9 @@
 
 import warnings
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vidtwin.data import LatentDescription, LatentSource
 from vidtwin.errors import UserError
 from vidtwin.storage.latent_files import LOGVAR, Manifest, Shard, VideoEntry, open_shard
 
@@ -109,7 +111,7 @@ class LatentClips(Dataset[dict[str, Any]]):
         return self.__dict__ | {"_shards": OrderedDict()}
 
 
-class LatentDataModule(ResumableDataModule):
+class LatentDataModule(ResumableDataModule, LatentSource):
     """Data module of latents written by `vidtwin encode`. A batch is
 
         {"latents": {name: float32 (B, ...)}, "codes": {name: int64 (B, ...)}, "label": int64 (B,), "name": list[str],
@@ -190,6 +192,32 @@ class LatentDataModule(ResumableDataModule):
         if not self.normalize:
             return latents
         return {name: value * std + mean for name, (value, mean, std) in self._scales(latents).items()}
+
+    def describe_latents(self) -> LatentDescription:
+        clips = self.dataset("train")
+        manifest = clips.manifest
+        key = "sample_std" if self.posterior == "sample" else "std"
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {"continuous": {}, "codes": {}}
+        statistics = {}
+        for name, latent in manifest.latents.items():
+            assert latent.shape is not None  # checked when the data were set up
+            shapes["codes" if latent.kind == "codes" else "continuous"][name] = latent.shape
+            if held := manifest.statistics.get(name):
+                statistics[name] = held["mean"], held[key if key in held else "std"]
+        sizes = Counter((video.height or 0, video.width or 0) for video in clips.videos)
+        rates = Counter(video.fps for video in clips.videos)
+        return LatentDescription(
+            str(clips.folder),
+            manifest.model,
+            shapes["continuous"],
+            shapes["codes"],
+            statistics,
+            manifest.classes,
+            manifest.settings["num_frames"],
+            sizes.most_common(1)[0][0],
+            float(Fraction(rates.most_common(1)[0][0])),
+            len(clips),
+        )
 
     def _scales(self, latents: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Return each latent with its mean and standard deviation, in a shape that broadcasts."""

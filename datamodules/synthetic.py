@@ -237,6 +237,9 @@ class Synthetic(ClipDataModule):
     def videos(self, split: str) -> list[Video]:
         raise UserError("Synthetic clips have no files.")
 
+    def class_names(self) -> list[str]:
+        return self.classes
+
     def make_dataset(self, split: str) -> SyntheticClips:
         return SyntheticClips(self.lengths[split], split, self.settings, self.classes)
 

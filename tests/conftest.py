@@ -9,7 +9,7 @@ import pytest
 
 # Tests that fork processes (forked.py): all in one worker, which imports what they need once more.
 FORKING = "training/test_distributed.py", "benchmark/test_sweep_on_two_ranks.py"
-FORKING += "apply/test_encode.py", "training/test_sharding.py"
+FORKING += "apply/test_encode.py", "training/test_sharding.py", "training/test_diffusion.py"
 # By their CPU time, heaviest first: short files at the end keep all workers busy.
 HEAVY = *FORKING, "cli/test_configs.py", "benchmark/test_sweep.py", "training/test_resume.py"
 HEAVY += "benchmark/test_benchmark_configs.py", "apply/test_export.py", "benchmark/test_report_in_chromium.py"

@@ -240,5 +240,6 @@ FILES = ("protocol.json", "comparison.json", "table.csv", "table.md", "table.tex
 def contents(folder: Path) -> dict[str, str]:
     """Read the files that do not depend on processes and interruptions."""
     paths = [folder / name for name in FILES] + sorted(folder.glob("rows/*/clips.csv"))
-    paths += sorted(folder.glob("rows/*/results.json"))
+    paths += [*sorted(folder.glob("rows/*/results.json")), *sorted(folder.glob("rows/*/analysis.json"))]
+    paths += folder.glob("content.csv")
     return {str(path.relative_to(folder)): path.read_text() for path in paths}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from sweeping import Coded, NumberedData, checkpoint, feature_network, sweep
 
+from vidtwin.benchmark.options import RateDistortion
 from vidtwin.benchmark.protocol import ProtocolSettings
 from vidtwin.benchmark.sweep import FVD, Entry
 from vidtwin.errors import UserError
@@ -30,13 +31,24 @@ def run(folder: Path, name: str, **arguments: Any) -> int:
     entries = [Entry(each, checkpoint=str(folder / f"{each}.ckpt")) for each in names]
     fvd = FVD(str(folder / "i3d.pt"), file_sha256(folder / "i3d.pt"))
     data = NumberedData(11, num_frames=10, unreadable=[4])
-    return sweep(folder / name, entries, data, fvd=fvd, players=1, **{"references": [], **arguments}).run()
+    return sweep(
+        folder / name, entries, data, fvd=fvd, players=1, analysis=True, **{"references": [], **arguments}
+    ).run()
+
+
+def run_curves(folder: Path, name: str, **arguments: Any) -> int:
+    """Run a sweep of coded latents, noise and a codec → exit code."""
+    entries = [Entry(each, checkpoint=str(folder / f"{each}.ckpt")) for each in ("good", "picky")]
+    entries.append(Entry("jpeg", model="vidtwin.baselines.codecs.JPEG"))
+    chosen = RateDistortion(bits=[3], noise=[0.5], clips=7)
+    return sweep(folder / name, entries, NumberedData(5), rate_distortion=chosen, references=[], **arguments).run()
 
 
 def main(folder: Path) -> None:
     """Run the sweeps on this rank and write its exit codes and its refusal."""
     found: dict[str, Any] = {"two": run(folder, "two", devices=2)}
     found["resumed"] = run(folder, "resumed", devices=2)
+    found["curves"] = run_curves(folder, "curves_two", devices=2)
     try:
         run(folder, "two", devices=2, protocol=ProtocolSettings(posterior="sample", ssim="uniform7"))
     except UserError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from generation import tiny_diffusion
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ParallelStrategy
 from tiny import BASELINES, Clips, Poisoned, baseline_task, tiny_model, tiny_task, trainer
@@ -216,6 +217,34 @@ def resumed(folder: Path, **devices: Any) -> dict[str, Any]:
     }
 
 
+def diffusion(folder: Path, **devices: Any) -> dict[str, Any]:
+    """Four steps of a diffusion model on clips that the teacher encodes; the same, ended after two and resumed."""
+    whole, first, second = Diary(), Diary(end_at=2, by_signal=True), Diary()
+    options = {
+        "autoencoder": str(folder.parent / "teacher"),
+        "posterior": "sample",
+        "ema_decay": 0.9,
+        "accumulation": 2,
+    }
+    run = trainer(folder / "whole", 4, callbacks=[whole, saved(folder / "whole")], **devices)
+    run.fit(task := tiny_diffusion(**options), datamodule=Clips(count=12))
+    ended = ""
+    try:
+        run = trainer(folder / "parts", 4, callbacks=[first, saved(folder / "parts")], **devices)
+        run.fit(tiny_diffusion(**options), datamodule=Clips(count=12))
+    except Preempted as end:
+        ended = str(end)
+    run = trainer(folder / "parts", 4, callbacks=[second, saved(folder / "parts")], **devices)
+    run.fit(tiny_diffusion(**options), datamodule=Clips(count=12), resume="auto")
+    return {
+        "ended": ended,
+        "whole": [whole.clips, whole.losses],
+        "parts": [first.clips + second.clips, first.losses + second.losses],
+        "weights": sum(float(p.detach().double().abs().sum()) for p in task.parameters()),
+        "scale": task.denoiser.std.tolist(),
+    }
+
+
 def broken_videos(folder: Path, **devices: Any) -> dict[str, Any]:
     """Two epochs over videos of which some can't be used, in the folder that the test has made."""
     diary = Diary()
@@ -233,7 +262,9 @@ def broken_videos(folder: Path, **devices: Any) -> dict[str, Any]:
     }
 
 
-SCENARIOS = {f.__name__: f for f in (gradients, baselines, odd_tail, too_few, poisoned, resumed, broken_videos)}
+SCENARIOS = {
+    f.__name__: f for f in (gradients, baselines, odd_tail, too_few, poisoned, resumed, diffusion, broken_videos)
+}
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])

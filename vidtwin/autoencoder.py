@@ -80,6 +80,21 @@ class TemporalSpec:
         return f"{legal} frames ({limits})"
 
 
+@dataclass(frozen=True)
+class Coding:
+    """How a codec was run.
+
+    Attributes:
+        curve: Codec and settings but the one of the quality: rows that share it are one rate-distortion curve.
+        settings: All settings, for readers.
+        numbers: Whether its latent stands for a known number of values, as that of a transform does.
+    """
+
+    curve: str
+    settings: str
+    numbers: bool = False
+
+
 @dataclass
 class Reconstruction:
     """The result of a forward pass.
@@ -109,6 +124,7 @@ class VideoAutoencoder(Pretrained, nn.Module, ABC):
         resolution: Height and width if they are fixed when the model is built, else None.
         spatial_multiple: Height and width must be multiples of this if they are not fixed.
         value_range: The range of pixel values in `_encode` and `_decode`; the public methods use [-1, 1].
+        coding: The settings of a codec, whose latent is a `Stream` of bytes; None for other models.
         init_args: The arguments of the constructor, defaults included; `spec` stores them.
         class_path: The import path of the class; `spec` stores it.
     """
@@ -119,6 +135,7 @@ class VideoAutoencoder(Pretrained, nn.Module, ABC):
     resolution: int | None = None
     spatial_multiple: int = 1
     value_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    coding: Coding | None = None
     init_args: dict[str, Any]
     class_path: str
 

@@ -232,6 +232,10 @@ class ClipSource(ABC):
     def protocol(self) -> dict[str, Any]:
         """Describe the test clips: equal descriptions mean equal clips."""
 
+    def class_names(self) -> list[str]:
+        """Return the names of the labels of training clips, by label; none for clips without classes."""
+        return []
+
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of the content of each test video, by name; none for clips that are not of files."""
         return {}
@@ -257,3 +261,45 @@ class ClipSource(ABC):
         verify: bool = False,
     ) -> Sequence[Any]:
         """Write the clips, or the video files, of some splits as shards → one printable summary per split."""
+
+
+@dataclass(frozen=True)
+class LatentDescription:
+    """Description of latents on disk.
+
+    Attributes:
+        folder: Where they are.
+        model: The autoencoder that encoded: class_path, weights_sha256; checkpoint, config and use_ema as the user gave
+            them.
+        shapes: Shape for one clip of each continuous latent, without batch axis.
+        codes: Shape of the codes of each quantized latent.
+        statistics: Mean and standard deviation of each channel of each continuous latent, as the data have them.
+        classes: Names of the labels; empty without.
+        num_frames: Frames of a clip.
+        size: Height and width of the pictures.
+        fps: Frames per second of the clips.
+        num_clips: Number of training clips.
+    """
+
+    folder: str
+    model: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    codes: dict[str, tuple[int, ...]]
+    statistics: dict[str, tuple[list[float], list[float]]]
+    classes: list[str]
+    num_frames: int
+    size: tuple[int, int]
+    fps: float
+    num_clips: int
+
+
+class LatentSource(ABC):
+    """Interface of data modules of latents, whose batches are {"latents", "codes", "label", "name", …}."""
+
+    @abstractmethod
+    def describe_latents(self) -> LatentDescription:
+        """Describe the latents of the training; `UserError` if they are unusable."""
+
+    @abstractmethod
+    def denormalize(self, latents: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Turn the latents of a batch into those that the autoencoder decodes."""

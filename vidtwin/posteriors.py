@@ -7,6 +7,8 @@ An autoencoder's `encode` returns an :class:`Encoding`, which maps each latent's
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -129,6 +131,48 @@ class Quantized(Posterior):
 
     def regularization(self) -> dict[str, Tensor]:
         return dict(self.terms)
+
+
+class Stream(Posterior):
+    """A latent of a codec: the bytes of each clip, from which alone it is decoded.
+
+    Args:
+        value: (B, L) int16, a byte a place; -1 after the end of a clip that has fewer bytes than another.
+        numbers: (B,) the numbers that the bytes of each clip stand for, by default the bytes themselves.
+    """
+
+    END = -1
+
+    def __init__(self, value: Tensor, numbers: Tensor | None = None) -> None:
+        self.value = value
+        self.numbers = self.sizes if numbers is None else numbers
+
+    @classmethod
+    def pack(cls, coded: Sequence[bytes], numbers: Sequence[int] | None = None) -> Self:
+        """Put the bytes of clips into one tensor."""
+        value = torch.full((len(coded), max(map(len, coded))), cls.END, dtype=torch.int16)
+        for row, content in zip(value, coded, strict=True):
+            row[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return cls(value, None if numbers is None else torch.tensor(numbers))
+
+    @classmethod
+    def unpack(cls, value: Tensor) -> list[bytes]:
+        """Return the bytes of each clip from `value`."""
+        return [row[row != cls.END].to(torch.uint8).numpy().tobytes() for row in value.cpu()]
+
+    @property
+    def sizes(self) -> Tensor:
+        """Number of bytes of each clip, (B,)."""
+        return (self.value != self.END).sum(1)
+
+    def sample(self) -> Tensor:
+        return self.value
+
+    def mode(self) -> Tensor:
+        return self.value
+
+    def regularization(self) -> dict[str, Tensor]:
+        return {}
 
 
 class Encoding(dict[str, Posterior]):

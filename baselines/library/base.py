@@ -371,9 +371,9 @@ def _checkpoint_module(attribute: str, block: nn.Module, *arguments: Any) -> Any
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(
-            f"Expected official weights with config.json, got none in {folder}; give --subfolder if needed."
-        )
+        inner = sorted(found.parent.name for found in folder.glob("*/config.json"))
+        advice = f"give --subfolder {' or '.join(inner)}" if inner else "name the folder that has it"
+        raise UserError(f"Expected official weights with config.json, got none in {folder}; {advice}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

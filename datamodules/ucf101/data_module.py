@@ -85,6 +85,10 @@ class UCF101(ClipDataModule):
     def cache_key(self, split: str) -> dict[str, Any]:
         return {"split": self.split, "val_groups": self.val_groups}
 
+    def class_names(self) -> list[str]:
+        labels = self._number_classes(self._find_lists())
+        return sorted(labels, key=lambda name: labels[name])
+
     def _find_lists(self) -> Path | None:
         return find_lists(self.root) if self._given_lists is None else Path(self._given_lists)
 

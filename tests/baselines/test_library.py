@@ -874,6 +874,10 @@ def test_official_weights_convert_and_others_are_refused(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     model, clip = tiny("wan"), noise(1, 3, 5, 8, 8)
     model.model.save_pretrained("repo/vae")
+    assert main(["convert", "repo", "ours"]) == 2
+    assert "got none; give --model wan --subfolder vae." in capsys.readouterr().err
+    assert main(["convert", "repo", "ours", "--model", "wan"]) == 2
+    assert "got none in repo; give --subfolder vae." in capsys.readouterr().err
     assert main(["convert", "repo", "ours", "--model", "wan", "--subfolder", "vae"]) == 0
     with torch.no_grad():
         assert torch.equal(VideoAutoencoder.from_pretrained("ours")(clip).clip, model(clip).clip)

@@ -12,9 +12,10 @@ from torch import nn
 
 import vidtwin
 from vidtwin.benchmark import downstream
-from vidtwin.benchmark.downstream import LatentDiT, count_tokens, fold, unfold
+from vidtwin.benchmark.downstream import LatentDiT
 from vidtwin.benchmark.memory import peak_memory
 from vidtwin.cli import model_config
+from vidtwin.diffusion.tokens import count_tokens, fold, unfold
 from vidtwin.errors import UserError
 
 CONFIGS = Path(vidtwin.__file__).parent / "configs"

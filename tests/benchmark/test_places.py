@@ -37,17 +37,13 @@ def test_clips_of_one_video_are_drawn_together():
     assert assign(a=a, b=b) == {"a": 1, "b": 1}
 
 
-def test_the_interval_is_that_of_a_bootstrap_by_hand():
-    values = np.random.default_rng(2).normal(0.4, 1, 30)
-    drawn = places._draw_means({"a": units(*values)})["a"]
-    assert drawn.std() == pytest.approx(values.std() / math.sqrt(30), rel=0.1)
-    assert drawn.mean() == pytest.approx(values.mean(), abs=0.02)
-    assert (drawn == places._draw_means({"a": units(*values)})["a"]).all()
-
-
-def test_weights_count_as_in_the_mean():
-    drawn = places._draw_means({"a": [("v", 3.0, 1.0), ("v", 1.0, 5.0), ("w", 4.0, 2.0)]})["a"]
-    assert drawn == pytest.approx(np.full(places.DRAWS, 2.0))
+def test_videos_of_one_ucf_group_are_drawn_together():
+    names = [f"v_Archery_g{group:02d}_c{clip:02d}.avi" for group in (1, 2) for clip in range(1, 26)]
+    a = [(name, 1.0, 1.0 if "_g01_" in name else -0.5) for name in names]
+    assert assign(a=a, b=[(name, 1.0, 0.0) for name in names]) == {"a": 1, "b": 1}
+    # Named otherwise, each of the 50 videos is a source of its own.
+    a, b = ([(f"{place}.avi", *unit[1:]) for place, unit in enumerate(row)] for row in (a, units(*[0.0] * 50)))
+    assert assign(a=a, b=b) == {"a": 1, "b": 2}
 
 
 def test_one_row_and_one_video_have_no_places():

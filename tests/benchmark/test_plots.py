@@ -224,7 +224,7 @@ def test_temporary_files_that_a_kill_left_are_removed_and_no_others(folder):
 
 @pytest.mark.parametrize(("higher", "joined"), [(True, [2.0, 3.0]), (False, [1.0])])
 def test_the_front_is_that_of_the_better_direction(higher, joined):
-    figure = plots._figure(1, 1)
+    figure = plots.make_figure(1, 1)
     points = [plots.Point("a", 1.0, 2.0, {}, True), plots.Point("b", 2.0, 3.0, {}, True)]
     points += [plots.Point("c", 1.0, 1.0, {}, True)]
     assert sorted({y for _, y in plots._front(figure.axes[0], points, higher)}) == joined

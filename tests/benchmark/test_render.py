@@ -312,7 +312,7 @@ def test_differences_inside_the_noise_share_the_place(folder):
     folder.add("b", 29.95, spread=-1 / 3)  # better on one clip, worse on another
     folder.add("c", 29.0)
     assert marks(folder.results(), "psnr") == {"a": "best", "b": "best", "c": "second"}
-    assert "95% interval of their difference holds 0 (paired bootstrap over videos, 1,000 draws, seed 0" in (
+    assert "95% interval of their difference holds 0 (paired bootstrap over source videos, 2,000 draws, seed 0" in (
         render.markdown(folder.results())
     )
 

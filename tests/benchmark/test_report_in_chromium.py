@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from benchmark.fixture_results import FAILED, FRAMES, HOSTILE_CLIP, HOSTILE_MODEL, write_results
 
-from vidtwin.benchmark import report
+from vidtwin.benchmark import report, rows
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install -e '.[dev]')")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -139,6 +139,22 @@ def test_keys_go_from_clip_to_clip_and_a_clip_with_markup_in_its_name_is_text(op
         page.locator("#clips").press("ArrowRight")
     assert len(seen) == 7
     assert HOSTILE_CLIP in seen
+
+
+def test_clips_are_ordered_by_what_is_in_them_if_that_was_measured(browser, tmp_path):
+    folder = write_results(tmp_path / "results")
+    digest = rows.read(folder).protocol_hash
+    lines = [f"v_Archery_g{place:05d}_c01.avi,12,{(3 * place) % 7},1,2.5,0,{digest}" for place in range(6)]
+    text = "\n".join(["name,start_frame,motion,change,texture,cuts,protocol_hash", *lines]) + "\n"
+    (folder / "content.csv").write_text(text)
+    opened = Opened(browser, report.write(folder))
+    opened.page.locator("#clips-order").select_option(label="Motion (px a frame) of the clip, rising")
+    assert [opened.page.evaluate(f"order[{place}]") for place in range(6)] == [0, 5, 3, 1, 4, 2]
+    opened.page.locator("#clips").press("Home")
+    opened.page.locator("#clips").press("ArrowRight")
+    assert opened.page.locator("#clip-name").inner_text() == "v_Archery_g00005_c01.avi"
+    assert "Motion (px a frame): 1. Change (steps of 255): 1." in opened.page.locator("#clip-facts").inner_text()
+    assert opened.said == []
 
 
 def test_players_advance_in_step(opened):

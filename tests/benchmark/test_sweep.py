@@ -917,3 +917,17 @@ def test_whole_videos_at_their_own_size_are_measured_one_by_one(tmp_path):
     sweeping.calls.clear()
     assert sweep(out, entries[:2], data, protocol=protocol, players=1, cost=True, repeats=1).run() == 0
     assert sweeping.calls == []
+
+
+def test_trainings_of_one_model_are_named_in_their_rows_without_a_new_measurement(tmp_path):
+    paths = [checkpoint(tmp_path / f"{scale}.ckpt", scale) for scale in (0.9, 0.8)]
+    entries = [Entry(f"Pool {number}", checkpoint=path) for number, path in enumerate(paths)]
+    assert sweep(tmp_path / "r", entries).run() == 0
+    assert comparison(tmp_path / "r")["statistics"]["seeds"] == {}
+    sweeping.calls.clear()
+    assert sweep(tmp_path / "r", [replace(entry, seed_of="Pool") for entry in entries]).run() == 0
+    assert sweeping.calls == []
+    assert row(tmp_path / "r", "Pool 1")["seed_of"] == "Pool"
+    seeds = comparison(tmp_path / "r")["statistics"]["seeds"]["Pool"]
+    assert sorted(seeds["rows"]) == ["Pool 0", "Pool 1"]
+    assert seeds["metrics"]["psnr"]["std"] > 0

@@ -11,7 +11,7 @@ import torch
 import two_rank_sweep
 from sweeping import Coded, Interruption, NumberedData, checkpoint, contents, sweep
 
-from vidtwin.benchmark import plots, report
+from vidtwin.benchmark import analysis_plots, plots, report
 from vidtwin.benchmark.sweep import Entry
 
 
@@ -21,7 +21,8 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sweeps")
     two_rank_sweep.prepare(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "write", lambda folder: [])
+        for module in (plots, analysis_plots):
+            patch.setattr(module, "write", lambda folder: [])
         patch.setattr(report, "write", lambda folder: Path(folder) / "report.html")
         patch.setattr(Interruption, "after", 9)
         threads = torch.get_num_threads()
@@ -30,6 +31,7 @@ def folder(tmp_path_factory) -> Path:
             two_rank_sweep.run(folder, "resumed")
         patch.setattr(Interruption, "after", None)
         assert two_rank_sweep.run(folder, "one") == 1
+        assert two_rank_sweep.run_curves(folder, "curves_one") == 0
         torch.set_num_threads(threads)
     forked.run_ranks(two_rank_sweep.main, folder, stderr=folder / "stderr")
     return folder
@@ -39,6 +41,20 @@ def test_two_processes_give_the_files_of_one(folder):
     one, two = contents(folder / "one"), contents(folder / "two")
     assert len(one) > 10
     assert two == one
+    assert {"rows/good/analysis.json", "rows/picky/analysis.json", "content.csv"} <= set(one)
+
+
+def test_two_processes_give_the_curves_of_one_and_a_clip_that_a_model_can_not_encode_is_left_out_of_the_fit(folder):
+    one, two = contents(folder / "curves_one"), contents(folder / "curves_two")
+    assert two == one
+    for name in ("good", "picky"):
+        levels = [(folder / f"curves_{each}/rows/{name}/levels.csv").read_text() for each in ("one", "two")]
+        assert levels[0] == levels[1]
+        assert "noise,0.5" in levels[0]
+    assert (
+        "picky: its coder is fitted without v0.avi, v0.avi: RuntimeError: this clip breaks"
+        in (folder / "stderr").read_text()
+    )
 
 
 def test_two_processes_resume_a_sweep_of_one(folder):

@@ -23,6 +23,7 @@ from vidtwin.video import probe, write_video
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MODELS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 BASELINES = sorted(path.stem for path in (CONFIGS / "baselines").glob("*.yaml"))
+FULL_SIZE = [name for name in BASELINES if not name.endswith("_tiny")]
 LATENTS = sorted(path.name for path in (CONFIGS / "latents").glob("*.yaml"))
 
 # Sizes only: losses, optimizers, schedules, discriminators and what else a config says stay its own.
@@ -126,18 +127,30 @@ def gan_options(config: dict, resolution: int) -> list[str]:
     return options
 
 
-@pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize("name", BASELINES)
-def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monkeypatch, capsys):
-    """With its own losses, optimizers and options; the tiny ones with a model of their own size too."""
-    monkeypatch.chdir(tmp_path)
-    path = CONFIGS / "baselines" / f"{name}.yaml"
+def fit_a_step(name: str) -> list[str]:
+    """Train a baseline with its own losses, optimizers and options, small unless it is tiny itself → the options."""
     config = parsed(f"baselines/{name}.yaml")
     tiny = name.endswith("_tiny")
-    options = ["--config", str(path), *ONE_STEP]
+    options = ["--config", str(CONFIGS / "baselines" / f"{name}.yaml"), *ONE_STEP]
     options += ["--data.resolution=64"] if tiny else small_options(name, config)
     options += [] if name.startswith("cmd") else ["--data.num_frames=8"]  # its model holds their number
     assert main(["fit", *options, *gan_options(config, 64 if tiny else 32)]) == 0
+    return options
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_a_baselines_config_trains_a_step(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit_a_step(name)
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize(
+    "name", [n if n not in FULL_SIZE else pytest.param(n, marks=pytest.mark.slow) for n in BASELINES]
+)
+def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = fit_a_step(name)
     (last,) = tmp_path.rglob("last.ckpt")
     data = [option for option in options if option.startswith("--data")]
     capsys.readouterr()
@@ -153,7 +166,7 @@ def test_a_baselines_config_passes_fit_test_and_reconstruct(name, tmp_path, monk
     write_video("in.mp4", frames, 8)
     assert main(["reconstruct", "in.mp4", "--ckpt_path", str(last), "--accelerator=cpu"]) == 0
     assert probe("reconstructions/in.mp4").num_frames == 18
-    if discrete and tiny:
+    if discrete and name not in FULL_SIZE:
         assert main(["predict", "--ckpt_path", str(last), *data, "--trainer.accelerator=cpu"]) == 0
         for file in Path("predictions").rglob("*.safetensors"):
             written = load_file(file)

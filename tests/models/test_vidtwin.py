@@ -208,19 +208,29 @@ def test_saved_latents_decode_to_the_same_clip_in_another_process_without_lightn
     torch.testing.assert_close(decoded, model(clip).clip, rtol=1e-5, atol=1e-6)
 
 
-def test_activation_checkpointing_changes_no_gradient():
-    gradients = []
-    for activation_checkpointing in (False, True):
-        model = tiny(activation_checkpointing=activation_checkpointing).train()
-        calls = []
-        model.decoder.transformer.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        torch.manual_seed(2)
-        result = model(clip_for(model))
-        (result.clip.abs().mean() + result.regularization["kl"]).backward()
-        assert len(calls) == 1 + activation_checkpointing  # recomputed in the backward pass
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6)
+def test_activation_checkpointing_changes_no_gradient_and_keeps_less():
+    kept, gradients = {}, {}
+    for option in (False, "mlp", True):
+        model = tiny(activation_checkpointing=option, qformer_dropout=0.0).train()
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        held = {}
+
+        def keep(tensor, own=own, held=held):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                held[storage.data_ptr()] = tensor, storage.nbytes()  # the tensor, so that the address stays its own
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            decoded = model.decode(model.encode(clip_for(model)).mode())
+        decoded.square().mean().backward()
+        kept[option] = sum(size for _, size in held.values())
+        gradients[option] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    torch.testing.assert_close(gradients["mlp"], gradients[False])
+    torch.testing.assert_close(gradients[True], gradients[False])
+    assert kept[True] < kept["mlp"] < 0.85 * kept[False]
+    with pytest.raises(UserError, match="activation_checkpointing true, false or \"mlp\", got 'all'"):
+        tiny(activation_checkpointing="all")
 
 
 # Error lines.

@@ -119,6 +119,21 @@ def test_sigterm_to_one_rank_ends_both_and_the_rest_follows_bit_for_bit(outcomes
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
+def test_two_ranks_train_one_diffusion_model_and_resume_it_bit_for_bit(outcomes):
+    folder, ranks = outcomes
+    first, second = (rank["diffusion"] for rank in ranks)
+    assert first["weights"] == second["weights"]
+    assert first["scale"] == second["scale"] != [1.0] * len(first["scale"])
+    for ours, theirs in zip(first["whole"][0], second["whole"][0], strict=True):
+        assert not set(ours) & set(theirs)
+    assert first["whole"][1] != second["whole"][1]  # each rank draws its own noise
+    for rank in (first, second):
+        assert "after step 2, saved in" in rank["ended"]
+        assert rank["parts"] == rank["whole"]
+    whole, parts = (weights_of(folder / "diffusion" / name) for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
 def test_ranks_skip_the_same_videos_and_have_equally_many_batches(outcomes):
     folder, ranks = outcomes
     first, second = (rank["broken_videos"] for rank in ranks)

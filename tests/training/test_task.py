@@ -379,3 +379,16 @@ def test_several_devices_look_for_parameters_without_a_gradient(tmp_path):
 def test_batches_without_a_clip_are_refused_with_their_keys():
     with pytest.raises(UserError, match="Expected batches with a clip, got latents, label; set --data"):
         tiny_task().predict_step({"latents": {}, "label": torch.zeros(1)}, 0)
+
+
+def test_tensor_float_32_holds_in_a_training_alone(tmp_path):
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, *_):
+            seen.append(torch.backends.cuda.matmul.fp32_precision)
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    trainer(tmp_path, 3, callbacks=[Look()], tensor_float_32=True, limit_val_batches=0).fit(tiny_task(), Clips())
+    assert seen == ["tf32"] * 3
+    assert torch.backends.cuda.matmul.fp32_precision == before != "tf32"

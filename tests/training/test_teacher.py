@@ -198,9 +198,12 @@ def test_a_small_decoder_is_trained_on_the_teachers_latents_without_the_students
     last = tmp_path / "last.ckpt"
     config = write_config(tmp_path)
     capsys.readouterr()
-    argv = ["test", "--config", str(config), "--ckpt_path", str(last), "--results_dir", str(tmp_path / "results")]
-    assert main([*argv, *(f"--model.autoencoder.init_args.{name}={value}" for name, value in HALF.items())]) == 2
-    assert "Expected weights of an encoder and a decoder, got a decoder alone" in capsys.readouterr().err
+    assert main(["convert", str(last), str(tmp_path / "converted")]) == 0
+    small = [f"--model.autoencoder.init_args.{name}={value}" for name, value in HALF.items()]
+    for path in (last, tmp_path / "converted"):
+        argv = ["test", "--config", str(config), "--ckpt_path", str(path), "--results_dir", str(tmp_path / "results")]
+        assert main([*argv, *small]) == 2
+        assert "Expected weights of an encoder and a decoder, got a decoder alone" in capsys.readouterr().err
     checkpoints.load_autoencoder(last)
     assert "its encoder was not trained" in capsys.readouterr().err
 
@@ -247,7 +250,7 @@ def test_sharded_weights_are_refused(weights, tmp_path, monkeypatch):
     class Sharded(Placement):
         pass
 
-    monkeypatch.setattr("vidtwin.training.task.placement_of", lambda trainer: Sharded())
+    monkeypatch.setattr("vidtwin.training.base.placement_of", lambda trainer: Sharded())
     with pytest.raises(UserError, match=r"for model\.teacher, got sharded ones; train by ddp"):
         run(tmp_path, distil(weights), 1)
 

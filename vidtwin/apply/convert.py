@@ -54,8 +54,10 @@ def add_more_options(parser: "ArgumentParser", options: "Namespace", wants_help:
             raise UserError(f"Expected a file or folder, got {options.places[0]}; --ckpt_path takes it as it is.")
         check_weights(options.places[0], "a checkpoint or released weights (a file or a folder)")
         _check_target(Path(options.places[1]), options.overwrite)
-    from vidtwin.apply.converter import released_class
+    from vidtwin.apply.converter import released_class, suggest_options
 
+    if not wants_help and options.model is None and (wanted := suggest_options(Path(options.places[0]))):
+        raise UserError(f"Expected the class of the weights in {options.places[0]}, got none; give {wanted}.")
     cls = released_class(options.model or _DEFAULT)
     parser.add_method_arguments(cls, "from_official", skip={"path"}, fail_untyped=False)
 

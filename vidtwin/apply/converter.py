@@ -1,5 +1,6 @@
 """Convert checkpoints and released weights to a folder of `save_pretrained`. Imports torch and lightning."""
 
+import json
 import shutil
 import sys
 import tempfile
@@ -67,6 +68,8 @@ def record_training(
     counts = checkpoint.get("training")
     record = {"checkpoint": path.name, "weights": "average" if average else "last"} | found
     record |= counts if isinstance(counts, dict) else {}
+    if isinstance(teacher := checkpoint.get("teacher"), dict):
+        record["teacher"] = {key: value for key, value in teacher.items() if key != "path"}
     beside = path.resolve().parent.parent / "config.yaml"
     source = config or (beside if beside.is_file() else None)
     if source is None:
@@ -86,6 +89,20 @@ def released_class(name: str) -> type[VideoAutoencoder]:
             f"Expected a class with from_official ({', '.join(able)}), got {name}: it has no released weights."
         )
     return cls
+
+
+def suggest_options(path: Path) -> str | None:
+    """Return the options for a folder of a library's weights, such as "--model wan --subfolder vae", if it is one."""
+    for config in (path / "config.json", *sorted(path.glob("*/config.json"))) if path.is_dir() else ():
+        try:
+            content = json.loads(config.read_text(encoding="utf-8"))
+            name = (content.get("architectures") or [content["_class_name"]])[0]
+        except (OSError, ValueError, LookupError, AttributeError, TypeError):
+            continue
+        for short, cls in plugins.load_all(_GROUP).items():
+            if str(getattr(cls, "library_class", "")).endswith(f".{name}"):  # an adapter of that library
+                return f"--model {short}" + (f" --subfolder {config.parent.name}" if config.parent != path else "")
+    return None
 
 
 def _load(

@@ -112,6 +112,66 @@ class DecodeOptions:
 
 
 @dataclass
+class GenerateOptions:
+    """Choose the diffusion model, what it generates, and the devices.
+
+    Args:
+        ckpt_path: Checkpoint of a diffusion model.
+        out: Folder of the videos.
+        class_name: Classes, separated by commas; by default all.
+        num: Number of videos of each class.
+        seed: Seed of their noise.
+        guidance: Weight of the class, 1 for none; by default that of the training.
+        steps: Steps of sampling; by default those of the training.
+        batch_size: Videos that are sampled together.
+        use_ema: Take the averaged weights; by default if the checkpoint has them.
+        autoencoder: Weights of the autoencoder that decodes, if they are not at the path in the checkpoint.
+        fps: Frames per second of the videos; by default those of the training clips.
+        overwrite: Replace existing videos.
+        progress: Show a progress bar.
+        accelerator: As in Lightning: auto, cpu, cuda, ….
+        devices: Number of devices, or their indices; each runs a process with its share of the videos.
+        num_nodes: Number of machines, each with this many devices.
+        precision: Precision of the transformer and the autoencoder.
+    """
+
+    ckpt_path: str | None = None
+    out: str | None = None
+    class_name: str | None = None
+    num: int = 16
+    seed: int = 0
+    guidance: float | None = None
+    steps: int | None = None
+    batch_size: int = 8
+    use_ema: bool | None = None
+    autoencoder: str | None = None
+    fps: float | None = None
+    overwrite: bool = False
+    progress: bool = True
+    accelerator: str = "auto"
+    devices: int | list[int] | str = 1
+    num_nodes: int = 1
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+
+    def __post_init__(self) -> None:
+        if not self.ckpt_path:
+            raise UserError("Expected a trained diffusion model, got none; give --ckpt_path PATH.")
+        if not self.out:
+            raise UserError("Expected a folder to write to, got none; give --out DIR.")
+        check_counts(num=self.num, batch_size=self.batch_size, steps=self.steps)
+        if self.seed < 0:
+            raise UserError(f"Expected --seed of at least 0, got {self.seed}.")
+        if self.fps is not None and not self.fps > 0:
+            raise UserError(f"Expected --fps above 0, got {self.fps}.")
+
+    @property
+    def class_names(self) -> list[str]:
+        """The given classes, each once; none if all are wanted."""
+        names = [name.strip() for name in (self.class_name or "").split(",")]
+        return list(dict.fromkeys(name for name in names if name))
+
+
+@dataclass
 class ExportOptions:
     """Choose the model and the programs to export.
 

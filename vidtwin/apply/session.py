@@ -90,11 +90,14 @@ class Session:
             return self.model.encode(clip)
 
     @torch.inference_mode()
-    def decode(self, latents: Latents, height: int, width: int) -> list[Frames]:
-        """Decode latents (B, ...) to clips, uint8 (T, height, width, 3) each, without the padding of `encode`."""
+    def decode(self, latents: Latents, height: int, width: int, num_frames: int | None = None) -> list[Frames]:
+        """Decode latents (B, ...) to clips, uint8 (T, height, width, 3) each, without the padding of `encode`.
+
+        T is `num_frames`, by default that of the windows.
+        """
         latents = {name: latent.to(self.fabric.device) for name, latent in latents.items()}
         with forward_context(self.fabric, self.precision):
-            decoded = self.model.decode(latents, self.num_frames)
+            decoded = self.model.decode(latents, num_frames or self.num_frames)
         return [to_uint8(clip)[:, :height, :width] for clip in decoded]
 
     def views(

@@ -10,24 +10,21 @@ modulation by it, so there are none here.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidtwin.benchmark.cost import device_name, seconds, spread
 from vidtwin.benchmark.memory import counter_name, peak_memory, within_memory
+from vidtwin.diffusion.tokens import LatentShapes, LatentTokens, count_tokens
 from vidtwin.errors import UserError
 from vidtwin.layers.patches import sincos_1d
 
-WIDTH, HEADS, FFN, DEPTH, PATCH = 512, 8, 2048, 6, 2
-
-LatentShapes = Mapping[str, Sequence[int]]
+WIDTH, HEADS, FFN, DEPTH = 512, 8, 2048, 6
 
 
 class LatentDiT(nn.Module):
@@ -43,30 +40,19 @@ class LatentDiT(nn.Module):
 
     def __init__(self, latent_shapes: LatentShapes) -> None:
         super().__init__()
-        self.latent_shapes = {name: tuple(shape) for name, shape in latent_shapes.items()}
-        self.tokens_by_latent = count_tokens(latent_shapes)
-        sizes = {name: shape[0] * PATCH ** len(shape[1:]) for name, shape in self.latent_shapes.items()}
-        # In lists, since a latent's name may be no name of a module.
-        self.embeddings = nn.ModuleList(nn.Linear(size, WIDTH) for size in sizes.values())
+        self.tokens = LatentTokens(latent_shapes, WIDTH)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(WIDTH, HEADS, FFN, dropout=0.0, batch_first=True) for _ in range(DEPTH)
         )
-        self.heads = nn.ModuleList(nn.Linear(WIDTH, size) for size in sizes.values())
-        positions = sincos_1d(WIDTH, torch.arange(sum(self.tokens_by_latent.values())))
+        positions = sincos_1d(WIDTH, torch.arange(self.tokens.total))
         self.register_buffer("positions", positions.float(), persistent=False)
 
     def forward(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Map latents by name, each (B, C, ...), to as many numbers of the same shapes."""
-        patches = [fold(latents[name]) for name in self.latent_shapes]
-        embedded = [embed(part) for embed, part in zip(self.embeddings, patches, strict=True)]
-        x = torch.cat(embedded, dim=1) + self.positions
+        x = self.tokens.embed(latents) + self.positions
         for layer in self.layers:
             x = layer(x)
-        parts = x.split(list(self.tokens_by_latent.values()), dim=1)
-        return {
-            name: unfold(head(part), shape)
-            for (name, shape), head, part in zip(self.latent_shapes.items(), self.heads, parts, strict=True)
-        }
+        return self.tokens.restore(x)
 
     def num_parameters(self, count: Literal["layers", "ffn_norm_only", "embeddings"] = "layers") -> int:
         """Count parameters, all of which are trainable.
@@ -79,44 +65,11 @@ class LatentDiT(nn.Module):
         modules: dict[str, Iterable[nn.Module]] = {
             "layers": self.layers,
             "ffn_norm_only": ffn_and_norms,
-            "embeddings": [self.embeddings, self.heads],
+            "embeddings": [self.tokens],
         }
         if count not in modules:
             raise UserError(f"Expected count to be one of {', '.join(modules)}, got {count!r}.")
         return sum(p.numel() for module in modules[count] for p in module.parameters())
-
-
-def count_tokens(latent_shapes: LatentShapes) -> dict[str, int]:
-    """Count each latent's tokens: patches of 2 on every axis but the first, an odd axis padded; a vector is one."""
-    for name, shape in latent_shapes.items():
-        if not shape or any(size < 1 for size in shape):
-            raise UserError(f"Expected a latent of shape (channels, ...), got {name} of {tuple(shape)}.")
-    if not latent_shapes:
-        raise UserError("Expected at least one latent, got none.")
-    return {name: math.prod(-(-size // PATCH) for size in shape[1:]) for name, shape in latent_shapes.items()}
-
-
-def fold(latent: Tensor) -> Tensor:
-    """Fold a latent (B, C, A1, ..., Ak) to patches (B, N, C·2^k); odd axes are padded by a zero."""
-    axes = latent.ndim - 2
-    padding = [(0, -size % PATCH) for size in reversed(latent.shape[2:])]
-    latent = F.pad(latent, tuple(chain.from_iterable(padding)))
-    for axis in range(axes):
-        latent = latent.unflatten(2 + 2 * axis, (-1, PATCH))  # (B, C, A1/2, 2, ..., Ak/2, 2)
-    places, inside = range(2, 2 + 2 * axes, 2), range(3, 2 + 2 * axes, 2)
-    latent = latent.permute(0, *places, 1, *inside)
-    return latent.reshape(len(latent), math.prod(latent.shape[1 : 1 + axes]), -1)
-
-
-def unfold(patches: Tensor, shape: Sequence[int]) -> Tensor:
-    """Unfold patches (B, N, C·2^k) to the latent (B, *shape) that they were cut from."""
-    axes = len(shape) - 1
-    grid = [-(-size // PATCH) for size in shape[1:]]
-    latent = patches.reshape(len(patches), *grid, shape[0], *[PATCH] * axes)
-    pairs = chain.from_iterable((1 + axis, 2 + axes + axis) for axis in range(axes))
-    latent = latent.permute(0, 1 + axes, *pairs)
-    latent = latent.reshape(len(patches), shape[0], *(PATCH * size for size in grid))
-    return latent[(slice(None), slice(None), *(slice(size) for size in shape[1:]))]
 
 
 @torch.inference_mode(False)
@@ -170,8 +123,8 @@ def counts(latent_shapes: LatentShapes) -> dict[str, Any]:
     with torch.device("meta"):
         model = LatentDiT(latent_shapes)
     return {
-        "tokens": sum(model.tokens_by_latent.values()),
-        "tokens_by_latent": model.tokens_by_latent,
+        "tokens": model.tokens.total,
+        "tokens_by_latent": model.tokens.counts,
         "parameters": model.num_parameters(),
         "parameters_ffn_norm_only": model.num_parameters("ffn_norm_only"),
         "embedding_parameters": model.num_parameters("embeddings"),
@@ -184,7 +137,7 @@ def flops(model: LatentDiT) -> dict[str, int]:
 
     It is in training mode, in which no fused layer hides products from the counter, with attention as plain products.
     """
-    noise = {name: torch.empty(1, *shape, device="meta") for name, shape in model.latent_shapes.items()}
+    noise = {name: torch.empty(1, *shape, device="meta") for name, shape in model.tokens.latent_shapes.items()}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss = compute_loss(model.train(), noise, noise)
         forward = counter.get_total_flops()

@@ -4,7 +4,7 @@ import hashlib
 import math
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from vidtwin.benchmark.cost import device_name
 from vidtwin.benchmark.rows import SCHEMA_VERSION
 from vidtwin.errors import UserError
 from vidtwin.metrics.latents import LatentStatistics
-from vidtwin.posteriors import Encoding, Latents
+from vidtwin.posteriors import Encoding, Latents, Stream
 
 LAST, AVERAGE = "of the last step", "running average"
 BLACK = -1.0
@@ -136,6 +136,22 @@ class LoadedModel:
             found[name] = {"shape": shape, "numbers": numbers, "rate": rate, "bits": bits}
         return found
 
+    def sum_streams(self, encoding: Encoding, clip_shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+        """Describe a codec's streams of some clips (3, T, H, W), to be added up by `add_latents`."""
+        values = math.prod(clip_shape)
+        found: dict[str, dict[str, Any]] = {}
+        for name, stream in encoding.items():
+            if isinstance(stream, Stream):
+                numbers, clips = int(stream.numbers.sum()), len(stream.sizes) // self.count_windows(clip_shape[1])
+                found[name] = {
+                    "shape": None,
+                    "numbers": numbers,
+                    "rate": numbers / (clips * values),
+                    "bits": 8 * int(stream.sizes.sum()),
+                    "values": clips * values,
+                }
+        return found
+
     def sum_latents(self, pieces: Sequence[Latents], clip_shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
         """Describe the latents of a clip (3, T, H, W) that was encoded in parts, to be added up by `add_latents`."""
         total: dict[str, dict[str, Any]] = {}
@@ -177,6 +193,7 @@ class LoadedModel:
             "bits_per_pixel": None if None in bits else sum(bits) / (values // 3),
             "claimed": compare_claim(rate, self.claimed_rate),
             "codebooks": _describe_codebooks(codes),
+            "coding": asdict(self.model.coding) if self.model.coding else None,
             "device": device_name(device),
             "versions": {"vidtwin": vidtwin.__version__, "torch": torch.__version__},
         }

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import cost, downstream
-from vidtwin.benchmark.loaded_model import LoadedModel
+from vidtwin.benchmark.loaded_model import LoadedModel, add_latents
 from vidtwin.benchmark.options import SweepOptions
 from vidtwin.benchmark.plan import CodeCounts, Job, ModelError, Part, Plan, format_error, make_empty_part
+from vidtwin.benchmark.rate_distortion import Curves
 from vidtwin.benchmark.rfvd import ClipFeatures
 from vidtwin.distributed import forward_context
 from vidtwin.errors import UserError
 from vidtwin.metrics.fvd import MIN_FRAMES, FeatureNetwork
 from vidtwin.metrics.measures import Measures
 from vidtwin.metrics.registry import BY_KEY
-from vidtwin.posteriors import Encoding, Quantized
+from vidtwin.posteriors import Encoding, Quantized, Stream
 
 MAX_TOKENS, MAX_TOKENS_ON_CPU = 20_000, 4_000  # of which a DiT's training step is timed
 
@@ -73,12 +74,14 @@ class Measurer:
         else:
             i3d = FeatureNetwork(options.i3d.path, options.i3d.sha256, protocol["fvd"]["convention"])
             self.features = ClipFeatures(i3d, options.folder, plan, self._load_target)
+        self.curves = Curves(options, self.measures, self._precision, self.device) if options.rate_distortion else None
         self.settings = {
             "metrics": [*self.measures.names, *(["rfvd"] if self.features else [])],
             "protocol": plan.digest,
             "batch": len(plan.chunks[0]),
             "device": self.device.type,
-            **({"seed": options.seed} if protocol["posterior"] == "sample" else {}),
+            **({"seed": options.seed} if protocol["posterior"] == "sample" or self.curves else {}),
+            **({"rate_distortion": self.curves.settings} if self.curves else {}),
         }
         self.costs_settings = [options.repeats, options.cost, options.downstream, cost.device_name(self.device)]
 
@@ -171,6 +174,8 @@ class Measurer:
         shape, repeats, precision = model.piece_shape(self.plan.shape), self.options.repeats, self._precision
         model.fit(shape, self.device)
         found: dict[str, Any] = {"cost": None, "downstream": None}
+        if model.model.coding:
+            return found
         if self.options.cost:
 
             def wrap(copy: VideoAutoencoder) -> LoadedModel:
@@ -198,8 +203,15 @@ class Measurer:
         prediction = prediction.nan_to_num()  # a file has no NaN: the clip fails, but its neighbours are measured
         prediction, target = self.measures.prepare(prediction.float(), clip)
         values = {name: value.tolist() for name, value in self.measures.values(prediction, target).items()}
+        levels = self.curves.measure(model, encodings, clip, target, indices) if self.curves else None
         features = self.features.measure(prediction, target, indices) if self.features else None
-        if self.plan.varies:
+        if model.model.coding:
+            for encoding, piece in zip(encodings, model.cut(clip), strict=True):
+                found = model.sum_streams(encoding, tuple(piece.shape[1:]))
+                part["latents"] = add_latents(part["latents"] or {}, found)
+            bits = torch.stack([_count_bits(encoding, len(indices)) for encoding in encodings]).sum(0)
+            values["bpp"] = (bits / math.prod(clip.shape[2:])).tolist()
+        elif self.plan.varies:
             part["latents"] = model.sum_latents([each.mode() for each in encodings], tuple(clip.shape[1:]))
         else:
             (encoding,) = encodings
@@ -219,6 +231,8 @@ class Measurer:
             part["clips"].append({"name": name, "start_frame": start, "num_frames": clip.shape[2], **numbers})
             if features is not None:
                 part["features"].append(features[place])
+            if levels:
+                part["levels"].append([{"name": name, "start_frame": start, **level} for level in levels[place]])
             for encoding in encodings:
                 _count_codes(part["codes"], encoding, slice(place * windows, (place + 1) * windows))
 
@@ -249,6 +263,12 @@ def _catch(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return run()
     except Exception as error:
         return {"error": format_error(error)}
+
+
+def _count_bits(encoding: Encoding, clips: int) -> Tensor:
+    """Count the bits of the streams of each of some clips, (clips,)."""
+    streams = [posterior for posterior in encoding.values() if isinstance(posterior, Stream)]
+    return torch.stack([8 * stream.sizes.cpu().reshape(clips, -1).sum(1) for stream in streams]).sum(0)
 
 
 def _count_codes(counts: dict[str, CodeCounts], encoding: Encoding, clips: slice) -> None:

@@ -58,6 +58,8 @@ class TensorMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func.namespace == "prim":  # a question about a tensor, by fake tensors
+            return func(*args, **(kwargs or {}))
         # In inference mode composite operations arrive whole, and what they are made of would not be seen.
         with self:
             result = func.decompose(*args, **(kwargs or {}))

@@ -39,6 +39,8 @@ class Entry:
         claimed_rate: Compression rate that a paper states for it; 0.002 is 0.2%.
         windows: Give clips in windows to a model that takes shorter ones; its row says so.
         arguments: Arguments of the autoencoder over those of its config.
+        model: Class path or short name of an autoencoder in place of a config, with its `arguments`, such as a codec.
+        seed_of: Name of the model of which this is one of several trainings with other seeds; their spread is reported.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Entry:
     claimed_rate: float | None = None
     windows: bool = False
     arguments: dict[str, Any] | None = None
+    model: str | None = None
+    seed_of: str | None = None
 
 
 @dataclass
@@ -63,11 +67,39 @@ class FVD:
 
 
 @dataclass
+class RateDistortion:
+    """Rate-distortion curves of models, whose latents are quantized and coded, and their robustness to noise.
+
+    Args:
+        bits: Bits a number of the uniform quantizers, a point of a curve each; codes of codebooks stay as they are.
+        noise: Standard deviations of Gaussian noise on the latents, in those of their channels.
+        tables: Where ranges and probabilities come from: "val", fitted on validation clips and known to the decoder, or
+            "clip", of each clip and sent with it.
+        clips: Number of validation clips of the fit.
+    """
+
+    bits: Sequence[int] = (2, 3, 4, 6, 8)
+    noise: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 1.0)
+    tables: Literal["val", "clip"] = "val"
+    clips: int = 64
+
+    def __post_init__(self) -> None:
+        if not all(1 <= bits <= 12 for bits in self.bits):
+            raise UserError(f"Expected rate_distortion.bits from 1 to 12, got {self.bits}.")
+        if not all(0 < level < math.inf for level in self.noise):
+            raise UserError(f"Expected rate_distortion.noise above 0, got {self.noise}.")
+        if self.tables not in ("val", "clip"):
+            raise UserError(f"Expected rate_distortion.tables of val or clip, got {self.tables!r}.")
+        if self.clips < 1:
+            raise UserError(f"Expected rate_distortion.clips of at least 1, got {self.clips}.")
+
+
+@dataclass
 class SweepOptions:
     """Choose the autoencoders of a sweep, their clips and what is measured.
 
     Args:
-        autoencoders: Models: {name, config, checkpoint, claimed_rate, windows, arguments}.
+        autoencoders: Models: {name, config, checkpoint, claimed_rate, windows, arguments, model, seed_of}.
         data: Data module with the test clips.
         protocol: How reconstructions are compared; `preset` is vidtwin, vidtok, tokenbench or wfvae.
         checkpoints_dir: Folder of relative paths of checkpoints.
@@ -85,12 +117,16 @@ class SweepOptions:
         vmaf: Measure VMAF too; needs the extra `vmaf`.
         st_lpips: Measure shift-tolerant LPIPS too, by VGG-16 (vgg), AlexNet (alex) or both; needs the extra `offline`.
         cvvdp: Measure ColorVideoVDP too, on this display (standard_4k, standard_fhd, ...); needs the extra `cvvdp`.
+        rate_distortion: Curves of quality over the bits of coded latents, and over noise on them; needs the extra
+            `rates`.
         cost: Measure FLOPs, clips per second and peak memory.
         downstream: Measure the cost of the paper's DiT on each model's latents.
         repeats: Timed passes of both.
         players: Number of worst and of median clips to keep for the report's players.
         random_players: Number of further clips to keep, drawn by the seed, as a rating study needs them.
         player_side: Side in pixels of the kept pictures, which larger ones are shrunk to.
+        analysis: Analyze failures and latents too, in a second pass over the clips: PSNR against motion, texture and
+            cuts and by frame, what each latent carries (docs/evidence.md).
         seed: Seed of the samples of posteriors.
         progress: Show a progress bar.
         meta: Count parameters, latents, rates and FLOPs alone, in meta.md and meta.json: no data, no weights, no run.
@@ -116,12 +152,14 @@ class SweepOptions:
     vmaf: bool = False
     st_lpips: Literal["vgg", "alex", "both"] | None = None
     cvvdp: str | None = None
+    rate_distortion: RateDistortion | None = None
     cost: bool = True
     downstream: bool = True
     repeats: int = 5
     players: int = 2
     random_players: int = 0
     player_side: int = 160
+    analysis: bool = False
     seed: int = 0
     progress: bool = True
     meta: bool = False

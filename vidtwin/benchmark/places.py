@@ -1,17 +1,14 @@
-"""Rank the trained rows by a metric; rows tie if their difference is within the noise of the test videos."""
+"""Rank the trained rows by a metric; rows tie if their difference is within the noise of the source videos."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vidtwin.benchmark import rows
+from vidtwin.benchmark import rows, statistics
 from vidtwin.benchmark.rows import Results
+from vidtwin.benchmark.statistics import Unit
 from vidtwin.metrics.registry import Metric
-
-DRAWS, SEED, CONFIDENCE = 1000, 0, 0.95
-
-Unit = tuple[str, float, float]  # video, weight, value
 
 
 def units_of(results: Results) -> dict[str, list[rows.Unit]]:
@@ -27,7 +24,7 @@ def rank(
     units: dict[str, list[Unit]] = {}
     for name in means if metric.per_clip else ():
         units[name] = [(video, weight, values[metric.key]) for video, weight, values in units_by_row[name]]
-    references = [row["name"] for row in results.rows if row["kind"] == "reference"]
+    references = [row["name"] for row in results.rows if row["kind"] == "reference" and not row.get("coding")]
     places = assign(means, units, bool(metric.higher))
     return {n: place for n, place in places.items() if not any(_is_worse(results, metric, n, r) for r in references)}
 
@@ -52,8 +49,8 @@ def _is_worse(results: Results, metric: Metric, name: str, reference: str) -> bo
 def assign(means: Mapping[str, float], units: Mapping[str, Sequence[Unit]], higher: bool) -> dict[str, int]:
     """Assign ranks from 1 on; a row ties with the best row of a rank unless they differ significantly.
 
-    Bootstrap: videos are drawn with replacement, the same ones for all rows. Two rows tie if the central interval of
-    probability `CONFIDENCE` of the drawn differences contains 0.
+    Two rows tie if the interval of their difference contains 0: sources are drawn with replacement, the same ones for
+    both (`statistics.draw_means`).
 
     Args:
         means: By row.
@@ -61,38 +58,24 @@ def assign(means: Mapping[str, float], units: Mapping[str, Sequence[Unit]], high
         higher: Whether more is better.
 
     Returns:
-        By row; none for fewer than two rows (the best of one says nothing) or for units of a single video.
+        By row; none for fewer than two rows (the best of one says nothing) or for units of a single source.
     """
-    if len(means) < 2 or (units and len({video for row in units.values() for video, _, _ in row}) < 2):
+    sources = statistics.list_sources([unit for row in units.values() for unit in row])
+    if len(means) < 2 or (units and len(sources) < 2):
         return {}
-    drawn = _draw_means(units) if units else {}
+    # A row with an infinite number has no interval: its mean alone counts.
+    finite = [name for name, row in units.items() if all(math.isfinite(value) for _, _, value in row)]
+    drawn = {}
+    if finite:
+        sums = np.stack([statistics.sum_by_source(units[name], sources) for name in finite])
+        drawn = dict(zip(finite, statistics.draw_means(sums).T, strict=True))
     places: dict[str, int] = {}
     place, first = 0, ""
     for name in sorted(means, key=lambda name: -means[name] if higher else means[name]):
-        alike = bool(place) and (means[name] == means[first] or (units and _overlap(drawn[name], drawn[first])))
+        alike = bool(place) and means[name] == means[first]
+        if place and name in drawn and first in drawn:
+            alike = alike or statistics.holds_zero(drawn[name] - drawn[first])
         if not alike:
             place, first = place + 1, name
         places[name] = place
     return places
-
-
-def _draw_means(units: Mapping[str, Sequence[Unit]]) -> dict[str, NDArray[np.float64]]:
-    """Compute each row's means over drawn videos."""
-    videos = sorted({video for row in units.values() for video, _, _ in row})
-    place_of = {video: place for place, video in enumerate(videos)}
-    sums = np.zeros((2 * len(units), len(videos)))  # of each row: of weighted values and of weights
-    for index, row in enumerate(units.values()):
-        for video, weight, value in row:
-            sums[2 * index : 2 * index + 2, place_of[video]] += weight * value, weight
-    random = np.random.default_rng(SEED)
-    drawn = np.empty((DRAWS, len(sums)))
-    with np.errstate(invalid="ignore"):  # an infinite PSNR that was not drawn
-        for each in drawn:
-            counts = np.bincount(random.integers(len(videos), size=len(videos)), minlength=len(videos))
-            each[:] = sums @ counts.astype(np.float64)
-        return {name: drawn[:, 2 * index] / drawn[:, 2 * index + 1] for index, name in enumerate(units)}
-
-
-def _overlap(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
-    """Return whether the interval of the difference of two rows' drawn means contains 0."""
-    return bool(min((one >= other).mean(), (one <= other).mean()) > (1 - CONFIDENCE) / 2)

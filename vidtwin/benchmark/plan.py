@@ -4,9 +4,10 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from vidtwin.benchmark import rows
+from vidtwin.benchmark.levels import Level
 from vidtwin.benchmark.loaded_model import LoadedModel
 from vidtwin.errors import UserError
 
@@ -52,6 +53,7 @@ class Job:
         build: Build the model; raises any error of the model's own.
         error: Reason why it can't be built, if it is known before.
         claimed_rate: Compression rate stated by its authors.
+        seed_of: Name of the model of which it is one of several trainings.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Job:
     build: Callable[[], LoadedModel]
     error: str | None = None
     claimed_rate: float | None = None
+    seed_of: str | None = None
 
 
 class ModelError(Exception):
@@ -89,6 +92,7 @@ class Part(TypedDict):
         features: Of each clip for rFVD, as text of base64; arrays once all parts are joined.
         latents: By name, `LoadedModel.describe_latents`, or `sum_latents` if clips differ in size; None without clips.
         codes: By latent.
+        levels: Of each clip, its numbers at each level of its curves; absent in parts of earlier versions.
         skipped: Name and reason of each video that could not be read.
     """
 
@@ -97,12 +101,13 @@ class Part(TypedDict):
     features: list[Any]
     latents: dict[str, Any] | None
     codes: dict[str, CodeCounts]
+    levels: NotRequired[list[list[Level]]]
     skipped: list[list[str]]
 
 
 def make_empty_part() -> Part:
     """Return a part without clips."""
-    return {"clips": [], "failed": [], "features": [], "latents": None, "codes": {}, "skipped": []}
+    return {"clips": [], "failed": [], "features": [], "latents": None, "codes": {}, "levels": [], "skipped": []}
 
 
 def compute_digest(value: Any) -> str:

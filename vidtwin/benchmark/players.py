@@ -23,7 +23,7 @@ from vidtwin.benchmark.loaded_model import LoadedModel
 from vidtwin.benchmark.measurer import Measurer
 from vidtwin.benchmark.plan import format_error
 from vidtwin.benchmark.runner import Runner
-from vidtwin.benchmark.sources import source_of
+from vidtwin.benchmark.statistics import source_of
 from vidtwin.console import log
 from vidtwin.files import inside, replacing, write_text
 from vidtwin.video import Frames, convert, panels, write_video
@@ -37,7 +37,8 @@ def write_players(results: rows.Results, runner: Runner) -> None:
     """Write views of the worst and the median clips by every model, unless they are there."""
     options, measurer, plan = runner.options, runner.measurer, runner.plan
     chosen = choose(results, options.players, options.random_players, options.seed)
-    measured = [row for row in runner.rows if row.name in results.clips]
+    named = choose_rows(results)
+    measured = [row for row in runner.rows if row.name in named]
     identities = {row["name"]: row.get("identity") for row in results.rows}
     mark = hashlib.sha256(json.dumps([[clip["name"], clip["start_frame"]] for clip in chosen]).encode())
     mark.update(json.dumps([identities[row.name] for row in measured]).encode())
@@ -70,6 +71,18 @@ def write_players(results: rows.Results, runner: Runner) -> None:
         for number, shown in enumerate(views):
             writer.add(number, row.name, shown)
     writer.finish(mark.hexdigest())
+
+
+def choose_rows(results: rows.Results) -> set[str]:
+    """Choose the measured rows with players: all but codecs, and of each codec's curve the row of the median rate."""
+    curves: dict[str, list[tuple[float, str]]] = {}
+    chosen = set()
+    for row in results.rows:
+        if coding := row.get("coding"):
+            curves.setdefault(coding["curve"], []).append((row["bits_per_pixel"], row["name"]))
+        elif row["kind"] != "failed":
+            chosen.add(row["name"])
+    return chosen | {sorted(found)[len(found) // 2][1] for found in curves.values()}
 
 
 def write_clips(runner: Runner) -> list[Path]:

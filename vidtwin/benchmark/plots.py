@@ -7,7 +7,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -136,11 +136,15 @@ def write(folder: str | Path) -> list[Path]:
 
     A plot without numbers is not written; an older one and temporary files that a kill left are removed.
     """
-    results = rows.read(folder)
+    return write_plots(rows.read(folder), _PLOTS)
+
+
+def write_plots(results: Results, plots: Mapping[str, "Draw"]) -> list[Path]:
+    """Write plots by name, as `write` does."""
     written = []
-    paths = {name: [inside(results.folder, f"plots/{name}.{kind}") for kind in ("png", "svg")] for name in _PLOTS}
+    paths = {name: [inside(results.folder, f"plots/{name}.{kind}") for kind in ("png", "svg")] for name in plots}
     with _style():
-        for name, draw in _PLOTS.items():
+        for name, draw in plots.items():
             drawn = draw(results)
             if drawn is None:
                 for path in paths[name]:
@@ -158,8 +162,11 @@ def drawings(results: Results) -> list[Drawing]:
     metrics = summary.measured_metrics(results)
     references = [row for row in results.rows if row["kind"] == "reference"]
     models = replace(results, rows=[row for row in results.rows if row["kind"] != "reference"])
-    draws: dict[str, tuple[_Draw, bool]] = {
-        axis.label: (partial(_against, pairs=[(metric, axis) for metric in metrics]), any(map(axis.value, references)))
+    draws: dict[str, tuple[Draw, bool]] = {
+        axis.label: (
+            partial(_against, pairs=[(metric, axis) for metric in metrics]),
+            any(axis.value(row) for row in references if not row.get("coding")),
+        )
         for axis in AXES
     }
     draws["PSNR of the clips"] = _per_clip, bool(references)
@@ -170,6 +177,13 @@ def drawings(results: Results) -> list[Drawing]:
             svgs = [_for_page(_svg(*each, label), f"plot{len(found)}{i}") for i, each in enumerate(drawn)]
             found += [Drawing(label, svgs)] if svgs else []
     return found
+
+
+def draw_for_page(results: Results, plots: Mapping[str, "Draw"], ids: str) -> list[Drawing]:
+    """Draw plots by label for the page; the ids of their elements begin with `ids`."""
+    with _style():
+        drawn = {label: each for label, draw in plots.items() if (each := draw(results))}
+        return [Drawing(x, [_for_page(_svg(*each, x), f"{ids}{i}")]) for i, (x, each) in enumerate(drawn.items())]
 
 
 @contextmanager
@@ -241,12 +255,12 @@ def _against(results: Results, pairs: Sequence[tuple[Metric, Axis]]) -> tuple["F
     panels = [(metric, axis, points) for metric, axis in pairs if (points := _points(results, metric, axis))]
     if not panels:
         return None
-    figure = _figure(len(panels), columns=2)
+    figure = make_figure(len(panels), columns=2)
     drawn = []
     for axes, (metric, axis, points) in zip(figure.axes, panels, strict=True):
         _scatter(axes, points, _metric_title(results, metric), f"{axis.label}, ← better")
         drawn.append((points, _front(axes, [point for point in points if point.ranked], metric.higher)))
-    _finish(figure, results, drawn)
+    finish(figure, results, drawn)
     metrics = ", ".join(dict.fromkeys(metric.label for metric, _, _ in panels))
     costs = " and ".join(dict.fromkeys(axis.label for _, axis, _ in panels))
     line = "the line joins trained models that no other one beats in both"
@@ -266,7 +280,7 @@ def _per_clip(results: Results) -> tuple["Figure", str] | None:
     values = {name: found for name, found in values.items() if found}
     if not values:
         return None
-    figure = _figure(1, columns=1, height=1.1 + 0.36 * len(values))
+    figure = make_figure(1, columns=1, height=1.1 + 0.36 * len(values))
     axes = figure.axes[0]
     style = styles(results)
     drawn = axes.boxplot(
@@ -281,15 +295,15 @@ def _per_clip(results: Results) -> tuple["Figure", str] | None:
     )
     for name, box in zip(values, drawn["boxes"], strict=True):
         box.set(facecolor=style[name]["markerfacecolor"], edgecolor=style[name]["color"], alpha=0.75)
-    axes.set_yticks(range(1, len(values) + 1), [_short(name) for name in values])
+    axes.set_yticks(range(1, len(values) + 1), [abbreviate(name) for name in values])
     axes.grid(False, axis="y")
     axes.set_title("PSNR (dB) of the clips, → better", loc="left")
-    _finish(figure, results, [], "box: middle half; line: median; diamond: mean; whiskers: worst and best clip")
+    finish(figure, results, [], "box: middle half; line: median; diamond: mean; whiskers: worst and best clip")
     return figure, "The distribution of PSNR over the clips for each model"
 
 
-_Draw = Callable[[Results], "tuple[Figure, str] | None"]
-_PLOTS: dict[str, _Draw] = {
+Draw = Callable[[Results], "tuple[Figure, str] | None"]
+_PLOTS: dict[str, Draw] = {
     "rate_quality": partial(_quality, axis=RATE),
     "bits_quality": partial(_quality, axis=BITS),
     "pareto": _pareto,
@@ -305,7 +319,7 @@ def _points(results: Results, metric: Metric, axis: Axis) -> list[Point]:
     style = styles(results)
     found = []
     for row in rows.order(results):
-        if row["kind"] == "failed":
+        if row["kind"] == "failed" or row.get("coding"):  # codecs have a plot of their own
             continue
         x, y = axis.value(row), summary.mean(results, row["name"], metric.key)
         if x and y is not None and math.isfinite(y):
@@ -324,7 +338,8 @@ def _metric_title(results: Results, metric: Metric) -> str:
     return f"{title}, {'↑' if metric.higher else '↓'} better"
 
 
-def _figure(panels: int, columns: int, height: float = 3.4) -> "Figure":
+def make_figure(panels: int, columns: int, height: float = 3.4) -> "Figure":
+    """Make a figure of panels of `height` inches in so many columns, without a window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -351,12 +366,12 @@ def _scatter(axes: "Axes", points: list[Point], title: str, label: str) -> None:
         )
     axes.set_title(title, loc="left")
     axes.set_xlabel(label)
-    _log_axis(axes, [point.x for point in points])
+    set_log_axis(axes, [point.x for point in points])
     axes.margins(y=0.15)
 
 
-def _log_axis(axes: "Axes", values: list[float]) -> None:
-    """Write numbers at 1, 2 and 5 if a decade is wide, at decades alone if it is narrow."""
+def set_log_axis(axes: "Axes", values: list[float]) -> None:
+    """Make the horizontal axis logarithmic: numbers at 1, 2 and 5 if a decade is wide, at decades alone if not."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     low, high = min(values), max(values)
@@ -385,7 +400,7 @@ def _front(axes: "Axes", ranked: list[Point], higher: bool) -> list[tuple[float,
     return corners
 
 
-def _finish(
+def finish(
     figure: "Figure",
     results: Results,
     panels: list[tuple[list[Point], list[tuple[float, float]]]],
@@ -400,7 +415,7 @@ def _finish(
     clips += f"; {few(fewer)}" if fewer else ""
     protocol = f"protocol {results.protocol['name']} ({results.protocol_hash})"
     longest = int(figure.get_size_inches()[0] * 17)
-    lines = [_short(line, longest) for line in (key, clips, protocol) if line]
+    lines = [abbreviate(line, longest) for line in (key, clips, protocol) if line]
     figure.supxlabel("\n".join(lines), fontsize=7, color=SOFT, x=0.01, ha="left")
     engine = figure.get_layout_engine()
     if engine:
@@ -452,7 +467,7 @@ def _annotate(axes: "Axes", point: Point, place: tuple[float, float]) -> "Annota
     x, y = place
     far = math.hypot(x, y) > 20
     label = axes.annotate(
-        _short(point.name),
+        abbreviate(point.name),
         (point.x, point.y),
         xytext=place,
         textcoords="offset points",
@@ -480,7 +495,8 @@ def _area(box: "Bbox") -> float:
     return float(box.width * box.height)
 
 
-def _short(text: str, longest: int = 28) -> str:
+def abbreviate(text: str, longest: int = 28) -> str:
+    """Cut a text to a length, with an ellipsis at its end."""
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 

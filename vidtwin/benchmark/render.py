@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidtwin.benchmark import rows, summary
+from vidtwin.benchmark import curves, rows, statistics, statistics_tables, summary
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.benchmark.summary import BEST, SECOND, UNAVAILABLE, Cell, Table
 from vidtwin.files import write_text
@@ -17,12 +17,13 @@ from vidtwin.tables import format_table
 
 
 def write(folder: str | Path) -> str:
-    """Write `table.csv`, `table.md` and `table.tex` of a results folder; return the table as Markdown."""
+    """Write `table.csv`, `table.md`, `table.tex` and the curves' files of a results folder; return it as Markdown."""
     results = rows.read(folder)
     text = markdown(results)
     write_text(results.folder / "table.csv", as_csv(results))
     write_text(results.folder / "table.md", text)
     write_text(results.folder / "table.tex", latex(results))
+    curves.write(results)
     return text
 
 
@@ -34,11 +35,15 @@ def markdown(results: Results) -> str:
     main, published = summary.quality_table(results), summary.published_table(results)
     protocol = f"Protocol {results.protocol['name']} ({results.protocol_hash})."
     lines = [*align(main), "", *list_notes([protocol, *main.notes])]
+    if intervals := statistics_tables.interval_table(results, statistics.of(results)):
+        lines += ["", f"{intervals.caption}:", "", *align(intervals), "", *list_notes(intervals.notes)]
     if published:
         lines += ["", f"{published.caption}:", "", *align(published), ""]
         places = [[column.key for column in published.columns].index(key) for key in ("source", "protocol")]
         cells = [[line.cells[place] for place in places] for line in published.lines]
         lines += list_notes(dict.fromkeys(f"{source.text}: {match.small}." for source, match in cells if match.small))
+    for table in curves.tables(results):
+        lines += ["", f"{table.caption}:", "", *align(table), "", *list_notes(table.notes)]
     return "\n".join(lines) + "\n"
 
 
@@ -110,20 +115,23 @@ _AFTER = {
 def as_csv(results: Results) -> str:
     """Write every number as the JSON files have it, with the same header for every folder but for its latents.
 
-    Metrics are means and standard deviations over a row's part ("num_common_clips") of the clips that all trained rows
-    have. PSNR is in dB, rates are latent numbers / clip numbers (0.002 is 0.2%), FLOPs of one clip, memory in bytes,
-    time in seconds.
+    Metrics are means, standard deviations and the ends of the mean's 95% interval, over a row's part
+    ("num_common_clips") of the clips that all trained rows have. PSNR is in dB, rates are latent numbers / clip numbers
+    (0.002 is 0.2%), FLOPs of one clip, memory in bytes, time in seconds.
     A cell is empty if its row has no such number; "unavailable" is a metric without its network.
     """
     ordered = rows.order(results)
     latents = dict.fromkeys(name for row in ordered for name in row.get("latents") or {})
     measured = {metric.key for metric in summary.metrics(results)}
     metrics = [metric for metric in SHOWN if metric.key in measured or not metric.on_request]
-    lines = [_record(results, row, metrics, latents) for row in ordered]
+    intervals = statistics.of(results)["rows"]
+    lines = [_record(results, row, metrics, latents, intervals.get(row["name"], {})) for row in ordered]
     return format_table(list(lines[0]), [[_csv_cell(value) for value in line.values()] for line in lines])
 
 
-def _record(results: Results, row: Row, metrics: Iterable[Metric], latents: Iterable[str]) -> dict[str, Any]:
+def _record(
+    results: Results, row: Row, metrics: Iterable[Metric], latents: Iterable[str], intervals: dict[str, Any]
+) -> dict[str, Any]:
     measured = row["kind"] != "failed"
     record = {"model": row["name"], "kind": row["kind"], "note": summary.note(results, row)}
     record |= {key: rows.look_up(row, path) for key, path in _BEFORE.items()}
@@ -134,7 +142,9 @@ def _record(results: Results, row: Row, metrics: Iterable[Metric], latents: Iter
         found = compared.get(metric.key, UNAVAILABLE if metric.key in row.get("metrics", {}) else None)
         found = found if isinstance(found, dict) else {"mean": found, "value": found}
         if metric.per_clip:
+            ends = intervals.get(metric.key, {})
             record |= {f"{metric.key}_{part}": found.get(part) for part in ("mean", "std")}
+            record |= {f"{metric.key}_{part}": ends.get(part) for part in ("low", "high")}
         else:
             record[metric.key] = found["value"]
             record |= {f"{metric.key}_{part}": found.get(part) for part in ("num_clips", "ranked", "note")}

@@ -16,7 +16,17 @@ from typing import Any
 
 import jinja2
 
-from vidtwin.benchmark import plots, rows, summary
+from vidtwin.benchmark import (
+    analysis_files,
+    analysis_plots,
+    analysis_tables,
+    curve_plots,
+    curves,
+    plots,
+    rows,
+    statistics_tables,
+    summary,
+)
 from vidtwin.benchmark.protocol import flat
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.errors import UserError, few
@@ -43,9 +53,14 @@ def render(results: Results) -> str:
     strips: list[str] = []
     data = _data(results, strips)
     tables = [
-        table
-        for build in (summary.cost_table, summary.downstream_table, summary.codebook_table)
-        if (table := build(results))
+        *statistics_tables.build(results),
+        *curves.tables(results),
+        *analysis_tables.build(results),
+        *(
+            table
+            for build in (summary.cost_table, summary.downstream_table, summary.codebook_table)
+            if (table := build(results))
+        ),
     ]
     return environment.from_string(template).render(
         results=results,
@@ -61,7 +76,7 @@ def render(results: Results) -> str:
         markers=plots.MARKERS,
         data=as_json(data),
         strips=strips,
-        drawings=plots.drawings(results),
+        drawings=[*plots.drawings(results), *curve_plots.drawings(results), *analysis_plots.drawings(results)],
         style=style,
         script=script,
         style_hash=digest(style),
@@ -144,8 +159,19 @@ def _data(results: Results, strips: list[str]) -> dict[str, Any]:
                 if metric.key in per_clip
             },
         },
+        "content": _content(results, places),
         "players": _players(results, places, strips),
     }
+
+
+def _content(results: Results, places: dict[rows.Key, int]) -> list[dict[str, Any]]:
+    """List what is in each clip, in the order of `places`; nothing without an analysis."""
+    clips = analysis_files.read_content(results.folder, results.protocol_hash)
+    known = {rows.key_of(clip): clip for clip in clips}
+    return [
+        {"label": title, "values": [_number(known[key][measure]) if key in known else None for key in places]}
+        for measure, title in (analysis_files.MEASURES if clips else {}).items()
+    ]
 
 
 def _column(clips: list[rows.Clip], metric: str, places: dict[rows.Key, int]) -> list[float | str | None]:

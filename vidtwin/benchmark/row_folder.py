@@ -2,6 +2,7 @@
 
 rows/<name>/parts/000000.json                      numbers of a chunk's clips, until the row is complete
 rows/<name>/results.json, clips.csv, features.npy  the row; results.json is written last
+rows/<name>/levels.csv                             its rate-distortion curve, with `rate_distortion`
 rows/<name>/costs.json                             costs and the settings by which they were measured
 rows/<name>/earlier/<identity>/                    a complete row that another one has replaced
 """
@@ -15,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from vidtwin.benchmark import rows
+from vidtwin.benchmark import levels, rows
 from vidtwin.benchmark.identity import compute_identity, find_known
 from vidtwin.benchmark.loaded_model import add_latents
 from vidtwin.benchmark.plan import Job, ModelError, Part, Plan, compute_digest, make_empty_part
@@ -95,7 +96,7 @@ class RowFolder:
             if not self.job.error:
                 log(
                     f"{self.name} is measured again: the row there has another checkpoint, model, set of metrics, "
-                    "batch size, seed, kind of device or windows"
+                    "rate_distortion, batch size, seed, kind of device or windows"
                 )
         elif row["failed_clips"]:
             log(f"{self.name} failed on {len(row['failed_clips'])} clips, which are tried again")
@@ -143,10 +144,12 @@ class RowFolder:
             joined["clips"] += part["clips"]
             joined["failed"] += part["failed"]
             joined["skipped"] += part["skipped"]
+            joined["levels"] += part.get("levels", [])
             joined["features"] += map(decode_features, part["features"])
-            if self.plan.varies and part["latents"] and part["clips"]:  # those of all clips
+            summed = self.plan.varies or any("values" in latent for latent in (part["latents"] or {}).values())
+            if summed and part["latents"] and part["clips"]:  # those of all clips
                 joined["latents"] = add_latents(joined["latents"] or {}, part["latents"])
-            elif not self.plan.varies:
+            elif not summed:
                 joined["latents"] = part["latents"] or joined["latents"]
             for latent, found in part["codes"].items():
                 known = joined["codes"].setdefault(latent, {"size": found["size"], "counts": Counter()})
@@ -165,6 +168,8 @@ class RowFolder:
         if part["features"]:
             with replacing(self.folder / FEATURES) as temporary, temporary.open("wb") as file:
                 np.save(file, np.stack(part["features"]))
+        if part["levels"]:
+            levels.write(self.folder, row, [level for clip in part["levels"] for level in clip])
         rows.write_row(self.results, row, [{"model": self.name, **clip} for clip in part["clips"]])
         if not part["failed"]:
             self.remove_parts()
@@ -206,6 +211,8 @@ class RowFolder:
         if row["kind"] == "failed":
             return row
         clips = rows.read_clips(folder, row)
+        if row.get("rate_distortion"):
+            levels.read(folder, row)
         if isinstance(row["metrics"].get("rfvd"), dict):
             try:
                 shape = np.load(folder / FEATURES, mmap_mode="r").shape
@@ -267,5 +274,5 @@ def _move_row(source: Path, target: Path) -> None:
 
 def _list_files(folder: Path) -> list[Path]:
     """List the files of a row beside its `results.json`."""
-    named = [folder / name for name in (FEATURES, CLIPS) if (folder / name).exists()]
+    named = [folder / name for name in (FEATURES, levels.NAME, CLIPS) if (folder / name).exists()]
     return named + sorted(folder.glob(PICTURES))

@@ -187,6 +187,8 @@ class Runner:
             "skipped": self.plan.protocol["skipped"] | dict(part["skipped"]),
             "cost": costs.get("cost"),
             "downstream": costs.get("downstream"),
+            "rate_distortion": self.measurer.curves.settings if self.measurer.curves and part["levels"] else None,
+            "seed_of": row.job.seed_of,
             "identity": row.identity,
             "protocol": self.plan.protocol,
             "protocol_hash": self.plan.digest,
@@ -207,6 +209,8 @@ class Runner:
                     log(f"{row.name}: no costs: {error}")
             costs = row.costs.get(0) or {}
             new = content | {"claimed": compare_claim(content["compression_rate"], row.job.claimed_rate)}
+            if row.job.seed_of or content.get("seed_of"):
+                new["seed_of"] = row.job.seed_of
             if set(content["unavailable"]) == set(self.measurer.unavailable):
                 new["unavailable"] = self.measurer.unavailable
             new |= {key: costs[key] for key in ("cost", "downstream") if costs.get(key)}

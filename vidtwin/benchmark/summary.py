@@ -8,7 +8,7 @@ from typing import Any
 
 from vidtwin.benchmark import places as places_of
 from vidtwin.benchmark import published as papers
-from vidtwin.benchmark import rows
+from vidtwin.benchmark import rows, statistics
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.errors import few
 from vidtwin.metrics.registry import BY_KEY, SHOWN, Column, Metric
@@ -20,8 +20,8 @@ _KINDS = {"trained": "", "untrained": "untrained weights: not ranked", "referenc
 
 _RANKING = (
     f"Trained models alone are ranked: the best value of a column is bold. Models share a place if the "
-    f"{places_of.CONFIDENCE:.0%} interval of their difference holds 0 (paired bootstrap over videos, "
-    f"{places_of.DRAWS:,} draws, seed {places_of.SEED}; rFVD by its value alone). A value that is worse than a "
+    f"{statistics.CONFIDENCE:.0%} interval of their difference holds 0 (paired bootstrap over source videos, "
+    f"{statistics.DRAWS:,} draws, seed {statistics.SEED}; rFVD by its value alone). A value that is worse than a "
     "reference's has no place."
 )
 
@@ -126,6 +126,8 @@ def note(results: Results, row: Row) -> str:
         return f"failed: {' '.join(str(row.get('error') or 'no reason was kept').split())}"
     windows, failed = row.get("windows"), row.get("failed_clips")
     parts = [_KINDS[row["kind"]]]
+    if coding := row.get("coding"):
+        parts += [coding["settings"], *([] if coding["numbers"] else ["rate: its bytes over the clip's"])]
     if windows:  # a whole video has as many as it takes
         number = f"{windows['windows']} " if windows["windows"] else ""
         parts.append(f"in {number}windows of {windows['num_frames']} frames")

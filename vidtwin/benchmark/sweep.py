@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from lightning.fabric import Fabric
 
-from vidtwin import hub, plugins
+from vidtwin import autoencoder, hub, plugins
 from vidtwin.autoencoder import VideoAutoencoder
-from vidtwin.benchmark import meta, render, report, rows
+from vidtwin.benchmark import analysis, analysis_plots, curve_plots, meta, render, report, rows, statistics
 from vidtwin.benchmark import players as player_files
 from vidtwin.benchmark import plots as plot_files
 from vidtwin.benchmark.loaded_model import AVERAGE, LAST, LoadedModel, fingerprint
@@ -48,6 +48,11 @@ class Sweep(SweepOptions):
         """Measure the missing chunks and write all outputs → 0, or 1 if a model could not be measured."""
         if self.meta:
             return self._count()
+        if self.analysis and self.varies:
+            raise UserError(
+                "Expected clips of one size for analysis, got a data.num_frames or data.resolution of null; give "
+                "numbers, or --analysis false."
+            )
         fabric = launch(self.accelerator, self.devices, self.num_nodes, self.precision)
         self.source.dataset("test")  # before the folder is made: refused data leave none
         if self.strict:
@@ -98,6 +103,8 @@ class Sweep(SweepOptions):
         self._check_other_rows({job.name for job in jobs}, plan.digest)
         runner = Runner(self, fabric, plan, jobs)
         runner.run()
+        if self.analysis:
+            analysis.analyze(runner)
         if fabric.is_global_zero:
             self.write_outputs(runner)
         fabric.barrier()
@@ -116,12 +123,17 @@ class Sweep(SweepOptions):
         features = runner.measurer.features
         found = results.comparison | {"rows": features.compare(results) if features else {}}
         results.comparison = rows.compare(results, found)
-        rows.write_comparison(self.folder, results.comparison)
+        rows.write_comparison(self.folder, results.comparison | {"statistics": statistics.of(results)})
         if (self.players or self.random_players) and results.comparison["num_clips"]:
             player_files.write_players(results, runner)
         paths = player_files.write_clips(runner) if self.pictures else []
         write(f"\n{render.write(self.folder)}")
-        for path in [*paths, self.folder / "table.md", *plot_files.write(self.folder), report.write(self.folder)]:
+        drawn = [
+            *plot_files.write(self.folder),
+            *curve_plots.write(self.folder),
+            *analysis_plots.write(self.folder),
+        ]
+        for path in [*paths, self.folder / "table.md", *drawn, report.write(self.folder)]:
             if path.suffix != ".svg":
                 write(str(path))
 
@@ -195,10 +207,16 @@ class Sweep(SweepOptions):
     def _read_model(self, entry: Entry, checkpoint: str | None) -> ModelConfig:
         """Read the model of an entry's configs, or else of its checkpoint, without building it."""
         paths = [entry.config] if isinstance(entry.config, str) else entry.config or []
+        if paths and entry.model:
+            raise UserError(f"Expected a config or a model for {entry.name}, got both; remove one.")
         if paths:
             if self.read_config is None:
                 raise UserError(f"Expected read_config for the configs of {entry.name}, got none.")
             return self.read_config(paths, entry.arguments or {})
+        if entry.model:
+            path = plugins.resolve(entry.model, "vidtwin.autoencoders")
+            spec: dict[str, Any] = {"class_path": path, "init_args": entry.arguments or {}}
+            return ModelConfig(spec, partial(autoencoder.build, spec))
         if entry.arguments:
             raise UserError(f"Expected a config for the arguments of {entry.name}, got none; give config too.")
         if checkpoint is None:
@@ -214,7 +232,7 @@ class Sweep(SweepOptions):
             config = self._read_model(entry, checkpoint)
             mark = fingerprint(checkpoint) if checkpoint else None
         except UserError as error:
-            return Job(entry.name, base, _refuse, str(error))
+            return Job(entry.name, base, _refuse, str(error), seed_of=entry.seed_of)
 
         def build() -> LoadedModel:
             model = config.build()
@@ -233,14 +251,20 @@ class Sweep(SweepOptions):
                 stored = held.get("model_spec") or model.spec()
                 differs = checkpoints.differences(json.loads(json.dumps(model.spec())), stored)
             window = model.temporal.usual_length if entry.windows else None
-            kind: Literal["trained", "untrained"] = "trained" if checkpoint else "untrained"
+            kind: Literal["trained", "untrained", "reference"] = "trained" if checkpoint else "untrained"
+            if model.coding:  # there is nothing to train
+                kind = "reference"
             claimed = entry.claimed_rate
             return LoadedModel(
                 entry.name, kind, model, checkpoint, mark, weights, claimed, window, differs, pads=self.varies
             )
 
         return Job(
-            entry.name, base | {"model": config.spec, "fingerprint": mark}, build, claimed_rate=entry.claimed_rate
+            entry.name,
+            base | {"model": config.spec, "fingerprint": mark},
+            build,
+            claimed_rate=entry.claimed_rate,
+            seed_of=entry.seed_of,
         )
 
     def _make_reference(self, name: str, shape: tuple[int, int, int, int]) -> Job:

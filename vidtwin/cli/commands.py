@@ -46,6 +46,10 @@ TABLE: dict[str, Command] = {
         "Run a step again that training skipped, and say where it breaks: vidtwin replay DUMP",
         "vidtwin.cli.trainer_commands:replay",
     ),
+    "plan": Command(
+        "Predict memory, speed and duration of a training: vidtwin plan --config configs/vidtwin_base.yaml",
+        "vidtwin.cli.trainer_commands:plan",
+    ),
     "plugins": Command(
         "List the autoencoders, data modules and commands that installed packages register.",
         "vidtwin.cli.small_commands:list_plugins",
@@ -87,6 +91,10 @@ TABLE: dict[str, Command] = {
         "Write encoder and decoder as torch.export or ONNX programs: vidtwin export --ckpt_path PATH --out DIR",
         "vidtwin.apply.export",
     ),
+    "generate": Command(
+        "Generate videos by a diffusion model: vidtwin generate --ckpt_path last.ckpt --class_name Archery --out DIR",
+        "vidtwin.apply.generate",
+    ),
     "prepare": Command(
         "Unpack and check a data set: vidtwin prepare ucf101 UCF101.rar UCF101TrainTestSplits-RecognitionTask.zip",
         "vidtwin.datamodules.ucf101.prepare",
@@ -102,6 +110,10 @@ TABLE: dict[str, Command] = {
     "report": Command(
         "Make table, plots and page of a results folder again: vidtwin report RESULTS",
         "vidtwin.benchmark.report_command",
+    ),
+    "score": Command(
+        "Measure the generation FVD of generated videos: vidtwin score GENERATED --data ucf101 --data.root PATH",
+        "vidtwin.cli.score:score_command",
     ),
     "study make": Command(
         "Make a blinded rating study: vidtwin study make --results RESULTS --out STUDY",

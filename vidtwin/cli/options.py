@@ -15,6 +15,7 @@ NAMES = {
     "validate": (*_SHARED, "ckpt_path", "verbose", "weights_only"),
     "predict": (*_SHARED, "ckpt_path", "out"),
     "replay": (*_SHARED, "dump"),
+    "plan": (*_SHARED, "devices", "clips", "tflops", "utilization"),
 }
 DESCRIPTION = """\
 Measure one autoencoder, or several, on the same clips under one protocol, and write rows, table, plots and a report.
@@ -37,7 +38,11 @@ OF_ONE = {  # options of the form that measures one model
     "model.autoencoder": "The model, by name or class path (default: that of the checkpoint).",
 }
 CONFIG = "Config of a sweep, or of `fit`, of which the autoencoder and the data count; several are joined."
-_GROUPS = {"protocol": ("vidtwin.benchmark.protocol", "ProtocolSettings"), "fvd": ("vidtwin.benchmark.options", "FVD")}
+_GROUPS = {
+    "protocol": ("vidtwin.benchmark.protocol", "ProtocolSettings"),
+    "fvd": ("vidtwin.benchmark.options", "FVD"),
+    "rate_distortion": ("vidtwin.benchmark.options", "RateDistortion"),
+}
 
 
 def names_of_test() -> set[str]:

@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 from pathlib import Path
@@ -26,11 +26,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vidtwin import plugins
 from vidtwin.cli import model_config, paths
-from vidtwin.cli.parser import Parser, name_data_first, option_value, resolve_short_names, user_errors
+from vidtwin.cli.parser import (
+    Parser,
+    config_paths,
+    name_data_first,
+    option_value,
+    read_config,
+    resolve_short_names,
+    user_errors,
+)
 from vidtwin.console import log
 from vidtwin.errors import Preempted, UserError
 from vidtwin.storage import checkpoints
 from vidtwin.training import replay
+from vidtwin.training.base import TrainingTask
 from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
 from vidtwin.training.callbacks.clips import ClipLogger
 from vidtwin.training.callbacks.guard import StepGuard
@@ -43,6 +52,7 @@ _SKIPPED = {  # arguments of the trainer's methods that are not options
     "validate": {"model", "dataloaders", "datamodule"},
     "predict": {"model", "dataloaders", "datamodule"},
     "replay": {"model"},
+    "plan": {"model", "datamodule"},
 }
 _STEPS = ("advance", "_evaluation_step", "_predict_step")  # methods of Lightning's loops for batches
 
@@ -72,7 +82,7 @@ def run(command: str, argv: list[str]) -> int:
     _quieten(command)
     try:
         with _ending_by_sigterm() if command == "fit" else nullcontext(), _naming_tensorboard():
-            VidTwinCLI(argv, foreign)
+            VidTwinCLI(argv, foreign, _trainer_class(command))
     except (MisconfigurationException, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
         if isinstance(error, UserError) or not _is_of_lightning(error):
             raise
@@ -82,6 +92,14 @@ def run(command: str, argv: list[str]) -> int:
             raise KeyboardInterrupt from end
         raise
     return 0
+
+
+def _trainer_class(command: str) -> type[VideoTrainer]:
+    if command != "plan":
+        return VideoTrainer
+    from vidtwin.cli.plan import PlanningTrainer
+
+    return PlanningTrainer
 
 
 def _is_of_lightning(error: Exception) -> bool:
@@ -177,20 +195,24 @@ class _SaveConfig(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_unset=False)
         self.config = paths.escape(self.config)  # expanded again when the file is read
         super().setup(trainer, pl_module, "fit")
-        cast(AutoencoderTask, pl_module).config = yaml.safe_load(text)["model"]
+        cast(TrainingTask, pl_module).config = yaml.safe_load(text)["model"]
 
 
 class VidTwinCLI(LightningCLI):
     """Commands of the trainer; `args` starts with the subcommand, and `foreign` are texts in it that others wrote."""
 
-    def __init__(self, args: list[str], foreign: Collection[str] = ()) -> None:
+    def __init__(
+        self, args: list[str], foreign: Collection[str] = (), trainer_class: type[VideoTrainer] = VideoTrainer
+    ) -> None:
         self._foreign = foreign
         self._command = args[0]
+        self._names_task = _names_task(args)
         super().__init__(
-            AutoencoderTask,
+            TrainingTask if self._names_task else AutoencoderTask,
             LightningDataModule,
+            subclass_mode_model=self._names_task,
             subclass_mode_data=True,
-            trainer_class=VideoTrainer,
+            trainer_class=trainer_class,
             parser_class=LightningParser,
             parser_kwargs={"prog": "vidtwin", self._command: {"usage": _usage(self._command)}},
             save_config_callback=_SaveConfig,
@@ -206,8 +228,11 @@ class VidTwinCLI(LightningCLI):
         return {self._command: _SKIPPED[self._command]}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(VideoTrainer, "trainer")
-        parser.add_lightning_class_args(AutoencoderTask, "model")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        if self._names_task:
+            parser.add_lightning_class_args(TrainingTask, "model", subclass_mode=True)
+        else:
+            parser.add_lightning_class_args(AutoencoderTask, "model")
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -231,13 +256,13 @@ class VidTwinCLI(LightningCLI):
             return
         checkpoint = checkpoints.read(path, lazily=True)
         stored = checkpoint.get("model_spec")
-        if stored and config.model.autoencoder:
+        if stored and not self._names_task and config.model.autoencoder:
             for line in checkpoints.differences(model_config.spec(config), stored):
                 sys.stderr.write(f"vidtwin: {path} differs from the config, which wins: {line}\n")
 
     def before_instantiate_classes(self) -> None:
         config = self._own_config()
-        if self.subcommand not in ("fit", "replay") and not config.get("ckpt_path"):
+        if self.subcommand not in ("fit", "replay", "plan") and not config.get("ckpt_path"):
             raise UserError(f"Expected trained weights to {self.subcommand} with; give --ckpt_path FILE.")
         if self.subcommand == "replay":
             config.data = None
@@ -262,6 +287,15 @@ class VidTwinCLI(LightningCLI):
 
     def _own_config(self) -> Namespace:
         return self.config[str(self.config.subcommand)]
+
+
+def _names_task(args: Sequence[str]) -> bool:
+    """Return whether the class of the task is given, as configs/diffusion do; else it is that of autoencoders."""
+    given = option_value(args, "model", "model.class_path") or ""
+    if given.startswith("{"):  # of a dump
+        return "class_path" in json.loads(given)
+    model = read_config(path for path in config_paths(args) if path.is_file()).get("model")
+    return bool(given) or (isinstance(model, dict) and "class_path" in model)
 
 
 def _continue_latest_run(trainer: Namespace) -> None:

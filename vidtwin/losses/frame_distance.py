@@ -40,6 +40,14 @@ class FrameDistance(ABC):
     def _build(self, download: bool) -> nn.Module:
         """Read the weights; raise `UserError` if they are missing or do not fit the network."""
 
+    def design(self) -> nn.Module:
+        """Build the network for what needs its shapes alone, with the trained values or with none (on the meta device).
+
+        Raises:
+            UserError: The network can't be built without its weights, and they are missing.
+        """
+        return self._build(download=False)
+
     def load(self, download: bool = True) -> None:
         """Read the weights unless they are loaded.
 
@@ -71,7 +79,8 @@ class FrameDistance(ABC):
         with torch.inference_mode(False):
             self.load()
             assert self.network is not None
-            self.network.to(prediction.device)
+            if any(weight.device != prediction.device for weight in self.network.parameters()):
+                self.network.to(prediction.device)
         if prediction.ndim == 5:
             prediction = rearrange(prediction, "b c t h w -> (b t) c h w")
             target = rearrange(target, "b c t h w -> (b t) c h w")

@@ -64,6 +64,9 @@ class LPIPS(FrameDistance):
         self.net = net
         self.spatial = spatial
 
+    def design(self) -> nn.Module:
+        return _design(self.net, self.spatial)
+
     def _build(self, download: bool) -> nn.Module:
         """Download the default file (528 MB, AlexNet's 233 MB) if it is missing, unless VIDTWIN_OFFLINE is set."""
         path = Path(self.backbone) if self.backbone is not None else default_backbone(self.net)
@@ -104,12 +107,7 @@ def _build(net: Net, spatial: bool, backbone: Any, path: Path) -> nn.Module:
     name = BACKBONES[net].name
     if not isinstance(backbone, dict):
         raise UserError(f"Expected a state dict of {name} in {path}, got {type(backbone).__name__}.")
-    with warnings.catch_warnings(), torch.device("meta"):
-        # The meta device allocates and draws nothing: the lpips package builds the whole network, including up to 124
-        # million classifier weights, by a torchvision call that warns.
-        warnings.simplefilter("ignore")
-        network = lpips.LPIPS(net=net, spatial=spatial, pretrained=False, pnet_rand=True, verbose=False)
-    network.scaling_layer = lpips.ScalingLayer()
+    network = _design(net, spatial)
     # net.slice1.0.weight in the lpips package is features.0.weight in torchvision
     names = {f"features.{key.split('.', 2)[2]}": key for key in network.state_dict() if key.startswith("net.")}
     given = {k: v for k, v in backbone.items() if isinstance(v, Tensor) and not k.startswith("classifier.")}
@@ -121,4 +119,15 @@ def _build(net: Net, spatial: bool, backbone: Any, path: Path) -> nn.Module:
     left = [key for key, tensor in network.state_dict().items() if tensor.is_meta]
     if left:
         raise RuntimeError(f"LPIPS tensors without a value: {left}; the lpips package has changed.")
+    return network
+
+
+def _design(net: Net, spatial: bool) -> nn.Module:
+    """Build the network on the meta device."""
+    with warnings.catch_warnings(), torch.device("meta"):
+        # The meta device allocates and draws nothing: the lpips package builds the whole network, including up to 124
+        # million classifier weights, by a torchvision call that warns.
+        warnings.simplefilter("ignore")
+        network = lpips.LPIPS(net=net, spatial=spatial, pretrained=False, pnet_rand=True, verbose=False)
+    network.scaling_layer = lpips.ScalingLayer()
     return network

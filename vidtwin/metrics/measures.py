@@ -1,7 +1,7 @@
 """The measurement of a clip: the metrics of a protocol that are available here, by name."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from typing import Literal, get_args
 
@@ -153,9 +153,9 @@ class Measures:
         return as_compared(prediction, self.compared, self.fps), as_compared(target, of_target, self.fps)
 
     @torch.no_grad()
-    def values(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Measure prepared clips, (B,) by name."""
-        metrics = self._ready()
+    def values(self, prediction: Tensor, target: Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Measure prepared clips, (B,) by name; `names` are the metrics to measure if available, by default all."""
+        metrics = {name: metric for name, metric in self._ready().items() if names is None or name in names}
         if prediction.shape != target.shape:
             raise UserError(f"Expected clips of one shape, got {tuple(prediction.shape)} and {tuple(target.shape)}.")
         with full_precision(prediction.device):

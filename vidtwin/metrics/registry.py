@@ -37,7 +37,8 @@ class Metric(Column):
     Attributes:
         digits: Digits after the point.
         per_clip: Whether each clip has a value; rFVD needs the whole set.
-        shown: Whether tables and plots have it; MSE only serves to compute PSNR.
+        shown: Whether tables and plots have it as a measure of quality; MSE only serves to compute PSNR, and bpp, of
+            codecs alone, is a clip's measured size.
         on_request: Whether it is measured only if an option asks for it; a sweep that can't measure it is then refused,
             and table.csv has its columns only if a row was measured by it.
     """
@@ -57,6 +58,7 @@ class Metric(Column):
 
 METRICS = (
     Metric("mse", "MSE", higher=False, digits=5, shown=False),
+    Metric("bpp", "Bits/pixel", higher=False, digits=5, shown=False),
     Metric("psnr", "PSNR", "dB", higher=True, digits=2),
     Metric("ssim", "SSIM", higher=True, needs="11 px a side, `uniform7` 7"),
     Metric("ms_ssim", "MS-SSIM", higher=True, needs="176 px a side"),

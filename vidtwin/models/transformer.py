@@ -10,6 +10,8 @@
 Paper D.1; sizes as in the released code. T frames, S = (H/p)·(W/p) patches, C = hidden_size.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,17 +24,19 @@ from vidtwin.layers.recompute import Recomputing
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Apply LayerNorm without learned affine to (..., C), then · (1 + scale) + shift, both (C,)."""
-    return F.layer_norm(x, x.shape[-1:], weight=1 + scale, bias=shift, eps=1e-6)
+    # In the type of x: FSDP2 may gather weights in bfloat16.
+    return F.layer_norm(x, x.shape[-1:], weight=(1 + scale).to(x.dtype), bias=shift.to(x.dtype), eps=1e-6)
 
 
-class SpatialTemporalBlock(nn.Module):
+class SpatialTemporalBlock(Recomputing):
     """Attention within each frame, causal attention over time at each position, MLP.
 
     `modulation` (6, C) is learned: shift, scale and gate of the attentions (one gate for both), then of the MLP.
+    `activation_checkpointing` recomputes the MLP alone in the backward pass.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
+    def __init__(self, hidden_size: int, num_heads: int, activation_checkpointing: bool = False) -> None:
+        super().__init__(activation_checkpointing)
         self.modulation = nn.Parameter(torch.randn(6, hidden_size) / hidden_size**0.5)
         self.spatial_attention = SelfAttention(hidden_size, num_heads)
         self.temporal_attention = SelfAttention(hidden_size, num_heads, causal=True)
@@ -49,11 +53,14 @@ class SpatialTemporalBlock(nn.Module):
         over_time = x if temporal_embedding is None else x + temporal_embedding
         # Contiguous, so that its linear layer adds the bias in the product.
         x = x + gate * self.temporal_attention(over_time.transpose(1, 2).contiguous()).transpose(1, 2)
-        return x + gate_mlp * self.mlp(modulated_norm(x, shift_mlp, scale_mlp))
+        return x + gate_mlp * self.run(self.mlp, modulated_norm(x, shift_mlp, scale_mlp))
 
 
 class SpatialTemporalTransformer(Recomputing):
-    """Position embeddings and `depth` blocks over a grid of T frames and `grid_size`² patches."""
+    """Position embeddings and `depth` blocks over a grid of T frames and `grid_size`² patches.
+
+    `activation_checkpointing` recomputes each block in the backward pass, or ("mlp") each block's MLP.
+    """
 
     position: Tensor
     time: Tensor
@@ -65,12 +72,13 @@ class SpatialTemporalTransformer(Recomputing):
         num_heads: int,
         num_frames: int,
         grid_size: int,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: bool | Literal["mlp"] = False,
     ) -> None:
-        super().__init__(activation_checkpointing)
+        super().__init__(activation_checkpointing is True)
         if hidden_size % 4:
             raise UserError(f"Expected hidden_size divisible by 4 (two axes of sine and cosine), got {hidden_size}.")
-        self.blocks = nn.ModuleList(SpatialTemporalBlock(hidden_size, num_heads) for _ in range(depth))
+        only_mlp = activation_checkpointing == "mlp"
+        self.blocks = nn.ModuleList(SpatialTemporalBlock(hidden_size, num_heads, only_mlp) for _ in range(depth))
         position = sincos_2d(hidden_size, grid_size, grid_size)
         time = sincos_1d(hidden_size, torch.arange(num_frames))[:, None]
         self.register_buffer("position", position.float(), persistent=False)

@@ -175,6 +175,11 @@ def read(path: str | Path, lazily: bool = False) -> dict[str, Any]:
 def model_spec(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Return the `model_spec` of a checkpoint, `{"class_path": str, "init_args": dict}`, if its class is trusted."""
     spec = checkpoint.get("model_spec")
+    if spec is None and "diffusion" in checkpoint:
+        raise UserError(
+            f"Expected the checkpoint of an autoencoder, got that of a diffusion model at {path}; `vidtwin generate` "
+            "samples from it."
+        )
     if not isinstance(spec, dict) or "class_path" not in spec:
         raise UserError(
             f"Expected model_spec in {path}, which was not written by `vidtwin fit`; give its --config too."
@@ -191,6 +196,7 @@ def _read_pretrained(path: str | Path, check: bool) -> dict[str, Any]:
         "state_dict": {f"{PREFIX}{name}": value for name, value in state.items()},
         "model_spec": {key: config[key] for key in ("class_path", "init_args")},
         "pytorch-lightning_version": lightning.__version__,  # required by Lightning
+        "teacher": (config.get("training") or {}).get("teacher"),  # who trains a decoder alone trains no encoder
     }
 
 
@@ -334,8 +340,13 @@ def _load(model: VideoAutoencoder, checkpoint: dict[str, Any], path: str | Path,
 
 def autoencoder_weights(checkpoint: dict[str, Any], ema: bool = False) -> dict[str, Tensor]:
     """Return the autoencoder's weights in a checkpoint, without the prefix; with `ema` the averaged ones."""
+    return network_weights(checkpoint, PREFIX, ema)
+
+
+def network_weights(checkpoint: dict[str, Any], prefix: str, ema: bool = False) -> dict[str, Tensor]:
+    """Return the weights whose names begin with a prefix, without it; with `ema` the averaged ones."""
     state = checkpoint["state_dict"]
-    own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if not ema:
         return own
     if "ema" not in checkpoint:

@@ -12,8 +12,9 @@ Neither models nor files depend on sharding: a checkpoint is one file of whole t
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,12 +24,14 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.export import register_dataclass
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
+from vidtwin.autoencoder import Reconstruction
+from vidtwin.errors import UserError
 from vidtwin.losses.adversarial import mean_over_ranks
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.storage import checkpoints
@@ -43,8 +46,8 @@ class Placement:
     Callers use `placement_of(trainer)` and need not know whether weights are sharded.
     """
 
-    def shard(self, autoencoder: VideoAutoencoder) -> None:
-        """Split the weights of the task's autoencoder over the ranks, starting from those of the first rank."""
+    def shard(self, network: nn.Module) -> None:
+        """Split the weights of the task's network over the ranks, starting from those of the first rank."""
 
     def gather(self, model: nn.Module) -> None:
         """Hold all weights on each rank until `reshard`. All ranks must call it together.
@@ -103,17 +106,28 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
     optimizers are made, and checkpoints are single files that are read without running code.
 
     Args:
+        gather_dtype: Type in which weights are gathered: "bfloat16" halves that exchange in `precision: bf16-mixed`,
+            whose products are in bfloat16 anyway; gradients are reduced, and weights updated and stored, in float32.
+            `--trainer.strategy fsdp2_bf16` is this one.
         process_group_backend: Backend of torch.distributed; None is nccl on GPUs and gloo on CPUs.
         timeout: Maximum time that a rank waits for the others.
     """
 
-    def __init__(self, process_group_backend: str | None = None, timeout: Any = default_pg_timeout) -> None:
+    def __init__(
+        self,
+        gather_dtype: Literal["float32", "bfloat16"] = "float32",
+        process_group_backend: str | None = None,
+        timeout: Any = default_pg_timeout,
+    ) -> None:
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
+        if gather_dtype not in ("float32", "bfloat16"):
+            raise UserError(f"Expected trainer.strategy.gather_dtype float32 or bfloat16, got {gather_dtype!r}.")
+        self.gather_dtype = gather_dtype
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" counts machines
@@ -127,15 +141,21 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
     def lightning_restore_optimizer(self) -> bool:
         return True
 
-    def shard(self, autoencoder: VideoAutoencoder) -> None:
-        if isinstance(autoencoder, FSDPModule):
-            self.reshard(autoencoder)  # sharded by an earlier run of this process
+    def shard(self, network: nn.Module) -> None:
+        if isinstance(network, FSDPModule):
+            self.reshard(network)  # sharded by an earlier run of this process
             return
         assert self.lightning_module is not None
         # As in DDP, since ranks may have drawn different initial values.
         for tensor in [*self.lightning_module.parameters(), *self.lightning_module.buffers()]:
             self._take_from_first_rank(tensor)
-        shard(autoencoder, self.device_mesh["data_parallel"])
+        if self.gather_dtype == "bfloat16" and self.precision_plugin.precision != "bf16-mixed":
+            raise UserError(
+                f"Expected trainer.precision bf16-mixed for weights gathered in bfloat16, got "
+                f"{self.precision_plugin.precision}; set it, or --trainer.strategy fsdp2."
+            )
+        gathered = torch.bfloat16 if self.gather_dtype == "bfloat16" else None
+        shard(network, self.device_mesh["data_parallel"], gathered)
 
     def gather(self, model: nn.Module) -> None:
         for unit in _iter_sharded(model):
@@ -234,9 +254,12 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="The autoencoder is sharded over all devices.")
+StrategyRegistry.register(
+    "fsdp2_bf16", FSDP2Strategy, description="The same, with weights gathered in bfloat16.", gather_dtype="bfloat16"
+)
 
 
-def list_units(model: VideoAutoencoder) -> list[nn.Module]:
+def list_units(model: nn.Module) -> list[nn.Module]:
     """List the units that are gathered at a time: the outermost elements of module lists, then the model itself.
 
     Elements without a forward pass of their own are searched for inner ones. An element with the last layer is not a
@@ -257,17 +280,41 @@ def list_units(model: VideoAutoencoder) -> list[nn.Module]:
     return [*found, model]
 
 
-def shard(model: VideoAutoencoder, mesh: DeviceMesh) -> None:
-    """Split the weights of a model, if it has any, over the ranks of a mesh with one axis."""
+def shard(model: nn.Module, mesh: DeviceMesh, gathered: torch.dtype | None = None) -> None:
+    """Split the weights of a model, if it has any, over the ranks of a mesh with one axis.
+
+    Args:
+        model: The model.
+        mesh: The ranks.
+        gathered: Type of the gathered weights; None is their own. Gradients are reduced in float32.
+    """
     if not any(True for _ in model.parameters()):
         return
     # VidTwin's output is a view; torch warns that it must not be changed in place, which no loss does.
     warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(FSDP{type(model).__name__}\) returned a view")
-    found = [fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not model) for unit in list_units(model)]
+    if gathered is not None:
+        _keep_norms(model)
+    policy = MixedPrecisionPolicy(gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    options: dict[str, Any] = {"mesh": mesh} | ({"mp_policy": policy} if gathered else {})
+    found = [fully_shard(unit, reshard_after_forward=unit is not model, **options) for unit in list_units(model)]
     # In the backward pass each unit prefetches the one before it. By default torch follows all forward passes since the
     # last backward pass, and ranks that evaluated different numbers of clips would wait for each other.
     for unit, before in zip(found, [found[0], *found[:-1]], strict=True):
         unit.set_modules_to_backward_prefetch([before])
+
+
+def _keep_norms(model: nn.Module) -> None:
+    """Let norms run in the type of their input, whatever that of their weights: a CPU's kernels take no other."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            object.__setattr__(module, "forward", partial(_normalize, module))
+
+
+def _normalize(norm: nn.LayerNorm | nn.GroupNorm, x: Tensor) -> Tensor:
+    weight, bias = (None if p is None else p.to(x.dtype) for p in (norm.weight, norm.bias))
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+    return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
 
 
 def _iter_sharded(model: nn.Module) -> Iterator[FSDPModule]:

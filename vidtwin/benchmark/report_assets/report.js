@@ -121,24 +121,30 @@ const clipsMetric = byId("clips-metric"),
   clipsOrder = byId("clips-order");
 const hiddenModels = new Set();
 const FRAME = { left: 58, right: 12, top: 10, bottom: 34 };
-let order = []; // clips from worst to best
+let order = []; // clips from worst to best, or by rising content
 let points = { x: [], y: [], clip: [], model: [] }; // in pixels, those that are drawn
 let chosen = null;
 
 const currentMetric = () => data.metrics.find((each) => each.key === clipsMetric.value);
 const columns = () => data.clips.values[clipsMetric.value] || [];
 
+// What is in the clips, if they are ordered by it.
+const contentInOrder = () =>
+  clipsOrder.value.startsWith("content") ? data.content[Number(clipsOrder.value.slice(7))] : null;
+
 function sortClips() {
   const metric = currentMetric();
-  const used =
-    clipsOrder.value === "mean"
+  const content = contentInOrder();
+  const used = content
+    ? [content.values]
+    : clipsOrder.value === "mean"
       ? columns().filter((_, model) => !hiddenModels.has(model))
       : [columns()[Number(clipsOrder.value)]];
   const score = data.clips.names.map((_, clip) => {
     const values = used.map((column) => column[clip]).filter(shown);
     return values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : NaN;
   });
-  const sign = metric.higher ? 1 : -1;
+  const sign = content || metric.higher ? 1 : -1;
   order = score.map((_, clip) => clip);
   order.sort((a, b) => Number.isNaN(score[a]) - Number.isNaN(score[b]) || sign * (score[a] - score[b]) || a - b);
 }
@@ -175,9 +181,10 @@ function drawClips() {
     pen.fillText(tick.text, FRAME.left - 6, y + 4);
   }
   pen.textAlign = "left";
-  pen.fillText("← worst clips", FRAME.left, height - 10);
+  const content = contentInOrder();
+  pen.fillText(content ? "← least" : "← worst clips", FRAME.left, height - 10);
   pen.textAlign = "right";
-  pen.fillText("best clips →", width - FRAME.right, height - 10);
+  pen.fillText(content ? "most →" : "best clips →", width - FRAME.right, height - 10);
   pen.textAlign = "center";
   pen.save();
   pen.translate(14, FRAME.top + inner.height / 2);
@@ -286,6 +293,7 @@ function setUpClips() {
   options(clipsOrder, [
     ["mean", "the mean of the shown models"],
     ...data.models.map((model, index) => [index, model.name]),
+    ...data.content.map((each, index) => [`content${index}`, `${each.label} of the clip, rising`]),
   ]);
   const trained = data.models.some((model) => model.kind === "trained");
   data.models.forEach((model, index) => {
@@ -335,7 +343,8 @@ function showClip(clip) {
   byId("clip-name").textContent = name;
   byId("clip-facts").textContent =
     `From frame ${start}; number ${order.indexOf(clip) + 1} of ${order.length} in this order` +
-    (data.clips.partial.includes(clip) ? "; without numbers of every ranked model, so not in the means." : ".");
+    (data.clips.partial.includes(clip) ? "; without numbers of every ranked model, so not in the means." : ".") +
+    data.content.map((each) => ` ${each.label}: ${shown(each.values[clip]) ? Number(each.values[clip].toPrecision(3)) : "unknown"}.`).join("");
   byId("clip-numbers").replaceChildren(numbersOf(clip));
   byId("players").hidden = !kept;
   byId("no-players").hidden = Boolean(kept);

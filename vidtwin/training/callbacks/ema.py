@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +14,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vidtwin import weights
 from vidtwin.errors import UserError
-from vidtwin.storage import checkpoints
 from vidtwin.training.sharding import like, local, placement_of
 
 if TYPE_CHECKING:
-    from vidtwin.training.task import AutoencoderTask
+    from vidtwin.training.base import TrainingTask
 
 
 class WeightAverage:
@@ -72,9 +73,9 @@ class WeightAverage:
 
 
 class EMA(Callback):
-    """Average the autoencoder's weights over the steps, save the average, and evaluate with it.
+    """Average the trained network's weights over the steps, save the average, and evaluate with it.
 
-    `AutoencoderTask` adds this callback, configured by its options `ema_decay` and `use_ema`, and stores the average in
+    `TrainingTask` adds this callback, configured by its options `ema_decay` and `use_ema`, and stores the average in
     its checkpoints under `ema`, beside the weights themselves.
 
     Args:
@@ -96,11 +97,11 @@ class EMA(Callback):
         self._to_load: dict[str, Any] | None = None
         self._in_use = False  # weights and average are swapped
 
-    def setup(self, trainer: Trainer, pl_module: AutoencoderTask, stage: str) -> None:  # type: ignore[override]
+    def setup(self, trainer: Trainer, pl_module: TrainingTask, stage: str) -> None:  # type: ignore[override]
         if stage != "fit" and trainer.ckpt_path:
             self.average = None  # that of an earlier training; the task loads the checkpoint's
 
-    def on_fit_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+    def on_fit_start(self, trainer: Trainer, pl_module: TrainingTask) -> None:  # type: ignore[override]
         if self.decay is None:
             if self.evaluate:
                 raise UserError("Expected model.ema_decay (such as 0.999) if model.use_ema is set, got none.")
@@ -112,43 +113,55 @@ class EMA(Callback):
         # A hook of the optimizer: the average is up to date before any callback saves at the end of the batch.
         trainer.optimizers[0].register_step_post_hook(lambda *_: self._update(pl_module))
 
-    def restore(self, task: AutoencoderTask, state: dict[str, Any] | None) -> None:
+    def restore(self, task: TrainingTask, state: dict[str, Any] | None) -> None:
         """Start an average from the task's weights, or from `state`, the `ema` of a checkpoint."""
         if self.decay is not None:
-            self.average = WeightAverage(task.autoencoder, self.decay)
+            self.average = WeightAverage(task.network, self.decay)
             if state is not None:
                 self.average.load_state_dict(state)
 
-    def _update(self, task: AutoencoderTask) -> None:
+    def _update(self, task: TrainingTask) -> None:
         if self.average is not None:
-            self.average.update(task.autoencoder)
+            self.average.update(task.network)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: AutoencoderTask, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: TrainingTask, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         if trainer.state.fn == "fit":
             self._to_load = checkpoint.get("ema")
 
-    def save(self, checkpoint: dict[str, Any]) -> None:
-        """Add the average to a checkpoint. Called by the task, since Lightning skips callbacks if `weights_only`."""
+    def save(self, checkpoint: dict[str, Any], prefix: str) -> None:
+        """Add the average to a checkpoint, in which the names of the network's weights begin with `prefix`.
+
+        Called by the task, since Lightning skips callbacks if `weights_only`.
+        """
         if self.average is None:
             return
         checkpoint["ema"] = self.average.state_dict()
         if self._in_use:  # saved in a validation, or after an error in one
             own, average = checkpoint["state_dict"], checkpoint["ema"]["values"]
             for name, value in average.items():
-                key = f"{checkpoints.PREFIX}{name}"
+                key = f"{prefix}{name}"
                 own[key], average[name] = value, own[key]
 
-    def _use_average(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:
+    @contextmanager
+    def averaged(self, trainer: Trainer, task: TrainingTask) -> Iterator[None]:
+        """Let the network have the averaged weights for a while, if it is evaluated with them."""
+        self._swap(trainer, task, averaged=True)
+        try:
+            yield
+        finally:
+            self._swap(trainer, task, averaged=False)
+
+    def _use_average(self, trainer: Trainer, pl_module: TrainingTask) -> None:
         self._swap(trainer, pl_module, averaged=True)
 
-    def _use_weights(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:
+    def _use_weights(self, trainer: Trainer, pl_module: TrainingTask) -> None:
         self._swap(trainer, pl_module, averaged=False)
 
     on_validation_epoch_start = on_predict_epoch_start = _use_average  # type: ignore[assignment]
     on_validation_epoch_end = on_predict_epoch_end = _use_weights  # type: ignore[assignment]
 
-    def _swap(self, trainer: Trainer, task: AutoencoderTask, averaged: bool) -> None:
-        placement_of(trainer).reshard(task.autoencoder)  # the average is sharded as the weights are
+    def _swap(self, trainer: Trainer, task: TrainingTask, averaged: bool) -> None:
+        placement_of(trainer).reshard(task.network)  # the average is sharded as the weights are
         if self.average is not None and self.evaluate and averaged != self._in_use:
-            self.average.exchange(task.autoencoder)
+            self.average.exchange(task.network)
             self._in_use = averaged

@@ -12,9 +12,9 @@ from vidtwin import console
 from vidtwin.errors import UserError
 from vidtwin.files import replacing
 from vidtwin.storage import checkpoints
+from vidtwin.training.base import Batch, TrainingTask
 from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.training.sharding import placement_of
-from vidtwin.training.task import AutoencoderTask, Batch
 
 _STATE = ("gone_back", "failed_at", "went_to")  # counters in checkpoints
 
@@ -22,7 +22,8 @@ _STATE = ("gone_back", "failed_at", "went_to")  # counters in checkpoints
 class StepGuard(Callback):
     """React to steps that the task skipped since a loss or a gradient was not finite on some rank.
 
-    Each is logged on stderr with its clips. The first ones are dumped: `vidtwin replay DUMP` reruns such a step. After
+    Each is logged on stderr with its clips. The first ones of an autoencoder are dumped: `vidtwin replay DUMP` reruns
+    such a step. After
     `patience` of them in a row the training rolls back to its last checkpoint and continues with the next clips. If it
     fails again before it has passed the step where it failed, it rolls back one checkpoint further. After `rollbacks`
     times it stops with the reason.
@@ -53,19 +54,19 @@ class StepGuard(Callback):
         self.dumped: list[Path] = []
         self.folder = Path()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+    def on_fit_start(self, trainer: Trainer, pl_module: TrainingTask) -> None:  # type: ignore[override]
         # `log_dir` broadcasts, so all ranks have to read it here.
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "nonfinite"
 
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: AutoencoderTask, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: Trainer, pl_module: TrainingTask, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         if not (outputs and "rejected" in outputs):
             self.in_a_row = 0
             return
         self.in_a_row += 1
         reason = outputs["rejected"]
-        dumps = bool(reason) and len(self.dumped) < self.dumps
+        dumps = bool(reason) and pl_module.is_replayed and len(self.dumped) < self.dumps
         weights: dict[str, Tensor] | None = None
         if trainer.strategy.reduce_boolean_decision(dumps, all=False):
             # By all ranks, also those that do not dump.
@@ -82,7 +83,7 @@ class StepGuard(Callback):
         vars(self).update({name: state_dict[name] for name in _STATE})
 
     def _report(
-        self, trainer: Trainer, task: AutoencoderTask, reason: str, batch: Batch, weights: dict[str, Tensor] | None
+        self, trainer: Trainer, task: TrainingTask, reason: str, batch: Batch, weights: dict[str, Tensor] | None
     ) -> None:
         where = f"step {trainer.global_step}" + (f", rank {trainer.global_rank}" if trainer.world_size > 1 else "")
         line = f"skipped {where}: {reason}; clips: {format_clips(batch)}"
@@ -95,7 +96,7 @@ class StepGuard(Callback):
                 line += f"; no dump was written: {error}"
         console.log(line)
 
-    def _roll_back(self, trainer: Trainer, task: AutoencoderTask, reason: str, batch: Batch) -> None:
+    def _roll_back(self, trainer: Trainer, task: TrainingTask, reason: str, batch: Batch) -> None:
         saved = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LatestCheckpoint)), None)
         history: list[Path] = []
         if trainer.is_global_zero and saved is not None and saved.dirpath:
@@ -130,7 +131,7 @@ class StepGuard(Callback):
             console.log(f"{ended}; back to {target} (step {trainer.global_step}){rate}; {clips}")
 
 
-def rewind(trainer: Trainer, task: AutoencoderTask, path: Path) -> None:
+def rewind(trainer: Trainer, task: TrainingTask, path: Path) -> None:
     """Restore a checkpoint's weights, optimizers, schedules, average and step during a training.
 
     The place in the data is kept, so that the batches after the checkpoint are not repeated.
@@ -148,20 +149,22 @@ def rewind(trainer: Trainer, task: AutoencoderTask, path: Path) -> None:
 
 
 def format_clips(batch: Batch) -> str:
-    """List the clips of a batch for a message, those with non-finite pixels first."""
-    finite = batch["clip"].isfinite().flatten(1).all(dim=1).tolist()
+    """List the clips of a batch for a message, those with non-finite values first."""
+    values = [batch["clip"]] if "clip" in batch else list(batch.get("latents", {}).values())
+    finite = torch.stack([value.isfinite().flatten(1).all(dim=1) for value in values]).all(dim=0).tolist()
+    fault = f" (its {'pixels' if 'clip' in batch else 'latents'} are not finite)"
     starts = batch.get("start_frame", [None] * len(finite))
     names = batch.get("name", [f"number {index} of the batch" for index in range(len(finite))])
     named = sorted(zip(finite, names, starts, strict=True), key=lambda entry: entry[0])
     texts = [
-        f"{name}{'' if start is None else f' from frame {int(start)}'}{'' if sound else ' (its pixels are not finite)'}"
+        f"{name}{'' if start is None else f' from frame {int(start)}'}{'' if sound else fault}"
         for sound, name, start in named
     ]
     return ", ".join(texts)
 
 
 def dump(
-    path: Path, trainer: Trainer, task: AutoencoderTask, reason: str, batch: Batch, weights: dict[str, Tensor]
+    path: Path, trainer: Trainer, task: TrainingTask, reason: str, batch: Batch, weights: dict[str, Tensor]
 ) -> Path:
     """Write batch, weights, seed and config of a skipped step, from which `vidtwin replay` reruns it."""
     content = {
@@ -172,7 +175,7 @@ def dump(
         "precision": str(trainer.precision),
         **move_data_to_device({"batch": batch, "state_dict": dict(weights)}, "cpu"),
         "training": {"batches": task.batches, "seed": task.seed},
-        "model_spec": task.autoencoder.spec(),
+        **task.describe(),
         "config": task.config,
     }
     with replacing(path) as temporary:

@@ -16,7 +16,7 @@ from vidtwin.training.task import AutoencoderTask
 
 
 class Health(Callback):
-    """Log statistics of the latents in each validation of a training.
+    """Log statistics of the latents in each validation of an autoencoder's training.
 
     They are over the clips of all ranks, in evaluation mode:
 
@@ -55,7 +55,7 @@ class Health(Callback):
     def on_validation_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: AutoencoderTask, outputs: Reconstruction, batch: dict[str, Any], *_: Any
     ) -> None:
-        if not _is_logged(trainer):
+        if not _is_logged(trainer) or not isinstance(pl_module, AutoencoderTask):
             return
         if outputs.encoding is not None:
             self._latents.update(outputs.encoding)

@@ -8,8 +8,8 @@ from typing import Any, cast
 from lightning.pytorch import Callback, Trainer
 
 from vidtwin.errors import Preempted
+from vidtwin.training.base import TrainingTask
 from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
-from vidtwin.training.task import AutoencoderTask
 
 
 class Preemption(Callback):
@@ -22,17 +22,17 @@ class Preemption(Callback):
     another exchange, and saves nothing.
     """
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: TrainingTask) -> None:  # type: ignore[override]
         self._install(trainer, pl_module)
 
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: TrainingTask) -> None:  # type: ignore[override]
         if trainer.strategy.reduce_boolean_decision(pl_module.stop_requested, all=False):
             raise Preempted
 
-    def on_train_start(self, trainer: Trainer, pl_module: AutoencoderTask) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, pl_module: TrainingTask) -> None:  # type: ignore[override]
         self._install(trainer, pl_module)
 
-    def _install(self, trainer: Trainer, task: AutoencoderTask) -> None:
+    def _install(self, trainer: Trainer, task: TrainingTask) -> None:
         # Installed after Lightning's handlers; Lightning restores the original ones at the end.
         if threading.current_thread() is threading.main_thread():
 
@@ -48,7 +48,7 @@ class Preemption(Callback):
         cast(Any, trainer.fit_loop.epoch_loop)._broadcast_sigterm_tensor = lambda: None
 
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: AutoencoderTask, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: TrainingTask, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Several ranks have agreed in the step, beside whether its values are finite.
         if not (pl_module.stop_requested if trainer.world_size == 1 else pl_module.stopping):

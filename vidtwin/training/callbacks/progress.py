@@ -3,10 +3,12 @@
 import time
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+
+from vidtwin.training.base import TrainingTask
 
 _INTERVAL = 0.5  # seconds
 
@@ -35,7 +37,7 @@ class ProgressBar(TQDMProgressBar):
             self._started = (time.monotonic(), trainer.global_step)
             self._clips = 0
         else:
-            self._clips += len(batch["clip"]) * trainer.world_size
+            self._clips += cast(TrainingTask, pl_module).count_clips(batch) * trainer.world_size
         is_last = batch_idx + 1 == trainer.num_training_batches or trainer.global_step == trainer.max_steps
         if is_last or time.monotonic() - self._drawn >= _INTERVAL:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

@@ -1,0 +1,84 @@
+"""The numbers of a row's clips at each level of its curves, in `rows/<name>/levels.csv`.
+
+A level is a number of bits of the latents' quantizers ("bits"), the codes of codebooks ("codes"), or noise ("noise").
+"""
+
+from pathlib import Path
+from typing import Any, TypedDict
+
+from vidtwin.benchmark import rows
+from vidtwin.errors import UserError
+from vidtwin.tables import read_table, write_table
+
+NAME = "levels.csv"
+MEASURED = ("mse", "psnr", "ssim", "lpips")
+"""Metrics of a level, if they are available."""
+
+_CODED = ("bytes", "bpp", "entropy_bpp")
+_FIRST = ("name", "start_frame", "num_frames", "curve", "level")
+
+
+class Level(TypedDict, total=False):
+    """A clip's numbers at one level.
+
+    Attributes:
+        name: Of the clip.
+        start_frame: Of the clip.
+        num_frames: Of the clip.
+        curve: "bits", "codes" or "noise".
+        level: Bits a number, 0 for codes, or the standard deviation of the noise in those of the channels.
+        bytes: Coded latents with what is sent with the clip; absent for noise.
+        bpp: 8 · bytes / (T · H · W).
+        entropy_bpp: The same of the symbols' empirical entropy, by channel.
+        mse: Like the metrics of `clips.csv`, as are `psnr`, `ssim` and `lpips`.
+    """
+
+    name: str
+    start_frame: int
+    num_frames: int
+    curve: str
+    level: float
+    bytes: int
+    bpp: float
+    entropy_bpp: float
+    mse: float
+    psnr: float
+    ssim: float
+    lpips: float
+
+
+def write(folder: Path, row: rows.Row, levels: list[Level]) -> None:
+    """Write a row's levels; cells of noise have no bytes."""
+    metrics = [metric for metric in MEASURED if metric in levels[0]]
+    columns = [*_FIRST, *_CODED, *metrics]
+    lines = ([*(level.get(key, "") for key in columns), row["protocol_hash"]] for level in levels)
+    write_table(folder / NAME, [*columns, "protocol_hash"], lines)
+
+
+def read(folder: Path, row: rows.Row) -> list[dict[str, Any]]:
+    """Read the levels of a row in its own folder; `UserError` if the file is missing or cut off."""
+    path = folder / NAME
+    try:
+        lines = read_table(path)
+        found = [
+            {
+                "name": line["name"],
+                "curve": line["curve"],
+                **{key: int(line[key]) for key in ("start_frame", "num_frames")},
+                **{key: float(line[key]) for key in ("level", *_CODED, *MEASURED) if line.get(key) not in (None, "")},
+            }
+            for line in lines
+        ]
+        # The last column: a line that was cut off lacks it, or a part of it.
+        whole = all(line["protocol_hash"] == row["protocol_hash"] for line in lines)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"Expected the levels of its clips in {path}, got none that can be read ({error}); run the sweep again."
+        ) from error
+    kinds = {(level["curve"], level["level"]) for level in found}
+    if not whole or len(found) != row["num_clips"] * len(kinds):
+        raise UserError(
+            f"Expected {row['num_clips']} clips at each level in {path}, got {len(found)} lines; remove {folder} and "
+            "run the sweep again, which measures that row again alone."
+        )
+    return found
