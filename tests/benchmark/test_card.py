@@ -58,7 +58,7 @@ def test_a_card_has_the_numbers_of_the_folder_with_intervals_and_the_hubs_header
     results = rows.read(measured)
     (row,) = (row for row in results.rows if row["name"] == "mine")
     psnr = [clip["psnr"] for clip in results.clips["mine"]]
-    low, high = card.bootstrap(rows.units_of(results.clips["mine"], results.protocol), "psnr") or (0, 0)
+    low, high = card.interval(rows.units_of(results.clips["mine"], results.protocol), "psnr") or (0, 0)
     assert f"| PSNR (dB) | higher | {np.mean(psnr):.2f} [{low:.2f}, {high:.2f}] | " in text
     assert "Reconstructions of 6 clips of 6 videos (6 sources) of UCF101 (6 frames of 8 x 8 at 8 fps), protocol" in text
     assert f"PSNR of single clips is {min(psnr):.2f} to {max(psnr):.2f} dB" in text
@@ -143,8 +143,8 @@ def test_an_interval_draws_sources_not_clips():
     """Two sources of many clips: each mean of one source alone has a quarter of the draws."""
     units: list[rows.Unit] = [(f"v_a_g01_c0{i % 2}.avi", 1, {"psnr": 20.0 + i % 2}) for i in range(50)]
     units += [("b", 3, {"psnr": 30.0}) for _ in range(50)]
-    assert card.bootstrap(units, "psnr") == (20.5, 30.0)
-    assert card.bootstrap(units[:50], "psnr") is None
+    assert card.interval(units, "psnr") == (20.5, 30.0)
+    assert card.interval(units[:50], "psnr") is None
 
 
 def test_curves_of_tensorboard_are_read(tmp_path):

@@ -9,17 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from vidtwin.benchmark import plots, rows, summary
+from vidtwin.benchmark import plots, rows, statistics, summary
 from vidtwin.benchmark.protocol import flat
 from vidtwin.benchmark.rows import Results, Row
-from vidtwin.benchmark.sources import FEW, source_of
 from vidtwin.cards import code, escape, settings_table, table
 from vidtwin.errors import UserError, few, suggestion
 from vidtwin.files import replacing
 from vidtwin.metrics.registry import BY_KEY, Metric
 
 CURVES = "training_curves.png"
-DRAWS, CONFIDENCE = 2000, 0.95
 _WORST = 3  # clips that are named
 _PANELS = {"PSNR (dB)": ("train/psnr", "val/psnr"), "loss": ("train/loss", "val/loss")}
 Curve = tuple[list[int], list[float]]
@@ -77,27 +75,18 @@ def metadata(results: Results, row: Row) -> dict[str, Any]:
     return {"model_name": " ".join(row["name"].split()), "eval_results": found or None}
 
 
-def bootstrap(units: Sequence[rows.Unit], key: str, seed: int = 0) -> tuple[float, float] | None:
-    """Compute the 95% interval of a weighted mean if sources are drawn with replacement; None for a single source.
+def interval(units: Sequence[rows.Unit], key: str) -> tuple[float, float] | None:
+    """Compute the 95% interval of a metric's mean if sources are drawn with replacement; None without one.
 
     Args:
         units: Video, weight and numbers of each clip or video.
         key: Of the metric.
-        seed: Of the draws.
     """
-    sources = sorted({source_of(video) for video, _, _ in units})
-    if len(sources) < 2:
+    values = [(video, weight, numbers[key]) for video, weight, numbers in units]
+    sources = statistics.list_sources(values)
+    if len(sources) < 2 or not all(math.isfinite(value) for _, _, value in values):
         return None
-    places = {source: place for place, source in enumerate(sources)}
-    sums, weights = np.zeros((2, len(sources)))
-    for video, weight, values in units:
-        sums[places[source_of(video)]] += weight * values[key]
-        weights[places[source_of(video)]] += weight
-    size = len(sources)
-    counts = np.random.default_rng(seed).multinomial(size, [1 / size] * size, DRAWS).astype(np.float64)
-    drawn = (counts @ sums) / (counts @ weights)
-    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return (float(low), float(high)) if math.isfinite(low) and math.isfinite(high) else None
+    return statistics.interval(statistics.draw_means(statistics.sum_by_source(values, sources)[None]))
 
 
 def _metrics(row: Row) -> list[Metric]:
@@ -114,24 +103,25 @@ def _quality(results: Results, row: Row) -> Iterator[str]:
     units = rows.units_of(clips, results.protocol)
     references = [each for each in rows.order(results) if each["kind"] == "reference"]
     videos = {clip["name"] for clip in clips}
-    sources = len({source_of(video) for video in videos})
+    sources = len({statistics.source_of(video) for video in videos})
     yield "## Measured quality"
     yield ""
     counts = f"{row['num_clips']:,} clips of {len(videos):,} videos ({sources:,} sources)"
     protocol = f"{escape(results.protocol['name'])} ({results.protocol_hash})"
+    narrow = f"; of fewer than {statistics.FEW_SOURCES} it is too narrow" if sources < statistics.FEW_SOURCES else ""
     yield (
         f"Reconstructions of {counts} of {escape(summary.data_set(results))} ({escape(summary.clip_format(results))}), "
         f"protocol {protocol}, weights: {escape(row.get('weights') or 'of the checkpoint')}. In brackets the "
-        f"{CONFIDENCE:.0%} interval of the mean if sources (groups of UCF-101, else videos) are drawn with replacement "
-        f"({DRAWS:,} draws){f'; of fewer than {FEW} it is too narrow' if sources < FEW else ''}."
+        f"{statistics.CONFIDENCE:.0%} interval of the mean if sources (groups of UCF-101, else videos) are drawn with "
+        f"replacement ({statistics.DRAWS:,} draws){narrow}."
     )
     yield ""
     head = ["metric", "better", "this model", *(escape(each["name"]) for each in references)]
     lines = []
     for metric in _metrics(row):
-        interval = bootstrap(units, metric.key) if metric.per_clip else None
+        found = interval(units, metric.key) if metric.per_clip else None
         text = metric.text(_value(row, metric))
-        text += f" [{metric.text(interval[0])}, {metric.text(interval[1])}]" if interval else ""
+        text += f" [{metric.text(found[0])}, {metric.text(found[1])}]" if found else ""
         others = [
             metric.text(_value(each, metric)) if isinstance(each["metrics"].get(metric.key), dict) else ""
             for each in references

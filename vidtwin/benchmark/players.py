@@ -23,7 +23,7 @@ from vidtwin.benchmark.loaded_model import LoadedModel
 from vidtwin.benchmark.measurer import Measurer
 from vidtwin.benchmark.plan import format_error
 from vidtwin.benchmark.runner import Runner
-from vidtwin.benchmark.sources import source_of
+from vidtwin.benchmark.statistics import source_of
 from vidtwin.console import log
 from vidtwin.files import inside, replacing, write_text
 from vidtwin.video import Frames, convert, panels, write_video

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vidtwin.benchmark.sources import source_of
+from vidtwin.benchmark.statistics import source_of
 from vidtwin.benchmark.study.answers import Answers
 from vidtwin.benchmark.study.criteria import CRITERIA, DESTROYED, IDENTICAL, MODEL, SCALE
 

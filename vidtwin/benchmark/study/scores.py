@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vidtwin.benchmark import plots, render
-from vidtwin.benchmark.sources import FEW
+from vidtwin.benchmark.statistics import FEW_SOURCES
 from vidtwin.benchmark.study.criteria import CRITERIA
 from vidtwin.benchmark.study.opinions import CONFIDENCE, DRAWS, Opinion, Study
 from vidtwin.benchmark.summary import Cell, Line, Table
@@ -71,8 +71,8 @@ def _list_notes(study: Study, key: dict[str, Any]) -> list[str]:
         f"Results of protocol {key['protocol_hash']}, study {key['study']}.",
     ]
     fewest = min([len(study.raters), *(each.sources for each in study.opinions)])
-    if 1 < fewest < FEW:
-        notes.append(f"Of fewer than {FEW} raters or sources the intervals are too narrow.")
+    if 1 < fewest < FEW_SOURCES:
+        notes.append(f"Of fewer than {FEW_SOURCES} raters or sources the intervals are too narrow.")
     notes += [f"Left out: {name} {reason}." for name, reason in study.left_out.items()]
     notes += [
         f"{name.capitalize()} rated {done} of {all_of_them}." for name, (done, all_of_them) in study.partial.items()
