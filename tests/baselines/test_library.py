@@ -914,6 +914,7 @@ def test_ltx2s_official_decoders_convert(tmp_path, monkeypatch, capsys):
         class_of("ltx2_video").from_official("repo", "vae", decoder="diffusion", decoder_subfolder="vae")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_pictures")
 def test_cogvideox_passes_fit_test_and_reconstruct_on_real_clips(shared, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
