@@ -152,7 +152,7 @@ def main() -> None:
             shown[f"{name},\ngenerated"] = samples[place]
             near = psnr(error[place, nearest][None])[0]
             shown[f"nearest clip\nof {name},\n{near:.1f} dB"] = real[nearest]
-        write_png(arguments.picture, panels.filmstrip(shown))
+        write_png(arguments.picture, panels.filmstrip(shown, 4))
         print(f"picture -> {arguments.picture}")
 
 
