@@ -220,6 +220,9 @@ def test_a_changed_page_or_key_is_refused_by_name(study):
         ({"raters": "3"}, "raters in"),
         ({"seal": "zz"}, "seal in"),
         ({"items": {"a": {"kind": "model", "model": "other"}}}, "items of"),
+        ({"items": {"a": {"kind": "model", "model": "VidTwin"}}}, "items of"),
+        ({"models": [1], "items": {"a": {"kind": "model", "model": 1, "video": "v"}}}, "items of"),
+        ({"protocol_hash": None}, "protocol_hash in"),
     ):
         (study / "key.json").write_text(json.dumps(key | change))
         with pytest.raises(UserError, match=message):
