@@ -244,7 +244,8 @@ def test_data_without_validation_clips_are_refused_with_what_to_give(tmp_path, d
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [({"bits": [0]}, "bits from 1 to 12"), ({"noise": [-1.0]}, "noise above 0"), ({"tables": "test"}, "of val or clip"),
-     ({"clips": 0}, "clips of at least 1")],
+     ({"clips": 0}, "clips of at least 1"), ({"bits": [4, 8, 4]}, "bits without repetition"),
+     ({"noise": [0.5, 0.5]}, "noise without repetition")],
 )  # fmt: skip
 def test_wrong_options_are_refused(arguments, reason):
     with pytest.raises(UserError, match=reason):
