@@ -129,7 +129,7 @@ def test_the_row_is_that_of_the_weights(weights, measured, tmp_path):
         card.find_row(results, "00", None, LAST)
     with pytest.raises(UserError, match="got 'mean_colour'; its rows are mine"):
         card.find_row(results, mark, "mean_colour", LAST)
-    with pytest.raises(UserError, match=r"weights \(running average\) in .*, got mine \(of the last step\); change --use"):
+    with pytest.raises(UserError, match=r"weights \(running average\) in .*, got mine \(of the last step\)"):
         card.find_row(results, mark, None, AVERAGE)
     twice = tmp_path / "twice"
     shutil.copytree(measured, twice)

@@ -87,7 +87,7 @@ def read(folder: str | Path) -> Results:
 
 
 _NEEDED = {"name": str, "num_clips": int, "metrics": dict, "latents": dict, "compression_rate": int | float}
-_PARTS = {  # which not every row has
+_PARTS: dict[str, dict[str, Any]] = {  # which not every row has
     "coding": {"curve": str, "settings": str, "numbers": bool},
     "rate_distortion": {"tables": str, "clips": int},
     "windows": {"num_frames": int, "windows": int | None},
