@@ -32,7 +32,8 @@ def read_analysis(folder: Path, row: rows.Row) -> dict[str, Any] | None:
         return None
     current = found.get("version") == VERSION and found.get("row_identity") == row.get("identity")
     # Clips that failed may have been measured since.
-    return found if current and len(found["clips"]) == row["num_clips"] else None
+    whole = isinstance(found.get("latents"), dict) and len(found.get("clips") or ()) == row["num_clips"]
+    return found if current and whole else None
 
 
 def read_all(results: rows.Results) -> dict[str, dict[str, Any]]:
