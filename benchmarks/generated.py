@@ -35,7 +35,7 @@ _GROUP = re.compile(r"_g(\d+)_")
 def load_windows(root: Path, length: int, side: int, classes: list[str]) -> tuple[Frames, list[int], list[str]]:
     """Read all full windows of the classes' videos: uint8 (N, T, H, W, 3), labels, names."""
     clips, labels, names = [], [], []
-    for path in find_videos(root)[0]:
+    for path in find_videos(root, image_folders=False)[0]:
         if path.parent.name not in classes:
             continue
         for window in VideoWindows(path, length, side):
@@ -74,7 +74,7 @@ def train(clips: Tensor, labels: Tensor, num_classes: int, steps: int, seed: int
         chosen = torch.multinomial(weight[labels], 64, replacement=True)  # classes in equal shares
         batch = clips[chosen]
         batch = torch.where(torch.rand(64, 1, 1, 1, 1) < 0.5, batch.flip(-1), batch)
-        batch = batch + 0.1 * torch.randn(64, 1, 1, 1, 1) + 0.1 * torch.randn_like(batch)
+        batch = batch + 0.1 * torch.randn(64, 1, 1, 1, 1) + 0.3 * torch.randn_like(batch)
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
         optimizer.zero_grad()
         F.cross_entropy(network(batch), labels[chosen]).backward()
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("generated", type=Path)
     parser.add_argument("root", type=Path, help="folder of the real videos")
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--steps", type=int, default=400, help="steps of the classifier")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the classifier")
     parser.add_argument("--shown", type=int, default=0, help="number of the sample of each class that is shown")
     arguments = parser.parse_args()
 
@@ -152,7 +152,7 @@ def main() -> None:
             shown[f"{name},\ngenerated"] = samples[place]
             near = psnr(error[place, nearest][None])[0]
             shown[f"nearest clip\nof {name},\n{near:.1f} dB"] = real[nearest]
-        write_png(arguments.picture, panels.filmstrip(shown))
+        write_png(arguments.picture, panels.filmstrip(shown, 4))
         print(f"picture -> {arguments.picture}")
 
 

@@ -189,6 +189,15 @@ def test_another_autoencoder_is_refused(trained, tmp_path, capsys):
     assert re.fullmatch(r"vidtwin: error: Expected the autoencoder VidTwin \w{8}, whose latents .*; give .*\n", error)
 
 
+def test_flow_is_laid_over_the_papers_config_and_options_over_both(capsys):
+    configs = [f"--config={CONFIGS / name}.yaml" for name in ("vidtwin_ucf101", "flow")]
+    assert main(["fit", *configs, "--model.transformer.depth=3", "--print_config"]) == 0
+    model = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert model["process"]["class_path"] == "vidtwin.diffusion.process.RectifiedFlow"
+    assert (model["transformer"]["depth"], model["transformer"]["width"]) == (3, 1152)
+    assert (model["guidance"], model["condition_dropout"], model["sampling_steps"]) == (2.0, 0.2, 50)
+
+
 def test_validate_measures_the_loss_of_a_checkpoint(trained, capsys):
     given = ["--config", str(CONFIGS / "tiny.yaml"), "--data.root", str(trained / "latents"), "--data.batch_size=2"]
     given += [f"--model.transformer.{name}={value}" for name, value in SIZES.items()]
