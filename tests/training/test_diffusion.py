@@ -235,6 +235,12 @@ def test_latents_of_another_model_are_refused_in_one_line(latents, tmp_path):
         trainer(tmp_path / "b", 1).fit(tiny_diffusion(autoencoder=str(tmp_path / "model")), latent_data(latents))
 
 
+def test_another_process_than_the_checkpoints_is_refused(undisturbed, latents, tmp_path):
+    last = undisturbed[2] / "checkpoints" / "last.ckpt"
+    with pytest.raises(UserError, match=r"Expected model\.process as .* with, DDPM of .*, got RectifiedFlow of "):
+        trainer(tmp_path, 9).fit(tiny_diffusion(process=RectifiedFlow()), latent_data(latents), ckpt_path=last)
+
+
 def test_too_few_clips_and_unusable_options_are_refused_in_one_line(latents, tmp_path):
     with pytest.raises(UserError, match=r"Expected at least 40 clips for a batch, got 12; lower data.batch_size"):
         trainer(tmp_path, 1).fit(tiny_diffusion(), datamodule=latent_data(latents, batch_size=40))
