@@ -15,7 +15,7 @@ BENCHMARK_FIT := --trainer.max_steps 200 --trainer.num_sanity_val_steps 0 --resu
 DATA ?= $(or $(VIDTWIN_SHARED),../shared)/data/ucf_like/UCF-101
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo benchmark-demo test test-all proof compare soak tests lint types format constraints clean
+.PHONY: help install demo benchmark-demo bench test test-all proof compare soak tests lint types format constraints clean
 
 help:
 	@echo "make demo       train a small VidTwin on generated videos and test it (5 minutes on two idle cores)"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-all   also run the slow tests"
 	@echo "make proof      overfit every model on four real clips, run each at full size (two hours; CLIPS=folder)"
 	@echo "make compare    train the tiny models on UCF-101 and compare them (an hour; DATA=folder)"
+	@echo "make bench      measure speed and memory of VidTwin-base on this machine (15 minutes on two idle cores)"
 	@echo "make soak       kill a training twenty times, compare it with an uninterrupted one (some minutes)"
 	@echo "make install    create $(VENV) and install into it"
 	@echo "make format     fix the style of the sources"
@@ -48,6 +49,12 @@ demo: install
 	  --model.loss.perceptual_frames 2
 	$(BIN)/vidtwin test --config configs/demo.yaml --ckpt_path $(DEMO_RUN)/checkpoints/last.ckpt \
 	  --results_dir $(DEMO_RUN)/results
+
+# The whole base model codes one clip; its steps are measured with two blocks a half, which a CPU takes in seconds.
+bench: install
+	$(BIN)/python benchmarks/speed.py --parts encode decode --warmup 1 --repeats 3 --out runs/bench/coding.json
+	$(BIN)/python benchmarks/speed.py --depth 2 --parts step "step, perceptual" "step, GAN" --warmup 1 --repeats 3 \
+	  --out runs/bench/steps.json
 
 # Interrupted trainings resume, and the sweep measures the missing rows. The data set is generated once.
 benchmark-demo: install

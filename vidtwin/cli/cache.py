@@ -1,10 +1,9 @@
 """`vidtwin cache`: write clips or video files of a data module as shards. Import nothing heavy at the top."""
 
-import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vidtwin.cli import paths
+from vidtwin.cli import data_command
 from vidtwin.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,28 +26,8 @@ _OWN = ("splits", "epochs", "format", "verify")
 
 def cache_command(argv: list[str]) -> int:
     """Write decoded clips, or video files, as shards: vidtwin cache OUT --config FILE"""
-    from vidtwin.cli.parser import (
-        check_name,
-        config_paths,
-        name_data_first,
-        read_config,
-        refuse_values,
-        resolve_short_names,
-        user_errors,
-        wants_help,
-    )
-
-    argv = name_data_first(resolve_short_names(argv))
-    for option in (word.partition("=")[0] for word in argv if word.startswith("--")):
-        check_name(option, option[2:].partition(".")[0], ("config", "data", "help", "print_config", *_OWN))
-    refuse_values(config_paths(argv))
-    others = set(read_config(config_paths(argv))) - {"data", "out", "config", *_OWN}  # of other commands
-    config = (parser := _parser(sorted(others), light=wants_help(argv))).parse_args(argv)
-    if config.get("data") is None:
-        raise UserError("Expected data to cache; give --data ucf101 --data.root PATH or a --config.")
-    paths.expand(config.data, paths.values(argv))
-    with user_errors(config):
-        data = parser.instantiate(config).data
+    config, built = data_command.instantiate(argv, _parser, _OWN, "out", "data to cache")
+    data = built.data
     from vidtwin.data import ClipSource  # which imports torch
 
     if not isinstance(data, ClipSource):
@@ -60,24 +39,14 @@ def cache_command(argv: list[str]) -> int:
     return 0
 
 
-def _parser(ignored: list[str], light: bool) -> "Parser":
-    from jsonargparse import ActionConfigFile
-
+def _parser(light: bool) -> "Parser":
     from vidtwin.cli.parser import command_parser
 
     usage = "OUT (--config FILE | --data NAME --data.OPTION VALUE ...) [options]"
     parser = command_parser("cache", usage, _DESCRIPTION)
     parser.add_argument("out", metavar="OUT", help="Folder; each split gets a folder in it.")
-    parser.add_argument("--config", action=ActionConfigFile, help="Config as for fit; only its `data` is used.")
     shown = "The data module, by its short name or class path; its arguments are --data.NAME VALUE."
-    if light:  # help needs no Lightning
-        parser.add_argument("--data", metavar="NAME", help=shown)
-    else:
-        from lightning.pytorch import LightningDataModule
-
-        parser.add_subclass_arguments(
-            LightningDataModule, "data", as_group=False, fail_untyped=False, required=False, help=shown
-        )
+    data_command.add_data_options(parser, shown, light)
     parser.add_argument("--splits", nargs="+", choices=_SPLITS, default=_SPLITS, help="Some of train, val, test.")
     parser.add_argument(
         "--epochs",
@@ -91,6 +60,4 @@ def _parser(ignored: list[str], light: bool) -> "Parser":
         action="store_true",
         help="Compare the checksums of existing shards, not only their sizes.",
     )
-    for key in ignored:
-        parser.add_argument(f"--{key}", type=Any, help=argparse.SUPPRESS)
     return parser
