@@ -149,7 +149,9 @@ class DiffusionTask(TrainingTask):
             self._frozen.append(find(described, self.autoencoder_path, self.use_autoencoder_ema))
         shapes = dict(described.shapes)
         if described.codes:
-            whole = self.frozen.model.latent_shapes((3, described.num_frames, *described.size))
+            multiple = self.frozen.model.spatial_multiple  # to which `vidtwin encode` pads pictures
+            size = (side + -side % multiple for side in described.size)
+            whole = self.frozen.model.latent_shapes((3, described.num_frames, *size))
             shapes = {name: whole[name] for name in self.frozen.model.latent_names}
         names = ("class_path", "weights_sha256", "checkpoint", "use_ema", "config")
         model = {name: described.model.get(name) for name in names}
