@@ -151,13 +151,15 @@ def test_another_split_or_number_of_samples_is_another_protocol(longer, capsys):
 def test_clips_of_another_size_and_other_folders_are_refused(longer, capsys):
     assert score(longer, "--data.resolution", "16") == 2
     assert "set --data.num_frames 16 --data.resolution 32" in capsys.readouterr().err
+    score(longer, "--data.fps", "4")
+    assert "the generated clips have 8 frames per second, the real ones 4; --data.fps 8" in capsys.readouterr().err
     assert main(["score", str(longer / "videos"), *SCORED, "--data.root", str(longer / "videos")]) == 2
     assert "make it by `vidtwin generate`" in capsys.readouterr().err
     assert main(["score", str(longer / "made")]) == 2
     assert "give --data ucf101" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("key", ["samples", "size", "num_frames", "weights_sha256"])
+@pytest.mark.parametrize("key", ["samples", "size", "num_frames", "fps", "weights_sha256"])
 def test_a_damaged_manifest_is_one_line(longer, capsys, key):
     manifest = longer / "made" / "samples.json"
     before = manifest.read_text()

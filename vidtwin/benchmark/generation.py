@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ class Generated:
             raise UserError(
                 f"Expected a folder of generated videos with {path}, got none; make it by `vidtwin generate`."
             ) from None
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, ZeroDivisionError):
             raise UserError(
                 f"Expected a manifest written by `vidtwin generate` in {path}, got something else."
             ) from None
@@ -79,6 +80,8 @@ class Generated:
 def _check(manifest: dict[str, Any]) -> None:
     """Raise `KeyError`, `TypeError` or `ValueError` for entries that `vidtwin generate` does not write."""
     samples = manifest["samples"]
+    if not Fraction(manifest["fps"]) > 0:
+        raise ValueError("expected a rate")
     texts = [manifest["weights_sha256"], *(sample[key] for sample in samples for key in ("file", "class"))]
     counts = [manifest["num_frames"], *manifest["size"]]
     if not samples or not all(isinstance(text, str) for text in texts) or len(manifest["size"]) != 2:
@@ -222,6 +225,12 @@ def _check_clips(generated: Generated, data: ClipSource) -> None:
         raise UserError(
             f"Expected real clips of {ours} frames of {height}x{width} pixels, as in {generated.folder}, got others; "
             f"set --data.num_frames {ours} --data.resolution {wanted}."
+        )
+    made, real = float(Fraction(generated.manifest["fps"])), data.settings.rates[0]
+    if real is not None and abs(real - made) > 0.01 * made:
+        console.log(
+            f"{generated.folder}: the generated clips have {made:g} frames per second, the real ones {real:g}; "
+            f"--data.fps {made:g}, or null for all frames, compares like with like"
         )
 
 
