@@ -257,10 +257,12 @@ class JPEG(Codec):
         return b"".join([tables, *(self._write(picture, 2) for picture in frames)])
 
     def decompress(self, coded: bytes) -> Frames:
+        end = len(self._START)
+        while coded[end : end + 2] != self._END:  # tables may hold the bytes of an end marker, as at quality 6
+            end += 2 + int.from_bytes(coded[end + 2 : end + 4], "big")
         # In the coded data a byte of 255 is followed by 0: an end marker is one.
-        tables, *pictures = [part + self._END for part in coded.split(self._END)[:-1]]
-        head = tables.removesuffix(self._END)
-        files = [head + picture.removeprefix(self._START) for picture in pictures]
+        pictures = [part + self._END for part in coded[end + 2 :].split(self._END)[:-1]]
+        files = [coded[:end] + picture.removeprefix(self._START) for picture in pictures]
         return np.stack([np.array(Image.open(io.BytesIO(file))) for file in files])
 
     def _write(self, picture: Frames, kind: int) -> bytes:

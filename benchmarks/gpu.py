@@ -21,7 +21,7 @@ from speed import Row, describe, parse, run
 
 from vidtwin.files import write_text
 
-TINY = ["--resolution", "32", "--depth", "1", "--repeats", "1", "--warmup", "1"]
+TINY = ["--resolution", "32", "--depth", "1", "--side", "256", "--repeats", "1", "--warmup", "1"]
 # Name, options of benchmarks/speed.py, and (part, key of its row, target) with "at least" or "at most" by its sign.
 RUNS: list[tuple[str, list[str], list[tuple[str, str, float]]]] = [
     (

@@ -117,6 +117,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpointing", choices=("mlp", "true"), help="activation checkpointing of VidTwin")
     parser.add_argument("--data", help="folder in UCF-101's layout")
     parser.add_argument("--workers", type=int, help="of the loader")
+    parser.add_argument("--side", type=int, default=4096, help="of the matrices whose product is the measure of shares")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/speed.json"))
@@ -147,11 +148,11 @@ def make_task(autoencoder: VideoAutoencoder, perceptual: bool = False, gan: bool
     return AutoencoderTask(autoencoder, loss, optimizer, schedule, optimizer, schedule, gradient_clip_norm=1.0)
 
 
-def measure_products(device: torch.device, bf16: bool) -> float:
-    """Measure the FLOPs per second of one product of 4096 × 4096 matrices, the better of two."""
+def measure_products(device: torch.device, bf16: bool, side: int) -> float:
+    """Measure the FLOPs per second of one product of square matrices, the better of two."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    left, right = (torch.randn(4096, 4096, device=device).to(dtype) for _ in range(2))
-    return 2 * 4096**3 / min(seconds(lambda: left @ right, device, warmup=1, repeats=2))
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / min(seconds(lambda: left @ right, device, warmup=1, repeats=2))
 
 
 def measure_coding(
@@ -175,9 +176,9 @@ def timed(
 ) -> Row:
     """Time a part between two measurements of products; `run` takes warm-up and repetitions."""
     device = torch.device(args.device)
-    before = measure_products(device, precision == "bf16")
+    before = measure_products(device, precision == "bf16", args.side)
     times = run(args.warmup, args.repeats)
-    rate = statistics.mean((before, measure_products(device, precision == "bf16")))
+    rate = statistics.mean((before, measure_products(device, precision == "bf16", args.side)))
     median = statistics.median(times)
     return {
         "part": part,

@@ -102,6 +102,13 @@ def test_jpeg_frames_are_those_of_files_and_smaller_by_the_tables():
     assert len(coded) < sum(len(file.getvalue()) for file in files)
 
 
+@pytest.mark.parametrize("quality", range(1, 96))
+def test_jpeg_decodes_at_every_quality(quality):
+    # At 6 the tables hold 255, 217, the bytes of an end marker.
+    frames = FRAMES[:2, :16, :16]
+    assert JPEG(quality).decompress(JPEG(quality).compress(frames)).shape == frames.shape
+
+
 def test_resize_keeps_the_means_of_blocks_without_loss():
     codec = Resize(8)
     small = FRAMES.reshape(8, 8, 8, 8, 8, 3).mean((2, 4))

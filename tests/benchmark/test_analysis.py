@@ -15,7 +15,7 @@ from sweeping import FRAMES, SIDE, Interruption, NumberedData, Pool, Two, checkp
 from torch import Tensor
 
 from vidtwin.benchmark import analysis, analysis_plots, analysis_tables, latent_looks, leakage, plots, report, rows
-from vidtwin.benchmark.analysis_files import MEASURES, read_content
+from vidtwin.benchmark.analysis_files import MEASURES, read_all, read_content
 from vidtwin.benchmark.clip_content import measure_content
 from vidtwin.benchmark.sweep import Entry
 from vidtwin.errors import UserError
@@ -197,6 +197,16 @@ def test_content_is_of_each_clip_once(swept):
     assert not (folder / "content").exists()
     assert not (folder / "rows" / "Two" / "analysis").exists()
     assert not (folder / "rows" / "mean_colour" / "analysis.json").exists()
+
+
+def test_frames_and_latents_alone_are_those_of_the_common_clips(swept):
+    results = rows.read(swept / "results")
+    lost = results.clips["Two"].pop(3)
+    for each in read_all(results).values():
+        assert len(each["clips"]) == CLIPS - 1
+        assert rows.key_of(lost) not in map(rows.key_of, each["clips"])
+    results.clips["Two"] = []
+    assert read_all(results) == {}
 
 
 def test_the_page_has_its_tables_and_plots(swept):

@@ -14,8 +14,8 @@ from sweeping import Pool, checkpoint
 from tiny import tiny_model
 
 from vidtwin import cards
-from vidtwin.benchmark import card, rows
-from vidtwin.benchmark.loaded_model import fingerprint
+from vidtwin.benchmark import card, rows, statistics
+from vidtwin.benchmark.loaded_model import AVERAGE, LAST, fingerprint
 from vidtwin.cli import main
 from vidtwin.errors import UserError
 
@@ -39,7 +39,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory, weights: str) -> Path:
     models["mean_colour"] = ("reference", 1e-6, 13.0)
     folder = write_results(tmp_path_factory.mktemp("measured") / "results", models, failed=False, players=False)
     path = folder / "rows" / "mine" / "results.json"
-    row = json.loads(path.read_text()) | {"fingerprint": fingerprint(weights)}
+    row = json.loads(path.read_text()) | {"fingerprint": fingerprint(weights), "weights": LAST}
     row["failed_clips"] = [{"name": HOSTILE_CLIP, "start_frame": 12, "reason": "decode gave NaN"}]
     row["unavailable"] = {"lpips": HOSTILE}
     path.write_text(json.dumps(row))
@@ -58,8 +58,8 @@ def test_a_card_has_the_numbers_of_the_folder_with_intervals_and_the_hubs_header
     results = rows.read(measured)
     (row,) = (row for row in results.rows if row["name"] == "mine")
     psnr = [clip["psnr"] for clip in results.clips["mine"]]
-    low, high = card.interval(rows.units_of(results.clips["mine"], results.protocol), "psnr") or (0, 0)
-    assert f"| PSNR (dB) | higher | {np.mean(psnr):.2f} [{low:.2f}, {high:.2f}] | " in text
+    ends = statistics.describe(results)["rows"]["mine"]["psnr"]  # all of its clips are the common ones
+    assert f"| PSNR (dB) | higher | {np.mean(psnr):.2f} [{ends['low']:.2f}, {ends['high']:.2f}] | " in text
     assert "Reconstructions of 6 clips of 6 videos (6 sources) of UCF101 (6 frames of 8 x 8 at 8 fps), protocol" in text
     assert f"PSNR of single clips is {min(psnr):.2f} to {max(psnr):.2f} dB" in text
     (worse,) = re.findall(r"It is worse than a reference without weights in (.*)\.", text)
@@ -124,27 +124,36 @@ def test_without_results_logs_or_a_licence_the_card_says_so(tmp_path):
 def test_the_row_is_that_of_the_weights(weights, measured, tmp_path):
     results = rows.read(measured)
     mark = fingerprint(weights)
-    assert card.find_row(results, mark, None)["name"] == "mine"
+    assert card.find_row(results, mark, None, LAST)["name"] == "mine"
     with pytest.raises(UserError, match="got none; measure it by `vidtwin test --ckpt_path`"):
-        card.find_row(results, "00", None)
+        card.find_row(results, "00", None, LAST)
     with pytest.raises(UserError, match="got 'mean_colour'; its rows are mine"):
-        card.find_row(results, mark, "mean_colour")
+        card.find_row(results, mark, "mean_colour", LAST)
+    with pytest.raises(UserError, match=r"weights \(running average\) in .*, got mine \(of the last step\)"):
+        card.find_row(results, mark, None, AVERAGE)
     twice = tmp_path / "twice"
     shutil.copytree(measured, twice)
     shutil.copytree(twice / "rows" / "mine", twice / "rows" / "other")
     path = twice / "rows" / "other" / "results.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"name": "other"}))
     with pytest.raises(UserError, match="got mine, other; name one by --row"):
-        card.find_row(rows.read(twice), mark, None)
-    assert card.find_row(rows.read(twice), mark, "other")["name"] == "other"
+        card.find_row(rows.read(twice), mark, None, LAST)
+    assert card.find_row(rows.read(twice), mark, "other", LAST)["name"] == "other"
+    row = json.loads(path.read_text()) | {"name": "other", "weights": AVERAGE}
+    path.write_text(json.dumps(row))
+    assert card.find_row(rows.read(twice), mark, None, AVERAGE)["name"] == "other"
 
 
-def test_an_interval_draws_sources_not_clips():
-    """Two sources of many clips: each mean of one source alone has a quarter of the draws."""
-    units: list[rows.Unit] = [(f"v_a_g01_c0{i % 2}.avi", 1, {"psnr": 20.0 + i % 2}) for i in range(50)]
-    units += [("b", 3, {"psnr": 30.0}) for _ in range(50)]
-    assert card.interval(units, "psnr") == (20.5, 30.0)
-    assert card.interval(units[:50], "psnr") is None
+def test_codecs_are_no_references_of_a_card(weights, measured, tmp_path):
+    folder = tmp_path / "results"
+    shutil.copytree(measured, folder)
+    shutil.copytree(folder / "rows" / "temporal_mean", folder / "rows" / "x264 26")
+    path = folder / "rows" / "x264 26" / "results.json"
+    coding = {"curve": "x264 medium", "settings": "CRF 26", "numbers": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"name": "x264 26", "coding": coding}))
+    text = write_card(tmp_path / "README.md", "--ckpt_path", weights, "--results", str(folder))
+    assert "temporal\\_mean" in text
+    assert "x264" not in text
 
 
 def test_curves_of_tensorboard_are_read(tmp_path):

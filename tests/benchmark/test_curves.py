@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from benchmark.fixture_results import write_results
 
 from vidtwin.benchmark import curve_plots, curves, levels, render, report, rows
+from vidtwin.errors import UserError
 from vidtwin.files import parse_json
 
 # JCTVC-E137: rates and PSNR of two of its sequences, and the BD-rates of Netflix' implementation of PCHIP in VMAF.
@@ -190,6 +192,24 @@ def test_a_folder_without_curves_has_none_of_it(tmp_path):
     assert not (path / "curves.csv").exists()
     assert curve_plots.write(path) == []
     assert curves.tables(rows.read(path)) == []
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_sizes_that_are_none_are_refused_or_no_point(folder, tmp_path, value):
+    copy = tmp_path / "r"
+    shutil.copytree(folder, copy)
+    for name in ("rows/x264 50/clips.csv", "rows/VidTwin/levels.csv"):
+        lines = (copy / name).read_text().splitlines()
+        cells, place = lines[1].split(","), lines[0].split(",").index("bpp")
+        lines[1] = ",".join([*cells[:place], value, *cells[place + 1 :]])
+        (copy / name).write_text("\n".join(lines) + "\n")
+        if "x264" in name:
+            if value != "-1":
+                (codec,) = [curve for curve in curves.read(rows.read(copy)) if curve.kind == curves.CODEC]
+                assert "x264 50" not in {point.row for point in codec.points}
+            curve_plots.write(copy)
+    with pytest.raises(UserError, match=f"levels.csv, got none that can be read \\(bpp {value}\\)"):
+        curves.read(rows.read(copy))
 
 
 def test_a_codec_alone_is_a_curve_without_a_model(tmp_path):

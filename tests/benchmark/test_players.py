@@ -140,6 +140,14 @@ def test_a_run_that_changes_nothing_leaves_the_pictures_alone(played):
     assert {path: path.stat().st_mtime_ns for path in (folder / "players").rglob("*")} == before
 
 
+def test_drawn_clips_that_are_kept_already_are_marked_as_drawn(played):
+    folder, entries = played
+    assert sweep(folder, entries, players=3, references=[]).run() == 0  # all six clips
+    assert sweep(folder, entries, players=3, random_players=2, references=[]).run() == 0
+    content = json.loads((folder / "players" / "players.json").read_text())
+    assert sum("random" in clip["why"] for clip in content["clips"]) == 2
+
+
 def test_another_checkpoint_makes_other_pictures_and_leaves_none_of_the_old_ones(played, tmp_path):
     folder, entries = played
     view = json.loads((folder / "players" / "players.json").read_text())["clips"][0]["views"][1]

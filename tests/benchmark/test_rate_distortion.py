@@ -191,6 +191,21 @@ def test_sent_tables_cost_their_bytes(tmp_path):
     assert min(clip["bytes"] for clip in read(tmp_path / "r", "Pool", "bits", 2)) > 3 * 6
 
 
+def test_without_a_fit_noise_is_in_units_of_the_clips_own_channels(tmp_path):
+    sent = dataclasses.replace(CHOSEN, tables="clip")
+    data = NumberedData(eval_batch_size=6)
+    assert sweep(tmp_path / "r", entries(tmp_path)[:1], data, rate_distortion=sent, references=[]).run() == 0
+    model = Pool()
+    model.scale.data.fill_(0.8)
+    for index, found in enumerate(read(tmp_path / "r", "Pool", "noise", 1.0)):
+        grid = model.encode(clip_of(index))["grid"].mode()
+        drawn = torch.randn(3, FRAMES, 8, 8, generator=torch.Generator().manual_seed(index))
+        std = grid[0].flatten(1).std(1, correction=0).reshape(1, 3, 1, 1, 1)
+        with torch.no_grad():
+            expected = psnr(model.decode({"grid": grid + std * drawn}, FRAMES), clip_of(index))
+        assert found["psnr"] == pytest.approx(expected, abs=1e-3)
+
+
 def test_windows_and_samples_have_curves_of_the_mode(tmp_path):
     path = checkpoint(tmp_path / "short.ckpt", 0.8, frames=4)
     entry = [
@@ -229,7 +244,8 @@ def test_data_without_validation_clips_are_refused_with_what_to_give(tmp_path, d
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [({"bits": [0]}, "bits from 1 to 12"), ({"noise": [-1.0]}, "noise above 0"), ({"tables": "test"}, "of val or clip"),
-     ({"clips": 0}, "clips of at least 1")],
+     ({"clips": 0}, "clips of at least 1"), ({"bits": [4, 8, 4]}, "bits without repetition"),
+     ({"noise": [0.5, 0.5]}, "noise without repetition")],
 )  # fmt: skip
 def test_wrong_options_are_refused(arguments, reason):
     with pytest.raises(UserError, match=reason):

@@ -227,3 +227,21 @@ def test_rows_of_another_protocol_or_version_are_refused(tmp_path):
         rows.read(folder)
     with pytest.raises(UserError, match="which does not exist"):
         rows.read(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed_of", {"a": 1}),
+        ("coding", "x264"),
+        ("coding", {"curve": "x264"}),
+        ("rate_distortion", {"tables": "val"}),
+        ("windows", [4]),
+    ],
+)
+def test_a_part_of_a_row_of_another_form_is_refused(tmp_path, key, value):
+    folder = write_results(tmp_path / "r", num_clips=3, players=False)
+    path = folder / "rows" / "CMD" / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"Expected {key} of a row in"):
+        rows.read(folder)

@@ -45,6 +45,15 @@ def test_weights_count_as_in_the_mean():
     assert drawn_means(units) == pytest.approx(np.full((statistics.DRAWS, 1), 2.0))
 
 
+def test_a_source_of_many_clips_is_one_source():
+    """Two sources of many clips: each mean of one source alone has a quarter of the draws."""
+    units: list[statistics.Unit] = [(f"v_a_g01_c0{i % 2}.avi", 1, 20.0 + i % 2) for i in range(50)]
+    units += [("b", 3, 30.0) for _ in range(50)]
+    found = statistics.bound_means({"all": {"psnr": units}, "one": {"psnr": units[:50]}})
+    assert found["all"]["psnr"] == {"low": 20.5, "high": 30.0, "sources": 2}
+    assert found["one"]["psnr"]["low"] is None
+
+
 def test_draws_are_the_same_in_one_batch_and_in_several(monkeypatch):
     units = by_video(np.random.default_rng(3).normal(size=30).tolist())
     whole = drawn_means(units)

@@ -98,7 +98,7 @@ def test_each_rater_has_an_order_of_its_own_that_begins_with_a_reconstruction(st
     assert sum(a == b for a, b in pairwise(videos)) <= 2  # two clips, ten items
 
 
-def test_clips_that_were_drawn_at_random_are_taken_if_there_are_any(results, tmp_path):
+def test_clips_that_were_drawn_at_random_are_taken_if_there_are_any_and_others_are_logged(results, tmp_path, caplog):
     folder = tmp_path / "results"
     shutil.copytree(results, folder)
     kept = folder / "players" / "players.json"
@@ -108,6 +108,9 @@ def test_clips_that_were_drawn_at_random_are_taken_if_there_are_any(results, tmp
     page.write(folder, tmp_path / "study")
     key = json.loads((tmp_path / "study" / "key.json").read_text())
     assert {item["video"] for item in key["items"].values()} == {content["clips"][1]["name"]}
+    assert not caplog.text
+    page.write(results, tmp_path / "worst")
+    assert "keeps no clips drawn at random, so the study has the worst and the median ones" in caplog.text
 
 
 def test_alone_there_is_no_source_in_the_page_but_as_a_check(results, tmp_path):
@@ -220,6 +223,9 @@ def test_a_changed_page_or_key_is_refused_by_name(study):
         ({"raters": "3"}, "raters in"),
         ({"seal": "zz"}, "seal in"),
         ({"items": {"a": {"kind": "model", "model": "other"}}}, "items of"),
+        ({"items": {"a": {"kind": "model", "model": "VidTwin"}}}, "items of"),
+        ({"models": [1], "items": {"a": {"kind": "model", "model": 1, "video": "v"}}}, "items of"),
+        ({"protocol_hash": None}, "protocol_hash in"),
     ):
         (study / "key.json").write_text(json.dumps(key | change))
         with pytest.raises(UserError, match=message):

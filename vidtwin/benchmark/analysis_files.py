@@ -36,10 +36,15 @@ def read_analysis(folder: Path, row: rows.Row) -> dict[str, Any] | None:
 
 
 def read_all(results: rows.Results) -> dict[str, dict[str, Any]]:
-    """Read the analyses of all rows that have one, in the order of the table."""
-    ordered = [row for row in rows.order(results) if row["kind"] != "failed"]
-    found = {row["name"]: read_analysis(results.folder / "rows" / row["name"], row) for row in ordered}
-    return {name: each for name, each in found.items() if each}
+    """Read the analyses of all rows that have one, in the order of the table, with the common clips alone."""
+    common = rows.common_clips(results)
+    found = {}
+    for row in rows.order(results):
+        each = read_analysis(results.folder / "rows" / row["name"], row) if row["kind"] != "failed" else None
+        clips = [clip for clip in each["clips"] if rows.key_of(clip) in common] if each else []
+        if each and clips:
+            found[row["name"]] = each | {"clips": clips}
+    return found
 
 
 def read_content(folder: Path, protocol_hash: str) -> list[rows.Clip]:

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,27 @@ _PANELS = {"PSNR (dB)": ("train/psnr", "val/psnr"), "loss": ("train/loss", "val/
 Curve = tuple[list[int], list[float]]
 
 
-def find_row(results: Results, fingerprint: str, name: str | None) -> Row:
+def find_row(results: Results, fingerprint: str, name: str | None, weights: str) -> Row:
     """Find the measured row of a checkpoint by its fingerprint, or the one of a name, which must be of it too.
 
+    Args:
+        results: The rows.
+        fingerprint: Of the checkpoint.
+        name: Of the row; None if it is the only one.
+        weights: Which of the checkpoint's weights the card describes, see `LoadedModel`.
+
     Raises:
-        UserError: There is none, or there are several.
+        UserError: There is none, there are several, or other weights of the checkpoint were measured.
     """
     found = [row for row in results.rows if row["kind"] == "trained" and row.get("fingerprint") == fingerprint]
+    others = [row for row in found if row.get("weights", weights) != weights]
+    found = [row for row in found if row not in others]
+    if others and not found:
+        raise UserError(
+            f"Expected a row of this checkpoint's weights ({weights}) in {results.folder}, got "
+            f"{few([row['name'] for row in others])} ({others[0]['weights']}); change --use_ema, or measure them by "
+            "--protocol.weights."
+        )
     names = [row["name"] for row in found]
     if name is not None:
         if name not in names:
@@ -75,22 +89,13 @@ def metadata(results: Results, row: Row) -> dict[str, Any]:
     return {"model_name": " ".join(row["name"].split()), "eval_results": found or None}
 
 
-def interval(units: Sequence[rows.Unit], key: str) -> tuple[float, float] | None:
-    """Compute the 95% interval of a metric's mean if sources are drawn with replacement; None without one.
-
-    Args:
-        units: Video, weight and numbers of each clip or video.
-        key: Of the metric.
-    """
-    values = [(video, weight, numbers[key]) for video, weight, numbers in units]
-    sources = statistics.list_sources(values)
-    if len(sources) < 2 or not all(math.isfinite(value) for _, _, value in values):
-        return None
-    return statistics.interval(statistics.draw_means(statistics.sum_by_source(values, sources)[None]))
-
-
 def _metrics(row: Row) -> list[Metric]:
     return [metric for key, metric in BY_KEY.items() if metric.shown and isinstance(row["metrics"].get(key), dict)]
+
+
+def _is_reference(row: Row) -> bool:
+    """Return whether a row is a reference without a size of its own, unlike that of a codec."""
+    return row["kind"] == "reference" and not row.get("coding")
 
 
 def _value(row: Row, metric: Metric) -> float:
@@ -101,7 +106,10 @@ def _value(row: Row, metric: Metric) -> float:
 def _quality(results: Results, row: Row) -> Iterator[str]:
     clips = results.clips[row["name"]]
     units = rows.units_of(clips, results.protocol)
-    references = [each for each in rows.order(results) if each["kind"] == "reference"]
+    metrics = _metrics(row)
+    values = {x.key: [(video, weight, found[x.key]) for video, weight, found in units] for x in metrics if x.per_clip}
+    intervals = statistics.bound_means({row["name"]: values})[row["name"]]
+    references = [each for each in rows.order(results) if _is_reference(each)]
     videos = {clip["name"] for clip in clips}
     sources = len({statistics.source_of(video) for video in videos})
     yield "## Measured quality"
@@ -118,10 +126,10 @@ def _quality(results: Results, row: Row) -> Iterator[str]:
     yield ""
     head = ["metric", "better", "this model", *(escape(each["name"]) for each in references)]
     lines = []
-    for metric in _metrics(row):
-        found = interval(units, metric.key) if metric.per_clip else None
+    for metric in metrics:
+        ends = intervals.get(metric.key, {})
         text = metric.text(_value(row, metric))
-        text += f" [{metric.text(found[0])}, {metric.text(found[1])}]" if found else ""
+        text += f" [{metric.text(ends['low'])}, {metric.text(ends['high'])}]" if ends.get("low") is not None else ""
         others = [
             metric.text(_value(each, metric)) if isinstance(each["metrics"].get(metric.key), dict) else ""
             for each in references
@@ -179,7 +187,7 @@ def _limits(results: Results, row: Row) -> Iterator[str]:
     worse = [
         f"{escape(metric.label)} ({escape(reference['name'])})"
         for reference in results.rows
-        if reference["kind"] == "reference"
+        if _is_reference(reference)
         for metric in _metrics(row)
         if isinstance(reference["metrics"].get(metric.key), dict)
         and (_value(row, metric) < _value(reference, metric)) == metric.higher

@@ -68,14 +68,15 @@ def write(options: "Namespace", out: Path) -> list[Path]:
     from vidtwin import hub
     from vidtwin.apply.converter import record_training
     from vidtwin.benchmark import card, rows
-    from vidtwin.benchmark.loaded_model import fingerprint
+    from vidtwin.benchmark.loaded_model import AVERAGE, LAST, fingerprint
     from vidtwin.cards import code, training_section
     from vidtwin.files import write_text
     from vidtwin.storage import checkpoints
 
     source = options.ckpt_path
     results = rows.read(options.results) if options.results else None
-    row = card.find_row(results, fingerprint(source), options.row) if results else None
+    weights = AVERAGE if options.use_ema else LAST
+    row = card.find_row(results, fingerprint(source), options.row, weights) if results else None
     model = checkpoints.load_autoencoder(source, options.use_ema)
     curves: dict[str, card.Curve] = {}
     if hub.is_pretrained(source):

@@ -85,8 +85,8 @@ def read(results: Results) -> list[Curve]:
     codecs: dict[str, list[Point]] = {}
     for row in results.rows:
         compared = results.comparison["rows"].get(row["name"], {})
-        if (coding := row.get("coding")) and compared.get("bpp"):
-            means = {key: each["mean"] for key, each in compared.items() if isinstance(each, dict) and "mean" in each}
+        means = {key: each["mean"] for key, each in compared.items() if isinstance(each, dict) and "mean" in each}
+        if (coding := row.get("coding")) and 0 < means.get("bpp", 0) < math.inf:
             codecs.setdefault(coding["curve"], []).append(Point(row["name"], coding["settings"], 0, means))
     best = sorted(codecs, key=lambda name: (-max(point.means["psnr"] for point in codecs[name]), name))
     return found + [Curve(name, CODEC, sorted(codecs[name], key=lambda point: point.bpp)) for name in best]

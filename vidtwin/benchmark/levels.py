@@ -3,6 +3,7 @@
 A level is a number of bits of the latents' quantizers ("bits"), the codes of codebooks ("codes"), or noise ("noise").
 """
 
+import math
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -16,6 +17,7 @@ MEASURED = ("mse", "psnr", "ssim", "lpips")
 
 _CODED = ("bytes", "bpp", "entropy_bpp")
 _FIRST = ("name", "start_frame", "num_frames", "curve", "level")
+_NUMBERS = ("level", *_CODED, *MEASURED)
 
 
 class Level(TypedDict, total=False):
@@ -65,7 +67,7 @@ def read(folder: Path, row: rows.Row) -> list[dict[str, Any]]:
                 "name": line["name"],
                 "curve": line["curve"],
                 **{key: int(line[key]) for key in ("start_frame", "num_frames")},
-                **{key: float(line[key]) for key in ("level", *_CODED, *MEASURED) if line.get(key) not in (None, "")},
+                **{key: _read_number(line[key], key) for key in _NUMBERS if line.get(key) not in (None, "")},
             }
             for line in lines
         ]
@@ -82,3 +84,10 @@ def read(folder: Path, row: rows.Row) -> list[dict[str, Any]]:
             "run the sweep again, which measures that row again alone."
         )
     return found
+
+
+def _read_number(text: str, key: str) -> float:
+    number = float(text)
+    if not math.isfinite(number) or (key in _CODED and number < 0):
+        raise ValueError(f"{key} {text}")
+    return number

@@ -88,6 +88,9 @@ class RateDistortion:
             raise UserError(f"Expected rate_distortion.bits from 1 to 12, got {self.bits}.")
         if not all(0 < level < math.inf for level in self.noise):
             raise UserError(f"Expected rate_distortion.noise above 0, got {self.noise}.")
+        for name, levels in (("bits", self.bits), ("noise", self.noise)):
+            if len(set(levels)) < len(levels):
+                raise UserError(f"Expected rate_distortion.{name} without repetition, got {levels}.")
         if self.tables not in ("val", "clip"):
             raise UserError(f"Expected rate_distortion.tables of val or clip, got {self.tables!r}.")
         if self.clips < 1:

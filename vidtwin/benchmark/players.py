@@ -42,6 +42,8 @@ def write_players(results: rows.Results, runner: Runner) -> None:
     identities = {row["name"]: row.get("identity") for row in results.rows}
     mark = hashlib.sha256(json.dumps([[clip["name"], clip["start_frame"]] for clip in chosen]).encode())
     mark.update(json.dumps([identities[row.name] for row in measured]).encode())
+    if drawn := [place for place, clip in enumerate(chosen) if "random" in clip["why"]]:
+        mark.update(json.dumps(drawn).encode())  # which may be among the worst and median ones
     if options.player_side != SIDE:
         mark.update(str(options.player_side).encode())
     if results.players.get("digest") == mark.hexdigest():

@@ -157,22 +157,27 @@ class Curves:
             yield {name: float(value[place]) for name, value in values.items()}
 
     def _draw(self, modes: ClipLatents, deviations: dict[str, Values], indices: Sequence[int]) -> ClipLatents:
-        """Draw noise of the channels' deviations for each clip from its own seed: the same at every strength."""
+        """Draw noise of the channels' deviations for each clip from its own seed: the same at every strength.
+
+        Without `deviations` they are those of the clip's own latents.
+        """
         noise: ClipLatents = [{name: torch.empty_like(latent) for name, latent in part.items()} for part in modes]
         for place, index in enumerate(indices):
             random = torch.Generator().manual_seed(self.options.seed * 1_000_003 + index)
+            known = deviations or _deviations_of_clip(modes, place, len(indices))
             for part in noise:
                 for name, latent in part.items():
                     rows = _rows(latent, place, len(indices))
-                    scale = torch.from_numpy(deviations[name]).reshape(-1, *[1] * (rows.ndim - 2)).float()
+                    scale = torch.from_numpy(known[name]).reshape(-1, *[1] * (rows.ndim - 2)).float()
                     drawn = torch.randn(rows.shape, generator=random) * scale
                     rows.copy_(drawn.to(rows.device, rows.dtype))
         return noise
 
     def _fit(self, model: LoadedModel, encodings: Sequence[Encoding]) -> tuple[Fitted, dict[str, Values]]:
-        """Return the model's tables and the deviations of its channels.
+        """Return the model's tables and the deviations of its channels, both of the clips of the fit.
 
-        Latents are named by the number of their part and their own name.
+        Latents in the tables are named by the number of their part and their own name. Without such clips there are no
+        deviations, and of the tables those of codes alone.
         """
         if self._fitted is None or self._fitted[0] is not model:
             kept: dict[str, list[Values]] = {}
@@ -192,7 +197,6 @@ class Curves:
         if not self.fit_clips:
             own = {name: posterior for encoding in encodings for name, posterior in encoding.items()}
             tables = {name: Codes(x.codebook_size) for name, x in own.items() if isinstance(x, Quantized)}
-            deviations = {name: _by_channel(x.mode()).std(1) for name, x in own.items()}
         every = range(len(encodings))
         return {f"{part}/{name}": table for part in every for name, table in tables.items()}, deviations
 
@@ -225,6 +229,15 @@ def _by_channel(latent: Tensor) -> Values:
     """Reshape (B, C, ...) → (C, N), in double precision."""
     channels: Values = latent.transpose(0, 1).reshape(latent.shape[1], -1).cpu().double().numpy()
     return channels
+
+
+def _deviations_of_clip(modes: ClipLatents, place: int, clips: int) -> dict[str, Values]:
+    """Compute the standard deviation of each channel of one clip's latents, over all of its parts."""
+    kept: dict[str, list[Values]] = {}
+    for part in modes:
+        for name, latent in part.items():
+            kept.setdefault(name, []).append(_by_channel(_rows(latent, place, clips)))
+    return {name: np.concatenate(values, 1).std(1) for name, values in kept.items()}
 
 
 def _what_is_coded(posterior: Posterior) -> Tensor:

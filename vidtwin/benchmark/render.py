@@ -272,7 +272,7 @@ def _caption(results: Results, main: Table) -> str:
     if any(cell.mark for cell in cells):
         sentences.append(
             "Among trained models the best value is bold, the second underlined; models whose difference may be chance "
-            "(paired bootstrap over videos) share a place, and none is worse than a reference"
+            "(paired bootstrap over source videos) share a place, and none is worse than a reference"
         )
     if any(cell.text == UNAVAILABLE for cell in cells):
         sentences.append("--: unavailable")

@@ -87,6 +87,11 @@ def read(folder: str | Path) -> Results:
 
 
 _NEEDED = {"name": str, "num_clips": int, "metrics": dict, "latents": dict, "compression_rate": int | float}
+_PARTS: dict[str, dict[str, Any]] = {  # which not every row has
+    "coding": {"curve": str, "settings": str, "numbers": bool},
+    "rate_distortion": {"tables": str, "clips": int},
+    "windows": {"num_frames": int, "windows": int | None},
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -114,7 +119,13 @@ def read_row(path: Path) -> Row:
             f"(kind {row.get('kind')}); it is of another version of vidtwin: measure into another results folder."
         )
     needed = {"name": str} if row["kind"] == "failed" else _NEEDED
-    if wrong := [key for key, kind in needed.items() if not isinstance(row.get(key), kind)]:
+    wrong = [key for key, kind in needed.items() if not isinstance(row.get(key), kind)]
+    wrong += [key for key in ("seed_of",) if not isinstance(row.get(key), str | None)]
+    for key, kinds in _PARTS.items():
+        part = row.get(key) or {}
+        whole = isinstance(part, dict) and all(isinstance(part.get(name), kind) for name, kind in kinds.items())
+        wrong += [key] if part and not whole else []
+    if wrong:
         raise UserError(f"Expected {few(wrong)} of a row in {path}, got none of this kind; measure the row again.")
     return row
 

@@ -25,6 +25,7 @@ _NEEDED = {
     "alone": bool,
     "models": list,
     "items": dict,
+    "protocol_hash": str,
 }
 
 
@@ -65,9 +66,10 @@ def read_key(path: str | Path) -> dict[str, Any]:
         raise UserError(f"Expected {few(wrong or ['seal'])} in {path}, got none of this kind; the file is damaged.")
     for item in key["items"].values():
         known = isinstance(item, dict) and item.get("kind") in (MODEL, IDENTICAL, DESTROYED)
-        if not known or (item["kind"] == MODEL and item.get("model") not in key["models"]):
+        known = known and all(isinstance(item.get(name), str) for name in ("model", "video"))
+        if not known or (item["kind"] == MODEL and item["model"] not in key["models"]):
             raise UserError(
-                f"Expected items of {', '.join(key['models'])} in {path}, got another; the file is damaged."
+                f"Expected items of {', '.join(map(str, key['models']))} in {path}, got another; the file is damaged."
             )
     page = path.with_name(PAGE)
     if page.is_file() and sha256(page.read_bytes()).hexdigest() != key["page_sha256"]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vidtwin.benchmark.rows import Results
 from vidtwin.benchmark.study.criteria import DESTROYED, IDENTICAL, MODEL
+from vidtwin.console import log
 from vidtwin.errors import UserError, few, suggestion
 
 _TRIES = 100  # orders of which that with the fewest neighbours of one clip is taken
@@ -81,11 +82,17 @@ def choose_items(results: Results, models: list[str], clips: int | None, checks:
         UserError: There are fewer clips, or one lacks a model.
     """
     kept = results.players["clips"]
-    kept = [clip for clip in kept if "random" in clip["why"]] or kept  # which stand for all clips
+    drawn = [clip for clip in kept if "random" in clip["why"]]  # which stand for all clips
+    kept = drawn or kept
     if clips is not None and not 1 <= clips <= len(kept):
         raise UserError(
             f"Expected clips from 1 to {len(kept)}, which {results.folder} keeps, got {clips}; "
             "`vidtwin test --random_players N` keeps more."
+        )
+    if not drawn:
+        log(
+            f"{results.folder} keeps no clips drawn at random, so the study has the worst and the median ones, which "
+            "stand for no others; `vidtwin test --random_players 8` keeps some"
         )
     draw = random.Random(f"clips {seed}")
     chosen = kept if clips is None else sorted(draw.sample(kept, clips), key=kept.index)

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vidtwin.benchmark import statistics
 from vidtwin.benchmark.statistics import source_of
 from vidtwin.benchmark.study.answers import Answers
 from vidtwin.benchmark.study.criteria import CRITERIA, DESTROYED, IDENTICAL, MODEL, SCALE
-
-DRAWS, CONFIDENCE = 2000, 0.95
 
 
 @dataclass(frozen=True)
@@ -173,11 +172,12 @@ def bootstrap(sums: NDArray[Any], numbers: NDArray[Any], seed: int) -> tuple[flo
         seed: Of the draws.
     """
     random = np.random.default_rng(seed)
-    raters, sources = (random.multinomial(size, [1 / size] * size, DRAWS).astype(np.float64) for size in sums.shape)
+    raters, sources = (
+        random.multinomial(size, [1 / size] * size, statistics.DRAWS).astype(np.float64) for size in sums.shape
+    )
     totals = ((raters @ numbers) * sources).sum(1)
     rated = totals > 0  # else none of the drawn raters has rated a drawn source
     if not rated.any():
         return None
     drawn = ((raters @ sums) * sources).sum(1)[rated] / totals[rated]
-    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    return statistics.interval(drawn)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from vidtwin.benchmark import plots, render
-from vidtwin.benchmark.statistics import FEW_SOURCES
+from vidtwin.benchmark.statistics import CONFIDENCE, DRAWS, FEW_SOURCES
 from vidtwin.benchmark.study.criteria import CRITERIA
-from vidtwin.benchmark.study.opinions import CONFIDENCE, DRAWS, Opinion, Study
+from vidtwin.benchmark.study.opinions import Opinion, Study
 from vidtwin.benchmark.summary import Cell, Line, Table
 from vidtwin.files import replacing, write_text
 from vidtwin.metrics.registry import Column
