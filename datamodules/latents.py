@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vidtwin.data import LatentDescription, LatentSource
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, few
 from vidtwin.storage.latent_files import LOGVAR, Manifest, OpenShards, VideoEntry
 
 from .loader import WorkerLoader
@@ -139,6 +139,7 @@ class LatentDataModule(ResumableDataModule, LatentSource):
         self.seed, self.normalize = seed, normalize
         self.posterior: Literal["mean", "sample"] = posterior
         self._datasets: dict[str, LatentClips] = {}
+        self._scale: dict[Any, tuple[Tensor, Tensor]] = {}  # mean and standard deviation on the device
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -204,16 +205,22 @@ class LatentDataModule(ResumableDataModule, LatentSource):
 
     def _scales(self, latents: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Return each latent with its mean and standard deviation, in a shape that broadcasts."""
-        statistics = self.dataset("train").manifest.statistics
-        key = "sample_std" if self.posterior == "sample" else "std"
         scales = {}
         for name, value in latents.items():
-            held = statistics[name]
-            assert held is not None  # checked when the data were set up
-            shape = (1, -1, *[1] * (value.ndim - 2)) if value.ndim > 1 else (1,)
-            mean, std = (value.new_tensor(held[k]).reshape(shape) for k in ("mean", key if key in held else "std"))
-            scales[name] = value, mean, torch.where(std > 0, std, 1.0)
+            place = name, value.ndim, value.dtype, value.device
+            if place not in self._scale:  # made once: the host would wait for the device in each step
+                self._scale[place] = self._make_scale(name, value)
+            scales[name] = value, *self._scale[place]
         return scales
+
+    def _make_scale(self, name: str, latent: Tensor) -> tuple[Tensor, Tensor]:
+        held = self.dataset("train").manifest.statistics[name]
+        assert held is not None  # checked when the data were set up
+        key = "sample_std" if self.posterior == "sample" and "sample_std" in held else "std"
+        shape = (1, -1, *[1] * (latent.ndim - 2)) if latent.ndim > 1 else (1,)
+        with torch.inference_mode(False):  # a validation may come first
+            mean, std = (latent.new_tensor(held[k]).reshape(shape) for k in ("mean", key))
+            return mean, torch.where(std > 0, std, 1.0)
 
     def _create(self, split: str) -> LatentClips:
         shared = split == "train" or self.val_root is None
@@ -268,6 +275,12 @@ class LatentDataModule(ResumableDataModule, LatentSource):
                     f"Expected latents of the same {which} in data.val_root={self.val_root} as in {self.root}, got "
                     f"{theirs} and {ours}; encode both with one checkpoint and one --size."
                 )
+        if trained.classes and validated.classes and trained.classes != validated.classes:
+            differing = sorted(set(trained.classes) ^ set(validated.classes))
+            raise UserError(
+                f"Expected the same classes in data.val_root={self.val_root} as in {self.root}, whose numbers are the "
+                f"labels; only one has {few(differing)}. Set data.val_share instead, or encode without --labels."
+            )
 
     def _loader(self, split: str) -> DataLoader[Any]:
         clips = self.dataset(split)

@@ -69,9 +69,9 @@ def test_the_commands_on_videos_and_the_python_after_them_run(tmp_path, monkeypa
     torch.manual_seed(0)
     checkpoint(tmp_path / "runs/demo/checkpoints/last.ckpt", model=tiny_model())
     noise = np.random.default_rng(0).integers(0, 256, (9, 5, 6, 3), np.uint8)
-    for name in ("a.mp4", "b.mp4", "videos/c.mp4"):
+    for name in ("a.mp4", "b.mp4", "videos/c.mp4", "data/UCF-101/Archery/d.mp4"):
         write_video(name, np.roll(noise.repeat(8, 1).repeat(8, 2), len(name), 1), 25)
-    assert len(ON_VIDEOS) == 7
+    assert len(ON_VIDEOS) == 8
     for command in ON_VIDEOS:
         assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
     assert probe("reconstructions/a.mp4").num_frames == probe("decoded/c.mp4").num_frames == 9

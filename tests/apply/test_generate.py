@@ -17,7 +17,7 @@ from vidtwin.cli import main
 from vidtwin.clips import as_clip
 from vidtwin.metrics.fvd import FeatureNetwork, frechet_distance, statistics
 from vidtwin.storage import checkpoints
-from vidtwin.video import iter_frames
+from vidtwin.video import iter_frames, write_video
 
 CONFIGS = Path(vidtwin.__file__).parent / "configs" / "diffusion"
 
@@ -151,10 +151,31 @@ def test_another_split_or_number_of_samples_is_another_protocol(longer, capsys):
 def test_clips_of_another_size_and_other_folders_are_refused(longer, capsys):
     assert score(longer, "--data.resolution", "16") == 2
     assert "set --data.num_frames 16 --data.resolution 32" in capsys.readouterr().err
+    score(longer, "--data.fps", "4")
+    assert "the generated clips have 8 frames per second, the real ones 4; --data.fps 8" in capsys.readouterr().err
     assert main(["score", str(longer / "videos"), *SCORED, "--data.root", str(longer / "videos")]) == 2
     assert "make it by `vidtwin generate`" in capsys.readouterr().err
     assert main(["score", str(longer / "made")]) == 2
     assert "give --data ucf101" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["samples", "size", "num_frames", "fps", "weights_sha256"])
+def test_a_damaged_manifest_is_one_line(longer, capsys, key):
+    manifest = longer / "made" / "samples.json"
+    before = manifest.read_text()
+    manifest.write_text(json.dumps({name: value for name, value in json.loads(before).items() if name != key}))
+    assert score(longer) == 2
+    assert "Expected a manifest written by `vidtwin generate` in" in capsys.readouterr().err
+    manifest.write_text(before)
+
+
+def test_a_generated_video_of_another_length_is_refused_by_name(longer, capsys):
+    video = longer / "made" / "Rising" / "0001.mp4"
+    before = video.read_bytes()
+    write_video(video, np.zeros((3, 32, 32, 3), np.uint8), 8)
+    assert score(longer) == 2
+    assert f"Expected 16 frames of 32x32 in {video}, got 3 of 32x32" in capsys.readouterr().err
+    video.write_bytes(before)
 
 
 def test_existing_videos_are_replaced_when_asked(trained, capsys):

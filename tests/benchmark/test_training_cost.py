@@ -10,12 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vidtwin.benchmark.cost import flops
 from vidtwin.benchmark.memory import TensorMemory
-from vidtwin.benchmark.training_cost import count_step
+from vidtwin.benchmark.training_cost import StepCost, count_step
 from vidtwin.cli import main
 from vidtwin.cli.plan import PlanningTrainer
 from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.training.task import AutoencoderTask
+from vidtwin.training.teacher import Teacher
 
 SHAPE = (3, 4, 32, 32)
 
@@ -91,11 +92,51 @@ def test_the_plan_multiplies_what_a_step_in_parts_and_in_bfloat16_costs(capsys):
     speed = 2 * 0.4e12 / sum(cost.flops.values())
     assert f"{speed:.3g} clips/s a device at 40% of that, assumed; {2 * speed:.3g} clips/s in all" in lines[-2]
     assert lines[-1].startswith("  training  100 steps, 400 clips: ")
-    (memory,) = (line for line in lines if "memory" in line)
-    assert f"weights {cost.weights_bytes / 2e9:.2f}, " in memory  # half of them, by FSDP2
+    assert cost.split(1) == (cost.weights_bytes, cost.optimizer_bytes, cost.activations_bytes)
     assert capsys.readouterr().out.splitlines() == lines
     with pytest.raises(UserError, match=r"--tflops above 0, got -1"):
         planner.plan(task, Clips(), tflops=-1)
+
+
+def test_fsdp2_splits_the_autoencoder_alone(monkeypatch):
+    cost = count_step(tiny_task(gan_start=0, ema_decay=0.9), SHAPE, 2)
+    own = 4 * cost.parameters["autoencoder"]
+    weights, state, rest = cost.split(4)
+    assert cost.weights_bytes - weights == pytest.approx(0.75 * 2 * own)  # and the average
+    assert cost.optimizer_bytes - state == pytest.approx(0.75 * 2 * own)
+    assert cost.activations_bytes - rest == pytest.approx(0.75 * own)  # gradients
+    seen = []
+    monkeypatch.setattr(StepCost, "split", lambda cost, devices: seen.append(devices) or (0.0, 0.0, 0.0))
+    for strategy in ("fsdp2", "fsdp2_bf16", "ddp", "auto"):
+        planner = PlanningTrainer(accelerator="gpu", strategy=strategy, max_steps=100)
+        planner.plan(tiny_task(), Clips(), devices=2, tflops=1.0)
+    assert seen == [2, 2, 1, 1]
+
+
+def test_frozen_parts_have_neither_gradients_nor_a_state():
+    whole, half = (count_step(tiny_task(freeze=parts, ema_decay=0.9), SHAPE, 2) for parts in (None, ["encoder"]))
+    frozen = 4 * sum(p.numel() for p in tiny_task().autoencoder.encoder.parameters())
+    assert whole.gradients_bytes - half.gradients_bytes == frozen
+    assert whole.optimizer_bytes - half.optimizer_bytes == 2 * frozen
+    assert whole.weights_bytes - half.weights_bytes == frozen  # of the average
+    assert half.flops["autoencoder"] < 0.9 * whole.flops["autoencoder"]
+
+
+@pytest.mark.parametrize(("accelerator", "share"), [("gpu", "40%"), ("cuda", "40%"), ("cpu", "80%"), ("auto", "80%")])
+def test_a_plan_for_gpus_is_not_measured_on_a_cpu(accelerator, share, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("vidtwin.cli.plan.measure_rate", lambda *_: 1e12)
+    planner = PlanningTrainer(accelerator=accelerator, max_steps=100)
+    if share == "40%":
+        with pytest.raises(UserError, match=r"Expected --tflops of the GPU that the config asks for, got none"):
+            planner.plan(tiny_task(), Clips())
+    lines = planner.plan(tiny_task(), Clips(), tflops=1.0 if share == "40%" else None)
+    assert f"at {share} of that" in next(line for line in lines if "speed" in line)
+
+
+def test_a_teachers_passes_are_not_passed_over():
+    with pytest.raises(UserError, match=r"without model\.teacher, whose passes are not counted"):
+        PlanningTrainer(max_steps=100).plan(tiny_task(teacher=Teacher("x.ckpt")), Clips(), tflops=1.0)
 
 
 def test_the_command_reads_no_video_and_needs_no_gpu(capsys):

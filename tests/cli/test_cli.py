@@ -691,3 +691,9 @@ def test_the_still_is_a_png_of_four_rows(here, run):
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert (width, height) == (panels.LABEL_WIDTH + 4 * 128, 4 * 128)
     assert zlib.crc32(data[12:29]) == struct.unpack(">I", data[29:33])[0]
+
+
+def test_a_model_written_by_hand_that_does_not_parse_is_one_line(here, capsys):
+    for text in ("{autoencoder: nothing}", "{autoencoder: [}"):
+        assert main(["fit", "--model", text, "--data", "synthetic"]) == 2
+        assert "vidtwin: error: " in capsys.readouterr().err

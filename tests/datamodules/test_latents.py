@@ -184,6 +184,11 @@ def test_validation_has_a_folder_of_its_own(tmp_path):
     write(tmp_path / "other", {"x": 30}, weights="abc")
     with pytest.raises(UserError, match="Expected latents of the same weights in"):
         made(tmp_path / "train", val_root=str(tmp_path / "other")).setup("fit")
+    manifest = Manifest.read(tmp_path / "val")
+    manifest.classes = ["w", "x", "y"]  # label 1 is another class there
+    manifest.write(tmp_path / "val")
+    with pytest.raises(UserError, match=r"Expected the same classes in .*; only one has w. Set data.val_share"):
+        made(tmp_path / "train", val_root=str(tmp_path / "val")).setup("fit")
 
 
 class Model(lightning.LightningModule):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vidtwin.diffusion.model import LatentDiffusion, build, draw_noise
 from vidtwin.diffusion.process import DDPM, RectifiedFlow
@@ -170,6 +171,17 @@ def test_a_clips_noise_depends_on_its_seed_alone():
     many = draw_noise(20_000, [(0, 0)])
     assert float(many.mean()) == pytest.approx(0, abs=0.03)
     assert float(many.std()) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("make", [DDPM, RectifiedFlow])
+def test_the_loss_stays_on_a_gpu_and_waits_for_no_value(make):
+    """Fake tensors of a GPU refuse operands on other devices, and shapes that depend on values."""
+    process, given = make(), {"device": "cuda"}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with torch.device("cuda"):
+            model = LatentDiffusion(SHAPES, 3, process, TINY)
+        state, labels = torch.empty(2, NUMBERS, **given), torch.zeros(2, dtype=torch.int64, **given)
+        assert model(state, labels, 0.2).device.type == "cuda"
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,14 @@ def test_an_unknown_backend_is_refused():
         Compilation(backend="inducto")
 
 
+def test_a_part_that_is_named_twice_is_compiled_and_restored_once():
+    unit = torch.nn.Linear(2, 2)
+    compilation = Compilation(["part", "part"], backend="eager")
+    compilation.compile({"part": [unit]})
+    compilation.restore()
+    assert "forward" not in vars(unit)
+
+
 def train_on_ranks(folder: Path) -> None:
     """Train under DDP and under FSDP2, plain and compiled, and with weights gathered in bfloat16."""
     losses: dict[str, Any] = {}

@@ -181,6 +181,14 @@ def test_codes_are_learned_by_their_embedded_vectors(tmp_path):
     torch.testing.assert_close(task.denoiser.normalize({"grid": value}).mean(), torch.tensor(0.0), atol=1e-3, rtol=0)
 
 
+def test_codes_of_padded_pictures_are_learned(tmp_path):
+    folder = write_latents(tmp_path, model=Coded(pool=5, frames=8))  # 32 px are padded to 35
+    task = tiny_diffusion()
+    trainer(tmp_path, 1).fit(task, datamodule=latent_data(folder))
+    assert task.origin.latent_shapes == {"grid": (3, 8, 7, 7)}
+    assert task.draw_samples(1)["Falling 0"].shape == (8, 32, 32, 3)
+
+
 def test_clips_are_encoded_as_they_come_by_a_frozen_autoencoder(tmp_path):
     torch.manual_seed(0)
     model = tiny_model()
@@ -233,6 +241,12 @@ def test_latents_of_another_model_are_refused_in_one_line(latents, tmp_path):
     message = f"Expected latents of VidTwin {ours}, which .*latents holds, got those of VidTwin {theirs}"
     with pytest.raises(UserError, match=message):
         trainer(tmp_path / "b", 1).fit(tiny_diffusion(autoencoder=str(tmp_path / "model")), latent_data(latents))
+
+
+def test_another_process_than_the_checkpoints_is_refused(undisturbed, latents, tmp_path):
+    last = undisturbed[2] / "checkpoints" / "last.ckpt"
+    with pytest.raises(UserError, match=r"Expected model\.process as .* with, DDPM of .*, got RectifiedFlow of "):
+        trainer(tmp_path, 9).fit(tiny_diffusion(process=RectifiedFlow()), latent_data(latents), ckpt_path=last)
 
 
 def test_too_few_clips_and_unusable_options_are_refused_in_one_line(latents, tmp_path):

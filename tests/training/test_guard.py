@@ -15,7 +15,7 @@ from vidtwin.errors import UserError
 from vidtwin.losses.discriminator import PatchDiscriminator2d
 from vidtwin.storage import checkpoints
 from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
-from vidtwin.training.callbacks.guard import StepGuard
+from vidtwin.training.callbacks.guard import StepGuard, format_clips
 from vidtwin.training.replay import read, replay
 
 
@@ -296,3 +296,8 @@ def test_the_number_of_dumps_is_limited(tmp_path):
     assert len(list((tmp_path / "nonfinite").iterdir())) == 2
     assert np.isfinite(task.skipped)
     assert task.skipped > 2
+
+
+def test_the_clips_of_a_batch_of_codes_are_named():
+    batch = {"codes": {"grid": torch.zeros(2, 4, dtype=torch.int64)}, "name": ["a", "b"], "start_frame": [0, 8]}
+    assert format_clips(batch) == "a from frame 0, b from frame 8"

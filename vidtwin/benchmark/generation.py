@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,14 +46,12 @@ class Generated:
         path = Path(folder) / SAMPLES
         try:
             manifest = parse_json(path.read_text(encoding="utf-8"))
-            entries = [(sample["file"], sample["class"], int(sample["label"])) for sample in manifest["samples"]]
-            assert entries
-            assert int(manifest["num_frames"]) > 0
+            _check(manifest)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"Expected a folder of generated videos with {path}, got none; make it by `vidtwin generate`."
             ) from None
-        except (ValueError, TypeError, KeyError, AssertionError):
+        except (ValueError, TypeError, KeyError, ZeroDivisionError):
             raise UserError(
                 f"Expected a manifest written by `vidtwin generate` in {path}, got something else."
             ) from None
@@ -65,9 +64,32 @@ class Generated:
         return dict(sorted(counts.items()))
 
     def clips(self) -> Iterator[Frames]:
-        """Yield the videos as they are on disk: (T, H, W, 3)."""
+        """Yield the videos as they are on disk: (T, H, W, 3); raise `UserError` for one of another shape."""
+        shape = (self.manifest["num_frames"], *self.manifest["size"], 3)
         for sample in self.manifest["samples"]:
-            yield np.stack(list(iter_frames(inside(self.folder, sample["file"]))))
+            path = inside(self.folder, sample["file"])
+            frames = list(iter_frames(path))
+            if (len(frames), *frames[0].shape) != shape:
+                raise UserError(
+                    f"Expected {shape[0]} frames of {shape[1]}x{shape[2]} in {path}, got {len(frames)} of "
+                    f"{frames[0].shape[0]}x{frames[0].shape[1]}; generate again."
+                )
+            yield np.stack(frames)
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    """Raise `KeyError`, `TypeError` or `ValueError` for entries that `vidtwin generate` does not write."""
+    samples = manifest["samples"]
+    if not Fraction(manifest["fps"]) > 0:
+        raise ValueError("expected a rate")
+    texts = [manifest["weights_sha256"], *(sample[key] for sample in samples for key in ("file", "class"))]
+    counts = [manifest["num_frames"], *manifest["size"]]
+    if not samples or not all(isinstance(text, str) for text in texts) or len(manifest["size"]) != 2:
+        raise ValueError("expected samples")
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        raise ValueError("expected counts")
+    if not all(isinstance(sample["label"], int) for sample in samples):
+        raise ValueError("expected labels")
 
 
 @dataclass(frozen=True)
@@ -203,6 +225,12 @@ def _check_clips(generated: Generated, data: ClipSource) -> None:
         raise UserError(
             f"Expected real clips of {ours} frames of {height}x{width} pixels, as in {generated.folder}, got others; "
             f"set --data.num_frames {ours} --data.resolution {wanted}."
+        )
+    made, real = float(Fraction(generated.manifest["fps"])), data.settings.rates[0]
+    if real is not None and abs(real - made) > 0.01 * made:
+        console.log(
+            f"{generated.folder}: the generated clips have {made:g} frames per second, the real ones {real:g}; "
+            f"--data.fps {made:g}, or null for all frames, compares like with like"
         )
 
 

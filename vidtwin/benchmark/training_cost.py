@@ -21,6 +21,7 @@ from vidtwin.benchmark.cost import seconds
 from vidtwin.benchmark.memory import TensorMemory
 from vidtwin.errors import UserError
 from vidtwin.losses.frame_distance import FrameDistance
+from vidtwin.training.checks import freeze
 from vidtwin.training.task import AutoencoderTask
 
 _CPU = torch.device("cpu")
@@ -37,6 +38,7 @@ class StepCost:
         optimizer_bytes: State of the optimizers.
         gradients_bytes: Gradients of all weights that are trained.
         peak_bytes: All tensors at the peak of the step, the above included.
+        sharded_bytes: What FSDP2 splits of weights, optimizer's state and gradients: that of the autoencoder.
     """
 
     parameters: dict[str, int]
@@ -45,11 +47,20 @@ class StepCost:
     optimizer_bytes: int
     gradients_bytes: int
     peak_bytes: int
+    sharded_bytes: tuple[int, int, int]
 
     @property
     def activations_bytes(self) -> int:
         """Bytes at the peak beside weights and optimizers' state: what is kept for the backward pass, and gradients."""
         return self.peak_bytes - self.weights_bytes - self.optimizer_bytes
+
+    def split(self, devices: int) -> tuple[float, float, float]:
+        """Return bytes of weights, of optimizers' state and of the rest on each of the devices that FSDP2 uses."""
+        held = self.weights_bytes, self.optimizer_bytes, self.activations_bytes
+        weights, state, rest = (
+            whole - (1 - 1 / devices) * part for whole, part in zip(held, self.sharded_bytes, strict=True)
+        )
+        return weights, state, rest
 
 
 def count_step(task: AutoencoderTask, clip_shape: Sequence[int], batch_size: int, bf16: bool = False) -> StepCost:
@@ -73,7 +84,8 @@ def count_step(task: AutoencoderTask, clip_shape: Sequence[int], batch_size: int
         held = [*fake.parameters(), *fake.buffers(), clip]
         if isinstance(fake.loss.perceptual, FrameDistance) and fake.loss.perceptual.network is not None:
             held += [*fake.loss.perceptual.network.parameters(), *fake.loss.perceptual.network.buffers()]
-        average = [torch.empty_like(p) for p in fake.autoencoder.parameters()] if task.ema.decay is not None else []
+        trained = [p for p in fake.autoencoder.parameters() if p.requires_grad]
+        average = [torch.empty_like(p) for p in trained] if task.ema.decay is not None else []
         autocast: AbstractContextManager[Any] = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
         try:
             with _Counter() as counter, TensorMemory(_CPU) as memory:
@@ -108,11 +120,12 @@ def count_step(task: AutoencoderTask, clip_shape: Sequence[int], batch_size: int
     flops["discriminator"] = flops.pop("all") - sum(flops.values())
     if task.loss.discriminator is None:
         del flops["discriminator"]
-    state = sum(_nbytes(v) for o in players for entry in o.state.values() for v in entry.values() if _is_large(v))
+    states = [sum(_nbytes(v) for entry in o.state.values() for v in entry.values() if _is_large(v)) for o in players]
+    sharded = sum(map(_nbytes, [*fake.autoencoder.parameters(), *average])), states[0], sum(map(_nbytes, trained))
     parameters = {"autoencoder": sum(p.numel() for p in task.autoencoder.parameters())}
     if task.loss.discriminator is not None:
         parameters["discriminator"] = sum(p.numel() for p in task.loss.discriminator.parameters())
-    return StepCost(parameters, flops, weights, state, gradients, memory.peak)
+    return StepCost(parameters, flops, weights, sum(states), gradients, memory.peak, sharded)
 
 
 def measure_rate(device: torch.device, bf16: bool, side: int = 4096, repeats: int = 5) -> float:
@@ -138,6 +151,7 @@ def _make_fake(task: AutoencoderTask, mode: FakeTensorMode) -> AutoencoderTask:
         known[id(distance)] = fake_distance = copy.copy(distance)
         fake_distance.network = copy.deepcopy(networks[1], known)
     fake: AutoencoderTask = copy.deepcopy(task, known)
+    freeze(fake.autoencoder, fake.freeze_parts)  # as the training does in its setup
     return fake.train()
 
 

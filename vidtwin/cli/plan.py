@@ -46,7 +46,7 @@ class PlanningTrainer(VideoTrainer):
             devices: Number of devices, on all machines; speed is taken to grow with it.
             clips: Number of clips to train on; by default trainer.max_steps batches on each device.
             tflops: Rate of a device in large matrix products of the training's precision, in TFLOP/s; by default it is
-                measured on this machine.
+                measured on this machine, which must have such a device.
             utilization: Share of that rate which the training reaches; by default 0.4 on a GPU, which is an assumption,
                 and 0.8 on a CPU.
 
@@ -58,11 +58,20 @@ class PlanningTrainer(VideoTrainer):
         for name, value in {"devices": devices, "clips": clips, "tflops": tflops, "utilization": utilization}.items():
             if value is not None and not value > 0:
                 raise UserError(f"Expected --{name} above 0, got {value}.")
+        if model.teacher is not None:
+            raise UserError("Expected a training without model.teacher, whose passes are not counted; leave it out.")
         if not isinstance(datamodule, ClipSource):
             raise UserError(f"Expected data of clips to plan with, got {type(datamodule).__name__}.")
         frames, size, batch = datamodule.settings.num_frames, datamodule.settings.size, datamodule.batch_size
         if frames is None or size is None:
             raise UserError("Expected clips of one length and size, got any; set data.num_frames and data.resolution.")
+        wanted = str(self.wanted.get("accelerator") or "auto")
+        device = torch.device("cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu")
+        kind = "cuda" if wanted in ("gpu", "cuda") else device.type
+        if tflops is None and kind != device.type:
+            raise UserError(
+                "Expected --tflops of the GPU that the config asks for, got none, and this machine has no GPU."
+            )
         precision = str(self.wanted.get("precision") or "32-true")
         cost = count_step(model, (3, frames, *size), batch, bf16=precision.startswith("bf16"))
 
@@ -75,13 +84,11 @@ class PlanningTrainer(VideoTrainer):
         parts = ", ".join(f"{part} {cost.flops[part] / 1e12:.3g}" for part in _PARTS if part in cost.flops)
         lines.append(f"  TFLOPs    {total / 1e12:.3g}: {parts}")
         lines.append(f"  memory    {_describe_memory(cost, devices if self._shards else 1)} on each device")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if tflops is None:
             tflops = measure_rate(device, precision.startswith("bf16")) / 1e12
             lines.append(f"  products  {tflops:.3g} TFLOP/s, measured on {device_name(device)}")
         else:
             lines.append(f"  products  {tflops:.3g} TFLOP/s, as given")
-        kind = device.type if self.wanted.get("accelerator") != "gpu" else "cuda"
         share = utilization or _ASSUMED[kind]
         speed = batch * tflops * 1e12 * share / total
         assumed = "" if utilization else ", assumed" if kind == "cuda" else ", as measured (docs/performance.md)"
@@ -103,10 +110,9 @@ class PlanningTrainer(VideoTrainer):
         return str(self.wanted.get("strategy")).startswith("fsdp2")
 
 
-def _describe_memory(cost: StepCost, ranks: int) -> str:
-    """Describe the peak, with what `ranks` devices share out of weights, gradients and optimizers' state."""
-    weights, state = cost.weights_bytes / ranks, cost.optimizer_bytes / ranks
-    rest = cost.activations_bytes - cost.gradients_bytes * (1 - 1 / ranks)
+def _describe_memory(cost: StepCost, devices: int) -> str:
+    """Describe the peak on each of the devices that FSDP2 uses; 1 for any other training."""
+    weights, state, rest = cost.split(devices)
     parts = f"weights {weights / 1e9:.2f}, optimizer {state / 1e9:.2f}, activations and gradients {rest / 1e9:.2f}"
     return f"{(weights + state + rest) / 1e9:.2f} GB: {parts}"
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Measure the generation FVD of videos that `vidtwin generate` made, against real clips of the same classes.
 
-  vidtwin score generated --data ucf101 --data.root data/UCF-101 --fvd.path i3d_torchscript.pt --fvd.sha256 HEX
+  vidtwin score generated --data ucf101 --data.root data/UCF-101 --data.fps null --fvd.path i3d.pt --fvd.sha256 HEX
   vidtwin score generated --data ucf101 --data.root data/UCF-101 --data.fps null --data.resolution 64 --split test
 
 Without a network it is "unavailable". Number of samples, classes, split and clips are in the protocol, whose hash

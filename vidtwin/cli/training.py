@@ -292,8 +292,12 @@ class VidTwinCLI(LightningCLI):
 def _names_task(args: Sequence[str]) -> bool:
     """Return whether the class of the task is given, as configs/diffusion do; else it is that of autoencoders."""
     given = option_value(args, "model", "model.class_path") or ""
-    if given.startswith("{"):  # of a dump
-        return "class_path" in json.loads(given)
+    if given.startswith("{"):  # of a dump, or by hand
+        try:
+            content = yaml.safe_load(given)
+        except yaml.YAMLError:
+            return False  # refused by the parser
+        return isinstance(content, dict) and "class_path" in content
     model = read_config(path for path in config_paths(args) if path.is_file()).get("model")
     return bool(given) or (isinstance(model, dict) and "class_path" in model)
 

@@ -88,9 +88,9 @@ class DiT(Recomputing):
 
     def forward(self, latents: Mapping[str, Tensor], times: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Map latents by name, each (B, C, ...), at times (B,) from 0 to 1,000 with labels int64 (B,) to latents."""
-        counts = list(self.tokens.counts.values())
-        kinds = self.kinds.repeat_interleave(torch.tensor(counts, device=self.kinds.device), dim=0)
-        x = self.tokens.embed(latents) + self.positions + kinds
+        counts = self.tokens.counts.values()
+        kinds = [kind.expand(count, -1) for kind, count in zip(self.kinds, counts, strict=True)]
+        x = self.tokens.embed(latents) + self.positions + torch.cat(kinds)
         time = self.time(sincos_1d(_TIME, times).to(x.dtype))
         context = self.classes(labels)[:, None]
         for block in self.blocks:

@@ -17,7 +17,7 @@ def unpatchify(patches: Tensor, patch_size: int, height: int) -> Tensor:
 
 def sincos_1d(size: int, positions: Tensor) -> Tensor:
     """Embed positions (N,) as [sin | cos] at `size / 2` frequencies 10000^(-i / (size / 2)): (N, size), float64."""
-    frequencies = 10000.0 ** (-torch.arange(size // 2, dtype=torch.float64) / (size / 2))
+    frequencies = 10000.0 ** (-torch.arange(size // 2, dtype=torch.float64, device=positions.device) / (size / 2))
     angles = positions.to(torch.float64)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 

@@ -5,8 +5,10 @@ A checkpoint of `DiffusionTask` has no `model_spec`, but `diffusion`: the model'
     latent_shapes, num_classes, process, transformer    `LatentDiffusion.spec()`
     classes, num_frames, size, fps                      of the clips
     autoencoder                                         class_path, weights_sha256, checkpoint, use_ema, config
+    guidance, steps                                     of sampling
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,11 @@ def load(path: str | Path, use_ema: bool | None = None) -> tuple[LatentDiffusion
     held = describe(checkpoint, path)
     try:
         model = build(held)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"Expected a diffusion model in {path}, got a damaged description of one ({error}).") from error
+        model.process.check_steps(held["steps"])
+    except (KeyError, TypeError, ValueError, NotImplementedError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise _damaged(path, error) from error
     averaged = "ema" in checkpoint if use_ema is None else use_ema
     state = checkpoints.network_weights(checkpoint, PREFIX, averaged)
     weights.check_fit(state, model.state_dict(), str(path))
@@ -49,4 +54,25 @@ def describe(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
             "configs/diffusion/vidtwin_ucf101.yaml."
         )
     plugins.check_trusted(held.get("process"), path)
+    try:
+        _check(held)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, error) from None
     return held
+
+
+def _check(held: dict[str, Any]) -> None:
+    """Raise `KeyError`, `TypeError`, `ValueError` or `AttributeError` for entries that `vidtwin fit` does not write."""
+    autoencoder, classes = held["autoencoder"], held["classes"]
+    texts = [*classes, autoencoder["class_path"], autoencoder["weights_sha256"], held["process"]["class_path"]]
+    counts = [held["num_frames"], *held["size"], held["steps"], *(n for s in held["latent_shapes"].values() for n in s)]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("expected texts")
+    if not all(isinstance(count, int) and count > 0 for count in counts) or len(held["size"]) != 2:
+        raise ValueError("expected counts")
+    if not (math.isfinite(held["guidance"]) and held["fps"] > 0) or held["num_classes"] != len(classes):
+        raise ValueError("expected a guidance, a rate and a number of classes")
+
+
+def _damaged(path: str | Path, error: Exception) -> UserError:
+    return UserError(f"Expected a diffusion model in {path}, got a damaged description of one ({error!r}).")

@@ -215,7 +215,7 @@ class Manifest:
                 raise ValueError(f"no size of the codebook of {ascii(name)[:100]}")
         for video in self.videos:
             _check_text(video.name, video.source)
-            if not isinstance(video.label, int):
+            if not isinstance(video.label, int) or video.label >= len(self.classes):
                 raise TypeError(f"a label of {ascii(video.name)[:100]}")
             _check_counts(video.planned_frames, video.num_frames or 0, video.height or 0, video.width or 0)
             parse_rate(video.fps)

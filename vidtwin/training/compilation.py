@@ -49,7 +49,7 @@ class Compilation:
             raise UserError(f"Expected trainer.compilation.parts among {', '.join(units)}, got {self.parts}.")
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, _GRAPHS)
-        for unit in (unit for part in self.parts or units for unit in units[part]):
+        for unit in (unit for part in dict.fromkeys(self.parts or units) for unit in units[part]):
             # The function and not the module: hooks (DDP's, FSDP2's) run outside, and state dicts keep their names.
             compiled = torch.compile(unit.forward, mode=self.mode, backend=self.backend, dynamic=False)
             object.__setattr__(unit, "forward", compiled)

@@ -149,7 +149,9 @@ class DiffusionTask(TrainingTask):
             self._frozen.append(find(described, self.autoencoder_path, self.use_autoencoder_ema))
         shapes = dict(described.shapes)
         if described.codes:
-            whole = self.frozen.model.latent_shapes((3, described.num_frames, *described.size))
+            multiple = self.frozen.model.spatial_multiple  # to which `vidtwin encode` pads pictures
+            size = (side + -side % multiple for side in described.size)
+            whole = self.frozen.model.latent_shapes((3, described.num_frames, *size))
             shapes = {name: whole[name] for name in self.frozen.model.latent_names}
         names = ("class_path", "weights_sha256", "checkpoint", "use_ema", "config")
         model = {name: described.model.get(name) for name in names}
@@ -263,8 +265,14 @@ class DiffusionTask(TrainingTask):
         return {KEY: self.denoiser.spec() | self.origin.entries() | sampling}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is of the same latents; outside of `fit` take the weights alone."""
-        self.origin.check(read_description(checkpoint, "--ckpt_path"))
+        """Check that the checkpoint is of the same latents and process; outside of `fit` take the weights alone."""
+        held = read_description(checkpoint, "--ckpt_path")
+        self.origin.check(held)
+        if held["process"] != (ours := self.process.spec()):
+            described = (
+                f"{spec['class_path'].rpartition('.')[2]} of {spec['init_args']}" for spec in (held["process"], ours)
+            )
+            raise UserError("Expected model.process as the checkpoint was trained with, {}, got {}.".format(*described))
         self._is_scaled = True
         if self.trainer.state.fn == "fit":
             self._resume(checkpoint, len(list(self.denoiser.parameters())))

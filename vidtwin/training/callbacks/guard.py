@@ -23,10 +23,9 @@ class StepGuard(Callback):
     """React to steps that the task skipped since a loss or a gradient was not finite on some rank.
 
     Each is logged on stderr with its clips. The first ones of an autoencoder are dumped: `vidtwin replay DUMP` reruns
-    such a step. After
-    `patience` of them in a row the training rolls back to its last checkpoint and continues with the next clips. If it
-    fails again before it has passed the step where it failed, it rolls back one checkpoint further. After `rollbacks`
-    times it stops with the reason.
+    such a step. After `patience` of them in a row the training rolls back to its last checkpoint and continues with the
+    next clips. If it fails again before it has passed the step where it failed, it rolls back one checkpoint further.
+    After `rollbacks` times it stops with the reason.
 
     Args:
         patience: Skipped steps in a row before a rollback.
@@ -150,7 +149,7 @@ def rewind(trainer: Trainer, task: TrainingTask, path: Path) -> None:
 
 def format_clips(batch: Batch) -> str:
     """List the clips of a batch for a message, those with non-finite values first."""
-    values = [batch["clip"]] if "clip" in batch else list(batch.get("latents", {}).values())
+    values = [batch["clip"]] if "clip" in batch else [*(batch.get("latents") or batch["codes"]).values()]
     finite = torch.stack([value.isfinite().flatten(1).all(dim=1) for value in values]).all(dim=0).tolist()
     fault = f" (its {'pixels' if 'clip' in batch else 'latents'} are not finite)"
     starts = batch.get("start_frame", [None] * len(finite))
