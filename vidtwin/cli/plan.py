@@ -91,7 +91,7 @@ class PlanningTrainer(VideoTrainer):
             lines.append(f"  products  {tflops:.3g} TFLOP/s, as given")
         share = utilization or _ASSUMED[kind]
         speed = batch * tflops * 1e12 * share / total
-        assumed = "" if utilization else ", assumed" if kind == "cuda" else ", as measured (docs/performance.md)"
+        assumed = "" if utilization else ", assumed"
         lines.append(
             f"  speed     {speed:.3g} clips/s a device at {share:.0%} of that{assumed}; {devices * speed:.3g} clips/s "
             "in all"
