@@ -151,10 +151,9 @@ def test_every_two_trained_rows_are_a_pair_of_each_metric_and_corrected_together
     for key, higher in (("psnr", True), ("flicker", False)):
         pairs = [each for each in found["pairs"] if each["metric"] == key]
         named = [{each["first"], each["second"]} for each in pairs]
-        assert sorted(map(sorted, named)) == sorted(map(sorted, itertools.combinations((A, B, C), 2)))
+        assert sorted(map(sorted, named)) == sorted(map(sorted, [(A, C), (B, C)]))  # A and B are seeds of one model
         assert [each["p_holm"] for each in pairs] == statistics.adjust_by_holm([each["p"] for each in pairs])
         assert all((each["difference"] >= 0) == higher for each in pairs)  # the first is the better one
-    assert max(each["p_holm"] for each in found["pairs"]) > 0.05
 
 
 def test_a_row_against_itself_differs_by_nothing(folder):

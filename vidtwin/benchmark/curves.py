@@ -14,6 +14,7 @@ from typing import Any
 from vidtwin.benchmark import levels, rows
 from vidtwin.benchmark.rows import Results
 from vidtwin.benchmark.summary import Cell, Line, Table
+from vidtwin.console import log
 from vidtwin.files import inside, write_text
 from vidtwin.metrics.registry import BY_KEY, Column
 from vidtwin.tables import format_table
@@ -202,7 +203,7 @@ def list_deltas(results: Results) -> list[tuple[Curve, Curve, Delta]]:
 
 
 def bd_table(results: Results) -> Table | None:
-    """Build the table of BD-rates, with BD-PSNR below; None without curves to compare."""
+    """Build the table of BD-rate and BD-PSNR to each anchor; None without curves to compare."""
     found = list_deltas(results)
     if not found:
         return None
@@ -214,10 +215,12 @@ def bd_table(results: Results) -> Table | None:
         cells = []
         for anchor in anchors:
             delta = deltas.get((name, anchor), Delta())
-            parts = [f"{100 * delta.rate:+.1f} %"] if delta.rate is not None else []
-            parts += [f"{delta.psnr:+.2f} dB"] if delta.psnr is not None else []
-            short = [reason.replace(" points at a shared ", " at ") for reason in delta.reasons.values()]
-            cells.append(Cell(", ".join(parts), delta.rate, small="; ".join(dict.fromkeys(short))))
+            for key, value, text in (
+                ("rate", delta.rate, "" if delta.rate is None else f"{100 * delta.rate:+.1f}"),
+                ("psnr", delta.psnr, "" if delta.psnr is None else f"{delta.psnr:+.2f}"),
+            ):
+                reason = delta.reasons.get(key, "").replace(" points at a shared ", " at ")
+                cells.append(Cell(text, value, small=reason))
             reasons |= set(delta.reasons.values())
         lines.append(Line(name, "reference" if kind == CODEC else kind, cells))
     notes = [
@@ -230,7 +233,14 @@ def bd_table(results: Results) -> Table | None:
             "With fewer it is missing; the page and bd.csv have their number."
         )
     notes += [f"Nothing was computed: {reason}." for reason in reasons if "points" not in reason]
-    columns = [Column(f"bd{index}", anchor, higher=False) for index, anchor in enumerate(anchors)]
+    columns = [
+        column
+        for index, anchor in enumerate(anchors)
+        for column in (
+            Column(f"rate{index}", f"BD-rate to {anchor}", "%", higher=False),
+            Column(f"psnr{index}", f"BD-PSNR to {anchor}", "dB", higher=True),
+        )
+    ]
     return Table("bd", "BD-rate and BD-PSNR", columns, lines, notes, "Curve")
 
 
@@ -317,6 +327,9 @@ def write(results: Results) -> None:
         [curve.name, curve.kind, anchor.name, delta.rate, delta.psnr, *map(delta.reasons.get, ("rate", "psnr"))]
         for anchor, curve, delta in list_deltas(results)
     ]
+    if deltas and _load() is None and inside(results.folder, "bd.csv").exists():
+        log("bd.csv stays as it is: pip install 'vidtwin[rates]', which computes BD-rates")
+        return
     _write(results, "bd.csv", ["curve", "kind", "anchor", "bd_rate", "bd_psnr", "no_bd_rate", "no_bd_psnr"], deltas)
 
 

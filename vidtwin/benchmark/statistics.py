@@ -192,12 +192,13 @@ def compare_pairs(results: Results, units: Mapping[str, Mapping[str, Sequence[Un
         For each metric and pair "metric", "first" and "second" (the first has the better mean), "difference" (mean of
         the first minus that of the second) with "low" and "high", "better" and "worse" (sources on which the first is
         so), "sources", "p" (Wilcoxon's signed-rank test of the differences by source, two-sided) and "p_holm"
-        (adjusted over the pairs of the metric). Pairs of fewer than two sources, and of values that are not finite,
-        are left out.
+        (adjusted over the pairs of the metric). Pairs of fewer than two sources, of values that are not finite, and
+        of two seeds of one model are left out.
     """
     from scipy import stats  # slow to import
 
     trained = [row["name"] for row in rows.order(results) if row["kind"] == "trained"]
+    seeds = {row["name"]: row.get("seed_of") for row in results.rows}
     found: list[dict[str, Any]] = []
     for key in dict.fromkeys(key for name in trained for key in units[name]):
         named = [name for name in trained if key in units[name]]
@@ -210,6 +211,8 @@ def compare_pairs(results: Results, units: Mapping[str, Mapping[str, Sequence[Un
         means = sums[:, 0].sum(1) / sums[:, 1].sum(1)
         pairs = []
         for one, other in itertools.combinations(range(len(named)), 2):
+            if (model := seeds.get(named[one])) and model == seeds.get(named[other]):
+                continue  # two trainings of one model: see `describe_seeds`
             if (means[one] < means[other]) == BY_KEY[key].higher:
                 one, other = other, one
             low, high = interval(drawn[:, one] - drawn[:, other])

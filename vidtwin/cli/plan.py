@@ -60,6 +60,8 @@ class PlanningTrainer(VideoTrainer):
                 raise UserError(f"Expected --{name} above 0, got {value}.")
         if model.teacher is not None:
             raise UserError("Expected a training without model.teacher, whose passes are not counted; leave it out.")
+        if utilization is not None and utilization > 1:
+            raise UserError(f"Expected --utilization of at most 1, got {utilization}; it is a share, 0.4 for 40%.")
         if not isinstance(datamodule, ClipSource):
             raise UserError(f"Expected data of clips to plan with, got {type(datamodule).__name__}.")
         frames, size, batch = datamodule.settings.num_frames, datamodule.settings.size, datamodule.batch_size
