@@ -82,7 +82,7 @@ class TemporalSpec:
 
 @dataclass(frozen=True)
 class Coding:
-    """How a codec was run.
+    """Settings with which a codec was run.
 
     Attributes:
         curve: Codec and settings but the one of the quality: rows that share it are one rate-distortion curve.

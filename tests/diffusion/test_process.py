@@ -22,7 +22,7 @@ def coefficients(process: Process, times: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def output_of(process: Process, data: torch.Tensor, state: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """What a network predicts that knows the data."""
+    """Return the prediction of a network that knows the data."""
     if isinstance(process, RectifiedFlow) and process.prediction == "v":
         return (state - data) / (times[:, None] / 1000)
     return data

@@ -1,4 +1,4 @@
-"""What makes a clip hard: its motion, its changes from frame to frame, its texture, its cuts; of the input alone."""
+"""Measure the content of input clips: motion, change from frame to frame, texture, cuts."""
 
 from fractions import Fraction
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where models fail: quality against motion, texture and cuts of the clips, by frame, and at the seams of windows.
+"""Relate quality to motion, texture and cuts of the clips, to frames, and to the seams of windows.
 
 From the files of `analysis` and the rows' clips alone; intervals draw source videos, as those of `statistics`.
 """

@@ -94,7 +94,7 @@ def _check(manifest: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How generated videos are compared to real ones; equal hashes are comparable.
+    """Protocol of a comparison of generated videos to real ones; values of equal hashes are comparable.
 
     Attributes:
         samples: Number of generated videos by class.

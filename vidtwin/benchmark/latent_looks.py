@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 
 LOW = 4  # the lowest 1 / LOW of the frequencies of each axis are low
 MAX_CHANNELS = 256
-"""Of a latent with more channels their covariance is not kept."""
+"""Maximum number of channels of which the covariance is kept."""
 
 
 def share_low_frequencies(latent: Floats) -> Floats:

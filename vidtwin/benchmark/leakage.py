@@ -1,4 +1,4 @@
-"""How well one latent predicts another: ridge regression, judged on source videos that it has not seen."""
+"""Predict one latent from another by ridge regression, judged on source videos that it has not seen."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

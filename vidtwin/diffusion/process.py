@@ -29,7 +29,7 @@ _LEAST_SIGMA = 0.05  # by which an x-prediction's error is divided at least
 
 
 class Process(ABC):
-    """How noise is added to latents, and removed.
+    """Base class of processes that add noise to latents and remove it.
 
     Attributes:
         init_args: Arguments, from which checkpoints rebuild the process.

@@ -46,7 +46,7 @@ COUNTS = ("batches", "skipped", "rate_scale", "seed")  # stored in checkpoints
 
 
 class Player(NamedTuple):
-    """What an optimizer updates.
+    """Parameters that an optimizer updates, with their optimizer and schedule.
 
     Attributes:
         prefix: Before `optimizer` and `scheduler` in the names of its options.

@@ -20,7 +20,7 @@ Statistics = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass
 class Origin:
-    """Where the latents of a training come from: the entries of a checkpoint beside the model's spec.
+    """Origin of the latents of a training: the entries of a checkpoint beside the model's spec.
 
     Attributes:
         latent_shapes: Shapes by name, without batch axis, as the autoencoder decodes them.
