@@ -209,8 +209,23 @@ def test_sigterm_at_any_other_moment_exits_with_the_requeue_code(config, tmp_pat
     assert f"ended by SIGTERM {state}" in error
     assert signal.getsignal(signal.SIGTERM) is before
     assert main(command) == 0
-    (run,) = (tmp_path / "runs" / "tiny").glob("*/checkpoints/last.ckpt")
-    assert checkpoints.read(run)["global_step"] == 5
+    (run,) = (tmp_path / "runs" / "tiny").iterdir()
+    assert run.name == "version_0"
+    assert checkpoints.read(run / "checkpoints" / "last.ckpt")["global_step"] == 5
+
+
+@pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
+def test_a_refused_training_takes_no_number_of_the_runs(config, tmp_path, capsys, logger):
+    chosen = ["--trainer.logger", logger, "--trainer.logger.save_dir", str(tmp_path), "--trainer.logger.name", "own"]
+    command = ["fit", "--config", str(config), *chosen]
+    assert main([*command, "--trainer.val_check_interval=100"]) == 2
+    assert "of at most the 3 batches of an epoch, got 100" in capsys.readouterr().err
+    assert list(tmp_path.glob("own/*")) == []
+    kept = tmp_path / "own" / "version_0" / "notes.txt"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert main([*command, "--trainer.logger.version=0", "--model.freeze=[encodr]"]) == 2  # in a folder that exists
+    assert kept.exists()
 
 
 def test_libraries_can_not_catch_the_end_by_sigterm_as_an_exception():

@@ -25,7 +25,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vidtwin import plugins
-from vidtwin.cli import model_config, paths
+from vidtwin.cli import model_config, paths, unused_runs
 from vidtwin.cli.parser import (
     Parser,
     config_paths,
@@ -243,6 +243,11 @@ class VidTwinCLI(LightningCLI):
         parser.add_lightning_class_args(ClipLogger, "clip_logger")
         if data := (parser.groups or {}).get("data"):  # Lightning's title is the first line of a longer text
             data.title = "Data module, the source of clips"
+
+    def fit(self, **arguments: Any) -> None:
+        """Train, as Lightning runs the command `fit`; a run that is refused leaves no folder."""
+        with unused_runs.remove_if_unused(self.trainer):
+            self.trainer.fit(**arguments)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # Lightning's own method warns if sys.argv holds arguments too, as it does for every command line.
