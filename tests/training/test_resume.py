@@ -114,7 +114,12 @@ def undisturbed(tmp_path_factory):
     return diary.entries, state_of(folder)
 
 
-@pytest.mark.parametrize(("workers", "end"), [*((0, end) for end in range(1, STEPS)), (2, 2), (2, 3), (2, 7)])
+# Before the first validation, at an epoch's end, within the last one, and with workers; slow tests end at every step.
+ENDS = [(0, 1), (0, 3), (0, 7), (2, 2)]
+OTHERS = [*((0, end) for end in (2, 4, 5, 6)), (2, 3), (2, 7)]
+
+
+@pytest.mark.parametrize(("workers", "end"), [*ENDS, *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS)])
 def test_an_interrupted_training_ends_with_the_same_bits(undisturbed, tmp_path, workers, end):
     entries, state = undisturbed
     first, second = Diary(), Diary()
@@ -332,7 +337,13 @@ def test_freezing_a_missing_module_lists_the_existing_ones(tmp_path):
         trainer(tmp_path).fit(tiny_task(freeze=["encodr"]), datamodule=Clips())
 
 
-@pytest.mark.parametrize("name", BASELINES)
+# With codes, and with dropout too; the others keep no state beside their weights.
+STATEFUL = ("magvit2", "ivideogpt")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in STATEFUL else pytest.param(name, marks=pytest.mark.slow) for name in BASELINES]
+)
 def test_a_baseline_resumes_bit_for_bit(name, tmp_path):
     """iVideoGPT's dropout included."""
     logged, weights = {}, {}
