@@ -1,12 +1,13 @@
 """Run by test_distributed.py: trainings on two ranks, whose outcomes each rank writes to a file.
 
-python two_ranks.py FOLDER      Lightning starts the second process
+python two_ranks.py FOLDER BASELINE...      Lightning starts the second process
 """
 
 import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from generation import tiny_diffusion
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ParallelStrategy
-from tiny import BASELINES, Clips, Poisoned, baseline_task, tiny_model, tiny_task, trainer
+from tiny import Clips, Poisoned, baseline_task, tiny_model, tiny_task, trainer
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -139,13 +140,16 @@ def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
     }
 
 
-def baselines(folder: Path, **devices: Any) -> dict[str, Any]:
-    """Two steps of each plug-in baseline on 8 clips, 4 a step over all ranks, from the mode of the posterior."""
+def baselines(folder: Path, names: Sequence[str] | None = None, **devices: Any) -> dict[str, Any]:
+    """Two steps of each baseline on 8 clips, 4 a step over all ranks, from the mode of the posterior.
+
+    By default of those that the command line names.
+    """
     # Of Open-Sora's image latents too.
     sample, DiagonalGaussian.sample = DiagonalGaussian.sample, DiagonalGaussian.mode  # type: ignore[method-assign]
     psnr = {}
     try:
-        for name in BASELINES:
+        for name in sys.argv[2:] if names is None else names:
             still = {"attention_dropout": 0.0} if name == "ivideogpt" else {}
             plain = {"optimizer": lambda p: SGD(p, lr=0.1), "scheduler": lambda o: ConstantLR(o, 1.0)}
             run = trainer(folder / name, 2, callbacks=[saved(folder / name)], **devices)

@@ -2,11 +2,14 @@
 
 import ast
 import inspect
+import io
 import json
 import math
 import re
 import shlex
+from contextlib import redirect_stdout
 from dataclasses import fields
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -203,8 +206,16 @@ def test_the_papers_sweeps_take_the_clips_of_its_protocol(name):
     assert wanted == {"clip": f"{data['eval_clips']} clips of a video", "tail": data["tail"]}
 
 
+@cache
+def run_name(config: Path) -> str:
+    """Return the name that a config's logger gives to its runs."""
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main(["fit", f"--config={config}", "--print_config"]) == 0
+    return str(yaml.safe_load(printed.getvalue())["trainer"]["logger"]["init_args"]["name"])
+
+
 @pytest.mark.parametrize("name", FULL_SWEEPS)
-def test_the_checkpoints_are_where_the_commands_in_the_header_leave_them(name, capsys):
+def test_the_checkpoints_are_where_the_commands_in_the_header_leave_them(name):
     """Of each `vidtwin fit`: the logger's folder, and in it the configs of the entry that takes the checkpoint."""
     text = (FOLDER / f"{name}.yaml").read_text().replace("\\\n#", "")
     commands = [shlex.split(line) for line in re.findall(r"^#   vidtwin (fit .*)$", text, re.MULTILINE)]
@@ -213,8 +224,7 @@ def test_the_checkpoints_are_where_the_commands_in_the_header_leave_them(name, c
     for command in commands:
         configs = [ROOT / path for flag, path in pairwise(command) if flag == "--config"]
         given = [path for path in configs if path.parent.name != "trainer"]
-        assert main(["fit", f"--config={given[0]}", "--print_config"]) == 0
-        folder = yaml.safe_load(capsys.readouterr().out)["trainer"]["logger"]["init_args"]["name"]
+        folder = run_name(given[0])
         if "--trainer.logger.name" in command:
             folder = command[command.index("--trainer.logger.name") + 1]
         left[f"{folder}/version_0/checkpoints/last.ckpt"] = given

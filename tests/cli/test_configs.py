@@ -139,7 +139,14 @@ def fit_a_step(name: str) -> list[str]:
     return options
 
 
-@pytest.mark.parametrize("name", [name for name in BASELINES if name not in WHOLE])
+# Sizes of others: the quick tests read their figures.
+SIZES = ["cmd_patch4", "ivideogpt_64", "ivideogpt_native"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in SIZES else n for n in BASELINES if n not in WHOLE],
+)
 def test_a_baselines_config_trains_a_step(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fit_a_step(name)

@@ -12,14 +12,25 @@ from tiny import BASELINES
 
 from vidtwin.storage import checkpoints
 
+# With one codebook, with two, and with latents of images too; the slow tests train all.
+QUICK = ("magvit2", "ivideogpt", "opensora")
+
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def chosen(request):
+    """Names of the baselines whose tests run."""
+    test = test_two_ranks_train_a_baseline_as_one_does.__name__
+    names = {item.name for item in request.session.items}
+    return [name for name in BASELINES if f"{test}[{name}]" in names]
+
+
+@pytest.fixture(scope="module")
+def outcomes(chosen, tmp_path_factory):
     """Outcomes that each of two ranks wrote; a hang would be a failure after eight minutes."""
     folder = tmp_path_factory.mktemp("ranks")
     write_tree(folder / "videos")
     two_ranks.write_teacher(folder)
-    forked.run_script(Path(two_ranks.__file__), [str(folder)], folder / "stderr")
+    forked.run_script(Path(two_ranks.__file__), [str(folder), *chosen], folder / "stderr")
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -31,9 +42,9 @@ def one_ranks_gradients(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_ranks_baselines(tmp_path_factory):
+def one_ranks_baselines(chosen, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return folder, two_ranks.baselines(folder)
+    return folder, two_ranks.baselines(folder, chosen)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -56,7 +67,9 @@ def test_two_ranks_take_the_steps_of_one_with_the_same_clips(outcomes, one_ranks
         assert ranks[0]["gradients"]["psnr"] == pytest.approx(one["psnr"], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BASELINES]
+)
 def test_two_ranks_train_a_baseline_as_one_does(outcomes, one_ranks_baselines, name):
     folder, ranks = outcomes
     alone, psnr = one_ranks_baselines
