@@ -10,6 +10,7 @@ D.3 gives 18 layers of width 1,152 and a class vector of 256 numbers, attended t
 token gets the same projection of it.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -51,7 +52,7 @@ class TransformerSizes:
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "heads", "class_width", "mlp_ratio"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"Expected model.transformer.{name} above 0, got {getattr(self, name)}.")
         if self.width % self.heads or self.width % 2:
             raise UserError(
