@@ -10,16 +10,20 @@ The folder is that of `vidtwin generate`, the other that of the encoded videos, 
              they were asked for
     PSNR     of each sample to the nearest window of its class, and to the nearest of another class; beside it that of
              each real window to the nearest of another video
+    distance the Frechet distance of samples and windows by the features of EfficientNet-Lite0 (320 numbers of its last
+             stage, means over 4 frames and all places); beside it that of as many real windows, drawn at random. It is
+             no FVD and has another scale, but its weights come with a package
 
-and draws a sample of each class above its nearest window. The classifier sees 4 frames of 16x16 pixels: place and
-colour, which a blurred sample has too, and not detail. It is chosen and trained before it sees a sample.
+writes these to comparison.json in the folder, for benchmarks/generation_cost.py, and draws a sample of each class above
+its nearest window. The classifier sees 4 frames of 16x16 pixels: place and colour, which a blurred sample has too, and
+not detail. It is chosen and trained before it sees a sample.
 """
 
 import argparse
 import json
 import re
-import statistics
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -29,10 +33,14 @@ from tqdm import tqdm
 
 from vidtwin.apply.outputs import write_png
 from vidtwin.apply.windows import VideoWindows
+from vidtwin.files import write_text
 from vidtwin.listing import find_videos
+from vidtwin.losses.efficientnet import EfficientNetDistance
+from vidtwin.metrics.fvd import frechet_distance, statistics
 from vidtwin.video import Frames, iter_frames, panels
 
 _GROUP = re.compile(r"_g(\d+)_")
+COMPARISON = "comparison.json"
 NOISES = (0.1, 0.2, 0.4)  # standard deviations, of values from -1 to 1
 
 
@@ -123,6 +131,21 @@ def hold_out(names: list[str], labels: list[int]) -> Tensor:
     return torch.tensor([group == last[label] for group, label in zip(groups, labels, strict=True)])
 
 
+@torch.no_grad()
+def embed(clips: Frames) -> Tensor:
+    """Return the mean of EfficientNet-Lite0's last features over 4 frames of each clip: (N, 320)."""
+    distance = EfficientNetDistance()
+    distance.load(download=False)
+    assert distance.network is not None
+    parts = nn.Sequential(*distance.network.parts.children())
+    places = np.linspace(0, clips.shape[1] - 1, 4).round().astype(int)
+    found = []
+    for first in tqdm(range(0, len(clips), 8), desc="features", unit="batch"):
+        frames = torch.from_numpy(clips[first : first + 8, places]).flatten(0, 1).permute(0, 3, 1, 2).float()
+        found.append(parts((frames - 127) / 128).mean((2, 3)).unflatten(0, (-1, 4)).mean(1))
+    return torch.cat(found)
+
+
 def distances(ours: Frames, theirs: Frames) -> Tensor:
     """Compute the mean squared error of each pair of clips, of values from 0 to 1: (N, M)."""
     first, second = (torch.from_numpy(clips).flatten(1).float() / 255 for clips in (ours, theirs))
@@ -167,10 +190,18 @@ def main() -> None:
     inside, outside = (psnr(error.masked_fill(mask, torch.inf).amin(1)) for mask in (~same, same))
     video = np.array(names)
     between = distances(real, real).masked_fill(torch.from_numpy(video[None] == video[:, None]), torch.inf)
-    print(
-        f"nearest window of the class: {statistics.mean(inside):.1f} dB, of another: {statistics.mean(outside):.1f} dB"
+    print(f"nearest window of the class: {fmean(inside):.1f} dB, of another: {fmean(outside):.1f} dB")
+    print(f"real windows, nearest of another video: {fmean(psnr(between.amin(1))):.1f} dB")
+
+    features = embed(real)
+    drawn = features[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: len(samples)]]
+    whole = statistics(features)
+    far, near = (float(frechet_distance(*statistics(part), *whole)) for part in (embed(samples), drawn))
+    print(f"Frechet distance by EfficientNet-Lite0: {far:.2f}; {len(drawn)} real windows: {near:.2f}")
+    write_text(
+        arguments.generated / COMPARISON,
+        json.dumps({"named_right": float(right.float().mean()), "noise": noise, "frechet_distance": far}) + "\n",
     )
-    print(f"real windows, nearest of another video: {statistics.mean(psnr(between.amin(1))):.1f} dB")
 
     if arguments.picture:
         shown: dict[str, Frames] = {}

@@ -45,6 +45,19 @@ def test_the_output_has_the_latents_shapes_and_each_number_depends_on_each(model
         assert (gradient != 0).all()
 
 
+def test_larger_patches_are_fewer_tokens_and_their_numbers_reach_one_another():
+    sizes = TransformerSizes(depth=1, width=16, heads=2, class_width=8, patch=4)
+    dit = DiT(SHAPES, 3, sizes)
+    assert list(dit.tokens.counts.values()) == [1, 2, 1]
+    assert dit.positions.shape == (4, 16)
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    state = torch.randn(1, NUMBERS, requires_grad=True)
+    found = flatten(dit(split(state, SHAPES), torch.tensor([300.0]), torch.tensor([1])), SHAPES)
+    (gradient,) = torch.autograd.grad(found.square().sum(), state)
+    assert (gradient != 0).all()
+
+
 def test_the_output_depends_on_time_and_class(model):
     state = torch.randn(2, NUMBERS)
     run = model._run
