@@ -77,7 +77,6 @@ class TrainingTask(LightningModule):
     Attributes:
         trained: Name of the attribute with the trained network, whose tensors are `trained.*` in checkpoints.
         rate_name: The network in the logged learning rates, `lr/NAME`.
-        is_replayed: Whether `vidtwin replay` reruns steps of this task.
         batches: Number of batches so far, including skipped ones.
         skipped: Number of batches that updated nothing, since a loss or gradient was not finite.
         rate_scale: Factor on every learning rate; a rollback may lower it.
@@ -88,7 +87,6 @@ class TrainingTask(LightningModule):
 
     trained: ClassVar[str]
     rate_name: ClassVar[str]
-    is_replayed: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -137,6 +135,17 @@ class TrainingTask(LightningModule):
     def describe(self) -> dict[str, Any]:
         """Return the entries of checkpoints and dumps from which the network is built again."""
         return {}
+
+    def start_from(self, path: str) -> None:
+        """Take weights from a file, as far as they fit, as the first ones of a training, and log which."""
+        raise UserError(f"Expected no --init_from for {type(self).__name__}, got {path}; leave it out.")
+
+    def to_dump(self, batch: Batch) -> Batch:
+        """Return a batch as dumps hold it: `part_losses` must take it without the data module."""
+        return batch
+
+    def prepare_replay(self, dump: Mapping[str, Any]) -> None:
+        """Build or load what the step of a dump needs beside its weights."""
 
     def compilable(self) -> dict[str, list[nn.Module]]:
         """Return what torch.compile may compile, by the names of `trainer.compilation.parts`.

@@ -1,4 +1,4 @@
-"""Shard an autoencoder and its optimizer's state over all devices by FSDP2, for models too large for one of them.
+"""Shard a network and its optimizer's state over all devices by FSDP2, for models too large for one of them.
 
     vidtwin fit --config configs/vidtwin_large.yaml --config configs/trainer/fsdp2.yaml
 
@@ -253,7 +253,7 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
             optimizer.load_state_dict({**state, "state": values})
 
 
-StrategyRegistry.register("fsdp2", FSDP2Strategy, description="The autoencoder is sharded over all devices.")
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="The trained network is sharded over all devices.")
 StrategyRegistry.register(
     "fsdp2_bf16", FSDP2Strategy, description="The same, with weights gathered in bfloat16.", gather_dtype="bfloat16"
 )
@@ -262,9 +262,12 @@ StrategyRegistry.register(
 def list_units(model: nn.Module) -> list[nn.Module]:
     """List the units that are gathered at a time: the outermost elements of module lists, then the model itself.
 
+    A model with an attribute `units` has those instead, then itself.
     Elements without a forward pass of their own are searched for inner ones. An element with the last layer is not a
     unit, since the adaptive GAN weight needs that layer's weight between the forward and the backward pass.
     """
+    if (units := getattr(model, "units", None)) is not None:
+        return [*units, model]
     found: dict[nn.Module, None] = {}
 
     def visit(module: nn.Module) -> None:

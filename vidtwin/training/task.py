@@ -4,7 +4,7 @@ A step also updates the discriminator, if there is one: its optimizer does not s
 counts, so that the GAN's start is counted in batches too (`vidtwin.training.base` says how steps are counted).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
+from vidtwin import console
 from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
 from vidtwin.data import ClipSource
 from vidtwin.errors import UserError
@@ -59,7 +60,6 @@ class AutoencoderTask(TrainingTask):
 
     trained = "autoencoder"
     rate_name = "generator"
-    is_replayed = True
 
     def __init__(
         self,
@@ -131,6 +131,15 @@ class AutoencoderTask(TrainingTask):
             return parameters
         # In its own group: it is not sharded like the others, and an optimizer's kernel takes one kind at a time.
         return [{"params": parameters}, {"params": [self.loss.logvar]}]
+
+    def start_from(self, path: str) -> None:
+        for line in checkpoints.load_part(self.autoencoder, path):
+            console.log(f"{path}: {line}", rank_zero=True)
+
+    def prepare_replay(self, dump: Mapping[str, Any]) -> None:
+        self.loss.setup()
+        if self.teacher is not None:
+            self.teacher.setup(self.autoencoder, None)
 
     def compilable(self) -> dict[str, list[nn.Module]]:
         parts = super().compilable()

@@ -111,8 +111,9 @@ class VideoTrainer(Trainer):
             ckpt_path: Checkpoint to resume: weights, optimizers, schedules, step, place in the data.
             resume: "auto": resume the newest intact checkpoint of the run that the logger names, or start a new run if
                 there is none. A folder: resume the newest one in it.
-            init_from: Weights to start a new training from, as far as they fit (`checkpoints.load_part`); the log
-                lists what is kept, interpolated and fresh. The discriminator is new. Ignored if a run is resumed.
+            init_from: Weights to start a new training from, as far as they fit (`load_part` of `storage.checkpoints`
+                and `storage.diffusion`); the log lists what is kept, interpolated and fresh. The discriminator is new.
+                Ignored if a run is resumed.
         """
         task = model
         if not isinstance(task, TrainingTask):
@@ -122,11 +123,8 @@ class VideoTrainer(Trainer):
             raise UserError(f"Expected --ckpt_path or --resume, got both ({ckpt_path} and {resume}).")
         if resume:
             ckpt_path = self._find_newest(resume)
-        if init_from and not isinstance(task, AutoencoderTask):
-            raise UserError(f"Expected --init_from for an autoencoder, got {type(task).__name__}; leave it out.")
-        if init_from and isinstance(task, AutoencoderTask) and not ckpt_path:
-            for line in checkpoints.load_part(task.autoencoder, init_from):
-                console.log(f"{init_from}: {line}", rank_zero=True)
+        if init_from and not ckpt_path:
+            task.start_from(init_from)
         try:
             with tensor_float_32() if self.tensor_float_32 else nullcontext():
                 super().fit(task, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
@@ -207,13 +205,14 @@ class VideoTrainer(Trainer):
         Returns:
             The lines of the report.
         """
-        task = self._task(model)
-        task.loss.setup()
-        if task.teacher is not None:
-            task.teacher.setup(task.autoencoder, None)
+        task = model or self.lightning_module
+        if not isinstance(task, TrainingTask):
+            raise UserError(f"Expected a TrainingTask, got {type(task).__name__}.")
+        content = read_dump(dump)
+        task.prepare_replay(content)
         task.to(self.strategy.root_device)
         with self.precision_plugin.forward_context():
-            lines = run_again(task, read_dump(dump))
+            lines = run_again(task, content)
         for line in lines:
             console.write(line, rank_zero=True)
         return lines
