@@ -258,6 +258,7 @@ def evil(here: Path) -> Path:
         "predict --ckpt_path last.ckpt --data synthetic",
         "validate --ckpt_path folder --data synthetic",
         "replay dump.pt",
+        "card --ckpt_path last.ckpt --out card.md",
     ],
 )
 def test_a_module_of_the_current_folder_is_not_imported_for_weights(evil, capsys, words):
