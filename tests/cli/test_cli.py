@@ -190,7 +190,7 @@ def test_a_disk_that_is_full_for_a_loggers_files_names_them(tmp_path):
     logger = CSVLogger(tmp_path)
     logger.log_metrics({"a": 1})
     logger.experiment.metrics_file_path = "/dev/full"
-    with pytest.raises(OSError, match="No space left on device: \"the logger's files\"") as caught, _naming_logs():
+    with pytest.raises(OSError, match='No space left on device: "the logger\'s files"') as caught, _naming_logs():
         logger.save()
     assert caught.value.errno == errno.ENOSPC
 
