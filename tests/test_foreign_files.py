@@ -17,6 +17,7 @@ from vidtwin import plugins
 from vidtwin.apply.latent_reader import LatentReader
 from vidtwin.apply.options import DecodeOptions, SessionOptions
 from vidtwin.benchmark import plots, report, rows
+from vidtwin.benchmark.generation import Generated
 from vidtwin.benchmark.plan import Job
 from vidtwin.benchmark.players import Writer
 from vidtwin.benchmark.row_folder import RowFolder
@@ -199,6 +200,13 @@ def test_decode_refuses_a_name_that_leads_out_in_one_line(here, capsys, name):
     said = capsys.readouterr().err
     assert said.startswith("vidtwin: error: Expected a name that stays inside decoded, got ")
     assert said.count("\n") == 1
+
+
+def test_no_generated_video_is_read_outside_of_its_folder(here):
+    write_video(here.parent / "outside" / "x.mp4", np.zeros((2, 16, 16, 3), np.uint8), 8)
+    manifest = {"num_frames": 2, "size": [16, 16], "samples": [{"file": "../outside/x.mp4"}]}
+    with pytest.raises(UserError, match="Expected a name that stays inside"):
+        list(Generated(here, manifest).clips())
 
 
 def test_rates_that_files_have_are_read_and_written(tmp_path):
