@@ -226,6 +226,8 @@ def test_eps_is_far_below_the_gradients_if_the_loss_is_a_mean(name):
         ("baselines/magvit2", {"lr": 0.8e-4, "betas": [0.0, 0.99], "weight_decay": 0.0}, (500, 0.0, 0.0)),
         ("baselines/magvit2_continuous", {"lr": 0.8e-4, "betas": [0.0, 0.99], "weight_decay": 0.0}, (500, 0.0, 0.0)),
         ("baselines/ivideogpt", {"lr": 5e-4, "betas": [0.9, 0.999], "weight_decay": 0.0}, (500, 0.0, 1.0)),
+        ("baselines/cvvae", {"lr": 2e-5, "betas": [0.9, 0.98], "weight_decay": 0.01}, (0, 0.0, 1.0)),
+        ("baselines/wfvae", {"lr": 1e-5, "betas": [0.9, 0.999], "weight_decay": 1e-4}, (0, 0.0, 1.0)),
     ],
 )
 def test_the_discriminator_has_its_own_rate(name, figures, warmup):
