@@ -62,7 +62,7 @@ def survey_inputs(inputs: Sequence[Input], labelled: bool, known: Mapping[str, V
     videos: list[VideoEntry] = []
     skipped: dict[str, str] = {}
     unread: dict[str, str] = {}
-    bar = tqdm(inputs, desc="surveying videos", unit="video", disable=None, delay=1, dynamic_ncols=True)
+    bar = tqdm(inputs, desc="surveying videos", unit=" videos", disable=None, delay=1, dynamic_ncols=True)
     for entry, folder in zip(bar, folders, strict=True):
         label = classes.index(folder) if labelled else -1
         try:
