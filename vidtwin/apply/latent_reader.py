@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vidtwin import console, weights
-from vidtwin.apply.inputs import Input, check_folder, check_targets, log_existing
+from vidtwin.apply.inputs import Input, check_targets, log_existing
 from vidtwin.apply.options import DecodeOptions, SessionOptions, exit_code
 from vidtwin.apply.session import Download, Session
 from vidtwin.console import Progress
@@ -78,7 +78,6 @@ class LatentReader:
         self.folder = Path(folder)
         self.options = options
         self.manifest = Manifest.read(folder)
-        check_folder(options.out)
         self.videos = [video for video in self.manifest.videos if video.num_frames != 0]
         self._found = len(self.videos)
         if options.skip_existing:

@@ -7,11 +7,15 @@ next one: outputs are those of the three steps one after the other, in constant 
 """
 
 import queue
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
+
+from vidtwin.errors import Terminated
 
 Job = TypeVar("Job")
 Item = TypeVar("Item")
@@ -90,6 +94,26 @@ def run(
         future.result()
 
 
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block like Ctrl-C, so that no half file is left. Other handlers and threads stay as they are.
+
+    Not for one of several processes: it may wait for others in a call that no exception interrupts.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def end(*_: object) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class _Work:
     """A job on its way, with its results between the thread that computes and the one that writes."""
 
@@ -145,7 +169,7 @@ class _Work:
 
 def _read(
     jobs: Iterable[Job], read: Callable[[Job], Iterable[Item]], behind: int
-) -> Generator[tuple[_Work, Item | object, Exception | None]]:
+) -> Generator[tuple[_Work, Item | object, Exception | None], None, None]:
     """Yield each job's items and its end, with the error of reading it."""
     for job in jobs:
         work, error = _Work(job, behind), None

@@ -6,6 +6,7 @@ Imports torch and lightning, so commands import it after their refusals.
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -110,7 +111,8 @@ class Session:
         write: Callable[[Any, Iterator[Any]], bool | None],
     ) -> None:
         """Read, compute and write at the same time, see `pipeline.run`; only `compute` gives the device work."""
-        pipeline.run(jobs, read, compute, write, prepare=self._enter_thread)
+        with pipeline.ending_on_sigterm() if self.world_size == 1 else nullcontext():
+            pipeline.run(jobs, read, compute, write, prepare=self._enter_thread)
 
     def _enter_thread(self) -> None:
         if self.fabric.device.type == "cuda":  # else page-locked memory would be of the first device
