@@ -12,8 +12,12 @@ import pytest
 import torch
 from sweeping import Interruption, Two, checkpoint
 
+from vidtwin import weights
 from vidtwin.apply import pipeline
 from vidtwin.cli import main
+from vidtwin.clips import as_clip
+from vidtwin.storage.checkpoints import load_autoencoder
+from vidtwin.storage.latent_files import Manifest, Shard, shard_path
 from vidtwin.video import iter_frames, write_video
 
 LENGTH = 8
@@ -96,12 +100,12 @@ def test_windows_that_are_decoded_together_are_those_that_are_decoded_alone(here
         assert np.abs(one - three).mean() < 0.1  # sums may be taken in another order
 
 
-class Terminate(Exception):
+class SignalError(Exception):
     def __init__(self) -> None:
         signal.raise_signal(signal.SIGTERM)  # the handler raises from here
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (Terminate, 143)])
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (SignalError, 143)])
 def test_an_interrupted_command_keeps_whole_files_and_leaves_nothing_else(here, monkeypatch, error, code):
     monkeypatch.setattr(Interruption, "error", error)
     monkeypatch.setattr(Interruption, "after", 5)  # in the second window of the last video
@@ -112,3 +116,19 @@ def test_an_interrupted_command_keeps_whole_files_and_leaves_nothing_else(here, 
     monkeypatch.setattr(Interruption, "after", None)
     assert run("reconstruct", "videos", "--skip_existing") == 1
     assert "d.mp4" in contents("out")
+
+
+def test_double_precision_gives_the_numbers_of_the_model_in_doubles(here):
+    assert run("encode", "videos/a.mp4", "--precision", "64-true", "--size", "32", out="latents") == 0
+    manifest = Manifest.read("latents")
+    assert manifest.settings["precision"] == "64-true"
+    stored = weights.sha256(load_autoencoder("two.ckpt").state_dict())
+    assert manifest.model["weights_sha256"] == stored  # in single precision
+    frames = np.stack(list(iter_frames("videos/a.mp4", 32)))[:LENGTH]
+    with torch.no_grad():
+        wanted = load_autoencoder("two.ckpt").double().encode(as_clip([frames]).double()).mode()
+    shard = Shard(shard_path("latents", 0), manifest.digest)
+    for name in ("still", "moving"):
+        assert torch.equal(shard.rows(0, name, 0, 1), wanted[name].float())
+    assert run("decode", "latents", "--precision", "64-true") == 0
+    assert run("encode", "videos/a.mp4", "--size", "32", out="latents") == 2  # other latents

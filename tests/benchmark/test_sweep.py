@@ -646,7 +646,7 @@ def test_another_file_than_the_known_one_is_not_run(tmp_path, network):
 
 
 def test_as_many_clips_are_held_at_once_whatever_their_number(tmp_path, monkeypatch):
-    """Tensors of a clip's size that live when a chunk is encoded: equally many for 4 clips and for 12."""
+    """Tensors of a clip's size that live when a chunk is encoded: for 32 clips those for 4, and the few read ahead."""
     import gc
 
     def alive(count: int) -> int:
@@ -666,7 +666,7 @@ def test_as_many_clips_are_held_at_once_whatever_their_number(tmp_path, monkeypa
         assert len(most) == count // 2
         return max(most)
 
-    assert alive(12) == alive(4)
+    assert alive(32) <= alive(4) + 4
 
 
 # Command line.

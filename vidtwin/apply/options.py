@@ -42,7 +42,7 @@ class SessionOptions:
     accelerator: str = "auto"
     devices: int | list[int] | str = 1
     num_nodes: int = 1
-    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
     read_model: ReadModel | None = None
 
     def check(self) -> None:

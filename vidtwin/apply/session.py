@@ -64,6 +64,11 @@ class Session:
         self.rank, self.world_size = self.fabric.global_rank, self.fabric.world_size
         self.is_main = self.fabric.is_global_zero
         self.model = _load(options).to(self.fabric.device).requires_grad_(False)
+        self.dtype: torch.dtype | None = None  # of clips and latents, if it is not the usual one
+        if options.precision == "64-true":
+            _ = self.weights_sha256  # of the weights as they are stored
+            self.dtype = torch.float64
+            self.model.to(self.dtype)
         self.num_frames = self.model.temporal.usual_length
 
     @cached_property
@@ -131,6 +136,7 @@ class Session:
         """Encode clips of one size, uint8 (T, H, W, 3) each or from `stack`, padded to a size that the model takes."""
         stacked = windows if isinstance(windows, Tensor) else self.stack(windows)
         clip = as_clip(stacked.to(self.fabric.device, non_blocking=True), self.model.spatial_multiple)
+        clip = clip.to(self.dtype or clip.dtype)
         with forward_context(self.fabric, self.precision):
             return self.model.encode(clip)
 
@@ -140,7 +146,8 @@ class Session:
 
         T is `num_frames`, by default that of the windows.
         """
-        latents = {name: latent.to(self.fabric.device, non_blocking=True) for name, latent in latents.items()}
+        latents = {name: z.to(self.fabric.device, self.dtype or z.dtype, non_blocking=True)
+                   for name, z in latents.items()}  # fmt: skip
         with forward_context(self.fabric, self.precision):
             decoded = self.model.decode(latents, num_frames or self.num_frames)
         return Download(to_frames(decoded[..., :height, :width]))

@@ -90,7 +90,9 @@ class Measurer:
         try:
             model = job.build()
             model.check(*self.plan.shape[1:])
-            model.model.eval().requires_grad_(False).to(self.device)
+            if self.options.precision == "64-true":
+                model.dtype = torch.float64
+            model.model.eval().requires_grad_(False).to(self.device, model.dtype)
         except Exception as error:
             raise ModelError(format_error(error)) from error
         return model
@@ -102,7 +104,7 @@ class Measurer:
 
     def prepare_clip(self, batch: dict[str, Any]) -> Tensor:
         """Return a loaded batch's clips (B, 3, T, H, W) in [-1, 1] on the device."""
-        moved = {**batch, "clip": batch["clip"].to(self.device)}
+        moved = {**batch, "clip": batch["clip"].to(self.device, non_blocking=True)}
         clip: Tensor = self.options.source.on_after_batch_transfer(moved, 0)["clip"]
         return clip
 
