@@ -19,6 +19,7 @@ from vidtwin.apply import pipeline
 from vidtwin.apply.options import SessionOptions
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.clips import as_clip
+from vidtwin.compilation import CompiledUnits, check_backend, list_units, own
 from vidtwin.distributed import forward_context, gather_objects, launch
 from vidtwin.errors import UserError
 from vidtwin.posteriors import Encoding, Latents
@@ -70,6 +71,22 @@ class Session:
             self.dtype = torch.float64
             self.model.to(self.dtype)
         self.num_frames = self.model.temporal.usual_length
+        self.compiled = self._compile(options) if options.compile else None
+        self._largest: dict[tuple[int, ...], int] = {}  # batch of each shape of a compiled model
+
+    def _compile(self, options: SessionOptions) -> CompiledUnits:
+        check_backend(options.compile_backend, "--compile_backend")
+        units = list_units(self.model)[:-1]  # the last one is the model
+        if not units:
+            raise UserError(f"Expected a model with repeated blocks for --compile, got {self._name}; leave it out.")
+        return CompiledUnits(units, options.compile or "default", options.compile_backend)
+
+    def _fill(self, value: Tensor) -> Tensor:
+        """Repeat the last element of a short batch for a compiled model, whose graphs are of one size each."""
+        if self.compiled is None:
+            return value
+        size = self._largest[value.shape[1:]] = max(len(value), self._largest.get(value.shape[1:], 0))
+        return torch.cat([value, value[-1:].expand(size - len(value), *value.shape[1:])])
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -136,9 +153,12 @@ class Session:
         """Encode clips of one size, uint8 (T, H, W, 3) each or from `stack`, padded to a size that the model takes."""
         stacked = windows if isinstance(windows, Tensor) else self.stack(windows)
         clip = as_clip(stacked.to(self.fabric.device, non_blocking=True), self.model.spatial_multiple)
-        clip = clip.to(self.dtype or clip.dtype)
+        clip = self._fill(clip.to(self.dtype or clip.dtype))
+        if self.compiled is not None:
+            self.compiled.begin()
         with forward_context(self.fabric, self.precision):
-            return self.model.encode(clip)
+            encoding = self.model.encode(clip)
+        return encoding if self.compiled is None else own(encoding, len(stacked))
 
     @torch.inference_mode()
     def decode(self, latents: Latents, height: int, width: int, num_frames: int | None = None) -> Download:
@@ -146,11 +166,14 @@ class Session:
 
         T is `num_frames`, by default that of the windows.
         """
-        latents = {name: z.to(self.fabric.device, self.dtype or z.dtype, non_blocking=True)
+        count = len(next(iter(latents.values())))
+        latents = {name: self._fill(z.to(self.fabric.device, self.dtype or z.dtype, non_blocking=True))
                    for name, z in latents.items()}  # fmt: skip
+        if self.compiled is not None:
+            self.compiled.begin()
         with forward_context(self.fabric, self.precision):
             decoded = self.model.decode(latents, num_frames or self.num_frames)
-        return Download(to_frames(decoded[..., :height, :width]))
+        return Download(to_frames(decoded[:count, ..., :height, :width]))
 
     def views(
         self, windows: Sequence[Frames] | Tensor, only: str | None = None, partial: bool = True
