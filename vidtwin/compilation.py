@@ -66,7 +66,7 @@ class CompiledUnits:
         modes = {"mode": mode} if backend == "inductor" else {}  # others have none
         for unit in self._units:
             # The function and not the module: hooks (DDP's, FSDP2's) run outside, and state dicts keep their names.
-            compiled = torch.compile(unit.forward, backend=backend, dynamic=False, **modes)
+            compiled = torch.compile(unit.forward, mode=own_mode, backend=backend, dynamic=False)
             object.__setattr__(unit, "forward", compiled)
 
     def begin(self) -> None:
