@@ -60,10 +60,8 @@ class CompiledUnits:
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, _GRAPHS)
         self._units = list(units)
-        self._graphs = (
-            backend == "inductor" and torch.cuda.is_available() and mode in ("reduce-overhead", "max-autotune")
-        )
-        modes = {"mode": mode} if backend == "inductor" else {}  # others have none
+        own_mode = mode if backend == "inductor" else None  # others have none
+        self._graphs = torch.cuda.is_available() and own_mode in ("reduce-overhead", "max-autotune")
         for unit in self._units:
             # The function and not the module: hooks (DDP's, FSDP2's) run outside, and state dicts keep their names.
             compiled = torch.compile(unit.forward, mode=own_mode, backend=backend, dynamic=False)
