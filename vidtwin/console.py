@@ -63,6 +63,7 @@ class Progress(tqdm):
         shown: Whether there is anything to see.
     """
 
+    nrows: int | None
     _SECONDS = 60.0  # between lines
 
     def __init__(self, total: float, title: str, unit: str, shown: bool = True) -> None:
@@ -81,9 +82,18 @@ class Progress(tqdm):
             **options,
         )
 
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().format_dict
+        if (state["ncols"] or 0) < 1:
+            state["ncols"] = None
+        return state
+
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Draw the bar, or log its line."""
         if not self._lines:
+            if (self.nrows or 0) < 1:  # a terminal that does not say how large it is
+                self.nrows = None
             super().display(msg, pos)
         elif msg is None:
             state = self.format_dict
