@@ -31,6 +31,7 @@ from torch import Tensor
 from vidtwin.baselines.references import MeanColour
 from vidtwin.benchmark import plots, report, rows, summary
 from vidtwin.benchmark.measurer import Measurer
+from vidtwin.benchmark.options import RateDistortion
 from vidtwin.benchmark.plan import Job
 from vidtwin.benchmark.protocol import ProtocolSettings
 from vidtwin.benchmark.sweep import FVD, Entry, Sweep
@@ -640,6 +641,22 @@ def test_another_file_than_the_known_one_is_not_run(tmp_path, network):
     fvd = FVD(network.path, "0" * 64)
     with pytest.raises(UserError, match="Expected a file with the SHA-256 0000"):
         sweep(tmp_path / "r", [], NumberedData(num_frames=10), fvd=fvd).run()
+
+
+def test_double_precision_is_another_row_with_almost_the_same_numbers(tmp_path, without_pictures):
+    entries = [Entry("a", checkpoint=checkpoint(tmp_path / "a.ckpt"))]
+    found = []
+    for precision in ("32-true", "64-true"):
+        folder = tmp_path / precision
+        curves = RateDistortion(bits=(4,), noise=(0.1,), tables="clip")
+        options = {"rate_distortion": curves, "cost": True, "repeats": 1}
+        assert sweep(folder, entries, references=[], precision=precision, **options).run() == 0
+        found.append(row(folder, "a"))
+    single, double = found
+    assert single["identity"] != double["identity"]
+    assert double["protocol"]["precision"] == "64-true"
+    assert single["metrics"]["psnr"]["mean"] == pytest.approx(double["metrics"]["psnr"]["mean"], abs=1e-4)
+    assert single["cost"]["flops"] == double["cost"]["flops"]
 
 
 # Memory.
