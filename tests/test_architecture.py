@@ -23,7 +23,7 @@ LAYERS = (
     ("errors",),
     ("cards", "console", "files", "precision", "weights"),
     ("distributed", "entropy", "layers", "plugins", "posteriors", "schedules", "video"),
-    ("hub", "listing", "tables"),
+    ("compilation", "hub", "listing", "tables"),
     ("autoencoder", "data"),
     ("clips", "diffusion", "losses", "models", "baselines", "testing"),
     ("metrics", "storage"),

@@ -1,5 +1,10 @@
 """Messages on stderr and output on stdout."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 from lightning_utilities.core.rank_zero import rank_zero_only
 from tqdm import tqdm
@@ -36,3 +41,41 @@ def test_the_first_rank_alone_logs_if_asked(capfd: pytest.CaptureFixture[str], m
     console.log("of each")
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "vidtwin: of each\n")
+
+
+def test_progress_is_a_line_from_time_to_time_without_a_terminal(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with console.Progress(2000, "encoding", "clips") as bar:
+        bar.update(1)
+    assert capfd.readouterr().err == ""  # done within the first minute
+    monkeypatch.setattr(console.Progress, "_SECONDS", 0.0)
+    with console.Progress(2000, "encoding", "clips") as bar:
+        for _ in range(3):
+            bar.update(500)
+    lines = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(r"vidtwin: encoding: 1,500 of 2,000 clips, \S+ clips/s, \d\d:\d\d left", lines[-1])
+    with console.Progress(2000, "encoding", "clips", shown=False) as bar:
+        bar.update(2000)
+    assert capfd.readouterr().err == ""
+
+
+PROGRESS = """
+from vidtwin import console
+with console.Progress(20, "encoding", "clips") as bar:
+    bar.update(5)
+"""
+
+
+@pytest.mark.parametrize("columns", [0, 100])
+def test_a_terminal_has_a_bar_also_if_it_does_not_say_its_size(columns: int) -> None:
+    import pty
+    import termios
+
+    mine, theirs = pty.openpty()
+    termios.tcsetwinsize(mine, (columns // 4, columns))
+    subprocess.run([sys.executable, "-c", PROGRESS], stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(mine, 10_000).decode()
+    os.close(mine)
+    assert re.search(r"encoding:  25%\|.*\| 5/20, +\S+ clips/s, \d\d:\d\d left", shown)

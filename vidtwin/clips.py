@@ -61,9 +61,13 @@ def save_clip(path: str | Path, clip: Tensor, fps: float | Fraction = 25) -> Pat
     return write_video(path, to_uint8(clip), fps)
 
 
-def as_clip(windows: Sequence[Frames], multiple: int = 1) -> Tensor:
-    """Stack uint8 (T, H, W, 3) → (B, 3, T, H, W) in [-1, 1], H and W padded to multiples by repeating the border."""
-    clip = from_uint8(torch.from_numpy(np.stack(windows)).permute(0, 4, 1, 2, 3))
+def as_clip(windows: Sequence[Frames] | Tensor, multiple: int = 1) -> Tensor:
+    """Stack uint8 (T, H, W, 3) → (B, 3, T, H, W) in [-1, 1], H and W padded to multiples by repeating the border.
+
+    A tensor uint8 (B, T, H, W, 3) is converted on its device.
+    """
+    stacked = windows if isinstance(windows, Tensor) else torch.from_numpy(np.stack(windows))
+    clip = from_uint8(stacked.permute(0, 4, 1, 2, 3))
     below, right = (-side % multiple for side in clip.shape[3:])
     if not (below or right):
         return clip

@@ -13,7 +13,7 @@ from vidtwin.errors import UserError
 from vidtwin.precision import full_precision
 
 T = TypeVar("T")
-Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
+Precision = Literal["32-true", "16-mixed", "bf16-mixed", "64-true"]
 
 _WAIT = timedelta(hours=12)  # one process may work for long while the others wait for it
 
@@ -43,8 +43,8 @@ def launch(accelerator: str, devices: int | list[int] | str, num_nodes: int, pre
 
 
 def forward_context(fabric: Fabric, precision: Precision) -> AbstractContextManager[Any]:
-    """Return the context of a forward pass: autocast, or products without TF32 for 32-true."""
-    return full_precision(fabric.device) if precision == "32-true" else fabric.autocast()
+    """Return the context of a forward pass: autocast, or products without TF32 if the precision is "true"."""
+    return full_precision(fabric.device) if precision.endswith("-true") else fabric.autocast()
 
 
 def gather_objects(value: T) -> list[T]:

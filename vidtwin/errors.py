@@ -35,6 +35,10 @@ class Preempted(BaseException):
         super().__init__(f"ended by SIGTERM {text}{advice}")
 
 
+class Terminated(KeyboardInterrupt):
+    """A command was ended by SIGTERM, as Ctrl-C ends one."""
+
+
 def causes(error: BaseException | None, contexts: bool = False) -> Iterator[BaseException]:
     """Yield an error, the one that it was raised from, and so on to the first.
 

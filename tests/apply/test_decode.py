@@ -1,5 +1,7 @@
 """`vidtwin decode` as its user calls it, on latents of a model of averages that needs no training."""
 
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,14 @@ def test_what_can_not_be_is_one_line(here, capsys, words, expected):
     said = capsys.readouterr().err
     assert expected in said
     assert said.count("\n") == 1
+
+
+def test_latents_that_are_missing_are_refused_before_torch_is_imported(tmp_path):
+    code = "import sys\nfrom vidtwin.cli import main\n"
+    code += "print(main(['decode', 'absent', '--out', 'decoded']), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.split() == ["2", "False"]
+    assert "Expected a folder of latents with absent/manifest.json, got none" in done.stderr
 
 
 def test_latents_of_another_version_are_refused(here, capsys):

@@ -10,12 +10,19 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from sharded_run import STEPS, Diary, Uneven, saved, task_of
-from tiny import Clips, tiny_task, trainer
+from sweeping import Entry, NumberedData, sweep
+from sweeping import checkpoint as save
+from tiny import Clips, tiny_model, tiny_task, trainer
 
+from vidtwin.cli import main
+from vidtwin.compilation import list_units
 from vidtwin.errors import UserError
 from vidtwin.storage import checkpoints
+from vidtwin.storage.latent_files import Manifest, Shard, shard_path
+from vidtwin.tables import read_table
 from vidtwin.training.compilation import Compilation
 from vidtwin.training.task import AutoencoderTask
+from vidtwin.video import write_video
 
 
 def fit(folder: Path, compilation: Compilation | None, steps: int, ckpt_path: Path | None = None) -> AutoencoderTask:
@@ -49,6 +56,107 @@ def test_a_compiled_training_resumes_a_plain_one_and_takes_its_steps(tmp_path):
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] >= 4
     assert not any("forward" in vars(unit) for unit in compiled.modules())  # commands after the training are plain
+
+
+@pytest.fixture
+def runs() -> list[int]:
+    """Grow by one with each run of a graph by the backend "counting", which computes as without a compiler."""
+    found: list[int] = []
+
+    def counting(graph, inputs):
+        def run(*arguments):
+            found.append(1)
+            return graph(*arguments)
+
+        return run
+
+    torch._dynamo.reset()
+    torch._dynamo.register_backend(counting, "counting")
+    yield found
+    torch._dynamo.reset()
+    torch._dynamo.backends.registry._COMPILER_FNS.pop("counting")
+
+
+class InValidation(Callback):
+    """Count the runs of graphs within each validation."""
+
+    def __init__(self, runs: list[int]) -> None:
+        self.runs, self.found, self._before = runs, [], 0
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self._before = len(self.runs)
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self.found.append(len(self.runs) - self._before)
+
+
+def test_validation_runs_the_compiled_blocks_in_a_training_and_alone(tmp_path, runs):
+    counted, metrics = InValidation(runs), []
+    for compilation in (None, Compilation(["autoencoder"], backend="counting")):
+        task = tiny_task(warmup_steps=1, model={"qformer_dropout": 0.0})
+        run = trainer(
+            tmp_path, 3, callbacks=[counted], compilation=compilation, limit_val_batches=1, num_sanity_val_steps=1
+        )
+        run.fit(task, Clips())
+        metrics.append(dict(run.callback_metrics))
+        (alone,) = run.validate(task, Clips())
+        metrics.append(alone)
+    units = len(task.compilable()["autoencoder"])
+    assert counted.found[:3] == [0, 0, 0]  # before the training, after it, and alone
+    assert counted.found[3:] == [units] * 3
+    torch.testing.assert_close(metrics[2:], metrics[:2])
+
+
+@pytest.mark.parametrize("command", ["encode", "test"])
+def test_commands_run_the_compiled_blocks_with_the_numbers_of_plain_ones(tmp_path, runs, command, without_pictures):
+    torch.manual_seed(0)
+    model = tiny_model().eval()
+    units = len(list_units(model)) - 1
+    save(tmp_path / "tiny.ckpt", model=model)
+    numbers = []
+    for name, words in (("plain", []), ("compiled", ["--compile", "reduce-overhead", "--compile_backend", "counting"])):
+        out = tmp_path / name
+        if command == "encode":
+            frames = (torch.rand(3 * 4, 32, 32, 3, generator=torch.Generator().manual_seed(1)) * 255).byte().numpy()
+            write_video(tmp_path / "a.mp4", frames, 8)
+            words = ["encode", str(tmp_path / "a.mp4"), "--out", str(out), "--batch_size", "2", *words]
+            words += ["--ckpt_path", str(tmp_path / "tiny.ckpt"), "--accelerator", "cpu", "--progress", "false"]
+            assert main(words) == 0
+            shard = Shard(shard_path(out, 0), Manifest.read(out).digest)
+            numbers.append({latent: shard.rows(0, latent, 0, 3) for latent in ("structure", "dynamics")})
+        else:
+            options = {"compile": "reduce-overhead", "compile_backend": "counting"} if words else {}
+            data = NumberedData(count=4, num_frames=4)
+            entry = Entry("tiny", checkpoint=str(tmp_path / "tiny.ckpt"))
+            assert sweep(out, [entry], data, references=[], **options).run() == 0
+            clips = read_table(out / "rows" / "tiny" / "clips.csv")
+            numbers.append({clip["name"] + clip["start_frame"]: torch.tensor(float(clip["psnr"])) for clip in clips})
+            identities = [json.loads(path.read_text())["identity"] for path in tmp_path.glob("*/rows/*/results.json")]
+            assert len(set(identities)) == len(identities)
+    torch.testing.assert_close(numbers[1], numbers[0])
+    if command == "encode":  # a black clip, then two batches, of which the short one is filled up
+        assert len(runs) == 3 * encoder_units(model)
+    else:
+        assert len(runs) == 2 * units
+
+
+def encoder_units(model: torch.nn.Module) -> int:
+    """Count the units that run in `encode`."""
+    ran: list[torch.nn.Module] = []
+    handles = [unit.register_forward_hook(lambda unit, *_: ran.append(unit)) for unit in list_units(model)[:-1]]
+    with torch.no_grad():
+        model.encode(torch.zeros(1, 3, 4, 32, 32))
+    for handle in handles:
+        handle.remove()
+    return len(ran)
+
+
+def test_a_model_without_blocks_is_not_compiled_by_commands(tmp_path, capsys):
+    save(tmp_path / "pool.ckpt", frames=4)
+    write_video(tmp_path / "a.mp4", torch.zeros(4, 32, 32, 3, dtype=torch.uint8).numpy(), 8)
+    words = ["reconstruct", str(tmp_path / "a.mp4"), "--ckpt_path", str(tmp_path / "pool.ckpt"), "--out"]
+    assert main([*words, str(tmp_path / "out"), "--accelerator", "cpu", "--compile", "default"]) == 2
+    assert "Expected a model with repeated blocks for --compile, got Pool; leave it out." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("parts", [[], ["decoder"], ["autoencoder", "discriminator"]])

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from vidtwin.apply.inputs import check_folder
 from vidtwin.apply.options import DecodeOptions, SessionOptions, add_class_options, build, check_weights
+from vidtwin.errors import UserError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -33,9 +34,10 @@ def add_options(parser: "ArgumentParser") -> None:
 def run(options: "Namespace") -> int:
     """Run the command → exit code."""
     decode_options, session_options = build(DecodeOptions, options), build(SessionOptions, options)
-    if Path(options.latents).exists():
-        check_folder(decode_options.out)
-        check_weights(session_options.ckpt_path)
+    if not (manifest := Path(options.latents, "manifest.json")).exists():
+        raise UserError(f"Expected a folder of latents with {manifest}, got none; write it by `vidtwin encode`.")
+    check_folder(decode_options.out)
+    check_weights(session_options.ckpt_path)
     from vidtwin.apply.latent_reader import LatentReader
 
     return LatentReader(options.latents, decode_options, session_options).run()

@@ -7,19 +7,18 @@ window ── encode ──> latents ─┬─ all ─────────�
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from vidtwin import console
 from vidtwin.apply.command import run_in_session
-from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
+from vidtwin.apply.inputs import check_folder, check_targets, find, target
 from vidtwin.apply.options import SessionOptions, add_class_options, check_counts, exit_code
-from vidtwin.apply.outputs import align, format_measures, write_png, write_views
-from vidtwin.apply.windows import Window
+from vidtwin.apply.outputs import Rendering, align, format_measures, write_png
+from vidtwin.apply.windows import Window, count_frames
+from vidtwin.console import Progress
 from vidtwin.files import write_text
 from vidtwin.tables import write_table
 from vidtwin.video import Frames, panels
@@ -27,7 +26,9 @@ from vidtwin.video import Frames, panels
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-    from vidtwin.apply.session import Session
+    from vidtwin.apply.session import Download, Session
+
+    _Decoded = tuple[list[Window], dict[str, Download]]  # windows and their views
 
 USAGE = "IN [IN ...] --out DIR --ckpt_path PATH [options]"
 DESCRIPTION = """\
@@ -92,6 +93,7 @@ class Decouple:
             the whole picture.
         num_frames: Frames of a video in its still.
         max_windows: Maximum number of windows per video; by default all.
+        batch_size: Windows per forward pass.
         overwrite: Replace existing outputs.
         progress: Show a progress bar.
     """
@@ -101,11 +103,12 @@ class Decouple:
     size: int | None = None
     num_frames: int = 6
     max_windows: int | None = None
+    batch_size: int = 1
     overwrite: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_counts(num_frames=self.num_frames, max_windows=self.max_windows)
+        check_counts(num_frames=self.num_frames, max_windows=self.max_windows, batch_size=self.batch_size)
         check_folder(self.out)
         self.entries = find(self.inputs)
         targets = [target(self.out, entry.name, suffix) for entry in self.entries for suffix in (".mp4", ".png")]
@@ -116,10 +119,25 @@ class Decouple:
         for latent in session.model.latent_names:
             session.check_partial(latent)
         size = session.size(self.size)
-        mine = []
-        with tqdm(unit="frame", disable=None if session.is_main and self.progress else True) as bar:
-            for entry in self.entries[session.rank :: session.world_size]:
-                mine.append(self._video(session, entry, size, bar))
+        entries = self.entries[session.rank :: session.world_size]
+        longest = None if self.max_windows is None else self.max_windows * session.num_frames
+        shown = self.progress and session.is_main
+        mine: list[Video] = []
+        with Progress(count_frames(entries, longest) if shown else 0, "decoupling", "frames", shown) as bar:
+
+            def read(rendering: Rendering) -> Iterator[tuple[list[Window], Any]]:
+                for some in rendering.read(session.num_frames, size, self.batch_size, self.max_windows):
+                    yield some, session.stack([window.frames for window in some])
+
+            def compute(batch: tuple[list[Window], Any]) -> "_Decoded":
+                return batch[0], session.views(batch[1])
+
+            session.run(
+                (Rendering(entry, target(self.out, entry.name, ".mp4")) for entry in entries),
+                read,
+                compute,
+                lambda rendering, results: mine.append(self._write_video(session, rendering, results, bar)),
+            )
         videos = [video for part in session.gather(mine) for video in part]
         order = {entry.name: place for place, entry in enumerate(self.entries)}
         videos.sort(key=lambda video: order[video.name])
@@ -130,30 +148,34 @@ class Decouple:
             session.say("\n".join(str(Path(self.out) / name) for name in FILES))
         return exit_code(len(done), sum(bool(video.note) for video in videos))
 
-    def _video(self, session: "Session", entry: Input, size: int | None, bar: "tqdm[None]") -> Video:
+    def _write_video(
+        self, session: "Session", rendering: Rendering, results: "Iterator[_Decoded]", bar: Progress
+    ) -> Video:
         """Write a video's pictures and measure its views."""
         from vidtwin.apply.meters import FrameChange, Quality
 
+        entry, path = rendering.entry, rendering.path
         meters: dict[str, tuple[Quality, FrameChange]] = {}
         sampler = panels.StillSampler(self.num_frames)
         shape: tuple[int, ...] = ()
 
-        def render(parts: Iterable[Window]) -> Iterator[tuple[Window, Frames]]:
+        def draw() -> Iterator[tuple[Window, Frames]]:
             nonlocal shape
-            for window in parts:
-                shape = window.frames.shape
-                views = {INPUT: [window.frames]} | session.views([window.frames])
-                shown = {name: clips[0][: window.num_frames] for name, clips in views.items()}
-                for name, frames in shown.items():
-                    quality, change = meters.setdefault(name, (Quality(), FrameChange()))
-                    change.add(frames)
-                    if name != INPUT:
-                        quality.add(frames, shown[INPUT])
-                sampler.add(shown)
-                yield window, panels.side_by_side(shown)
+            for some, views in results:
+                arrived = {name: view.wait().numpy() for name, view in views.items()}
+                for place, window in enumerate(some):
+                    shape = window.frames.shape
+                    clips = {INPUT: window.frames} | {name: made[place] for name, made in arrived.items()}
+                    shown = {name: clip[: window.num_frames] for name, clip in clips.items()}
+                    for name, frames in shown.items():
+                        quality, change = meters.setdefault(name, (Quality(), FrameChange()))
+                        change.add(frames)
+                        if name != INPUT:
+                            quality.add(frames, shown[INPUT])
+                    sampler.add(shown)
+                    yield window, panels.side_by_side(shown)
 
-        path = target(self.out, entry.name, ".mp4")
-        written = write_views(entry, path, session.num_frames, size, render, bar, self.max_windows)
+        written = rendering.write(draw(), bar)
         result = Video(entry.name, str(entry.path), written.num_frames, written.note)
         if written.num_frames:
             numbers = session.count_numbers(shape)

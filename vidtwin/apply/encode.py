@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from vidtwin.apply.inputs import check_folder, find
+from vidtwin.apply.inputs import check_classes, check_folder, find
 from vidtwin.apply.options import EncodeOptions, SessionOptions, add_class_options, build, check_weights
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def run(options: "Namespace") -> int:
     session_options.check()
     check_folder(encode_options.out)
     inputs = find(encode_options.inputs)
+    if encode_options.labels == "folders":
+        check_classes(inputs)
     check_weights(session_options.ckpt_path)
     from vidtwin.apply.latent_writer import LatentWriter
 

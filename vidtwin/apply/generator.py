@@ -1,6 +1,7 @@
 """Generate videos: sample latents by a diffusion model, decode them, write the videos, a picture and a manifest."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
@@ -8,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from vidtwin import __version__, plugins, weights
 from vidtwin.apply.inputs import check_targets
 from vidtwin.apply.options import GenerateOptions, SessionOptions
 from vidtwin.apply.outputs import write_png
 from vidtwin.apply.session import Session
+from vidtwin.console import Progress
 from vidtwin.diffusion.codebooks import snap
 from vidtwin.diffusion.model import LatentDiffusion, draw_noise
 from vidtwin.diffusion.process import Process
@@ -86,7 +87,7 @@ class Sampler:
         height, width = self.held["size"]
         if self.codebooks:
             latents = snap(self.session.model, latents, (3, self.held["num_frames"], height, width))
-        return self.session.decode(latents, height, width, self.held["num_frames"])
+        return list(self.session.decode(latents, height, width, self.held["num_frames"]).wait().numpy())
 
 
 def load_sampler(options: GenerateOptions) -> Sampler:
@@ -153,27 +154,28 @@ class Generator:
         batches = [self.samples[first : first + size] for first in range(0, len(self.samples), size)]
         mine = batches[session.rank :: session.world_size]
         shown: dict[str, Frames] = {}
-        hidden = None if session.is_main and options.progress else True
-        with tqdm(total=sum(map(len, mine)), desc="generating", unit="clip", disable=hidden, dynamic_ncols=True) as bar:
-            for batch in mine:
-                # A batch is always full: products of matrices round by the number of their rows.
-                padded = [*batch, *[batch[-1]] * (size - len(batch))]
 
-                def report(count: int = len(batch)) -> None:
-                    bar.update(count / steps)
+        def compute(batch: list[Sample]) -> list[Frames]:
+            # A batch is always full: products of matrices round by the number of their rows.
+            padded = [*batch, *[batch[-1]] * (size - len(batch))]
+            return self.sampler.sample(
+                [sample.label for sample in padded],
+                [sample.index for sample in padded],
+                options.seed,
+                options.guidance,
+                steps,
+                lambda: bar.update(len(batch) / steps),
+            )
 
-                clips = self.sampler.sample(
-                    [sample.label for sample in padded],
-                    [sample.index for sample in padded],
-                    options.seed,
-                    options.guidance,
-                    steps,
-                    report,
-                )
+        def write(batch: list[Sample], results: Iterator[list[Frames]]) -> None:
+            for clips in results:
                 for sample, clip in zip(batch, clips, strict=False):
                     write_video(inside(self.out, sample.file), clip, self.fps)
                     if sample.index < _SHOWN:
                         shown[sample.file] = clip[[len(clip) // 2]]
+
+        with Progress(sum(map(len, mine)), "generating", "clips", session.is_main and options.progress) as bar:
+            session.run(mine, lambda batch: [batch], compute, write)
         for others in session.gather(shown):
             shown |= others
         if session.is_main:

@@ -54,6 +54,16 @@ def find(given: Sequence[str | Path]) -> list[Input]:
     return [Input(found[real], name) for real, name in names.items()]
 
 
+def check_classes(inputs: Iterable[Input]) -> None:
+    """Raise `UserError` unless each video is in a folder, which names its class."""
+    for entry in inputs:
+        if "/" not in entry.name:
+            raise UserError(
+                f"Expected each video in a folder of its class for --labels folders, got {entry.path}; give the folder "
+                "that holds the classes."
+            )
+
+
 def log_existing(existing: int, found: int, folder: str | Path) -> None:
     """Log how many of the inputs --skip_existing left out, if any."""
     if existing:

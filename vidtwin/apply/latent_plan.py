@@ -46,23 +46,18 @@ def survey_inputs(inputs: Sequence[Input], labelled: bool, known: Mapping[str, V
 
     Args:
         inputs: The videos.
-        labelled: Take the folders of the videos as their classes.
+        labelled: Take the folders of the videos as their classes, see `check_classes`.
         known: Videos surveyed before, by name; taken over if the file has not changed.
 
     Raises:
         UserError: The system fails at a video in a way that others would meet, or at one that was surveyed before.
     """
     folders = [entry.name.rpartition("/")[0] for entry in inputs]
-    if labelled and "" in folders:
-        raise UserError(
-            f"Expected each video in a folder of its class for --labels folders, got {inputs[folders.index('')].path}; "
-            "give the folder that holds the classes."
-        )
     classes = sorted(set(folders)) if labelled else []
     videos: list[VideoEntry] = []
     skipped: dict[str, str] = {}
     unread: dict[str, str] = {}
-    bar = tqdm(inputs, desc="surveying videos", unit="video", disable=None, delay=1, dynamic_ncols=True)
+    bar = tqdm(inputs, desc="surveying videos", unit=" videos", disable=None, delay=1, dynamic_ncols=True)
     for entry, folder in zip(bar, folders, strict=True):
         label = classes.index(folder) if labelled else -1
         try:

@@ -1,36 +1,68 @@
 """Decode a folder of latents (vidtwin/storage/latent_files.py) into videos."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vidtwin import console, weights
-from vidtwin.apply.inputs import Input, check_folder, check_targets, log_existing
+from vidtwin.apply.inputs import Input, check_targets, log_existing
 from vidtwin.apply.options import DecodeOptions, SessionOptions, exit_code
-from vidtwin.apply.session import Session
+from vidtwin.apply.session import Download, Session
+from vidtwin.console import Progress
 from vidtwin.errors import UserError
 from vidtwin.files import inside, no_room
-from vidtwin.posteriors import Latents
 from vidtwin.storage import checkpoints
 from vidtwin.storage.latent_files import (
     MANIFEST,
     Manifest,
     Shard,
-    StoredPiece,
     VideoEntry,
     open_shard,
     shard_path,
     unpack_times,
 )
 from vidtwin.video import Frames, VideoWriter
+
+
+@dataclass
+class _Output:
+    """A video to write.
+
+    Attributes:
+        video: The video.
+        places: Shard and place in it of each of its pieces.
+        problem: Why it ends early, from the end of its reading.
+    """
+
+    video: VideoEntry
+    places: list[tuple[int, int]]
+    problem: str | None = None
+
+
+class _Stored(NamedTuple):
+    """Windows of a video as they are stored.
+
+    Attributes:
+        values: Latents or codes by name.
+        counts: Frames of each window.
+        times: Times of the frames.
+        size: Height and width of the pictures.
+    """
+
+    values: dict[str, Tensor]
+    counts: list[int]
+    times: list[Fraction]
+    size: tuple[int, int]
+
+
+_Decoded = tuple[_Stored, Download]
 
 
 class LatentReader:
@@ -46,7 +78,6 @@ class LatentReader:
         self.folder = Path(folder)
         self.options = options
         self.manifest = Manifest.read(folder)
-        check_folder(options.out)
         self.videos = [video for video in self.manifest.videos if video.num_frames != 0]
         self._found = len(self.videos)
         if options.skip_existing:
@@ -57,7 +88,6 @@ class LatentReader:
         self.session = Session(self._choose_weights(session_options))
         self._check_model()
         self._shard: Shard | None = None  # the last opened one
-        self._full = False  # whether the disk is
 
     def run(self) -> int:
         """Write every video → exit code: 1 if a part is missing, 2 if all are."""
@@ -66,28 +96,28 @@ class LatentReader:
             console.log(
                 f"{self.folder} is not complete; decoding the shards that exist (`vidtwin encode` makes the others)"
             )
-        places = manifest.places()
-        shares = self._assign()
+        places, shares = manifest.places(), self._assign()
+        outputs = [
+            _Output(video, places[number])
+            for number, video in enumerate(manifest.videos)
+            if shares[number] == session.rank and video.name in self._wanted
+        ]
+        total = sum(manifest.shards[number][place].windows for output in outputs for number, place in output.places)
         done = failed = frames = 0
-        total = sum(len(places[number]) for number, share in enumerate(shares) if share == session.rank)
-        with tqdm(
-            total=total,
-            desc="decoding",
-            unit="piece",
-            disable=None if session.is_main and self.options.progress else True,
-            dynamic_ncols=True,
-        ) as bar:
-            for number, video in enumerate(manifest.videos):
-                if shares[number] != session.rank or video.name not in self._wanted:
-                    continue
-                written, problem = self._decode(video, places[number], bar)
-                done, frames = done + bool(written), frames + written
-                failed += problem is not None
-                if problem is not None:
-                    console.log(f"{video.name}: {problem}")
-                if self._full:
-                    console.log("finished videos are kept; free space and continue with --skip_existing")
-                    break
+
+        def write(output: _Output, results: Iterator[_Decoded]) -> bool:
+            nonlocal done, failed, frames
+            written, problem, disk_full = self._write(output, results, bar)
+            done, frames = done + bool(written), frames + written
+            failed += problem is not None
+            if problem is not None:
+                console.log(f"{output.video.name}: {problem}")
+            if disk_full:
+                console.log("finished videos are kept; free space and continue with --skip_existing")
+            return not disk_full
+
+        with Progress(total, "decoding", "clips", session.is_main and self.options.progress) as bar:
+            session.run(outputs, self._read, self._decode, write)
         if session.is_main:
             log_existing(self._found - len(self.videos), self._found, self.options.out)
         done, failed, frames = map(sum, zip(*session.gather((done, failed, frames)), strict=True))
@@ -155,8 +185,10 @@ class LatentReader:
             return False
         side = model.resolution or 8 * model.spatial_multiple
         clip = torch.rand(1, 3, self.session.num_frames, side, side, generator=torch.Generator().manual_seed(0))
-        clip = (2 * clip - 1).to(self.session.fabric.device)
-        before.to(clip.device).requires_grad_(False)  # kernels for weights that are trained may round otherwise
+        clip = (2 * clip - 1).to(self.session.fabric.device, self.session.dtype)
+        before.to(clip.device, self.session.dtype).requires_grad_(
+            False
+        )  # kernels for weights that are trained may round otherwise
         ours, theirs = model.encode(clip).mode(), before.encode(clip).mode()
         if not all(name in ours and torch.equal(z, ours[name]) for name, z in theirs.items()):
             return False
@@ -179,62 +211,63 @@ class LatentReader:
         path = inside(self.options.out, video.name)
         return path.with_name(f"{path.name}.mp4")
 
-    def _decode(self, video: VideoEntry, places: list[tuple[int, int]], bar: "tqdm[Any]") -> tuple[int, str | None]:
-        """Write a video up to the first damaged shard → number of frames, and the problem if there is one."""
-        problem: list[str] = []
-        frames = self._iter_frames(video, places, problem, bar)
-        first = next(frames, None)
-        if first is None:
-            return 0, (problem[0] if problem else "no frame") + "; skipped"
-        count = 0
-        try:
-            with VideoWriter(self._target(video), Fraction(video.fps), timed=True) as writer:
-                for picture, time in chain([first], frames):
-                    writer.write(picture, time)
-                    count += 1
-        except UserError as error:  # of the writer
-            self._full = no_room(error) is not None
-            return 0, str(error)
-        except OSError as error:
-            self._full = no_room(error) is not None
-            return 0, f"expected to write {self._target(video)}, got {error.strerror or error}"
-        return count, f"{problem[0]}; the {count} frames before are decoded" if problem else None
-
-    def _iter_frames(
-        self, video: VideoEntry, places: list[tuple[int, int]], problem: list[str], bar: "tqdm[Any]"
-    ) -> Iterator[tuple[Frames, Fraction]]:
-        """Yield frames (H, W, 3) with their times; end at a damaged shard, with the reason in `problem`."""
+    def _read(self, output: _Output) -> Iterator[_Stored]:
+        """Yield the windows of a video in batches; end at a damaged shard."""
         start = 0
-        for number, place in places:
+        for number, place in output.places:
             try:
                 shard = self._open(number)
             except UserError as error:
-                problem.append(str(error).rstrip("."))
+                output.problem = str(error).rstrip(".")
                 return
             piece = shard.pieces[place]
-            times = unpack_times(piece.times, Fraction(video.fps), start, sum(piece.num_frames))
+            times = unpack_times(piece.times, Fraction(output.video.fps), start, sum(piece.num_frames))
             start += len(times)
-            yield from zip(self._decode_piece(shard, place, piece), times, strict=True)
-            bar.update()
+            rest = iter(times)
+            for first in range(0, len(piece.num_frames), self.options.batch_size):
+                counts = piece.num_frames[first : first + self.options.batch_size]
+                values = {}
+                for name, latent in self.manifest.latents.items():
+                    rows = shard.rows(place, name, first, first + len(counts))
+                    values[name] = self.session.pin(rows.long() if latent.kind == "codes" else rows.float())
+                size = piece.height or 0, piece.width or 0
+                yield _Stored(values, counts, list(islice(rest, sum(counts))), size)
 
-    def _decode_piece(self, shard: Shard, place: int, piece: StoredPiece) -> Iterator[Frames]:
-        size = self.options.batch_size
-        for first in range(0, len(piece.num_frames), size):
-            real = piece.num_frames[first : first + size]
-            latents = self._read_latents(shard, place, first, first + len(real))
-            clips = self.session.decode(latents, piece.height or 0, piece.width or 0)
-            for clip, count in zip(clips, real, strict=True):
-                yield from clip[:count]
-
-    def _read_latents(self, shard: Shard, place: int, first: int, last: int) -> Latents:
-        held = {name: shard.rows(place, name, first, last) for name in self.manifest.latents}
-        codes = {name: rows.long() for name, rows in held.items() if self.manifest.latents[name].kind == "codes"}
-        latents: dict[str, Tensor] = {name: rows.float() for name, rows in held.items() if name not in codes}
+    @torch.inference_mode()
+    def _decode(self, stored: _Stored) -> _Decoded:
+        session = self.session
+        latents = {name: value.to(session.fabric.device, non_blocking=True) for name, value in stored.values.items()}
+        codes = {name: value for name, value in latents.items() if self.manifest.latents[name].kind == "codes"}
         if codes:
-            on_device = {name: code.to(self.session.fabric.device) for name, code in codes.items()}
-            with torch.inference_mode():
-                latents |= self.session.model.dequantize(on_device)
-        return latents
+            latents |= session.model.dequantize(codes)
+        return stored, session.decode(latents, *stored.size)
+
+    def _write(self, output: _Output, results: Iterator[_Decoded], bar: Progress) -> tuple[int, str | None, bool]:
+        """Write a video up to the first damaged shard → number of frames, the problem, and whether the disk is full."""
+        path, count = self._target(output.video), 0
+
+        def iterate() -> Iterator[tuple[Frames, Fraction]]:
+            for stored, download in results:
+                times = iter(stored.times)
+                for clip, real in zip(download.wait().numpy(), stored.counts, strict=True):
+                    yield from zip(clip[:real], islice(times, real), strict=True)
+                    bar.update()
+
+        frames = iterate()
+        first = list(islice(frames, 1))
+        if not first:
+            return 0, f"{output.problem or 'no frame'}; skipped", False
+        try:
+            with VideoWriter(path, Fraction(output.video.fps), timed=True) as writer:
+                for picture, time in chain(first, frames):
+                    writer.write(picture, time)
+                    count += 1
+        except UserError as error:  # of the writer
+            return 0, str(error), no_room(error) is not None
+        except OSError as error:
+            return 0, f"expected to write {path}, got {error.strerror or error}", no_room(error) is not None
+        problem = output.problem
+        return count, f"{problem}; the {count} frames before are decoded" if problem else None, False
 
     def _open(self, number: int) -> Shard:
         path = shard_path(self.folder, number)

@@ -8,8 +8,9 @@ of processes changes a shard.
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,15 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vidtwin import console
 from vidtwin.apply.inputs import Input
 from vidtwin.apply.latent_plan import cut, difference, finish, read_since, survey_inputs
 from vidtwin.apply.options import EncodeOptions, SessionOptions
 from vidtwin.apply.pieces import PieceReader
-from vidtwin.apply.session import Session
+from vidtwin.apply.session import Download, Session
 from vidtwin.apply.windows import Window
+from vidtwin.console import Progress
 from vidtwin.errors import UserError, few
 from vidtwin.posteriors import DiagonalGaussian, Posterior, Quantized
 from vidtwin.storage.latent_files import (
@@ -57,6 +58,22 @@ class _Waiting(NamedTuple):
     place: int
     video: str
     window: Window
+
+
+@dataclass
+class _Output:
+    """A shard to write; its stored pieces are complete when it has been read."""
+
+    path: Path
+    planned: list[Piece]
+    pieces: list[StoredPiece] = field(default_factory=list)
+
+
+class _Encoded(NamedTuple):
+    """Windows with their latents' parts: those of each by the name of the latent and of the part."""
+
+    batch: list[_Waiting]
+    parts: dict[tuple[str, str], Download]
 
 
 class LatentWriter:
@@ -200,63 +217,74 @@ class LatentWriter:
         reader = PieceReader(manifest, self.inputs, self.side)
         total = sum(piece.windows for number in numbers for piece in manifest.shards[number])
         shared = f" ({self.session.world_size} processes, each)" if self.session.world_size > 1 else ""
-        hidden = None if self.session.is_main and self.options.progress else True
-        with tqdm(total=total, desc=f"encoding{shared}", unit="clip", disable=hidden, dynamic_ncols=True) as bar:
-            for number in numbers:
-                path = self.folder / SHARD.format(number)
-                try:
-                    pieces, tensors = self._shard(reader, manifest.shards[number], bar)
-                except UserError as error:  # the other shards can still be made
-                    console.log(f"{path.name} is not made: {error}")
-                    reader.reset()
-                    continue
-                self._write(path, lambda: write_shard(path, manifest.digest, pieces, tensors))  # noqa: B023
 
-    def _shard(
-        self, reader: PieceReader, planned: list[Piece], bar: "tqdm[Any]"
-    ) -> tuple[list[StoredPiece], dict[str, Tensor]]:
-        pieces: list[StoredPiece] = []
-        rows: dict[str, list[Tensor]] = {}
+        def write(output: _Output, results: Iterator[_Encoded]) -> None:
+            try:
+                tensors = self._collect(manifest, results, bar)
+            except UserError as error:  # the other shards can still be made
+                console.log(f"{output.path.name} is not made: {error}")
+                return
+            self._write(output.path, lambda: write_shard(output.path, manifest.digest, output.pieces, tensors))
+
+        with Progress(total, f"encoding{shared}", "clips", self.session.is_main and self.options.progress) as bar:
+            outputs = [_Output(self.folder / SHARD.format(number), manifest.shards[number]) for number in numbers]
+            self.session.run(outputs, partial(self._read, reader), self._encode_batch, write)
+
+    def _read(self, reader: PieceReader, output: _Output) -> Iterator[tuple[list[_Waiting], Tensor]]:
+        """Yield the windows of a shard in batches of one size, and complete its pieces."""
         waiting: list[_Waiting] = []
 
-        def flush() -> None:
-            for name, tensors in self._rows(waiting).items():
-                rows.setdefault(name, []).extend(tensors)
-            bar.update(len(waiting))
-            waiting.clear()
+        def flush() -> tuple[list[_Waiting], Tensor]:
+            batch, waiting[:] = waiting[:], []
+            return batch, self.session.stack([each.window.frames for each in batch])
 
-        for place, piece in enumerate(planned):
-            stored, packed = reader.start(piece), []
-            for window in reader.windows(piece):
-                full = len(waiting) == self.options.batch_size
-                if waiting and (full or waiting[0].window.frames.shape != window.frames.shape):
-                    flush()
-                waiting.append(_Waiting(place, stored.video, window))
-                stored.num_frames.append(window.num_frames)
-                packed += window.times
-            if stored.num_frames:
-                height, width = waiting[-1].window.frames.shape[1:3]
-                start = piece.first_window * self.session.num_frames
-                stored = replace(stored, height=height, width=width, times=pack_times(packed, reader.fps, start))
-            pieces.append(replace(stored, damage=reader.damage))
-        flush()
-        return pieces, {name: torch.stack(tensors) for name, tensors in rows.items()}
-
-    def _rows(self, batch: list[_Waiting]) -> dict[str, list[Tensor]]:
-        """Encode windows → the values to store of each, by the name of its tensor."""
-        if not batch:
-            return {}
+        whole = False
         try:
-            encoding = self.session.encode([each.window.frames for each in batch])
+            for place, piece in enumerate(output.planned):
+                stored, packed, shape = reader.start(piece), [], (0, 0)
+                for window in reader.windows(piece):
+                    full = len(waiting) == self.options.batch_size
+                    if waiting and (full or waiting[0].window.frames.shape != window.frames.shape):
+                        yield flush()
+                    waiting.append(_Waiting(place, stored.video, window))
+                    stored.num_frames.append(window.num_frames)
+                    packed += window.times
+                    shape = window.frames.shape[1:3]
+                if stored.num_frames:
+                    start = piece.first_window * self.session.num_frames
+                    times = pack_times(packed, reader.fps, start)
+                    stored = replace(stored, height=shape[0], width=shape[1], times=times)
+                output.pieces.append(replace(stored, damage=reader.damage))
+            if waiting:
+                yield flush()
+            whole = True
+        finally:
+            if not whole:
+                reader.reset()
+
+    def _encode_batch(self, read: tuple[list[_Waiting], Tensor]) -> _Encoded:
+        batch, stacked = read
+        try:
+            encoding = self.session.encode(stacked)
         except torch.OutOfMemoryError as error:
-            shape = (len(batch), *batch[0].window.frames.shape)
             raise UserError(
-                f"Expected windows of {shape} to fit the device's memory, they do not; lower --batch_size or --size."
+                f"Expected windows of {tuple(stacked.shape)} to fit the device's memory, they do not; lower "
+                "--batch_size or --size."
             ) from error
+        with torch.inference_mode():
+            found = {(name, part): Download(value) for name, posterior in encoding.items()
+                     for part, value in self._parts(posterior).items()}  # fmt: skip
+        return _Encoded(batch, found)
+
+    def _collect(self, manifest: Manifest, results: Iterator[_Encoded], bar: Progress) -> dict[str, Tensor]:
+        """Collect the latents of a shard → its tensors by name."""
         rows: dict[str, list[Tensor]] = {}
-        for latent, posterior in encoding.items():
-            for part, value in self._parts(posterior).items():
-                for each, row in zip(batch, value.cpu(), strict=True):
+        for batch, parts in results:
+            for (latent, part), download in parts.items():
+                value = download.wait()
+                if size := manifest.latents[latent].codebook_size:
+                    value = value.to(code_dtype(size))
+                for each, row in zip(batch, value, strict=True):
                     if row.is_floating_point() and not torch.isfinite(row).all():
                         raise UserError(
                             f"{each.video}: expected {latent} of finite numbers in {self.options.dtype}, got others in "
@@ -264,12 +292,13 @@ class LatentWriter:
                             "32-true, or other weights."
                         )
                     rows.setdefault(tensor_name(each.place, latent, part or None), []).append(row)
-        return rows
+            bar.update(len(batch))
+        return {name: torch.stack(tensors) for name, tensors in rows.items()}
 
     def _parts(self, posterior: Posterior) -> dict[str, Tensor]:
         dtype = DTYPES[self.options.dtype]
         if isinstance(posterior, Quantized):
-            return {"": posterior.codes.cpu().to(code_dtype(posterior.codebook_size))}
+            return {"": posterior.codes}
         if isinstance(posterior, DiagonalGaussian) and self.options.posterior == "moments":
             return {"": posterior.mean.to(dtype), LOGVAR: posterior.logvar.to(dtype)}
         return {"": posterior.mode().to(dtype)}

@@ -34,6 +34,9 @@ class SessionOptions:
         devices: Number of devices, or their indices; each runs a process with its share of the work.
         num_nodes: Number of machines, each with this many devices.
         precision: Precision of the model.
+        compile: Compile the model's blocks by torch.compile in this mode; the first windows of each size take seconds
+            to minutes longer. reduce-overhead replays CUDA graphs on a GPU, and is the default mode on a CPU.
+        compile_backend: Backend of torch.compile; aot_eager writes no kernels (to look for faults).
         read_model: Reads the model of `config`; set by the command line.
     """
 
@@ -43,7 +46,9 @@ class SessionOptions:
     accelerator: str = "auto"
     devices: int | list[int] | str = 1
     num_nodes: int = 1
-    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
+    compile: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"] | None = None
+    compile_backend: str = "inductor"
     read_model: ReadModel | None = None
 
     def check(self) -> None:

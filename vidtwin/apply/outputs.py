@@ -1,24 +1,22 @@
 """Write videos, stills and tables of measures for the commands on videos. Imports no torch."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vidtwin import console
 from vidtwin.apply.inputs import Input
-from vidtwin.apply.windows import VideoWindows, Window
+from vidtwin.apply.windows import VideoWindows, Window, batched
+from vidtwin.console import Progress
 from vidtwin.files import no_room, replacing
 from vidtwin.video import Frames, VideoError, VideoWriter, panels
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 
 @dataclass
 class Written:
-    """Outcome of `write_views`.
+    """Outcome of a rendering.
 
     Attributes:
         num_frames: Frames written; 0 if there is no file.
@@ -31,35 +29,48 @@ class Written:
     disk_full: bool = False
 
 
-def write_views(
-    entry: Input,
-    path: Path,
-    length: int,
-    size: int | None,
-    render: Callable[[Iterable[Window]], Iterator[tuple[Window, Frames]]],
-    bar: "tqdm[None]",
-    limit: int | None = None,
-) -> Written:
-    """Render the windows of a video to the file `path`, at its times and with its sound; log why any are missing.
+@dataclass
+class Rendering:
+    """A video that is read in one thread and rendered to a file in another.
 
-    `length`, `size` and `limit` are those of `VideoWindows`; `render` yields `num_frames` frames per window.
+    Attributes:
+        entry: The video.
+        path: The file.
+        source: Its windows, from the first one that is read.
     """
-    count = 0
-    try:
-        parts = VideoWindows(entry.path, length, size, limit)
-        with VideoWriter(path, parts.info.fps, timed=True, sound=entry.path) as writer:
-            for window, frames in render(parts):
-                write_frames(writer, frames, window.times)
-                count += window.num_frames
-                bar.update(window.num_frames)
-    except VideoError as error:
-        console.log(str(error))
-        return Written(0, str(error), no_room(error) is not None)
-    if parts.damage:
-        console.log(f"{parts.damage} The {count} frames before are in {path}.")
-    elif writer.lost_sound:
-        console.log(f"{path}: {writer.lost_sound}")
-    return Written(count, parts.damage or writer.lost_sound)
+
+    entry: Input
+    path: Path
+    source: VideoWindows | None = None
+
+    def read(self, length: int, size: int | None, batch_size: int, limit: int | None = None) -> Iterator[list[Window]]:
+        """Yield its windows in batches; `length`, `size` and `limit` are those of `VideoWindows`."""
+        self.source = VideoWindows(self.entry.path, length, size, limit)
+        yield from batched(self.source, batch_size)
+
+    def write(self, views: Iterator[tuple[Window, Frames]], bar: Progress) -> Written:
+        """Write the views, `num_frames` frames of each window, at its times and with its sound; log what is missing.
+
+        `views` may raise the `VideoError` of `read`.
+        """
+        count = 0
+        try:
+            first = list(islice(views, 1))
+            assert self.source is not None
+            with VideoWriter(self.path, self.source.info.fps, timed=True, sound=self.entry.path) as writer:
+                for window, frames in chain(first, views):
+                    write_frames(writer, frames, window.times)
+                    count += window.num_frames
+                    bar.update(window.num_frames)
+        except VideoError as error:
+            console.log(str(error))
+            return Written(0, str(error), no_room(error) is not None)
+        damage = self.source.damage
+        if damage:
+            console.log(f"{damage} The {count} frames before are in {self.path}.")
+        elif writer.lost_sound:
+            console.log(f"{self.path}: {writer.lost_sound}")
+        return Written(count, damage or writer.lost_sound)
 
 
 def write_frames(writer: VideoWriter, frames: Frames, times: list[Fraction]) -> None:

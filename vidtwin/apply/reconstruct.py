@@ -3,24 +3,24 @@
 Imports torch in functions only: `--help` and refusals answer without it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 from vidtwin import console
 from vidtwin.apply.command import run_in_session
 from vidtwin.apply.inputs import Input, check_folder, check_targets, find, log_existing, target
 from vidtwin.apply.options import SessionOptions, add_class_options, check_counts, exit_code
-from vidtwin.apply.outputs import write_views
+from vidtwin.apply.outputs import Rendering
 from vidtwin.apply.tiling import run_in_tiles
-from vidtwin.apply.windows import Window, batched, examine
+from vidtwin.apply.windows import Window, count_frames
+from vidtwin.console import Progress
 from vidtwin.errors import UserError
 from vidtwin.storage.resumable import lock
 from vidtwin.tables import read_table, write_table
-from vidtwin.video import Frames, VideoError, panels
+from vidtwin.video import Frames, panels
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -46,6 +46,9 @@ are reconstructed), 2 nothing was written.
 """
 TABLE = "reconstructions.csv"
 _COLUMNS = ("input", "output", "frames", "psnr", "ssim", "note")
+
+# Windows with a function that returns the views of each, when the device has made them.
+_Rendered = tuple[list[Window], Callable[[], list[dict[str, Frames]]]]
 
 
 @dataclass
@@ -114,7 +117,6 @@ class Reconstruct:
             raise UserError("Expected --overwrite or --skip_existing, got both.")
         check_folder(self.out)
         self.entries = find(self.inputs)
-        self._full = False  # the disk, by the last video
         self._found = len(self.entries)
         if self.skip_existing:
             self.entries = [entry for entry in self.entries if not self._target(entry).exists()]
@@ -125,15 +127,24 @@ class Reconstruct:
         self._check(session)
         mine = self.entries[session.rank :: session.world_size]
         shown = self.progress and session.is_main
-        with tqdm(total=_count_frames(mine) if shown else None, unit="frame", disable=not shown) as bar:
-            done = []
-            for entry in mine:
-                done.append(self._one(session, entry, bar))
+        done: list[Done] = []
+        with Progress(count_frames(mine) if shown else 0, "reconstructing", "frames", shown) as bar:
+
+            def write(rendering: Rendering, results: Iterator[_Rendered]) -> bool:
+                row, disk_full = self._write(rendering, results, bar)
+                done.append(row)
                 if any(row.frames for row in done):
                     self._record(done)
-                if self._full:
+                if disk_full:
                     console.log("finished videos are kept; free space and continue with --skip_existing")
-                    break
+                return not disk_full
+
+            session.run(
+                (Rendering(entry, self._target(entry)) for entry in mine),
+                partial(self._read, session),
+                partial(self._render, session),
+                write,
+            )
         if session.is_main:
             log_existing(self._found - len(self.entries), self._found, self.out)
         rows = [row for part in session.gather(done) for row in part]
@@ -151,46 +162,58 @@ class Reconstruct:
         if self.tile_size is not None and (self.tile_size < 1 or self.tile_size % model.spatial_multiple):
             raise UserError(f"Expected --tile_size a multiple of {model.spatial_multiple}, got {self.tile_size}.")
 
-    def _one(self, session: "Session", entry: Input, bar: "tqdm[None]") -> Done:
-        from vidtwin.apply.meters import Quality
-
-        path, quality = self._target(entry), Quality()
-
-        def render(parts: Iterable[Window]) -> Iterator[tuple[Window, Frames]]:
-            for some in batched(parts, self.batch_size):
-                for window, shown in self._views(session, some):
-                    real = window.frames[: window.num_frames]
-                    quality.add(shown[self._title], real)
-                    yield window, self._join(real, shown)
-
+    def _read(self, session: "Session", rendering: Rendering) -> Iterator[tuple[list[Window], Any]]:
         size = None if self.tile else session.size(self.size)
-        written = write_views(entry, path, session.num_frames, size, render, bar)
-        self._full = written.disk_full
-        if not written.num_frames:
-            return Done(str(entry.path), "", 0, None, None, written.note or "")
-        done = Done(str(entry.path), str(path), written.num_frames, **quality.values(), note=written.note or "")
-        console.write(done.line())
-        return done
+        for some in rendering.read(session.num_frames, size, self.batch_size):
+            yield some, None if self.tile else session.stack([window.frames for window in some])
 
-    @property
-    def _title(self) -> str:
-        return f"{self.only} only" if self.only else "reconstruction"
+    def _render(self, session: "Session", batch: tuple[list[Window], Any]) -> _Rendered:
+        some, stacked = batch
 
-    def _views(self, session: "Session", some: list[Window]) -> Iterator[tuple[Window, dict[str, Frames]]]:
-        """Yield windows with their views, without the repeated frames."""
-
-        def run(clips: list[Frames]) -> dict[str, list[Frames]]:
+        def run(clips: Any) -> dict[str, Any]:
             return session.views(clips, self.only, partial=self.side_by_side)
 
         if self.tile:
             side = session.model.resolution or self.tile_size or session.usual_tile
             overlap = round(side * self.overlap)
-            made = [run_in_tiles(window.frames, side, overlap, run, self.batch_size) for window in some]
-        else:
-            by_name = run([window.frames for window in some])
-            made = [{name: clips[place] for name, clips in by_name.items()} for place in range(len(some))]
-        for window, shown in zip(some, made, strict=True):
-            yield window, {name: clip[: window.num_frames] for name, clip in shown.items()}
+
+            def run_and_wait(clips: list[Frames]) -> dict[str, list[Frames]]:
+                return {name: list(view.wait().numpy()) for name, view in run(clips).items()}
+
+            tiled = [run_in_tiles(window.frames, side, overlap, run_and_wait, self.batch_size) for window in some]
+            return some, lambda: tiled
+        views = run(stacked)
+
+        def wait() -> list[dict[str, Frames]]:
+            arrived = {name: view.wait().numpy() for name, view in views.items()}
+            return [{name: clips[place] for name, clips in arrived.items()} for place in range(len(some))]
+
+        return some, wait
+
+    def _write(self, rendering: Rendering, results: Iterator[_Rendered], bar: Progress) -> tuple[Done, bool]:
+        """Write and measure a video → its row, and whether the disk is full."""
+        from vidtwin.apply.meters import Quality
+
+        entry, path, quality = rendering.entry, rendering.path, Quality()
+
+        def draw() -> Iterator[tuple[Window, Frames]]:
+            for some, wait in results:
+                for window, views in zip(some, wait(), strict=True):
+                    shown = {name: clip[: window.num_frames] for name, clip in views.items()}
+                    real = window.frames[: window.num_frames]
+                    quality.add(shown[self._title], real)
+                    yield window, self._join(real, shown)
+
+        written = rendering.write(draw(), bar)
+        if not written.num_frames:
+            return Done(str(entry.path), "", 0, None, None, written.note or ""), written.disk_full
+        done = Done(str(entry.path), str(path), written.num_frames, **quality.values(), note=written.note or "")
+        console.write(done.line())
+        return done, written.disk_full
+
+    @property
+    def _title(self) -> str:
+        return f"{self.only} only" if self.only else "reconstruction"
 
     def _join(self, real: Frames, shown: dict[str, Frames]) -> Frames:
         if self.side_by_side:
@@ -216,16 +239,6 @@ class Reconstruct:
                 console.log(f"{path}: expected a table of reconstructions, got another ({error}); it is begun anew")
             merged = (earlier | rows).values()
             write_table(path, _COLUMNS, ([row.get(column) for column in _COLUMNS] for row in merged))
-
-
-def _count_frames(inputs: list[Input]) -> int:
-    total = 0
-    for entry in inputs:
-        try:
-            total += examine(entry.path)[0].num_frames
-        except VideoError:  # reported when its turn comes
-            continue
-    return total
 
 
 def add_options(parser: "ArgumentParser") -> None:

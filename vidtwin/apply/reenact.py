@@ -5,7 +5,7 @@ Every picture is decoded from a blend: the share of B in each latent (0: A's lat
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,16 +15,21 @@ from vidtwin import console
 from vidtwin.apply.inputs import Input, check_folder, check_targets, find, target
 from vidtwin.apply.options import SessionOptions, add_class_options, build, check_counts, check_weights, exit_code
 from vidtwin.apply.outputs import align, format_measures, write_frames, write_png
-from vidtwin.apply.windows import VideoWindows, Window, batched
+from vidtwin.apply.windows import VideoWindows, Window, batched, count_frames
+from vidtwin.console import Progress
 from vidtwin.errors import UserError, suggestion
 from vidtwin.files import write_text
 from vidtwin.video import Frames, VideoWriter, panels
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+    from torch import Tensor
 
-    from vidtwin.apply.session import Session
+    from vidtwin.apply.session import Download, Session
     from vidtwin.posteriors import Encoding, Latents
+
+    _Read = tuple[list[tuple[Window, ...]], list[Tensor]]
+    _Decoded = tuple[list[tuple[Window, ...]], dict[tuple[float, ...], Download]]
 
 USAGE = "--LATENT VIDEO --LATENT VIDEO --out DIR --ckpt_path PATH [options]"
 DESCRIPTION = """\
@@ -95,7 +100,9 @@ class Reenact:
         size: Side of the square to which the centres of the pictures are cropped and resized, for a model of any size.
         num_frames: Frames of the videos in the still of the grid.
         max_windows: Maximum number of windows; by default all of the shorter video.
+        batch_size: Windows of each video per forward pass.
         overwrite: Replace existing outputs.
+        progress: Show a progress bar.
     """
 
     out: str
@@ -103,10 +110,12 @@ class Reenact:
     size: int | None = None
     num_frames: int = 6
     max_windows: int | None = None
+    batch_size: int = 1
     overwrite: bool = False
+    progress: bool = True
 
     def __post_init__(self) -> None:
-        check_counts(num_frames=self.num_frames, max_windows=self.max_windows)
+        check_counts(num_frames=self.num_frames, max_windows=self.max_windows, batch_size=self.batch_size)
         if self.steps < 2:
             raise UserError(f"Expected --steps of at least 2, the two ends, got {self.steps}.")
 
@@ -180,8 +189,42 @@ class _Crossing:
 
     def write(self) -> list[str]:
         """Write all pictures → problems, a line each."""
-        options, length = self.options, self.session.num_frames
-        streams = [VideoWindows(video.path, length, self.size, options.max_windows) for video in self.pair.videos]
+        options, session = self.options, self.session
+        longest = None if options.max_windows is None else options.max_windows * session.num_frames
+        total = min(count_frames([video], longest) for video in self.pair.videos) if options.progress else 0
+        problems: list[str] = []
+        with Progress(total, "reenacting", "frames", options.progress) as bar:
+            session.run(
+                [[VideoWindows(video.path, session.num_frames, self.size, options.max_windows)
+                  for video in self.pair.videos]],
+                self._read,
+                self._decode,
+                lambda streams, results: problems.extend(self._write(streams, results, bar)),
+            )  # fmt: skip
+        return problems
+
+    def _read(self, streams: list[VideoWindows]) -> "Iterator[_Read]":
+        for pairs in batched(zip(*streams, strict=False), self.options.batch_size):
+            yield pairs, [self.session.stack([window.frames for window in some]) for some in zip(*pairs, strict=True)]
+
+    def _decode(self, read: "_Read") -> "_Decoded":
+        """Decode all blends of pairs of windows."""
+        from vidtwin.posteriors import Quantized
+
+        pairs, stacked = read
+        shapes = [tuple(each.shape[2:4]) for each in stacked]
+        if shapes[0] != shapes[1]:
+            first, second = (f"{width}x{height}" for height, width in shapes)
+            raise UserError(f"Expected two videos of one size, got {first} and {second}; give both one by --size.")
+        encodings = [self.session.encode(each) for each in stacked]
+        self.quantized = [name for name in self.names if isinstance(encodings[0][name], Quantized)]
+        wanted = dict.fromkeys([*self.labels, *(blend for row in self.rows.values() for blend in row)])
+        latents = {blend: blend_latents(encodings, blend) for blend in wanted}
+        return pairs, {blend: self.session.decode(z, *shapes[0]) for blend, z in latents.items()}
+
+    def _write(self, streams: list[VideoWindows], results: "Iterator[_Decoded]", bar: Progress) -> list[str]:
+        """Write and measure what is decoded → problems, a line each."""
+        options = self.options
         sampler = panels.StillSampler(options.num_frames)
         middle: list[Frames] = []
         with ExitStack() as stack:
@@ -196,11 +239,11 @@ class _Crossing:
             writers = {blend: open_writer(self.pair.name(blend), mover) for blend, mover in movers.items()}
             first = movers[self.pair.asked]
             grid, interpolation = (open_writer(name, first, sound=False) for name in ("grid", "interpolation"))
-            for pair in zip(*streams, strict=False):
+            for pair, clips in _iterate(results):
                 length = min(window.num_frames for window in pair)
                 self.num_frames += length
                 times = [window.times[:length] for window in pair]
-                decoded = self._decode(pair, length)
+                decoded = {blend: clip[:length] for blend, clip in clips.items()}
                 shown = {f"input {letter}": w.frames[:length] for letter, w in zip("AB", pair, strict=True)}
                 shown |= {label: decoded[blend] for blend, label in self.labels.items()}
                 self._measure(shown)
@@ -213,6 +256,7 @@ class _Crossing:
                 write_frames(interpolation, picture, times[first])
                 if not middle:
                     middle = [picture[len(picture) // 2]]
+                bar.update(length)
         still = panels.filmstrip(self._order(sampler.stills()), options.num_frames)
         write_png(target(options.out, "grid", ".png"), still)
         write_png(target(options.out, "interpolation", ".png"), middle[0])
@@ -222,20 +266,6 @@ class _Crossing:
             for stream in streams
             if stream.damage
         ]
-
-    def _decode(self, pair: tuple[Window, ...], length: int) -> dict[Blend, Frames]:
-        """Decode the first `length` frames of all blends of a window."""
-        from vidtwin.posteriors import Quantized
-
-        shapes = [window.frames.shape[1:3] for window in pair]
-        if shapes[0] != shapes[1]:
-            first, second = (f"{width}x{height}" for height, width in shapes)
-            raise UserError(f"Expected two videos of one size, got {first} and {second}; give both one by --size.")
-        encodings = [self.session.encode([window.frames]) for window in pair]
-        self.quantized = [name for name in self.names if isinstance(encodings[0][name], Quantized)]
-        wanted = dict.fromkeys([*self.labels, *(blend for row in self.rows.values() for blend in row)])
-        latents = {blend: blend_latents(encodings, blend) for blend in wanted}
-        return {blend: self.session.decode(z, *shapes[0])[0][:length] for blend, z in latents.items()}
 
     def _measure(self, shown: dict[str, Frames]) -> None:
         for name, (qualities, change) in self.meters.items():
@@ -290,6 +320,14 @@ class _Crossing:
             "between_codes": self.quantized,
             "views": views,
         }
+
+
+def _iterate(results: "Iterator[_Decoded]") -> "Iterator[tuple[tuple[Window, ...], dict[Blend, Frames]]]":
+    """Yield pairs of windows, each with its decoded blends."""
+    for pairs, blends in results:
+        arrived = {blend: download.wait().numpy() for blend, download in blends.items()}
+        for place, pair in enumerate(pairs):
+            yield pair, {blend: clips[place] for blend, clips in arrived.items()}
 
 
 def blend_latents(encodings: "list[Encoding]", blend: Blend) -> "Latents":

@@ -5,22 +5,44 @@ Imports torch and lightning, so commands import it after their refusals.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from vidtwin import console, weights
+from vidtwin.apply import pipeline
 from vidtwin.apply.options import SessionOptions
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.clips import as_clip
+from vidtwin.compilation import CompiledUnits, check_backend, list_units, own
 from vidtwin.distributed import forward_context, gather_objects, launch
 from vidtwin.errors import UserError
 from vidtwin.posteriors import Encoding, Latents
 from vidtwin.storage import checkpoints
 from vidtwin.video import Frames
-from vidtwin.video.convert import to_uint8
+from vidtwin.video.convert import to_frames
+
+
+class Download:
+    """A tensor on its way from the device to memory, beside the work that the device is given after it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._done = value, None
+        if value.device.type == "cuda":
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._done = torch.cuda.current_stream(value.device).record_event()
+
+    def wait(self) -> Tensor:
+        """Return the tensor in memory when it has arrived; any thread may wait for it."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._value.cpu()
 
 
 class Session:
@@ -43,7 +65,28 @@ class Session:
         self.rank, self.world_size = self.fabric.global_rank, self.fabric.world_size
         self.is_main = self.fabric.is_global_zero
         self.model = _load(options).to(self.fabric.device).requires_grad_(False)
+        self.dtype: torch.dtype | None = None  # of clips and latents, if it is not the usual one
+        if options.precision == "64-true":
+            _ = self.weights_sha256  # of the weights as they are stored
+            self.dtype = torch.float64
+            self.model.to(self.dtype)
         self.num_frames = self.model.temporal.usual_length
+        self.compiled = self._compile(options) if options.compile else None
+        self._largest: dict[tuple[int, ...], int] = {}  # batch of each shape of a compiled model
+
+    def _compile(self, options: SessionOptions) -> CompiledUnits:
+        check_backend(options.compile_backend, "--compile_backend")
+        units = list_units(self.model)[:-1]  # the last one is the model
+        if not units:
+            raise UserError(f"Expected a model with repeated blocks for --compile, got {self._name}; leave it out.")
+        return CompiledUnits(units, options.compile or "default", options.compile_backend)
+
+    def _fill(self, value: Tensor) -> Tensor:
+        """Repeat the last element of a short batch for a compiled model, whose graphs are of one size each."""
+        if self.compiled is None:
+            return value
+        size = self._largest[value.shape[1:]] = max(len(value), self._largest.get(value.shape[1:], 0))
+        return torch.cat([value, value[-1:].expand(size - len(value), *value.shape[1:])])
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -82,36 +125,68 @@ class Session:
             raise UserError(f"Expected --size of at least 1, got {asked}.")
         return asked
 
-    @torch.inference_mode()
-    def encode(self, windows: Sequence[Frames]) -> Encoding:
-        """Encode clips of one size, uint8 (T, H, W, 3) each, padded to a size that the model takes."""
-        clip = as_clip(windows, self.model.spatial_multiple).to(self.fabric.device)
-        with forward_context(self.fabric, self.precision):
-            return self.model.encode(clip)
+    def run(
+        self,
+        jobs: Iterable[Any],
+        read: Callable[[Any], Iterable[Any]],
+        compute: Callable[[Any], Any],
+        write: Callable[[Any, Iterator[Any]], bool | None],
+    ) -> None:
+        """Read, compute and write at the same time, see `pipeline.run`; only `compute` gives the device work."""
+        with pipeline.ending_on_sigterm() if self.world_size == 1 else nullcontext():
+            pipeline.run(jobs, read, compute, write, prepare=self._enter_thread)
+
+    def _enter_thread(self) -> None:
+        if self.fabric.device.type == "cuda":  # else page-locked memory would be of the first device
+            torch.cuda.set_device(self.fabric.device)
+
+    def stack(self, windows: Sequence[Frames]) -> Tensor:
+        """Stack clips of one size → uint8 (B, T, H, W, 3), in memory from which the device copies by itself."""
+        return self.pin(torch.from_numpy(np.stack(windows)))
+
+    def pin(self, value: Tensor) -> Tensor:
+        """Move a tensor to page-locked memory, if the device is a GPU."""
+        return value.pin_memory() if self.fabric.device.type == "cuda" else value
 
     @torch.inference_mode()
-    def decode(self, latents: Latents, height: int, width: int, num_frames: int | None = None) -> list[Frames]:
-        """Decode latents (B, ...) to clips, uint8 (T, height, width, 3) each, without the padding of `encode`.
+    def encode(self, windows: Sequence[Frames] | Tensor) -> Encoding:
+        """Encode clips of one size, uint8 (T, H, W, 3) each or from `stack`, padded to a size that the model takes."""
+        stacked = windows if isinstance(windows, Tensor) else self.stack(windows)
+        clip = as_clip(stacked.to(self.fabric.device, non_blocking=True), self.model.spatial_multiple)
+        clip = self._fill(clip.to(self.dtype or clip.dtype))
+        if self.compiled is not None:
+            self.compiled.begin()
+        with forward_context(self.fabric, self.precision):
+            encoding = self.model.encode(clip)
+        return encoding if self.compiled is None else own(encoding, len(stacked))
+
+    @torch.inference_mode()
+    def decode(self, latents: Latents, height: int, width: int, num_frames: int | None = None) -> Download:
+        """Decode latents (B, ...) to clips, uint8 (B, T, height, width, 3), without the padding of `encode`.
 
         T is `num_frames`, by default that of the windows.
         """
-        latents = {name: latent.to(self.fabric.device) for name, latent in latents.items()}
+        count = len(next(iter(latents.values())))
+        latents = {name: self._fill(z.to(self.fabric.device, self.dtype or z.dtype, non_blocking=True))
+                   for name, z in latents.items()}  # fmt: skip
+        if self.compiled is not None:
+            self.compiled.begin()
         with forward_context(self.fabric, self.precision):
             decoded = self.model.decode(latents, num_frames or self.num_frames)
-        return [to_uint8(clip)[:, :height, :width] for clip in decoded]
+        return Download(to_frames(decoded[:count, ..., :height, :width]))
 
     def views(
-        self, windows: Sequence[Frames], only: str | None = None, partial: bool = True
-    ) -> dict[str, list[Frames]]:
+        self, windows: Sequence[Frames] | Tensor, only: str | None = None, partial: bool = True
+    ) -> dict[str, Download]:
         """Reconstruct clips of one size, from all latents and from each alone.
 
         Args:
-            windows: uint8 (T, H, W, 3) each.
+            windows: uint8 (T, H, W, 3) each, or from `stack`.
             only: Decode this latent alone, and nothing else.
             partial: Decode each latent alone too, if the model supports it.
 
         Returns:
-            Clips by "reconstruction" and "<latent> only".
+            Clips, uint8 (B, T, H, W, 3), by "reconstruction" and "<latent> only".
         """
         height, width = windows[0].shape[1:3]
         latents = self.encode(windows).mode()

@@ -1,6 +1,7 @@
 """Cut videos of any length into clips of a model's length, one after the other, in constant memory."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
@@ -8,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from vidtwin.apply.inputs import Input
 from vidtwin.video import Frames, Source, VideoError, VideoInfo, probe, survey, timed_frames
 
 T = TypeVar("T")
@@ -75,6 +77,16 @@ def examine(source: Source) -> tuple[VideoInfo, VideoError | None]:
         if error.kind not in ("truncated", "corrupt") or not error.lasting:
             raise
         return replace(probe(source), num_frames=error.decodable or 0), error
+
+
+def count_frames(inputs: Iterable[Input], limit: int | None = None) -> int:
+    """Count the frames of videos by their headers, at most `limit` of each; 0 of one that can't be read."""
+    total = 0
+    for entry in inputs:
+        with suppress(VideoError):  # reported when its turn comes
+            count = examine(entry.path)[0].num_frames
+            total += count if limit is None else min(count, limit)
+    return total
 
 
 class VideoWindows:

@@ -18,6 +18,7 @@ from vidtwin import hub
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark.cost import device_name
 from vidtwin.benchmark.rows import SCHEMA_VERSION
+from vidtwin.compilation import CompiledUnits, own
 from vidtwin.errors import UserError
 from vidtwin.metrics.latents import LatentStatistics
 from vidtwin.posteriors import Encoding, Latents, Stream
@@ -44,6 +45,8 @@ class LoadedModel:
         pads: Whether clips differ in length and size. Pictures are then padded with black at all sides to multiples
             that the model takes, and windows of a clip are encoded one after the other, the last one as it is or, if
             the model takes no such length, padded with copies of its last frame. Padding counts in the rate.
+        dtype: Type of its weights and of the clips and latents that it takes; None leaves all as they are.
+        compiled: Its compiled blocks, if there are any.
         rebuild: Make the model for clips of other frames, height and width, if one is not for all.
     """
 
@@ -57,6 +60,8 @@ class LoadedModel:
     window: int | None = None
     differs: list[str] = field(default_factory=list)
     pads: bool = False
+    dtype: torch.dtype | None = None
+    compiled: CompiledUnits | None = None
     rebuild: Callable[[int, int, int], VideoAutoencoder] | None = None
 
     def count_windows(self, num_frames: int) -> int:
@@ -96,19 +101,28 @@ class LoadedModel:
         """Rebuild the model for clips (3, T, H, W) if it takes those of one shape alone."""
         if self.rebuild is not None:
             _, frames, height, width = clip_shape
-            self.model = self.rebuild(frames, height, width).eval().to(device)
+            self.model = self.rebuild(frames, height, width).eval().to(device, self.dtype)
 
     def encode(self, clip: Tensor) -> Encoding:
         """Encode clips (B, 3, T, H, W) to posteriors of (B · windows, …)."""
         self.fit(tuple(clip.shape[1:]), clip.device)
-        clip = self._pad(clip)
-        windows = self.count_windows(clip.shape[2])
-        return self.model.encode(rearrange(clip, "b c (w t) h x -> (b w) c t h x", w=windows))
+        clip = self._pad(clip.to(self.dtype or clip.dtype))
+        clip = rearrange(clip, "b c (w t) h x -> (b w) c t h x", w=self.count_windows(clip.shape[2]))
+        if self.compiled is None:
+            return self.model.encode(clip)
+        self.compiled.begin()
+        return own(self.model.encode(clip), len(clip))
 
     def decode(self, latents: Latents, num_frames: int, size: tuple[int, int] | None = None) -> Tensor:
         """Decode latents (B · windows, …) to clips (B, 3, T, H, W), cropped to `size` if pictures were padded."""
         windows = self.count_windows(num_frames)
+        if self.dtype is not None:
+            latents = {name: z.to(self.dtype) if z.is_floating_point() else z for name, z in latents.items()}
+        if self.compiled is not None:
+            self.compiled.begin()
         clip = self.model.decode(latents, num_frames // windows)
+        if self.compiled is not None:
+            clip = clip.clone()  # a graph may overwrite it
         height, width = size or clip.shape[3:]
         top, left = (clip.shape[3] - height) // 2, (clip.shape[4] - width) // 2
         clip = clip[..., top : top + height, left : left + width]

@@ -18,6 +18,7 @@ from vidtwin.benchmark.options import SweepOptions
 from vidtwin.benchmark.plan import CodeCounts, Job, ModelError, Part, Plan, format_error, make_empty_part
 from vidtwin.benchmark.rate_distortion import Curves
 from vidtwin.benchmark.rfvd import ClipFeatures
+from vidtwin.compilation import CompiledUnits, list_units
 from vidtwin.distributed import forward_context
 from vidtwin.errors import UserError
 from vidtwin.metrics.fvd import MIN_FRAMES, FeatureNetwork
@@ -80,6 +81,7 @@ class Measurer:
             "protocol": plan.digest,
             "batch": len(plan.chunks[0]),
             "device": self.device.type,
+            **({"compile": options.compile} if options.compile else {}),
             **({"seed": options.seed} if protocol["posterior"] == "sample" or self.curves else {}),
             **({"rate_distortion": self.curves.settings} if self.curves else {}),
         }
@@ -90,7 +92,12 @@ class Measurer:
         try:
             model = job.build()
             model.check(*self.plan.shape[1:])
-            model.model.eval().requires_grad_(False).to(self.device)
+            if self.options.precision == "64-true":
+                model.dtype = torch.float64
+            model.model.eval().requires_grad_(False).to(self.device, model.dtype)
+            # A model that is built anew for each shape, and one without repeated blocks, such as a codec, stays plain.
+            if self.options.compile and model.rebuild is None and (units := list_units(model.model)[:-1]):
+                model.compiled = CompiledUnits(units, self.options.compile, self.options.compile_backend)
         except Exception as error:
             raise ModelError(format_error(error)) from error
         return model
@@ -102,7 +109,7 @@ class Measurer:
 
     def prepare_clip(self, batch: dict[str, Any]) -> Tensor:
         """Return a loaded batch's clips (B, 3, T, H, W) in [-1, 1] on the device."""
-        moved = {**batch, "clip": batch["clip"].to(self.device)}
+        moved = {**batch, "clip": batch["clip"].to(self.device, non_blocking=True)}
         clip: Tensor = self.options.source.on_after_batch_transfer(moved, 0)["clip"]
         return clip
 
@@ -170,6 +177,8 @@ class Measurer:
 
     def measure_costs(self, model: LoadedModel) -> dict[str, Any]:
         """Measure a model's costs and those of a DiT on its latents, as the options say."""
+        if model.compiled is not None:
+            model.compiled.restore()
         # Of whole videos in windows, the costs are those of one window.
         shape, repeats, precision = model.piece_shape(self.plan.shape), self.options.repeats, self._precision
         model.fit(shape, self.device)

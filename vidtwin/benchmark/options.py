@@ -11,6 +11,7 @@ from lightning import LightningDataModule
 from vidtwin import plugins
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark.protocol import ProtocolSettings
+from vidtwin.compilation import Mode, check_backend
 from vidtwin.data import ClipSource
 from vidtwin.distributed import Precision
 from vidtwin.errors import UserError, suggestion
@@ -114,6 +115,8 @@ class SweepOptions:
         devices: Number of devices, or which; each is a process that takes its share of the chunks.
         num_nodes: Number of machines with so many devices.
         precision: Precision of the models; metrics are always in full precision.
+        compile: Compile the blocks of the models by torch.compile in this mode; costs are those of the plain models.
+        compile_backend: Backend of torch.compile.
         perceptual_backbones: Files of torchvision's weights for LPIPS, by "vgg" and "alex" (default: torch hub's
             cache).
         fvd: Network of rFVD.
@@ -150,6 +153,8 @@ class SweepOptions:
     devices: int | list[int] | str = 1
     num_nodes: int = 1
     precision: Precision = "32-true"
+    compile: Mode | None = None
+    compile_backend: str = "inductor"
     perceptual_backbones: dict[str, str | None] | None = None
     fvd: FVD | None = None
     vmaf: bool = False
@@ -175,6 +180,7 @@ class SweepOptions:
         self.checkpoints, self.folder = Path(self.checkpoints_dir), Path(self.results_dir)
         self.i3d, self.backbones = self.fvd or FVD(), self.perceptual_backbones or {}
         self._check_names()
+        check_backend(self.compile_backend, "compile_backend")
         if (self.i3d.path is None) != (self.i3d.sha256 is None):
             raise UserError("Expected fvd.path and fvd.sha256 together: only a file that is known is run.")
         for name, value, least in (

@@ -1,19 +1,21 @@
 """Run a sweep in one of its processes: each measures every world-size-th chunk, the first one joins and writes rows."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from tqdm import tqdm
 
+from vidtwin.apply import pipeline
 from vidtwin.benchmark import rows
 from vidtwin.benchmark.loaded_model import LoadedModel, compare_claim
 from vidtwin.benchmark.measurer import DeviceError, Measurer
 from vidtwin.benchmark.options import SweepOptions
-from vidtwin.benchmark.plan import Failure, Job, ModelError, Plan, format_error
+from vidtwin.benchmark.plan import Failure, Job, ModelError, Part, Plan, format_error
 from vidtwin.benchmark.row_folder import RowFolder
-from vidtwin.console import log
+from vidtwin.console import Progress, log
 from vidtwin.distributed import gather_objects
 from vidtwin.errors import UserError
 from vidtwin.files import remove_leftovers
@@ -47,10 +49,10 @@ class Runner:
         """Measure every missing row. A model that fails becomes a row with its error; the others continue."""
         waiting = self._select()
         clips = sum(len(self.plan.chunks[chunk]) for chunk in self.mine)
-        hidden = not (self.options.progress and self.fabric.is_global_zero and waiting)
-        with tqdm(total=clips * len(waiting), unit="clip", disable=hidden, dynamic_ncols=True) as bar:
+        shown = bool(self.options.progress and self.fabric.is_global_zero and waiting)
+        with Progress(clips * len(waiting), "measuring", "clips", shown) as bar:
             for row in waiting:
-                bar.set_description(row.name)
+                bar.set_description_str(row.name)
                 before = bar.n
                 self.measure_row(row, bar)
                 self.fabric.barrier()
@@ -58,7 +60,7 @@ class Runner:
         if self.fabric.is_global_zero:
             self._refresh()
 
-    def measure_row(self, row: RowFolder, bar: tqdm) -> None:
+    def measure_row(self, row: RowFolder, bar: Progress) -> None:
         """Measure this process's share of a row; the first process then measures its costs and writes it."""
         model, error, needs_costs = None, row.job.error, False
         missing: list[int] = []
@@ -74,7 +76,7 @@ class Runner:
                     error = str(caught)
         if model:
             first = [chunk for chunk in missing if chunk in self.head]
-            failed = [clip for found in self._measure_chunks(row, model, first, bar) for clip in found]
+            self._measure_chunks(row, model, first, bar, failed.extend)
         errors = [each for each in gather_objects(error) if each]  # the parts of the first clips are complete then
         error = errors[0] if errors else row.find_failure(self.head)
         if error and not row.job.error:  # which was logged at the start
@@ -84,8 +86,7 @@ class Runner:
                 log(f"{row.name}: the checkpoint differs from the config, which wins: {line}", rank_zero=True)
             self._log_failed(row, failed)
             rest = [chunk for chunk in missing if chunk not in self.head]
-            for failed in self._measure_chunks(row, model, rest, bar):
-                self._log_failed(row, failed)
+            self._measure_chunks(row, model, rest, bar, partial(self._log_failed, row))
         self.fabric.barrier()  # costs are measured while the others wait
         if self.fabric.is_global_zero:
             if needs_costs and model and not error:
@@ -114,7 +115,7 @@ class Runner:
             row.identity = identity
         return [self.rows[number] for number in waiting]
 
-    def _log_progress(self, row: RowFolder, missing: list[int], bar: tqdm) -> None:
+    def _log_progress(self, row: RowFolder, missing: list[int], bar: Progress) -> None:
         stale = len(list(row.parts.folder.glob("[0-9]*.json"))) - len(self.mine) + len(missing)
         if self.fabric.world_size == 1 and stale > 0:
             log(f"{row.name}: {stale} chunks there are of another checkpoint, model or batch size")
@@ -129,15 +130,25 @@ class Runner:
             log(f"{row.name} fails on {clip['name']} at frame {clip['start_frame']}: {clip['reason']}")
 
     def _measure_chunks(
-        self, row: RowFolder, model: LoadedModel, chunks: list[int], bar: tqdm
-    ) -> Iterator[list[Failure]]:
-        """Measure chunks and write their parts; yield the clips of each on which the model failed."""
+        self,
+        row: RowFolder,
+        model: LoadedModel,
+        chunks: list[int],
+        bar: Progress,
+        report: Callable[[list[Failure]], None],
+    ) -> None:
+        """Measure chunks and write their parts; report the clips of each on which the model failed."""
         if not chunks:
             return
-        batches = self.measurer.load([self.plan.chunks[chunk] for chunk in chunks])
-        for chunk, batch in zip(chunks, batches, strict=True):
+        # Made here, since the loader watches its processes in the main thread alone.
+        batches = iter(self.measurer.load([self.plan.chunks[chunk] for chunk in chunks]))
+
+        def read(chunk: int) -> Iterator[dict[str, Any]]:
+            yield next(batches)
+
+        def write(chunk: int, parts: Iterator[Part]) -> None:
             try:
-                part = self.measurer.measure(model, batch)
+                (part,) = parts
             except DeviceError as error:
                 row.write_failed(str(error))  # and the next run takes the other models first
                 raise UserError(
@@ -146,7 +157,10 @@ class Runner:
                 ) from error
             row.write_part(chunk, part)
             bar.update(len(self.plan.chunks[chunk]))
-            yield part["failed"]
+            report(part["failed"])
+
+        with pipeline.ending_on_sigterm() if self.fabric.world_size == 1 else nullcontext():
+            pipeline.run(chunks, read, partial(self.measurer.measure, model), write)
 
     def _lacks_costs(self, row: RowFolder) -> bool:
         if not (self.options.cost or self.options.downstream):

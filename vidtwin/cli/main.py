@@ -11,7 +11,7 @@ import traceback
 
 from vidtwin import __version__
 from vidtwin.cli import bases, commands, failures, own_modules, paths
-from vidtwin.errors import REQUEUE_EXIT_CODE, Preempted, UserError
+from vidtwin.errors import REQUEUE_EXIT_CODE, Preempted, Terminated, UserError
 
 _TRACEBACK = "VIDTWIN_TRACEBACK"  # 1 prints the traceback of an error that is explained in one line, too
 
@@ -39,9 +39,12 @@ def main(argv: list[str] | None = None) -> int:
             {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & set(os.environ)
         )
         return 0 if started_by_lightning else REQUEUE_EXIT_CODE
+    except Terminated:
+        sys.stderr.write("vidtwin: ended by SIGTERM\n")
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         sys.stderr.write("vidtwin: interrupted\n")
-        return 130
+        return 128 + signal.SIGINT
     except Exception as error:
         if _reader_has_left(error):
             return 128 + signal.SIGPIPE

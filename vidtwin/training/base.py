@@ -24,10 +24,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
+from vidtwin.compilation import list_units
 from vidtwin.errors import UserError
 from vidtwin.storage import checkpoints
 from vidtwin.training.buffers import RunningBuffers
 from vidtwin.training.callbacks.ema import EMA
+from vidtwin.training.compilation import Compilation
 from vidtwin.training.finite import agree, bad_gradients, bad_terms, find_reason
 from vidtwin.training.optimization import (
     check_length,
@@ -38,7 +40,7 @@ from vidtwin.training.optimization import (
     resume_rates,
     step_at,
 )
-from vidtwin.training.sharding import Placement, list_units, placement_of
+from vidtwin.training.sharding import Placement, placement_of
 
 Batch = dict[str, Any]
 Terms = dict[str, Tensor]
@@ -192,11 +194,39 @@ class TrainingTask(LightningModule):
         self.stop_requested = self.stopping = False  # by an earlier run of this process
         if self.seed is None:
             self.seed = self.trainer.strategy.broadcast(torch.initial_seed())
-        if compilation := getattr(self.trainer, "compilation", None):  # after FSDP2 has sharded
+        if compilation := self._compilation:  # after FSDP2 has sharded
             compilation.compile(self.compilable())
 
+    def on_validation_start(self) -> None:
+        self._compile_evaluation()
+
+    def on_predict_start(self) -> None:
+        self._compile_evaluation()
+
+    def _compile_evaluation(self) -> None:
+        """Compile for `validate` and `predict`, which may lack networks of the loss."""
+        if (compilation := self._compilation) and self.trainer.state.fn != "fit":
+            compilation.compile(self.compilable(), all_parts=False)
+
+    @property
+    def _compilation(self) -> Compilation | None:
+        return getattr(self.trainer, "compilation", None)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self._begin_step()
+
+    def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._begin_step()
+
+    def on_predict_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        if compilation := self._compilation:
+            compilation.begin_step()
+
     def teardown(self, stage: str) -> None:
-        if compilation := getattr(self.trainer, "compilation", None):
+        if compilation := self._compilation:
             compilation.restore()
 
     def on_train_start(self) -> None:

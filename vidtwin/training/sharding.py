@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from vidtwin.autoencoder import Reconstruction
+from vidtwin.compilation import list_units
 from vidtwin.errors import UserError
 from vidtwin.losses.adversarial import mean_over_ranks
 from vidtwin.losses.autoencoder import AutoencoderLoss
@@ -257,30 +258,6 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="The trained netwo
 StrategyRegistry.register(
     "fsdp2_bf16", FSDP2Strategy, description="The same, with weights gathered in bfloat16.", gather_dtype="bfloat16"
 )
-
-
-def list_units(model: nn.Module) -> list[nn.Module]:
-    """List the units that are gathered at a time: the outermost elements of module lists, then the model itself.
-
-    A model with an attribute `units` has those instead, then itself.
-    Elements without a forward pass of their own are searched for inner ones. An element with the last layer is not a
-    unit, since the adaptive GAN weight needs that layer's weight between the forward and the backward pass.
-    """
-    if (units := getattr(model, "units", None)) is not None:
-        return [*units, model]
-    found: dict[nn.Module, None] = {}
-
-    def visit(module: nn.Module) -> None:
-        for child in module.children():
-            runs = type(child).forward is not nn.Module.forward
-            parameters = set(child.parameters())
-            if isinstance(module, nn.ModuleList) and runs and parameters and model.last_layer not in parameters:
-                found[child] = None
-            else:
-                visit(child)
-
-    visit(model)
-    return [*found, model]
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, gathered: torch.dtype | None = None) -> None:

@@ -44,7 +44,7 @@ class VideoTrainer(Trainer):
 
     Args:
         *args: As of Lightning's Trainer.
-        compilation: What torch.compile compiles in `fit`; None compiles nothing.
+        compilation: What torch.compile compiles, in validation and prediction too; None compiles nothing.
         tensor_float_32: Round the factors of float32 products and convolutions on a GPU to 10 bits of mantissa in
             `fit`, several times faster than with all 24; no effect on those in bfloat16, nor on metrics.
         **kwargs: As of Lightning's Trainer.

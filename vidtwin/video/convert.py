@@ -24,4 +24,9 @@ def round_to_uint8(values: Tensor) -> Tensor:
 
 def to_uint8(clip: Tensor) -> Frames:
     """Convert (3, T, H, W) in [-1, 1] to uint8 (T, H, W, 3), rounded."""
-    return round_to_uint8(rearrange(clip, "c t h w -> t h w c")).to(torch.uint8).cpu().numpy()
+    return to_frames(clip).cpu().numpy()
+
+
+def to_frames(clip: Tensor) -> Tensor:
+    """Convert (..., 3, T, H, W) in [-1, 1] to uint8 (..., T, H, W, 3), rounded, on the same device."""
+    return round_to_uint8(rearrange(clip, "... c t h w -> ... t h w c")).to(torch.uint8)
