@@ -15,6 +15,7 @@ from vidtwin.benchmark.rows import Results, Row
 from vidtwin.cards import code, escape, settings_table, table
 from vidtwin.errors import UserError, few, suggestion
 from vidtwin.files import replacing
+from vidtwin.listing import source_of
 from vidtwin.metrics.registry import BY_KEY, Metric
 
 CURVES = "training_curves.png"
@@ -111,7 +112,7 @@ def _quality(results: Results, row: Row) -> Iterator[str]:
     intervals = statistics.bound_means({row["name"]: values})[row["name"]]
     references = [each for each in rows.order(results) if _is_reference(each)]
     videos = {clip["name"] for clip in clips}
-    sources = len({statistics.source_of(video) for video in videos})
+    sources = len({source_of(video) for video in videos})
     yield "## Measured quality"
     yield ""
     counts = f"{row['num_clips']:,} clips of {len(videos):,} videos ({sources:,} sources)"

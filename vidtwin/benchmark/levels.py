@@ -33,6 +33,7 @@ class Level(TypedDict, total=False):
         bpp: 8 · bytes / (T · H · W).
         entropy_bpp: The same of the symbols' empirical entropy, by channel.
         mse: Like the metrics of `clips.csv`, as are `psnr`, `ssim` and `lpips`.
+        missing: Why the clip has no metrics at this level; absent if it has.
     """
 
     name: str
@@ -47,12 +48,13 @@ class Level(TypedDict, total=False):
     psnr: float
     ssim: float
     lpips: float
+    missing: str
 
 
 def write(folder: Path, row: rows.Row, levels: list[Level]) -> None:
-    """Write a row's levels; cells of noise have no bytes."""
-    metrics = [metric for metric in MEASURED if metric in levels[0]]
-    columns = [*_FIRST, *_CODED, *metrics]
+    """Write a row's levels; cells of noise have no bytes, those of a clip without metrics a reason."""
+    known = {key for level in levels for key in level}
+    columns = [*_FIRST, *_CODED, *(key for key in (*MEASURED, "missing") if key in known)]
     lines = ([*(level.get(key, "") for key in columns), row["protocol_hash"]] for level in levels)
     write_table(folder / NAME, [*columns, "protocol_hash"], lines)
 
@@ -68,6 +70,7 @@ def read(folder: Path, row: rows.Row) -> list[dict[str, Any]]:
                 "curve": line["curve"],
                 **{key: int(line[key]) for key in ("start_frame", "num_frames")},
                 **{key: _read_number(line[key], key) for key in _NUMBERS if line.get(key) not in (None, "")},
+                **({"missing": line["missing"]} if line.get("missing") else {}),
             }
             for line in lines
         ]
