@@ -18,13 +18,17 @@ OF_LATENTS = ("rate_distortion", "seed")
 """Settings that change no number of a codec, whose bytes are neither quantized further nor drawn."""
 
 
+def is_codec(spec: dict[str, Any] | None) -> bool:
+    """Return whether the class of a spec is a codec, without building it."""
+    try:
+        return bool(spec) and bool(plugins.class_of(spec["class_path"], VideoAutoencoder).codes_bytes)
+    except UserError:  # which building it will raise too
+        return False
+
+
 def select_settings(model: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that decide a row's numbers, without those that leave the numbers of its model alone."""
-    spec = model.get("model")
-    try:
-        codec = bool(spec) and plugins.class_of(spec["class_path"], VideoAutoencoder).codes_bytes
-    except UserError:  # which building it will raise too
-        codec = False
+    codec = is_codec(model.get("model"))
     return {key: value for key, value in settings.items() if not (codec and key in OF_LATENTS)}
 
 

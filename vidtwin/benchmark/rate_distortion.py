@@ -86,8 +86,8 @@ class Curves:
             indices: Numbers of the clips, which seed their noise.
 
         Returns:
-            By clip the levels; nothing for codecs, whose bytes are their own. A clip whose decoded pixels are not finite
-            at a level has a reason there instead of metrics.
+            By clip the levels; nothing for codecs, whose bytes are their own. At a level whose pixels are not finite a
+            clip has the reason instead of metrics.
         """
         if model.model.coding:
             return []
