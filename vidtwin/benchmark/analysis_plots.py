@@ -58,6 +58,7 @@ def draw_frames(results: Results) -> "tuple[Figure, str] | None":
     style = plots.styles(results)
     figure = plots.make_figure(1, columns=1, height=HEIGHT)
     (axes,) = figure.axes
+    seams = [analysis["seams"] for analysis in analyses.values()]
     for name, analysis in analyses.items():
         found = failures.describe_frames(analysis)
         places = range(len(found["mean"]))
@@ -68,7 +69,7 @@ def draw_frames(results: Results) -> "tuple[Figure, str] | None":
         for seam in found["seams"]:
             axes.axvline(seam - 0.5, color=colour, linewidth=0.8, linestyle=(0, (2, 2)))
     axes.set_title("PSNR (dB) by frame with its 95% interval, ↑ better", loc="left")
-    axes.set_xlabel("frame of the clip; dotted: a new window")
+    axes.set_xlabel("frame of the clip" + ("; dotted: a new window" if any(seams) else ""))
     _add_legend(figure)
     return figure, "Mean PSNR of each model by the frame's place in the clip, with its 95% interval"
 
