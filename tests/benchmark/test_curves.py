@@ -155,7 +155,7 @@ def test_a_codec_that_failed_on_some_clips_is_no_point(folder, tmp_path):
     assert [point.row for point in codec.points] == [f"x264 {crf}" for crf in (50, 45, 35, 30)]
     table = curves.points_table(results)
     assert table is not None
-    assert table.notes[-1] == "x264 40 is no point: it lacks 2 of the 6 clips that the others have."
+    assert table.notes[-1] == "x264 40 has no point: it lacks 2 of the 6 clips that the others have."
 
 
 def test_files_and_tables_have_the_deltas_to_each_codec(folder):

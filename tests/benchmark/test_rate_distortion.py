@@ -170,7 +170,7 @@ def test_a_level_that_is_not_finite_is_missing_alone_and_its_curve_has_no_point_
     assert [point.level for point in curves.read_noise(results)[0].points] == [0, 0.001]
     table = curves.noise_table(results)
     assert table is not None
-    assert table.notes[-1] == "Pool, noise 1, is no point: pixels not finite in 6 of 6 clips."
+    assert table.notes[-1] == "Pool has no point at noise 1: pixels not finite in 6 of 6 clips."
 
 
 def test_a_validation_video_of_another_content_is_another_fit(tmp_path, measured):

@@ -142,7 +142,7 @@ def _note_missing(results: Results, noise: bool) -> Iterator[str]:
     for row in rows.order(results):
         count = results.comparison["counts"].get(row["name"], 0)
         if count < total and (row.get("rate_distortion") or (row.get("coding") and not noise)):
-            yield f"{row['name']} is no point: it lacks {total - count:,} of the {total:,} clips that the others have."
+            yield f"{row['name']} has no point: it lacks {total - count:,} of the {total:,} clips that the others have."
             continue
         for (curve, level), clips in _group_levels(results, row).items():
             reasons = Counter(clip["missing"] for clip in clips if "missing" in clip)
@@ -150,7 +150,7 @@ def _note_missing(results: Results, noise: bool) -> Iterator[str]:
                 listed = ", ".join(
                     f"{reason} in {number:,} of {len(clips):,} clips" for reason, number in reasons.items()
                 )
-                yield f"{row['name']}, {_label(curve, level)}, is no point: {listed}."
+                yield f"{row['name']} has no point at {_label(curve, level)}: {listed}."
 
 
 def _mean(results: Results, clips: list[dict[str, Any]]) -> dict[str, float]:

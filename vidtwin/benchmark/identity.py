@@ -20,8 +20,10 @@ OF_LATENTS = ("rate_distortion", "seed")
 
 def is_codec(spec: dict[str, Any] | None) -> bool:
     """Return whether the class of a spec is a codec, without building it."""
+    if not spec:
+        return False
     try:
-        return bool(spec) and bool(plugins.class_of(spec["class_path"], VideoAutoencoder).codes_bytes)
+        return bool(plugins.class_of(spec["class_path"], VideoAutoencoder).codes_bytes)
     except UserError:  # which building it will raise too
         return False
 
