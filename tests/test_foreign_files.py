@@ -16,7 +16,7 @@ from sweeping import Pool, checkpoint
 from vidtwin import plugins
 from vidtwin.apply.latent_reader import LatentReader
 from vidtwin.apply.options import DecodeOptions, SessionOptions
-from vidtwin.benchmark import plots, report, rows
+from vidtwin.benchmark import pages, plots, rows
 from vidtwin.benchmark.generation import Generated
 from vidtwin.benchmark.plan import Job
 from vidtwin.benchmark.players import Writer
@@ -116,7 +116,7 @@ def put_row_aside(name: str) -> None:
 
 
 def read_player(name: str) -> None:
-    report.read_strip(link(Path("results")), name)
+    pages.read_strip(link(Path("results")), name)
 
 
 def read_rar_archive(name: str) -> None:

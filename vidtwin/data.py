@@ -237,8 +237,8 @@ class ClipSource(ABC):
         """Return the names of the labels of training clips, by label; none for clips without classes."""
         return []
 
-    def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of the content of each test video, by name; none for clips that are not of files."""
+    def digests(self, split: str = "test") -> dict[str, str]:
+        """Return the SHA-256 of the content of each video of a split, by name; none for clips that are not of files."""
         return {}
 
     @abstractmethod
