@@ -32,11 +32,14 @@ class SpatialTemporalBlock(Recomputing):
     """Attention within each frame, causal attention over time at each position, MLP.
 
     `modulation` (6, C) is learned: shift, scale and gate of the attentions (one gate for both), then of the MLP.
-    `activation_checkpointing` recomputes the MLP alone in the backward pass.
+    `activation_checkpointing` "mlp" recomputes the MLP in the backward pass, "elementwise" all but products and
+    attentions.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, activation_checkpointing: bool = False) -> None:
-        super().__init__(activation_checkpointing)
+    def __init__(
+        self, hidden_size: int, num_heads: int, activation_checkpointing: Literal[False, "mlp", "elementwise"] = False
+    ) -> None:
+        super().__init__(True if activation_checkpointing == "mlp" else activation_checkpointing)
         self.modulation = nn.Parameter(torch.randn(6, hidden_size) / hidden_size**0.5)
         self.spatial_attention = SelfAttention(hidden_size, num_heads)
         self.temporal_attention = SelfAttention(hidden_size, num_heads, causal=True)
@@ -48,18 +51,25 @@ class SpatialTemporalBlock(Recomputing):
 
     def forward(self, x: Tensor, temporal_embedding: Tensor | None = None) -> Tensor:
         """Transform (B, T, S, C); `temporal_embedding` (T, 1, C) only enters the temporal attention."""
+        if self.activation_checkpointing == "elementwise":
+            return self.run(self._transform, x, temporal_embedding)
+        return self._transform(x, temporal_embedding)
+
+    def _transform(self, x: Tensor, temporal_embedding: Tensor | None) -> Tensor:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation
         x = x + gate * self.spatial_attention(modulated_norm(x, shift, scale))
         over_time = x if temporal_embedding is None else x + temporal_embedding
         # Contiguous, so that its linear layer adds the bias in the product.
         x = x + gate * self.temporal_attention(over_time.transpose(1, 2).contiguous()).transpose(1, 2)
-        return x + gate_mlp * self.run(self.mlp, modulated_norm(x, shift_mlp, scale_mlp))
+        normed = modulated_norm(x, shift_mlp, scale_mlp)
+        hidden = self.run(self.mlp, normed) if self.activation_checkpointing is True else self.mlp(normed)
+        return x + gate_mlp * hidden
 
 
 class SpatialTemporalTransformer(Recomputing):
     """Position embeddings and `depth` blocks over a grid of T frames and `grid_size`² patches.
 
-    `activation_checkpointing` recomputes each block in the backward pass, or ("mlp") each block's MLP.
+    `activation_checkpointing` recomputes each block in the backward pass, or what `SpatialTemporalBlock` says.
     """
 
     position: Tensor
@@ -72,13 +82,13 @@ class SpatialTemporalTransformer(Recomputing):
         num_heads: int,
         num_frames: int,
         grid_size: int,
-        activation_checkpointing: bool | Literal["mlp"] = False,
+        activation_checkpointing: bool | Literal["mlp", "elementwise"] = False,
     ) -> None:
         super().__init__(activation_checkpointing is True)
         if hidden_size % 4:
             raise UserError(f"Expected hidden_size divisible by 4 (two axes of sine and cosine), got {hidden_size}.")
-        only_mlp = activation_checkpointing == "mlp"
-        self.blocks = nn.ModuleList(SpatialTemporalBlock(hidden_size, num_heads, only_mlp) for _ in range(depth))
+        within = False if activation_checkpointing is True else activation_checkpointing
+        self.blocks = nn.ModuleList(SpatialTemporalBlock(hidden_size, num_heads, within) for _ in range(depth))
         position = sincos_2d(hidden_size, grid_size, grid_size)
         time = sincos_1d(hidden_size, torch.arange(num_frames))[:, None]
         self.register_buffer("position", position.float(), persistent=False)
