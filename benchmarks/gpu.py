@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from experiments import as_markdown
-from speed import Row, describe, parse, run
+from speed import Row, parse, run
 
 from vidtwin.files import write_text
 
@@ -80,8 +80,9 @@ def main(argv: list[str]) -> None:
         except RuntimeError as error:  # out of memory: the others still count
             lines += [[name, part, key, "", "", " ".join(str(error).split())[:60]] for part, key, _ in targets]
             continue
-        content = {**describe(own), "runs": content.get("runs", {}) | {name: result["rows"]}}
-        lines += judge(name, result["rows"], targets)
+        runs = content.get("runs", {}) | {name: result.pop("rows")}
+        content = {**result, "runs": runs}
+        lines += judge(name, runs[name], targets)
         write_text(args.out, json.dumps(content, indent=1) + "\n")
     sys.stdout.write(f"{content.get('device')}, commit {content.get('commit')}\n\n")
     sys.stdout.write(as_markdown(["run", "part", "figure", "measured", "target", ""], lines) + f"\n-> {args.out}\n")

@@ -180,7 +180,7 @@ class Skipping(VidTwin):
 
 
 def skipping(folder: Path, **devices: Any) -> dict[str, Any]:
-    """Two steps of two parts of a model that says so, of one that never uses a layer, of one that does in some parts."""
+    """Two steps of two parts of a model that says so, of one that never uses a layer, of one that does now and then."""
     outcomes = {}
     for name, says, used in (
         ("searched", True, [False, False, True, False]),

@@ -32,7 +32,9 @@ class Recomputing(nn.Module):
             selective and torch.compiler.is_compiling()
         ):
             return layer(*inputs)
-        chosen = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)} if selective else {}
+        chosen: dict[str, Any] = (
+            {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)} if selective else {}
+        )
         output: Tensor = checkpoint(layer, *inputs, use_reentrant=False, **chosen)
         return output
 
