@@ -21,11 +21,20 @@ from vidtwin.layers.attention import SelfAttention
 from vidtwin.layers.patches import patchify, sincos_1d, sincos_2d, unpatchify
 from vidtwin.layers.recompute import Recomputing
 
+_CACHED = 2**23  # bytes of an MLP's hidden values at a time
+
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Apply LayerNorm without learned affine to (..., C), then · (1 + scale) + shift, both (C,)."""
     # In the type of x: FSDP2 may gather weights in bfloat16.
     return F.layer_norm(x, x.shape[-1:], weight=(1 + scale).to(x.dtype), bias=shift.to(x.dtype), eps=1e-6)
+
+
+def add_gated(x: Tensor, gate: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """Compute x + gate · y for (..., C) and a gate (C,), in `out` if it is given; in one pass if types are equal."""
+    if x.dtype == gate.dtype == y.dtype:
+        return torch.addcmul(x, gate, y, out=out)
+    return torch.add(x, gate * y, out=out)
 
 
 class SpatialTemporalBlock(Recomputing):
@@ -57,13 +66,20 @@ class SpatialTemporalBlock(Recomputing):
 
     def _transform(self, x: Tensor, temporal_embedding: Tensor | None) -> Tensor:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation
-        x = x + gate * self.spatial_attention(modulated_norm(x, shift, scale))
+        x = add_gated(x, gate, self.spatial_attention(modulated_norm(x, shift, scale)))
         over_time = x if temporal_embedding is None else x + temporal_embedding
         # Contiguous, so that its linear layer adds the bias in the product.
-        x = x + gate * self.temporal_attention(over_time.transpose(1, 2).contiguous()).transpose(1, 2)
-        normed = modulated_norm(x, shift_mlp, scale_mlp)
-        hidden = self.run(self.mlp, normed) if self.activation_checkpointing is True else self.mlp(normed)
-        return x + gate_mlp * hidden
+        x = add_gated(x, gate, self.temporal_attention(over_time.transpose(1, 2).contiguous()).transpose(1, 2))
+        if not (x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+            normed = modulated_norm(x, shift_mlp, scale_mlp)
+            hidden = self.run(self.mlp, normed) if self.activation_checkpointing is True else self.mlp(normed)
+            return add_gated(x, gate_mlp, hidden)
+        # A few frames at a time: what is between the products stays in a CPU's caches, and needs no new pages.
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)  # x may be transposed
+        frames = max(1, _CACHED // (x.shape[2] * 4 * x.shape[3] * x.element_size()))
+        for part, out in zip(x.flatten(0, 1).split(frames), result.flatten(0, 1).split(frames), strict=True):
+            add_gated(part, gate_mlp, self.mlp(modulated_norm(part, shift_mlp, scale_mlp)), out)
+        return result
 
 
 class SpatialTemporalTransformer(Recomputing):
