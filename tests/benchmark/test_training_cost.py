@@ -35,7 +35,7 @@ def averaged():
     return count_step(tiny_task(gan_start=0, ema_decay=0.9), SHAPE, 2)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, "elementwise", True])
 def test_counts_are_those_of_a_step_that_runs(recompute):
     task = tiny_task(
         gan_start=0, model={"activation_checkpointing": recompute}, optimizer=lambda p: AdamW(p, fused=True)
@@ -69,6 +69,16 @@ def test_flops_are_three_forward_passes_of_the_autoencoder_and_those_of_the_netw
     # Forward and backward for the input in the generator's pass; both ways, twice, in its own.
     assert cost.flops["discriminator"] > 6 * counter.get_total_flops()
     assert "perceptual" not in cost.flops
+
+
+def test_recomputing_all_but_products_saves_a_quarter_of_the_activations_and_runs_no_product_again():
+    costs = {}
+    for option in (False, "elementwise", True):
+        task = tiny_task(model={"activation_checkpointing": option, "depth": 4, "hidden_size": 64})
+        costs[option] = count_step(task, SHAPE, 16)
+    assert costs["elementwise"].flops == costs[False].flops
+    assert costs["elementwise"].activations_bytes < 0.75 * costs[False].activations_bytes
+    assert costs[True].activations_bytes < 0.7 * costs["elementwise"].activations_bytes
 
 
 def test_lpips_counts_without_its_weights_and_its_frames(monkeypatch):

@@ -82,6 +82,25 @@ def test_ddp_sends_the_autoencoders_gradients_once_a_step_and_the_discriminators
         assert rank["gradients"]["sent"] == dict.fromkeys(("whole", "parts"), 3 * rank["gradients"]["parameters"])
 
 
+def test_ddp_searches_for_parameters_without_a_gradient_only_in_models_that_may_have_some(outcomes):
+    for rank in outcomes[1]:
+        assert rank["gradients"]["searched"] == [False, False]
+        assert rank["baselines"]["searched"] == [False] * len(BASELINES)
+        assert rank["skipping"]["searched"]["searched"] == [True]
+    first, second = (rank["skipping"] for rank in outcomes[1])
+    assert first["searched"]["error"] == ""
+    assert first["searched"]["moved"]
+    assert first["searched"]["weights"] == second["searched"]["weights"]
+
+
+@pytest.mark.parametrize(
+    ("case", "names"), [("never", "autoencoder.extra.weight; set"), ("in part", "some parameters of")]
+)
+def test_a_parameter_that_ddp_waits_for_in_vain_is_one_line_on_all_ranks(outcomes, case, names):
+    for rank in outcomes[1]:
+        assert f"in each step on several devices, got none of {names}" in rank["skipping"][case]["error"]
+
+
 def test_a_step_of_two_ranks_waits_for_the_device_three_times_at_most(outcomes):
     # Without those of the test, and the numbers of the host by which DDP divides gradients.
     others = ("two_ranks.py", "lightning/pytorch/core/module.py")

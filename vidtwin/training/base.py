@@ -20,12 +20,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from vidtwin.compilation import list_units
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, few
 from vidtwin.storage import checkpoints
 from vidtwin.training.buffers import RunningBuffers
 from vidtwin.training.callbacks.ema import EMA
@@ -61,6 +62,14 @@ class Player(NamedTuple):
     parameters: Any
     optimizer: OptimizerCallable
     scheduler: LRSchedulerCallable
+
+
+def skipped_parameters(names: str) -> str:
+    """Describe parameters without a gradient in a training whose DDP does not search for them."""
+    return (
+        f"Expected a gradient of every parameter in each step on several devices, got none of {names}; set "
+        "--trainer.strategy ddp_find_unused_parameters_true, or may_skip_parameters = True in the model's class."
+    )
 
 
 class TrainingTask(LightningModule):
@@ -114,6 +123,7 @@ class TrainingTask(LightningModule):
         self._resumed: tuple[list[Any], list[Any]] | None = None  # of the checkpoint: param_groups, schedules
         self._validation_terms: dict[str, MeanMetric] = {}
         self._running: RunningBuffers | None = None
+        self._exchanged: dict[str, nn.Parameter] = {}  # of which DDP expects a gradient in each step
 
     # To be implemented by a task.
 
@@ -155,6 +165,11 @@ class TrainingTask(LightningModule):
         The network's units are the blocks that FSDP2 shards: blocks of one shape share a graph, and hooks stay outside.
         """
         return {self.trained: list_units(self.network)[:-1] or [self.network]}  # the last one is the network
+
+    @property
+    def may_skip_parameters(self) -> bool:
+        """Whether a step may leave trained parameters without a gradient; DDP then searches for them in each step."""
+        return False
 
     @property
     def network(self) -> nn.Module:
@@ -231,6 +246,11 @@ class TrainingTask(LightningModule):
 
     def on_train_start(self) -> None:
         self._running = RunningBuffers(self)
+        self._exchanged = {}
+        wrapper = self.trainer.strategy.model
+        if isinstance(wrapper, DistributedDataParallel) and not wrapper.find_unused_parameters:
+            parameters, ignored = wrapper.module.named_parameters(), wrapper.parameters_to_ignore
+            self._exchanged = {name: p for name, p in parameters if p.requires_grad and name not in ignored}
         for scheduler, prefix in zip(self._schedulers(), [player.prefix for player in self.players()], strict=True):
             check_length(scheduler, self._max_steps, f"model.{prefix}scheduler")
             resume_rates(scheduler)
@@ -309,6 +329,9 @@ class TrainingTask(LightningModule):
                     for name, value in computed[-1].items():
                         key = f"{player}/{'loss' if name == 'total' else name}"
                         means[key] = means.get(key, 0.0) + share * value
+        # Before any update: DDP exchanges none of the gradients that share a bucket with a missing one.
+        if missing := [name for name, parameter in self._exchanged.items() if parameter.grad is None]:
+            raise UserError(skipped_parameters(few(missing)))
         self._average_gradients()
         norms = {
             name: self._placement.gradient_norm(list_gradients(optimizer)).detach()

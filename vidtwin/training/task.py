@@ -149,6 +149,11 @@ class AutoencoderTask(TrainingTask):
             parts["discriminator"] = [self.loss.discriminator]
         return parts
 
+    @property
+    def may_skip_parameters(self) -> bool:
+        # The student's encoder does not run beside a teacher's latents.
+        return self.autoencoder.may_skip_parameters or (self.teacher is not None and self.teacher.only_decoder)
+
     def on_train_start(self) -> None:
         if self.trainer.world_size > 1 and type(self._placement) is Placement and self.loss.discriminator is not None:
             for tensor in self.loss.discriminator.state_dict(keep_vars=True).values():
