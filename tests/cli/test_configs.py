@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from vidtwin.cli import bases, main
+from vidtwin.cli.training import LightningParser
 from vidtwin.losses import AutoencoderLoss
 from vidtwin.models.vidtwin import VidTwin
 from vidtwin.storage import checkpoints
@@ -247,6 +248,18 @@ def test_1_is_one_batch_and_a_fraction_stays_one(tmp_path):
     names = [*(f"limit_{split}_batches" for split in ("train", "val", "test", "predict")), "overfit_batches"]
     given = [yaml.safe_load(text.getvalue())["trainer"][name] for name in names]
     assert [(type(value), value) for value in given] == [(int, 1), (float, 1.0), (int, 1), (int, 1), (float, 0.5)]
+
+
+class Limited:
+    def __init__(self, limit: float | int = 1.0) -> None:
+        pass
+
+
+def test_1_is_an_integer_if_floats_come_first():
+    parser = LightningParser()
+    parser.add_class_arguments(Limited, "limited")
+    given = parser.parse_args(["--limited.limit", "1"]).limited.limit
+    assert (type(given), given) == (int, 1)
 
 
 def test_configs_take_the_short_names_of_classes(tmp_path):
