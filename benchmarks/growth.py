@@ -114,7 +114,9 @@ def fit_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 def draw(rows: dict[str, list[Point]], path: Path) -> None:
     """Draw FLOPs and memory against each axis, with the exponents in the legends."""
-    figure, panels = plt.subplots(2, len(rows), figsize=(3.2 * len(rows), 6), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(
+        2, len(rows), figsize=(3.2 * len(rows), 6), squeeze=False, sharey="row", layout="constrained"
+    )
     for column, (axis, points) in enumerate(rows.items()):
         sizes = [point[axis] for point in points]
         for panel, (suffix, unit, label) in zip(

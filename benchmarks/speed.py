@@ -420,7 +420,7 @@ def compare(before: Path, after: Path) -> str:
         lines.append([*key, *shares, f"{new['clips_per_second'] / old['clips_per_second']:.2f}x"])
     table = as_markdown(["part", "precision", "share before", "after", "clips/s"], lines)
     warnings = [
-        f"{path}: not idle, others used {file['load_per_core']:.0%} of the cores"
+        f"{path}: not idle, a load of {file['load_per_core']:.2f} per core by others"
         for path, file in zip((before, after), files, strict=True)
         if not file["idle"]
     ]
@@ -480,7 +480,7 @@ def main(argv: list[str]) -> None:
     write_text(args.out, json.dumps(content, indent=1) + "\n")
     sys.stdout.write(f"{content['device']}, {content['threads']} threads, commit {content['commit']}\n")
     if not content["idle"]:
-        sys.stdout.write(f"The machine was not idle: others used up to {content['load_per_core']:.0%} of its cores.\n")
+        sys.stdout.write(f"The machine was not idle: a load of {content['load_per_core']:.2f} per core by others.\n")
     sys.stdout.write(f"\n{format_table(content['rows'])}\n\n{format_kinds(content['rows'])}")
     sys.stdout.write("".join(f"Left out: {line}.\n" for line in content["left_out"]) + f"-> {args.out}\n")
 

@@ -491,6 +491,17 @@ class DeadParameter(Patches):
         self.unused = nn.Parameter(torch.zeros(3))
 
 
+class DropsALayer(Patches):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.passes = nn.Parameter(torch.zeros(())), 0
+
+    def _decode(self, latents):
+        self.passes += self.training and torch.is_grad_enabled()
+        clip = super()._decode(latents)
+        return clip + self.layer if self.training and self.passes > 2 else clip
+
+
 class OtherLastLayer(Patches):
     @property
     def last_layer(self):
@@ -606,6 +617,7 @@ class FrozenLastLayer(Patches):
         TakesOneClip: "a clip without a batch axis is refused with a UserError",
         TakesUnknownLatents: "an unknown latent is refused with a UserError",
         DeadParameter: "every trainable parameter gets a gradient; these do not: ['unused']",
+        DropsALayer: "every trainable parameter gets a gradient in each step; these do in some: ['layer']",
         OtherLastLayer: "last_layer is one of the trainable parameters",
         FromTheLastEncode: "dequantize() of the codes of patches gives its latent back",
         NoStraightThrough: "gradients go from patches back to the clip; its encoder learns from commitment alone",
@@ -676,6 +688,8 @@ class NormedLastLayer(WeightNorm):
 
 
 class LayerDrop(Patches):
+    may_skip_parameters = True
+
     def __init__(self):
         super().__init__()
         self.layers = nn.ModuleList(nn.Conv3d(2, 2, 1) for _ in range(4))

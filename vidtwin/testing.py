@@ -659,11 +659,18 @@ def _check_gradients(check: _Check) -> None:
         "last_layer is one of the trainable parameters; return the module's weight itself (under weight_norm: "
         "module.parametrizations.weight.original1)",
     )
+    skipped: list[str] = []
     for _ in range(_PASSES):
         _train(model, check.clip, "", "look for a division by 0, or the log or root of 0")
         dead = [name for name, p in parameters.items() if p.grad is None]
         if not dead:
+            _require(
+                not skipped or model.may_skip_parameters,
+                f"every trainable parameter gets a gradient in each step; these do in some: {skipped[:5]}; set "
+                "may_skip_parameters = True, by which several devices look for them",
+            )
             return
+        skipped = skipped or dead
     raise ContractError(
         f"every trainable parameter gets a gradient; these do not: {dead[:5]}; use them, remove them or freeze them "
         "(requires_grad_(False))"

@@ -153,3 +153,5 @@ def test_counted_growth_is_that_of_products_and_attention(speed, tmp_path, monke
     growth.draw(rows, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 5000
     assert f"{exponent:.2f}" in growth.format_points(rows).splitlines()[-1]
+    times = growth.measure({"frames": 4, "resolution": 32, "batch": 1, "width": 48}, depth=1)
+    assert set(times) == {"encode_seconds", "step_seconds"}
