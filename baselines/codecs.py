@@ -40,6 +40,7 @@ class Codec(VideoAutoencoder):
     """Base of codecs: clips to bytes and back, one by one."""
 
     latent_names = ("stream",)
+    codes_bytes = True
 
     def _encode(self, clip: Tensor) -> Encoding:
         pictures = rearrange(round_to_uint8(clip), "b c t h w -> b t h w c").to("cpu", torch.uint8).numpy()

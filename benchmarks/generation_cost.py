@@ -2,25 +2,31 @@
 
     python benchmarks/generation_cost.py                    clips of 16 frames of 64 px
     python benchmarks/generation_cost.py --device cuda --batch 64
+    python benchmarks/generation_cost.py --generated VidTwin=generated CMD=generated_cmd
 
-The transformer is that of configs/diffusion/tiny.yaml for all, on untrained autoencoders, whose cost does not depend on
-their weights. FLOPs count a multiply-add as two: a training step is a forward and a backward pass on one clip, a
-sample is all steps of sampling with guidance (two passes each) without the decoder. Seconds are CPU time of this
-process on a CPU, which other processes change little, and wall time on a GPU: medians of some passes.
+The transformer has four layers of width 128 and the paper's patches of 2, for all, and runs on the latents of untrained
+autoencoders, whose cost does not depend on their weights. FLOPs count a multiply-add as two: a training step is a
+forward and a backward pass on one clip, a sample is all steps of sampling with guidance (two passes each) without the
+decoder. Seconds are CPU time of this process on a CPU, which other processes change little, and wall time on a GPU:
+medians of some passes. The quality is of chains that were trained: gFVD by `vidtwin score`, the distance by
+benchmarks/generated.py, both read from the folder of the generated videos; "-" without one.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from experiments import as_markdown
+from generated import COMPARISON
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from vidtwin.benchmark.generation import SCORE
 from vidtwin.cli import model_config
 from vidtwin.diffusion.model import LatentDiffusion, draw_noise
 from vidtwin.diffusion.process import RectifiedFlow
@@ -43,8 +49,12 @@ HEADER = [
     "Denoised/s",
     "Decoded/s",
     "Generated/s",
+    "gFVD",
+    "Distance",
 ]
 CLIP = (3, 16, 64, 64)
+SIZES = TransformerSizes(depth=4, width=128, heads=4, class_width=64)
+SAMPLING_STEPS = 50
 
 
 def seconds(step: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -74,11 +84,10 @@ def flops(model: LatentDiffusion) -> tuple[int, int]:
 
 def measure(name: str, arguments: argparse.Namespace) -> list[str]:
     device = torch.device(arguments.device)
-    settings = yaml.safe_load((CONFIGS / "diffusion" / "tiny.yaml").read_text())["model"]["init_args"]
     torch.manual_seed(0)
     autoencoder = model_config.read(str(CONFIGS / f"{MODELS[name]}.yaml"))[1]().eval().requires_grad_(False)
     shapes = autoencoder.latent_shapes(CLIP)
-    model = LatentDiffusion(shapes, 101, RectifiedFlow(), TransformerSizes(**settings["transformer"]))
+    model = LatentDiffusion(shapes, 101, RectifiedFlow(), SIZES)
     forward, training = flops(model)
     autoencoder.to(device)
     model.to(device)
@@ -101,8 +110,8 @@ def measure(name: str, arguments: argparse.Namespace) -> list[str]:
     latents = sample()
     with torch.no_grad():
         decoding = seconds(lambda: autoencoder.decode(latents, CLIP[1]), device, arguments.repeats)
-    passes = 2 * settings["sampling_steps"]
-    whole = sampling * settings["sampling_steps"] / arguments.steps  # each step costs the same
+    passes = 2 * SAMPLING_STEPS
+    whole = sampling * SAMPLING_STEPS / arguments.steps  # each step costs the same
     print(f"{name}: {step:.3g} s a training step", flush=True)
     return [
         name,
@@ -114,7 +123,31 @@ def measure(name: str, arguments: argparse.Namespace) -> list[str]:
         f"{arguments.batch / whole:.3g}",
         f"{arguments.batch / decoding:.3g}",
         f"{arguments.batch / (whole + decoding):.3g}",
+        *quality(arguments.generated.get(name)),
     ]
+
+
+def quality(folder: Path | None) -> list[str]:
+    """Read gFVD and the distance by EfficientNet-Lite0 of a folder of generated videos."""
+    if folder is None:
+        return ["-", "-"]
+    gfvd: Any = "-"
+    if (path := folder / SCORE).exists():
+        gfvd = json.loads(path.read_text())["gfvd"]
+        gfvd = gfvd if isinstance(gfvd, str) else f"{gfvd['value']:.1f}"
+    path = folder / COMPARISON
+    return [gfvd, f"{json.loads(path.read_text())['frechet_distance']:.2f}" if path.exists() else "-"]
+
+
+def read_folders(texts: list[str]) -> dict[str, Path]:
+    """Split NAME=FOLDER of each generated folder."""
+    found = {}
+    for text in texts:
+        name, given, folder = text.partition("=")
+        if not given or name not in MODELS or not Path(folder).is_dir():
+            raise SystemExit(f"Expected NAME=FOLDER with a name of {', '.join(MODELS)}, got {text}.")
+        found[name] = Path(folder)
+    return found
 
 
 def main() -> None:
@@ -126,7 +159,9 @@ def main() -> None:
         "--steps", type=int, default=5, help="timed steps of sampling, of which the whole is a multiple"
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
+    parser.add_argument("--generated", nargs="+", default=[], metavar="NAME=FOLDER", help="folders of generated videos")
     arguments = parser.parse_args()
+    arguments.generated = read_folders(arguments.generated)
     rows = [measure(name, arguments) for name in arguments.models]
     print(as_markdown(HEADER, rows))
     print(f"\n{arguments.batch} clips a step, {torch.get_num_threads()} threads.")

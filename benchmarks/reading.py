@@ -88,6 +88,36 @@ WAYS: dict[str, Callable[[Job], None]] = {
 }
 
 
+def measure_ways(jobs: list[Job], ways: dict[str, Callable[[Job], None]], repetitions: int) -> dict[str, list[float]]:
+    """Measure clips per CPU-second of each way, in turns → one number per repetition."""
+    for way in ways.values():  # warm up the page cache
+        for job in jobs:
+            way(job)
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repetitions):
+        for name, way in ways.items():
+            begin = time.process_time()
+            for job in jobs:
+                way(job)
+            rates[name].append(len(jobs) / (time.process_time() - begin))
+    return rates
+
+
+def measure_workers(jobs: list[Job], workers: int, repetitions: int) -> list[float]:
+    """Measure clips per second of a data loader → one number per repetition."""
+    videos = [Video(job[0], job[0].name, info=survey(job[0])) for job in jobs]
+    clips = VideoClips(videos, ClipSettings(FRAMES, SIZE, FPS), "train")
+    loader = WorkerLoader(clips, batch_size=4, num_workers=workers, collate_fn=collate, persistent_workers=True)
+    speeds = []
+    for repetition in range(repetitions + 1):
+        begin = time.perf_counter()
+        for _ in loader:
+            pass
+        if repetition:  # the first repetition starts the workers
+            speeds.append(len(clips) / (time.perf_counter() - begin))
+    return speeds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how fast clips are read.")
     parser.add_argument("root", type=Path, help="folder of .avi files, such as UCF-101")
@@ -97,16 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     jobs = draw_jobs(args.root, args.videos)
-    for way in WAYS.values():  # warm up the page cache
-        for job in jobs:
-            way(job)
-    rates: dict[str, list[float]] = {name: [] for name in WAYS}
-    for _ in range(args.repetitions):
-        for name, way in WAYS.items():
-            begin = time.process_time()
-            for job in jobs:
-                way(job)
-            rates[name].append(len(jobs) / (time.process_time() - begin))
+    rates = measure_ways(jobs, WAYS, args.repetitions)
     raw = rates["decoding only (PyAV)"]
     decoded = statistics.mean(job[2] + 1 for job in jobs)
     print(
@@ -122,17 +143,8 @@ def main() -> None:
         )
     print("\n| workers | clips per second |")
     print("|---:|---:|")
-    videos = [Video(job[0], job[0].name, info=survey(job[0])) for job in jobs]
     for workers in args.workers:
-        clips = VideoClips(videos, ClipSettings(FRAMES, SIZE, FPS), "train")
-        loader = WorkerLoader(clips, batch_size=4, num_workers=workers, collate_fn=collate, persistent_workers=True)
-        speeds = []
-        for repetition in range(args.repetitions + 1):
-            begin = time.perf_counter()
-            for _ in loader:
-                pass
-            if repetition:  # the first repetition starts the workers
-                speeds.append(len(clips) / (time.perf_counter() - begin))
+        speeds = measure_workers(jobs, workers, args.repetitions)
         print(f"| {workers} | {statistics.median(speeds):.0f} ({min(speeds):.0f} … {max(speeds):.0f}) |")
 
 

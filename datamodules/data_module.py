@@ -82,7 +82,7 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
         self.unusable = UnusableVideos(max_broken)
         self.skipped = self.unusable.reasons
         self._datasets: dict[str, ClipDataset] = {}
-        self._digests: dict[str, str] | None = None
+        self._digests: dict[str, dict[str, str]] = {}
 
     @abstractmethod
     def videos(self, split: str) -> list[Video]:
@@ -240,10 +240,10 @@ class ClipDataModule(ResumableDataModule, ClipSource, ABC):
         known = [folders.get(label, set()) for label in range(max(folders, default=-1) + 1)]
         return [names.pop() if len(names) == 1 and "" not in names else str(label) for label, names in enumerate(known)]
 
-    def digests(self) -> dict[str, str]:
-        if self._digests is None:
-            self._digests = self.dataset("test").digests(self._reports)
-        return self._digests
+    def digests(self, split: str = "test") -> dict[str, str]:
+        if split not in self._digests:
+            self._digests[split] = self.dataset(split).digests(self._reports)
+        return self._digests[split]
 
     def split_name(self, split: str) -> str:
         """Return a split's name in the protocol."""

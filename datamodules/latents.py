@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vidtwin.data import LatentDescription, LatentSource
+from vidtwin.data import LatentDescription, LatentSource, is_varying
 from vidtwin.errors import UserError, few
 from vidtwin.storage.latent_files import LOGVAR, Manifest, OpenShards, VideoEntry
 
@@ -220,7 +220,8 @@ class LatentDataModule(ResumableDataModule, LatentSource):
         shape = (1, -1, *[1] * (latent.ndim - 2)) if latent.ndim > 1 else (1,)
         with torch.inference_mode(False):  # a validation may come first
             mean, std = (latent.new_tensor(held[k]).reshape(shape) for k in ("mean", key))
-            return mean, torch.where(std > 0, std, 1.0)
+            variance = std.square()
+            return mean, torch.where(is_varying(variance, variance + mean.square()), std, 1.0)
 
     def _create(self, split: str) -> LatentClips:
         shared = split == "train" or self.val_root is None

@@ -1,5 +1,6 @@
 """Fixtures of several tests, and the order of the files among workers."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 # Tests that fork processes (forked.py): all in one worker, which imports what they need once more.
 FORKING = "training/test_distributed.py", "benchmark/test_sweep_on_two_ranks.py"
 FORKING += "apply/test_encode.py", "training/test_sharding.py", "training/test_diffusion.py"
+LIBRARIES = "baselines/test_library"  # the beginning of files that import diffusers: all in one worker too
 # By their CPU time, heaviest first: short files at the end keep all workers busy.
 HEAVY = *FORKING, "cli/test_configs.py", "benchmark/test_sweep.py", "training/test_resume.py"
 HEAVY += "benchmark/test_benchmark_configs.py", "apply/test_export.py", "benchmark/test_report_in_chromium.py"
@@ -26,9 +28,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: _PLACES.get(item.nodeid.partition("::")[0], len(_PLACES)))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """Look for garbage neither while modules are imported nor among their 700,000 objects later, and less often."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.set_threshold(5_000, 10, 10)
+        gc.enable()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each worker whole files, heavy ones first, and those that fork to one worker."""
+    """Give each worker whole files, heavy ones first; those that fork to one worker, those of libraries to one too."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -36,7 +50,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class HeavyFirst(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "forking" if file.removeprefix("tests/") in FORKING else file
+            name = file.removeprefix("tests/")
+            if name in FORKING:
+                return "forking"
+            return "libraries" if name.startswith(LIBRARIES) else file
 
     config.option.loadscopereorder = False  # by the number of tests
     return HeavyFirst(config, log)

@@ -1,5 +1,6 @@
 """Videos of two classes, their latents by an untrained VidTwin, and a diffusion model that trains in a moment."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ SIZES = {"depth": 1, "width": 16, "heads": 2, "class_width": 8}
 QUIET = ("--accelerator", "cpu", "--progress", "false")
 
 
-def write_videos(folder: Path, each: int = 3, length: int = 8) -> Path:
+def write_videos(folder: Path, each: int = 3, length: int = 8, names: Sequence[str] = CLASSES) -> Path:
     """Write `each` videos of `length` frames in each of two class folders."""
     random = np.random.default_rng(0)
-    for label, name in enumerate(CLASSES):
+    for label, name in enumerate(names):
         for number in range(each):
             base = 60 + 100 * label + random.integers(0, 20)
             frames = np.full((length, 32, 32, 3), base, np.uint8)
@@ -32,11 +33,18 @@ def write_videos(folder: Path, each: int = 3, length: int = 8) -> Path:
     return folder
 
 
-def write_latents(folder: Path, seed: int = 0, model: Any = None, length: int = 8, **arguments: str) -> Path:
+def write_latents(
+    folder: Path,
+    seed: int = 0,
+    model: Any = None,
+    length: int = 8,
+    names: Sequence[str] = CLASSES,
+    **arguments: str,
+) -> Path:
     """Write `folder/model`, an untrained VidTwin, and `folder/latents` of the videos by it."""
     torch.manual_seed(seed)
     (model or tiny_model()).save_pretrained(folder / "model")
-    write_videos(folder / "videos", length=length)
+    write_videos(folder / "videos", length=length, names=names)
     words = [word for name, value in arguments.items() for word in (f"--{name}", value)]
     given = ["encode", str(folder / "videos"), "--ckpt_path", str(folder / "model"), "--labels", "folders"]
     assert main([*given, "--out", str(folder / "latents"), *QUIET, *words]) == 0

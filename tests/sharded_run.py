@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from generation import tiny_diffusion
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tiny import BASELINES, Clips, Poisoned, tiny_model, tiny_task, trainer
@@ -250,6 +251,42 @@ def refused(folder: Path, checkpoint: Path, **devices: Any) -> dict[str, Any]:
     return errors
 
 
+def diffusion(folder: Path, **devices: Any) -> dict[str, Any]:
+    """A diffusion model on clips: sharded, whole on each rank (DDP), and sharded but ended and resumed."""
+    torch.manual_seed(0)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        tiny_model().save_pretrained(folder / "model")
+    outcome = {}
+
+    def run(name: str, strategy: str, ckpt_path: Path | None = None) -> None:
+        task = tiny_diffusion(
+            optimizer=momentum,
+            scheduler=partial(ConstantLR, factor=1.0),
+            autoencoder=str(folder / "model"),
+            gradient_clip_norm=0.1,
+            ema_decay=0.5,
+            use_ema=True,
+            accumulation=2,
+            sample_every_n_steps=2,
+            num_samples=1,
+        )
+        diary, board = Diary(), TensorBoardLogger(str(folder / name), name="", version="")
+        callbacks = [saved(folder / name, 1), diary]
+        options = {**devices, "strategy": strategy, "logger": board, "num_sanity_val_steps": 0}
+        run = trainer(folder, 3, callbacks=callbacks, **options)
+        run.strategy.barrier()  # the model is written
+        run.fit(task, datamodule=Uneven(devices["devices"]), ckpt_path=ckpt_path)
+        sharded = [isinstance(parameter, DTensor) for parameter in task.denoiser.parameters()]
+        units = [type(m).__name__ for m in task.modules() if type(m).__name__.startswith("FSDP")]
+        value = float(run.callback_metrics["val/loss"])
+        outcome[name] = {"losses": diary.losses, "sharded": all(sharded), "units": units, "val/loss": value}
+
+    run("sharded", "fsdp2")
+    run("whole", "ddp")
+    run("resumed", "fsdp2", folder / "sharded" / "step-00000001.ckpt")
+    return outcome
+
+
 def low_precision(folder: Path, **devices: Any) -> dict[str, Any]:
     return train(folder, task_of(), precision="bf16-mixed", **devices)
 
@@ -259,7 +296,7 @@ def main(out: Path) -> None:
     two = {"devices": 2, "strategy": "fsdp2"}
     outcomes = {
         scenario.__name__: scenario(out / scenario.__name__, **two)
-        for scenario in (whole, parts, one_unit, baseline, poisoned, adaptive, averaged, low_precision)
+        for scenario in (whole, parts, one_unit, baseline, poisoned, adaptive, averaged, low_precision, diffusion)
     }
     alone = out / "alone" / "whole"
     outcomes["from_one"] = train(out / "from_one", task_of(depth=2), ckpt_path=alone / "step-00000001.ckpt", **two)

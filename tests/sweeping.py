@@ -125,7 +125,7 @@ class Pool(VideoAutoencoder):
         self.scale = nn.Parameter(torch.tensor(0.9))
 
     def _encode(self, clip: Tensor) -> Encoding:
-        numbers = [] if clip.is_meta else numbers_of(clip)
+        numbers = [] if clip.is_meta or torch.compiler.is_exporting() else numbers_of(clip)
         calls.append(numbers)
         if Interruption.after is not None:
             Interruption.after -= 1
@@ -167,6 +167,20 @@ class Coded(Pool):
 
     def dequantize(self, codes: Latents) -> Latents:
         return {"grid": codes["grid"] - 0.5}
+
+
+class Signs(Pool):
+    """`Pool` with one bit a position: the sign of its mean over the channels."""
+
+    def _posterior(self, mean: Tensor) -> Any:
+        codes = (mean.mean(1) > 0).long()
+        return Quantized(self.dequantize({"grid": codes})["grid"], codes, 2)
+
+    def code_shapes(self, clip_shape: Any) -> dict[str, Any]:
+        return {"grid": (self.latent_shapes(clip_shape)["grid"][1:], 2)}
+
+    def dequantize(self, codes: Latents) -> Latents:
+        return {"grid": (codes["grid"][:, None] - 0.5).expand(-1, 3, -1, -1, -1)}
 
 
 class Two(Pool):

@@ -87,7 +87,7 @@ def tiny(name, value):
     return {}, {}
 
 
-# tests/baselines/test_library.py checks the adapters of libraries, in the worker that imports these.
+# tests/baselines/test_library.py and its neighbours check the adapters of libraries, in the worker that imports these.
 NAMES = [name for name, entry in plugins.available(GROUP).items() if "baselines.library" not in entry.value]
 
 

@@ -16,7 +16,8 @@ from sweeping import Pool, checkpoint
 from vidtwin import plugins
 from vidtwin.apply.latent_reader import LatentReader
 from vidtwin.apply.options import DecodeOptions, SessionOptions
-from vidtwin.benchmark import plots, report, rows
+from vidtwin.benchmark import pages, plots, rows
+from vidtwin.benchmark.generation import Generated
 from vidtwin.benchmark.plan import Job
 from vidtwin.benchmark.players import Writer
 from vidtwin.benchmark.row_folder import RowFolder
@@ -115,7 +116,7 @@ def put_row_aside(name: str) -> None:
 
 
 def read_player(name: str) -> None:
-    report.read_strip(link(Path("results")), name)
+    pages.read_strip(link(Path("results")), name)
 
 
 def read_rar_archive(name: str) -> None:
@@ -201,6 +202,13 @@ def test_decode_refuses_a_name_that_leads_out_in_one_line(here, capsys, name):
     assert said.count("\n") == 1
 
 
+def test_no_generated_video_is_read_outside_of_its_folder(here):
+    write_video(here.parent / "outside" / "x.mp4", np.zeros((2, 16, 16, 3), np.uint8), 8)
+    manifest = {"num_frames": 2, "size": [16, 16], "samples": [{"file": "../outside/x.mp4"}]}
+    with pytest.raises(UserError, match="Expected a name that stays inside"):
+        list(Generated(here, manifest).clips())
+
+
 def test_rates_that_files_have_are_read_and_written(tmp_path):
     assert parse_rate("30000/1001") * 1001 == 30000
     with VideoWriter(tmp_path / "a.mp4", 300.1234567, timed=False) as writer:  # a numerator beyond 31 bits
@@ -258,6 +266,7 @@ def evil(here: Path) -> Path:
         "predict --ckpt_path last.ckpt --data synthetic",
         "validate --ckpt_path folder --data synthetic",
         "replay dump.pt",
+        "card --ckpt_path last.ckpt --out card.md",
     ],
 )
 def test_a_module_of_the_current_folder_is_not_imported_for_weights(evil, capsys, words):

@@ -45,7 +45,7 @@ def test_an_absent_plug_in_is_named_beside_those_there_are(installed):
     installed(("b", "m:B"), ("a", "m:A"))
     with pytest.raises(UserError) as error:
         plugins.load("c", GROUP)
-    assert str(error.value) == "Expected one of the plug-ins a, b, got 'c'."
+    assert str(error.value) == "Expected the name of a plug-in, got 'c'. Known: a, b."
 
 
 @pytest.mark.parametrize(

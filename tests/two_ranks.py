@@ -1,20 +1,22 @@
 """Run by test_distributed.py: trainings on two ranks, whose outcomes each rank writes to a file.
 
-python two_ranks.py FOLDER      Lightning starts the second process
+python two_ranks.py FOLDER BASELINE...      Lightning starts the second process
 """
 
 import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from generation import tiny_diffusion
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ParallelStrategy
-from tiny import BASELINES, Clips, Poisoned, baseline_task, tiny_model, tiny_task, trainer
+from tiny import Clips, Poisoned, baseline_task, tiny_model, tiny_task, trainer
+from torch import nn
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -25,6 +27,7 @@ from waits import Count
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.errors import Preempted, UserError
 from vidtwin.losses.discriminator import PatchDiscriminator2d
+from vidtwin.models.vidtwin import VidTwin
 from vidtwin.posteriors import DiagonalGaussian, Encoding
 from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.training.callbacks.guard import StepGuard
@@ -41,11 +44,16 @@ class Diary(Callback):
         self.rejected: list[str | None] = []
         self.losses: list[float] = []
         self.validated: list[str] = []
+        self.searched: list[bool] = []  # for parameters without a gradient
 
     def on_train_batch_start(self, trainer, task, batch, batch_idx):
         self.clips.append(list(batch["name"]))
         if self.by_signal and trainer.global_step + 1 == self.end_at and trainer.global_rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_start(self, trainer, task):
+        model = trainer.strategy.model
+        self.searched += [model.find_unused_parameters] if isinstance(model, DistributedDataParallel) else []
 
     def on_validation_batch_end(self, trainer, task, outputs, batch, batch_idx, dataloader_idx=0):
         if not trainer.sanity_checking:
@@ -132,6 +140,7 @@ def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
         "clips": diary.clips[:3],
         "without_sync": blocked,
         "sent": sent,
+        "searched": diary.searched,
         "waits": count.lines,
         "parameters": sum(p.nbytes for p in task.autoencoder.parameters() if p.requires_grad),
         "adaptive_weight": weight,
@@ -139,22 +148,62 @@ def gradients(folder: Path, **devices: Any) -> dict[str, Any]:
     }
 
 
-def baselines(folder: Path, **devices: Any) -> dict[str, Any]:
-    """Two steps of each plug-in baseline on 8 clips, 4 a step over all ranks, from the mode of the posterior."""
+def baselines(folder: Path, names: Sequence[str] | None = None, **devices: Any) -> dict[str, Any]:
+    """Two steps of each baseline on 8 clips, 4 a step over all ranks, from the mode of the posterior.
+
+    By default of those that the command line names.
+    """
     # Of Open-Sora's image latents too.
     sample, DiagonalGaussian.sample = DiagonalGaussian.sample, DiagonalGaussian.mode  # type: ignore[method-assign]
-    psnr = {}
+    psnr, diary = {}, Diary()
     try:
-        for name in BASELINES:
+        for name in sys.argv[2:] if names is None else names:
             still = {"attention_dropout": 0.0} if name == "ivideogpt" else {}
             plain = {"optimizer": lambda p: SGD(p, lr=0.1), "scheduler": lambda o: ConstantLR(o, 1.0)}
-            run = trainer(folder / name, 2, callbacks=[saved(folder / name)], **devices)
+            run = trainer(folder / name, 2, callbacks=[diary, saved(folder / name)], **devices)
             clips = Clips(count=8, batch_size=4 // devices.get("devices", 1))
             run.fit(baseline_task(name, still, **plain, ema_decay=0.5), datamodule=clips)
             psnr[name] = float(run.callback_metrics["val/psnr"])
     finally:
         DiagonalGaussian.sample = sample  # type: ignore[method-assign]
-    return psnr
+    return psnr | {"searched": diary.searched}
+
+
+class Skipping(VidTwin):
+    """A model with a layer that it does not use in every forward pass."""
+
+    used: ClassVar[list[bool]] = []
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.extra = nn.Linear(1, 1, bias=False)
+
+    def _decode(self, latents: Any) -> torch.Tensor:
+        clip = super()._decode(latents)
+        return clip + self.extra.weight if self.training and self.used.pop(0) else clip
+
+
+def skipping(folder: Path, **devices: Any) -> dict[str, Any]:
+    """Two steps of two parts of a model that says so, of one that never uses a layer, of one that does now and then."""
+    outcomes = {}
+    for name, says, used in (
+        ("searched", True, [False, False, True, False]),
+        ("never", False, [False, False]),
+        ("in part", False, [True, False, True, True]),
+    ):
+        Skipping.may_skip_parameters, Skipping.used = says, used
+        task, diary = tiny_task(accumulation=2, warmup_steps=1), Diary()
+        task.autoencoder = Skipping(**task.autoencoder.init_args)
+        weight = float(task.autoencoder.extra.weight.detach())
+        try:
+            trainer(folder, 2, callbacks=[diary], **devices).fit(task, datamodule=Clips(count=8))
+            error = ""
+        except UserError as reason:
+            error = str(reason)
+        moved = float(task.autoencoder.extra.weight.detach()) != weight
+        total = sum(float(p.detach().double().sum()) for p in task.autoencoder.parameters())
+        outcomes[name] = {"error": error, "searched": diary.searched, "moved": moved, "weights": total}
+    return outcomes
 
 
 def odd_tail(folder: Path, **devices: Any) -> dict[str, Any]:
@@ -266,7 +315,8 @@ def broken_videos(folder: Path, **devices: Any) -> dict[str, Any]:
 
 
 SCENARIOS = {
-    f.__name__: f for f in (gradients, baselines, odd_tail, too_few, poisoned, resumed, diffusion, broken_videos)
+    f.__name__: f
+    for f in (gradients, baselines, skipping, odd_tail, too_few, poisoned, resumed, diffusion, broken_videos)
 }
 
 if __name__ == "__main__":

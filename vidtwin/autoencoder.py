@@ -121,20 +121,25 @@ class VideoAutoencoder(Pretrained, nn.Module, ABC):
         latent_names: Names of the latents that `encode` returns and `decode` takes.
         partial_latents: Whether `decode` accepts some of them alone (VidTwin: structure only, dynamics only).
         temporal: Legal clip lengths.
+        may_skip_parameters: Whether a training step may leave trainable parameters without a gradient, as layers that
+            are dropped at random; on several devices they are then searched for in each step.
         resolution: Height and width if they are fixed when the model is built, else None.
         spatial_multiple: Height and width must be multiples of this if they are not fixed.
         value_range: The range of pixel values in `_encode` and `_decode`; the public methods use [-1, 1].
-        coding: The settings of a codec, whose latent is a `Stream` of bytes; None for other models.
+        codes_bytes: Whether its latents are `Stream`s of bytes, as those of codecs are.
+        coding: The settings of a codec; None for other models.
         init_args: The arguments of the constructor, defaults included; `spec` stores them.
         class_path: The import path of the class; `spec` stores it.
     """
 
     latent_names: ClassVar[tuple[str, ...]]
     partial_latents: ClassVar[bool] = False
+    may_skip_parameters: ClassVar[bool] = False
     temporal: TemporalSpec = TemporalSpec()
     resolution: int | None = None
     spatial_multiple: int = 1
     value_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    codes_bytes: ClassVar[bool] = False
     coding: Coding | None = None
     init_args: dict[str, Any]
     class_path: str

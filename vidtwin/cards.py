@@ -10,9 +10,17 @@ _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _SHORT = 12  # lines of a table that is shown without a click
 
 
-def escape(text: Any) -> str:
-    """Escape text for Markdown, within a line: neither markup nor HTML."""
-    return _MARKUP.sub(r"\\\g<0>", " ".join(str(text).split())).translate(_ENTITIES)
+def escape(text: Any, terminal: bool = False) -> str:
+    """Escape text for Markdown, within a line: neither markup nor HTML.
+
+    Args:
+        text: Of any kind.
+        terminal: Escape what would begin HTML or end a cell alone, so that the source reads well in a terminal too.
+    """
+    line = " ".join(str(text).split())
+    if terminal:
+        return line.replace("<", "\\<").replace("|", "\\|")
+    return _MARKUP.sub(r"\\\g<0>", line).translate(_ENTITIES)
 
 
 def code(text: Any, cell: bool = False) -> str:

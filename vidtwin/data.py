@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from vidtwin.errors import UserError
 
 SPLITS = ("train", "val", "test")
+_CONSTANT = 1e-10  # of a channel's mean square: a variance below is a rounding error
 Skip = tuple[str, str] | tuple[str, str, bool]  # name, reason; False if the video is intact and ends before the clip
 
 
@@ -236,8 +237,8 @@ class ClipSource(ABC):
         """Return the names of the labels of training clips, by label; none for clips without classes."""
         return []
 
-    def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of the content of each test video, by name; none for clips that are not of files."""
+    def digests(self, split: str = "test") -> dict[str, str]:
+        """Return the SHA-256 of the content of each video of a split, by name; none for clips that are not of files."""
         return {}
 
     @abstractmethod
@@ -261,6 +262,16 @@ class ClipSource(ABC):
         verify: bool = False,
     ) -> Sequence[Any]:
         """Write the clips, or the video files, of some splits as shards → one printable summary per split."""
+
+
+def is_varying(variance: Tensor, mean_square: Tensor) -> Tensor:
+    """Return for each channel of latents whether it varies by more than rounding errors, so that its scale divides.
+
+    Args:
+        variance: Variance of each channel.
+        mean_square: Mean of its squares, of the same shape.
+    """
+    return variance > _CONSTANT * mean_square
 
 
 @dataclass(frozen=True)

@@ -63,3 +63,9 @@ def suggestion(word: str, candidates: Iterable[str]) -> str:
     """Return the end of a message: `; did you mean 'x'?` for the nearest candidate, else a full stop."""
     near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def name_choices(word: str, names: Iterable[str]) -> str:
+    """Return the end of a message about a name out of many: the nearest one first, then all of them."""
+    known = sorted(names)
+    return f"{suggestion(word, known)} Known: {', '.join(known)}."

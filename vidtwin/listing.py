@@ -12,6 +12,22 @@ from vidtwin.console import log_once
 from vidtwin.errors import UserError
 
 _NUMBERED = re.compile(r"\d\.\w+$")  # the end of an image's name in a sequence: 00000.jpg, frame_1.png
+_GROUPED = re.compile(r"([^/]*_g(\d+))_c\d+(\.\w+)?$")  # a clip of a group of UCF-101
+
+
+def source_of(video: str) -> str:
+    """Name the source of a video: its group if it is named as in UCF-101 (`v_Archery_g01_c02.avi`), else the video.
+
+    Clips of a group are cut from one recording.
+    """
+    found = _GROUPED.search(video)
+    return found[1] if found else video
+
+
+def find_group(video: str) -> int | None:
+    """Return the number of the group of a video that is named as in UCF-101; None for other names."""
+    found = _GROUPED.search(video)
+    return int(found[2]) if found else None
 
 
 def walk(root: Path, links: bool = True) -> Iterator[tuple[Path, list[str], list[str]]]:

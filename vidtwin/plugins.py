@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from vidtwin.errors import UserError, suggestion
+from vidtwin.errors import UserError, name_choices, suggestion
 
 GROUPS = ("vidtwin.autoencoders", "vidtwin.datamodules", "vidtwin.commands")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -88,8 +88,7 @@ def load(name: str, group: str) -> Any:
     """Import the plug-in of a short name. Raises `UserError` if it is absent or broken."""
     entries = available(group)
     if name not in entries:
-        known = sorted(entries)
-        raise UserError(f"Expected one of the plug-ins {', '.join(known)}, got {name!r}{suggestion(name, known)}")
+        raise UserError(f"Expected the name of a plug-in, got {name!r}{name_choices(name, entries)}")
     try:
         return entries[name].load()
     except Exception as error:

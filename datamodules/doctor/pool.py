@@ -18,6 +18,8 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
+from tqdm import tqdm
+
 from vidtwin.errors import UserError
 
 
@@ -152,6 +154,8 @@ class _Worker:
 def _serve(pipe: Connection, function: Callable[..., Any]) -> None:
     """Answer jobs until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A killed process leaves the semaphore of tqdm's own lock, of which Python warns; messages need none of processes.
+    tqdm.set_lock(threading.RLock())
     try:
         pipe.send(None)
         while True:

@@ -1,7 +1,6 @@
 """UCF-101: 13,320 videos of 101 human actions, 320x240, mostly 25 fps (Soomro et al. 2012, arXiv:1212.0402)."""
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +9,7 @@ from vidtwin.datamodules.clips import Video
 from vidtwin.datamodules.data_module import ClipDataModule
 from vidtwin.datamodules.lists import check_apart, check_unique
 from vidtwin.errors import UserError, few
-from vidtwin.listing import is_hidden, read_lines
+from vidtwin.listing import find_group, is_hidden, read_lines
 
 from .lists import (
     KINDS,
@@ -26,7 +25,6 @@ from .lists import (
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_GROUP = re.compile(r"_g(\d+)_c\d+\.avi$")
 _TEST_GROUPS = range(1, 8)  # those of the official split 1
 
 
@@ -164,9 +162,9 @@ def _read(reader: Callable[[Path], T], path: Path) -> T:
 
 
 def _group(name: str) -> int:
-    match = _GROUP.search(name)
-    if match is None:
+    group = find_group(name)
+    if group is None:
         raise UserError(
             f"Expected a video named like v_CLASS_g01_c01.avi, got {name}; for other names use VideoFolder."
         )
-    return int(match.group(1))
+    return group

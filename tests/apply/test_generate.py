@@ -13,8 +13,10 @@ from PIL import Image
 from sweeping import Pool, feature_network
 
 import vidtwin
+from vidtwin.apply.generator import split_names
 from vidtwin.cli import main
 from vidtwin.clips import as_clip
+from vidtwin.diffusion.process import RectifiedFlow
 from vidtwin.metrics.fvd import FeatureNetwork, frechet_distance, statistics
 from vidtwin.storage import checkpoints
 from vidtwin.video import iter_frames, write_video
@@ -191,6 +193,8 @@ def test_existing_videos_are_replaced_when_asked(trained, capsys):
         (["--class_name", "Risin"], r"Expected classes of the training data, got 'Risin'; did you mean Rising\?"),
         (["--class_name", "Rising,Q"], "got 'Q'; the model knows Falling, Rising"),
         (["--num", "0"], "Expected --num of at least 1, got 0"),
+        (["--guidance", ".nan"], "Expected a finite --guidance, got nan"),
+        (["--fps", ".inf"], "Expected --fps above 0, got inf"),
         (["--autoencoder", "nowhere.ckpt"], "got none at nowhere.ckpt"),
     ],
 )
@@ -200,6 +204,14 @@ def test_a_mistake_is_one_line(trained, capsys, words, message):
     assert error.count("\n") == 1
     assert re.search(message, error)
     assert not (trained / "nothing").exists()
+
+
+def test_names_with_commas_are_classes_too():
+    classes = ["Push, pull", "Push", "Walk"]
+    assert split_names("Walk,Push, pull", classes) == ["Walk", "Push, pull"]
+    assert split_names("Push, Walk,,Push", classes) == ["Push", "Walk"]
+    assert split_names("pull, Q", classes) == ["pull", "Q"]
+    assert split_names("", classes) == []
 
 
 def test_another_autoencoder_is_refused(trained, tmp_path, capsys):
@@ -226,6 +238,18 @@ def test_validate_measures_the_loss_of_a_checkpoint(trained, capsys):
     assert main(["validate", *given, "--trainer.enable_progress_bar", "false"]) == 0
     assert main(["predict", *given, "--trainer.enable_progress_bar", "false"]) == 2
     assert "Expected an AutoencoderTask, got DiffusionTask" in capsys.readouterr().err
+
+
+def test_a_skipped_step_is_replayed_from_the_command_line(trained, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as broken:
+        broken.setattr(RectifiedFlow, "loss", lambda *given: given[1].mean(1) * torch.nan)
+        assert fit(trained, "--guard.patience=1", f"--trainer.logger.init_args.save_dir={tmp_path}") == 2
+    assert "Expected finite losses and gradients, got none" in capsys.readouterr().err
+    (dump,) = tmp_path.rglob("nonfinite/*.pt")
+    assert main(["replay", str(dump), "--trainer.accelerator", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"clip Rising/v\d: structure from .*; dynamics from ", shown)
+    assert "not reproduced: all values are finite" in shown
 
 
 def test_a_class_that_is_not_trusted_is_not_imported_from_a_checkpoint(trained, tmp_path, capsys):

@@ -218,6 +218,10 @@ def test_the_page_has_its_tables_and_plots(swept):
     assert {(line.name, line.cells[0].text) for line in tables["content"].lines} >= {
         ("Two", "all latents"), ("Two", "still"), ("Two", "moving"), ("Pool", "all latents")
     }  # fmt: skip
+    labels = [column.label for column in tables["content"].columns]
+    assert labels == ["Decoded", "Metric", "Motion", "Change", "Texture"]  # no clip has a cut
+    assert {len(line.cells) for line in tables["content"].lines} == {len(labels)}
+    assert tables["content"].notes[-1] == "All clips have the same number of cuts, which correlates with nothing."
     seams = {line.name: line.cells[-1].text for line in tables["frames"].lines}
     assert seams["Two"] == ""
     assert seams["Pool"] != ""

@@ -2,11 +2,14 @@
 
 import ast
 import inspect
+import io
 import json
 import math
 import re
 import shlex
+from contextlib import redirect_stdout
 from dataclasses import fields
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,9 @@ RUN_SWEEPS = [name for name in SWEEPS if name not in ("seed_systems", "library")
 QUICK_SWEEPS = [*TINY_SWEEPS, "native", "fps40"]
 PAPER_SWEEPS = [name for name in FULL_SWEEPS if name != "native"]  # on other videos
 
+# Rows of `evidence` that run; `demo` and the tests of codecs have the others.
+EVIDENCE = ["VidTwin", "MAGVIT-v2", "x264 51", "DCT step 512"]
+
 # Arguments that make each model small; its structure and its latents' sizes stay those of the config.
 SMALL: dict[str, dict[str, Any]] = {
     "VidTwin": {"resolution": 32, "patch_size": 4, "hidden_size": 48, "depth": 1, "num_heads": 4},
@@ -44,6 +50,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "IVideoGPT": {"resolution": 32, "inner_resolution": 32, "channels": [32, 32], "layers_per_block": 1}
     | {"latent_channels": 8, "codebook_size": 16, "dynamics_codebook_size": 16, "norm_groups": 8}
     | {"attention_resolution": 16},
+    "WFVAE": {"channels": 8, "encoder_flow_channels": 8, "decoder_flow_channels": 8, "num_blocks": 1},
+    "ODVAE": {"channels": 8, "num_blocks": 1, "norm_groups": 4},
+    "CVVAE": {"channels": 8, "num_blocks": 1, "norm_groups": 4},
+    "OpenSora": {"channels": [8, 8, 8, 16], "num_blocks": 1, "norm_groups": 4}
+    | {"frame_channels": [8, 8, 8, 16], "frame_blocks": 1},
 }
 # Claimed and counted rates that differ by more than a rounding, all else agrees.
 DIFFER = {("paper", "iVideoGPT")}
@@ -122,6 +133,8 @@ def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monke
     content = sweep(name)
     # Of a codec one quality.
     chosen = {entry.get("model") or entry["name"]: entry for entry in content["autoencoders"]}.values()
+    if name == "evidence":
+        chosen = [entry for entry in chosen if entry["name"] in EVIDENCE]
     entries = [made_small(entry, tmp_path, name not in FULL_SWEEPS) for entry in chosen]
     Path("small.yaml").write_text(yaml.safe_dump({"autoencoders": entries}))
     data = content["data"]
@@ -129,6 +142,7 @@ def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monke
     argv = ["--config", str(FOLDER / f"{name}.yaml"), "--config", "small.yaml", f"--data.root={videos}", *OPTIONS]
     if name == "evidence":  # tests of their own have these metrics
         argv += ["--st_lpips=null", "--vmaf=false", "--cvvdp=null", "--random_players=0"]
+        argv += [f"--rate_distortion.{key}" for key in ("bits=[4]", "noise=[0.1]", "clips=2")]
     if name == "native":
         argv.append("--data.eval_batch_size=1")
     else:
@@ -152,7 +166,8 @@ def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monke
         assert row["claimed"] == (None if claimed is None else {"rate": claimed, "agrees": agrees})
         in_windows = {"num_frames": 16, "windows": num_frames // 16}
         if whole:
-            in_windows = {"num_frames": 17 if entry["name"] == "MAGVIT-v2" else 16, "windows": None}
+            of_any_length = entry["name"] in ("MAGVIT-v2 (5 channels)", "Open-Sora")
+            in_windows = {"num_frames": 16 if of_any_length else 17, "windows": None}
         assert row["windows"] == (in_windows if entry["windows"] and num_frames > 16 else None)
         assert row["num_clips"] == 2 * (1 if first else math.ceil(shown / num_frames))
     protocol = json.loads((out / "protocol.json").read_text())
@@ -197,8 +212,16 @@ def test_the_papers_sweeps_take_the_clips_of_its_protocol(name):
     assert wanted == {"clip": f"{data['eval_clips']} clips of a video", "tail": data["tail"]}
 
 
+@cache
+def run_name(config: Path) -> str:
+    """Return the name that a config's logger gives to its runs."""
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main(["fit", f"--config={config}", "--print_config"]) == 0
+    return str(yaml.safe_load(printed.getvalue())["trainer"]["logger"]["init_args"]["name"])
+
+
 @pytest.mark.parametrize("name", FULL_SWEEPS)
-def test_the_checkpoints_are_where_the_commands_in_the_header_leave_them(name, capsys):
+def test_the_checkpoints_are_where_the_commands_in_the_header_leave_them(name):
     """Of each `vidtwin fit`: the logger's folder, and in it the configs of the entry that takes the checkpoint."""
     text = (FOLDER / f"{name}.yaml").read_text().replace("\\\n#", "")
     commands = [shlex.split(line) for line in re.findall(r"^#   vidtwin (fit .*)$", text, re.MULTILINE)]
@@ -207,8 +230,7 @@ def test_the_checkpoints_are_where_the_commands_in_the_header_leave_them(name, c
     for command in commands:
         configs = [ROOT / path for flag, path in pairwise(command) if flag == "--config"]
         given = [path for path in configs if path.parent.name != "trainer"]
-        assert main(["fit", f"--config={given[0]}", "--print_config"]) == 0
-        folder = yaml.safe_load(capsys.readouterr().out)["trainer"]["logger"]["init_args"]["name"]
+        folder = run_name(given[0])
         if "--trainer.logger.name" in command:
             folder = command[command.index("--trainer.logger.name") + 1]
         left[f"{folder}/version_0/checkpoints/last.ckpt"] = given

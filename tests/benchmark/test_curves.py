@@ -143,6 +143,21 @@ def test_curves_are_means_over_the_common_clips_by_rising_rate(folder):
     assert [point.level for point in noise["VidTwin"].points] == [0, 0.5, 1.0]
 
 
+def test_a_codec_that_failed_on_some_clips_is_no_point(folder, tmp_path):
+    copy = tmp_path / "r"
+    shutil.copytree(folder, copy)
+    path = copy / "rows" / "x264 40"
+    row = parse_json((path / "results.json").read_text())
+    clips = rows.read_clips(path, row)
+    rows.write_row(copy, row | {"num_clips": len(clips) - 2}, clips[2:])
+    results = rows.read(copy)
+    (codec,) = [curve for curve in curves.read(results) if curve.kind == curves.CODEC]
+    assert [point.row for point in codec.points] == [f"x264 {crf}" for crf in (50, 45, 35, 30)]
+    table = curves.points_table(results)
+    assert table is not None
+    assert table.notes[-1] == "x264 40 has no point: it lacks 2 of the 6 clips that the others have."
+
+
 def test_files_and_tables_have_the_deltas_to_each_codec(folder):
     text = render.write(folder)
     deltas = {(line["curve"], line["anchor"]): line for line in lines_of(folder / "bd.csv")}

@@ -83,11 +83,12 @@ def test_patches_are_those_of_einops_with_zeros_at_the_end_of_odd_axes():
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 5), (2, 4, 7), (4, 3, 7, 6), (1, 3, 2, 5, 3)])
-def test_unfold_gives_back_what_fold_has_cut(shape):
+@pytest.mark.parametrize("patch", [2, 4])
+def test_unfold_gives_back_what_fold_has_cut(shape, patch):
     latent = torch.randn(2, *shape)
-    patches = fold(latent)
-    assert patches.shape == (2, count_tokens({"z": shape})["z"], shape[0] * 2 ** len(shape[1:]))
-    assert torch.equal(unfold(patches, shape), latent)
+    patches = fold(latent, patch)
+    assert patches.shape == (2, count_tokens({"z": shape}, patch)["z"], shape[0] * patch ** len(shape[1:]))
+    assert torch.equal(unfold(patches, shape, patch), latent)
 
 
 def test_the_output_has_the_latents_shapes_and_each_number_depends_on_each():

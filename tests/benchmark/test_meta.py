@@ -231,3 +231,10 @@ def test_the_librarys_sweep_has_every_official_model():
 def test_the_device_of_a_count_does_not_stay(count):
     count([entry("grid", Pool)])
     assert torch.empty(1).device.type == "cpu"
+
+
+def test_codecs_are_left_out_by_one_line(tmp_path, capsys):
+    entries = [Entry("Pool", model="sweeping.Pool"), Entry("jpeg", model="vidtwin.baselines.codecs.JPEG")]
+    assert sweep(tmp_path / "r", entries, Absent(), references=[], meta=True).run() == 0
+    assert [model["name"] for model in json.loads((tmp_path / "r" / "meta.json").read_text())["models"]] == ["Pool"]
+    assert "left out jpeg: codecs have no weights" in capsys.readouterr().err

@@ -48,6 +48,10 @@ class Folder:
         }
         rows.write_row(self.path, row, measured)
 
+    def draw(self, *names):
+        """Write these plots alone."""
+        plots.write_plots(rows.read(self.path), {name: plots._PLOTS[name] for name in names})
+
     def texts(self, plot):
         """List the texts in a plot."""
         root = ElementTree.parse(self.path / "plots" / f"{plot}.svg").getroot()
@@ -112,7 +116,7 @@ def test_a_plot_says_its_protocol_and_how_many_clips(full):
 def test_a_plot_names_a_reference_of_fewer_clips(folder):
     folder.add("a")
     folder.add("mean_colour", kind="reference", clips=3)
-    plots.write(folder.path)
+    folder.draw("rate_quality")
     assert "5 clips of UCF101 that all trained models have; mean_colour has 3" in " ".join(folder.texts("rate_quality"))
 
 
@@ -126,7 +130,7 @@ def test_panels_are_of_the_metrics_that_were_measured(full, folder):
     assert {"PSNR (dB), ↑ better", "SSIM, ↑ better", "LPIPS (vgg), ↓ better"} <= set(words)
     assert "rFVD of 500 clips, ↓ better" in words
     folder.add("a")
-    plots.write(folder.path)
+    folder.draw("rate_quality")
     assert [word for word in folder.texts("rate_quality") if "better" in word and "rate" not in word] == [
         "PSNR (dB), ↑ better",
         "SSIM, ↑ better",
@@ -135,7 +139,7 @@ def test_panels_are_of_the_metrics_that_were_measured(full, folder):
 
 def test_an_rfvd_of_few_clips_is_called_unranked(folder):
     folder.add("a", rfvd={"value": 5.0, "num_clips": 5, "ranked": False, "note": "few"})
-    plots.write(folder.path)
+    folder.draw("rate_quality")
     assert "rFVD of 5 clips, too few to rank, ↓ better" in folder.texts("rate_quality")
 
 
@@ -143,7 +147,7 @@ def test_the_cost_in_flops_has_a_panel_where_it_is_known(full, folder):
     label = "FLOPs to encode and decode a clip, ← better"
     assert label in full.texts("pareto")
     folder.add("a")
-    plots.write(folder.path)
+    folder.draw("pareto")
     assert label not in folder.texts("pareto")
 
 
@@ -158,7 +162,7 @@ def test_bits_per_pixel_count_codes_by_their_bits_and_numbers_as_fp16(folder):
     assert rates["MAGVIT-v2"] == pytest.approx((2.25 * rates["VidTwin"][0], 4608 / pixels))
     assert rates["VidTwin"][1] == pytest.approx(16 * 2048 / pixels)
     assert rates["both"][1] == pytest.approx((16 * 1024 + 512) / pixels)
-    plots.write(folder.path)
+    folder.draw("bits_quality", "rate_quality")
     assert "bits per pixel, continuous latents as fp16, ← better" in folder.texts("bits_quality")
     assert "compression rate in numbers (%), ← better" in folder.texts("rate_quality")
 
@@ -176,7 +180,7 @@ def test_settings_of_matplotlib_are_left_as_they_were(folder):
 
     folder.add("a")
     before = dict(matplotlib.rcParams)
-    plots.write(folder.path)
+    folder.draw("pareto")
     assert dict(matplotlib.rcParams) == before
 
 
@@ -190,7 +194,7 @@ def test_a_single_row_of_one_clip_is_drawn_without_a_warning(folder, kind):
 def test_a_reconstruction_without_error_leaves_its_infinite_psnr_out(folder):
     folder.add("exact", psnr=float("inf"))
     folder.add("a")
-    plots.write(folder.path)
+    folder.draw("per_clip", "rate_quality")
     assert folder.texts("per_clip").count("exact") == 0
     assert folder.texts("rate_quality").count("exact") == 1  # by its SSIM
     assert folder.texts("rate_quality").count("a") == 2
@@ -208,7 +212,7 @@ def test_plots_without_numbers_are_not_written_and_old_ones_go(full, tmp_path):
 
 def test_temporary_files_that_a_kill_left_are_removed_and_no_others(folder):
     folder.add("a")
-    plots.write(folder.path)
+    folder.draw("rate_quality")
     code = (
         "import os, signal, sys; from matplotlib.figure import Figure; from vidtwin.benchmark import plots; "
         "Figure.savefig = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL); plots.write(sys.argv[1])"
@@ -218,7 +222,7 @@ def test_temporary_files_that_a_kill_left_are_removed_and_no_others(folder):
     assert [path.suffix for path in left] == [".png"]
     other = folder.path / "plots" / ".mine-abcdefgh.png"
     other.touch()
-    plots.write(folder.path)
+    folder.draw("rate_quality")
     assert list(folder.path.glob("plots/.*")) == [other]
 
 

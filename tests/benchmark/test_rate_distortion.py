@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from sweeping import FRAMES, SIDE, Coded, Interruption, NumberedData, Pool, Two, checkpoint, contents, sweep
 
 from vidtwin import entropy
-from vidtwin.benchmark import levels, plots, report, rows
+from vidtwin.baselines.codecs import JPEG
+from vidtwin.benchmark import curves, levels, plots, report, rows
 from vidtwin.benchmark.latent_coder import ClipCoder, fit
 from vidtwin.benchmark.options import RateDistortion
 from vidtwin.benchmark.protocol import ProtocolSettings
@@ -137,6 +139,49 @@ def test_more_noise_means_less_quality_and_it_is_in_units_of_the_channels(measur
 def test_codecs_have_no_levels(measured):
     assert row(measured, "jpeg")["rate_distortion"] is None
     assert not (measured / "rows" / "jpeg" / levels.NAME).exists()
+
+
+def test_a_codecs_row_stays_under_other_levels_and_another_seed(tmp_path, measured, monkeypatch):
+    shutil.copytree(measured, tmp_path / "r")
+    monkeypatch.setattr(JPEG, "compress", lambda *_: pytest.fail("was measured again"))
+    other = dataclasses.replace(CHOSEN, bits=[3])
+    assert sweep(tmp_path / "r", entries(tmp_path)[3:], rate_distortion=other, seed=5, references=[]).run() == 0
+    assert row(tmp_path / "r", "jpeg") == row(measured, "jpeg")
+
+
+def test_a_level_that_is_not_finite_is_missing_alone_and_its_curve_has_no_point_there(tmp_path, monkeypatch):
+    """With noise of 1 the values of clip 3 leave the range that the decoder can take."""
+    decode = Pool._decode
+
+    def overflow(self: Pool, latents: Any) -> torch.Tensor:
+        made = decode(self, latents)
+        return torch.where(latents["grid"].abs().amax() > 1.05, torch.inf, 1) * made
+
+    monkeypatch.setattr(Pool, "_decode", overflow)
+    data = NumberedData(eval_batch_size=1)
+    chosen = dataclasses.replace(CHOSEN, noise=[0.001, 1.0])
+    assert sweep(tmp_path / "r", entries(tmp_path)[:1], data, rate_distortion=chosen, references=[]).run() == 0
+    assert row(tmp_path / "r", "Pool")["failed_clips"] == []
+    last = read(tmp_path / "r", "Pool", "noise", 1.0)
+    assert {clip.get("missing") for clip in last} == {"pixels not finite"}
+    assert not any("psnr" in clip for clip in last)
+    assert all("psnr" in clip for clip in read(tmp_path / "r", "Pool", "noise", 0.001))
+    results = rows.read(tmp_path / "r")
+    assert [point.level for point in curves.read_noise(results)[0].points] == [0, 0.001]
+    table = curves.noise_table(results)
+    assert table is not None
+    assert table.notes[-1] == "Pool has no point at noise 1: pixels not finite in 6 of 6 clips."
+
+
+def test_a_validation_video_of_another_content_is_another_fit(tmp_path, measured):
+    class Replaced(NumberedData):
+        def digests(self, split: str = "test") -> dict[str, str]:
+            return {"v1.avi": "0f" * 32} if split == "val" else super().digests(split)
+
+    sweep(tmp_path / "r", entries(tmp_path)[:1], Replaced(), rate_distortion=CHOSEN, references=[]).run()
+    found = row(tmp_path / "r", "Pool")
+    assert found["rate_distortion"]["fitted_on"] != row(measured, "Pool")["rate_distortion"]["fitted_on"]
+    assert found["identity"] != row(measured, "Pool")["identity"]
 
 
 @pytest.mark.parametrize("after", [0, 3])

@@ -10,7 +10,7 @@ import pytest
 
 from vidtwin.benchmark import protocol, render, rows, summary
 from vidtwin.errors import UserError
-from vidtwin.metrics.registry import SHOWN
+from vidtwin.metrics.registry import BY_KEY, SHOWN, fixed
 
 CLIPS = ("a.avi", "b.avi", "c.avi")
 LATENT = {"shape": [1], "rate": 0.001, "numbers": 1, "bits": None}
@@ -45,7 +45,8 @@ class Folder:
             numbers = {"mse": 10 ** (-psnr / 10), "psnr": psnr + (index - 1) * spread, "ssim": ssim + index / 100}
             numbers |= {} if lpips is None else {"lpips": lpips}
             numbers |= {} if st_lpips is None else {"st_lpips": st_lpips}
-            measured.append({"model": name, "name": clip, "start_frame": 0, "num_frames": 4, **numbers})
+            measured.append({"model": name, "name": clip, "start_frame": 4 * clips[:index].count(clip)})
+            measured[-1] |= {"num_frames": 4, **numbers}
         row = {
             "schema_version": rows.SCHEMA_VERSION,
             "name": name,
@@ -317,6 +318,12 @@ def test_differences_inside_the_noise_share_the_place(folder):
     )
 
 
+def test_clips_of_one_video_rank_nothing(folder):
+    for name, psnr in (("a", 31.0), ("b", 30.0)):
+        folder.add(name, psnr, clips=("a.avi",) * 5)
+    assert marks(folder.results(), "psnr") == {}
+
+
 def test_an_unranked_row_takes_no_clip_from_the_ranked_ones_and_is_marked(folder):
     folder.add("a", 30.0)
     folder.add("b", 20.0)
@@ -401,11 +408,11 @@ def test_published_lpips_of_another_network_is_not_put_into_the_latex_column(tmp
 
 def test_a_mean_over_videos_counts_videos_and_not_their_clips(tmp_path):
     folder = Folder(tmp_path, average="video")
-    folder.add("a", clips=("a.avi", "b.avi"))
-    assert "- Means over the 2 videos of the 2 clips that all trained models have, ±" in render.markdown(
+    folder.add("a", clips=("a.avi", "b.avi", "a.avi"))
+    assert "- Means over the 2 videos of the 3 clips that all trained models have, ±" in render.markdown(
         folder.results()
     )
-    assert "means over the $N = 2$ videos of the 2 clips of 4 frames of 32" in render.latex(folder.results())
+    assert "means over the $N = 2$ videos of the 3 clips of 4 frames of 32" in render.latex(folder.results())
 
 
 def test_the_deviation_of_one_clip_is_not_known(folder):
@@ -445,9 +452,17 @@ def test_the_docs_list_the_metrics_of_the_registry():
         assert listed[name] == ("higher" if metric.higher else "lower", metric.needs)
 
 
+def test_what_is_rounded_to_zero_has_no_sign():
+    assert [fixed(value, "+.2f") for value in (-0.004, 0.004, -0.006)] == ["0.00", "0.00", "-0.01"]
+    assert [fixed(value, ".3f") for value in (-0.0004, -1000.0)] == ["0.000", "-1000.000"]
+    assert BY_KEY["ssim"].text(-1e-9) == "0.0000"
+
+
 def test_files_hold_what_write_returns(full):
     text = render.write(full.path)
-    assert (full.path / "table.md").read_text() == text
+    written = (full.path / "table.md").read_text()
+    assert written.startswith(text)
+    assert "Paired differences of trained models" in written.removeprefix(text)
     assert (full.path / "table.csv").read_text() == render.as_csv(full.results())
     assert (full.path / "table.tex").read_text() == render.latex(full.results())
 

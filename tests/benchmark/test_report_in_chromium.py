@@ -178,7 +178,7 @@ def test_players_advance_in_step(opened):
     assert len(set(kept)) == 1
     page.wait_for_timeout(200)  # more than a frame of the clip
     assert opened.frames() == kept
-    page.locator("#kept button", has_text="median").click()
+    page.locator("#kept button", has_text="median: v_Archery_g00001_c01.avi, frame 12").click()
     assert page.locator("#clip-name").inner_text() == "v_Archery_g00001_c01.avi"
     opened.players()
     assert opened.frames() == [0] * 9

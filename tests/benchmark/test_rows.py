@@ -184,7 +184,7 @@ def test_a_kill_at_any_step_of_moving_a_row_leaves_it_whole_in_one_folder(tmp_pa
 
 def test_rows_that_lack_an_identity_are_put_aside_beside_one_another(tmp_path):
     folder = write_results(tmp_path / "r", num_clips=3, players=False)
-    job = SimpleNamespace(name="CMD", identity="new", error=None)
+    job = SimpleNamespace(name="CMD", identity={"name": "CMD"}, error=None)
     row_folder = RowFolder(folder, job, None, {}, [])
     row = rows.read_row(row_folder.folder / "results.json") | {"identity": None, "fingerprint": None}
     for speed in (1, 2):

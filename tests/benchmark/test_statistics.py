@@ -13,6 +13,7 @@ from scipy import stats
 
 from vidtwin.benchmark import report, rows, statistics, statistics_tables
 from vidtwin.cli import main
+from vidtwin.listing import source_of
 
 
 def by_video(values: list[float], clips: int = 1) -> list[statistics.Unit]:
@@ -26,11 +27,11 @@ def drawn_means(*lists: list[statistics.Unit]) -> Any:
 
 def test_a_source_is_a_group_of_ucf_101_or_a_video():
     names = ["Archery/v_Archery_g01_c01.avi", "v_Archery_g01_c02", "v_HandstandPushups_g01_c02.avi"]
-    assert [statistics.source_of(name) for name in names] == [
+    assert [source_of(name) for name in names] == [
         "v_Archery_g01", "v_Archery_g01", "v_HandstandPushups_g01"
     ]  # fmt: skip
     for name in ("bikes.mp4", "v_dog_c01.avi", "scenes/g01_c02.mp4", "v_Archery_g01_c01_small.avi"):
-        assert statistics.source_of(name) == name
+        assert source_of(name) == name
 
 
 def test_the_interval_is_scipys_percentile_bootstrap():

@@ -154,9 +154,11 @@ def test_a_partial_file_and_a_page_that_was_changed(browser, study, tmp_path):
         read_answers([edited], key)
 
 
-def test_space_pauses_both_views_and_nothing_is_cut_off_on_a_narrow_screen(browser, study):
-    rater = Rater(browser, study / "page.html", viewport={"width": 360, "height": 800}, color_scheme="dark")
-    assert rater.page.evaluate("document.documentElement.scrollWidth") == 360
+def test_a_phone_shows_both_clips_beside_one_another_with_targets_for_a_finger(browser, study):
+    """Space pauses both views, and nothing is cut off."""
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "color_scheme": "dark"}
+    rater = Rater(browser, study / "page.html", **phone)
+    assert rater.page.evaluate("document.documentElement.scrollWidth") == 390
     rater.page.locator("#rater").fill("4")  # there are three
     rater.page.keyboard.press("Enter")
     assert rater.page.locator("#rater").is_visible()
@@ -168,6 +170,15 @@ def test_space_pauses_both_views_and_nothing_is_cut_off_on_a_narrow_screen(brows
     rater.page.wait_for_timeout(100)  # six frames
     assert rater.page.evaluate("clock.frame") == first
     assert rater.page.locator("#next").is_disabled()
-    assert rater.page.evaluate("document.documentElement.scrollWidth") == 360
+    assert rater.page.evaluate("document.documentElement.scrollWidth") == 390
+    source, made = (each.bounding_box() for each in rater.page.locator("canvas").all())
+    assert source["y"] == made["y"]
+    assert made["x"] >= source["x"] + source["width"]
+    targets = [each.bounding_box() for each in rater.page.locator("fieldset label, .controls button").all()]
+    assert len(targets) == 19
+    assert all(box["width"] >= 32 and box["height"] >= 44 for box in targets)
+    assert not rater.page.locator(".keys").is_visible()
+    rater.page.locator("fieldset label").nth(2).tap()
+    assert rater.page.locator('input[name="semantic"]:checked').input_value() == "3"
     assert rater.said == []
     rater.page.close()

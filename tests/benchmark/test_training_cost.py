@@ -29,7 +29,13 @@ def run_step(task: AutoencoderTask, clip: torch.Tensor, players: list[torch.opti
         player.zero_grad()
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.fixture(scope="module")
+def averaged():
+    """Return the cost of a step with a discriminator and averaged weights."""
+    return count_step(tiny_task(gan_start=0, ema_decay=0.9), SHAPE, 2)
+
+
+@pytest.mark.parametrize("recompute", [False, "elementwise", True])
 def test_counts_are_those_of_a_step_that_runs(recompute):
     task = tiny_task(
         gan_start=0, model={"activation_checkpointing": recompute}, optimizer=lambda p: AdamW(p, fused=True)
@@ -65,6 +71,16 @@ def test_flops_are_three_forward_passes_of_the_autoencoder_and_those_of_the_netw
     assert "perceptual" not in cost.flops
 
 
+def test_recomputing_all_but_products_saves_a_quarter_of_the_activations_and_runs_no_product_again():
+    costs = {}
+    for option in (False, "elementwise", True):
+        task = tiny_task(model={"activation_checkpointing": option, "depth": 4, "hidden_size": 64})
+        costs[option] = count_step(task, SHAPE, 16)
+    assert costs["elementwise"].flops == costs[False].flops
+    assert costs["elementwise"].activations_bytes < 0.75 * costs[False].activations_bytes
+    assert costs[True].activations_bytes < 0.7 * costs["elementwise"].activations_bytes
+
+
 def test_lpips_counts_without_its_weights_and_its_frames(monkeypatch):
     monkeypatch.setenv("VIDTWIN_OFFLINE", "1")
 
@@ -73,12 +89,13 @@ def test_lpips_counts_without_its_weights_and_its_frames(monkeypatch):
         return count_step(AutoencoderTask(tiny_task().autoencoder, loss), SHAPE, 1).flops["perceptual"]
 
     # VGG-16 on 224 px: 15.35 G multiplications; twice forward, once backward; a frame of 32 px is a 49th.
-    assert lpips(1) == pytest.approx(3 * 2 * 15.35e9 / 49, rel=0.02)
-    assert lpips(None) == 4 * lpips(1)
+    one = lpips(1)
+    assert one == pytest.approx(3 * 2 * 15.35e9 / 49, rel=0.02)
+    assert lpips(None) == 4 * one
 
 
-def test_the_plan_multiplies_what_a_step_in_parts_and_in_bfloat16_costs(capsys):
-    task = tiny_task(model={"depth": 2}, accumulation=2, ema_decay=0.9)
+def test_the_plan_multiplies_what_a_step_in_parts_and_in_bfloat16_costs(capsys, monkeypatch):
+    task = tiny_task(accumulation=2, ema_decay=0.9)
     plain, cost = count_step(task, SHAPE, 2), count_step(task, SHAPE, 2, bf16=True)
     assert cost.flops == plain.flops
     buffers = sum(buffer.nbytes for buffer in task.buffers())
@@ -87,6 +104,11 @@ def test_the_plan_multiplies_what_a_step_in_parts_and_in_bfloat16_costs(capsys):
     assert cost.weights_bytes == plain.weights_bytes == pytest.approx(both + buffers + inputs, rel=0.01)
     assert cost.activations_bytes < 0.9 * plain.activations_bytes
 
+    def counted(*_, bf16: bool) -> StepCost:
+        assert bf16
+        return cost
+
+    monkeypatch.setattr("vidtwin.cli.plan.count_step", counted)
     planner = PlanningTrainer(accelerator="gpu", devices=4, precision="bf16-mixed", strategy="fsdp2", max_steps=100)
     lines = planner.plan(task, Clips(), devices=2, tflops=1.0)
     speed = 2 * 0.4e12 / sum(cost.flops.values())
@@ -98,14 +120,15 @@ def test_the_plan_multiplies_what_a_step_in_parts_and_in_bfloat16_costs(capsys):
         planner.plan(task, Clips(), tflops=-1)
 
 
-def test_fsdp2_splits_the_autoencoder_alone(monkeypatch):
-    cost = count_step(tiny_task(gan_start=0, ema_decay=0.9), SHAPE, 2)
+def test_fsdp2_splits_the_autoencoder_alone(averaged, monkeypatch):
+    cost = averaged
     own = 4 * cost.parameters["autoencoder"]
     weights, state, rest = cost.split(4)
     assert cost.weights_bytes - weights == pytest.approx(0.75 * 2 * own)  # and the average
     assert cost.optimizer_bytes - state == pytest.approx(0.75 * 2 * own)
     assert cost.activations_bytes - rest == pytest.approx(0.75 * own)  # gradients
     seen = []
+    monkeypatch.setattr("vidtwin.cli.plan.count_step", lambda *_, **__: cost)
     monkeypatch.setattr(StepCost, "split", lambda cost, devices: seen.append(devices) or (0.0, 0.0, 0.0))
     for strategy in ("fsdp2", "fsdp2_bf16", "ddp", "auto"):
         planner = PlanningTrainer(accelerator="gpu", strategy=strategy, max_steps=100)
@@ -123,7 +146,8 @@ def test_frozen_parts_have_neither_gradients_nor_a_state():
 
 
 @pytest.mark.parametrize(("accelerator", "share"), [("gpu", "40%"), ("cuda", "40%"), ("cpu", "80%"), ("auto", "80%")])
-def test_a_plan_for_gpus_is_not_measured_on_a_cpu(accelerator, share, monkeypatch):
+def test_a_plan_for_gpus_is_not_measured_on_a_cpu(accelerator, share, averaged, monkeypatch):
+    monkeypatch.setattr("vidtwin.cli.plan.count_step", lambda *_, **__: averaged)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("vidtwin.cli.plan.measure_rate", lambda *_: 1e12)
     planner = PlanningTrainer(accelerator=accelerator, max_steps=100)
@@ -141,6 +165,7 @@ def test_a_teachers_passes_are_not_passed_over():
 
 def test_the_command_reads_no_video_and_needs_no_gpu(capsys):
     config = ["--config", "configs/demo.yaml", "--config", "configs/trainer/gpu.yaml", "--data.root", "missing"]
+    config += ["--model.autoencoder.depth=1", "--model.loss.perceptual_weight=0"]
     assert main(["plan", *config, "--devices", "3", "--clips", "13", "--tflops", "100"]) == 0
     out = capsys.readouterr().out
     assert "on each of 3 devices, bf16-mixed" in out

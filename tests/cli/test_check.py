@@ -290,8 +290,7 @@ def test_an_exception_of_the_users_code_is_shown_with_its_line_and_later_promise
     ("words", "message"),
     [
         ([], "Expected an autoencoder to check; give its name"),
-        (["vidtwn"], "Expected one of allegro, cmd, "),
-        (["vidtwn"], "did you mean 'vidtwin'?"),
+        (["vidtwn"], "path (module.Class), got 'vidtwn'; did you mean 'vidtwin'? Known: allegro, cmd, "),
         (["absent_package.Model"], "absent_package does not import: ModuleNotFoundError("),
         (["their_broken.Model"], "their_broken does not import: OSError('no driver'), raised at their_broken.py:3."),
         (["their_models.Goods"], "module 'their_models' has no attribute 'Goods'; did you mean 'Good'?"),

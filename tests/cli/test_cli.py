@@ -15,12 +15,13 @@ import pytest
 import torch
 import yaml
 from jsonargparse import capture_parser
+from lightning.pytorch.loggers import CSVLogger
 from lightning_utilities.core.imports import RequirementCache
 from safetensors.torch import load_file
 
 from vidtwin.cli import benchmark, main, messages, options
 from vidtwin.cli.parser import Parser, name_data_first, read_config
-from vidtwin.cli.training import VidTwinCLI
+from vidtwin.cli.training import VidTwinCLI, _naming_logs
 from vidtwin.datamodules.synthetic import write_ucf_like
 from vidtwin.video import iter_frames, panels, probe, write_video
 
@@ -172,19 +173,26 @@ def test_a_disk_that_is_full_for_tensorboard_ends_the_training_in_one_line(here,
 
 
 def test_an_error_of_tensorboard_that_no_event_raised_is_logged(capfd):
-    from vidtwin.cli.training import _naming_tensorboard
-
     class Writer(threading.Thread):
         __module__ = "tensorboard.summary.writer"
 
         def run(self) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with _naming_tensorboard():
+    with _naming_logs():
         writer = Writer()
         writer.start()
         writer.join()
     assert capfd.readouterr().err == "vidtwin: TensorBoard can't write its events: No space left on device\n"
+
+
+def test_a_disk_that_is_full_for_a_loggers_files_names_them(tmp_path):
+    logger = CSVLogger(tmp_path)
+    logger.log_metrics({"a": 1})
+    logger.experiment.metrics_file_path = "/dev/full"
+    with pytest.raises(OSError, match='No space left on device: "the logger\'s files"') as caught, _naming_logs():
+        logger.save()
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_tensorboard_shows_losses_rates_norms_quality_and_clips_from_step_0_on(run):

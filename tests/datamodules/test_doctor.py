@@ -154,6 +154,8 @@ def test_no_mutation_of_a_file_raises(tmp_path: Path) -> None:
 
 KILLER = """
 import os, signal, time
+from tqdm.std import TqdmDefaultWriteLock
+from vidtwin.console import log
 from vidtwin.datamodules.doctor.measure import measure as measure_really
 
 def measure(path, name):
@@ -163,6 +165,10 @@ def measure(path, name):
         os._exit(3)
     if "hangs" in name:
         time.sleep(600)
+    if "whole" in name:
+        log("a message")
+        if hasattr(TqdmDefaultWriteLock, "mp_lock"):
+            os._exit(4)  # killed later, it would leave that lock's semaphore
     return measure_really(path, name)
 """
 

@@ -390,13 +390,17 @@ def test_the_command_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_class_folders_may_be_links(copy: Path, tmp_path: Path) -> None:
-    videos, before = copy / "UCF-101", manifest(copy)
-    (videos / "Archery").rename(tmp_path / "Archery")
-    (videos / "Archery").symlink_to(tmp_path / "Archery")
+def test_class_folders_may_be_links(lists: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    prepare(data, lists, write_tar(tmp_path / "some.tar", fake(SOME)), "--partial")
+    videos, before = data / "UCF-101", manifest(data)
+    assert len(before) == len(SOME)
+    name = Path(SOME[0])
+    (videos / name.parent).rename(tmp_path / "elsewhere")
+    (videos / name.parent).symlink_to(tmp_path / "elsewhere")
     (videos / ".Trash").mkdir()
-    (videos / ".Trash" / "v_Archery_g01_c01.avi").touch()
-    prepare(copy)  # checks what is there
-    assert manifest(copy) == before
-    prepare(tmp_path / "again", copy)  # takes them from there
+    (videos / ".Trash" / name.name).touch()
+    prepare(data, "--partial")  # checks what is there
+    assert manifest(data) == before
+    prepare(tmp_path / "again", videos, lists, "--partial")  # takes them from there
     assert manifest(tmp_path / "again") == before

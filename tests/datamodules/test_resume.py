@@ -135,7 +135,15 @@ def undisturbed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> SaveAtE
     return saver
 
 
-@pytest.mark.parametrize(("mode", "batch_size"), [("steps", 2), ("steps", 3), ("steps and epochs", 2), ("epochs", 3)])
+@pytest.mark.parametrize(
+    ("mode", "batch_size"),
+    [
+        ("steps", 2),
+        ("epochs", 3),
+        pytest.param("steps", 3, marks=pytest.mark.slow),
+        pytest.param("steps and epochs", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_from_every_checkpoint_the_very_next_batch_follows(make, tmp_path, mode, batch_size):
     saver = SaveAtEveryMoment(tmp_path)
     whole = train(tmp_path, make(batch_size=batch_size), diary=saver, **MODES[mode])

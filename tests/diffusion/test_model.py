@@ -1,5 +1,7 @@
 """The transformer and the model around it: what a class can reach, guidance, scale, noise."""
 
+import math
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -41,6 +43,19 @@ def test_the_output_has_the_latents_shapes_and_each_number_depends_on_each(model
     for part in found.values():
         (gradient,) = torch.autograd.grad(part.square().sum(), state, retain_graph=True)
         assert (gradient != 0).all()
+
+
+def test_larger_patches_are_fewer_tokens_and_their_numbers_reach_one_another():
+    sizes = TransformerSizes(depth=1, width=16, heads=2, class_width=8, patch=4)
+    dit = DiT(SHAPES, 3, sizes)
+    assert list(dit.tokens.counts.values()) == [1, 2, 1]
+    assert dit.positions.shape == (4, 16)
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    state = torch.randn(1, NUMBERS, requires_grad=True)
+    found = flatten(dit(split(state, SHAPES), torch.tensor([300.0]), torch.tensor([1])), SHAPES)
+    (gradient,) = torch.autograd.grad(found.square().sum(), state)
+    assert (gradient != 0).all()
 
 
 def test_the_output_depends_on_time_and_class(model):
@@ -139,7 +154,7 @@ def test_a_model_without_classes_runs_once_a_step():
 def test_each_channel_is_scaled_and_a_constant_one_is_only_shifted(model):
     scale = {
         "structure": (torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.0])),
-        "dynamics": (torch.tensor([0.0, 1.0, 2.0]), torch.ones(3)),
+        "dynamics": (torch.tensor([0.0, 1.0, 300.0]), torch.tensor([1.0, 1.0, 1e-4])),  # rounding errors
         "a name.with dots": (torch.zeros(3), torch.full((3,), 4.0)),
     }
     model.set_scale(scale)
@@ -148,8 +163,9 @@ def test_each_channel_is_scaled_and_a_constant_one_is_only_shifted(model):
     expected = (latents["structure"][:, 0] - 1) / 0.5
     torch.testing.assert_close(split(state, SHAPES)["structure"][:, 0], expected)
     torch.testing.assert_close(split(state, SHAPES)["structure"][:, 1], latents["structure"][:, 1] - 2)
+    torch.testing.assert_close(split(state, SHAPES)["dynamics"][:, 2], latents["dynamics"][:, 2] - 300)
     for name, part in model.denormalize(state).items():
-        torch.testing.assert_close(part, latents[name])
+        torch.testing.assert_close(part, latents[name], atol=1e-4, rtol=1e-5)
     with pytest.raises(UserError, match="statistics of 3 channels of dynamics, got"):
         model.set_scale({**scale, "dynamics": (torch.zeros(2), torch.ones(2))})
 
@@ -186,7 +202,11 @@ def test_the_loss_stays_on_a_gpu_and_waits_for_no_value(make):
 
 @pytest.mark.parametrize(
     ("sizes", "words"),
-    [({"depth": 0}, "depth above 0"), ({"width": 10, "heads": 4}, "divisible by heads, got 10 and 4")],
+    [
+        ({"depth": 0}, "depth above 0"),
+        ({"mlp_ratio": math.inf}, "mlp_ratio above 0, got inf"),
+        ({"width": 10, "heads": 4}, "divisible by heads, got 10 and 4"),
+    ],
 )
 def test_wrong_sizes_are_refused(sizes, words):
     with pytest.raises(UserError, match=words):

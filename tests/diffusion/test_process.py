@@ -1,5 +1,6 @@
 """Both diffusion processes against their closed forms, and a denoiser that is known exactly."""
 
+import math
 import sys
 
 import numpy as np
@@ -112,6 +113,7 @@ def test_times_of_ddpm_are_all_1000_steps():
         (lambda: RectifiedFlow("eps"), "prediction to be x or v, got 'eps'"),
         (lambda: RectifiedFlow(shift=0.0), "shift above 0, or null"),
         (lambda: RectifiedFlow().check_steps(1001), "1 to 1,000 steps"),
+        (lambda: DDPM(beta_end=math.nan), "0 < model.process.beta_start <= beta_end < 1, got 0.0001 and nan"),
         (lambda: DDPM().check_steps(7), "divides 1,000, such as 20, 25, 40, 50 or 100, got 7"),
     ],
 )

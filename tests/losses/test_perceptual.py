@@ -29,6 +29,19 @@ def backbone(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactor
     return path
 
 
+@pytest.fixture(scope="module")
+def alexnet_features() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {f"features.{k}": v * 1.5 for k, v in alexnet().features.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def alexnet_file(alexnet_features: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("alexnet") / "alexnet.pth"
+    torch.save(alexnet_features | {"classifier.1.weight": torch.zeros(1)}, path)
+    return path
+
+
 @pytest.fixture
 def no_backbone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -92,8 +105,8 @@ def test_equals_the_lpips_package_with_the_same_weights(weights: dict[str, Tenso
         torch.testing.assert_close(distance(x, y), expected, rtol=1e-5, atol=0)
 
 
-def test_a_measurement_and_a_training_step_take_few_frames_at_once(backbone: Path) -> None:
-    distance = LPIPS(backbone)
+def test_a_measurement_and_a_training_step_take_few_frames_at_once(alexnet_file: Path) -> None:
+    distance = LPIPS(alexnet_file, net="alex")  # the quicker network on frames that are large enough to be split
     distance.load()
     assert distance.network is not None
     seen: list[int] = []
@@ -115,14 +128,13 @@ def test_a_measurement_and_a_training_step_take_few_frames_at_once(backbone: Pat
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:torchvision")
 @pytest.mark.parametrize("spatial", [False, True])
-def test_alexnets_distance_is_the_lpips_packages(spatial: bool, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    features = {f"features.{k}": v * 1.5 for k, v in alexnet().features.state_dict().items()}
-    torch.save(features | {"classifier.1.weight": torch.zeros(1)}, tmp_path / "alexnet.pth")
+def test_alexnets_distance_is_the_lpips_packages(
+    spatial: bool, alexnet_features: dict[str, Tensor], alexnet_file: Path
+) -> None:
     theirs = lpips.LPIPS(net="alex", spatial=spatial, pnet_rand=True, verbose=False)
     for name, value in theirs.net.state_dict().items():
-        value.copy_(features[f"features.{name.split('.', 1)[1]}"])
-    distance = LPIPS(tmp_path / "alexnet.pth", net="alex", spatial=spatial)
+        value.copy_(alexnet_features[f"features.{name.split('.', 1)[1]}"])
+    distance = LPIPS(alexnet_file, net="alex", spatial=spatial)
     x, y = clips()
     frames = [z.transpose(1, 2).flatten(0, 1) for z in (x, y)]
     with torch.no_grad():

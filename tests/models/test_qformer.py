@@ -1,4 +1,4 @@
-"""The Q-Former's dropout: on each residual, and on the probabilities of each attention."""
+"""The Q-Former's dropout: on the queries, on each residual, and on the probabilities of each attention."""
 
 import pytest
 import torch
@@ -43,3 +43,13 @@ def test_the_given_dropout_reaches_every_layer():
     modules = list(QFormer(2, 8, 6, depth=2, num_heads=2, intermediate_size=16, dropout=0.3).modules())
     assert {module.p for module in modules if isinstance(module, nn.Dropout)} == {0.3}
     assert {module.dropout for module in modules if isinstance(module, SelfAttention | CrossAttention)} == {0.3}
+
+
+def test_the_queries_are_dropped_in_training():
+    former = QFormer(2, 8, 6, depth=1, num_heads=2, intermediate_size=16, dropout=0.0).train()
+    former.dropout.p = 1.0
+    context = torch.randn(3, 5, 6)
+    without = former(context)
+    former.queries.data.normal_()
+    assert torch.equal(former(context), without)
+    assert not torch.equal(former.eval()(context), without)

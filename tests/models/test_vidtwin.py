@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from vidtwin import weights
 from vidtwin.errors import UserError
-from vidtwin.models import official
+from vidtwin.models import official, transformer
 from vidtwin.models.branches import DynamicsBranch
 from vidtwin.models.vidtwin import VidTwin
 from vidtwin.testing import check_autoencoder
@@ -210,7 +211,7 @@ def test_saved_latents_decode_to_the_same_clip_in_another_process_without_lightn
 
 def test_activation_checkpointing_changes_no_gradient_and_keeps_less():
     kept, gradients = {}, {}
-    for option in (False, "mlp", True):
+    for option in (False, "mlp", "elementwise", True):
         model = tiny(activation_checkpointing=option, qformer_dropout=0.0).train()
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         held = {}
@@ -221,16 +222,34 @@ def test_activation_checkpointing_changes_no_gradient_and_keeps_less():
                 held[storage.data_ptr()] = tensor, storage.nbytes()  # the tensor, so that the address stays its own
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # Those of selective recomputation are kept beside the hooks (test_training_cost.py counts them).
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with nullcontext() if option == "elementwise" else hooks:
             decoded = model.decode(model.encode(clip_for(model)).mode())
         decoded.square().mean().backward()
         kept[option] = sum(size for _, size in held.values())
         gradients[option] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    torch.testing.assert_close(gradients["elementwise"], gradients[False], rtol=0, atol=0)
     torch.testing.assert_close(gradients["mlp"], gradients[False])
     torch.testing.assert_close(gradients[True], gradients[False])
     assert kept[True] < kept["mlp"] < 0.85 * kept[False]
-    with pytest.raises(UserError, match="activation_checkpointing true, false or \"mlp\", got 'all'"):
+    with pytest.raises(UserError, match=r'activation_checkpointing true, false, "mlp" or "elementwise", got .all.'):
         tiny(activation_checkpointing="all")
+
+
+@pytest.mark.parametrize("precise", [True, False])
+def test_without_gradients_a_cpu_takes_the_mlp_a_few_frames_at_a_time(monkeypatch, precise):
+    monkeypatch.setattr(transformer, "_CACHED", 2 * 9 * 64 * 4)  # two frames of 3 x 3 patches with 64 hidden values
+    block, sizes = transformer.SpatialTemporalBlock(16, 2), []
+    x = torch.randn(16, 1, 5, 9).movedim(0, -1)  # laid out as the decoder's features
+    block.mlp.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+        whole = block(x)
+        with torch.no_grad():
+            parts = block(x)
+    assert sizes == [1, 2, 2, 1]  # the whole batch, then its five frames
+    assert parts.dtype == whole.dtype == torch.float32
+    torch.testing.assert_close(parts, whole.detach(), rtol=1e-6, atol=1e-6)
 
 
 # Error lines.

@@ -1,5 +1,6 @@
 """Training of a diffusion model: resumption, sources of latents, refusals."""
 
+import math
 import os
 import shutil
 import signal
@@ -11,12 +12,14 @@ import forked
 import numpy as np
 import pytest
 import torch
-from generation import CLASSES, QUIET, latent_data, tiny_diffusion, write_latents, write_videos
+from generation import CLASSES, QUIET, SIZES, latent_data, tiny_diffusion, write_latents, write_videos
 from lightning.pytorch.callbacks import Callback
 from sweeping import Coded, checkpoint
-from tiny import tiny_model, trainer
+from tiny import Clips, tiny_model, trainer
 from torch.optim import Adam
 
+from vidtwin.apply.generator import load_sampler
+from vidtwin.apply.options import GenerateOptions
 from vidtwin.cli import main
 from vidtwin.datamodules.folder import VideoFolder
 from vidtwin.diffusion.model import draw_noise
@@ -29,6 +32,7 @@ from vidtwin.storage import checkpoints
 from vidtwin.storage.latent_files import Manifest
 from vidtwin.training.callbacks.checkpoint import LatestCheckpoint
 from vidtwin.training.callbacks.guard import StepGuard
+from vidtwin.training.compilation import Compilation
 from vidtwin.video import write_video
 
 STEPS = 8  # 6 batches an epoch
@@ -159,10 +163,13 @@ def test_latents_reach_the_model_with_mean_0_and_standard_deviation_1(latents, t
     torch.testing.assert_close(other.states(batch), state, atol=1e-4, rtol=1e-4)
 
 
-def test_the_loss_goes_down(latents, tmp_path):
+def test_the_loss_goes_down_in_a_compiled_training(latents, tmp_path):
     task = tiny_diffusion(process=RectifiedFlow(), gradient_clip_norm=1.0)
     diary = Diary()
-    trainer(tmp_path, 60, callbacks=[diary]).fit(task, datamodule=latent_data(latents, batch_size=12))
+    compilation = Compilation(["denoiser"], backend="eager")
+    trainer(tmp_path, 60, callbacks=[diary], compilation=compilation).fit(
+        task, datamodule=latent_data(latents, batch_size=12)
+    )
     losses = [entry[2] for entry in diary.entries]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
@@ -181,12 +188,19 @@ def test_codes_are_learned_by_their_embedded_vectors(tmp_path):
     torch.testing.assert_close(task.denoiser.normalize({"grid": value}).mean(), torch.tensor(0.0), atol=1e-3, rtol=0)
 
 
-def test_codes_of_padded_pictures_are_learned(tmp_path):
+def test_codes_of_padded_pictures_are_learned_and_codes_are_sampled(tmp_path, monkeypatch):
     folder = write_latents(tmp_path, model=Coded(pool=5, frames=8))  # 32 px are padded to 35
     task = tiny_diffusion()
-    trainer(tmp_path, 1).fit(task, datamodule=latent_data(folder))
+    trainer(tmp_path, 1, callbacks=[saved(tmp_path)]).fit(task, datamodule=latent_data(folder))
     assert task.origin.latent_shapes == {"grid": (3, 8, 7, 7)}
+    decoded = []
+    decode = Coded.decode
+    monkeypatch.setattr(Coded, "decode", lambda *given: decoded.append(given[1]["grid"]) or decode(*given))
     assert task.draw_samples(1)["Falling 0"].shape == (8, 32, 32, 3)
+    options = GenerateOptions(str(tmp_path / "checkpoints" / "last.ckpt"), "unused", accelerator="cpu")
+    assert load_sampler(options).sample([1], [0], seed=0)[0].shape == (8, 32, 32, 3)
+    assert len(decoded) == 2
+    assert all(torch.equal(grid.abs(), torch.full_like(grid, 0.5)) for grid in decoded)
 
 
 def test_clips_are_encoded_as_they_come_by_a_frozen_autoencoder(tmp_path):
@@ -225,9 +239,66 @@ def test_a_batch_that_is_not_finite_is_skipped_and_named(latents, tmp_path, caps
     assert "skipped step 1: loss: total is nan" in error
     assert "(its latents are not finite)" in error
     assert poison.name in error
-    assert "vidtwin replay" not in error
-    assert not guard.dumped
     assert all(bool(p.isfinite().all()) for p in task.parameters())
+    (path,) = guard.dumped
+    assert f"vidtwin replay {path}" in error
+    lines = trainer(tmp_path / "again").replay(tiny_diffusion(), str(path))
+    assert any(f"clip {poison.name}: structure " in line and "are not finite; dynamics from" in line for line in lines)
+    assert lines[-1] == "reproduced: loss: total is nan"
+
+
+@pytest.mark.parametrize("source", ["latents", "clips"])
+def test_a_skipped_step_is_run_again_with_its_draws(source, latents, tmp_path):
+    """Without the fault its loss is the one that the step would have had."""
+    losses = []
+
+    class Fault(Callback):
+        def on_train_batch_start(self, trainer, task, batch, batch_idx):
+            process, sound = task.process, task.process.loss
+
+            def loss(*given):
+                losses.append(sound(*given).mean())
+                return sound(*given) * (math.nan if batch_idx == 1 else 1)
+
+            process.loss = loss
+
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            del task.process.loss
+
+    guard = StepGuard()
+    data = latent_data(latents, posterior="sample") if source == "latents" else Clips()
+    task = tiny_diffusion(autoencoder=str(latents.parent / "model"), posterior="sample")
+    trainer(tmp_path, 2, callbacks=[Fault(), guard]).fit(task, data)
+    lines = trainer(tmp_path / "again").replay(tiny_diffusion(posterior="sample"), str(guard.dumped[0]))
+    assert f"train/total = {float(losses[1]):.6g}" in lines
+    assert lines[-1].startswith("not reproduced: all values are finite")
+
+
+def test_a_training_starts_from_another_ones_weights(undisturbed, tmp_path, capsys):
+    """Of other classes, other clips and another depth: classes and latents are matched by name."""
+    other = write_latents(tmp_path, names=("Diving", "Rising"))
+    task = tiny_diffusion(transformer=TransformerSizes(**SIZES | {"depth": 2}))
+    seen = {}
+
+    class Look(Callback):
+        def on_train_start(self, trainer, task):
+            seen.update({name: value.clone() for name, value in task.denoiser.state_dict().items()})
+
+    last = undisturbed[2] / "checkpoints" / "last.ckpt"
+    trainer(tmp_path, 1, callbacks=[Look()]).fit(task, datamodule=latent_data(other), init_from=str(last))
+    given = checkpoints.network_weights(checkpoints.read(last), "denoiser.", ema=True)
+    same = [name for name in given if name not in ("mean", "std", "transformer.classes.weight")]
+    assert all(torch.equal(seen[name], given[name]) for name in same)
+    classes, theirs = seen["transformer.classes.weight"], given["transformer.classes.weight"]
+    assert torch.equal(classes[1:], theirs[1:])
+    assert not torch.equal(classes[0], theirs[0])
+    error = capsys.readouterr().err
+    assert "averaged" in error
+    assert "1 of 2 classes" in error
+    assert "fresh: blocks.1." in error
+    wide = tiny_diffusion(transformer=TransformerSizes(**SIZES | {"width": 32}))
+    with pytest.raises(UserError, match=r"Expected a diffusion model of like sizes in .* got [\d.]+% of the"):
+        trainer(tmp_path / "b", 1).fit(wide, datamodule=latent_data(other), init_from=str(last))
 
 
 def test_latents_of_another_model_are_refused_in_one_line(latents, tmp_path):
@@ -243,6 +314,22 @@ def test_latents_of_another_model_are_refused_in_one_line(latents, tmp_path):
         trainer(tmp_path / "b", 1).fit(tiny_diffusion(autoencoder=str(tmp_path / "model")), latent_data(latents))
 
 
+@pytest.mark.parametrize(
+    ("entry", "other", "message"),
+    [
+        ("num_frames", 8, "clips with a number of frames of 8, which the checkpoint was trained on, got 4"),
+        ("size", [32, 64], r"pictures of the size \[32, 64\], .* got \[32, 32\]"),
+        ("fps", 25.0, r"clips with frames per second of 25.0, .* got 8.0"),
+    ],
+)
+def test_other_clips_than_the_checkpoints_are_refused(undisturbed, latents, tmp_path, entry, other, message):
+    content = checkpoints.read(undisturbed[2] / "checkpoints" / "last.ckpt")
+    content["diffusion"][entry] = other
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match=f"Expected {message}"):
+        trainer(tmp_path, 9).fit(tiny_diffusion(), latent_data(latents), ckpt_path=tmp_path / "other.ckpt")
+
+
 def test_another_process_than_the_checkpoints_is_refused(undisturbed, latents, tmp_path):
     last = undisturbed[2] / "checkpoints" / "last.ckpt"
     with pytest.raises(UserError, match=r"Expected model\.process as .* with, DDPM of .*, got RectifiedFlow of "):
@@ -254,8 +341,8 @@ def test_too_few_clips_and_unusable_options_are_refused_in_one_line(latents, tmp
         trainer(tmp_path, 1).fit(tiny_diffusion(), datamodule=latent_data(latents, batch_size=40))
     with pytest.raises(UserError, match=r"Expected model.condition_dropout from 0 to 1, got 2"):
         tiny_diffusion(condition_dropout=2.0)
-    with pytest.raises(UserError, match="Expected --init_from for an autoencoder, got DiffusionTask"):
-        trainer(tmp_path, 1).fit(tiny_diffusion(), datamodule=latent_data(latents), init_from="x.ckpt")
+    with pytest.raises(UserError, match=r"Expected a finite model.guidance, got nan"):
+        tiny_diffusion(guidance=float("nan"))
     with pytest.raises(UserError, match="divides 1,000"):
         tiny_diffusion(sampling_steps=7)
 

@@ -12,14 +12,25 @@ from tiny import BASELINES
 
 from vidtwin.storage import checkpoints
 
+# With one codebook, with two, and with latents of images too; the slow tests train all.
+QUICK = ("magvit2", "ivideogpt", "opensora")
+
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def chosen(request):
+    """Names of the baselines whose tests run."""
+    test = test_two_ranks_train_a_baseline_as_one_does.__name__
+    names = {item.name for item in request.session.items}
+    return [name for name in BASELINES if f"{test}[{name}]" in names]
+
+
+@pytest.fixture(scope="module")
+def outcomes(chosen, tmp_path_factory):
     """Outcomes that each of two ranks wrote; a hang would be a failure after eight minutes."""
     folder = tmp_path_factory.mktemp("ranks")
     write_tree(folder / "videos")
     two_ranks.write_teacher(folder)
-    forked.run_script(Path(two_ranks.__file__), [str(folder)], folder / "stderr")
+    forked.run_script(Path(two_ranks.__file__), [str(folder), *chosen], folder / "stderr")
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -31,9 +42,9 @@ def one_ranks_gradients(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_ranks_baselines(tmp_path_factory):
+def one_ranks_baselines(chosen, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return folder, two_ranks.baselines(folder)
+    return folder, two_ranks.baselines(folder, chosen)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -56,7 +67,9 @@ def test_two_ranks_take_the_steps_of_one_with_the_same_clips(outcomes, one_ranks
         assert ranks[0]["gradients"]["psnr"] == pytest.approx(one["psnr"], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BASELINES]
+)
 def test_two_ranks_train_a_baseline_as_one_does(outcomes, one_ranks_baselines, name):
     folder, ranks = outcomes
     alone, psnr = one_ranks_baselines
@@ -67,6 +80,25 @@ def test_two_ranks_train_a_baseline_as_one_does(outcomes, one_ranks_baselines, n
 def test_ddp_sends_the_autoencoders_gradients_once_a_step_and_the_discriminators_not_at_all(outcomes):
     for rank in outcomes[1]:
         assert rank["gradients"]["sent"] == dict.fromkeys(("whole", "parts"), 3 * rank["gradients"]["parameters"])
+
+
+def test_ddp_searches_for_parameters_without_a_gradient_only_in_models_that_may_have_some(outcomes):
+    for rank in outcomes[1]:
+        assert rank["gradients"]["searched"] == [False, False]
+        assert rank["baselines"]["searched"] == [False] * len(BASELINES)
+        assert rank["skipping"]["searched"]["searched"] == [True]
+    first, second = (rank["skipping"] for rank in outcomes[1])
+    assert first["searched"]["error"] == ""
+    assert first["searched"]["moved"]
+    assert first["searched"]["weights"] == second["searched"]["weights"]
+
+
+@pytest.mark.parametrize(
+    ("case", "names"), [("never", "autoencoder.extra.weight; set"), ("in part", "some parameters of")]
+)
+def test_a_parameter_that_ddp_waits_for_in_vain_is_one_line_on_all_ranks(outcomes, case, names):
+    for rank in outcomes[1]:
+        assert f"in each step on several devices, got none of {names}" in rank["skipping"][case]["error"]
 
 
 def test_a_step_of_two_ranks_waits_for_the_device_three_times_at_most(outcomes):

@@ -114,7 +114,12 @@ def undisturbed(tmp_path_factory):
     return diary.entries, state_of(folder)
 
 
-@pytest.mark.parametrize(("workers", "end"), [*((0, end) for end in range(1, STEPS)), (2, 2), (2, 3), (2, 7)])
+# Before the first validation, at an epoch's end, within the last one, and with workers; slow tests end at every step.
+ENDS = [(0, 1), (0, 3), (0, 7), (2, 2)]
+OTHERS = [*((0, end) for end in (2, 4, 5, 6)), (2, 3), (2, 7)]
+
+
+@pytest.mark.parametrize(("workers", "end"), [*ENDS, *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS)])
 def test_an_interrupted_training_ends_with_the_same_bits(undisturbed, tmp_path, workers, end):
     entries, state = undisturbed
     first, second = Diary(), Diary()
@@ -209,8 +214,23 @@ def test_sigterm_at_any_other_moment_exits_with_the_requeue_code(config, tmp_pat
     assert f"ended by SIGTERM {state}" in error
     assert signal.getsignal(signal.SIGTERM) is before
     assert main(command) == 0
-    (run,) = (tmp_path / "runs" / "tiny").glob("*/checkpoints/last.ckpt")
-    assert checkpoints.read(run)["global_step"] == 5
+    (run,) = (tmp_path / "runs" / "tiny").iterdir()
+    assert run.name == "version_0"
+    assert checkpoints.read(run / "checkpoints" / "last.ckpt")["global_step"] == 5
+
+
+@pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
+def test_a_refused_training_takes_no_number_of_the_runs(config, tmp_path, capsys, logger):
+    chosen = ["--trainer.logger", logger, "--trainer.logger.save_dir", str(tmp_path), "--trainer.logger.name", "own"]
+    command = ["fit", "--config", str(config), *chosen]
+    assert main([*command, "--trainer.val_check_interval=100"]) == 2
+    assert "of at most the 3 batches of an epoch, got 100" in capsys.readouterr().err
+    assert list(tmp_path.glob("own/*")) == []
+    kept = tmp_path / "own" / "version_0" / "notes.txt"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert main([*command, "--trainer.logger.version=0", "--model.freeze=[encodr]"]) == 2  # in a folder that exists
+    assert kept.exists()
 
 
 def test_libraries_can_not_catch_the_end_by_sigterm_as_an_exception():
@@ -317,7 +337,13 @@ def test_freezing_a_missing_module_lists_the_existing_ones(tmp_path):
         trainer(tmp_path).fit(tiny_task(freeze=["encodr"]), datamodule=Clips())
 
 
-@pytest.mark.parametrize("name", BASELINES)
+# With codes, and with dropout too; the others keep no state beside their weights.
+STATEFUL = ("magvit2", "ivideogpt")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in STATEFUL else pytest.param(name, marks=pytest.mark.slow) for name in BASELINES]
+)
 def test_a_baseline_resumes_bit_for_bit(name, tmp_path):
     """iVideoGPT's dropout included."""
     logged, weights = {}, {}

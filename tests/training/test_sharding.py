@@ -14,6 +14,7 @@ from torch import nn
 
 from vidtwin.cli import main
 from vidtwin.storage import checkpoints
+from vidtwin.storage.diffusion import load
 from vidtwin.training.replay import read, replay
 from vidtwin.training.sharding import list_units
 
@@ -142,6 +143,22 @@ def test_a_file_that_can_not_be_read_is_an_error_on_both_ranks(ranks):
         assert "damaged or cut off" in errors["cut"]
         assert "holds pickled objects, whose code is never run" in errors["code"]
         assert "of another model or size" in errors["other"]
+
+
+def test_a_sharded_diffusion_model_takes_the_steps_of_ddp_and_resumes_bit_for_bit(folder, ranks):
+    runs = folder / "diffusion"
+    for rank in ranks:
+        sharded, whole, resumed = (rank["diffusion"][name] for name in ("sharded", "whole", "resumed"))
+        assert (sharded["sharded"], sharded["units"]) == (True, ["FSDPLatentDiffusion", "FSDPDiTBlock"])
+        assert (whole["sharded"], whole["units"]) == (False, [])
+        assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+        assert sharded["val/loss"] == pytest.approx(whole["val/loss"], rel=1e-4)
+        assert resumed["losses"] == sharded["losses"][1:]
+    assert_same_training(runs / "sharded" / "last.ckpt", runs / "whole" / "last.ckpt")
+    first, second = (held(runs / name / "last.ckpt") for name in ("sharded", "resumed"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    model, _ = load(runs / "sharded" / "last.ckpt")
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 def test_bf16_trains(ranks):

@@ -24,6 +24,7 @@ from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.posteriors import Encoding
 from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
 from vidtwin.training.checks import check_training
+from vidtwin.training.teacher import Teacher
 from vidtwin.video.convert import to_clip
 
 
@@ -368,12 +369,23 @@ def test_training_lowers_the_error(tmp_path):
     assert after < 0.7 * before
 
 
-def test_several_devices_look_for_parameters_without_a_gradient(tmp_path):
-    run = trainer(tmp_path, devices=2)
-    assert run.strategy._ddp_kwargs["find_unused_parameters"] is True
-    assert trainer(tmp_path, devices=2, strategy="ddp").strategy._ddp_kwargs["find_unused_parameters"] is True
-    chosen = DDPStrategy(find_unused_parameters=False)  # a strategy object is the user's own
-    assert trainer(tmp_path, devices=2, strategy=chosen).strategy._ddp_kwargs["find_unused_parameters"] is False
+@pytest.mark.parametrize(
+    ("strategy", "searches"),
+    [
+        ("auto", [False, True]),
+        ("ddp", [False, True]),
+        ("ddp_find_unused_parameters_true", [True, True]),
+        (DDPStrategy(find_unused_parameters=False), [False, False]),  # a strategy object is the user's own
+    ],
+)
+def test_only_the_user_or_the_task_has_ddp_search_for_parameters_without_a_gradient(tmp_path, strategy, searches):
+    run = trainer(tmp_path, devices=2, strategy=strategy)
+    found = []
+    for teacher in (None, Teacher("x", only_decoder=True)):  # beside which the encoder does not run
+        run._choose_search(tiny_task(teacher=teacher))
+        found.append(run.strategy._ddp_kwargs["find_unused_parameters"])
+    assert found == searches
+    assert run.strategy._ddp_kwargs["gradient_as_bucket_view"]
 
 
 def test_batches_without_a_clip_are_refused_with_their_keys():

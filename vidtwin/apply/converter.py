@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 
 from vidtwin import hub, plugins, weights
 from vidtwin.autoencoder import VideoAutoencoder
-from vidtwin.errors import UserError, suggestion
+from vidtwin.errors import UserError, name_choices
 from vidtwin.storage import checkpoints
 
 ReadConfig = Callable[[Path], dict[str, Any]]
@@ -82,7 +82,10 @@ def released_class(name: str) -> type[VideoAutoencoder]:
     path = plugins.resolve(name, _GROUP)
     able = [short for short, cls in plugins.load_all(_GROUP).items() if callable(getattr(cls, "from_official", None))]
     if "." not in path:
-        raise UserError(f"Expected --model {', '.join(able)} or a class path, got {name!r}{suggestion(name, able)}")
+        raise UserError(
+            f"Expected the name or class path of a model with official weights for --model, got {name!r}"
+            f"{name_choices(name, able)}"
+        )
     cls = plugins.class_of(path, VideoAutoencoder)
     if not callable(getattr(cls, "from_official", None)):
         raise UserError(

@@ -16,6 +16,7 @@ from vidtwin.apply.options import GenerateOptions, SessionOptions
 from vidtwin.apply.outputs import write_png
 from vidtwin.apply.session import Session
 from vidtwin.console import Progress
+from vidtwin.diffusion.codebooks import snap
 from vidtwin.diffusion.model import LatentDiffusion, draw_noise
 from vidtwin.diffusion.process import Process
 from vidtwin.distributed import forward_context
@@ -61,6 +62,8 @@ class Sampler:
         self.path, self.session, self.held = path, session, held
         self.model = model.to(session.fabric.device).requires_grad_(False)
         self.classes: list[str] = held["classes"]
+        # A decoder of its teacher's latents has codebooks of its own, of which those are not.
+        self.codebooks = held["autoencoder"]["weights_sha256"] == session.weights_sha256
 
     @torch.inference_mode()
     def sample(
@@ -82,6 +85,8 @@ class Sampler:
                 torch.tensor(labels, device=device), noise, weight, steps or self.held["steps"], report
             )
         height, width = self.held["size"]
+        if self.codebooks:
+            latents = snap(self.session.model, latents, (3, self.held["num_frames"], height, width))
         return list(self.session.decode(latents, height, width, self.held["num_frames"]).wait().numpy())
 
 
@@ -125,7 +130,8 @@ class Generator:
         self.options = options
         self.out = Path(str(options.out))
         held = diffusion.describe(checkpoints.read(str(options.ckpt_path), lazily=True), str(options.ckpt_path))
-        self.samples = list_samples(held["classes"], options.class_names, options.num)
+        names = split_names(options.class_name or "", held["classes"])
+        self.samples = list_samples(held["classes"], names, options.num)
         if not held["classes"] and options.guidance not in (None, 1):
             raise UserError(
                 f"Expected no --guidance for a model without classes, got {options.guidance}; leave it out."
@@ -218,6 +224,17 @@ class Generator:
                 for sample in self.samples
             ],
         }
+
+
+def split_names(text: str, classes: list[str]) -> list[str]:
+    """Split names of classes at commas, each once; of commas that are in a class's name too, the longest name wins."""
+    parts, names = text.split(","), []
+    while parts:
+        lengths = range(len(parts), 0, -1)
+        length = next((n for n in lengths if ",".join(parts[:n]).strip() in classes), 1)
+        names.append(",".join(parts[:length]).strip())
+        parts = parts[length:]
+    return list(dict.fromkeys(name for name in names if name))
 
 
 def list_samples(classes: list[str], names: list[str], num: int) -> list[Sample]:

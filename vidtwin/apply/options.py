@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,7 @@ class GenerateOptions:
     Args:
         ckpt_path: Checkpoint of a diffusion model.
         out: Folder of the videos.
-        class_name: Classes, separated by commas; by default all.
+        class_name: Classes, separated by commas, which may be in their names too; by default all.
         num: Number of videos of each class.
         seed: Seed of their noise.
         guidance: Weight of the class, 1 for none; by default that of the training.
@@ -166,14 +167,10 @@ class GenerateOptions:
         check_counts(num=self.num, batch_size=self.batch_size, steps=self.steps)
         if self.seed < 0:
             raise UserError(f"Expected --seed of at least 0, got {self.seed}.")
-        if self.fps is not None and not self.fps > 0:
+        if self.fps is not None and not 0 < self.fps < math.inf:
             raise UserError(f"Expected --fps above 0, got {self.fps}.")
-
-    @property
-    def class_names(self) -> list[str]:
-        """The given classes, each once; none if all are wanted."""
-        names = [name.strip() for name in (self.class_name or "").split(",")]
-        return list(dict.fromkeys(name for name in names if name))
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise UserError(f"Expected a finite --guidance, got {self.guidance}.")
 
 
 @dataclass

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vidtwin.benchmark import latent_looks, leakage, rows, statistics
+from vidtwin.benchmark import latent_looks, leakage, rows
 from vidtwin.benchmark.analysis_files import ANALYSIS, CONTENT, MEASURES, VERSION, read_analysis, read_content
 from vidtwin.benchmark.clip_content import measure_content
 from vidtwin.benchmark.loaded_model import LoadedModel
@@ -32,6 +32,7 @@ from vidtwin.console import log
 from vidtwin.distributed import forward_context
 from vidtwin.errors import UserError
 from vidtwin.files import inside, remove_leftovers, write_text
+from vidtwin.listing import source_of
 from vidtwin.metrics import frames
 from vidtwin.metrics.latents import ACTIVE_VARIANCE
 from vidtwin.posteriors import DiagonalGaussian, Encoding, Quantized
@@ -372,7 +373,7 @@ def describe_latents(clips: Sequence[dict[str, Any]], channels: Sequence[dict[st
     """
     names = list(clips[0]["latents"])
     units = {name: np.stack([_decode(clip["latents"][name]["units"]) for clip in clips]) for name in names}
-    sources = [statistics.source_of(clip["name"]) for clip in clips]
+    sources = [source_of(clip["name"]) for clip in clips]
     labels = [clip["label"] for clip in clips]
     labels = labels if min(labels) >= 0 else []  # -1: the data have no classes
     latents: dict[str, Any] = {}

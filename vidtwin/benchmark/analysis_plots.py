@@ -12,7 +12,7 @@ from vidtwin.benchmark.rows import Results
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIZE = (4.8, 3.4)  # inches of a panel
+HEIGHT = 3.6  # inches of a panel with its legend
 
 
 def write(folder: str | Path) -> list[Path]:
@@ -38,7 +38,7 @@ def draw_content(results: Results) -> "tuple[Figure, str] | None":
     if not lists:
         return None
     shown = [key for key in MEASURES if key != "cuts"]
-    figure = _make_figure(len(shown))
+    figure = plots.make_figure(len(shown), columns=len(shown), height=HEIGHT)
     for axes, measure in zip(figure.axes, shown, strict=True):
         for name, clips in lists.items():
             x = [content[rows.key_of(clip)][measure] for clip in clips]
@@ -56,8 +56,9 @@ def draw_frames(results: Results) -> "tuple[Figure, str] | None":
     if not analyses:
         return None
     style = plots.styles(results)
-    figure = _make_figure(1)
+    figure = plots.make_figure(1, columns=1, height=HEIGHT)
     (axes,) = figure.axes
+    seams = [analysis["seams"] for analysis in analyses.values()]
     for name, analysis in analyses.items():
         found = failures.describe_frames(analysis)
         places = range(len(found["mean"]))
@@ -68,21 +69,9 @@ def draw_frames(results: Results) -> "tuple[Figure, str] | None":
         for seam in found["seams"]:
             axes.axvline(seam - 0.5, color=colour, linewidth=0.8, linestyle=(0, (2, 2)))
     axes.set_title("PSNR (dB) by frame with its 95% interval, ↑ better", loc="left")
-    axes.set_xlabel("frame of the clip; dotted: a new window")
+    axes.set_xlabel("frame of the clip" + ("; dotted: a new window" if any(seams) else ""))
     _add_legend(figure)
     return figure, "Mean PSNR of each model by the frame's place in the clip, with its 95% interval"
-
-
-def _make_figure(panels: int) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    width = SIZE[0] * panels if panels > 1 else 6.4
-    figure = Figure(figsize=(width, SIZE[1] + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for index in range(panels):
-        figure.add_subplot(1, panels, index + 1)
-    return figure
 
 
 def _add_legend(figure: "Figure") -> None:

@@ -1,12 +1,13 @@
 """The tables of the analysis for the page: quality against content, frames and seams, what each latent carries."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from vidtwin.benchmark import failures, rows
 from vidtwin.benchmark.analysis_files import MEASURES, read_all, read_content
 from vidtwin.benchmark.rows import Results
 from vidtwin.benchmark.summary import Cell, Line, Table
-from vidtwin.metrics.registry import BY_KEY, Column
+from vidtwin.metrics.registry import BY_KEY, Column, fixed
 
 
 def build(results: Results) -> list[Table]:
@@ -31,13 +32,16 @@ def content_table(results: Results, content: list[rows.Clip], analyses: dict[str
         lines[key].cells.append(_correlation(each))
     columns = [Column("decoded", "Decoded", words=True), Column("metric", "Metric", words=True)]
     columns += [Column(key, title.partition(" (")[0], "rank correlation") for key, title in MEASURES.items()]
+    columns, alike = _drop_empty(columns, lines.values())
     notes = [
         "Spearman's rank correlation of each clip's quality with what is in the clip, and its 95% interval over source "
         "videos: -1 says that more of it always is worse (PSNR, SSIM) or better (LPIPS).",
         "Of the input clip: motion is the mean length of block-matching vectors between neighbouring frames (FFmpeg's "
         "mestimate), change the mean absolute difference of neighbouring frames, texture the mean gradient of luma, "
-        "cuts the frames that begin a scene. Empty: all clips have the same number.",
+        "cuts the frames that begin a scene.",
     ]
+    if alike:
+        notes.append(f"All clips have the same number of {', '.join(alike)}, which correlates with nothing.")
     return (
         Table("content", "Quality against the content of the clips", columns, list(lines.values()), notes)
         if lines
@@ -48,8 +52,8 @@ def content_table(results: Results, content: list[rows.Clip], analyses: dict[str
 def _correlation(found: dict[str, Any]) -> Cell:
     if found["rho"] is None:
         return Cell()
-    ends = "" if found["low"] is None else f"{found['low']:+.2f} to {found['high']:+.2f}"
-    return Cell(f"{found['rho']:+.2f}", found["rho"], small=ends)
+    ends = "" if found["low"] is None else f"{fixed(found['low'], '+.2f')} to {fixed(found['high'], '+.2f')}"
+    return Cell(fixed(found["rho"], "+.2f"), found["rho"], small=ends)
 
 
 def seam_table(results: Results, analyses: dict[str, Any]) -> Table | None:
@@ -66,8 +70,8 @@ def seam_table(results: Results, analyses: dict[str, Any]) -> Table | None:
         if seam is None:
             cells.append(Cell())
         else:
-            ends = "" if seam["low"] is None else f"{seam['low']:+.2f} to {seam['high']:+.2f}"
-            cells.append(Cell(f"{seam['mean']:+.2f}", seam["mean"], small=ends))
+            ends = "" if seam["low"] is None else f"{fixed(seam['low'], '+.2f')} to {fixed(seam['high'], '+.2f')}"
+            cells.append(Cell(fixed(seam["mean"], "+.2f"), seam["mean"], small=ends))
         lines.append(Line(name, kinds[name], cells))
     columns = [
         Column("first", "First frame", "PSNR, dB", higher=True),
@@ -130,7 +134,7 @@ def leakage_table(results: Results, analyses: dict[str, Any]) -> Table | None:
     lines = []
     for name, analysis in analyses.items():
         for pair in analysis["leakage"]:
-            r2 = Cell("too few sources") if pair["r2"] is None else Cell(f"{pair['r2']:.3f}", pair["r2"])
+            r2 = Cell("too few sources") if pair["r2"] is None else Cell(fixed(pair["r2"], ".3f"), pair["r2"])
             words = [Cell(pair[key], pair[key]) for key in ("from", "to")]
             counts = [Cell(f"{pair[key]:,}", pair[key]) for key in ("clips", "sources")]
             lines.append(Line(name, kinds[name], [*words, r2, *counts]))
@@ -188,10 +192,18 @@ def looks_table(results: Results, analyses: dict[str, Any]) -> Table | None:
         "Low frequencies: the lowest quarter on every axis of the latent's DCT, without its constant. Effective "
         "channels: exp of the entropy of the eigenvalues of the channels' covariance over clips and places.",
     ]
+    columns, _ = _drop_empty(columns, lines)
+    return Table("looks", "Latents before a diffusion model", columns, lines, notes) if lines else None
+
+
+def _drop_empty(columns: list[Column], lines: Iterable[Line]) -> tuple[list[Column], list[str]]:
+    """Remove columns without a text from lines → the others, and the names of those in lower case."""
+    lines = list(lines)
     filled = [place for place in range(len(columns)) if any(line.cells[place].text for line in lines)]
-    lines = [Line(line.name, line.kind, [line.cells[place] for place in filled]) for line in lines]
-    shown = [columns[place] for place in filled]
-    return Table("looks", "Latents before a diffusion model", shown, lines, notes) if lines else None
+    for line in lines:
+        line.cells = [line.cells[place] for place in filled]
+    empty = [column.label.lower() for place, column in enumerate(columns) if place not in filled]
+    return [columns[place] for place in filled], empty
 
 
 def _empty(number: int) -> list[Cell]:

@@ -1,20 +1,17 @@
 """Sections of a model card that a results folder and the logs of a training fill: measured, never written by hand."""
 
 import csv
-import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from vidtwin.benchmark import plots, rows, statistics, summary
 from vidtwin.benchmark.protocol import flat
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.cards import code, escape, settings_table, table
 from vidtwin.errors import UserError, few, suggestion
-from vidtwin.files import replacing
+from vidtwin.listing import source_of
 from vidtwin.metrics.registry import BY_KEY, Metric
 
 CURVES = "training_curves.png"
@@ -111,7 +108,7 @@ def _quality(results: Results, row: Row) -> Iterator[str]:
     intervals = statistics.bound_means({row["name"]: values})[row["name"]]
     references = [each for each in rows.order(results) if _is_reference(each)]
     videos = {clip["name"] for clip in clips}
-    sources = len({statistics.source_of(video) for video in videos})
+    sources = len({source_of(video) for video in videos})
     yield "## Measured quality"
     yield ""
     counts = f"{row['num_clips']:,} clips of {len(videos):,} videos ({sources:,} sources)"
@@ -242,22 +239,16 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
 def write_curves(curves: dict[str, Curve], path: Path) -> str:
     """Draw curves as a picture at `path` → the section that shows it."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     panels = {title: tags for title, tags in _PANELS.items() if set(tags) & set(curves)}
-    with rc_context(plots.STYLE):
-        figure = Figure(figsize=(4 * len(panels), 2.8), layout="constrained")
-        for axes, (title, tags) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
+    with plots.use_style():
+        figure = plots.make_figure(len(panels), columns=len(panels), height=2.5)
+        for axes, (title, tags) in zip(figure.axes, panels.items(), strict=True):
             for index, tag in enumerate(tag for tag in tags if tag in curves):
                 label = {"train": "training", "val": "validation"}[tag.partition("/")[0]]
                 axes.plot(*curves[tag], color=plots.COLOURS[index], label=label, marker="." if label[0] == "v" else "")
             axes.set(xlabel="step", ylabel=title)
             axes.legend()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=plots.DPI)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+        plots.save(figure, f"{', '.join(panels)} over the steps of the training", path)
     last = [f"{tag} {values[-1]:.4g} at step {steps[-1]:,}" for tag, (steps, values) in curves.items()]
     return "\n".join(
         ["## Training curves", "", f"![Training curves]({path.name})", "", f"Last values: {', '.join(last)}."]

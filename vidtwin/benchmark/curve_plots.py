@@ -43,7 +43,7 @@ def draw_rates(results: Results) -> "tuple[Figure, str] | None":
         axes.set_xlabel("bits per pixel (real bytes), ← better")
         _finish_panel(axes, metric)
         plots.set_log_axis(axes, [point.bpp for point in points])
-    key = "solid: models, latents quantized and coded; dashed: codecs"
+    key = "solid: models, latents quantized and coded; dashed or dotted: codecs"
     _finish(figure, results, key)
     names = ", ".join(metric.label for metric in panels)
     return figure, f"{names} over the bits per pixel of real bytes: models by the bits of their latents, and codecs"

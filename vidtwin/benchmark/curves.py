@@ -6,6 +6,7 @@ bd.csv          BD-rate and BD-PSNR of each curve against each codec
 
 import importlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,7 +17,7 @@ from vidtwin.benchmark.rows import Results
 from vidtwin.benchmark.summary import Cell, Line, Table
 from vidtwin.console import log
 from vidtwin.files import inside, write_text
-from vidtwin.metrics.registry import BY_KEY, Column
+from vidtwin.metrics.registry import BY_KEY, Column, fixed
 from vidtwin.tables import format_table
 
 LEAST = 4  # points of a curve, by which a cubic is known
@@ -87,7 +88,9 @@ def read(results: Results) -> list[Curve]:
     for row in results.rows:
         compared = results.comparison["rows"].get(row["name"], {})
         means = {key: each["mean"] for key, each in compared.items() if isinstance(each, dict) and "mean" in each}
-        if (coding := row.get("coding")) and 0 < means.get("bpp", 0) < math.inf:
+        # Means over other clips than those of the curves beside it are no point.
+        whole = results.comparison["counts"].get(row["name"]) == results.comparison["num_clips"]
+        if (coding := row.get("coding")) and whole and 0 < means.get("bpp", 0) < math.inf:
             codecs.setdefault(coding["curve"], []).append(Point(row["name"], coding["settings"], 0, means))
     best = sorted(codecs, key=lambda name: (-max(point.means["psnr"] for point in codecs[name]), name))
     return found + [Curve(name, CODEC, sorted(codecs[name], key=lambda point: point.bpp)) for name in best]
@@ -103,21 +106,51 @@ def read_noise(results: Results) -> list[Curve]:
 
 
 def _read_levels(results: Results, row: rows.Row) -> Iterator[Point]:
-    """Yield the points of a row: means over the common clips, by the protocol's weights."""
-    if not row.get("rate_distortion"):
-        return
-    common = rows.common_clips(results)
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for clip in levels.read(results.folder / "rows" / row["name"], row):
-        if rows.key_of(clip) in common:
-            groups.setdefault((clip["curve"], clip["level"]), []).append(clip)
-    for (curve, level), clips in groups.items():
+    """Yield the points of a row: means over the common clips, by the protocol's weights.
+
+    A level at which one of them has no metrics is no point: the others' mean is not comparable.
+    """
+    for (curve, level), clips in _group_levels(results, row).items():
+        if len(clips) < results.comparison["num_clips"] or any("missing" in clip for clip in clips):
+            continue
         means = _mean(results, clips)
         if "entropy_bpp" in clips[0]:
             means["entropy_bpp"] = _mean(results, [clip | {"bpp": clip["entropy_bpp"]} for clip in clips])["bpp"]
-        unit = "1 bit" if level == 1 else f"{level:g} bits"
-        label = {"bits": f"{unit} a number", "codes": "codes"}.get(curve, f"noise {level:g}")
-        yield Point(row["name"], label, level, means)
+        yield Point(row["name"], _label(curve, level), level, means)
+
+
+def _group_levels(results: Results, row: rows.Row) -> dict[tuple[str, float], list[dict[str, Any]]]:
+    """Group the common clips of a row by curve and level; none without curves."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    if not row.get("rate_distortion"):
+        return groups
+    common = rows.common_clips(results)
+    for clip in levels.read(results.folder / "rows" / row["name"], row):
+        if rows.key_of(clip) in common:
+            groups.setdefault((clip["curve"], clip["level"]), []).append(clip)
+    return groups
+
+
+def _label(curve: str, level: float) -> str:
+    unit = "1 bit" if level == 1 else f"{level:g} bits"
+    return {"bits": f"{unit} a number", "codes": "codes"}.get(curve, f"noise {level:g}")
+
+
+def _note_missing(results: Results, noise: bool) -> Iterator[str]:
+    """Say which levels of rates, or of noise, are no points, and why; and which rows have none at all."""
+    total = results.comparison["num_clips"]
+    for row in rows.order(results):
+        count = results.comparison["counts"].get(row["name"], 0)
+        if count < total and (row.get("rate_distortion") or (row.get("coding") and not noise)):
+            yield f"{row['name']} has no point: it lacks {total - count:,} of the {total:,} clips that the others have."
+            continue
+        for (curve, level), clips in _group_levels(results, row).items():
+            reasons = Counter(clip["missing"] for clip in clips if "missing" in clip)
+            if reasons and (curve == "noise") == noise:
+                listed = ", ".join(
+                    f"{reason} in {number:,} of {len(clips):,} clips" for reason, number in reasons.items()
+                )
+                yield f"{row['name']} has no point at {_label(curve, level)}: {listed}."
 
 
 def _mean(results: Results, clips: list[dict[str, Any]]) -> dict[str, float]:
@@ -216,8 +249,8 @@ def bd_table(results: Results) -> Table | None:
         for anchor in anchors:
             delta = deltas.get((name, anchor), Delta())
             for key, value, text in (
-                ("rate", delta.rate, "" if delta.rate is None else f"{100 * delta.rate:+.1f}"),
-                ("psnr", delta.psnr, "" if delta.psnr is None else f"{delta.psnr:+.2f}"),
+                ("rate", delta.rate, "" if delta.rate is None else fixed(100 * delta.rate, "+.1f")),
+                ("psnr", delta.psnr, "" if delta.psnr is None else fixed(delta.psnr, "+.2f")),
             ):
                 reason = delta.reasons.get(key, "").replace(" points at a shared ", " at ")
                 cells.append(Cell(text, value, small=reason))
@@ -285,7 +318,8 @@ def noise_table(results: Results) -> Table | None:
     columns = [Column(f"n{i}", f"Noise {strength:g}", "dB", True) for i, strength in enumerate(strengths)]
     notes = [
         "PSNR of the clips decoded from the mode of the latents with Gaussian noise, whose standard deviation is given "
-        "in those of the channels."
+        "in those of the channels.",
+        *_note_missing(results, noise=True),
     ]
     return Table("noise", "Robustness to noise on the latents", columns, lines, notes)
 
@@ -308,6 +342,7 @@ def _notes(results: Results) -> Iterator[str]:
     yield from (f"Ranges and probabilities of the latents are {text}." for text in settings)
     if any(row.get("coding") for row in results.rows):
         yield "Codecs: bytes of the packets, without a container."
+    yield from _note_missing(results, noise=False)
 
 
 # --- files ---

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vidtwin.benchmark import rows, statistics
 from vidtwin.benchmark.analysis_files import MEASURES
 from vidtwin.benchmark.rows import Results
+from vidtwin.listing import source_of
 
 Floats = NDArray[np.float64]
 
@@ -114,7 +115,7 @@ def correlate_content(results: Results, content: Sequence[rows.Clip], alone: dic
             lists += [(latent, parts)] if parts else []
         for latent, chosen in lists:
             both = [clip for clip in chosen if rows.key_of(clip) in known]
-            sources = [statistics.source_of(clip["name"]) for clip in both]
+            sources = [source_of(clip["name"]) for clip in both]
             if not both:
                 continue
             metrics = [
@@ -143,7 +144,7 @@ def describe_frames(analysis: dict[str, Any]) -> dict[str, Any]:
     """
     clips = analysis["clips"]
     values = np.array([clip["frame_psnr"] for clip in clips])
-    named = [statistics.source_of(clip["name"]) for clip in clips]
+    named = [source_of(clip["name"]) for clip in clips]
     seams = analysis["seams"]
     mean, low, high = _bound(values, named)
     beside = sorted({place for seam in seams for place in (seam - 1, seam)})

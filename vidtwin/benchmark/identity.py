@@ -5,12 +5,33 @@ from collections.abc import Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
-from vidtwin.autoencoder import complete
+from vidtwin import plugins
+from vidtwin.autoencoder import VideoAutoencoder, complete
 from vidtwin.benchmark.plan import compute_digest
 from vidtwin.errors import UserError
 
 MAX_ADDED = 3
 """So many arguments may have been added to a model since parts were measured, which do not say what it had."""
+
+
+OF_LATENTS = ("rate_distortion", "seed")
+"""Settings that change no number of a codec, whose bytes are neither quantized further nor drawn."""
+
+
+def is_codec(spec: dict[str, Any] | None) -> bool:
+    """Return whether the class of a spec is a codec, without building it."""
+    if not spec:
+        return False
+    try:
+        return bool(plugins.class_of(spec["class_path"], VideoAutoencoder).codes_bytes)
+    except UserError:  # which building it will raise too
+        return False
+
+
+def select_settings(model: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide a row's numbers, without those that leave the numbers of its model alone."""
+    codec = is_codec(model.get("model"))
+    return {key: value for key, value in settings.items() if not (codec and key in OF_LATENTS)}
 
 
 def compute_identity(model: dict[str, Any], settings: dict[str, Any]) -> str:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from vidtwin.benchmark import rows
-from vidtwin.errors import UserError
-from vidtwin.tables import read_table, write_table
+from vidtwin.tables import write_table
 
 NAME = "levels.csv"
 MEASURED = ("mse", "psnr", "ssim", "lpips")
@@ -33,6 +32,7 @@ class Level(TypedDict, total=False):
         bpp: 8 · bytes / (T · H · W).
         entropy_bpp: The same of the symbols' empirical entropy, by channel.
         mse: Like the metrics of `clips.csv`, as are `psnr`, `ssim` and `lpips`.
+        missing: Why the clip has no metrics at this level; absent if it has.
     """
 
     name: str
@@ -47,43 +47,28 @@ class Level(TypedDict, total=False):
     psnr: float
     ssim: float
     lpips: float
+    missing: str
 
 
 def write(folder: Path, row: rows.Row, levels: list[Level]) -> None:
-    """Write a row's levels; cells of noise have no bytes."""
-    metrics = [metric for metric in MEASURED if metric in levels[0]]
-    columns = [*_FIRST, *_CODED, *metrics]
+    """Write a row's levels; cells of noise have no bytes, those of a clip without metrics a reason."""
+    known = {key for level in levels for key in level}
+    columns = [*_FIRST, *_CODED, *(key for key in (*MEASURED, "missing") if key in known)]
     lines = ([*(level.get(key, "") for key in columns), row["protocol_hash"]] for level in levels)
     write_table(folder / NAME, [*columns, "protocol_hash"], lines)
 
 
 def read(folder: Path, row: rows.Row) -> list[dict[str, Any]]:
     """Read the levels of a row in its own folder; `UserError` if the file is missing or cut off."""
-    path = folder / NAME
-    try:
-        lines = read_table(path)
-        found = [
-            {
-                "name": line["name"],
-                "curve": line["curve"],
-                **{key: int(line[key]) for key in ("start_frame", "num_frames")},
-                **{key: _read_number(line[key], key) for key in _NUMBERS if line.get(key) not in (None, "")},
-            }
-            for line in lines
-        ]
-        # The last column: a line that was cut off lacks it, or a part of it.
-        whole = all(line["protocol_hash"] == row["protocol_hash"] for line in lines)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"Expected the levels of its clips in {path}, got none that can be read ({error}); run the sweep again."
-        ) from error
-    kinds = {(level["curve"], level["level"]) for level in found}
-    if not whole or len(found) != row["num_clips"] * len(kinds):
-        raise UserError(
-            f"Expected {row['num_clips']} clips at each level in {path}, got {len(found)} lines; remove {folder} and "
-            "run the sweep again, which measures that row again alone."
-        )
-    return found
+
+    def parse(line: dict[str, str]) -> rows.Clip:
+        numbers = {key: _read_number(line[key], key) for key in _NUMBERS if line.get(key) not in (None, "")}
+        missing = {"missing": line["missing"]} if line.get("missing") else {}
+        return {"curve": line["curve"], **numbers, **missing}
+
+    return rows.read_lines(
+        folder / NAME, row, parse, lambda found: len({(level["curve"], level["level"]) for level in found})
+    )
 
 
 def _read_number(text: str, key: str) -> float:

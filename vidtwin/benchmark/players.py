@@ -22,9 +22,9 @@ from vidtwin.benchmark.loaded_model import LoadedModel
 from vidtwin.benchmark.measurer import Measurer
 from vidtwin.benchmark.plan import format_error
 from vidtwin.benchmark.runner import Runner
-from vidtwin.benchmark.statistics import source_of
 from vidtwin.console import Progress, log
 from vidtwin.files import inside, replacing, write_text
+from vidtwin.listing import source_of
 from vidtwin.video import Frames, convert, panels, write_video
 
 SIDE = 160  # pixels of a frame by default: a page with ten models stays below 20 MB

@@ -143,7 +143,7 @@ def write_plots(results: Results, plots: Mapping[str, "Draw"]) -> list[Path]:
     """Write plots by name, as `write` does."""
     written = []
     paths = {name: [inside(results.folder, f"plots/{name}.{kind}") for kind in ("png", "svg")] for name in plots}
-    with _style():
+    with use_style():
         for name, draw in plots.items():
             drawn = draw(results)
             if drawn is None:
@@ -152,7 +152,7 @@ def write_plots(results: Results, plots: Mapping[str, "Draw"]) -> list[Path]:
                     remove_leftovers(path.parent, path.name)
                 continue
             for path in paths[name]:
-                _save(*drawn, path)
+                save(*drawn, path)
             written += paths[name]
     return written
 
@@ -171,7 +171,7 @@ def drawings(results: Results) -> list[Drawing]:
     }
     draws["PSNR of the clips"] = _per_clip, bool(references)
     found: list[Drawing] = []
-    with _style():
+    with use_style():
         for label, (draw, with_references) in draws.items():
             drawn = [each for each in (draw(results), draw(models) if with_references else None) if each]
             svgs = [_for_page(_svg(*each, label), f"plot{len(found)}{i}") for i, each in enumerate(drawn)]
@@ -181,13 +181,13 @@ def drawings(results: Results) -> list[Drawing]:
 
 def draw_for_page(results: Results, plots: Mapping[str, "Draw"], ids: str) -> list[Drawing]:
     """Draw plots by label for the page; the ids of their elements begin with `ids`."""
-    with _style():
+    with use_style():
         drawn = {label: each for label, draw in plots.items() if (each := draw(results))}
         return [Drawing(x, [_for_page(_svg(*each, x), f"{ids}{i}")]) for i, (x, each) in enumerate(drawn.items())]
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def use_style() -> Iterator[None]:
     """Set our style for a while, independently of the user's matplotlibrc."""
     import matplotlib
 
@@ -500,7 +500,7 @@ def abbreviate(text: str, longest: int = 28) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-def _save(figure: "Figure", description: str, path: Path) -> None:
+def save(figure: "Figure", description: str, path: Path) -> None:
     """Write a PNG or SVG, the same bytes each time, with a description for readers who can't see it."""
     with replacing(path) as temporary:
         if path.suffix == ".png":

@@ -67,7 +67,9 @@ class Curves:
             if not count:
                 raise UserError(f"Expected validation clips to fit the coder's tables, got none; {advice}.")
             self.fit_clips = sorted({int(place) for place in np.linspace(0, len(dataset) - 1, count).round()})
-            self.settings["fitted_on"] = compute_digest([dataset.identity(index) for index in self.fit_clips])
+            contents = options.source.digests("val")  # a video may be replaced under its name
+            named = [dataset.identity(index) for index in self.fit_clips]
+            self.settings["fitted_on"] = compute_digest([[*name, contents.get(name[0], "")] for name in named])
         self._fitted: tuple[LoadedModel, Fitted, dict[str, Values]] | None = None
 
     @torch.inference_mode()
@@ -84,12 +86,14 @@ class Curves:
             indices: Numbers of the clips, which seed their noise.
 
         Returns:
-            By clip the levels; nothing for codecs, whose bytes are their own.
+            By clip the levels; nothing for codecs, whose bytes are their own. At a level whose pixels are not finite a
+            clip has the reason instead of metrics.
         """
         if model.model.coding:
             return []
         fitted, deviations = self._fit(model, encodings)
-        modes = [encoding.mode() for encoding in encodings]
+        # A clip whose latents are not finite fails in its row; its neighbours are measured.
+        modes = [{k: x.nan_to_num() for k, x in encoding.mode().items()} for encoding in encodings]
         pixels = math.prod(clip.shape[2:])
         levels: list[list[Level]] = [[] for _ in indices]
         bits = [0] if all(isinstance(x, Quantized) for x in encodings[0].values()) else self.chosen.bits
@@ -140,8 +144,8 @@ class Curves:
 
     def _compare(
         self, model: LoadedModel, latents: ClipLatents, clip: Tensor, target: Tensor
-    ) -> Iterator[dict[str, float]]:
-        """Decode latents and measure the clips."""
+    ) -> Iterator[dict[str, Any]]:
+        """Decode latents and measure the clips: metrics of each, or the reason why it has none."""
         pieces = model.cut(clip)
         with self.precision():
             parts = [
@@ -149,12 +153,13 @@ class Curves:
                 for part, piece in zip(latents, pieces, strict=True)
             ]
         prediction = torch.cat(parts, 2).float()
-        if not bool(prediction.isfinite().all()):
-            raise RuntimeError("pixels of a level of its rate-distortion curve are not finite")
-        prediction, _ = self.measures.prepare(prediction, clip)
+        broken = [not bool(each.isfinite().all()) for each in prediction]
+        prediction, _ = self.measures.prepare(prediction.nan_to_num(), clip)
         values = self.measures.values(prediction, target, MEASURED)
-        for place in range(len(clip)):
-            yield {name: float(value[place]) for name, value in values.items()}
+        for place, pixels in enumerate(broken):
+            found = {name: float(value[place]) for name, value in values.items()}
+            bad = ", ".join(name for name, value in found.items() if not math.isfinite(value))
+            yield {"missing": f"{'pixels' if pixels else bad} not finite"} if pixels or bad else found
 
     def _draw(self, modes: ClipLatents, deviations: dict[str, Values], indices: Sequence[int]) -> ClipLatents:
         """Draw noise of the channels' deviations for each clip from its own seed: the same at every strength.
@@ -183,6 +188,9 @@ class Curves:
             kept: dict[str, list[Values]] = {}
             codes: dict[str, tuple[int, list[Symbols]]] = {}
             for encoding in self._encode_fit_clips(model):
+                if not all(bool(latent.isfinite().all()) for latent in encoding.mode().values()):
+                    log(f"{model.name}: its coder is fitted without clips whose latents are not finite")
+                    continue
                 for name, posterior in encoding.items():
                     kept.setdefault(name, []).append(_by_channel(posterior.mode()))
                     if isinstance(posterior, Quantized):
@@ -241,7 +249,7 @@ def _deviations_of_clip(modes: ClipLatents, place: int, clips: int) -> dict[str,
 
 
 def _what_is_coded(posterior: Posterior) -> Tensor:
-    return posterior.codes if isinstance(posterior, Quantized) else posterior.mode()
+    return posterior.codes if isinstance(posterior, Quantized) else posterior.mode().nan_to_num()
 
 
 def _rows(latent: Tensor, place: int, clips: int) -> Tensor:

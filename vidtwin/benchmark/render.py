@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vidtwin import cards
 from vidtwin.benchmark import curves, rows, statistics, statistics_tables, summary
 from vidtwin.benchmark.rows import Results, Row
 from vidtwin.benchmark.summary import BEST, SECOND, UNAVAILABLE, Cell, Table
@@ -17,11 +18,15 @@ from vidtwin.tables import format_table
 
 
 def write(folder: str | Path) -> str:
-    """Write `table.csv`, `table.md`, `table.tex` and the curves' files of a results folder; return it as Markdown."""
+    """Write `table.csv`, `table.md`, `table.tex` and the curves' files of a results folder.
+
+    Returns:
+        What a terminal shows: `table.md` without the tables of pairs and seeds, which are long.
+    """
     results = rows.read(folder)
     text = markdown(results)
     write_text(results.folder / "table.csv", as_csv(results))
-    write_text(results.folder / "table.md", text)
+    write_text(results.folder / "table.md", text + _statistics(results))
     write_text(results.folder / "table.tex", latex(results))
     curves.write(results)
     return text
@@ -47,12 +52,21 @@ def markdown(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _statistics(results: Results) -> str:
+    """Render the tables of pairs of models and of the spread over seeds; empty without any."""
+    lines = []
+    for table in statistics_tables.build(results):
+        if table.id in ("pairs", "seeds"):
+            lines += ["", f"{table.caption}:", "", *align(table), "", *list_notes(table.notes)]
+    return "".join(f"{line}\n" for line in lines)
+
+
 def align(table: Table) -> Iterator[str]:
     """Yield the lines of a table with aligned columns."""
     heads = [Column("", table.first), *table.columns]
     lines = [[head.title if isinstance(head, Metric) else _lower(head.title) for head in heads]]
     lines += [[line.name, *(_markdown_cell(cell) for cell in line.cells)] for line in table.lines]
-    safe = [[_safe(cell).replace("|", "\\|") for cell in line] for line in lines]
+    safe = [[cards.escape(cell, terminal=True) for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in safe) for i in range(len(safe[0]))]
     words = [True, *(column.words for column in table.columns)]
     for number, line in enumerate(safe):
@@ -76,12 +90,7 @@ def _markdown_cell(cell: Cell) -> str:
 
 def list_notes(notes: Iterable[str]) -> list[str]:
     """List notes as Markdown, a line each."""
-    return [f"- {_safe(note)}" for note in notes]
-
-
-def _safe(text: str) -> str:
-    """Put text on one line; no name becomes an HTML element."""
-    return " ".join(text.split()).replace("<", "\\<")
+    return [f"- {cards.escape(note, terminal=True)}" for note in notes]
 
 
 # --- CSV ---

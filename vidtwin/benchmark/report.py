@@ -4,17 +4,11 @@ The page asks the network for nothing: styles, script, numbers and pictures are 
 forbids the rest. `report_assets/report.js` sorts tables, chooses a plot, draws the clips' values and plays the clips.
 """
 
-import base64
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from vidtwin.benchmark import (
     analysis_files,
@@ -27,10 +21,11 @@ from vidtwin.benchmark import (
     statistics_tables,
     summary,
 )
+from vidtwin.benchmark.pages import Assets, as_json, read_strip
 from vidtwin.benchmark.protocol import flat
 from vidtwin.benchmark.rows import Results, Row
-from vidtwin.errors import UserError, few
-from vidtwin.files import inside, write_text
+from vidtwin.errors import few
+from vidtwin.files import write_text
 
 
 def write(folder: str | Path) -> Path:
@@ -43,13 +38,6 @@ def write(folder: str | Path) -> Path:
 
 def render(results: Results) -> str:
     """Render the page of a results folder."""
-    assets = resources.files("vidtwin.benchmark") / "report_assets"
-    template, style, script = (
-        (assets / name).read_text(encoding="utf-8") for name in ("template.html", "report.css", "report.js")
-    )
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     strips: list[str] = []
     data = _data(results, strips)
     tables = [
@@ -62,7 +50,7 @@ def render(results: Results) -> str:
             if (table := build(results))
         ),
     ]
-    return environment.from_string(template).render(
+    return Assets.load("vidtwin.benchmark", "report_assets", "report").render(
         results=results,
         title=summary.data_set(results),
         facts=_facts(results),
@@ -77,10 +65,6 @@ def render(results: Results) -> str:
         data=as_json(data),
         strips=strips,
         drawings=[*plots.drawings(results), *curve_plots.drawings(results), *analysis_plots.drawings(results)],
-        style=style,
-        script=script,
-        style_hash=digest(style),
-        script_hash=digest(script),
     )
 
 
@@ -208,25 +192,3 @@ def _players(results: Results, places: dict[rows.Key, int], strips: list[str]) -
             {"clip": place, "name": clip["name"], "start": clip["start_frame"], "why": clip["why"], "views": views}
         )
     return {"fps": kept["fps"], "frames": kept["num_frames"], "clips": clips}
-
-
-def read_strip(folder: Path, file: str) -> str:
-    path = inside(folder, file)
-    content = path.read_bytes() if path.is_file() else b""
-    if content[:4] != b"RIFF" or content[8:12] != b"WEBP":
-        raise UserError(
-            f"Expected a WebP picture in {path}, got {'another file' if content else 'none'}; remove {path.parents[1]} "
-            "and run the sweep again, or remove the folder players."
-        )
-    return base64.b64encode(content).decode()
-
-
-def as_json(data: dict[str, Any]) -> str:
-    """Write JSON that ends no script element and opens none, whatever the names hold."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def digest(text: str) -> str:
-    """Name a style or a script as a content security policy does."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from vidtwin.benchmark import levels, rows
-from vidtwin.benchmark.identity import compute_identity, find_known
+from vidtwin.benchmark.identity import compute_identity, find_known, select_settings
 from vidtwin.benchmark.loaded_model import add_latents
 from vidtwin.benchmark.plan import Job, ModelError, Part, Plan, compute_digest, make_empty_part
 from vidtwin.benchmark.rfvd import decode_features
@@ -38,7 +38,7 @@ class RowFolder:
         results: Results folder.
         job: The row to measure.
         plan: Clips and protocol.
-        settings: Settings beside the model that decide the row's numbers, by name.
+        settings: Settings of the sweep that may decide a row's numbers, by name.
         costs_settings: Settings that decide its costs.
     """
 
@@ -48,8 +48,9 @@ class RowFolder:
         self.results, self.job, self.plan = results, job, plan
         self.name = job.name
         self.folder = inside(results, f"rows/{job.name}")
-        self.settings, self.costs_settings = settings, costs_settings
-        self.identity = compute_identity(job.identity, settings)
+        self.given_settings, self.costs_settings = settings, costs_settings
+        self.settings = select_settings(job.identity, settings)
+        self.identity = compute_identity(job.identity, self.settings)
         self.parts = Resumable(inside(self.folder, "parts"), "{:06d}.json", self._read_part)
         self.costs = Resumable(self.folder, COSTS, lambda _, path: read_json(path, identity=self.costs_identity))
 
@@ -60,7 +61,10 @@ class RowFolder:
 
     def find_identity(self) -> str:
         """Return the identity under which this model was measured here, maybe by an earlier version; else the own."""
-        return find_known(self.job.identity, self.settings, self._list_identities()) or self.identity
+        for settings in (self.settings, self.given_settings):  # which earlier versions took in full
+            if known := find_known(self.job.identity, settings, self._list_identities()):
+                return known
+        return self.identity
 
     def _list_identities(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """List the identities in the folder, each with the model's spec if it is known: row, earlier rows, parts."""

@@ -9,7 +9,7 @@ players/players.json                      clips kept for the report's players
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,16 +132,34 @@ def read_row(path: Path) -> Row:
 
 def read_clips(folder: Path, row: Row) -> list[Clip]:
     """Read `clips.csv` in a row's own folder, numbers as numbers; `UserError` if it is cut off."""
-    path = folder / "clips.csv"
+
+    def parse(line: dict[str, str]) -> Clip:
+        return {"model": line["model"], **{m: float(line[m]) for m in PER_CLIP if m in line}}
+
+    return read_lines(folder / "clips.csv", row, parse)
+
+
+def read_lines(
+    path: Path, row: Row, parse: Callable[[dict[str, str]], Clip], count: Callable[[list[Clip]], int] = lambda _: 1
+) -> list[Clip]:
+    """Read a table of a row's clips: name, start and number of frames of each, and what `parse` makes of the rest.
+
+    Args:
+        path: Of the table, whose last column is the hash of the protocol.
+        row: The row.
+        parse: From the texts of a line; any error says that the table can't be read.
+        count: Number of lines for each clip, by all of them.
+
+    Raises:
+        UserError: The table is missing, damaged or cut off.
+    """
     try:
         lines = read_table(path)
         clips = [
             {
-                "model": line["model"],
                 "name": line["name"],
-                "start_frame": int(line["start_frame"]),
-                "num_frames": int(line["num_frames"]),
-                **{metric: float(line[metric]) for metric in PER_CLIP if metric in line},
+                **{key: int(line[key]) for key in ("start_frame", "num_frames")},
+                **parse(line),
             }
             for line in lines
         ]
@@ -149,12 +167,13 @@ def read_clips(folder: Path, row: Row) -> list[Clip]:
         whole = all(line["protocol_hash"] == row["protocol_hash"] for line in lines)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"Expected a line for each clip in {path}, got none that can be read ({error}); run the sweep again."
+            f"Expected lines for each clip in {path}, got none that can be read ({error}); run the sweep again."
         ) from error
-    if len(clips) != row["num_clips"] or not whole:
+    wanted = row["num_clips"] * count(clips)
+    if not whole or len(clips) != wanted:
         raise UserError(
-            f"Expected {row['num_clips']} whole lines in {path}, got {len(clips)}; remove {path.parent} and run the "
-            "sweep again, which measures that row again alone."
+            f"Expected {wanted} whole lines in {path}, got {len(clips)}; remove {path.parent} and run "
+            "the sweep again, which measures that row again alone."
         )
     return clips
 

@@ -9,7 +9,6 @@ units ── sums by source ── `DRAWS` draws of sources, the same for all ro
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from vidtwin.benchmark import rows
 from vidtwin.benchmark.rows import Results
+from vidtwin.listing import source_of
 from vidtwin.metrics.registry import BY_KEY
 
 DRAWS, SEED, CONFIDENCE = 2000, 0, 0.95
@@ -29,14 +29,7 @@ WORST = 3
 Unit = tuple[str, float, float]  # video, weight, value
 Floats = NDArray[np.float64]
 
-_GROUP = re.compile(r"(v_\w+_g\d+)_c\d+(\.\w+)?$")
 _NUMBERS_AT_ONCE = 2**22  # counts of one batch of draws
-
-
-def source_of(video: str) -> str:
-    """Name the source of a video: its group if it is named as in UCF-101, else the video itself."""
-    found = _GROUP.search(video)
-    return found[1] if found else video
 
 
 def sum_by_source(units: Sequence[Unit], sources: Sequence[str]) -> Floats:

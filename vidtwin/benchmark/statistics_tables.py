@@ -6,7 +6,7 @@ from typing import Any
 from vidtwin.benchmark import rows, statistics, summary
 from vidtwin.benchmark.rows import Results
 from vidtwin.benchmark.summary import Cell, Line, Table
-from vidtwin.metrics.registry import Column, Metric
+from vidtwin.metrics.registry import Column, Metric, fixed
 
 
 def build(results: Results) -> list[Table]:
@@ -93,7 +93,7 @@ def pair_table(results: Results, found: dict[str, Any]) -> Table | None:
 
 
 def _signed(metric: Metric, value: float) -> str:
-    return f"{value:+.{metric.digits}f}"
+    return fixed(value, f"+.{metric.digits}f")
 
 
 def _format_p(value: float) -> str:

@@ -20,6 +20,7 @@ from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark import analysis, analysis_plots, curve_plots, meta, render, report, rows, statistics
 from vidtwin.benchmark import players as player_files
 from vidtwin.benchmark import plots as plot_files
+from vidtwin.benchmark.identity import is_codec
 from vidtwin.benchmark.loaded_model import AVERAGE, LAST, LoadedModel, fingerprint
 from vidtwin.benchmark.options import FVD, Entry, ModelConfig, SweepOptions
 from vidtwin.benchmark.plan import Job, Plan, format_error
@@ -28,7 +29,7 @@ from vidtwin.benchmark.protocol import write as write_protocol
 from vidtwin.benchmark.runner import Runner
 from vidtwin.console import log, write
 from vidtwin.distributed import launch
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, few
 from vidtwin.metrics.cvvdp import describe_display
 from vidtwin.storage import checkpoints
 from vidtwin.storage.resumable import lock
@@ -71,13 +72,19 @@ class Sweep(SweepOptions):
                 "Expected clips of one size for --meta, got a data.num_frames or data.resolution of null; give "
                 "--data.num_frames 16 --data.resolution 224."
             )
-        models = []
+        models, codecs = [], []
         for entry in self.autoencoders:
-            log(f"counting {entry.name}", rank_zero=True)
             try:
-                models.append(meta.count(entry, self._read_model(entry, self._find_checkpoint(entry)), self.shape))
+                config = self._read_model(entry, self._find_checkpoint(entry))
+                if is_codec(config.spec):
+                    codecs.append(entry.name)
+                    continue
+                log(f"counting {entry.name}", rank_zero=True)
+                models.append(meta.count(entry, config, self.shape))
             except Exception as error:  # of the model's own
                 models.append({"name": entry.name, "error": format_error(error)})
+        if codecs:
+            log(f"left out {few(codecs)}: codecs have no weights, and their bytes are known only of clips")
         write(f"\n{meta.write(self.folder, self.shape, models)}")
         write(str(self.folder / "meta.md"))
         return int(any(model["error"] for model in models))

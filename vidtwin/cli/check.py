@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vidtwin import plugins
 from vidtwin.cli import paths
-from vidtwin.errors import UserError, suggestion
+from vidtwin.errors import UserError, name_choices
 
 if TYPE_CHECKING:
     from vidtwin.autoencoder import VideoAutoencoder
@@ -77,10 +77,8 @@ def _resolve_class(name: str) -> str:
     path = plugins.resolve(name, _GROUP)
     module, _, _ = path.rpartition(".")
     if not module:
-        known = sorted(plugins.available(_GROUP))
-        raise UserError(
-            f"Expected one of {', '.join(known)} or a class path (module.Class), got {name!r}{suggestion(name, known)}"
-        )
+        choices = name_choices(name, plugins.available(_GROUP))
+        raise UserError(f"Expected a short name or a class path (module.Class), got {name!r}{choices}")
     try:
         importlib.import_module(module)
     except Exception as error:

@@ -72,8 +72,8 @@ def shorten(message: str, parser: argparse.ArgumentParser, error: Exception | No
     if match := re.fullmatch(r"Expected a dot import path string: (\S+)", text):
         classes = [cls.__name__ for cls in _classes()]
         if known := sorted(plugins.available(SHORT_NAMES[key])) if key in SHORT_NAMES else []:
-            near = suggestion(match[1], [*known, *classes])
-            return OptionError(key, f"Expected one of {', '.join(known)} or a class path, got {match[1]!r}{near}")
+            choices = f"{suggestion(match[1], [*known, *classes])} Known: {', '.join(known)}."
+            return OptionError(key, f"Expected a short name or a class path, got {match[1]!r}{choices}")
         return OptionError(key, f"Expected a class path, got {match[1]!r}{suggestion(match[1], classes)}")
     if match := re.fullmatch(r"Expected an? typing\.Literal\[(.+)\]\. Got value: (.*)", text):
         text = _choose(re.findall(r"[^', ]+", match[1]), match[2])

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from vidtwin import plugins
 from vidtwin.cli import bases, messages
-from vidtwin.errors import UserError, causes, suggestion
+from vidtwin.errors import UserError, causes, name_choices, suggestion
 
 # Options whose values configs hold, by the modules of their classes.
 _VALUES = {
@@ -276,8 +276,8 @@ def _resolve_class_names(content: str) -> str:
 def _resolve(name: str, group: str) -> str:
     path = plugins.resolve(name, group)
     if path == name and re.fullmatch(r"\w+", name):  # neither a class path, nor a file, nor JSON
-        known = sorted(plugins.available(group))
-        raise UserError(f"Expected one of {', '.join(known)} or a class path, got {name!r}{suggestion(name, known)}")
+        choices = name_choices(name, plugins.available(group))
+        raise UserError(f"Expected a short name or a class path, got {name!r}{choices}")
     return path
 
 

@@ -25,7 +25,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vidtwin import plugins
-from vidtwin.cli import model_config, paths
+from vidtwin.cli import model_config, paths, unused_runs
 from vidtwin.cli.parser import (
     Parser,
     config_paths,
@@ -54,6 +54,12 @@ _SKIPPED = {  # arguments of the trainer's methods that are not options
     "replay": {"model"},
     "plan": {"model", "datamodule"},
 }
+# Files of errors without a name, by the beginning of a module that writes them.
+_LOGS = {
+    "tensorboard.": "TensorBoard's events",
+    "lightning.pytorch.loggers.": "the logger's files",
+    "lightning.fabric.loggers.": "the logger's files",
+}
 _STEPS = ("advance", "_evaluation_step", "_predict_step")  # methods of Lightning's loops for batches
 
 
@@ -81,7 +87,7 @@ def run(command: str, argv: list[str]) -> int:
         foreign = paths.texts(spec)
     _quieten(command)
     try:
-        with _ending_by_sigterm() if command == "fit" else nullcontext(), _naming_tensorboard():
+        with _ending_by_sigterm() if command == "fit" else nullcontext(), _naming_logs():
             VidTwinCLI(argv, foreign, _trainer_class(command))
     except (MisconfigurationException, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
         if isinstance(error, UserError) or not _is_of_lightning(error):
@@ -134,11 +140,11 @@ def _ending_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _naming_tensorboard() -> Iterator[None]:
-    """Name TensorBoard's events in an error of the system that keeps them from being written.
+def _naming_logs() -> Iterator[None]:
+    """Name TensorBoard's events, or the files of Lightning's loggers, in an error of the system on writing them.
 
-    Its thread of writing ends by such an error, which the next event raises again: Python would show a traceback of
-    the thread too. An error that no later event raised is logged at the end.
+    TensorBoard's thread of writing ends by such an error, which the next event raises again: Python would show a
+    traceback of the thread too. An error that no later event raised is logged at the end.
     """
     before = threading.excepthook
     failed: list[OSError] = []
@@ -156,8 +162,9 @@ def _naming_tensorboard() -> Iterator[None]:
     except OSError as error:
         raised = error
         modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if error.errno and error.filename is None and any(module.startswith("tensorboard.") for module in modules):
-            error.filename = "TensorBoard's events"
+        for begins, named in _LOGS.items():
+            if error.errno and error.filename is None and any(module.startswith(begins) for module in modules):
+                error.filename = named
         raise
     finally:
         for thread in threading.enumerate():
@@ -243,6 +250,11 @@ class VidTwinCLI(LightningCLI):
         parser.add_lightning_class_args(ClipLogger, "clip_logger")
         if data := (parser.groups or {}).get("data"):  # Lightning's title is the first line of a longer text
             data.title = "Data module, the source of clips"
+
+    def fit(self, **arguments: Any) -> None:
+        """Train, as Lightning runs the command `fit`; a run that is refused leaves no folder."""
+        with unused_runs.remove_if_unused(self.trainer):
+            self.trainer.fit(**arguments)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # Lightning's own method warns if sys.argv holds arguments too, as it does for every command line.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vidtwin import plugins
+from vidtwin.data import is_varying
 from vidtwin.diffusion.process import Process
 from vidtwin.diffusion.tokens import LatentShapes, count_numbers, flatten, split
 from vidtwin.diffusion.transformer import DiT, TransformerSizes
@@ -53,6 +54,11 @@ class LatentDiffusion(nn.Module):
     def num_classes(self) -> int:
         return self.transformer.num_classes
 
+    @property
+    def units(self) -> list[nn.Module]:
+        """Blocks of the transformer, which are sharded and compiled one by one."""
+        return list(self.transformer.blocks)
+
     def set_scale(self, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Set mean and standard deviation (C,) of each channel, by latent; a constant channel is only shifted."""
         for buffer, index in ((self.mean, 0), (self.std, 1)):
@@ -63,7 +69,8 @@ class LatentDiffusion(nn.Module):
                     raise UserError(f"Expected statistics of {shape[0]} channels of {name}, got {tuple(values.shape)}.")
                 parts.append(values.reshape(-1, *[1] * len(shape[1:])).expand(shape).flatten())
             buffer.copy_(torch.cat(parts))
-        self.std.copy_(torch.where(self.std > 0, self.std, 1.0))
+        variance = self.std.square()
+        self.std.copy_(torch.where(is_varying(variance, variance + self.mean.square()), self.std, 1.0))
 
     def normalize(self, latents: Mapping[str, Tensor]) -> Tensor:
         """Turn latents by name, each (B, C, ...), into normalized states (B, numbers)."""

@@ -81,6 +81,8 @@ class DDPM(Process):
         beta_end: float = 0.02,
         beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear",
     ) -> None:
+        if not 0 < beta_start <= beta_end < 1:
+            raise UserError(f"Expected 0 < model.process.beta_start <= beta_end < 1, got {beta_start} and {beta_end}.")
         self.init_args = {"beta_start": beta_start, "beta_end": beta_end, "beta_schedule": beta_schedule}
         self._scheduler = _import_diffusers().DDIMScheduler(
             num_train_timesteps=NUM_STEPS,

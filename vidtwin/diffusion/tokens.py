@@ -5,7 +5,7 @@
     another     ── patches                                  ── Linear ──> its tokens ┘
 
 An odd axis is padded by a zero; a latent that is a vector is one token. The DiT that generates and the one of appendix
-C.2, whose cost is measured, share this code.
+C.2, whose cost is measured, share this code; the side of the patches is an argument.
 """
 
 import math
@@ -30,16 +30,18 @@ class LatentTokens(nn.Module):
     Args:
         latent_shapes: Shapes by name, see `VideoAutoencoder.latent_shapes`.
         width: Numbers of a token.
+        patch: Side of the patches.
 
     Attributes:
         counts: Number of tokens by latent.
     """
 
-    def __init__(self, latent_shapes: LatentShapes, width: int) -> None:
+    def __init__(self, latent_shapes: LatentShapes, width: int, patch: int = PATCH) -> None:
         super().__init__()
         self.latent_shapes = {name: tuple(shape) for name, shape in latent_shapes.items()}
-        self.counts = count_tokens(latent_shapes)
-        sizes = [shape[0] * PATCH ** len(shape[1:]) for shape in self.latent_shapes.values()]
+        self.patch = patch
+        self.counts = count_tokens(latent_shapes, patch)
+        sizes = [shape[0] * patch ** len(shape[1:]) for shape in self.latent_shapes.values()]
         # In lists, since a latent's name may be no name of a module.
         self.embeddings = nn.ModuleList(nn.Linear(size, width) for size in sizes)
         self.heads = nn.ModuleList(nn.Linear(width, size) for size in sizes)
@@ -51,26 +53,26 @@ class LatentTokens(nn.Module):
 
     def embed(self, latents: Mapping[str, Tensor]) -> Tensor:
         """Map latents by name, each (B, C, ...), to tokens (B, N, width)."""
-        parts = [fold(latents[name]) for name in self.latent_shapes]
+        parts = [fold(latents[name], self.patch) for name in self.latent_shapes]
         return torch.cat([embed(part) for embed, part in zip(self.embeddings, parts, strict=True)], dim=1)
 
     def restore(self, tokens: Tensor) -> dict[str, Tensor]:
         """Map tokens (B, N, width) to latents by name, each (B, C, ...)."""
         parts = tokens.split(list(self.counts.values()), dim=1)
         return {
-            name: unfold(head(part), shape)
+            name: unfold(head(part), shape, self.patch)
             for (name, shape), head, part in zip(self.latent_shapes.items(), self.heads, parts, strict=True)
         }
 
 
-def count_tokens(latent_shapes: LatentShapes) -> dict[str, int]:
-    """Count each latent's tokens: patches of 2 on every axis but the first, an odd axis padded; a vector is one."""
+def count_tokens(latent_shapes: LatentShapes, patch: int = PATCH) -> dict[str, int]:
+    """Count each latent's tokens: patches on every axis but the first, padded to whole ones; a vector is one."""
     for name, shape in latent_shapes.items():
         if not shape or any(size < 1 for size in shape):
             raise UserError(f"Expected a latent of shape (channels, ...), got {name} of {tuple(shape)}.")
     if not latent_shapes:
         raise UserError("Expected at least one latent, got none.")
-    return {name: math.prod(_grid(shape)) for name, shape in latent_shapes.items()}
+    return {name: math.prod(_grid(shape, patch)) for name, shape in latent_shapes.items()}
 
 
 def count_numbers(latent_shapes: LatentShapes) -> int:
@@ -91,30 +93,30 @@ def split(flat: Tensor, latent_shapes: LatentShapes) -> dict[str, Tensor]:
     }
 
 
-def fold(latent: Tensor) -> Tensor:
-    """Fold a latent (B, C, A1, ..., Ak) to patches (B, N, C·2^k); odd axes are padded by a zero."""
+def fold(latent: Tensor, patch: int = PATCH) -> Tensor:
+    """Fold a latent (B, C, A1, ..., Ak) to patches (B, N, C·patch^k); axes are padded by zeros to multiples."""
     axes = latent.ndim - 2
-    padding = [(0, -size % PATCH) for size in reversed(latent.shape[2:])]
+    padding = [(0, -size % patch) for size in reversed(latent.shape[2:])]
     latent = F.pad(latent, tuple(chain.from_iterable(padding)))
     for axis in range(axes):
-        latent = latent.unflatten(2 + 2 * axis, (-1, PATCH))  # (B, C, A1/2, 2, ..., Ak/2, 2)
+        latent = latent.unflatten(2 + 2 * axis, (-1, patch))  # (B, C, A1/p, p, ..., Ak/p, p)
     places, inside = range(2, 2 + 2 * axes, 2), range(3, 2 + 2 * axes, 2)
     latent = latent.permute(0, *places, 1, *inside)
     return latent.reshape(len(latent), math.prod(latent.shape[1 : 1 + axes]), -1)
 
 
-def unfold(patches: Tensor, shape: Sequence[int]) -> Tensor:
-    """Unfold patches (B, N, C·2^k) to the latent (B, *shape) that they were cut from."""
+def unfold(patches: Tensor, shape: Sequence[int], patch: int = PATCH) -> Tensor:
+    """Unfold patches (B, N, C·patch^k) to the latent (B, *shape) that they were cut from."""
     axes = len(shape) - 1
-    grid = _grid(shape)
-    latent = patches.reshape(len(patches), *grid, shape[0], *[PATCH] * axes)
+    grid = _grid(shape, patch)
+    latent = patches.reshape(len(patches), *grid, shape[0], *[patch] * axes)
     pairs = chain.from_iterable((1 + axis, 2 + axes + axis) for axis in range(axes))
     latent = latent.permute(0, 1 + axes, *pairs)
-    latent = latent.reshape(len(patches), shape[0], *(PATCH * size for size in grid))
+    latent = latent.reshape(len(patches), shape[0], *(patch * size for size in grid))
     return latent[(slice(None), slice(None), *(slice(size) for size in shape[1:]))]
 
 
-def grid_positions(latent_shapes: LatentShapes, width: int) -> Tensor:
+def grid_positions(latent_shapes: LatentShapes, width: int, patch: int = PATCH) -> Tensor:
     """Embed each token's place in its latent's grid: (N, width) float32, an equal share of the channels for each axis.
 
     Each axis has sines and cosines of its coordinate, in patches; channels that remain are 0, and so are those of a
@@ -122,7 +124,7 @@ def grid_positions(latent_shapes: LatentShapes, width: int) -> Tensor:
     """
     found = []
     for shape in latent_shapes.values():
-        grid = _grid(shape)
+        grid = _grid(shape, patch)
         place = torch.zeros(math.prod(grid), width, dtype=torch.float64)
         if grid:
             share = width // (2 * len(grid)) * 2
@@ -132,6 +134,6 @@ def grid_positions(latent_shapes: LatentShapes, width: int) -> Tensor:
     return torch.cat(found).float()
 
 
-def _grid(shape: Sequence[int]) -> list[int]:
+def _grid(shape: Sequence[int], patch: int) -> list[int]:
     """Return the number of patches along each axis but the first."""
-    return [-(-size // PATCH) for size in shape[1:]]
+    return [-(-size // patch) for size in shape[1:]]

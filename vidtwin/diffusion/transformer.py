@@ -10,6 +10,7 @@ D.3 gives 18 layers of width 1,152 and a class vector of 256 numbers, attended t
 token gets the same projection of it.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,7 @@ class TransformerSizes:
         heads: Attention heads.
         class_width: Numbers of the class vector.
         mlp_ratio: Width of the MLP, relative to that of a token.
+        patch: Side of the patches of latents that are a token each; larger ones are fewer tokens and coarser.
         activation_checkpointing: Rerun each block in the backward pass instead of keeping its activations.
     """
 
@@ -47,11 +49,12 @@ class TransformerSizes:
     heads: int = 16
     class_width: int = 256
     mlp_ratio: float = 4.0
+    patch: int = 2
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "heads", "class_width", "mlp_ratio"):
-            if not getattr(self, name) > 0:
+        for name in ("depth", "width", "heads", "class_width", "mlp_ratio", "patch"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"Expected model.transformer.{name} above 0, got {getattr(self, name)}.")
         if self.width % self.heads or self.width % 2:
             raise UserError(
@@ -75,8 +78,8 @@ class DiT(Recomputing):
         super().__init__(sizes.activation_checkpointing)
         width = sizes.width
         self.num_classes = num_classes
-        self.tokens = LatentTokens(latent_shapes, width)
-        self.register_buffer("positions", grid_positions(latent_shapes, width), persistent=False)
+        self.tokens = LatentTokens(latent_shapes, width, sizes.patch)
+        self.register_buffer("positions", grid_positions(latent_shapes, width, sizes.patch), persistent=False)
         self.kinds = nn.Parameter(torch.randn(len(self.tokens.counts), width) * 0.02)
         self.time = nn.Sequential(nn.Linear(_TIME, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.classes = nn.Embedding(num_classes + 1, sizes.class_width)

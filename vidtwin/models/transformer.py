@@ -21,6 +21,8 @@ from vidtwin.layers.attention import SelfAttention
 from vidtwin.layers.patches import patchify, sincos_1d, sincos_2d, unpatchify
 from vidtwin.layers.recompute import Recomputing
 
+_CACHED = 2**23  # bytes of an MLP's hidden values at a time
+
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Apply LayerNorm without learned affine to (..., C), then · (1 + scale) + shift, both (C,)."""
@@ -28,15 +30,25 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight=(1 + scale).to(x.dtype), bias=shift.to(x.dtype), eps=1e-6)
 
 
+def add_gated(x: Tensor, gate: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """Compute x + gate · y for (..., C) and a gate (C,), in `out` if it is given; in one pass if types are equal."""
+    if x.dtype == gate.dtype == y.dtype:
+        return torch.addcmul(x, gate, y, out=out)
+    return torch.add(x, gate * y, out=out)
+
+
 class SpatialTemporalBlock(Recomputing):
     """Attention within each frame, causal attention over time at each position, MLP.
 
     `modulation` (6, C) is learned: shift, scale and gate of the attentions (one gate for both), then of the MLP.
-    `activation_checkpointing` recomputes the MLP alone in the backward pass.
+    `activation_checkpointing` "mlp" recomputes the MLP in the backward pass, "elementwise" all but products and
+    attentions.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, activation_checkpointing: bool = False) -> None:
-        super().__init__(activation_checkpointing)
+    def __init__(
+        self, hidden_size: int, num_heads: int, activation_checkpointing: Literal[False, "mlp", "elementwise"] = False
+    ) -> None:
+        super().__init__(True if activation_checkpointing == "mlp" else activation_checkpointing)
         self.modulation = nn.Parameter(torch.randn(6, hidden_size) / hidden_size**0.5)
         self.spatial_attention = SelfAttention(hidden_size, num_heads)
         self.temporal_attention = SelfAttention(hidden_size, num_heads, causal=True)
@@ -48,18 +60,32 @@ class SpatialTemporalBlock(Recomputing):
 
     def forward(self, x: Tensor, temporal_embedding: Tensor | None = None) -> Tensor:
         """Transform (B, T, S, C); `temporal_embedding` (T, 1, C) only enters the temporal attention."""
+        if self.activation_checkpointing == "elementwise":
+            return self.run(self._transform, x, temporal_embedding)
+        return self._transform(x, temporal_embedding)
+
+    def _transform(self, x: Tensor, temporal_embedding: Tensor | None) -> Tensor:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation
-        x = x + gate * self.spatial_attention(modulated_norm(x, shift, scale))
+        x = add_gated(x, gate, self.spatial_attention(modulated_norm(x, shift, scale)))
         over_time = x if temporal_embedding is None else x + temporal_embedding
         # Contiguous, so that its linear layer adds the bias in the product.
-        x = x + gate * self.temporal_attention(over_time.transpose(1, 2).contiguous()).transpose(1, 2)
-        return x + gate_mlp * self.run(self.mlp, modulated_norm(x, shift_mlp, scale_mlp))
+        x = add_gated(x, gate, self.temporal_attention(over_time.transpose(1, 2).contiguous()).transpose(1, 2))
+        if not (x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+            normed = modulated_norm(x, shift_mlp, scale_mlp)
+            hidden = self.run(self.mlp, normed) if self.activation_checkpointing is True else self.mlp(normed)
+            return add_gated(x, gate_mlp, hidden)
+        # A few frames at a time: what is between the products stays in a CPU's caches, and needs no new pages.
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)  # x may be transposed
+        frames = max(1, _CACHED // (x.shape[2] * 4 * x.shape[3] * x.element_size()))
+        for part, out in zip(x.flatten(0, 1).split(frames), result.flatten(0, 1).split(frames), strict=True):
+            add_gated(part, gate_mlp, self.mlp(modulated_norm(part, shift_mlp, scale_mlp)), out)
+        return result
 
 
 class SpatialTemporalTransformer(Recomputing):
     """Position embeddings and `depth` blocks over a grid of T frames and `grid_size`² patches.
 
-    `activation_checkpointing` recomputes each block in the backward pass, or ("mlp") each block's MLP.
+    `activation_checkpointing` recomputes each block in the backward pass, or what `SpatialTemporalBlock` says.
     """
 
     position: Tensor
@@ -72,13 +98,13 @@ class SpatialTemporalTransformer(Recomputing):
         num_heads: int,
         num_frames: int,
         grid_size: int,
-        activation_checkpointing: bool | Literal["mlp"] = False,
+        activation_checkpointing: bool | Literal["mlp", "elementwise"] = False,
     ) -> None:
         super().__init__(activation_checkpointing is True)
         if hidden_size % 4:
             raise UserError(f"Expected hidden_size divisible by 4 (two axes of sine and cosine), got {hidden_size}.")
-        only_mlp = activation_checkpointing == "mlp"
-        self.blocks = nn.ModuleList(SpatialTemporalBlock(hidden_size, num_heads, only_mlp) for _ in range(depth))
+        within = False if activation_checkpointing is True else activation_checkpointing
+        self.blocks = nn.ModuleList(SpatialTemporalBlock(hidden_size, num_heads, within) for _ in range(depth))
         position = sincos_2d(hidden_size, grid_size, grid_size)
         time = sincos_1d(hidden_size, torch.arange(num_frames))[:, None]
         self.register_buffer("position", position.float(), persistent=False)

@@ -52,7 +52,8 @@ class VidTwin(VideoAutoencoder):
         qformer_cross_every: Insert cross-attention every this many Q-Former layers.
         qformer_dropout: Dropout of the Q-Former in training.
         activation_checkpointing: Recompute each block in the backward pass: less memory, about a third more time; "mlp"
-            recomputes the MLPs alone: a third less memory than without, 8% more FLOPs instead of 32%.
+            recomputes the MLPs alone: a third less memory than without, 8% more FLOPs instead of 32%; "elementwise"
+            keeps the results of products and attentions and recomputes the rest: as much memory as "mlp", no FLOPs.
         initialization: Initial values (docs/training_from_scratch.md): "balanced"; "linear", which starts as a linear
             code of each patch through the shortcuts, and needs `structure_shortcut`; or "released", those of the
             released code.
@@ -88,7 +89,7 @@ class VidTwin(VideoAutoencoder):
         qformer_intermediate_size: int = 768,
         qformer_cross_every: int = 2,
         qformer_dropout: float = 0.1,
-        activation_checkpointing: bool | Literal["mlp"] = False,
+        activation_checkpointing: bool | Literal["mlp", "elementwise"] = False,
         initialization: Literal["balanced", "linear", "released"] = "balanced",
         structure_shortcut: int = 0,
         dynamics_shortcut: bool = False,
@@ -99,9 +100,10 @@ class VidTwin(VideoAutoencoder):
             least = 0 if name.endswith(("downsamples", "shortcut")) else 1
             if count < least:
                 raise UserError(f"Expected {name} of at least {least}, got {count}.")
-        if activation_checkpointing not in (True, False, "mlp"):
+        if activation_checkpointing not in (True, False, "mlp", "elementwise"):
             raise UserError(
-                f'Expected activation_checkpointing true, false or "mlp", got {activation_checkpointing!r}.'
+                'Expected activation_checkpointing true, false, "mlp" or "elementwise", got '
+                f"{activation_checkpointing!r}."
             )
         if resolution % patch_size:
             raise UserError(f"Expected resolution divisible by patch_size, got {resolution} and {patch_size}.")

@@ -30,7 +30,7 @@ PREFIX = "autoencoder."
 _FORMS = "a checkpoint, a folder of weights or hf://owner/name"
 # Arguments that matter for initial values and memory alone.
 _INITIAL_ONLY = ("initialization", "activation_checkpointing")
-_LEAST_SHARE = 0.25  # of a model's numbers, in weights to start from
+LEAST_SHARE = 0.25  # of a model's numbers, in weights to start from
 _STEP_FILE = re.compile(r"step-(\d{8,})\.ckpt")
 
 
@@ -261,7 +261,7 @@ def load_part(model: VideoAutoencoder, path: str | Path) -> list[str]:
 
     numbers = sum(value.numel() for value in kept.values()) + sum(change.numbers for change in resized.values())
     share = numbers / max(sum(value.numel() for value in own.values()), 1)
-    if share < _LEAST_SHARE:
+    if share < LEAST_SHARE:
         shapes = [f"{name} is {reason}" for name, reason in fresh.items() if reason.endswith(" here")]
         differing = f" ({'; '.join(shapes[:2])})" if shapes else ""
         taken = f"{share:.1%} of its numbers{differing}" if numbers else f"none that fits; it has {few([*given])}"

@@ -9,16 +9,19 @@ A checkpoint of `DiffusionTask` has no `model_spec`, but `diffusion`: the model'
 """
 
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vidtwin import plugins, weights
 from vidtwin.diffusion.model import LatentDiffusion, build
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, few
 from vidtwin.storage import checkpoints
 
 KEY = "diffusion"
 PREFIX = "denoiser."
+_TABLES = ("kinds", "classes.weight")  # a row for each latent, and for each class
 
 
 def load(path: str | Path, use_ema: bool | None = None) -> tuple[LatentDiffusion, dict[str, Any]]:
@@ -42,6 +45,66 @@ def load(path: str | Path, use_ema: bool | None = None) -> tuple[LatentDiffusion
     weights.check_fit(state, model.state_dict(), str(path))
     model.load_state_dict(state)
     return model.eval(), held | {"use_ema": averaged}
+
+
+def load_part(model: LatentDiffusion, classes: Sequence[str], path: str | Path) -> list[str]:
+    """Load the weights that fit from another diffusion model, the averaged ones if there are any.
+
+    Layers of latents are matched by the latents' names, classes by theirs. The scale of the latents is not taken, since
+    it is that of the data.
+
+    Args:
+        model: Changed in place.
+        classes: Names of its classes.
+        path: A checkpoint of `vidtwin fit` with a `DiffusionTask`.
+
+    Returns:
+        Lines of a report.
+
+    Raises:
+        UserError: Less than a quarter of the transformer's numbers would come from the file.
+    """
+    other, held = load(path)
+    own, given = model.transformer.state_dict(), other.transformer.state_dict()
+    found = {name: given[source] for name in own if (source := _source(name, model, other)) in given}
+    kept = {name: value for name, value in found.items() if value.shape == own[name].shape and name not in _TABLES}
+    rows: dict[str, tuple[list[Any], list[Any]]] = {
+        "kinds": ([*model.latent_shapes], [*other.latent_shapes]),
+        "classes.weight": ([*classes, None], [*held["classes"], None]),  # the last is that of no class
+    }
+    taken = {}
+    for name, (ours, theirs) in rows.items():
+        table = own[name].clone()
+        same = [key for key in ours if key in theirs] if table.shape[1:] == given[name].shape[1:] else []
+        for key in same:
+            table[ours.index(key)] = given[name][theirs.index(key)]
+        kept[name], taken[name] = table, len(same)
+    width = sum(own[name][0].numel() * (len(own[name]) - taken[name]) for name in rows)
+    share = (sum(value.numel() for value in kept.values()) - width) / sum(value.numel() for value in own.values())
+    if share < checkpoints.LEAST_SHARE:
+        raise UserError(
+            f"Expected a diffusion model of like sizes in {path}, got {share:.1%} of the transformer's numbers; its "
+            f"sizes are {held['transformer']}."
+        )
+    model.transformer.load_state_dict(kept, strict=False)
+    lines = [
+        f"{len(kept)} of {len(own)} tensors, {'averaged' if held['use_ema'] else 'not averaged'}",
+        f"{max(taken['classes.weight'] - 1, 0)} of {len(classes)} classes",
+    ]
+    fresh = [name for name in own if name not in kept]
+    if fresh:
+        lines.append(f"fresh: {few(fresh)}")
+    if other.process.spec() != model.process.spec():
+        lines.append(f"another process: {other.process.spec()} there, {model.process.spec()} here")
+    return lines
+
+
+def _source(name: str, model: LatentDiffusion, other: LatentDiffusion) -> str:
+    """Return the name in another model of a tensor of the transformer: layers of latents have the latent's number."""
+    if not (match := re.fullmatch(r"(tokens\.(?:embeddings|heads)\.)(\d+)(\..*)", name)):
+        return name
+    latent, theirs = list(model.latent_shapes)[int(match[2])], list(other.latent_shapes)
+    return f"{match[1]}{theirs.index(latent)}{match[3]}" if latent in theirs else ""
 
 
 def describe(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:

@@ -20,12 +20,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from vidtwin.compilation import list_units
-from vidtwin.errors import UserError
+from vidtwin.errors import UserError, few
 from vidtwin.storage import checkpoints
 from vidtwin.training.buffers import RunningBuffers
 from vidtwin.training.callbacks.ema import EMA
@@ -63,6 +64,14 @@ class Player(NamedTuple):
     scheduler: LRSchedulerCallable
 
 
+def skipped_parameters(names: str) -> str:
+    """Describe parameters without a gradient in a training whose DDP does not search for them."""
+    return (
+        f"Expected a gradient of every parameter in each step on several devices, got none of {names}; set "
+        "--trainer.strategy ddp_find_unused_parameters_true, or may_skip_parameters = True in the model's class."
+    )
+
+
 class TrainingTask(LightningModule):
     """Base of the tasks: it takes the steps, and a subclass says what is trained on what.
 
@@ -79,7 +88,6 @@ class TrainingTask(LightningModule):
     Attributes:
         trained: Name of the attribute with the trained network, whose tensors are `trained.*` in checkpoints.
         rate_name: The network in the logged learning rates, `lr/NAME`.
-        is_replayed: Whether `vidtwin replay` reruns steps of this task.
         batches: Number of batches so far, including skipped ones.
         skipped: Number of batches that updated nothing, since a loss or gradient was not finite.
         rate_scale: Factor on every learning rate; a rollback may lower it.
@@ -90,7 +98,6 @@ class TrainingTask(LightningModule):
 
     trained: ClassVar[str]
     rate_name: ClassVar[str]
-    is_replayed: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -116,6 +123,7 @@ class TrainingTask(LightningModule):
         self._resumed: tuple[list[Any], list[Any]] | None = None  # of the checkpoint: param_groups, schedules
         self._validation_terms: dict[str, MeanMetric] = {}
         self._running: RunningBuffers | None = None
+        self._exchanged: dict[str, nn.Parameter] = {}  # of which DDP expects a gradient in each step
 
     # To be implemented by a task.
 
@@ -140,12 +148,28 @@ class TrainingTask(LightningModule):
         """Return the entries of checkpoints and dumps from which the network is built again."""
         return {}
 
+    def start_from(self, path: str) -> None:
+        """Take weights from a file, as far as they fit, as the first ones of a training, and log which."""
+        raise UserError(f"Expected no --init_from for {type(self).__name__}, got {path}; leave it out.")
+
+    def to_dump(self, batch: Batch) -> Batch:
+        """Return a batch as dumps hold it: `part_losses` must take it without the data module."""
+        return batch
+
+    def prepare_replay(self, dump: Mapping[str, Any]) -> None:
+        """Build or load what the step of a dump needs beside its weights."""
+
     def compilable(self) -> dict[str, list[nn.Module]]:
         """Return what torch.compile may compile, by the names of `trainer.compilation.parts`.
 
         The network's units are the blocks that FSDP2 shards: blocks of one shape share a graph, and hooks stay outside.
         """
         return {self.trained: list_units(self.network)[:-1] or [self.network]}  # the last one is the network
+
+    @property
+    def may_skip_parameters(self) -> bool:
+        """Whether a step may leave trained parameters without a gradient; DDP then searches for them in each step."""
+        return False
 
     @property
     def network(self) -> nn.Module:
@@ -222,6 +246,11 @@ class TrainingTask(LightningModule):
 
     def on_train_start(self) -> None:
         self._running = RunningBuffers(self)
+        self._exchanged = {}
+        wrapper = self.trainer.strategy.model
+        if isinstance(wrapper, DistributedDataParallel) and not wrapper.find_unused_parameters:
+            parameters, ignored = wrapper.module.named_parameters(), wrapper.parameters_to_ignore
+            self._exchanged = {name: p for name, p in parameters if p.requires_grad and name not in ignored}
         for scheduler, prefix in zip(self._schedulers(), [player.prefix for player in self.players()], strict=True):
             check_length(scheduler, self._max_steps, f"model.{prefix}scheduler")
             resume_rates(scheduler)
@@ -300,6 +329,9 @@ class TrainingTask(LightningModule):
                     for name, value in computed[-1].items():
                         key = f"{player}/{'loss' if name == 'total' else name}"
                         means[key] = means.get(key, 0.0) + share * value
+        # Before any update: DDP exchanges none of the gradients that share a bucket with a missing one.
+        if missing := [name for name, parameter in self._exchanged.items() if parameter.grad is None]:
+            raise UserError(skipped_parameters(few(missing)))
         self._average_gradients()
         norms = {
             name: self._placement.gradient_norm(list_gradients(optimizer)).detach()

@@ -1,6 +1,7 @@
 """Train a diffusion model on the latents of a trained autoencoder (VidTwin, supplement D.3 and E.1)."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -9,22 +10,21 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import Adam
 
-from vidtwin import weights
+from vidtwin import console, weights
 from vidtwin.clips import as_clip
 from vidtwin.data import ClipSource, LatentDescription, LatentSource
-from vidtwin.diffusion.model import LatentDiffusion, draw_noise
+from vidtwin.diffusion.model import LatentDiffusion, build, draw_noise
 from vidtwin.diffusion.process import DDPM, Process
 from vidtwin.diffusion.transformer import TransformerSizes
 from vidtwin.errors import UserError
 from vidtwin.posteriors import Latents
 from vidtwin.schedules import WarmupCosine
 from vidtwin.storage import checkpoints
-from vidtwin.storage.diffusion import KEY, PREFIX
+from vidtwin.storage.diffusion import KEY, PREFIX, load_part
 from vidtwin.storage.diffusion import describe as read_description
 from vidtwin.training.base import Batch, Player, Terms, TrainingTask
 from vidtwin.training.callbacks.samples import SampleLogger
-from vidtwin.training.latents import FrozenAutoencoder, Origin, channel_statistics, find
-from vidtwin.training.sharding import Placement
+from vidtwin.training.latents import FrozenAutoencoder, Origin, channel_statistics, check_same, find
 from vidtwin.video import Frames
 from vidtwin.video.convert import to_uint8
 
@@ -93,6 +93,8 @@ class DiffusionTask(TrainingTask):
             raise UserError(f"Expected model.sample_every_n_steps of at least 0, got {sample_every_n_steps}.")
         if posterior not in ("mean", "sample"):
             raise UserError(f"Expected model.posterior to be mean or sample, got {posterior!r}.")
+        if not math.isfinite(guidance):
+            raise UserError(f"Expected a finite model.guidance, got {guidance}.")
         self.sizes = transformer or TransformerSizes()
         self.process = process or DDPM()
         self.process.check_steps(sampling_steps)
@@ -104,6 +106,8 @@ class DiffusionTask(TrainingTask):
         self._frozen: list[FrozenAutoencoder] = []  # in a list, so that it is no submodule
         self._described: LatentDescription | None = None
         self._is_scaled = False
+        self._start: str | None = None  # weights to start from
+        self._is_replayed = False
 
     # Configure.
 
@@ -112,8 +116,6 @@ class DiffusionTask(TrainingTask):
         return super().configure_callbacks() + ([] if self.samples in known else [self.samples])
 
     def setup(self, stage: str) -> None:
-        if type(self._placement) is not Placement:
-            raise UserError("Expected a diffusion model whole on each device, got sharded weights; train by ddp.")
         data = getattr(self.trainer, "datamodule", None)  # missing if loaders were passed
         if isinstance(data, LatentSource):
             described = data.describe_latents()
@@ -128,7 +130,14 @@ class DiffusionTask(TrainingTask):
             self.denoiser = LatentDiffusion(
                 self.origin.latent_shapes, len(self.origin.classes), self.process, self.sizes
             )
-        self._is_scaled = False
+        if self._start is not None:
+            for line in load_part(self.denoiser, self.origin.classes, self._start):
+                console.log(f"{self._start}: {line}", rank_zero=True)
+            self._start = None
+        self._is_scaled = self._is_replayed = False
+
+    def start_from(self, path: str) -> None:
+        self._start = path  # until the transformer is there
 
     @property
     def frozen(self) -> FrozenAutoencoder:
@@ -232,11 +241,28 @@ class DiffusionTask(TrainingTask):
         if "clip" in batch:
             return self.denoiser.normalize(self.frozen.encode(batch["clip"], self.posterior))
         latents = dict(batch.get("latents", {}))
-        if latents:
+        if latents and not self._is_replayed:  # a dump holds them as the autoencoder made them
             latents = cast(Any, self.trainer).datamodule.denormalize(latents)
         if "codes" in batch:
             latents |= self.frozen.dequantize(batch["codes"])
         return self.denoiser.normalize(latents)
+
+    # Replay.
+
+    def to_dump(self, batch: Batch) -> Batch:
+        if "latents" not in batch:
+            return batch
+        return {**batch, "latents": cast(Any, self.trainer).datamodule.denormalize(batch["latents"])}
+
+    def prepare_replay(self, dump: Mapping[str, Any]) -> None:
+        held = read_description(dict(dump), "the dump")
+        self.denoiser, self._is_replayed = build(held), True
+        if {"clip", "codes"} & set(dump["batch"]) and not self._frozen:
+            model = held["autoencoder"]
+            path = self.autoencoder_path or str(model["checkpoint"])
+            self._frozen.append(FrozenAutoencoder(path, self.use_autoencoder_ema or bool(model["use_ema"])))
+            identity = self.frozen.identity()
+            check_same(identity, model["weights_sha256"], model["class_path"], "the skipped step was trained on")
 
     # Evaluate.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from vidtwin import weights
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.data import LatentDescription
+from vidtwin.diffusion.codebooks import snap
 from vidtwin.errors import UserError
 from vidtwin.posteriors import Latents
 from vidtwin.storage import checkpoints
@@ -56,6 +57,9 @@ class Origin:
         for what, own, other in (
             ("latents of the shapes", ours, held["latent_shapes"]),
             ("the classes", self.classes, held["classes"]),
+            ("clips with a number of frames of", self.num_frames, held["num_frames"]),
+            ("pictures of the size", list(self.size), list(held["size"])),
+            ("clips with frames per second of", self.fps, held["fps"]),
         ):
             if own != other:
                 raise UserError(f"Expected {what} {other}, which the checkpoint was trained on, got {own}.")
@@ -107,9 +111,10 @@ class FrozenAutoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Latents, num_frames: int, size: tuple[int, int]) -> Tensor:
-        """Decode clips (B, 3, T, height, width), without the padding of their pictures."""
+        """Decode sampled latents, moved to the codebooks if there are any: (B, 3, T, height, width) without padding."""
         device = next(iter(latents.values())).device
-        clip = self.model.to(device).decode(latents, num_frames)
+        self.model.to(device)
+        clip = self.model.decode(snap(self.model, latents, (3, num_frames, *size)), num_frames)
         return clip[..., : size[0], : size[1]]
 
 

@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from vidtwin import weights
 from vidtwin.errors import UserError
+from vidtwin.training.base import Batch, TrainingTask
 from vidtwin.training.finite import bad_gradients, bad_terms
-from vidtwin.training.task import AutoencoderTask
 
 
 def read(path: str) -> dict[str, Any]:
@@ -20,11 +21,11 @@ def read(path: str) -> dict[str, Any]:
     return content
 
 
-def replay(task: AutoencoderTask, dump: dict[str, Any]) -> list[str]:
+def replay(task: TrainingTask, dump: dict[str, Any]) -> list[str]:
     """Rerun the step of a dump with the same batch, weights and random draws.
 
     Args:
-        task: Built from the dump's config, on the device to run on.
+        task: Built from the dump's config and prepared by `prepare_replay`, on the device to run on.
         dump: Content of a file of `StepGuard`.
 
     Returns:
@@ -32,10 +33,9 @@ def replay(task: AutoencoderTask, dump: dict[str, Any]) -> list[str]:
     """
     task.load_state_dict(dump["state_dict"])
     task.batches, task.seed = dump["training"]["batches"], dump["training"]["seed"]
-    clip = dump["batch"]["clip"].to(next(task.parameters()).device)
+    batch: Batch = move_data_to_device(dump["batch"], next(task.parameters()).device)
     lines = [f"skipped at step {dump['step']}: {dump['reason']}"]
-    names = dump["batch"].get("name", range(len(clip)))
-    lines += [f"clip {name}: {_describe_range(values)}" for name, values in zip(names, clip, strict=True)]
+    lines += _describe_clips(batch)
     bad = [name for name, p in task.named_parameters() if not p.isfinite().all()]
     sizes = {name: float(p.detach().abs().nan_to_num(math.inf, math.inf).max()) for name, p in task.named_parameters()}
     largest = max(sizes, key=lambda name: sizes[name])
@@ -47,10 +47,9 @@ def replay(task: AutoencoderTask, dump: dict[str, Any]) -> list[str]:
     task.seed_draws(dump["rank"])
     reason = None
     try:
-        for index, (part, latents) in enumerate(task.split({**dump["batch"], "clip": clip})):
-            share = len(part) / len(clip)
+        for index, (share, losses) in enumerate(task.part_losses(batch, dump["step"])):
             of = f" (part {index + 1})" if task.accumulation > 1 else ""
-            for player, terms in task.losses(part, dump["step"], share, latents):
+            for player, terms in losses:
                 lines += [f"{player}/{name} = {float(value.detach()):.6g}{of}" for name, value in terms.items()]
                 if not terms["total"].isfinite():
                     own, shared = bad_terms(terms)
@@ -76,6 +75,17 @@ def _make_hook(name: str, broken: list[str]) -> Callable[[nn.Module, Any, Any], 
             broken.append(name)  # inner modules end first, so the first one is the source
 
     return record
+
+
+def _describe_clips(batch: Batch) -> list[str]:
+    """Return a line per clip: the range of its pixels, or of each of its latents or codes."""
+    kinds = {"": batch["clip"]} if "clip" in batch else {**batch.get("latents", {}), **batch.get("codes", {})}
+    count = len(next(iter(kinds.values())))
+    lines = []
+    for index, name in zip(range(count), batch.get("name", range(count)), strict=True):
+        ranges = [f"{kind} {_describe_range(values[index])}".strip() for kind, values in kinds.items()]
+        lines.append(f"clip {name}: {'; '.join(ranges)}")
+    return lines
 
 
 def _describe_range(clip: Tensor) -> str:

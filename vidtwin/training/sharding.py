@@ -1,4 +1,4 @@
-"""Shard an autoencoder and its optimizer's state over all devices by FSDP2, for models too large for one of them.
+"""Shard a network and its optimizer's state over all devices by FSDP2, for models too large for one of them.
 
     vidtwin fit --config configs/vidtwin_large.yaml --config configs/trainer/fsdp2.yaml
 
@@ -254,7 +254,7 @@ class FSDP2Strategy(Placement, ModelParallelStrategy):
             optimizer.load_state_dict({**state, "state": values})
 
 
-StrategyRegistry.register("fsdp2", FSDP2Strategy, description="The autoencoder is sharded over all devices.")
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="The trained network is sharded over all devices.")
 StrategyRegistry.register(
     "fsdp2_bf16", FSDP2Strategy, description="The same, with weights gathered in bfloat16.", gather_dtype="bfloat16"
 )

@@ -4,7 +4,7 @@ A step also updates the discriminator, if there is one: its optimizer does not s
 counts, so that the GAN's start is counted in batches too (`vidtwin.training.base` says how steps are counted).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
+from vidtwin import console
 from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
 from vidtwin.data import ClipSource
 from vidtwin.errors import UserError
@@ -59,7 +60,6 @@ class AutoencoderTask(TrainingTask):
 
     trained = "autoencoder"
     rate_name = "generator"
-    is_replayed = True
 
     def __init__(
         self,
@@ -132,6 +132,15 @@ class AutoencoderTask(TrainingTask):
         # In its own group: it is not sharded like the others, and an optimizer's kernel takes one kind at a time.
         return [{"params": parameters}, {"params": [self.loss.logvar]}]
 
+    def start_from(self, path: str) -> None:
+        for line in checkpoints.load_part(self.autoencoder, path):
+            console.log(f"{path}: {line}", rank_zero=True)
+
+    def prepare_replay(self, dump: Mapping[str, Any]) -> None:
+        self.loss.setup()
+        if self.teacher is not None:
+            self.teacher.setup(self.autoencoder, None)
+
     def compilable(self) -> dict[str, list[nn.Module]]:
         parts = super().compilable()
         if isinstance(self.loss.perceptual, FrameDistance) and self.loss.perceptual.network is not None:
@@ -139,6 +148,11 @@ class AutoencoderTask(TrainingTask):
         if self.loss.discriminator is not None and not self.loss.r1_weight:  # R1 differentiates its gradient again
             parts["discriminator"] = [self.loss.discriminator]
         return parts
+
+    @property
+    def may_skip_parameters(self) -> bool:
+        # The student's encoder does not run beside a teacher's latents.
+        return self.autoencoder.may_skip_parameters or (self.teacher is not None and self.teacher.only_decoder)
 
     def on_train_start(self) -> None:
         if self.trainer.world_size > 1 and type(self._placement) is Placement and self.loss.discriminator is not None:

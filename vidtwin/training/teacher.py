@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 from vidtwin import weights
 from vidtwin.autoencoder import Reconstruction, VideoAutoencoder
-from vidtwin.data import ClipSettings
+from vidtwin.data import ClipSettings, is_varying
 from vidtwin.errors import UserError
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.posteriors import Encoding, Latents
 from vidtwin.storage import checkpoints
 from vidtwin.storage.latent_files import Manifest, OpenShards
-
-_CONSTANT = 1e-10  # of a channel's mean square: a variance below is a rounding error
 
 
 class Teacher(nn.Module):
@@ -144,7 +142,7 @@ class Teacher(nn.Module):
         for name, mode in encoding.mode().items():
             count, total, squares = self.get_buffer(f"moments_{name}")
             variance = squares / count - (total / count).square()
-            variance = torch.where(variance > _CONSTANT * squares / count, variance, 1.0).float()
+            variance = torch.where(is_varying(variance, squares / count), variance, 1.0).float()
             error = (mode.float() - latents[name]).square()
             terms.append((error.movedim(1, -1) / variance if error.ndim > 1 else error / variance).mean())
         return torch.stack(terms).mean()

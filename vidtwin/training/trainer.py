@@ -18,7 +18,7 @@ from vidtwin.files import inside, replacing
 from vidtwin.posteriors import Quantized
 from vidtwin.precision import tensor_float_32
 from vidtwin.storage import checkpoints
-from vidtwin.training.base import TrainingTask
+from vidtwin.training.base import TrainingTask, skipped_parameters
 from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
 from vidtwin.training.callbacks.guard import StepGuard
 from vidtwin.training.callbacks.preemption import Preemption
@@ -38,9 +38,10 @@ from vidtwin.video.convert import to_uint8
 class VideoTrainer(Trainer):
     """Train, validate and predict with autoencoders: Lightning's Trainer with defaults for a GAN.
 
-    Checkpoints are written atomically and read without running code. On several devices DDP looks for parameters
-    without a gradient, which some models have. Steps that are not finite are logged, dumped and undone (`StepGuard`);
-    SIGTERM saves first (`Preemption`).
+    Checkpoints are written atomically and read without running code. Steps that are not finite are logged, dumped and
+    undone (`StepGuard`); SIGTERM saves first (`Preemption`). DDP searches for parameters without a gradient if the task
+    says that there may be some (`TrainingTask.may_skip_parameters`), or by the strategy
+    `ddp_find_unused_parameters_true`.
 
     Args:
         *args: As of Lightning's Trainer.
@@ -58,8 +59,6 @@ class VideoTrainer(Trainer):
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         kwargs["plugins"] = [*plugins, checkpoints.AtomicCheckpointIO()]
         strategy = kwargs.get("strategy", "auto")
-        if strategy in ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook"):
-            kwargs["strategy"] = f"{strategy}_find_unused_parameters_true"
         if strategy in ("fsdp2", "fsdp2_bf16") or isinstance(strategy, FSDP2Strategy):
             kwargs["inference_mode"] = False  # weights gathered in inference mode can't be trained
         callbacks = kwargs.get("callbacks") or []
@@ -78,9 +77,9 @@ class VideoTrainer(Trainer):
         callbacks += [cls() for cls in wanted if not any(isinstance(callback, cls) for callback in callbacks)]
         kwargs["callbacks"] = callbacks
         super().__init__(*args, **kwargs)
+        self._search_is_chosen = True
         if isinstance(self.strategy, DDPStrategy):
-            if strategy == "auto":
-                self.strategy._ddp_kwargs["find_unused_parameters"] = True
+            self._search_is_chosen = "find_unused_parameters" in self.strategy._ddp_kwargs
             self.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)  # saves a copy of the gradients
 
     @property
@@ -111,8 +110,9 @@ class VideoTrainer(Trainer):
             ckpt_path: Checkpoint to resume: weights, optimizers, schedules, step, place in the data.
             resume: "auto": resume the newest intact checkpoint of the run that the logger names, or start a new run if
                 there is none. A folder: resume the newest one in it.
-            init_from: Weights to start a new training from, as far as they fit (`checkpoints.load_part`); the log
-                lists what is kept, interpolated and fresh. The discriminator is new. Ignored if a run is resumed.
+            init_from: Weights to start a new training from, as far as they fit (`load_part` of `storage.checkpoints`
+                and `storage.diffusion`); the log lists what is kept, interpolated and fresh. The discriminator is new.
+                Ignored if a run is resumed.
         """
         task = model
         if not isinstance(task, TrainingTask):
@@ -122,14 +122,16 @@ class VideoTrainer(Trainer):
             raise UserError(f"Expected --ckpt_path or --resume, got both ({ckpt_path} and {resume}).")
         if resume:
             ckpt_path = self._find_newest(resume)
-        if init_from and not isinstance(task, AutoencoderTask):
-            raise UserError(f"Expected --init_from for an autoencoder, got {type(task).__name__}; leave it out.")
-        if init_from and isinstance(task, AutoencoderTask) and not ckpt_path:
-            for line in checkpoints.load_part(task.autoencoder, init_from):
-                console.log(f"{init_from}: {line}", rank_zero=True)
+        if init_from and not ckpt_path:
+            task.start_from(init_from)
+        self._choose_search(task)
         try:
             with tensor_float_32() if self.tensor_float_32 else nullcontext():
                 super().fit(task, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+        except RuntimeError as error:
+            if "parameters that were not used in producing the loss" not in str(error):  # Lightning's words for DDP's
+                raise
+            raise UserError(skipped_parameters("some parameters of the last part of a batch")) from error
         except ValueError as error:
             interval, batches = self.val_check_interval, self.fit_loop.max_batches
             if (
@@ -144,6 +146,12 @@ class VideoTrainer(Trainer):
                 f"Expected trainer.val_check_interval of at most the {batches} batches of an epoch, got {interval}; "
                 "--trainer.check_val_every_n_epoch null counts batches over all epochs."
             ) from error
+
+    def _choose_search(self, task: TrainingTask) -> None:
+        """Have DDP search for parameters without a gradient if the task may have some, unless the user has chosen."""
+        if not self._search_is_chosen:
+            assert isinstance(self.strategy, DDPStrategy)
+            self.strategy._ddp_kwargs["find_unused_parameters"] = task.may_skip_parameters
 
     def _find_newest(self, resume: str) -> Path | None:
         """Find the checkpoint to resume; None if there is none for "auto"."""
@@ -207,13 +215,14 @@ class VideoTrainer(Trainer):
         Returns:
             The lines of the report.
         """
-        task = self._task(model)
-        task.loss.setup()
-        if task.teacher is not None:
-            task.teacher.setup(task.autoencoder, None)
+        task = model or self.lightning_module
+        if not isinstance(task, TrainingTask):
+            raise UserError(f"Expected a TrainingTask, got {type(task).__name__}.")
+        content = read_dump(dump)
+        task.prepare_replay(content)
         task.to(self.strategy.root_device)
         with self.precision_plugin.forward_context():
-            lines = run_again(task, read_dump(dump))
+            lines = run_again(task, content)
         for line in lines:
             console.write(line, rank_zero=True)
         return lines

@@ -39,7 +39,7 @@ function formatted(value, metric) {
   if (value === null || value === undefined) return "–";
   if (Number.isNaN(value)) return "not a number";
   if (!Number.isFinite(value)) return value > 0 ? "∞" : "−∞";
-  return value.toFixed(metric.digits);
+  return value.toFixed(metric.digits).replace(/^-(?=[0.]*$)/, "");
 }
 
 const titled = (metric) => metric.label + (metric.unit ? ` (${metric.unit})` : "");
@@ -387,7 +387,7 @@ function setUpPlayers() {
     const button = make(
       "button",
       { type: "button", "data-kept": index, "aria-pressed": "false" },
-      `${kept.why}: ${kept.name}`,
+      `${kept.why}: ${kept.name}, frame ${kept.start}`,
     );
     button.disabled = kept.clip === null;
     button.addEventListener("click", () => showClip(kept.clip));

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidtwin.benchmark import statistics
-from vidtwin.benchmark.statistics import source_of
 from vidtwin.benchmark.study.answers import Answers
 from vidtwin.benchmark.study.criteria import CRITERIA, DESTROYED, IDENTICAL, MODEL, SCALE
+from vidtwin.listing import source_of
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,14 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import asdict
 from hashlib import sha256
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 
 from vidtwin.benchmark import rows
-from vidtwin.benchmark.report import as_json, digest, read_strip
+from vidtwin.benchmark.pages import Assets, as_json, read_strip
 from vidtwin.benchmark.rows import Results
 from vidtwin.benchmark.study.criteria import CRITERIA, DESTROYED, FORMAT_VERSION, SCALE, page_digest
 from vidtwin.benchmark.study.items import Item, choose_items, choose_models, order_items
@@ -150,20 +148,6 @@ def _destroy(strip: str, num_frames: int, seed: int) -> str:
 
 def _render(data: dict[str, Any], strips: list[str]) -> tuple[str, str]:
     """Render the page → its text, and the digest that it computes of itself."""
-    assets = resources.files("vidtwin.benchmark.study") / "assets"
-    template, style, script = (
-        (assets / name).read_text(encoding="utf-8") for name in ("template.html", "study.css", "study.js")
-    )
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    assets = Assets.load("vidtwin.benchmark.study", "assets", "study")
     text = as_json(data)
-    page = environment.from_string(template).render(
-        data=text,
-        strips=strips,
-        style=style,
-        script=script,
-        style_hash=digest(style),
-        script_hash=digest(script),
-    )
-    return page, page_digest([text, script, style, *strips])
+    return assets.render(data=text, strips=strips), page_digest([text, assets.script, assets.style, *strips])

@@ -1,6 +1,5 @@
 """Write a study's result: `scores.csv`, `scores.md` and a plot."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from vidtwin.benchmark.statistics import CONFIDENCE, DRAWS, FEW_SOURCES
 from vidtwin.benchmark.study.criteria import CRITERIA
 from vidtwin.benchmark.study.opinions import Opinion, Study
 from vidtwin.benchmark.summary import Cell, Line, Table
-from vidtwin.files import replacing, write_text
+from vidtwin.files import write_text
 from vidtwin.metrics.registry import Column
 from vidtwin.tables import write_table
 
@@ -82,15 +81,11 @@ def _list_notes(study: Study, key: dict[str, Any]) -> list[str]:
 
 def _draw(study: Study, folder: Path) -> list[Path]:
     """Draw the means with their intervals, a panel for each criterion, as `scores.png` and `scores.svg`."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     models = list(dict.fromkeys(each.model for each in study.opinions))
-    with rc_context(plots.STYLE):
-        figure = Figure(figsize=(8, 1.2 + 0.35 * len(models)), layout="constrained")
-        for place, (axes, criterion) in enumerate(
-            zip(figure.subplots(1, len(CRITERIA), sharey=True), CRITERIA, strict=True)
-        ):
+    with plots.use_style():
+        figure = plots.make_figure(len(CRITERIA), columns=len(CRITERIA))
+        figure.set_size_inches(8, 1.2 + 0.35 * len(models))
+        for place, (axes, criterion) in enumerate(zip(figure.axes, CRITERIA, strict=True)):
             for index, model in enumerate(models):
                 (found,) = (each for each in study.opinions if (each.model, each.criterion) == (model, criterion.key))
                 if found.mean is None:
@@ -100,14 +95,9 @@ def _draw(study: Study, folder: Path) -> list[Path]:
                 axes.plot([low, high], [index, index], color=colour, linewidth=2)
                 axes.plot([found.mean], [index], "o", color=colour, markersize=6)
             axes.set(title=criterion.label, xlim=(0.8, 5.2), xticks=range(1, 6), ylim=(len(models) - 0.5, -0.5))
-            if not place:
-                axes.set_yticks(range(len(models)), models)
+            axes.set_yticks(range(len(models)), [""] * len(models) if place else models)
         figure.supxlabel("mean opinion score, 5 is best")
-        paths = []
-        for kind in ("png", "svg"):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=plots.DPI, metadata={"Date": None} if kind == "svg" else None)
-            paths.append(folder / f"scores.{kind}")
-            with replacing(paths[-1]) as temporary:
-                temporary.write_bytes(buffer.getvalue())
+        paths = [folder / f"scores.{kind}" for kind in ("png", "svg")]
+        for path in paths:
+            plots.save(figure, "Mean opinion scores of each model by each criterion, with their intervals", path)
     return paths

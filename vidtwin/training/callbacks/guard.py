@@ -22,10 +22,10 @@ _STATE = ("gone_back", "failed_at", "went_to")  # counters in checkpoints
 class StepGuard(Callback):
     """React to steps that the task skipped since a loss or a gradient was not finite on some rank.
 
-    Each is logged on stderr with its clips. The first ones of an autoencoder are dumped: `vidtwin replay DUMP` reruns
-    such a step. After `patience` of them in a row the training rolls back to its last checkpoint and continues with the
-    next clips. If it fails again before it has passed the step where it failed, it rolls back one checkpoint further.
-    After `rollbacks` times it stops with the reason.
+    Each is logged on stderr with its clips. The first ones are dumped: `vidtwin replay DUMP` reruns such a step. After
+    `patience` of them in a row the training rolls back to its last checkpoint and continues with the next clips. If it
+    fails again before it has passed the step where it failed, it rolls back one checkpoint further. After `rollbacks`
+    times it stops with the reason.
 
     Args:
         patience: Skipped steps in a row before a rollback.
@@ -65,7 +65,7 @@ class StepGuard(Callback):
             return
         self.in_a_row += 1
         reason = outputs["rejected"]
-        dumps = bool(reason) and pl_module.is_replayed and len(self.dumped) < self.dumps
+        dumps = bool(reason) and len(self.dumped) < self.dumps
         weights: dict[str, Tensor] | None = None
         if trainer.strategy.reduce_boolean_decision(dumps, all=False):
             # By all ranks, also those that do not dump.
@@ -172,7 +172,7 @@ def dump(
         "rank": trainer.global_rank,
         "world_size": trainer.world_size,
         "precision": str(trainer.precision),
-        **move_data_to_device({"batch": batch, "state_dict": dict(weights)}, "cpu"),
+        **move_data_to_device({"batch": task.to_dump(batch), "state_dict": dict(weights)}, "cpu"),
         "training": {"batches": task.batches, "seed": task.seed},
         **task.describe(),
         "config": task.config,

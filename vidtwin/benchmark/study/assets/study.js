@@ -128,7 +128,7 @@ function start() {
     make("p", {}, TEXTS.intro),
     make("dl", {}, ...data.criteria.flatMap((each) => [make("dt", {}, each.label), make("dd", {}, each.question)])),
     make("p", {}, TEXTS.care),
-    make("p", {}, TEXTS.keys),
+    make("p", { className: "keys" }, TEXTS.keys),
     form,
   );
   screens = [];
@@ -159,14 +159,16 @@ function show() {
     picture.src = `data:image/webp;base64,${strips[strip]}`;
   }
   const questions = data.criteria.map(({ key, label, question }, number) => {
-    const field = make("fieldset", {}, make("legend", {}, make("strong", {}, label), ` ${question}`), "bad ");
+    const field = make("fieldset", {}, make("legend", {}, make("strong", {}, label), ` ${question}`));
+    const scale = make("div", { className: "scale" }, "bad ");
+    field.append(scale);
     for (const score of data.scale) {
       const radio = make("input", { type: "radio", name: key, value: score });
       radio.checked = (progress.scores[item().id] ?? {})[key] === score;
       radio.addEventListener("change", () => give(number, score));
-      field.append(make("label", {}, radio, ` ${score}`));
+      scale.append(make("label", {}, radio, ` ${score}`));
     }
-    field.append(data.alone ? "perfect" : "as the source");
+    scale.append(data.alone ? "perfect" : "as the source");
     field.addEventListener("focusin", () => mark(number));
     return field;
   });
@@ -182,7 +184,7 @@ function show() {
       button("play", "Pause", pause),
       button("save", "Save answers", save),
     ),
-    make("p", { className: "note" }, TEXTS.keys),
+    make("p", { className: "note keys" }, TEXTS.keys),
   );
   Object.assign(clock, { frame: 0, playing: true, watched: isRated(item()), due: 0 });
   shownAt = performance.now();
