@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from vidtwin.benchmark import rows
 from vidtwin.benchmark.loaded_model import LoadedModel
 from vidtwin.benchmark.measurer import Measurer
 from vidtwin.benchmark.plan import format_error
 from vidtwin.benchmark.runner import Runner
-from vidtwin.console import log
+from vidtwin.console import Progress, log
 from vidtwin.files import inside, replacing, write_text
 from vidtwin.listing import source_of
 from vidtwin.video import Frames, convert, panels, write_video
@@ -61,17 +60,20 @@ def write_players(results: rows.Results, runner: Runner) -> None:
         measurer.prepare_clip(batch)[[place], :, :frames].cpu() for batch, place in zip(batches, places, strict=True)
     ]
     writer = Writer(options.folder, chosen, clips, measurer.fps, options.player_side)
-    for row in tqdm(measured, "players", disable=not options.progress, dynamic_ncols=True, leave=False):
-        try:
-            model = measurer.build(row.job)
-            views = [
-                measurer.make_views(model, batch, place, frames) for batch, place in zip(batches, places, strict=True)
-            ]
-        except Exception as error:  # the numbers are there, and are to be written
-            log(f"no players of {row.name}: {format_error(error)}")
-            continue
-        for number, shown in enumerate(views):
-            writer.add(number, row.name, shown)
+    with Progress(len(measured), "players", "models", options.progress) as bar:
+        for row in measured:
+            try:
+                model = measurer.build(row.job)
+                views = [
+                    measurer.make_views(model, batch, place, frames)
+                    for batch, place in zip(batches, places, strict=True)
+                ]
+            except Exception as error:  # the numbers are there, and are to be written
+                log(f"no players of {row.name}: {format_error(error)}")
+                views = []
+            for number, shown in enumerate(views):
+                writer.add(number, row.name, shown)
+            bar.update()
     writer.finish(mark.hexdigest())
 
 
