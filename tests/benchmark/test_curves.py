@@ -208,6 +208,17 @@ def test_plots_and_page_show_them(folder):
         assert title in page
 
 
+def test_codecs_beside_many_models_have_colours_of_their_own():
+    """With six models one colour is left, which all codecs would share."""
+    point = curves.Point("a", "", 0, {"bpp": 0.1, "psnr": 20.0})
+    models = [curves.Curve(name, "trained", [point]) for name in "abcdef"]
+    codecs = [curves.Curve(name, curves.CODEC, [point]) for name in ("x264", "x265", "JPEG")]
+    results = rows.Results(Path(), {}, "", [{"name": each.name, "kind": each.kind} for each in models], {})
+    results.comparison = {"rows": {}}
+    styles = [style for curve, style in curve_plots._styles(results, [*models, *codecs]) if curve.kind == curves.CODEC]
+    assert len({style["color"] for style in styles}) == 3
+
+
 def test_a_folder_without_curves_has_none_of_it(tmp_path):
     path = write_results(tmp_path / "r", players=False)
     (path / "curves.csv").write_text("of an earlier sweep")

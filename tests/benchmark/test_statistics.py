@@ -217,6 +217,18 @@ def test_table_csv_comparison_and_page_have_the_same_numbers(folder, found, monk
         (folder / "comparison.json").read_text()).items() if k != "statistics"}  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "p", "verdict"),
+    [(-0.1, 0.2, 0.01, "may be chance"), (0.1, 0.2, 0.14, "by the interval alone"), (0.1, 0.2, 0.04, "differ")],
+)
+def test_a_verdict_says_whether_interval_and_test_agree(folder, found, low, high, p, verdict):
+    pair = found["pairs"][0] | {"low": low, "high": high, "p_holm": p}
+    table = statistics_tables.pair_table(rows.read(folder), found | {"pairs": [pair]})
+    assert table is not None
+    assert table.lines[0].cells[-1].text == verdict
+    assert table.notes[-1].endswith("of 12 none is below 0.000488.")
+
+
 def test_a_folder_of_one_model_has_intervals_but_no_pairs(folder, tmp_path):
     results = fixture_results.write_results(tmp_path, {"VidTwin": ("trained", 0.01, 28.0)}, failed=False)
     tables = {table.id: table for table in statistics_tables.build(rows.read(results))}

@@ -77,4 +77,5 @@ def draw_frames(results: Results) -> "tuple[Figure, str] | None":
 def _add_legend(figure: "Figure") -> None:
     handles: Any
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=min(6, len(labels)), frameon=False, fontsize=8)
+    columns = min(3 * len(figure.axes), 6, len(labels))  # so that long names stay in the picture
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=8)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _METRICS = ("psnr", "ssim", "lpips")
+_FEWEST_COLOURS = 3  # of codecs: one for all would not keep them apart
 _DASHES = ((0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 
@@ -82,7 +83,8 @@ def _styles(results: Results, found: list[Curve]) -> list[tuple[Curve, dict[str,
     own = plots.styles(results)
     markers = list(plots.MARKERS)[:-1]
     used = sum(curve.kind != CODEC for curve in found)
-    colours = plots.COLOURS[used:] or plots.COLOURS  # those that no model has
+    free = plots.COLOURS[used:]  # those that no model has
+    colours = free if len(free) >= _FEWEST_COLOURS else plots.COLOURS
     chosen, codecs = [], 0
     for curve in found:
         style: dict[str, Any] = {"markersize": 5, "linewidth": 1.4, "zorder": 3}

@@ -72,7 +72,6 @@ def pair_table(results: Results, found: dict[str, Any]) -> Table | None:
         if pair["metric"] not in metrics:
             continue
         metric = metrics[pair["metric"]]
-        chance = pair["low"] <= 0 <= pair["high"]
         cells = [
             Cell(pair["second"], pair["second"]),
             Cell(metric.label, metric.label),
@@ -80,16 +79,25 @@ def pair_table(results: Results, found: dict[str, Any]) -> Table | None:
             Cell(_signed(metric, pair["difference"]), pair["difference"]),
             Cell(f"{_signed(metric, pair['low'])} to {_signed(metric, pair['high'])}", pair["low"]),
             *(Cell(_format_p(pair[key]), pair[key]) for key in ("p", "p_holm")),
-            Cell(verdict := "may be chance" if chance else "differ", verdict),
+            Cell(verdict := _judge(pair), verdict),
         ]
         lines.append(Line(pair["first"], "trained", cells))
+    least = _format_p(2.0 ** (1 - found["num_sources"]))  # if all differences have one sign
     notes = [
         f"The first model has the better mean. Better on: the {found['source']} on which it is better by the mean of "
         "their clips. The interval is of the mean difference; if it holds 0, the two share a place.",
         "p: Wilcoxon's signed-rank test of the differences, two-sided. Holm: adjusted for the number of pairs of a "
         "metric. The test asks for a shift of most differences, the interval for their mean.",
+        f"Two models differ if the interval does not hold 0 and the adjusted p is below {1 - found['confidence']:.2f}. "
+        f"Of few sources no p is small: of {found['num_sources']:,} none is below {least}.",
     ]
     return Table("pairs", "Paired differences of trained models", columns, lines, notes, "Better") if lines else None
+
+
+def _judge(pair: dict[str, Any]) -> str:
+    if pair["low"] <= 0 <= pair["high"]:
+        return "may be chance"
+    return "differ" if pair["p_holm"] < 1 - statistics.CONFIDENCE else "by the interval alone"
 
 
 def _signed(metric: Metric, value: float) -> str:
