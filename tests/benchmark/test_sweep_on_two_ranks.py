@@ -144,7 +144,8 @@ def test_a_killed_sweep_is_resumed_by_the_next_process(tmp_path, monkeypatch):
     assert forked.run_code(code, [str(tmp_path)], stderr) == -signal.SIGKILL, stderr.read_text()
     sweeping.calls.clear()
     assert sweep(tmp_path / "r", entries).run() == 0
-    assert sweeping.calls == [[2, 3], [4, 5]]  # of b; a's row and b's first chunk were there
+    # Of b; a's row was there, and b's first chunk unless the kill came before the thread that writes had ended it.
+    assert sweeping.calls in ([[2, 3], [4, 5]], [[0, 1], [2, 3], [4, 5]])
     assert sweep(tmp_path / "whole", entries).run() == 0
     assert contents(tmp_path / "r") == contents(tmp_path / "whole")
 
