@@ -180,8 +180,7 @@ class SweepOptions:
         self.checkpoints, self.folder = Path(self.checkpoints_dir), Path(self.results_dir)
         self.i3d, self.backbones = self.fvd or FVD(), self.perceptual_backbones or {}
         self._check_names()
-        if self.compile:
-            check_backend(self.compile_backend, "compile_backend")
+        check_backend(self.compile_backend, "compile_backend")
         if (self.i3d.path is None) != (self.i3d.sha256 is None):
             raise UserError("Expected fvd.path and fvd.sha256 together: only a file that is known is run.")
         for name, value, least in (
