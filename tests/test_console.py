@@ -60,6 +60,19 @@ def test_progress_is_a_line_from_time_to_time_without_a_terminal(
     assert capfd.readouterr().err == ""
 
 
+def test_progress_beyond_a_total_that_headers_promised_leaves_nothing(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console.Progress, "_SECONDS", 0.0)
+    clock = [0.0]
+    with console.Progress(2000, "encoding", "clips") as bar:
+        monkeypatch.setattr(bar, "_time", lambda: clock[0])
+        bar.start_t = bar.last_print_t = 0.0
+        for clock[0], count in ((100.0, 1000), (200.0, 1500)):
+            bar.update(count)
+    assert re.search(r"encoding: 2,500 of 2,000 clips, \S+ clips/s, 00:00 left\n$", capfd.readouterr().err)
+
+
 PROGRESS = """
 from vidtwin import console
 with console.Progress(20, "encoding", "clips") as bar:

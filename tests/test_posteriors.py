@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from vidtwin.compilation import copy_encoding
 from vidtwin.posteriors import Deterministic, DiagonalGaussian, Encoding, Quantized, StandardizedGaussian
 
 
@@ -121,3 +122,15 @@ def test_an_encoding_adds_the_terms_of_one_name_and_keeps_the_others():
     assert terms["commitment"] == 0.5
     assert list(encoding.mode()) == list(encoding.sample()) == ["structure", "dynamics", "codes"]
     assert encoding.mode()["structure"] is first.mean
+
+
+def test_a_copy_of_the_first_clips_shares_no_memory_and_leaves_what_is_of_no_clip():
+    mean, logvar = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    encoding = Encoding(z=StandardizedGaussian(mean, logvar, torch.tensor(0.5), torch.tensor(2.0)))
+    encoding["z"].table = torch.arange(5.0)
+    kl, mode = encoding["z"].kl()[:2], encoding["z"].mode()[:2].clone()
+    copied = copy_encoding(encoding, 2)["z"]
+    mean.fill_(torch.nan)
+    assert torch.equal(copied.kl(), kl)
+    assert torch.equal(copied.mode(), mode)
+    assert torch.equal(copied.table, torch.arange(5.0))

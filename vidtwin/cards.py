@@ -15,7 +15,7 @@ def escape(text: Any, terminal: bool = False) -> str:
 
     Args:
         text: Of any kind.
-        terminal: Escape what would begin HTML or end a cell alone, so that the source reads well in a terminal too.
+        terminal: Escape only `<` and `|`, which begin HTML and end a cell: the source reads well in a terminal too.
     """
     line = " ".join(str(text).split())
     if terminal:

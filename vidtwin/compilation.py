@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vidtwin.errors import UserError
-from vidtwin.posteriors import Encoding
+from vidtwin.posteriors import Encoding, Posterior
 
 Mode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
 
@@ -63,11 +63,11 @@ class CompiledUnits:
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, _GRAPHS)
         self._units = list(units)
-        own_mode = mode if backend == "inductor" else None  # others have none
-        self._graphs = torch.cuda.is_available() and own_mode in ("reduce-overhead", "max-autotune")
+        inductor_mode = mode if backend == "inductor" else None  # others have none
+        self._graphs = torch.cuda.is_available() and inductor_mode in ("reduce-overhead", "max-autotune")
         for unit in self._units:
             # The function and not the module: hooks (DDP's, FSDP2's) run outside, and state dicts keep their names.
-            compiled = torch.compile(unit.forward, mode=own_mode, backend=backend, dynamic=False)
+            compiled = torch.compile(unit.forward, mode=inductor_mode, backend=backend, dynamic=False)
             object.__setattr__(unit, "forward", compiled)
 
     def begin(self) -> None:
@@ -82,10 +82,17 @@ class CompiledUnits:
         self._units = []
 
 
-def own(encoding: Encoding, count: int) -> Encoding:
-    """Copy the first `count` clips of an encoding's posteriors, so that no CUDA graph overwrites them."""
+def copy_encoding(encoding: Encoding, count: int) -> Encoding:
+    """Copy the first `count` clips of an encoding's posteriors, in place, so that no CUDA graph overwrites them."""
     for posterior in encoding.values():
-        for name, value in vars(posterior).items():
-            if isinstance(value, Tensor):
-                setattr(posterior, name, value[:count].clone())
+        _copy(posterior, count, len(posterior.mode()))
     return encoding
+
+
+def _copy(posterior: Posterior, count: int, size: int) -> None:
+    """Copy the tensors of a posterior of `size` clips, and those of posteriors that it holds."""
+    for name, value in vars(posterior).items():
+        if isinstance(value, Posterior):
+            _copy(value, count, size)
+        elif isinstance(value, Tensor):
+            setattr(posterior, name, (value[:count] if value.shape[:1] == (size,) else value).clone())

@@ -99,7 +99,7 @@ class Progress(tqdm):
             state = self.format_dict
             done, rate = state["n"] - state["initial"], state["rate"]
             rate = rate or (done / state["elapsed"] if state["elapsed"] else 0)
-            left = self.format_interval((state["total"] - state["n"]) / rate) if rate else "?"
+            left = self.format_interval(max(state["total"] - state["n"], 0) / rate) if rate else "?"
             log(
                 f"{state['prefix']}: {state['n']:,.0f} of {state['total']:,.0f}{state['unit']}, "
                 f"{rate:.3g}{state['unit']}/s, {left} left"

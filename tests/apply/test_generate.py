@@ -194,7 +194,7 @@ def test_existing_videos_are_replaced_when_asked(trained, capsys):
         (["--class_name", "Rising,Q"], "got 'Q'; the model knows Falling, Rising"),
         (["--num", "0"], "Expected --num of at least 1, got 0"),
         (["--guidance", ".nan"], "Expected a finite --guidance, got nan"),
-        (["--fps", ".inf"], "Expected --fps above 0, got inf"),
+        (["--fps", ".inf"], "Expected a finite --fps above 0, got inf"),
         (["--autoencoder", "nowhere.ckpt"], "got none at nowhere.ckpt"),
     ],
 )

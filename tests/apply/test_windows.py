@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vidtwin.apply.inputs import Input
 from vidtwin.apply.outputs import write_png
-from vidtwin.apply.windows import VideoWindows, Window, batched, windows
-from vidtwin.video import VideoError, VideoWriter, iter_frames, write_video
+from vidtwin.apply.windows import VideoWindows, Window, batched, count_frames, windows
+from vidtwin.video import VideoError, VideoWriter, iter_frames, source, write_video
 
 
 def numbered(count: int) -> np.ndarray:
@@ -99,3 +100,12 @@ def test_windows_end_at_the_damage_unless_it_lies_behind_the_limit(monkeypatch, 
 @pytest.mark.parametrize(("count", "batches"), [(0, []), (2, [[0, 1]]), (5, [[0, 1], [2, 3], [4]])])
 def test_batches_hold_all_items_in_order(count, batches):
     assert list(batched(range(count), 2)) == batches
+
+
+def test_frames_are_counted_by_headers_and_files_without_one_count_nothing(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.avi", numbered(9), 25, "mpeg4")
+    (tmp_path / "b.avi").write_bytes(b"no video")
+    entries = [Input(path, "a"), Input(tmp_path / "b.avi", "b")]
+    monkeypatch.setattr(source, "_demux", lambda *_: pytest.fail("read all packets"))
+    assert count_frames(entries) == 9
+    assert count_frames(entries, 4) == 4

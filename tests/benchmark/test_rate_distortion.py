@@ -141,11 +141,12 @@ def test_codecs_have_no_levels(measured):
     assert not (measured / "rows" / "jpeg" / levels.NAME).exists()
 
 
-def test_a_codecs_row_stays_under_other_levels_and_another_seed(tmp_path, measured, monkeypatch):
+def test_a_codecs_row_stays_under_settings_of_other_models(tmp_path, measured, monkeypatch):
     shutil.copytree(measured, tmp_path / "r")
     monkeypatch.setattr(JPEG, "compress", lambda *_: pytest.fail("was measured again"))
     other = dataclasses.replace(CHOSEN, bits=[3])
-    assert sweep(tmp_path / "r", entries(tmp_path)[3:], rate_distortion=other, seed=5, references=[]).run() == 0
+    options = {"rate_distortion": other, "seed": 5, "compile": "default", "references": []}
+    assert sweep(tmp_path / "r", entries(tmp_path)[3:], **options).run() == 0
     assert row(tmp_path / "r", "jpeg") == row(measured, "jpeg")
 
 

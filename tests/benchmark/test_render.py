@@ -10,7 +10,7 @@ import pytest
 
 from vidtwin.benchmark import protocol, render, rows, summary
 from vidtwin.errors import UserError
-from vidtwin.metrics.registry import BY_KEY, SHOWN, fixed
+from vidtwin.metrics.registry import BY_KEY, SHOWN, format_number
 
 CLIPS = ("a.avi", "b.avi", "c.avi")
 LATENT = {"shape": [1], "rate": 0.001, "numbers": 1, "bits": None}
@@ -453,8 +453,8 @@ def test_the_docs_list_the_metrics_of_the_registry():
 
 
 def test_what_is_rounded_to_zero_has_no_sign():
-    assert [fixed(value, "+.2f") for value in (-0.004, 0.004, -0.006)] == ["0.00", "0.00", "-0.01"]
-    assert [fixed(value, ".3f") for value in (-0.0004, -1000.0)] == ["0.000", "-1000.000"]
+    assert [format_number(value, "+.2f") for value in (-0.004, 0.004, -0.006)] == ["0.00", "0.00", "-0.01"]
+    assert [format_number(value, ".3f") for value in (-0.0004, -1000.0)] == ["0.000", "-1000.000"]
     assert BY_KEY["ssim"].text(-1e-9) == "0.0000"
 
 

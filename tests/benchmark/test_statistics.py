@@ -227,6 +227,9 @@ def test_a_verdict_says_whether_interval_and_test_agree(folder, found, low, high
     assert table is not None
     assert table.lines[0].cells[-1].text == verdict
     assert table.notes[-1].endswith("of 12 none is below 0.000488.")
+    many = statistics_tables.pair_table(rows.read(folder), found | {"pairs": [pair], "num_sources": 20})
+    assert many is not None
+    assert many.notes == table.notes[:-1]  # of 20 the least is below all that are shown
 
 
 def test_a_folder_of_one_model_has_intervals_but_no_pairs(folder, tmp_path):

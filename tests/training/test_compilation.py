@@ -108,7 +108,9 @@ def test_validation_runs_the_compiled_blocks_in_a_training_and_alone(tmp_path, r
 
 
 @pytest.mark.parametrize("command", ["encode", "test"])
-def test_commands_run_the_compiled_blocks_with_the_numbers_of_plain_ones(tmp_path, runs, command, without_pictures):
+def test_commands_run_the_compiled_blocks_with_the_numbers_of_plain_ones(
+    tmp_path, runs, command, without_pictures, capsys
+):
     torch.manual_seed(0)
     model = tiny_model().eval()
     units = len(list_units(model)) - 1
@@ -136,6 +138,9 @@ def test_commands_run_the_compiled_blocks_with_the_numbers_of_plain_ones(tmp_pat
     torch.testing.assert_close(numbers[1], numbers[0])
     if command == "encode":  # a black clip, then two batches, of which the short one is filled up
         assert len(runs) == 3 * encoder_units(model)
+        words[words.index("--out") + 1] = str(tmp_path / "plain")
+        assert main(words) == 2
+        assert "got compile=None, not compile=reduce-overhead" in capsys.readouterr().err
     else:
         assert len(runs) == 2 * units
 
@@ -149,6 +154,24 @@ def encoder_units(model: torch.nn.Module) -> int:
     for handle in handles:
         handle.remove()
     return len(ran)
+
+
+def test_whether_weights_encode_alike_is_asked_of_plain_blocks(tmp_path, runs, capsys):
+    """Compiled ones would round otherwise, and the latents be refused."""
+    torch.manual_seed(0)
+    model = tiny_model().eval()
+    save(tmp_path / "a.ckpt", model=model)
+    with torch.no_grad():
+        model.last_layer.mul_(0.5)
+    save(tmp_path / "b.ckpt", model=model)
+    write_video(tmp_path / "a.mp4", torch.zeros(4, 32, 32, 3, dtype=torch.uint8).numpy(), 8)
+    latents, quiet = str(tmp_path / "latents"), ["--accelerator", "cpu", "--progress", "false"]
+    words = ["encode", str(tmp_path / "a.mp4"), "--out", latents, "--ckpt_path", str(tmp_path / "a.ckpt")]
+    assert main([*words, *quiet]) == 0
+    words = ["decode", latents, "--out", str(tmp_path / "out"), "--ckpt_path", str(tmp_path / "b.ckpt")]
+    assert main([*words, *quiet, "--compile", "default", "--compile_backend", "counting"]) == 0
+    assert "a.ckpt, which encodes alike" in capsys.readouterr().out
+    assert len(runs) == len(list_units(model)) - 1 - encoder_units(model)  # of the one window that is decoded
 
 
 def test_a_model_without_blocks_is_not_compiled_by_commands(tmp_path, capsys):

@@ -150,6 +150,7 @@ class LatentWriter:
             "dtype": options.dtype,
             "precision": session.precision,
             "clips_per_shard": options.clips_per_shard,
+            **({"compile": mode} if (mode := self.session_options.compile) else {}),
         }
         model = {**session.model.spec(), "weights_sha256": session.weights_sha256, "checkpoint": session.checkpoint}
         model |= {"config": self.session_options.config, "use_ema": self.session_options.use_ema}

@@ -168,7 +168,7 @@ class GenerateOptions:
         if self.seed < 0:
             raise UserError(f"Expected --seed of at least 0, got {self.seed}.")
         if self.fps is not None and not 0 < self.fps < math.inf:
-            raise UserError(f"Expected --fps above 0, got {self.fps}.")
+            raise UserError(f"Expected a finite --fps above 0, got {self.fps}.")
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise UserError(f"Expected a finite --guidance, got {self.guidance}.")
 

@@ -19,7 +19,7 @@ from vidtwin.apply import pipeline
 from vidtwin.apply.options import SessionOptions
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.clips import as_clip
-from vidtwin.compilation import CompiledUnits, check_backend, list_units, own
+from vidtwin.compilation import CompiledUnits, check_backend, copy_encoding, list_units
 from vidtwin.distributed import forward_context, gather_objects, launch
 from vidtwin.errors import UserError
 from vidtwin.posteriors import Encoding, Latents
@@ -158,7 +158,7 @@ class Session:
             self.compiled.begin()
         with forward_context(self.fabric, self.precision):
             encoding = self.model.encode(clip)
-        return encoding if self.compiled is None else own(encoding, len(stacked))
+        return encoding if self.compiled is None else copy_encoding(encoding, len(stacked))
 
     @torch.inference_mode()
     def decode(self, latents: Latents, height: int, width: int, num_frames: int | None = None) -> Download:

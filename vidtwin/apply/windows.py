@@ -80,11 +80,11 @@ def examine(source: Source) -> tuple[VideoInfo, VideoError | None]:
 
 
 def count_frames(inputs: Iterable[Input], limit: int | None = None) -> int:
-    """Count the frames of videos by their headers, at most `limit` of each; 0 of one that can't be read."""
+    """Count the frames that headers promise, at most `limit` of each video; 0 of one that can't be read."""
     total = 0
     for entry in inputs:
         with suppress(VideoError):  # reported when its turn comes
-            count = examine(entry.path)[0].num_frames
+            count = probe(entry.path).num_frames
             total += count if limit is None else min(count, limit)
     return total
 

@@ -7,7 +7,7 @@ from vidtwin.benchmark import failures, rows
 from vidtwin.benchmark.analysis_files import MEASURES, read_all, read_content
 from vidtwin.benchmark.rows import Results
 from vidtwin.benchmark.summary import Cell, Line, Table
-from vidtwin.metrics.registry import BY_KEY, Column, fixed
+from vidtwin.metrics.registry import BY_KEY, Column, format_number
 
 
 def build(results: Results) -> list[Table]:
@@ -52,8 +52,14 @@ def content_table(results: Results, content: list[rows.Clip], analyses: dict[str
 def _correlation(found: dict[str, Any]) -> Cell:
     if found["rho"] is None:
         return Cell()
-    ends = "" if found["low"] is None else f"{fixed(found['low'], '+.2f')} to {fixed(found['high'], '+.2f')}"
-    return Cell(fixed(found["rho"], "+.2f"), found["rho"], small=ends)
+    return Cell(format_number(found["rho"], "+.2f"), found["rho"], small=_format_ends(found))
+
+
+def _format_ends(found: dict[str, Any]) -> str:
+    """Format the ends of an interval; empty without one."""
+    if found["low"] is None:
+        return ""
+    return f"{format_number(found['low'], '+.2f')} to {format_number(found['high'], '+.2f')}"
 
 
 def seam_table(results: Results, analyses: dict[str, Any]) -> Table | None:
@@ -70,8 +76,7 @@ def seam_table(results: Results, analyses: dict[str, Any]) -> Table | None:
         if seam is None:
             cells.append(Cell())
         else:
-            ends = "" if seam["low"] is None else f"{fixed(seam['low'], '+.2f')} to {fixed(seam['high'], '+.2f')}"
-            cells.append(Cell(fixed(seam["mean"], "+.2f"), seam["mean"], small=ends))
+            cells.append(Cell(format_number(seam["mean"], "+.2f"), seam["mean"], small=_format_ends(seam)))
         lines.append(Line(name, kinds[name], cells))
     columns = [
         Column("first", "First frame", "PSNR, dB", higher=True),
@@ -134,7 +139,7 @@ def leakage_table(results: Results, analyses: dict[str, Any]) -> Table | None:
     lines = []
     for name, analysis in analyses.items():
         for pair in analysis["leakage"]:
-            r2 = Cell("too few sources") if pair["r2"] is None else Cell(fixed(pair["r2"], ".3f"), pair["r2"])
+            r2 = Cell("too few sources") if pair["r2"] is None else Cell(format_number(pair["r2"], ".3f"), pair["r2"])
             words = [Cell(pair[key], pair[key]) for key in ("from", "to")]
             counts = [Cell(f"{pair[key]:,}", pair[key]) for key in ("clips", "sources")]
             lines.append(Line(name, kinds[name], [*words, r2, *counts]))

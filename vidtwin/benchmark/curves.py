@@ -17,7 +17,7 @@ from vidtwin.benchmark.rows import Results
 from vidtwin.benchmark.summary import Cell, Line, Table
 from vidtwin.console import log
 from vidtwin.files import inside, write_text
-from vidtwin.metrics.registry import BY_KEY, Column, fixed
+from vidtwin.metrics.registry import BY_KEY, Column, format_number
 from vidtwin.tables import format_table
 
 LEAST = 4  # points of a curve, by which a cubic is known
@@ -249,8 +249,8 @@ def bd_table(results: Results) -> Table | None:
         for anchor in anchors:
             delta = deltas.get((name, anchor), Delta())
             for key, value, text in (
-                ("rate", delta.rate, "" if delta.rate is None else fixed(100 * delta.rate, "+.1f")),
-                ("psnr", delta.psnr, "" if delta.psnr is None else fixed(delta.psnr, "+.2f")),
+                ("rate", delta.rate, "" if delta.rate is None else format_number(100 * delta.rate, "+.1f")),
+                ("psnr", delta.psnr, "" if delta.psnr is None else format_number(delta.psnr, "+.2f")),
             ):
                 reason = delta.reasons.get(key, "").replace(" points at a shared ", " at ")
                 cells.append(Cell(text, value, small=reason))

@@ -14,8 +14,8 @@ MAX_ADDED = 3
 """So many arguments may have been added to a model since parts were measured, which do not say what it had."""
 
 
-OF_LATENTS = ("rate_distortion", "seed")
-"""Settings that change no number of a codec, whose bytes are neither quantized further nor drawn."""
+OF_LATENTS = ("compile", "rate_distortion", "seed")
+"""Settings that change no number of a codec, which has no blocks to compile, and whose bytes are those of its clip."""
 
 
 def is_codec(spec: dict[str, Any] | None) -> bool:

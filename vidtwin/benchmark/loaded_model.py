@@ -18,7 +18,7 @@ from vidtwin import hub
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.benchmark.cost import device_name
 from vidtwin.benchmark.rows import SCHEMA_VERSION
-from vidtwin.compilation import CompiledUnits, own
+from vidtwin.compilation import CompiledUnits, copy_encoding
 from vidtwin.errors import UserError
 from vidtwin.metrics.latents import LatentStatistics
 from vidtwin.posteriors import Encoding, Latents, Stream
@@ -111,7 +111,7 @@ class LoadedModel:
         if self.compiled is None:
             return self.model.encode(clip)
         self.compiled.begin()
-        return own(self.model.encode(clip), len(clip))
+        return copy_encoding(self.model.encode(clip), len(clip))
 
     def decode(self, latents: Latents, num_frames: int, size: tuple[int, int] | None = None) -> Tensor:
         """Decode latents (B · windows, …) to clips (B, 3, T, H, W), cropped to `size` if pictures were padded."""

@@ -1,6 +1,6 @@
 """Pages of one file: a template with its style, script, data and pictures, which asks the network for nothing.
 
-Its content security policy allows the style and the script of these digests alone.
+A page's content security policy allows the style and the script of its digests alone.
 """
 
 import base64
@@ -19,7 +19,7 @@ from vidtwin.files import inside
 
 @dataclass(frozen=True)
 class Assets:
-    """What a page is made of, as text."""
+    """The parts of a page, as text."""
 
     template: str
     style: str
@@ -40,8 +40,8 @@ class Assets:
             **values,
             style=self.style,
             script=self.script,
-            style_hash=digest(self.style),
-            script_hash=digest(self.script),
+            style_hash=hash_for_policy(self.style),
+            script_hash=hash_for_policy(self.script),
         )
 
 
@@ -51,7 +51,7 @@ def as_json(data: dict[str, Any]) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def digest(text: str) -> str:
+def hash_for_policy(text: str) -> str:
     """Name a style or a script as a content security policy does."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 

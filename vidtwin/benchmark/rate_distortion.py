@@ -22,7 +22,7 @@ from vidtwin.benchmark.levels import MEASURED, Level
 from vidtwin.benchmark.loaded_model import LoadedModel
 from vidtwin.benchmark.options import SweepOptions
 from vidtwin.benchmark.plan import compute_digest, format_error
-from vidtwin.console import log
+from vidtwin.console import log, log_once
 from vidtwin.entropy import Symbols
 from vidtwin.errors import UserError, few
 from vidtwin.metrics.measures import Measures
@@ -118,7 +118,7 @@ class Curves:
         self, model: LoadedModel, encodings: Sequence[Encoding], coder: ClipCoder, clips: int
     ) -> tuple[ClipLatents, list[Coded]]:
         """Code the latents of clips and decode them → what the decoder gets, and the bytes of each clip."""
-        tensors = [{name: _what_is_coded(x) for name, x in encoding.items()} for encoding in encodings]
+        tensors = [{name: _select_coded(x) for name, x in encoding.items()} for encoding in encodings]
         made = [{name: torch.empty_like(latent) for name, latent in part.items()} for part in tensors]
         streams = []
         for place in range(clips):
@@ -189,7 +189,7 @@ class Curves:
             codes: dict[str, tuple[int, list[Symbols]]] = {}
             for encoding in self._encode_fit_clips(model):
                 if not all(bool(latent.isfinite().all()) for latent in encoding.mode().values()):
-                    log(f"{model.name}: its coder is fitted without clips whose latents are not finite")
+                    log_once(f"{model.name}: its coder is fitted without clips whose latents are not finite")
                     continue
                 for name, posterior in encoding.items():
                     kept.setdefault(name, []).append(_by_channel(posterior.mode()))
@@ -248,7 +248,7 @@ def _deviations_of_clip(modes: ClipLatents, place: int, clips: int) -> dict[str,
     return {name: np.concatenate(values, 1).std(1) for name, values in kept.items()}
 
 
-def _what_is_coded(posterior: Posterior) -> Tensor:
+def _select_coded(posterior: Posterior) -> Tensor:
     return posterior.codes if isinstance(posterior, Quantized) else posterior.mode().nan_to_num()
 
 

@@ -60,7 +60,7 @@ class RowFolder:
         return compute_digest([self.identity, self.costs_settings])
 
     def find_identity(self) -> str:
-        """Return the identity under which this model was measured here, maybe by an earlier version; else the own."""
+        """Return the identity by which this model was measured here, maybe by an earlier version, or its own."""
         for settings in (self.settings, self.given_settings):  # which earlier versions took in full
             if known := find_known(self.job.identity, settings, self._list_identities()):
                 return known
@@ -100,7 +100,7 @@ class RowFolder:
             if not self.job.error:
                 log(
                     f"{self.name} is measured again: the row there has another checkpoint, model, set of metrics, "
-                    "rate_distortion, batch size, seed, kind of device or windows"
+                    "rate_distortion, batch size, seed, kind of device, compile or windows"
                 )
         elif row["failed_clips"]:
             log(f"{self.name} failed on {len(row['failed_clips'])} clips, which are tried again")

@@ -6,7 +6,9 @@ from typing import Any
 from vidtwin.benchmark import rows, statistics, summary
 from vidtwin.benchmark.rows import Results
 from vidtwin.benchmark.summary import Cell, Line, Table
-from vidtwin.metrics.registry import Column, Metric, fixed
+from vidtwin.metrics.registry import Column, Metric, format_number
+
+_LEAST_P = 1e-4  # that is shown as a number
 
 
 def build(results: Results) -> list[Table]:
@@ -82,15 +84,16 @@ def pair_table(results: Results, found: dict[str, Any]) -> Table | None:
             Cell(verdict := _judge(pair), verdict),
         ]
         lines.append(Line(pair["first"], "trained", cells))
-    least = _format_p(2.0 ** (1 - found["num_sources"]))  # if all differences have one sign
     notes = [
         f"The first model has the better mean. Better on: the {found['source']} on which it is better by the mean of "
         "their clips. The interval is of the mean difference; if it holds 0, the two share a place.",
         "p: Wilcoxon's signed-rank test of the differences, two-sided. Holm: adjusted for the number of pairs of a "
         "metric. The test asks for a shift of most differences, the interval for their mean.",
-        f"Two models differ if the interval does not hold 0 and the adjusted p is below {1 - found['confidence']:.2f}. "
-        f"Of few sources no p is small: of {found['num_sources']:,} none is below {least}.",
+        f"Two models differ if the interval does not hold 0 and the adjusted p is below {1 - found['confidence']:.2f}.",
     ]
+    least = 2.0 ** (1 - found["num_sources"])  # if all differences have one sign
+    if least >= _LEAST_P:
+        notes.append(f"Of few sources no p is small: of {found['num_sources']:,} none is below {_format_p(least)}.")
     return Table("pairs", "Paired differences of trained models", columns, lines, notes, "Better") if lines else None
 
 
@@ -101,11 +104,11 @@ def _judge(pair: dict[str, Any]) -> str:
 
 
 def _signed(metric: Metric, value: float) -> str:
-    return fixed(value, f"+.{metric.digits}f")
+    return format_number(value, f"+.{metric.digits}f")
 
 
 def _format_p(value: float) -> str:
-    return f"{value:.3g}" if value >= 1e-4 else "<0.0001"
+    return f"{value:.3g}" if value >= _LEAST_P else f"<{_LEAST_P:.4f}"
 
 
 def seed_table(results: Results, found: dict[str, Any]) -> Table | None:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 _FIRST_FILES = ("events.out.tfevents.*", "hparams.yaml", "config.yaml", "metrics.csv")  # written before a step
 
 
-class _Begun(Callback):
+class _StepWatcher(Callback):
     """Note whether a batch was trained on."""
 
     done = False
@@ -23,17 +23,17 @@ class _Begun(Callback):
 @contextmanager
 def remove_if_unused(trainer: Trainer) -> Iterator[None]:
     """Remove the folders that loggers make in the block if it raises before the first step."""
-    begun, folders = _Begun(), _missing_folders(trainer)
-    cast(Any, trainer).callbacks.append(begun)
+    watcher, folders = _StepWatcher(), _list_new_folders(trainer)
+    cast(Any, trainer).callbacks.append(watcher)
     try:
         yield
     except BaseException:
-        for folder in () if begun.done else folders:
+        for folder in () if watcher.done else folders:
             _remove(folder)
         raise
 
 
-def _missing_folders(trainer: Trainer) -> list[Path]:
+def _list_new_folders(trainer: Trainer) -> list[Path]:
     """List the folders of the loggers' runs, but for those of runs that continue."""
     if not trainer.is_global_zero:
         return []

@@ -53,10 +53,12 @@ class Metric(Column):
         """Format a value for readers; an absent one is empty."""
         if value is None:
             return ""
-        return "not a number" if math.isnan(value) else "∞" if math.isinf(value) else fixed(value, f".{self.digits}f")
+        if math.isfinite(value):
+            return format_number(value, f".{self.digits}f")
+        return "not a number" if math.isnan(value) else "∞"
 
 
-def fixed(value: float, form: str) -> str:
+def format_number(value: float, form: str) -> str:
     """Format a number; one that is rounded to zero has no sign."""
     text = format(value, form)
     return text if text.strip("+-0.,%") else text.lstrip("+-")
