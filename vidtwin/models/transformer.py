@@ -84,7 +84,7 @@ class SpatialTemporalBlock(Recomputing):
         """Return whether the MLP takes a few frames at a time, so that its hidden values stay in a CPU's caches."""
         if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        return not torch.is_autocast_enabled("cpu")  # which converts the weights in each call
+        return not torch.is_autocast_enabled("cpu")  # which would convert the weights for each part
 
 
 class SpatialTemporalTransformer(Recomputing):
