@@ -36,11 +36,14 @@ TINY_SWEEPS = ["demo", "evidence", "seed_systems_tiny"]  # their models are tiny
 FULL_SWEEPS = [name for name in SWEEPS if name not in TINY_SWEEPS]
 # seed_systems runs as seed_systems_tiny; tests/baselines/test_library.py has the models of library at small sizes.
 RUN_SWEEPS = [name for name in SWEEPS if name not in ("seed_systems", "library")]
-QUICK_SWEEPS = [*TINY_SWEEPS, "native", "fps40"]
+QUICK_SWEEPS = ["demo", "evidence", "native", "fps40"]
 PAPER_SWEEPS = [name for name in FULL_SWEEPS if name != "native"]  # on other videos
 
-# Rows of `evidence` that run; `demo` and the tests of codecs have the others.
-EVIDENCE = ["VidTwin", "MAGVIT-v2", "x264 51", "DCT step 512"]
+# Rows that run; `demo`, and the tests of codecs and of windows have the others.
+CHOSEN = {
+    "evidence": ["VidTwin", "MAGVIT-v2", "x264 51", "DCT step 512"],
+    "native": ["MAGVIT-v2 (5 channels)", "WF-VAE", "CV-VAE"],
+}
 
 # Arguments that make each model small; its structure and its latents' sizes stay those of the config.
 SMALL: dict[str, dict[str, Any]] = {
@@ -133,8 +136,9 @@ def test_a_sweep_runs_with_a_row_for_each_entry(name, root, ucf, tmp_path, monke
     content = sweep(name)
     # Of a codec one quality.
     chosen = {entry.get("model") or entry["name"]: entry for entry in content["autoencoders"]}.values()
-    if name == "evidence":
-        chosen = [entry for entry in chosen if entry["name"] in EVIDENCE]
+    if name in CHOSEN:
+        chosen = [entry for entry in chosen if entry["name"] in CHOSEN[name]]
+        assert len(chosen) == len(CHOSEN[name])
     entries = [made_small(entry, tmp_path, name not in FULL_SWEEPS) for entry in chosen]
     Path("small.yaml").write_text(yaml.safe_dump({"autoencoders": entries}))
     data = content["data"]

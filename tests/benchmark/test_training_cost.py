@@ -74,7 +74,7 @@ def test_flops_are_three_forward_passes_of_the_autoencoder_and_those_of_the_netw
 def test_recomputing_all_but_products_saves_a_quarter_of_the_activations_and_runs_no_product_again():
     costs = {}
     for option in (False, "elementwise", True):
-        task = tiny_task(model={"activation_checkpointing": option, "depth": 4, "hidden_size": 64})
+        task = tiny_task(model={"activation_checkpointing": option, "depth": 3, "hidden_size": 64})
         costs[option] = count_step(task, SHAPE, 16)
     assert costs["elementwise"].flops == costs[False].flops
     assert costs["elementwise"].activations_bytes < 0.75 * costs[False].activations_bytes
@@ -145,7 +145,7 @@ def test_frozen_parts_have_neither_gradients_nor_a_state():
     assert half.flops["autoencoder"] < 0.9 * whole.flops["autoencoder"]
 
 
-@pytest.mark.parametrize(("accelerator", "share"), [("gpu", "40%"), ("cuda", "40%"), ("cpu", "80%"), ("auto", "80%")])
+@pytest.mark.parametrize(("accelerator", "share"), [("gpu", "40%"), ("cuda", "40%"), ("cpu", "88%"), ("auto", "88%")])
 def test_a_plan_for_gpus_is_not_measured_on_a_cpu(accelerator, share, averaged, monkeypatch):
     monkeypatch.setattr("vidtwin.cli.plan.count_step", lambda *_, **__: averaged)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -168,7 +168,7 @@ def test_a_run_that_max_steps_ended_within_an_epoch_resumes_there(make, tmp_path
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_may_be_interrupted_again_and_again(make, tmp_path, undisturbed, workers):
     path, steps = None, []
-    for end in (1, 2, 4, 7, 8, 9):
+    for end in (1, 2, 4, 7, 8, 9) if workers == 0 else (1, 4, 9):
         saver = SaveAtEveryMoment(tmp_path)
         steps += train(tmp_path, make(num_workers=workers), path, saver, **(MODES["steps"] | {"max_steps": end}))
         # In turn as training left it, and as a job that was killed left it.
@@ -187,7 +187,8 @@ def test_our_trainer_and_task_resume_so_too(make, tmp_path, workers):
 
     saver = SaveAtEveryMoment(tmp_path)
     whole = run(diary=saver)
-    for moment, steps in (("batch end", 1), ("batch end", 4), ("validation end", 4), ("validation end", 6)):
+    moments = [("batch end", 4), ("validation end", 4), ("batch end", 1), ("validation end", 6)]
+    for moment, steps in moments if workers == 0 else moments[:2]:
         assert run(saver.saved[moment, steps]) == whole[steps:]
 
 

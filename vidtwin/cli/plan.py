@@ -13,7 +13,8 @@ from vidtwin.errors import UserError
 from vidtwin.training.task import AutoencoderTask
 from vidtwin.training.trainer import VideoTrainer
 
-_ASSUMED = {"cuda": 0.4, "cpu": 0.8}  # docs/performance.md
+# By device and whether the precision is bfloat16; those of a CPU are measured (docs/performance.md).
+_ASSUMED = {("cuda", False): 0.4, ("cuda", True): 0.4, ("cpu", False): 0.88, ("cpu", True): 0.6}
 _PARTS = ("autoencoder", "perceptual", "discriminator")
 
 
@@ -48,7 +49,7 @@ class PlanningTrainer(VideoTrainer):
             tflops: Rate of a device in large matrix products of the training's precision, in TFLOP/s; by default it is
                 measured on this machine, which must have such a device.
             utilization: Share of that rate which the training reaches; by default 0.4 on a GPU, which is an assumption,
-                and 0.8 on a CPU.
+                and on a CPU 0.88, or 0.6 in bfloat16, which were measured on one.
 
         Returns:
             The lines of the report.
@@ -82,16 +83,16 @@ class PlanningTrainer(VideoTrainer):
             f"a step: {_count(batch, 'clip')} of {frames} frames of {size[1]}x{size[0]} on each of "
             f"{_count(devices, 'device')}, {precision}"
         )
-        total = sum(cost.flops.values())
+        total, is_bfloat16 = sum(cost.flops.values()), precision.startswith("bf16")
         parts = ", ".join(f"{part} {cost.flops[part] / 1e12:.3g}" for part in _PARTS if part in cost.flops)
         lines.append(f"  TFLOPs    {total / 1e12:.3g}: {parts}")
         lines.append(f"  memory    {_describe_memory(cost, devices if self._shards else 1)} on each device")
         if tflops is None:
-            tflops = measure_rate(device, precision.startswith("bf16")) / 1e12
+            tflops = measure_rate(device, is_bfloat16) / 1e12
             lines.append(f"  products  {tflops:.3g} TFLOP/s, measured on {device_name(device)}")
         else:
             lines.append(f"  products  {tflops:.3g} TFLOP/s, as given")
-        share = utilization or _ASSUMED[kind]
+        share = utilization or _ASSUMED[kind, is_bfloat16]
         speed = batch * tflops * 1e12 * share / total
         assumed = "" if utilization else ", assumed"
         lines.append(
