@@ -21,7 +21,6 @@ not detail. It is chosen and trained before it sees a sample.
 
 import argparse
 import json
-import re
 from pathlib import Path
 from statistics import fmean
 
@@ -34,12 +33,11 @@ from tqdm import tqdm
 from vidtwin.apply.outputs import write_png
 from vidtwin.apply.windows import VideoWindows
 from vidtwin.files import write_text
-from vidtwin.listing import find_videos
+from vidtwin.listing import find_group, find_videos
 from vidtwin.losses.efficientnet import EfficientNetDistance
 from vidtwin.metrics.fvd import frechet_distance, statistics
 from vidtwin.video import Frames, iter_frames, panels
 
-_GROUP = re.compile(r"_g(\d+)_")
 COMPARISON = "comparison.json"
 NOISES = (0.1, 0.2, 0.4)  # standard deviations, of values from -1 to 1
 
@@ -126,7 +124,7 @@ def choose(clips: Tensor, labels: Tensor, unseen: Tensor, num_classes: int, step
 
 def hold_out(names: list[str], labels: list[int]) -> Tensor:
     """Choose the videos of the last group of each class: bool (N,)."""
-    groups = [int(match[1]) if (match := _GROUP.search(name)) else 0 for name in names]
+    groups = [find_group(name) or 0 for name in names]
     last = {label: max(g for g, other in zip(groups, labels, strict=True) if other == label) for label in set(labels)}
     return torch.tensor([group == last[label] for group, label in zip(groups, labels, strict=True)])
 

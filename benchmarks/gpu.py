@@ -81,6 +81,7 @@ def main(argv: list[str]) -> None:
     began = time.monotonic()
     content: dict[str, Any] = {}
     lines: list[list[str]] = []
+    left_out: list[str] = []
     for name, options, targets in RUNS:
         if time.monotonic() - began > 60 * args.minutes:
             lines += [[name, part, key, "", "", "", "not measured: out of time"] for part, key, _ in targets]
@@ -93,12 +94,13 @@ def main(argv: list[str]) -> None:
         except RuntimeError as error:  # out of memory: the others still count
             lines += [[name, part, key, "", "", "", " ".join(str(error).split())[:60]] for part, key, _ in targets]
             continue
+        left_out += [f"Left out of {name}: {line}.\n" for line in result.pop("left_out", [])]
         runs = content.get("runs", {}) | {name: result.pop("rows")}
         content = {**result, "runs": runs}
         lines += judge(name, runs[name], targets)
         write_text(args.out, json.dumps(content, indent=1) + "\n")
     sys.stdout.write(f"{content.get('device')}, commit {content.get('commit')}\n\n")
-    sys.stdout.write(as_markdown(HEADER, lines) + f"\n-> {args.out}\n")
+    sys.stdout.write(as_markdown(HEADER, lines) + "\n" + "".join(left_out) + f"-> {args.out}\n")
 
 
 if __name__ == "__main__":

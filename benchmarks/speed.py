@@ -9,7 +9,8 @@ Prints tables and writes JSON with device, versions and commit. Each line has th
 time with its range, and the share of what this machine reaches in products of square matrices of the same type, which
 are timed right before and after: only such shares and ratios within one run mean something on a machine that others use
 too. The page says so if it was not idle: if other processes took more than a tenth of its cores while a line was
-measured. A CPU without units for bf16 is measured in fp32 alone. Lines that --minutes leaves no time for are named.
+measured. A CPU without units for bf16 is measured in fp32 alone. Lines that --minutes leaves no time for, or that fail
+for lack of memory or data, are named.
 
     encode, decode     of the model in evaluation, and the kinds of operations that its time goes to
     step               of the training: L1 and KL; forward, backward, AdamW, guard and logs, as `vidtwin fit` runs it
@@ -50,13 +51,14 @@ from vidtwin.benchmark.cost import device_name, flops, seconds
 from vidtwin.benchmark.memory import peak_memory
 from vidtwin.benchmark.training_cost import count_step
 from vidtwin.cli import benchmark
+from vidtwin.compilation import list_units
 from vidtwin.datamodules.folder import VideoFolder
+from vidtwin.errors import UserError
 from vidtwin.files import write_text
 from vidtwin.losses.autoencoder import AutoencoderLoss
 from vidtwin.losses.discriminator import PatchDiscriminator2d
 from vidtwin.schedules import WarmupCosine
 from vidtwin.training.compilation import Compilation
-from vidtwin.training.sharding import list_units
 from vidtwin.training.task import AutoencoderTask
 from vidtwin.training.trainer import VideoTrainer
 
@@ -77,6 +79,7 @@ STEPS: dict[str, dict[str, bool]] = {
     "step, perceptual": {"perceptual": True},
     "step, GAN": {"perceptual": True, "gan": True},
 }
+COMPILER_ERRORS = (InductorError, BackendCompilerFailed, CppCompileError)
 Row = dict[str, Any]
 
 
@@ -332,7 +335,7 @@ def time_batches(make_loader: Callable[[], Any], least: float) -> float:
         loader = make_loader()
         ready = max(1, loader.num_workers * (loader.prefetch_factor or 0))
         if len(loader) <= 2 * ready:
-            raise SystemExit(f"Expected more than {2 * ready} batches in --data to time the loader, got {len(loader)}.")
+            raise UserError(f"Expected more than {2 * ready} batches in --data to time the loader, got {len(loader)}.")
         began = time.perf_counter()
         for index, _ in enumerate(loader):
             if index == ready - 1:
@@ -434,7 +437,7 @@ def compiled_or_plain(args: argparse.Namespace, measure: Callable[[argparse.Name
     """Measure a part, without compilation if the compiler fails: it needs memory and a C++ compiler of its own."""
     try:
         return measure(args)
-    except (InductorError, BackendCompilerFailed, CppCompileError) as error:
+    except COMPILER_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
     sys.stderr.write(f"The next line was measured without compilation, which failed: {reason}\n")
     return measure(argparse.Namespace(**{**vars(args), "compile": False}))
@@ -462,13 +465,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for precision in precisions[-1:] if part == "loader" else precisions:
             if time.monotonic() - began > 60 * args.minutes:
                 content["left_out"].append(f"{part}, {precision}: no time left")
-            elif part == "loader":
-                rows += measure_loader(args, build, precision)
-            elif part in STEPS:
-                rows.append(compiled_or_plain(args, partial(measure_step, build=build, part=part, precision=precision)))
-            else:
-                coding = partial(measure_coding, model=coder(), part=part, name=precision)
-                rows.append(compiled_or_plain(args, coding))
+                continue
+            try:
+                if part == "loader":
+                    rows += measure_loader(args, build, precision)
+                elif part in STEPS:
+                    step = partial(measure_step, build=build, part=part, precision=precision)
+                    rows.append(compiled_or_plain(args, step))
+                else:
+                    coding = partial(measure_coding, model=coder(), part=part, name=precision)
+                    rows.append(compiled_or_plain(args, coding))
+            except (UserError, torch.OutOfMemoryError, *COMPILER_ERRORS) as error:  # the other lines count
+                reason = " ".join(str(error).split())[:200].removesuffix(".")
+                content["left_out"].append(f"{part}, {precision}: {reason}")
     return content | describe_load(rows, load)
 
 

@@ -28,12 +28,12 @@ def check_backend(backend: str, option: str) -> None:
 def list_units(model: nn.Module) -> list[nn.Module]:
     """List the units that are compiled, or gathered by FSDP2: the outermost elements of module lists, then the model.
 
-    A model with an attribute `units` has those instead, then itself. Elements without a forward pass of their own are
-    searched for inner ones. An element with the last layer is not a unit, since the adaptive GAN weight needs that
-    layer's weight between the forward and the backward pass.
+    A model with an attribute `repeated_blocks` has those instead, then itself. Elements without a forward pass of their
+    own are searched for inner ones. An element with the last layer is not a unit, since the adaptive GAN weight needs
+    that layer's weight between the forward and the backward pass.
     """
-    if (units := getattr(model, "units", None)) is not None:
-        return [*units, model]
+    if (blocks := getattr(model, "repeated_blocks", None)) is not None:
+        return [*blocks, model]
     found: dict[nn.Module, None] = {}
 
     def visit(module: nn.Module) -> None:

@@ -265,7 +265,7 @@ class ClipSource(ABC):
 
 
 def is_varying(variance: Tensor, mean_square: Tensor) -> Tensor:
-    """Return for each channel of latents whether it varies by more than rounding errors, so that its scale divides.
+    """Return whether each channel of latents varies by more than rounding errors, so that its scale may divide it.
 
     Args:
         variance: Variance of each channel.

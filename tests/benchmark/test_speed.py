@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import write_config
 from torch._inductor.exc import CppCompileError
 
@@ -90,6 +91,16 @@ def test_a_compiler_that_fails_costs_no_line(speed, tmp_path, monkeypatch, capsy
     assert speed.compiled_or_plain(args, measure) == {"part": "step", "compiled": False}
     assert "measured without compilation, which failed: " in capsys.readouterr().err
     assert args.compile
+
+
+def test_a_part_that_lacks_memory_costs_no_other_line(speed, tmp_path, monkeypatch):
+    def lack(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of\nmemory.")
+
+    monkeypatch.setattr(speed, "measure_step", lack)
+    content = speed.run(speed.parse(options(tmp_path, "--parts", "step", "encode")))
+    assert [row["part"] for row in content["rows"]] == ["encode"]
+    assert content["left_out"] == ["step, fp32: CUDA out of memory"]
 
 
 def test_the_tree_of_links_has_ucf101s_layout(speed, tmp_path):

@@ -35,3 +35,15 @@ def test_codes_of_single_numbers_in_padded_pictures_and_latents_without_codes():
     grid = torch.randn(2, 3, 8, 7, 7)
     assert torch.equal(snap(Coded(pool=5, frames=8), {"grid": grid}, (3, 8, 32, 32))["grid"], (grid > 0).float() - 0.5)
     assert snap(Pool(frames=8), {"grid": grid}, (3, 8, 32, 32))["grid"] is grid
+
+
+class Far(Coded):
+    def dequantize(self, codes):
+        return {"grid": codes["grid"] + 999.5}
+
+
+def test_the_nearest_entry_is_found_in_full_precision_under_autocast():
+    codes = torch.randint(2, (2, 3, 8, 4, 4), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = snap(Far(pool=8, frames=8), {"grid": codes + 999.6}, (3, 8, 32, 32))["grid"]
+    assert torch.equal(found, codes + 999.5)

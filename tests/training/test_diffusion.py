@@ -196,7 +196,10 @@ def test_codes_of_padded_pictures_are_learned_and_codes_are_sampled(tmp_path, mo
     decoded = []
     decode = Coded.decode
     monkeypatch.setattr(Coded, "decode", lambda *given: decoded.append(given[1]["grid"]) or decode(*given))
+    begun = []
+    monkeypatch.setattr(task, "_begin_step", lambda: begun.append(len(decoded)))
     assert task.draw_samples(1)["Falling 0"].shape == (8, 32, 32, 3)
+    assert begun == [0] * 3  # before and after each of two steps of sampling, for CUDA graphs
     options = GenerateOptions(str(tmp_path / "checkpoints" / "last.ckpt"), "unused", accelerator="cpu")
     assert load_sampler(options).sample([1], [0], seed=0)[0].shape == (8, 32, 32, 3)
     assert len(decoded) == 2

@@ -13,10 +13,10 @@ from tiny import tiny_model
 from torch import nn
 
 from vidtwin.cli import main
+from vidtwin.compilation import list_units
 from vidtwin.storage import checkpoints
 from vidtwin.storage.diffusion import load
 from vidtwin.training.replay import read, replay
-from vidtwin.training.sharding import list_units
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch comes without gloo")
 
@@ -179,6 +179,7 @@ def test_blocks_are_units_and_the_last_layer_stays_gathered():
             self.levels = nn.ModuleList([Level(), Level()])
             self.shared = nn.ModuleList([self.levels[1].blocks[0]])
             self.ends = nn.ModuleList([self.inner, self.outer])
+            self.units = 4  # a width, as some name it
 
     model = Model()
     first, second = model.levels

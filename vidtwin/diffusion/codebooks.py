@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vidtwin.autoencoder import VideoAutoencoder
 from vidtwin.posteriors import Latents
+from vidtwin.precision import full_precision
 
 _DISTANCES = 1 << 24  # computed at a time
 
@@ -41,8 +42,9 @@ def _nearest(vectors: Tensor, blocks: Iterator[tuple[int, Tensor]]) -> Tensor:
     best = vectors.new_full((len(vectors),), math.inf)
     codes = torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device)
     for first, entries in blocks:
-        # Without |vector|², which all entries share.
-        distances = torch.addmm(entries.square().sum(1), vectors, entries.T, alpha=-2)
+        # Without |vector|², which all entries share. In bfloat16 near entries would be as far as one another.
+        with full_precision(vectors.device):
+            distances = torch.addmm(entries.square().sum(1), vectors, entries.T, alpha=-2)
         least, place = distances.min(1)
         codes = torch.where(least < best, first + place, codes)
         best = torch.minimum(best, least)

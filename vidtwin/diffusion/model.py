@@ -55,7 +55,7 @@ class LatentDiffusion(nn.Module):
         return self.transformer.num_classes
 
     @property
-    def units(self) -> list[nn.Module]:
+    def repeated_blocks(self) -> list[nn.Module]:
         """Blocks of the transformer, which are sharded and compiled one by one."""
         return list(self.transformer.blocks)
 

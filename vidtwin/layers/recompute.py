@@ -18,7 +18,8 @@ class Recomputing(nn.Module):
     Args:
         activation_checkpointing: Keep only a layer's inputs, and rerun it in the backward pass. "elementwise" keeps the
             results of its products and attentions too, and reruns only norms, activations, sums and conversions; in a
-            compiled layer torch.compile chooses what to rerun.
+            compiled layer torch.compile chooses what to rerun. Not for attentions with dropout: what is drawn after
+            them would be drawn differently in the rerun.
     """
 
     def __init__(self, activation_checkpointing: bool | Literal["elementwise"]) -> None:

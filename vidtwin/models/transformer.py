@@ -70,16 +70,21 @@ class SpatialTemporalBlock(Recomputing):
         over_time = x if temporal_embedding is None else x + temporal_embedding
         # Contiguous, so that its linear layer adds the bias in the product.
         x = add_gated(x, gate, self.temporal_attention(over_time.transpose(1, 2).contiguous()).transpose(1, 2))
-        if not (x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+        if not self._takes_few_frames(x):
             normed = modulated_norm(x, shift_mlp, scale_mlp)
             hidden = self.run(self.mlp, normed) if self.activation_checkpointing is True else self.mlp(normed)
             return add_gated(x, gate_mlp, hidden)
-        # A few frames at a time: what is between the products stays in a CPU's caches, and needs no new pages.
         result = torch.empty_like(x, memory_format=torch.contiguous_format)  # x may be transposed
         frames = max(1, _CACHED // (x.shape[2] * 4 * x.shape[3] * x.element_size()))
         for part, out in zip(x.flatten(0, 1).split(frames), result.flatten(0, 1).split(frames), strict=True):
             add_gated(part, gate_mlp, self.mlp(modulated_norm(part, shift_mlp, scale_mlp)), out)
         return result
+
+    def _takes_few_frames(self, x: Tensor) -> bool:
+        """Return whether the MLP takes a few frames at a time, so that its hidden values stay in a CPU's caches."""
+        if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        return not torch.is_autocast_enabled("cpu")  # which would convert the weights for each part
 
 
 class SpatialTemporalTransformer(Recomputing):

@@ -53,7 +53,8 @@ class VidTwin(VideoAutoencoder):
         qformer_dropout: Dropout of the Q-Former in training.
         activation_checkpointing: Recompute each block in the backward pass: less memory, about a third more time; "mlp"
             recomputes the MLPs alone: a third less memory than without, 8% more FLOPs instead of 32%; "elementwise"
-            keeps the results of products and attentions and recomputes the rest: as much memory as "mlp", no FLOPs.
+            keeps the results of products and attentions and recomputes the rest: as little memory as "mlp", and no more
+            FLOPs than without.
         initialization: Initial values (docs/training_from_scratch.md): "balanced"; "linear", which starts as a linear
             code of each patch through the shortcuts, and needs `structure_shortcut`; or "released", those of the
             released code.

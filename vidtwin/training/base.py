@@ -64,7 +64,7 @@ class Player(NamedTuple):
     scheduler: LRSchedulerCallable
 
 
-def skipped_parameters(names: str) -> str:
+def describe_missing_gradients(names: str) -> str:
     """Describe parameters without a gradient in a training whose DDP does not search for them."""
     return (
         f"Expected a gradient of every parameter in each step on several devices, got none of {names}; set "
@@ -331,7 +331,7 @@ class TrainingTask(LightningModule):
                         means[key] = means.get(key, 0.0) + share * value
         # Before any update: DDP exchanges none of the gradients that share a bucket with a missing one.
         if missing := [name for name, parameter in self._exchanged.items() if parameter.grad is None]:
-            raise UserError(skipped_parameters(few(missing)))
+            raise UserError(describe_missing_gradients(few(missing)))
         self._average_gradients()
         norms = {
             name: self._placement.gradient_norm(list_gradients(optimizer)).detach()

@@ -279,7 +279,8 @@ class DiffusionTask(TrainingTask):
         labels = [place % len(classes) for place in range(number)]
         noise = draw_noise(self.denoiser.numbers, [(0, place) for place in range(number)]).to(self.device)
         given = torch.tensor(labels if self.origin.classes else [-1] * number, device=self.device)
-        latents = self.denoiser.sample(given, noise, self.guidance, self.sampling_steps)
+        self._begin_step()  # each pass is one for CUDA graphs
+        latents = self.denoiser.sample(given, noise, self.guidance, self.sampling_steps, self._begin_step)
         clips = self.frozen.decode(latents, self.origin.num_frames, self.origin.size)
         names = [f"{classes[label]} {place}".strip() for place, label in enumerate(labels)]
         return {name: to_uint8(clip) for name, clip in zip(names, clips, strict=True)}

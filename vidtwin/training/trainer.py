@@ -18,7 +18,7 @@ from vidtwin.files import inside, replacing
 from vidtwin.posteriors import Quantized
 from vidtwin.precision import tensor_float_32
 from vidtwin.storage import checkpoints
-from vidtwin.training.base import TrainingTask, skipped_parameters
+from vidtwin.training.base import TrainingTask, describe_missing_gradients
 from vidtwin.training.callbacks.checkpoint import BestCheckpoint, LatestCheckpoint
 from vidtwin.training.callbacks.guard import StepGuard
 from vidtwin.training.callbacks.preemption import Preemption
@@ -131,7 +131,7 @@ class VideoTrainer(Trainer):
         except RuntimeError as error:
             if "parameters that were not used in producing the loss" not in str(error):  # Lightning's words for DDP's
                 raise
-            raise UserError(skipped_parameters("some parameters of the last part of a batch")) from error
+            raise UserError(describe_missing_gradients("some parameters of the last part of a batch")) from error
         except ValueError as error:
             interval, batches = self.val_check_interval, self.fit_loop.max_batches
             if (
