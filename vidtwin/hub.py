@@ -51,7 +51,8 @@ numbers{% endif %}.
 ```python
 from vidtwin import VideoAutoencoder
 
-model = VideoAutoencoder.from_pretrained({{ address }})  # in evaluation mode
+{% if checkpoint %}# After vidtwin convert {{ checkpoint }} {{ address }}
+{% endif %}model = VideoAutoencoder.from_pretrained({{ address }})  # in evaluation mode
 latents = model.encode(clip).mode()
 clip = model.decode(latents)
 ```
@@ -226,7 +227,7 @@ class Pretrained(
             description: Free text, in Markdown.
             sections: Further sections in Markdown, by default that of the `training_record`.
             metadata: Values of the card's header, such as `license`, over those of the library.
-            kwargs: Further values of the template.
+            kwargs: Further values of the template, such as the `checkpoint` that a folder `address` is made of.
         """
         model = cast("VideoAutoencoder", self)
         length, side = model.temporal.usual_length, model.resolution

@@ -140,7 +140,10 @@ def test_another_split_or_number_of_samples_is_another_protocol(longer, capsys):
     for words in ([], ["--split", "val"], ["--data.seed", "1"]):
         assert score(longer, "--data.val_fraction", "0.4", *words) == 0
         hashes.add(json.loads((longer / "made" / "score.json").read_text())["protocol_hash"])
-        assert "gFVD unavailable: no network; give --fvd.path and --fvd.sha256" in capsys.readouterr().out
+        assert (
+            "gFVD unavailable: expected an I3D network, got none; give --fvd.path and --fvd.sha256"
+            in capsys.readouterr().out
+        )
     assert len(hashes) == 3
     manifest = longer / "made" / "samples.json"
     before = manifest.read_text()

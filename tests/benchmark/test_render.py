@@ -298,7 +298,9 @@ def test_no_value_below_a_references_is_called_the_best(folder):
     folder.add("temporal_mean", 28.0, "reference", ssim=0.95)
     assert marks(folder.results(), "psnr") == {"a": "best"}
     assert marks(folder.results(), "ssim") == {}
-    assert "A value that is worse than a reference's has no place." in render.markdown(folder.results())
+    assert "A value that is worse than that of a reference, codecs left out, has no place." in render.markdown(
+        folder.results()
+    )
 
 
 def test_a_reference_that_lacks_clips_is_compared_over_those_it_has(folder):

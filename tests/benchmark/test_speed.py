@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -128,7 +129,14 @@ def test_every_target_has_a_line_on_a_gpu(gpu, tmp_path, monkeypatch, capsys):
         return {"device": "H200", "commit": "abc", "rows": [*rows, {"part": "loader + step", "waiting": 0.03}]}
 
     monkeypatch.setattr(gpu, "run", run)
-    gpu.main(["--tiny", "--data", "videos", "--out", str(tmp_path / "gpu.json")])
+    out = tmp_path / "gpu.json"
+    gpu.main(["--tiny", "--data", "videos", "--out", str(out)])
+    text = capsys.readouterr().out
+    assert text.startswith("A trial of the script with tiny models: the figures mean nothing.\n")
+    assert "| a trial |" in text
+    assert not re.search(r"\| (met|missed) ", text)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    gpu.main(["--data", "videos", "--out", str(out)])
     text = capsys.readouterr().out
     assert "CUDA out of memory" in text
     lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| ")]
@@ -136,9 +144,7 @@ def test_every_target_has_a_line_on_a_gpu(gpu, tmp_path, monkeypatch, capsys):
     assert found["base, eager", "encode", "clips_per_second"] == "met"
     assert found["base, compiled", "loader + step", "waiting"] == "missed"
     assert len(found) == sum(len(targets) for *_, targets in gpu.RUNS)
-    assert set(json.loads((tmp_path / "gpu.json").read_text())["runs"]) == {
-        name for name, *_ in gpu.RUNS if name != "large, checkpointing"
-    }
+    assert set(json.loads(out.read_text())["runs"]) == {name for name, *_ in gpu.RUNS if name != "large, checkpointing"}
 
 
 def test_counted_growth_is_that_of_products_and_attention(speed, tmp_path, monkeypatch):

@@ -88,8 +88,13 @@ def check_folder(path: str | Path) -> None:
         )
 
 
-def check_targets(targets: Iterable[Path], inputs: Iterable[Input] = (), overwrite: bool = False) -> None:
-    """Raise `UserError` if a file to write is an input, or exists and may not be replaced."""
+def check_targets(
+    targets: Iterable[Path], inputs: Iterable[Input] = (), overwrite: bool = False, may_skip: bool = False
+) -> None:
+    """Raise `UserError` if a file to write is an input, or exists and may not be replaced.
+
+    `may_skip` says that the command has --skip_existing, which the message then names.
+    """
     sources = {entry.path.resolve(): entry.path for entry in inputs}
     there = []
     for path in targets:
@@ -99,7 +104,10 @@ def check_targets(targets: Iterable[Path], inputs: Iterable[Input] = (), overwri
             there.append(path)
     if there and not overwrite:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise UserError(f"Expected outputs that do not exist yet, got {there[0]}{more}; --overwrite replaces them.")
+        keep = "--skip_existing makes the others, " if may_skip else ""
+        raise UserError(
+            f"Expected outputs that do not exist yet, got {there[0]}{more}; {keep}--overwrite replaces them."
+        )
 
 
 def _expand(path: Path) -> list[tuple[Path, Path]]:

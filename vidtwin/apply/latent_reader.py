@@ -84,7 +84,7 @@ class LatentReader:
             self.videos = [video for video in self.videos if not self._target(video).exists()]
         self._wanted = {video.name for video in self.videos}
         sources = [Input(Path(video.source), video.name) for video in self.videos]
-        check_targets([self._target(video) for video in self.videos], sources, options.overwrite)
+        check_targets([self._target(video) for video in self.videos], sources, options.overwrite, may_skip=True)
         self.session = Session(self._choose_weights(session_options))
         self._check_model()
         self._shard: Shard | None = None  # the last opened one

@@ -120,7 +120,7 @@ class Reconstruct:
         self._found = len(self.entries)
         if self.skip_existing:
             self.entries = [entry for entry in self.entries if not self._target(entry).exists()]
-        check_targets(map(self._target, self.entries), self.entries, self.overwrite)
+        check_targets(map(self._target, self.entries), self.entries, self.overwrite, may_skip=True)
 
     def run(self, session: "Session") -> int:
         """Reconstruct this process's share of the videos → exit code, the same for all processes."""

@@ -69,7 +69,7 @@ def write(options: "Namespace", out: Path) -> list[Path]:
     from vidtwin.apply.converter import record_training
     from vidtwin.benchmark import card, rows
     from vidtwin.benchmark.loaded_model import AVERAGE, LAST, fingerprint
-    from vidtwin.cards import code, training_section
+    from vidtwin.cards import code, quote, training_section
     from vidtwin.files import write_text
     from vidtwin.storage import checkpoints
 
@@ -102,8 +102,9 @@ def write(options: "Namespace", out: Path) -> list[Path]:
     if options.license:
         metadata["license"] = options.license
     repo = options.repo or Path(source).name
+    folder = {"address": "pretrained", "checkpoint": quote(repo)} if Path(source).is_file() else {"address": repo}
     made = model.generate_model_card(
-        address=repo,
+        **({"address": repo} if options.repo else folder),
         ckpt_path=f"{hub.HUB_PREFIX}{repo}" if options.repo else repo,
         description=options.description,
         sections=[section for section in sections if section],

@@ -237,7 +237,7 @@ def _check_clips(generated: Generated, data: ClipSource) -> None:
 def _load_network(fvd: FVD | None, convention: Convention, num_frames: int) -> tuple[FeatureNetwork | None, str | None]:
     """Load the network of FVD → it, and the reason if it is unavailable."""
     if fvd is None or fvd.path is None:
-        return None, "no network; give --fvd.path and --fvd.sha256"
+        return None, "expected an I3D network, got none; give --fvd.path and --fvd.sha256"
     if num_frames < MIN_FRAMES:
         return None, f"clips of {num_frames} frames; FVD needs {MIN_FRAMES}"
     if fvd.sha256 is None:

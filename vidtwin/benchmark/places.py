@@ -20,7 +20,7 @@ def units_of(results: Results) -> dict[str, list[rows.Unit]]:
 def rank(
     results: Results, metric: Metric, means: Mapping[str, float], units_by_row: Mapping[str, Sequence[rows.Unit]]
 ) -> dict[str, int]:
-    """Rank rows by their means; a row that is worse than a reference has no rank."""
+    """Rank rows by their means; a row that is worse than a reference, codecs left out, has no rank."""
     units: dict[str, list[Unit]] = {}
     for name in means if metric.per_clip else ():
         units[name] = [(video, weight, values[metric.key]) for video, weight, values in units_by_row[name]]

@@ -21,8 +21,8 @@ _KINDS = {"trained": "", "untrained": "untrained weights: not ranked", "referenc
 _RANKING = (
     f"Trained models alone are ranked: the best value of a column is bold. Models share a place if the "
     f"{statistics.CONFIDENCE:.0%} interval of their difference holds 0 (paired bootstrap over source videos, "
-    f"{statistics.DRAWS:,} draws, seed {statistics.SEED}; rFVD by its value alone). A value that is worse than a "
-    "reference's has no place."
+    f"{statistics.DRAWS:,} draws, seed {statistics.SEED}; rFVD by its value alone). A value that is worse than "
+    "that of a reference, codecs left out, has no place."
 )
 
 
