@@ -244,7 +244,9 @@ class LibraryAutoencoder(VideoAutoencoder):
         module, _, name = (path or cls.library_class).rpartition(".")
         package = module.partition(".")[0]
         try:
-            return getattr(import_module(module), name)
+            # A module is imported once, and its tensors are for all models to come: not on the device of this one.
+            with torch.device("cpu"):
+                return getattr(import_module(module), name)
         except (ImportError, AttributeError) as error:
             try:
                 version = metadata.version(package)

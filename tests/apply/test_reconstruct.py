@@ -199,7 +199,7 @@ def test_existing_outputs_are_kept_unless_overwritten(here, capsys):
     assert run("in/a.mp4") == 0
     before = Path("reconstructions/a.mp4").stat().st_mtime_ns
     assert run("in") == 2
-    assert "got reconstructions/a.mp4; --overwrite replaces them" in capsys.readouterr().err
+    assert "got reconstructions/a.mp4; --skip_existing makes the others, " in capsys.readouterr().err
     assert run("in", "--skip_existing") == 0
     assert "1 of 2 outputs exist in reconstructions and were skipped" in capsys.readouterr().err
     assert Path("reconstructions/a.mp4").stat().st_mtime_ns == before

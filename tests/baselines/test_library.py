@@ -34,6 +34,15 @@ def test_every_adapter_keeps_the_contract(name):
     check_autoencoder(tiny(name), frames, side)
 
 
+def test_a_library_is_imported_on_the_cpu_whatever_device_its_first_model_is_on(tmp_path, monkeypatch):
+    """As Cosmos' wavelets, tensors of a module would else be without values for all later models."""
+    (tmp_path / "library_with_tensors.py").write_text("import torch\nWAVELETS = torch.ones(2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with torch.device("meta"):
+        found = LibraryAutoencoder._import_class("library_with_tensors.WAVELETS")
+    assert found.tolist() == [1.0, 1.0]
+
+
 def test_every_registered_adapter_has_tiny_arguments():
     registered = {name for name, entry in plugins.available(GROUP).items() if entry.value.startswith(PREFIX)}
     assert registered == {name.partition("/")[0] for name in TINY}, "after a change of pyproject.toml install again"
