@@ -23,7 +23,7 @@ help:
 	@echo "make benchmark-demo  train the four tiny models, VidTwin with two seeds, and compare them: table, plots, report"
 	@echo "                (12 minutes on two cores; for real clips, in a folder of their own:"
 	@echo "                BENCHMARK_DATA=UCF-101 BENCHMARK_RUNS=runs/benchmark_ucf)"
-	@echo "make test       linters, types, tests, README commands (about 6 minutes on two idle cores)"
+	@echo "make test       linters, types, tests, README commands (about 7 minutes on two idle cores)"
 	@echo "make test-all   also run the slow tests"
 	@echo "make proof      overfit every model on four real clips, run each at full size (two hours; CLIPS=folder)"
 	@echo "make compare    train the tiny models on UCF-101 and compare them (an hour; DATA=folder)"
