@@ -23,6 +23,16 @@ GROUP = "vidtwin.autoencoders"
 _SMALL: dict[str, Any] = {"layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 2}
 
 
+_LTX2: tuple[dict[str, Any], int, int] = (
+    {"block_out_channels": [8, 16], "decoder_block_out_channels": [8, 16], "layers_per_block": [1, 1, 1]}
+    | {"down_block_types": ["LTX2VideoDownBlock3D"] * 2, "decoder_layers_per_block": [1, 1, 1]}
+    | {"spatio_temporal_scaling": [True, True], "decoder_spatio_temporal_scaling": [True, True]}
+    | {"decoder_inject_noise": [False] * 3, "downsample_type": ["spatial", "spatiotemporal"]}
+    | {"upsample_type": ["spatiotemporal", "spatial"], "upsample_residual": [True] * 2}
+    | {"upsample_factor": [1, 1], "patch_size": 2, "latent_channels": 4},
+    3,
+    16,
+)
 TINY: dict[str, tuple[dict[str, Any], int, int]] = {
     "cogvideox": (
         _SMALL
@@ -66,26 +76,8 @@ TINY: dict[str, tuple[dict[str, Any], int, int]] = {
         3,
         8,
     ),
-    "ltx2_video": (
-        {"block_out_channels": [8, 16], "decoder_block_out_channels": [8, 16], "layers_per_block": [1, 1, 1]}
-        | {"down_block_types": ["LTX2VideoDownBlock3D"] * 2, "decoder_layers_per_block": [1, 1, 1]}
-        | {"spatio_temporal_scaling": [True, True], "decoder_spatio_temporal_scaling": [True, True]}
-        | {"decoder_inject_noise": [False] * 3, "downsample_type": ["spatial", "spatiotemporal"]}
-        | {"upsample_type": ["spatiotemporal", "spatial"], "upsample_residual": [True] * 2}
-        | {"upsample_factor": [1, 1], "patch_size": 2, "latent_channels": 4},
-        3,
-        16,
-    ),
-    "ltx2_video/diffusion": (
-        {"block_out_channels": [8, 16], "decoder_block_out_channels": [8, 16], "layers_per_block": [1, 1, 1]}
-        | {"down_block_types": ["LTX2VideoDownBlock3D"] * 2, "decoder_layers_per_block": [1, 1, 1]}
-        | {"spatio_temporal_scaling": [True, True], "decoder_spatio_temporal_scaling": [True, True]}
-        | {"decoder_inject_noise": [False] * 3, "downsample_type": ["spatial", "spatiotemporal"]}
-        | {"upsample_type": ["spatiotemporal", "spatial"], "upsample_residual": [True] * 2}
-        | {"upsample_factor": [1, 1], "patch_size": 2, "latent_channels": 4},
-        3,
-        16,
-    ),
+    "ltx2_video": _LTX2,
+    "ltx2_video/diffusion": _LTX2,
     "minimax_h3": (
         {"block_out_channels": [8, 8], "layers_per_block": 1, "latent_channels": 2, "norm_num_groups": 2}
         | {"spatial_downsample_factors": [2, 2], "temporal_downsample_factors": [2, 1], "clip_length": 3}

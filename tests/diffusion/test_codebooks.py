@@ -11,7 +11,7 @@ from vidtwin.diffusion.codebooks import snap
 
 @pytest.mark.parametrize("name", ["magvit2", "ivideogpt"])
 def test_latents_beside_the_entries_decode_as_the_codes(name, monkeypatch):
-    """Whether codes are bits or numbers of vectors, and with codebooks read in several parts."""
+    """With codes of bits and of vectors, and with codebooks read in several parts."""
     model = baseline_task(name).autoencoder.eval()
     monkeypatch.setattr(codebooks, "_DISTANCES", 1)
     clip_shape = (3, model.temporal.usual_length, *[model.resolution or 32] * 2)

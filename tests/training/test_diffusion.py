@@ -278,7 +278,7 @@ def test_a_skipped_step_is_run_again_with_its_draws(source, latents, tmp_path):
 
 
 def test_a_training_starts_from_another_ones_weights(undisturbed, tmp_path, capsys):
-    """Of other classes, other clips and another depth: classes and latents are matched by name."""
+    """The other training has other classes, clips and depth: classes and latents are matched by name."""
     other = write_latents(tmp_path, names=("Diving", "Rising"))
     task = tiny_diffusion(transformer=TransformerSizes(**SIZES | {"depth": 2}))
     seen = {}

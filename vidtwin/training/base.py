@@ -168,7 +168,7 @@ class TrainingTask(LightningModule):
 
     @property
     def may_skip_parameters(self) -> bool:
-        """Whether a step may leave trained parameters without a gradient; DDP then searches for them in each step."""
+        """Return whether a step may leave trained parameters without a gradient; DDP then searches for them."""
         return False
 
     @property
